@@ -1,0 +1,91 @@
+"""sha256 of files, and of the tensors in them, in one reading."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pipeline.checkpoint.header import HeaderTensor
+from pipeline.progress import Task
+
+_CHUNK: Final = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """A file's size and sha256 (hex)."""
+
+    size: int
+    sha256: str
+
+    def as_json(self) -> dict[str, object]:
+        return {"size": self.size, "sha256": self.sha256}
+
+
+def digest_file(path: Path, task: Task | None = None) -> FileDigest:
+    """Hashes a whole file."""
+    whole = hashlib.sha256()
+    size = 0
+    buffer = bytearray(_CHUNK)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            whole.update(view[:count])
+            size += count
+            if task:
+                task.advance(count)
+    return FileDigest(size, whole.hexdigest())
+
+
+def digest_tensors(
+    path: Path, tensors: Sequence[HeaderTensor]
+) -> tuple[FileDigest, dict[str, str]]:
+    """Hashes a safetensors file and each of its tensors, reading every byte once.
+
+    Args:
+        path: the file.
+        tensors: all of its tensors, in the order of their bytes.
+
+    Returns:
+        The file's digest, and the sha256 of each tensor's bytes by name.
+    """
+    whole = hashlib.sha256()
+    by_name: dict[str, str] = {}
+    buffer = bytearray(_CHUNK)
+    view = memoryview(buffer)
+    size = path.stat().st_size
+    with path.open("rb", buffering=0) as file:
+        data_start = tensors[0].offset if tensors else size
+        whole.update(file.read(data_start))
+        for tensor in tensors:
+            one = hashlib.sha256()
+            left = tensor.nbytes
+            while left:
+                count = file.readinto(view[: min(left, _CHUNK)])
+                if not count:
+                    raise OSError(f"{path} became shorter while it was read")
+                whole.update(view[:count])
+                one.update(view[:count])
+                left -= count
+            by_name[tensor.name] = one.hexdigest()
+    return FileDigest(size, whole.hexdigest()), by_name
+
+
+def tensors_equal(first: tuple[Path, HeaderTensor], second: tuple[Path, HeaderTensor]) -> bool:
+    """True if two tensors of checkpoint files have the same dtype, shape and bytes."""
+    (path_a, a), (path_b, b) = first, second
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    with path_a.open("rb") as file_a, path_b.open("rb") as file_b:
+        file_a.seek(a.offset)
+        file_b.seek(b.offset)
+        left = a.nbytes
+        while left:
+            block = file_a.read(min(left, _CHUNK))
+            if not block or block != file_b.read(min(left, _CHUNK)):
+                return False
+            left -= len(block)
+    return True

@@ -1,0 +1,91 @@
+"""Files that are complete or absent.
+
+The order is write, fsync, rename, fsync of the folder: after a crash at any moment the name either
+does not exist or stands for the whole file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+PARTIAL_SUFFIX: Final = ".partial"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[int]:
+    """Opens a file beside `path` and gives its descriptor; `path` is replaced if the body succeeds.
+
+    If the body raises, nothing is left behind and an earlier file of that name is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        try:
+            yield descriptor
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder survive a crash."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a small file, complete or not at all."""
+    with replacing(path) as descriptor:
+        view = memoryview(content)
+        while view:
+            view = view[os.write(descriptor, view) :]
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON as this project stores it: UTF-8, two spaces, a final newline, keys in given order."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, complete or not at all."""
+    write_bytes(path, json_bytes(value))
+
+
+def link_or_copy(source: Path, target: Path) -> bool:
+    """Gives `source` a second name without a second copy of its bytes where the disk allows it.
+
+    Returns:
+        True if a hard link was made, False if the bytes had to be copied.
+    """
+    target.unlink(missing_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        with replacing(target) as descriptor, source.open("rb") as file:
+            while chunk := file.read(8 * 2**20):
+                view = memoryview(chunk)
+                while view:
+                    view = view[os.write(descriptor, view) :]
+        return False
+    sync_folder(target.parent)
+    return True
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what a killed writer left in a folder."""
+    for leftover in folder.glob(f".*{PARTIAL_SUFFIX}"):
+        leftover.unlink()

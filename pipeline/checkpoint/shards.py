@@ -1,0 +1,137 @@
+"""Cutting weight files into shards. A weight is never parted from its five companions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pipeline.checkpoint.digest import FileDigest, digest_tensors
+from pipeline.checkpoint.header import HeaderTensor, read_header
+from pipeline.checkpoint.layout import plan_layout
+from pipeline.checkpoint.source import SINGLE_FILE
+from pipeline.checkpoint.writer import writing
+from pipeline.nf4.layout import QUANT_STATE_SUFFIX, StoredTensor
+from pipeline.progress import Task
+
+_CHUNK: Final = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors of one file that will stand in one shard.
+
+    Attributes:
+        path: the file.
+        tensors: in the order of its bytes.
+        whole: they are all of its tensors, so that the file itself can serve.
+    """
+
+    path: Path
+    tensors: tuple[HeaderTensor, ...]
+    whole: bool
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A weight file of an artifact.
+
+    Attributes:
+        name: of the file.
+        digest: of the file.
+        tensors: name -> {"dtype", "shape", "bytes", "sha256"}.
+    """
+
+    name: str
+    digest: FileDigest
+    tensors: dict[str, dict[str, Any]]
+
+
+def name_shards(count: int) -> list[str]:
+    """The names that transformers expects."""
+    if count == 1:
+        return [SINGLE_FILE]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def split_file(path: Path, limit: int) -> list[Piece]:
+    """Cuts a file into pieces of at most `limit` bytes of tensors, as few as fit in order.
+
+    A single weight with its companions that is larger than the limit makes a piece of its own.
+    """
+    tensors = read_header(path)
+    if path.stat().st_size <= limit:
+        return [Piece(path, tensors, whole=True)]
+    groups: list[list[HeaderTensor]] = []
+    size = limit + 1
+    for unit in _units(tensors):
+        nbytes = sum(tensor.nbytes for tensor in unit)
+        if size + nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1] += unit
+        size += nbytes
+    return [Piece(path, tuple(group), whole=len(groups) == 1) for group in groups]
+
+
+def _units(tensors: Sequence[HeaderTensor]) -> list[list[HeaderTensor]]:
+    """Weights with their companions, and single tensors, by name."""
+    weights = {
+        tensor.name.removesuffix(QUANT_STATE_SUFFIX)
+        for tensor in tensors
+        if tensor.name.endswith(QUANT_STATE_SUFFIX)
+    }
+    units: dict[str, list[HeaderTensor]] = {}
+    for tensor in tensors:
+        owner = next((name for name in _ancestors(tensor.name) if name in weights), tensor.name)
+        units.setdefault(owner, []).append(tensor)
+    return [units[name] for name in sorted(units)]
+
+
+def _ancestors(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+
+
+def write_shard(target: Path, piece: Piece, task: Task) -> Shard:
+    """Copies the tensors of a piece into a file of their own."""
+    by_name = {tensor.name: tensor for tensor in piece.tensors}
+    layout = plan_layout(
+        StoredTensor(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes)
+        for tensor in piece.tensors
+    )
+    with piece.path.open("rb") as source, writing(target, layout) as output:
+        for place in layout.placed:
+            origin = by_name[place.name]
+            for start in range(0, origin.nbytes, _CHUNK):
+                source.seek(origin.offset + start)
+                data = source.read(min(_CHUNK, origin.nbytes - start))
+                output.write(place.name, start, data)
+                task.advance(len(data))
+        texts = {}
+        for text in layout.texts:
+            source.seek(by_name[text.name].offset)
+            texts[text.name] = source.read(text.nbytes)
+            task.advance(text.nbytes)
+        output.finish(texts)
+        written = output.tensors
+    digest, sha256 = digest_tensors(target, written)
+    return Shard(target.name, digest, tensor_facts(written, sha256))
+
+
+def tensor_facts(tensors: Sequence[HeaderTensor], sha256: dict[str, str]) -> dict[str, Any]:
+    """What the manifest says of each stored tensor, by name."""
+    return {
+        tensor.name: {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "bytes": tensor.nbytes,
+            "sha256": sha256[tensor.name],
+        }
+        for tensor in tensors
+    }

@@ -1,0 +1,73 @@
+"""The command line: one file per command; parse, call, print. Nothing else in the project prints.
+
+A command's file is imported only when the command is named, and what is heavy only inside its call,
+so `nf4 --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any, Final
+
+import click
+
+from pipeline import __version__
+from pipeline.errors import PipelineError
+
+COMMANDS: Final = {
+    "build": "download, quantize, serialize and verify; skips what is done and still valid",
+    "download": "pin, fetch and hash a checkpoint",
+    "quantize": "turn linear layers into NF4 codes",
+    "serialize": "write the publishable folder and its manifest",
+    "verify": "reload the artifact and hold it against the 16-bit model",
+    "push": "list what a push to the Hub would upload",
+    "prompt": "generate text with an artifact",
+    "inspect": "what is inside an artifact",
+    "status": "the stages of a build: done, stale, missing, and why",
+}
+
+
+class _LazyGroup(click.Group):
+    """Knows its commands by name, and imports one when it is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"pipeline.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="nf4")
+def cli() -> None:
+    """Quantize a Hugging Face causal LM to bitsandbytes NF4, prove what it is worth, publish it.
+
+    Start with:  nf4 build sample   or   nf4 build tiiuae/falcon-7b-instruct
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command line and exits: 0 good, 1 the job failed, 2 wrong usage."""
+    try:
+        status: Any = cli.main(args=args, prog_name="nf4", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("\nStopped. Run the same command again to continue where it was.", err=True)
+        sys.exit(130)
+    except PipelineError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    sys.exit(status if isinstance(status, int) else 0)

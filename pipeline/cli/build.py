@@ -1,0 +1,39 @@
+"""nf4 build MODEL"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.cli.options import ARTIFACTS, Ui, build_dir_option, output_options, settings_options
+
+if TYPE_CHECKING:
+    from pipeline.stages import Settings
+
+
+@click.command("build")
+@click.argument("model")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.  [default: main]")
+@build_dir_option
+@settings_options
+@output_options
+def command(
+    ui: Ui, settings: Settings, model: str, revision: str | None, build_dir: Path | None
+) -> None:
+    """Download, quantize, serialize and verify MODEL: a Hub id, a local folder, or "sample".
+
+    What is done and still valid is not done again. Exits 1 if the verdict is "fail".
+    """
+    from pipeline.cli.summary import show_summary, summary
+    from pipeline.job import run_build
+
+    build, results = run_build(
+        model, ARTIFACTS, settings, ui.reporter(), revision=revision, build_dir=build_dir
+    )
+    value = summary(build, results)
+    ui.result(value, lambda: show_summary(value))
+    if value["verdict"] != "pass":
+        sys.exit(1)

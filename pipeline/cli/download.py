@@ -1,0 +1,42 @@
+"""nf4 download MODEL"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline.cli.options import ARTIFACTS, Ui, build_dir_option, output_options
+
+
+@click.command("download")
+@click.argument("model")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.  [default: main]")
+@build_dir_option
+@output_options
+def command(ui: Ui, model: str, revision: str | None, build_dir: Path | None) -> None:
+    """Pin MODEL (a Hub id, a local folder, or "sample"), fetch it, and check every file's hash."""
+    from pipeline.stages import download
+
+    build, record = download.run(
+        model, ARTIFACTS, ui.reporter(), revision=revision, build_dir=build_dir
+    )
+    total = sum(digest.size for digest in record.outputs.values())
+    value = {
+        "build": str(build.root),
+        "repo": record.facts["repo"],
+        "commit": record.facts["commit"],
+        "content_sha256": record.facts["content_sha256"],
+        "files": record.facts["files"],
+        "bytes": total,
+    }
+
+    def show() -> None:
+        pinned = record.facts["commit"] or f"content {record.facts['content_sha256'][:12]}"
+        click.echo(
+            f"{record.facts['repo']} at {pinned}: {len(record.outputs)} files, {total:,} bytes"
+        )
+        click.echo(f"build:  {build.root}")
+        click.echo(f"next:   nf4 quantize --build-dir {build.root}")
+
+    ui.result(value, show)

@@ -1,0 +1,163 @@
+"""Options that commands share, and how they become settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+if TYPE_CHECKING:
+    from pipeline.build import Build
+    from pipeline.progress import Reporter
+    from pipeline.stages import Settings
+
+ARTIFACTS: Final = Path("artifacts")
+
+Command = Callable[..., Any]
+
+
+def output_options(command: Command) -> Command:
+    """--json, -q and -v; the command gets a `ui`."""
+
+    @click.option("--json", "as_json", is_flag=True, help="One JSON result on stdout.")
+    @click.option("-q", "--quiet", is_flag=True, help="No progress.")
+    @click.option("-v", "--verbose", is_flag=True, help="Also what libraries underneath log.")
+    @wraps(command)
+    def wrapped(as_json: bool, quiet: bool, verbose: bool, **values: Any) -> Any:
+        if not verbose:
+            from pipeline.runtime.quiet import quiet_libraries
+
+            quiet_libraries()
+        return command(ui=Ui(as_json, quiet), **values)
+
+    return wrapped
+
+
+def build_dir_option(command: Command) -> Command:
+    """--build-dir."""
+    return click.option(
+        "--build-dir",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="The build folder.  [default: artifacts/<org>--<name>@<sha12>/]",
+    )(command)
+
+
+def settings_options(command: Command) -> Command:
+    """--recipe, --device, --require-gpu and --workers; the command gets `settings`."""
+
+    @click.option(
+        "--recipe",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="TOML file with everything that shapes bytes and verdict.",
+    )
+    @click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]", show_default=True)
+    @click.option("--require-gpu", is_flag=True, help="Verifying without a GPU is a failure.")
+    @click.option("--workers", default=0, help="Threads that quantize.  [default: CPUs + 1]")
+    @wraps(command)
+    def wrapped(
+        recipe: Path | None, device: str, require_gpu: bool, workers: int, **values: Any
+    ) -> Any:
+        from pipeline.recipe import Recipe, load_recipe
+        from pipeline.stages import Settings
+
+        settings = Settings(
+            recipe=load_recipe(recipe) if recipe else Recipe(),
+            device=device,
+            require_gpu=require_gpu,
+            workers=workers,
+        )
+        return command(settings=settings, **values)
+
+    return wrapped
+
+
+class Ui:
+    """Where a command's words go: results to stdout, everything else to stderr."""
+
+    def __init__(self, as_json: bool, quiet: bool) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+
+    def reporter(self) -> Reporter:
+        from pipeline.cli.reporting import make_reporter
+        from pipeline.progress import SILENT
+
+        return SILENT if self.quiet else make_reporter()
+
+    def result(self, value: Any, show: Callable[[], None]) -> None:
+        """Prints the result: as JSON if that was asked for, else as `show` does."""
+        if self.as_json:
+            click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+        else:
+            show()
+
+
+def existing_build(model: str | None, build_dir: Path | None) -> Build:
+    """The build that a stage command means.
+
+    Args:
+        model: as it was given to `nf4 build`, or None for the newest build.
+        build_dir: the folder itself, which wins.
+    """
+    from pipeline.build import Build, find_builds
+    from pipeline.errors import BuildError
+
+    if build_dir is not None:
+        if not (build_dir / "records").is_dir():
+            raise BuildError(f"{build_dir} is no build: it has no records. Start one: nf4 build.")
+        return Build(build_dir)
+    if model is not None and (Path(model) / "records").is_dir():
+        return Build(Path(model))
+    builds = find_builds(ARTIFACTS)
+    if model is not None:
+        builds = [build for build in builds if _is_of(build, model)]
+    if not builds:
+        what = f"of {model} " if model else ""
+        raise BuildError(
+            f"There is no build {what}under {ARTIFACTS}/. Start one: nf4 build {model or 'sample'}."
+        )
+    return builds[0]
+
+
+def _is_of(build: Build, model: str) -> bool:
+    record = build.record("download")
+    if record is None:
+        return False
+    if record.facts.get("is_sample"):
+        return model == "sample"
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        link = build.source / "config.json"
+        return link.resolve() == (folder / "config.json").resolve()
+    return bool(record.facts.get("repo") == model)
+
+
+def run_one_stage(
+    stage: str, ui: Ui, settings: Settings, model: str | None, build_dir: Path | None
+) -> Any:
+    """What the stage commands have in common; returns the stage's record."""
+    from pipeline.job import run_stage
+
+    build = existing_build(model, build_dir)
+    result = run_stage(build, stage, settings, ui.reporter())
+    value = {
+        "build": str(build.root),
+        "stage": stage,
+        "ran": result.ran,
+        "seconds": result.record.seconds,
+        "peak_memory_bytes": result.record.peak_memory,
+        "outputs": {name: d.as_json() for name, d in result.record.outputs.items()},
+    }
+
+    def show() -> None:
+        done = f"in {result.record.seconds:.1f} s" if result.ran else "was done, still valid"
+        total = sum(digest.size for digest in result.record.outputs.values())
+        click.echo(f"{stage}: {done}; {len(result.record.outputs)} files, {total:,} bytes")
+        click.echo(f"build:  {build.root}")
+
+    ui.result(value, show)
+    return result.record

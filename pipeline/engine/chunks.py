@@ -1,0 +1,100 @@
+"""Tensors cut into chunks of whole blocks, and the reading of one chunk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import gcd, prod
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.checkpoint.header import DTYPE_BYTES
+from pipeline.errors import CheckpointError
+from pipeline.nf4 import BLOCK_SIZE
+from pipeline.selection import TensorPlan
+
+CHUNK_BYTES: Final = 8 * 2**20
+"""Source bytes that one worker holds. Larger chunks are no faster; smaller ones cost more calls."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of elements of one output tensor.
+
+    Attributes:
+        tensor: what it belongs to.
+        start: its first element; a multiple of the block size.
+        count: how many elements.
+    """
+
+    tensor: TensorPlan
+    start: int
+    count: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * DTYPE_BYTES[self.tensor.source.header.dtype]
+
+
+def cut(tensor: TensorPlan, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
+    """The chunks of a tensor, in order. A transposed tensor is cut at whole output rows."""
+    size = DTYPE_BYTES[tensor.source.header.dtype]
+    total = prod(tensor.shape)
+    step = BLOCK_SIZE
+    if tensor.transposed:
+        width = tensor.shape[1]
+        step = width * (BLOCK_SIZE // gcd(width, BLOCK_SIZE))
+    per_chunk = max(step, chunk_bytes // size // step * step)
+    for start in range(0, total, per_chunk):
+        yield Chunk(tensor, start, min(per_chunk, total - start))
+    if total == 0:
+        yield Chunk(tensor, 0, 0)
+
+
+def read_chunk(descriptor: int, chunk: Chunk, buffer: NDArray[np.uint8]) -> NDArray[Any]:
+    """Reads a chunk's elements as unsigned integers of their width.
+
+    Args:
+        descriptor: of the open source file.
+        chunk: what to read.
+        buffer: at least `chunk.nbytes` long; the result may stand in it.
+
+    Returns:
+        [count], uint8, uint16, uint32 or uint64 by the width of the dtype, in output order.
+    """
+    header = chunk.tensor.source.header
+    size = DTYPE_BYTES[header.dtype]
+    kind = np.dtype(f"u{size}")
+    if chunk.tensor.transposed:
+        return _read_transposed(descriptor, chunk, kind)
+    view = buffer[: chunk.nbytes]
+    _read_fully(descriptor, view, header.offset + chunk.start * size, chunk)
+    return view.view(kind)
+
+
+def _read_fully(descriptor: int, view: NDArray[np.uint8], offset: int, chunk: Chunk) -> None:
+    done = 0
+    while done < view.size:
+        count = os.preadv(descriptor, [view.data[done:]], offset + done)
+        if count == 0:
+            source = chunk.tensor.source
+            raise CheckpointError(
+                f"{source.file} ended in the middle of {source.name!r}: it became shorter while it "
+                "was read. Download the checkpoint again."
+            )
+        done += count
+
+
+def _read_transposed(descriptor: int, chunk: Chunk, kind: np.dtype[Any]) -> NDArray[Any]:
+    """Columns of the source matrix [in, out] as rows of the output [out, in]."""
+    header = chunk.tensor.source.header
+    rows, columns = header.shape
+    first, last = chunk.start // rows, (chunk.start + chunk.count) // rows
+    strip = np.empty((rows, last - first), kind)
+    for row in range(rows):
+        offset = header.offset + (row * columns + first) * kind.itemsize
+        _read_fully(descriptor, strip[row].view(np.uint8), offset, chunk)
+    return np.ascontiguousarray(strip.T).reshape(-1)

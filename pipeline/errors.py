@@ -1,0 +1,77 @@
+"""Every failure that a user can meet, as a tree.
+
+    PipelineError                 one clear message, exit code 1, no traceback
+    ├── UsageError                the command cannot mean anything: exit code 2
+    │   └── RecipeError           a recipe file or option is not valid
+    ├── SourceError               the checkpoint that goes in is not usable
+    │   ├── CheckpointError       a file is missing, truncated or malformed
+    │   ├── AlreadyQuantizedError the checkpoint is quantized already
+    │   └── ArchitectureError     no causal LM, or nothing in it that could be quantized
+    ├── HubError                  the Hub refused, is unreachable, or sent wrong bytes
+    ├── BuildError                a build folder lacks a stage, or another process holds it
+    ├── ArtifactError             an exported artifact is not what its manifest says
+    ├── PlanMismatchError         the bytes written differ from the bytes predicted
+    ├── ResourceError             not enough disk, memory, or no such device
+    └── VerificationError         the verdict is "fail"
+
+A message says what happened, where, what was expected and what was found, and what to do next.
+Only the command line turns an error into text and an exit code (`pipeline/cli/__init__.py`).
+"""
+
+from __future__ import annotations
+
+
+class PipelineError(Exception):
+    """An expected failure: its text is complete and is all that the user sees."""
+
+    exit_code = 1
+
+
+class UsageError(PipelineError):
+    """The command, an option or a name cannot mean anything."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe has an unknown key or a value out of range."""
+
+
+class SourceError(PipelineError):
+    """The checkpoint that goes in cannot be used."""
+
+
+class CheckpointError(SourceError):
+    """A checkpoint file is missing, truncated or malformed."""
+
+
+class AlreadyQuantizedError(SourceError):
+    """The checkpoint carries a quantization config; quantizing it again would lose twice."""
+
+
+class ArchitectureError(SourceError):
+    """transformers has no causal LM for this config, or it has no layer to quantize."""
+
+
+class HubError(PipelineError):
+    """The Hub refused a request, could not be reached, or sent bytes that hash wrong."""
+
+
+class BuildError(PipelineError):
+    """A build folder lacks what the stage needs, or is in use by another process."""
+
+
+class ArtifactError(PipelineError):
+    """An artifact does not hold what its manifest says."""
+
+
+class PlanMismatchError(PipelineError):
+    """The bytes that were written differ from the bytes that the plan predicted."""
+
+
+class ResourceError(PipelineError):
+    """The machine lacks the disk, the memory or the device that the job needs."""
+
+
+class VerificationError(PipelineError):
+    """The artifact was measured and its verdict is "fail"."""

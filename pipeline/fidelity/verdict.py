@@ -1,0 +1,73 @@
+"""Measurements and thresholds -> checks -> a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.fidelity.metrics import Fidelity
+from pipeline.recipe import VerifyRecipe
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that must hold.
+
+    Attributes:
+        name: what is checked.
+        passed: whether it holds.
+        found: what was measured, in words.
+        expected: what must be, in words.
+    """
+
+    name: str
+    passed: bool
+    found: str
+    expected: str
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "name": self.name,
+            "passed": self.passed,
+            "found": self.found,
+            "expected": self.expected,
+        }
+
+
+def fidelity_checks(fidelity: Fidelity, recipe: VerifyRecipe) -> list[Check]:
+    """Holds the distance from the 16-bit model against the recipe's limits."""
+    return [
+        Check(
+            "mean KL from the 16-bit model",
+            fidelity.mean_kl <= recipe.max_mean_kl,
+            f"{fidelity.mean_kl:.4f} nats per token over {fidelity.tokens} tokens",
+            f"at most {recipe.max_mean_kl:g}",
+        ),
+        Check(
+            "same next token as the 16-bit model",
+            fidelity.top1_agreement >= recipe.min_top1_agreement,
+            f"{fidelity.top1_agreement:.1%} of {fidelity.tokens} tokens",
+            f"at least {recipe.min_top1_agreement:.0%}",
+        ),
+    ]
+
+
+def accuracy_check(
+    reference_right: Sequence[bool], right: Sequence[bool], recipe: VerifyRecipe
+) -> Check | None:
+    """Holds the right answers of both models against each other; None without expected answers."""
+    asked = len(right)
+    if not asked:
+        return None
+    lost = (sum(reference_right) - sum(right)) / asked
+    return Check(
+        "right answers",
+        lost <= recipe.max_accuracy_drop,
+        f"{sum(right)} of {asked} in 4 bit, {sum(reference_right)} of {asked} in 16 bit",
+        f"at most {recipe.max_accuracy_drop:.0%} of the questions lost",
+    )
+
+
+def verdict(checks: Sequence[Check]) -> str:
+    """ "pass" if every check passed."""
+    return "pass" if all(check.passed for check in checks) else "fail"

@@ -1,0 +1,100 @@
+"""The main job: download, quantize, serialize, verify; nothing valid is redone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pipeline.build import Build, Record, State
+from pipeline.errors import BuildError
+from pipeline.progress import SILENT, Reporter
+from pipeline.stages import Settings, download, quantize, serialize, verify
+
+Runner = Callable[[Build, Settings, Reporter], Record]
+Key = Callable[[Build, Settings], str]
+
+RUNNERS: Final[dict[str, tuple[Key, Runner]]] = {
+    "quantize": (quantize.key, quantize.run),
+    "serialize": (serialize.key, serialize.run),
+    "verify": (verify.key, verify.run),
+}
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A stage of a build, and whether it had to run.
+
+    Attributes:
+        record: what it left.
+        ran: False if an earlier result was still valid.
+    """
+
+    record: Record
+    ran: bool
+
+
+def run_build(
+    model: str,
+    artifacts: Path,
+    settings: Settings,
+    reporter: Reporter,
+    *,
+    revision: str | None = None,
+    build_dir: Path | None = None,
+) -> tuple[Build, dict[str, StageResult]]:
+    """Runs the main job.
+
+    Args:
+        model: Hub id, local folder, or "sample".
+        artifacts: the folder that holds builds.
+        settings: recipe, device and the like.
+        reporter: told how far it is.
+        revision: of a Hub model.
+        build_dir: the build folder, if not the default one.
+
+    Returns:
+        The build folder, and the result of each stage by name.
+    """
+    build, record = download.run(model, artifacts, reporter, revision=revision, build_dir=build_dir)
+    results = {"download": StageResult(record, ran=True)}
+    with build.locked():
+        for stage in RUNNERS:
+            results[stage] = ensure(build, stage, settings, reporter)
+    return build, results
+
+
+def run_stage(build: Build, stage: str, settings: Settings, reporter: Reporter) -> StageResult:
+    """Runs one stage of an existing build, unless its result is still valid."""
+    if not build.root.is_dir():
+        raise BuildError(f"{build.root}: no such build. Start one: nf4 build MODEL.")
+    with build.locked():
+        return ensure(build, stage, settings, reporter)
+
+
+def ensure(build: Build, stage: str, settings: Settings, reporter: Reporter) -> StageResult:
+    """Runs a stage if it is not done; the build folder must be locked."""
+    key, run = RUNNERS[stage]
+    if build.state(stage, key(build, settings), reporter).status == "done":
+        return StageResult(build.need(stage), ran=False)
+    return StageResult(run(build, settings, reporter), ran=True)
+
+
+def states(build: Build, settings: Settings, reporter: Reporter = SILENT) -> dict[str, State]:
+    """The state of every stage of a build, and why. None is done after one that is not."""
+    found: dict[str, State] = {}
+    record = build.record("download")
+    found["download"] = (
+        build.state("download", record.key, reporter) if record else State("missing", "not run yet")
+    )
+    previous = "download"
+    for stage, (key, _) in RUNNERS.items():
+        if found[previous].status == "done":
+            found[stage] = build.state(stage, key(build, settings), reporter)
+        elif build.record(stage) is None:
+            found[stage] = State("missing", "not run yet")
+        else:
+            found[stage] = State("stale", f"{previous} is {found[previous].status}")
+        previous = stage
+    return found

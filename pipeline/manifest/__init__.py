@@ -1,0 +1,8 @@
+"""The manifest: what an artifact holds and what it was made from. Deterministic.
+
+No clock, host, path or user is in it: the same source and recipe give the same manifest anywhere.
+
+    build.py               pure: plan + digests -> manifest
+    read.py                an artifact's manifest, checked against the schema
+    manifest.schema.json   the published JSON Schema
+"""

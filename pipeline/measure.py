@@ -1,0 +1,57 @@
+"""Seconds and peak memory of a piece of work in this process."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+_CLEAR_REFS: Final = Path("/proc/self/clear_refs")
+_STATUS: Final = Path("/proc/self/status")
+_RESET_PEAK: Final = "5"  # Linux: forget the peak resident set size so far (proc(5))
+
+
+@dataclass
+class Usage:
+    """What a piece of work took; filled when it ends.
+
+    Attributes:
+        seconds: wall-clock time.
+        peak_memory: largest resident set of this process meanwhile, in bytes.
+    """
+
+    seconds: float = 0.0
+    peak_memory: int = 0
+
+
+@contextmanager
+def measured() -> Iterator[Usage]:
+    """Measures the body."""
+    usage = Usage()
+    try:
+        _CLEAR_REFS.write_text(_RESET_PEAK)
+    except OSError:
+        pass  # not Linux, or not allowed: the peak then counts from the start of the process
+    start = time.perf_counter()
+    try:
+        yield usage
+    finally:
+        usage.seconds = time.perf_counter() - start
+        usage.peak_memory = peak_memory()
+
+
+def peak_memory() -> int:
+    """The largest resident set of this process in bytes, since the last reset."""
+    try:
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,97 @@
+"""config.json of a checkpoint: read as strangers' data, turned into a transformers config.
+
+`auto_map` points at Python files in the repository. They are never run and never come along; a
+config that transformers itself does not know is refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from pipeline.checkpoint.source import read_json
+from pipeline.errors import AlreadyQuantizedError, ArchitectureError, SourceError
+
+CONFIG_FILE: Final = "config.json"
+
+_CAUSAL_SUFFIXES: Final = ("ForCausalLM", "LMHeadModel")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checkpoint's config.json, as it stands.
+
+    Raises:
+        SourceError: there is none: the folder is no Hugging Face checkpoint.
+        CheckpointError: it is no JSON object.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise SourceError(
+            f"{folder} has no {CONFIG_FILE}, so it is not a Hugging Face checkpoint. "
+            "Name a folder that `save_pretrained` wrote, or a model id on the Hub."
+        )
+    return read_json(path)
+
+
+def check_not_quantized(config: dict[str, Any], where: Path) -> None:
+    """Refuses a checkpoint that says it is quantized.
+
+    Raises:
+        AlreadyQuantizedError: it does.
+    """
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = (
+            quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else ""
+        )
+        raise AlreadyQuantizedError(
+            f"{where} is already quantized (quant_method {method!r} in {CONFIG_FILE}). "
+            "Start from the 16-bit checkpoint that it was made from."
+        )
+
+
+def without_remote_code(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without its pointers to custom code and without a quantization config."""
+    dropped = {"auto_map", "custom_pipelines", "quantization_config"}
+    return {key: value for key, value in config.items() if key not in dropped}
+
+
+def causal_lm_config(config: dict[str, Any], where: Path) -> Any:
+    """A transformers config object for a causal LM.
+
+    Args:
+        config: the JSON object.
+        where: the folder, for messages.
+
+    Raises:
+        ArchitectureError: transformers does not know the model type, or has no causal LM for it.
+    """
+    import transformers
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise ArchitectureError(
+            f"{where / CONFIG_FILE} has model_type {model_type!r}, which transformers "
+            f"{transformers.__version__} does not know. Code that comes with a checkpoint is never "
+            "run; a newer transformers may know it."
+        )
+    names = config.get("architectures") or []
+    if names and not any(str(name).endswith(_CAUSAL_SUFFIXES) for name in names):
+        raise ArchitectureError(
+            f"{where} holds a {names[0]}, which is not a causal LM; only models that generate "
+            "text from left to right can be quantized here."
+        )
+    try:
+        built = CONFIG_MAPPING[model_type].from_dict(without_remote_code(config))
+    except Exception as error:  # a config class may reject values in any way it likes
+        raise ArchitectureError(
+            f"{where / CONFIG_FILE} is not a valid {model_type} config: {error}"
+        ) from error
+    if type(built) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ArchitectureError(
+            f"{where} is a {model_type} model, and transformers {transformers.__version__} has no "
+            "causal LM for it; only models that generate text from left to right can be "
+            "quantized here."
+        )
+    return built

@@ -1,0 +1,156 @@
+"""The model on the meta device, and the facts that selection draws from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.errors import ArchitectureError
+from pipeline.model.config import causal_lm_config
+from pipeline.model.linear import is_plain_linear
+
+
+@dataclass(frozen=True)
+class LinearFact:
+    """A module that multiplies by a weight.
+
+    Attributes:
+        module: its name in the model.
+        class_name: its class, such as "FalconLinear".
+        kind: "linear", "conv1d" (weight stored [in, out]), or "other" (a subclass that does more).
+        stock: True if stock transformers would quantize it, too.
+    """
+
+    module: str
+    class_name: str
+    kind: Literal["linear", "conv1d", "other"]
+    stock: bool
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What an architecture says of the tensors of a checkpoint.
+
+    Attributes:
+        model_type: as in config.json.
+        class_name: the causal LM class.
+        shapes: every parameter and persistent buffer of the model, by name.
+        linears: by the name of the weight parameter.
+        head_modules: the output head.
+        fp32_modules: name parts of modules that the architecture wants in float32.
+        tied: parameter -> the parameter whose values it shares.
+        names: name in the checkpoint -> name in the model, or None if the model has no such tensor.
+        merged: names in the checkpoint of tensors that transformers merges with others on loading.
+        ignorable: names in the checkpoint that the architecture itself passes over.
+        optional: names in the model that a checkpoint need not have.
+    """
+
+    model_type: str
+    class_name: str
+    shapes: dict[str, tuple[int, ...]]
+    linears: dict[str, LinearFact]
+    head_modules: frozenset[str]
+    fp32_modules: tuple[str, ...]
+    tied: dict[str, str]
+    names: dict[str, str | None]
+    merged: frozenset[str]
+    ignorable: frozenset[str]
+    optional: frozenset[str]
+
+
+def build_skeleton(config: Any) -> Any:
+    """The causal LM of a transformers config on the meta device: shapes, no memory.
+
+    Raises:
+        ArchitectureError: the config's values make no model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # model constructors may reject values in any way they like
+        raise ArchitectureError(
+            f"transformers cannot build a {config.model_type} model from this config: {error}"
+        ) from error
+
+
+def model_facts(config: dict[str, Any], names: Iterable[str], where: Path) -> ModelFacts:
+    """Builds the model on the meta device and reads off it what selection needs.
+
+    Args:
+        config: config.json of the checkpoint.
+        names: of all tensors in the checkpoint.
+        where: the folder, for messages.
+
+    Raises:
+        ArchitectureError: there is no causal LM for this config.
+    """
+    model = build_skeleton(causal_lm_config(config, where))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    mapped, merged = _map_names(model, list(names))
+    head = model.get_output_embeddings()
+    unexpected = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
+    missing = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
+    return ModelFacts(
+        model_type=model.config.model_type,
+        class_name=type(model).__name__,
+        shapes=shapes,
+        linears=_linears(model),
+        head_modules=frozenset(
+            n for n, m in model.named_modules() if head is not None and m is head
+        ),
+        fp32_modules=tuple(getattr(model, "_keep_in_fp32_modules", None) or ()),
+        tied=dict(getattr(model, "all_tied_weights_keys", None) or {}),
+        names=mapped,
+        merged=frozenset(merged),
+        ignorable=frozenset(n for n in mapped if any(re.search(p, n) for p in unexpected)),
+        optional=frozenset(n for n in shapes if any(re.search(p, n) for p in missing)),
+    )
+
+
+def _linears(model: Any) -> dict[str, LinearFact]:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    facts: dict[str, LinearFact] = {}
+    for name, module in model.named_modules():
+        kind: Literal["linear", "conv1d", "other"]
+        if isinstance(module, Conv1D):
+            kind = "conv1d"
+        elif isinstance(module, nn.Linear):
+            kind = "linear" if is_plain_linear(module) else "other"
+        else:
+            continue
+        stock = isinstance(module, Conv1D) or type(module) is nn.Linear
+        facts[f"{name}.weight"] = LinearFact(name, type(module).__name__, kind, stock)
+    return facts
+
+
+def _map_names(model: Any, names: list[str]) -> tuple[dict[str, str | None], set[str]]:
+    """Follows each checkpoint name through the renamings that transformers applies on loading."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    mapped: dict[str, str | None] = {}
+    merged: set[str] = set()
+    for name in names:
+        target, converter = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, state
+        )
+        if converter is not None:
+            merged.add(name)
+        mapped[name] = target if target in state else None
+    return mapped, merged

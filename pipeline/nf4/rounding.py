@@ -1,0 +1,41 @@
+"""The seam: how codes and scales are chosen. Reader, writer and layout know nothing else of it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.nf4 import cpu
+
+
+class Rounding(Protocol):
+    """Chooses a code for each weight and a scale for each block of 64."""
+
+    def quantize(
+        self,
+        bits: NDArray[np.uint16] | NDArray[np.uint32],
+        dtype: str,
+        packed: NDArray[np.uint8],
+        absmax: NDArray[np.float32],
+        sums: NDArray[np.float32],
+    ) -> int:
+        """Rounds one chunk of whole blocks; see `pipeline.nf4.cpu.quantize_blocks`.
+
+        Called from several threads at once. Returns -1, or the first block that is not finite.
+        """
+
+
+class NearestOnCpu:
+    """Round to nearest with the block's absolute maximum as its scale, as bitsandbytes does."""
+
+    def quantize(
+        self,
+        bits: NDArray[np.uint16] | NDArray[np.uint32],
+        dtype: str,
+        packed: NDArray[np.uint8],
+        absmax: NDArray[np.float32],
+        sums: NDArray[np.float32],
+    ) -> int:
+        return cpu.quantize_blocks(bits, dtype, packed, absmax, sums)

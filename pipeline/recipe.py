@@ -1,0 +1,201 @@
+"""What to build: everything that shapes the bytes or the verdict, frozen, validated, hashed.
+
+A recipe is a TOML file with up to three tables, named for the stage that reads them:
+
+    [quantize]
+    skip_modules = ["h.31.mlp"]      # left in 16 bit, besides the output head
+
+    [serialize]
+    max_shard_size = "5GB"
+
+    [verify]
+    max_mean_kl = 0.5
+
+Each stage's key hashes only its own table, so a new threshold does not quantize again.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+from pipeline.errors import RecipeError
+
+_UNITS: Final = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+
+
+@dataclass(frozen=True)
+class QuantizeRecipe:
+    """How weights become codes.
+
+    Attributes:
+        skip_modules: modules that stay in 16 bit, besides the output head (see `selection.skips`).
+        rounding: how codes and scales are chosen; "nearest" is what bitsandbytes does.
+    """
+
+    skip_modules: tuple[str, ...] = ()
+    rounding: str = "nearest"
+
+    def __post_init__(self) -> None:
+        _require(self.rounding == "nearest", "quantize.rounding", self.rounding, '"nearest"')
+        _require(
+            all(part for part in self.skip_modules),
+            "quantize.skip_modules",
+            list(self.skip_modules),
+            "names of modules, none of them empty",
+        )
+
+
+@dataclass(frozen=True)
+class SerializeRecipe:
+    """How the artifact is cut into files.
+
+    Attributes:
+        max_shard_size: of one weight file, such as "5GB" or "500MB".
+    """
+
+    max_shard_size: str = "5GB"
+
+    def __post_init__(self) -> None:
+        _require(self.max_shard_bytes > 0, "serialize.max_shard_size", self.max_shard_size, "> 0")
+
+    @property
+    def max_shard_bytes(self) -> int:
+        return parse_size(self.max_shard_size, "serialize.max_shard_size")
+
+
+@dataclass(frozen=True)
+class VerifyRecipe:
+    """What the artifact is asked, and when the verdict is "fail".
+
+    Attributes:
+        prompts: a JSONL file of prompts; empty for those that come with the package.
+        max_new_tokens: of each answer.
+        score_tokens: how many tokens the 16-bit and the 4-bit model are compared on, at most.
+        max_mean_kl: nats per token. NF4 costs 0.02 to 0.1 on models of some billion weights and
+            0.28 on one of 135 million; above 0.5 something is broken rather than coarse.
+        min_top1_agreement: share of tokens for which both models would write the same next one.
+            135 million weights keep 0.73; half of that agreement is no longer the same model.
+        max_accuracy_drop: share of the prompts with an expected answer that the 16-bit model gets
+            right and that 4 bits may lose. NF4 loses 1 to 3 %; 10 % of 50 prompts is beyond chance.
+    """
+
+    prompts: str = ""
+    max_new_tokens: int = 48
+    score_tokens: int = 512
+    max_mean_kl: float = 0.5
+    min_top1_agreement: float = 0.6
+    max_accuracy_drop: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens > 0, "verify.max_new_tokens", self.max_new_tokens, "> 0")
+        _require(self.score_tokens > 1, "verify.score_tokens", self.score_tokens, "> 1")
+        _require(self.max_mean_kl > 0, "verify.max_mean_kl", self.max_mean_kl, "> 0")
+        for name in ("min_top1_agreement", "max_accuracy_drop"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"verify.{name}", value, "from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The whole recipe, one part per stage."""
+
+    quantize: QuantizeRecipe = field(default_factory=QuantizeRecipe)
+    serialize: SerializeRecipe = field(default_factory=SerializeRecipe)
+    verify: VerifyRecipe = field(default_factory=VerifyRecipe)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values, in the order of the fields."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Reads a recipe file.
+
+    Raises:
+        RecipeError: no such file, not TOML, an unknown key, a wrong type or a value out of range.
+    """
+    try:
+        tables = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe {path} is not valid TOML: {error}.") from error
+    return parse_recipe(tables, str(path))
+
+
+def parse_recipe(tables: dict[str, Any], where: str) -> Recipe:
+    """Turns plain values (of TOML, or of a manifest) into a recipe.
+
+    Raises:
+        RecipeError: an unknown key, a wrong type or a value out of range.
+    """
+    kinds = {"quantize": QuantizeRecipe, "serialize": SerializeRecipe, "verify": VerifyRecipe}
+    _reject_unknown(tables, kinds, f"{where}: tables")
+    parts: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        table = tables.get(name, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"{where}: {name} is {table!r}; expected a table [{name}].")
+        defaults = {item.name: getattr(kind(), item.name) for item in fields(kind)}
+        _reject_unknown(table, defaults, f"{where}: keys of [{name}]")
+        values = {
+            key: _typed(value, defaults[key], f"{where}: {name}.{key}")
+            for key, value in table.items()
+        }
+        parts[name] = kind(**values)
+    return Recipe(**parts)
+
+
+def _reject_unknown(found: dict[str, Any], known: dict[str, Any], where: str) -> None:
+    unknown = sorted(set(found) - set(known))
+    if unknown:
+        raise RecipeError(f"{where}: {unknown[0]!r} is unknown; expected {', '.join(known)}.")
+
+
+def _typed(value: Any, default: Any, where: str) -> Any:
+    if isinstance(default, tuple):
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise RecipeError(f"{where} is {value!r}; expected a list of strings.")
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        raise RecipeError(f"{where} is {value!r}; expected a {type(default).__name__}.")
+    return value
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise RecipeError(f"{name} is {value!r}; expected {expected}.")
+
+
+def parse_size(text: str, name: str) -> int:
+    """Bytes from a text such as "5GB", "256MiB" or "1000".
+
+    Raises:
+        RecipeError: it is no size; the text names `name`.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgG]?[iI]?[bB]?)\s*", text)
+    unit = match[2].upper() if match else ""
+    if match is None or unit not in _UNITS:
+        raise RecipeError(f'{name} is {text!r}; expected a size such as "5GB" or "500MiB".')
+    return int(float(match[1]) * _UNITS[unit])

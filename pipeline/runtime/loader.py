@@ -1,0 +1,127 @@
+"""Loads an NF4 artifact on any transformers, or quantizes a plain checkpoint while loading it.
+
+transformers >= 5.5 makes a module a `Linear4bit` only if `type(module) is nn.Linear`, so a Falcon,
+whose projections are a subclass, fails to load with a size mismatch. The subclass here hands the
+stock quantizer a model in which every plain subclass has become an nn.Linear; nothing else differs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from pipeline.errors import ArtifactError, ResourceError
+from pipeline.model.linear import is_plain_linear
+from pipeline.runtime.artifact import find_model, is_quantized
+from pipeline.runtime.quiet import quiet_loading
+
+_QUANTIZER_NAME: Final = "bitsandbytes_4bit"
+_swap = threading.Lock()  # the table of quantizers belongs to the whole process
+
+
+def load(artifact: str | Path | None = None, *, device: str = "auto", quantize: bool = True) -> Any:
+    """Loads a causal LM, ready to generate.
+
+    Args:
+        artifact: an artifact, a build folder, a plain 16-bit checkpoint, or a Hub id; None takes
+            the newest build under ./artifacts.
+        device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
+        quantize: a plain checkpoint is quantized to NF4 while it is loaded; False loads it in the
+            precision it is stored in. An artifact is loaded as it is.
+
+    Returns:
+        A transformers model in eval mode on the device.
+
+    Raises:
+        ArtifactError: the folder holds no model that can be loaded.
+        ResourceError: there is no such device.
+    """
+    folder = find_model(artifact)
+    target = pick_device(device)
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": "auto", "device_map": {"": target}}
+    if quantize and not is_quantized(folder):
+        options["quantization_config"] = _nf4_config(folder)
+    try:
+        with quiet_loading(), _plain_subclasses_quantize():
+            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ArtifactError(f"{folder} could not be loaded on {target}: {error}") from error
+    return model.eval()
+
+
+def load_tokenizer(artifact: str | Path | None = None) -> Any:
+    """The tokenizer that belongs to a model; see `load` for the names it takes."""
+    from transformers import AutoTokenizer
+
+    folder = find_model(artifact)
+    try:
+        with quiet_loading():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{folder} has no usable tokenizer: {error}") from error
+
+
+def pick_device(device: str) -> str:
+    """Turns "auto" into "cuda:0" or "cpu", and checks that the device exists.
+
+    Raises:
+        ResourceError: it does not.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return "cpu"
+    kind, _, index = device.partition(":")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind != "cuda" or (index and not index.isdigit()):
+        raise ResourceError(f"No device is called {device!r}; expected auto, cpu, cuda or cuda:N.")
+    number = int(index or 0)
+    if number >= count:
+        raise ResourceError(
+            f"Device {device} was asked for, but this machine has {count} CUDA devices. "
+            "Use --device cpu, or look at nvidia-smi."
+        )
+    return f"cuda:{number}"
+
+
+def _nf4_config(folder: str) -> Any:
+    import torch
+    from transformers import AutoConfig, BitsAndBytesConfig
+
+    dtype = getattr(AutoConfig.from_pretrained(folder, trust_remote_code=False), "dtype", None)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype if dtype is not None else torch.bfloat16,
+    )
+
+
+@contextmanager
+def _plain_subclasses_quantize() -> Iterator[None]:
+    """Lets transformers quantize plain subclasses of nn.Linear, too, while the body runs."""
+    from torch import nn
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    class PlainSubclassQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
+        def _process_model_before_weight_loading(self, model: Any, *args: Any, **kw: Any) -> Any:
+            for module in model.modules():
+                if is_plain_linear(module):
+                    module.__class__ = nn.Linear
+            return super()._process_model_before_weight_loading(model, *args, **kw)
+
+    with _swap:
+        stock = AUTO_QUANTIZER_MAPPING[_QUANTIZER_NAME]
+        AUTO_QUANTIZER_MAPPING[_QUANTIZER_NAME] = PlainSubclassQuantizer
+        try:
+            yield
+        finally:
+            AUTO_QUANTIZER_MAPPING[_QUANTIZER_NAME] = stock

@@ -1,0 +1,182 @@
+"""A name -> a pinned, hashed checkpoint in source/, which holds links and no copies."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pipeline.build import Build, Record, digests_json, stage_key
+from pipeline.checkpoint.digest import FileDigest, digest_file
+from pipeline.checkpoint.files import is_wanted
+from pipeline.checkpoint.source import open_checkpoint
+from pipeline.errors import UsageError
+from pipeline.model.config import causal_lm_config, check_not_quantized, read_config
+from pipeline.progress import Reporter
+from pipeline.runtime.artifact import is_hub_id
+from pipeline.stages import recorded
+
+CODE_VERSION: Final = 1
+SAMPLE: Final = "sample"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that was found, checked and hashed.
+
+    Attributes:
+        folder: where its files are.
+        repo: Hub id, or the name of the local folder.
+        commit: 40 hex digits for a Hub model, else None.
+        files: digest of each file that is taken.
+        is_sample: it is the model that comes with the package.
+    """
+
+    folder: Path
+    repo: str
+    commit: str | None
+    files: Mapping[str, FileDigest]
+    is_sample: bool = False
+
+    @property
+    def content_sha256(self) -> str:
+        """One hash over all files: sha256 of the sorted lines `sha256  name`."""
+        lines = sorted(f"{digest.sha256}  {name}\n" for name, digest in self.files.items())
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    @property
+    def slug(self) -> str:
+        """The name of its build folder: `<org>--<name>@<12 digits>`."""
+        return f"{self.repo.replace('/', '--')}@{(self.commit or self.content_sha256)[:12]}"
+
+    def identity(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        return {"repo": self.repo, "commit": self.commit, "content_sha256": self.content_sha256}
+
+
+def run(
+    model: str,
+    artifacts: Path,
+    reporter: Reporter,
+    *,
+    revision: str | None = None,
+    build_dir: Path | None = None,
+) -> tuple[Build, Record]:
+    """Finds, checks and hashes a checkpoint, and makes or refreshes its build folder.
+
+    Args:
+        model: Hub id, local folder, or "sample".
+        artifacts: the folder that holds builds.
+        reporter: told how far it is.
+        revision: of a Hub model; a branch, a tag or a commit.
+        build_dir: the build folder, if not the default one.
+
+    Raises:
+        SourceError: the checkpoint is not usable; nothing was written.
+        HubError: the Hub could not be asked, or sent wrong bytes.
+    """
+    source = _find(model, revision, reporter)
+    build = Build(build_dir or artifacts / source.slug)
+    key = stage_key({"code": CODE_VERSION, "source": source.identity(), "at": str(source.folder)})
+    with build.locked():
+        record = build.record("download")
+        if record is not None and record.key == key and _links_stand(build, source):
+            return build, record
+
+        def work() -> tuple[dict[str, Any], dict[str, Any]]:
+            _link(build, source)
+            outputs = {f"source/{name}": digest for name, digest in source.files.items()}
+            return outputs, {
+                **source.identity(),
+                "files": digests_json(source.files),
+                "is_sample": source.is_sample,
+            }
+
+        return build, recorded(build, "download", key, work)
+
+
+def recorded_files(record: Record) -> dict[str, FileDigest]:
+    """The source files of a download record, by name."""
+    return {path.removeprefix("source/"): digest for path, digest in record.outputs.items()}
+
+
+def _find(model: str, revision: str | None, reporter: Reporter) -> Source:
+    path = Path(model).expanduser()
+    if path.is_dir():
+        _refuse_revision(model, revision)
+        return _local(path.resolve(), path.resolve().name, reporter)
+    if model == SAMPLE:
+        _refuse_revision(model, revision)
+        from pipeline.sample import MODEL_DIR
+
+        return _local(MODEL_DIR.resolve(), "nf4-pipeline/sample", reporter, is_sample=True)
+    if is_hub_id(model):
+        return _hub(model, revision, reporter)
+    raise UsageError(f"{model}: no such folder, and not a Hub id of the form ORG/NAME.")
+
+
+def _refuse_revision(model: str, revision: str | None) -> None:
+    if revision is not None:
+        raise UsageError(f"--revision {revision} means nothing for {model}, a local folder.")
+
+
+def _local(folder: Path, repo: str, reporter: Reporter, *, is_sample: bool = False) -> Source:
+    _check(folder)
+    wanted = _wanted_in(folder)
+    total = sum(path.stat().st_size for path in wanted.values())
+    with reporter.task("hash source", total) as task:
+        files = {name: digest_file(path, task) for name, path in wanted.items()}
+    return Source(folder, repo, None, files, is_sample)
+
+
+def _hub(repo: str, revision: str | None, reporter: Reporter) -> Source:
+    from pipeline import hub
+
+    model = hub.resolve(repo, revision)
+    fetched = hub.fetch(model, hub.wanted_files(model), reporter)
+    _check(fetched.folder)
+    files = {
+        name: FileDigest((fetched.folder / name).stat().st_size, sha256)
+        for name, sha256 in fetched.sha256.items()
+    }
+    return Source(fetched.folder, repo, model.commit, files)
+
+
+def _check(folder: Path) -> None:
+    """Everything that can be known without reading weights."""
+    config = read_config(folder)
+    check_not_quantized(config, folder)
+    open_checkpoint(folder)
+    causal_lm_config(config, folder)
+
+
+def _wanted_in(folder: Path) -> dict[str, Path]:
+    weights = set(open_checkpoint(folder).files)
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]
+        if path.is_file()
+    )
+    return {
+        name: folder / name
+        for name in names
+        if is_wanted(name) and (name in weights or not name.endswith(".safetensors"))
+    }
+
+
+def _links_stand(build: Build, source: Source) -> bool:
+    return all(
+        (build.source / name).resolve() == (source.folder / name).resolve() for name in source.files
+    )
+
+
+def _link(build: Build, source: Source) -> None:
+    for old in sorted(build.source.rglob("*"), reverse=True):
+        if old.is_symlink() or old.is_file():
+            old.unlink()
+    for name in source.files:
+        link = build.source / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to((source.folder / name).resolve())

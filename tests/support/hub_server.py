@@ -1,0 +1,396 @@
+"""A Hub on 127.0.0.1 for tests: real HTTP, two ports (the Hub and its CDN), and planned faults.
+
+    with HubServer() as hub:
+        hub.store.add("org/name", {"config.json": b"{}"})
+        hub.faults.append(Fault("*/resolve/*", status=503))
+        ...  # HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET=1
+        assert hub.count("GET", "*/resolve/*") == 2
+
+It answers what the unmodified client asks for downloads. Other endpoints are added by a module that
+decorates handlers with `route`. A handler gets a `Call` and gives an `Answer`, or raises `Refused`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any, ClassVar
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from tests.support.hub_store import Blob, Commit, Repo, Store
+
+REPO = r"(?P<repo>[^/]+/[^/]+|[^/]+)"
+REVISION = r"(?P<revision>[^/]+)"
+
+
+@dataclass
+class Fault:
+    """Something that goes wrong for the first `times` requests that match.
+
+    `path` is a pattern for the decoded path of the URL. What can go wrong, alone or together: the
+    answer waits `delay` seconds; it is `status` with `headers`; `flip_bit` of its body is flipped;
+    the connection ends after `cut_after` bytes of its body, or is reset after `reset_after`.
+    """
+
+    path: str
+    times: int = 1
+    method: str | None = None
+    cdn: bool | None = None
+    status: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    message: str = "planned fault"
+    cut_after: int | None = None
+    reset_after: int | None = None
+    flip_bit: int | None = None
+    delay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request, as a handler sees it; `groups` are those of its route, decoded."""
+
+    hub: HubServer
+    method: str
+    path: str
+    query: Mapping[str, list[str]]
+    headers: Mapping[str, str]
+    body: bytes
+    cdn: bool
+    groups: Mapping[str, str]
+
+    @property
+    def user(self) -> str | None:
+        """Who asks; a token that is not known is refused."""
+        bearer = self.headers.get("authorization", "")
+        if not bearer:
+            return None
+        user = self.hub.store.users.get(bearer.removeprefix("Bearer "))
+        if user is None:
+            raise Refused(401, None, "Invalid credentials in Authorization header")
+        return user
+
+    def repo(self, *, files: bool = False) -> Repo:
+        """The repo of the path, if the one who asks may see it, or with `files` read it."""
+        user = self.user
+        repo = self.hub.store.repos.get(self.groups["repo"])
+        if repo is None or (repo.private and user not in repo.readers):
+            raise Refused(404 if user else 401, "RepoNotFound", "Repository not found")
+        if files and repo.gated and user not in repo.readers:
+            raise Refused(403 if user else 401, "GatedRepo", f"Access to {repo.repo_id} is gated")
+        return repo
+
+    def commit(self, repo: Repo) -> Commit:
+        """The commit of the path's revision, main if it names none."""
+        revision = self.groups.get("revision", "main")
+        commit = repo.find(revision)
+        if commit is None:
+            raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return commit
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What goes back: JSON if `body` is not bytes."""
+
+    status: int = 200
+    body: Any = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    ranges: bool = False  # whether a Range header is obeyed
+
+
+class Refused(Exception):
+    """An answer that says no."""
+
+    def __init__(self, status: int, code: str | None, message: str) -> None:
+        super().__init__(message)
+        headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+        self.answer = Answer(status, {"error": message}, headers)
+
+
+Handler = Callable[[Call], Answer]
+ROUTES: list[tuple[str, bool, re.Pattern[str], Handler]] = []
+
+
+def route(method: str, pattern: str, *, cdn: bool = False) -> Callable[[Handler], Handler]:
+    """Registers a handler; `pattern` matches the whole path, percent-encoded as it came."""
+
+    def register(handler: Handler) -> Handler:
+        ROUTES.append((method, cdn, re.compile(pattern), handler))
+        return handler
+
+    return register
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A request in the log."""
+
+    method: str
+    path: str
+    cdn: bool
+    authorized: bool
+
+
+class HubServer:
+    """Two servers over one store, the log of what they were asked, and the faults still to come."""
+
+    page_size: int = 1000  # entries of a tree listing in one answer
+
+    def __init__(self) -> None:
+        self.store = Store()
+        self.faults: list[Fault] = []
+        self.seen: list[Seen] = []
+        self.bugs: list[BaseException] = []
+        self.lock = threading.Lock()
+        self._servers = [_Server(self, cdn=False), _Server(self, cdn=True)]
+        self.url, self.cdn_url = (f"http://127.0.0.1:{s.server_port}" for s in self._servers)
+
+    def __enter__(self) -> HubServer:
+        for server in self._servers:
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+        if self.bugs and error is None:
+            raise self.bugs[0]
+
+    def count(self, method: str, path: str, *, cdn: bool | None = None) -> int:
+        """How often something was asked; `path` is a pattern."""
+        return sum(
+            seen.method == method and fnmatchcase(seen.path, path) and cdn in (None, seen.cdn)
+            for seen in self.seen
+        )
+
+    def next_fault(self, method: str, path: str, *, cdn: bool) -> Fault | None:
+        """Takes one use of the first fault that matches."""
+        with self.lock:
+            for fault in self.faults:
+                if (
+                    fault.times > 0
+                    and fnmatchcase(path, fault.path)
+                    and fault.method in (None, method)
+                    and fault.cdn in (None, cdn)
+                ):
+                    fault.times -= 1
+                    return fault
+        return None
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, hub: HubServer, *, cdn: bool) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.hub, self.cdn = hub, cdn
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Lost connections are what these tests are about; anything else was recorded."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = 30
+    server: _Server
+    # Sent to those who bring no token, as the real Hub does; the client prints it.
+    warning: ClassVar[str] = "auth; You are sending unauthenticated requests to the HF Hub."
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def _serve(self) -> None:
+        hub, cdn, method = self.server.hub, self.server.cdn, self.command
+        url = urlsplit(self.path)
+        path = unquote(url.path)
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        with hub.lock:
+            hub.seen.append(Seen(method, path, cdn, "authorization" in headers))
+        fault = hub.next_fault(method, path, cdn=cdn) or Fault(path)
+        time.sleep(fault.delay)
+        if fault.status is not None:
+            text = {"X-Error-Message": fault.message, **fault.headers}
+            self._send(Answer(fault.status, {"error": fault.message}, text), fault)
+            return
+        answer = Refused(404, None, f"no such endpoint: {method} {path}").answer
+        query = parse_qs(url.query, keep_blank_values=True)
+        try:
+            for verb, side, pattern, handler in ROUTES:
+                match = pattern.fullmatch(url.path) if (verb, side) == (method, cdn) else None
+                if match:
+                    groups = {k: unquote(v) for k, v in match.groupdict().items() if v is not None}
+                    answer = handler(Call(hub, method, path, query, headers, body, cdn, groups))
+                    break
+        except Refused as refused:
+            answer = refused.answer
+        except Exception as bug:
+            hub.bugs.append(bug)
+            answer = Answer(500, {"error": repr(bug)})
+        self._send(answer, fault)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
+
+    def _send(self, answer: Answer, fault: Fault) -> None:
+        if fault.reset_after is not None and self.command == "HEAD":
+            self._reset()  # its answer would be whole with the headers
+            return
+        status, headers, body = answer.status, dict(answer.headers), answer.body
+        if not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+            headers["Content-Type"] = "application/json"
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range") or "")
+        if answer.ranges and wanted and status == 200:
+            first, size = int(wanted[1]), len(body)
+            last = min(int(wanted[2]), size - 1) if wanted[2] else size - 1
+            if first > last:
+                status, body = 416, b""
+                headers["Content-Range"] = f"bytes */{size}"
+            else:
+                status, body = 206, body[first : last + 1]
+                headers["Content-Range"] = f"bytes {first}-{last}/{size}"
+        if fault.flip_bit is not None:
+            flipped = bytearray(body)
+            flipped[fault.flip_bit // 8] ^= 1 << fault.flip_bit % 8
+            body = bytes(flipped)
+        if not self.headers.get("authorization") and not self.server.cdn:
+            headers["X-HF-Warning"] = self.warning
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            ends = [end for end in (fault.cut_after, fault.reset_after) if end is not None]
+            self.wfile.write(body[: min(ends, default=len(body))])
+        if fault.cut_after is not None:
+            self.close_connection = True
+        if fault.reset_after is not None:
+            time.sleep(0.05)  # lets the client read what was sent: a reset throws the rest away
+            self._reset()
+
+    def _reset(self) -> None:
+        linger = struct.pack("ii", 1, 0)  # closing sends RST instead of FIN
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.close_connection = True
+        os.close(self.connection.detach())  # before the base class can shut it down in order
+
+
+@route("GET", f"/api/models/{REPO}")
+@route("GET", f"/api/models/{REPO}/revision/{REVISION}")
+def model_info(call: Call) -> Answer:
+    """A repo's commit and the names of its files; with ?blobs their sizes and hashes too."""
+    repo = call.repo()
+    commit = call.commit(repo)
+    siblings = []
+    for path, blob in sorted(commit.files.items()):
+        sibling: dict[str, Any] = {"rfilename": path}
+        if "blobs" in call.query:
+            sibling |= {"size": len(blob.data), "blobId": blob.oid}
+            if blob.lfs:
+                sibling["lfs"] = {
+                    "sha256": blob.sha256,
+                    "size": len(blob.data),
+                    "pointerSize": blob.pointer_size,
+                }
+        siblings.append(sibling)
+    info = {
+        "id": repo.repo_id,
+        "modelId": repo.repo_id,
+        "sha": commit.sha,
+        "private": repo.private,
+        "gated": "manual" if repo.gated else False,
+        "siblings": siblings,
+    }
+    return Answer(body=info)
+
+
+@route("GET", f"/api/models/{REPO}/tree/{REVISION}")
+def tree(call: Call) -> Answer:
+    """The files of a commit, a page at a time; with ?recursive those in folders too."""
+    commit = call.commit(call.repo())
+    recursive = call.query.get("recursive", ["false"])[0].lower() in ("true", "1", "")
+    entries: dict[str, dict[str, Any]] = {}
+    for path, blob in sorted(commit.files.items()):
+        parts = path.split("/")
+        for depth in range(1, len(parts)):
+            folder = "/".join(parts[:depth])
+            entries[folder] = {"type": "directory", "oid": "0" * 40, "size": 0, "path": folder}
+        entry: dict[str, Any] = {
+            "type": "file",
+            "oid": blob.oid,
+            "size": len(blob.data),
+            "path": path,
+        }
+        if blob.lfs:
+            entry["lfs"] = {
+                "oid": blob.sha256,
+                "size": len(blob.data),
+                "pointerSize": blob.pointer_size,
+            }
+        entries[path] = entry
+    listed = [entry for path, entry in sorted(entries.items()) if recursive or "/" not in path]
+    start = int(call.query.get("cursor", ["0"])[0])
+    end = start + call.hub.page_size
+    headers = {}
+    if end < len(listed):
+        again = f"{call.hub.url}{quote(call.path)}?recursive={recursive}&cursor={end}"
+        headers["Link"] = f'<{again}>; rel="next"'
+    return Answer(body=listed[start:end], headers=headers)
+
+
+@route("HEAD", f"/{REPO}/resolve/{REVISION}/(?P<path>.+)")
+@route("GET", f"/{REPO}/resolve/{REVISION}/(?P<path>.+)")
+def resolve(call: Call) -> Answer:
+    """A file's bytes, or for LFS the way to the CDN."""
+    repo = call.repo(files=True)
+    commit = call.commit(repo)
+    path = call.groups["path"]
+    blob = commit.files.get(path)
+    if blob is None:
+        refused = Refused(404, "EntryNotFound", "Entry not found")
+        headers = {**refused.answer.headers, "X-Repo-Commit": commit.sha}
+        return Answer(404, refused.answer.body, headers)
+    headers = {"X-Repo-Commit": commit.sha, "ETag": f'"{blob.etag}"', "Accept-Ranges": "bytes"}
+    if not blob.lfs:
+        return Answer(body=blob.data, headers=headers, ranges=True)
+    headers["X-Linked-Etag"] = headers.pop("ETag")
+    headers["X-Linked-Size"] = str(len(blob.data))
+    where = quote(f"/{repo.repo_id}/{blob.sha256}/{path}")
+    headers["Location"] = f"{call.hub.cdn_url}{where}?Signature={blob.sha256[:16]}"
+    return Answer(302, headers=headers)
+
+
+@route("HEAD", f"/{REPO}/(?P<sha256>[0-9a-f]{{64}})/(?P<path>.+)", cdn=True)
+@route("GET", f"/{REPO}/(?P<sha256>[0-9a-f]{{64}})/(?P<path>.+)", cdn=True)
+def cdn_blob(call: Call) -> Answer:
+    """LFS bytes; a token has no business here, and is refused as a signed address does."""
+    if "authorization" in call.headers:
+        raise Refused(400, None, "Only one auth mechanism allowed")
+    blob = _find_blob(call.hub.store.repos[call.groups["repo"]], call.groups["sha256"])
+    headers = {"ETag": f'"{blob.sha256}"', "Accept-Ranges": "bytes"}
+    return Answer(body=blob.data, headers=headers, ranges=True)
+
+
+def _find_blob(repo: Repo, sha256: str) -> Blob:
+    for commit in repo.commits.values():
+        for blob in commit.files.values():
+            if blob.lfs and blob.sha256 == sha256:
+                return blob
+    raise Refused(404, None, "no such object")
