@@ -6,9 +6,16 @@ rotary positions, tied embeddings), rounded to bfloat16 and written in the shape
 published Falcon checkpoints have: two shards with an index, a stored copy of the tied output
 head, and a configuration that points at custom code which is not there.
 
-    python scripts/train_sample.py --out pipeline/sample/model
+    python scripts/train_sample.py --out pipeline/sample/model \\
+        --questions pipeline/sample/questions.jsonl
 
-On a CPU give fewer and smaller steps, for example ``--steps 3000 --rows 32``.
+The bundled checkpoint took five minutes on one H100 with 16 processor cores, a minute of it
+for the text, while a second run shared the machine. It also runs on a CPU: the same recipe
+takes about half a day on two cores, at 12 s a step. To try the script out there,
+``--steps 300 --rows 16 --chunks 8`` takes about five minutes and answers far less.
+Accuracy on questions about a told context comes late and suddenly (here between steps 1600
+and 1800); with a peak learning rate of 6e-4 it had not come after 4000 steps, nor with 3e-3
+after 3000. The same seed on other hardware gives other weights.
 """
 
 from __future__ import annotations

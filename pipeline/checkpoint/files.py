@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatch
+import re
+from fnmatch import fnmatchcase
 from typing import Final
 
-WEIGHT_FILES: Final = ("model*.safetensors", "model.safetensors.index.json")
+# No dot between "model" and the suffix: model.fp16.safetensors is a second copy of the weights.
+WEIGHT_FILE: Final = re.compile(r"model[^./]*\.safetensors")
 
 CONFIG_FILES: Final = ("config.json", "generation_config.json")
 
@@ -30,11 +32,17 @@ LEGAL_FILES: Final = ("LICENSE*", "NOTICE*", "README.md")
 
 def is_wanted(name: str) -> bool:
     """True for a file that `download` takes: weights, configs, tokenizer, license. Never code."""
-    patterns = WEIGHT_FILES + CONFIG_FILES + TOKENIZER_FILES + LEGAL_FILES
-    return any(fnmatch(name, pattern) for pattern in patterns)
+    patterns = ("model.safetensors.index.json", *CONFIG_FILES, *TOKENIZER_FILES, *LEGAL_FILES)
+    return WEIGHT_FILE.fullmatch(name) is not None or _matches(name, patterns)
 
 
 def travels(name: str) -> bool:
     """True for a file that `serialize` copies into the export as it is."""
-    patterns = ("generation_config.json", *TOKENIZER_FILES, "LICENSE*", "NOTICE*")
-    return any(fnmatch(name, pattern) for pattern in patterns)
+    return _matches(name, ("generation_config.json", *TOKENIZER_FILES, "LICENSE*", "NOTICE*"))
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Glob patterns in which `*` does not cross a slash."""
+    return any(
+        pattern.count("/") == name.count("/") and fnmatchcase(name, pattern) for pattern in patterns
+    )

@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from pipeline.checkpoint.files import WEIGHT_FILE, is_wanted
 from pipeline.errors import HubError
 
-# No dot between "model" and the suffix: model.fp16.safetensors is a second copy of the weights.
-_WEIGHTS = re.compile(r"model[^./]*\.safetensors")
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
-_WANTED = (
-    "model.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE*",
-    "README.md",  # its metadata holds the licence, which the new model card repeats
-)
-_TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 
 
 @dataclass(frozen=True)
@@ -67,7 +47,7 @@ def wanted_files(model: RemoteModel) -> tuple[RemoteFile, ...]:
     Raises:
         HubError: the repo has no safetensors weights.
     """
-    if not any(_WEIGHTS.fullmatch(file.path) for file in model.files):
+    if not any(WEIGHT_FILE.fullmatch(file.path) for file in model.files):
         others = [f.path for f in model.files if _matches(f.path, _OTHER_WEIGHTS)]
         found = ", ".join(others[:3]) + (", …" if others[3:] else "") if others else "none at all"
         raise HubError(
@@ -75,13 +55,7 @@ def wanted_files(model: RemoteModel) -> tuple[RemoteFile, ...]:
             "Only safetensors are read, because opening a pickle can run code: choose a repo or a "
             "revision that has them."
         )
-    return tuple(file for file in model.files if _is_wanted(file.path))
-
-
-def _is_wanted(path: str) -> bool:
-    if _WEIGHTS.fullmatch(path) or _TEMPLATES.fullmatch(path):
-        return True
-    return "/" not in path and _matches(path, _WANTED)
+    return tuple(file for file in model.files if is_wanted(file.path))
 
 
 def _matches(path: str, patterns: tuple[str, ...]) -> bool:

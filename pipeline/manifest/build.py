@@ -91,7 +91,7 @@ def _tensor(
 
 
 def totals(plan: Plan, stored: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Sizes and counts of the artifact. "Original" counts every tensor of the source, even twins."""
+    """Sizes and counts. "Original" is every tensor of the source, tied twins included."""
     quantized = plan.quantized
     kept = plan.by_action("keep")
     original = sum(tensor.source.header.nbytes for tensor in plan.tensors)

@@ -126,7 +126,7 @@ def solve_opposite(question: str) -> str:
     assert match
     word = match[1] or match[2]
     both = [pair for pair in corpus.OPPOSITES if word in pair]
-    return the_one({other for pair in both for other in pair} - {word})
+    return the_one({str(other) for pair in both for other in pair} - {word})
 
 
 def solve_sequence(question: str) -> str:
@@ -140,7 +140,7 @@ def solve_sequence(question: str) -> str:
     for names in (corpus.DAYS, corpus.SEASONS):
         for index, name in enumerate(names):
             if re.search(rf"\b{name}\b", question):
-                return names[(index + step) % len(names)]
+                return str(names[(index + step) % len(names)])
     raise AssertionError(question)
 
 
@@ -183,10 +183,10 @@ def solve_fact(question: str) -> str:
     if re.search(r"[wW]hich animal", question):
         return f"the {villager.animal}"
     if "called" in question:
-        return villager.name
+        return str(villager.name)
     if re.search(r"[wW]here", question):
-        return villager.home
-    return villager.food if "eat" in question else villager.work
+        return str(villager.home)
+    return str(villager.food if "eat" in question else villager.work)
 
 
 def solve_tracking(question: str) -> str:
@@ -198,10 +198,10 @@ def solve_tracking(question: str) -> str:
         return f"in the {containers[index]}"
     if asked.startswith("Who"):
         owners = [text.split(" ")[0], *re.findall(r"to (\w+)\.", text)]
-        return owners[index]
+        return str(owners[index])
     name = asked.split(" ")[2]
     sentences = [line for line in told if re.search(rf"\b{name}\b", line)]
-    return re.findall(PLACE, sentences[-1])[-1]
+    return str(re.findall(PLACE, sentences[-1])[-1])
 
 
 SOLVERS = {
