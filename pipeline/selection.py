@@ -14,7 +14,7 @@ from typing import Final, Literal
 from pipeline.checkpoint.layout import FileLayout, plan_layout
 from pipeline.checkpoint.source import SourceTensor
 from pipeline.errors import ArchitectureError, CheckpointError
-from pipeline.model.skeleton import LinearFact, ModelFacts
+from pipeline.model.facts import LinearFact, ModelFacts
 from pipeline.nf4.layout import StoredTensor, stored_tensors
 from pipeline.recipe import QuantizeRecipe
 
@@ -71,11 +71,13 @@ class Plan:
         tensors: all of them, in the order of the source.
         skip_modules: what readers must be told to leave alone (config.json).
         hidden_modules: quantized modules that a stock loader of transformers >= 5.5 passes over.
+        different_twins: tied tensors that differ, so that both are kept.
     """
 
     tensors: tuple[TensorPlan, ...]
     skip_modules: tuple[str, ...]
     hidden_modules: tuple[str, ...]
+    different_twins: tuple[str, ...]
 
     @property
     def quantized(self) -> tuple[TensorPlan, ...]:
@@ -140,6 +142,7 @@ def select(
         )
     return Plan(
         tensors=tuple(plans),
+        different_twins=tuple(sorted(different_twins)),
         skip_modules=_skip_modules(plans, facts),
         hidden_modules=tuple(
             plan.module
@@ -154,12 +157,8 @@ def select(
 def _decide(tensor: SourceTensor, facts: ModelFacts, recipe: QuantizeRecipe) -> TensorPlan:
     model_name = facts.names.get(tensor.name)
     if tensor.name in facts.merged:
-        return TensorPlan(
-            tensor,
-            tensor.name,
-            "keep",
-            "merged with others on loading, which 4-bit weights cannot be",
-        )
+        why = "merged with others on loading, which 4-bit weights cannot be"
+        return TensorPlan(tensor, tensor.name, "keep", why, module=_container(tensor.name))
     if model_name is None:
         known = tensor.name in facts.ignorable
         why = (
@@ -215,6 +214,14 @@ def skips(pattern: str, module: str) -> bool:
     """
     parts = r"\.".join(re.escape(part).replace(r"\*", r"[^.]+") for part in pattern.split("."))
     return re.search(rf"(?:^|\.){parts}(?:\.|$)", module) is not None
+
+
+def _container(name: str) -> str:
+    """The module that readers must leave alone for a merged tensor: its list of experts, if any."""
+    parts = name.split(".")
+    if "experts" in parts:
+        return ".".join(parts[: parts.index("experts") + 1])
+    return name.rpartition(".")[0]
 
 
 def _kind_of(tensor: SourceTensor) -> str:

@@ -72,20 +72,3 @@ def digest_tensors(
                 left -= count
             by_name[tensor.name] = one.hexdigest()
     return FileDigest(size, whole.hexdigest()), by_name
-
-
-def tensors_equal(first: tuple[Path, HeaderTensor], second: tuple[Path, HeaderTensor]) -> bool:
-    """True if two tensors of checkpoint files have the same dtype, shape and bytes."""
-    (path_a, a), (path_b, b) = first, second
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    with path_a.open("rb") as file_a, path_b.open("rb") as file_b:
-        file_a.seek(a.offset)
-        file_b.seek(b.offset)
-        left = a.nbytes
-        while left:
-            block = file_a.read(min(left, _CHUNK))
-            if not block or block != file_b.read(min(left, _CHUNK)):
-                return False
-            left -= len(block)
-    return True

@@ -165,6 +165,11 @@ def header_bytes(tensors: Sequence[HeaderTensor], data_start: int) -> bytes:
 
     The one metadata key is what transformers asks for; with more than one, the order of the keys
     written by the safetensors library differs from run to run.
+
+    Args:
+        tensors: with offsets in the file; or, with `data_start` 0, in the data section: then only
+            the JSON text is returned, without length and filling.
+        data_start: where the first tensor stands.
     """
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     for tensor in tensors:
@@ -175,6 +180,8 @@ def header_bytes(tensors: Sequence[HeaderTensor], data_start: int) -> bytes:
             "data_offsets": [begin, begin + tensor.nbytes],
         }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    if data_start == 0:
+        return text
     room = data_start - 8
     if len(text) > room:
         raise ValueError(f"header of {len(text)} bytes does not fit the {room} reserved")

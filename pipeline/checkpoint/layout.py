@@ -1,18 +1,20 @@
 """Where each tensor of an output file will stand, known before any byte is written.
 
-Only the quant-state texts have a length that depends on the weights (the digits of one number).
-They stand at the end, and the header is given the room it would need at their longest; so every
-other tensor has its final place from the start and can be written by any thread at any time.
-Tensors are ordered by element size, largest first, then by name: everything stays aligned.
+So any thread can write any part at any time, and the file can be hashed from the front while its
+end is still being computed. Tensors whose length is a multiple of eight bytes come first, in the
+order in which they are made; the few others follow, larger elements first. Everything is aligned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.checkpoint.header import DTYPE_BYTES, HeaderTensor, header_bytes
-from pipeline.nf4.layout import QUANT_STATE_SLACK, QUANT_STATE_SUFFIX, StoredTensor
+from pipeline.nf4.layout import StoredTensor
+
+_ALIGNMENT = 8  # of the widest element
+_DATA_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -20,74 +22,47 @@ class FileLayout:
     """The plan of one safetensors file.
 
     Attributes:
-        data_start: bytes before the first tensor, header included.
-        placed: tensors with final places, in the order of their bytes.
-        texts: the quant states, which follow them, at their longest.
+        data_start: bytes before the first tensor: the header and its length.
+        tensors: with their final places, in the order of their bytes.
     """
 
     data_start: int
-    placed: tuple[HeaderTensor, ...]
-    texts: tuple[StoredTensor, ...]
+    tensors: tuple[HeaderTensor, ...]
 
     @property
-    def max_bytes(self) -> int:
-        """The size of the file if every text has its greatest length."""
-        return self._texts_start + sum(text.nbytes for text in self.texts)
+    def nbytes(self) -> int:
+        """The exact size of the file."""
+        return self.data_start + sum(tensor.nbytes for tensor in self.tensors)
 
-    @property
-    def slack_bytes(self) -> int:
-        """By how much the file may end up smaller than `max_bytes`, at most."""
-        return QUANT_STATE_SLACK * len(self.texts)
-
-    @property
-    def _texts_start(self) -> int:
-        last = self.placed[-1] if self.placed else None
-        return last.offset + last.nbytes if last else self.data_start
-
-    def place(self, name: str) -> HeaderTensor:
-        """Where the tensor of this name goes."""
-        return self._by_name()[name]
-
-    def _by_name(self) -> Mapping[str, HeaderTensor]:
-        return {tensor.name: tensor for tensor in self.placed}
-
-    def finish(self, texts: Mapping[str, bytes]) -> tuple[HeaderTensor, ...]:
-        """All tensors of the file, now that the texts are known."""
-        position = self._texts_start
-        done = list(self.placed)
-        for text in self.texts:
-            nbytes = len(texts[text.name])
-            done.append(HeaderTensor(text.name, text.dtype, (nbytes,), position, nbytes))
-            position += nbytes
-        return tuple(done)
+    def header(self) -> bytes:
+        """The first `data_start` bytes of the file."""
+        return header_bytes(self.tensors, self.data_start)
 
 
 def plan_layout(tensors: Iterable[StoredTensor]) -> FileLayout:
-    """Gives every tensor of a file its place."""
-    ordered = sorted(tensors, key=lambda tensor: (-DTYPE_BYTES[tensor.dtype], tensor.name))
-    texts = tuple(t for t in ordered if t.name.endswith(QUANT_STATE_SUFFIX))
-    fixed = [t for t in ordered if not t.name.endswith(QUANT_STATE_SUFFIX)]
-    # Offsets are relative to the data section, so the header's length does not depend on itself.
-    relative = _place([*fixed, *texts], start=0)
-    data_start = _round_up(len(header_bytes_unpadded(relative)), 64)
-    placed = tuple(replace(t, offset=t.offset + data_start) for t in relative[: len(fixed)])
-    return FileLayout(data_start, placed, texts)
+    """Gives every tensor of a file its place.
+
+    Args:
+        tensors: in the order in which they will be made.
+    """
+    given = list(tensors)
+    even = [tensor for tensor in given if tensor.nbytes % _ALIGNMENT == 0]
+    odd = [tensor for tensor in given if tensor.nbytes % _ALIGNMENT != 0]
+    odd.sort(key=lambda tensor: -DTYPE_BYTES[tensor.dtype])
+    # Offsets in a header count from its end, so its length does not depend on itself.
+    relative = _place([*even, *odd])
+    length = 8 + len(header_bytes(relative, 0))
+    data_start = -(-length // _DATA_ALIGNMENT) * _DATA_ALIGNMENT
+    placed = tuple(replace(tensor, offset=tensor.offset + data_start) for tensor in relative)
+    return FileLayout(data_start, placed)
 
 
-def header_bytes_unpadded(relative: Sequence[HeaderTensor]) -> bytes:
-    """The header of tensors whose offsets count from the data section, without padding."""
-    room = 8 + 256 + sum(len(t.name.encode()) * 6 + 256 for t in relative)
-    shifted = [replace(t, offset=t.offset + room) for t in relative]
-    return header_bytes(shifted, room).rstrip(b" ")
-
-
-def _place(tensors: Sequence[StoredTensor], start: int) -> list[HeaderTensor]:
+def _place(tensors: Sequence[StoredTensor]) -> list[HeaderTensor]:
+    position = 0
     placed = []
     for tensor in tensors:
-        placed.append(HeaderTensor(tensor.name, tensor.dtype, tensor.shape, start, tensor.nbytes))
-        start += tensor.nbytes
+        placed.append(
+            HeaderTensor(tensor.name, tensor.dtype, tensor.shape, position, tensor.nbytes)
+        )
+        position += tensor.nbytes
     return placed
-
-
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.checkpoint.digest import FileDigest, digest_tensors
+from pipeline.checkpoint.digest import FileDigest
 from pipeline.checkpoint.header import HeaderTensor, read_header
 from pipeline.checkpoint.layout import plan_layout
 from pipeline.checkpoint.source import SINGLE_FILE
-from pipeline.checkpoint.writer import writing
+from pipeline.checkpoint.writer import WrittenFile, writing
 from pipeline.nf4.layout import QUANT_STATE_SUFFIX, StoredTensor
 from pipeline.progress import Task
 
@@ -100,38 +100,29 @@ def _ancestors(name: str) -> list[str]:
 
 def write_shard(target: Path, piece: Piece, task: Task) -> Shard:
     """Copies the tensors of a piece into a file of their own."""
-    by_name = {tensor.name: tensor for tensor in piece.tensors}
     layout = plan_layout(
         StoredTensor(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes)
         for tensor in piece.tensors
     )
     with piece.path.open("rb") as source, writing(target, layout) as output:
-        for place in layout.placed:
-            origin = by_name[place.name]
-            for start in range(0, origin.nbytes, _CHUNK):
-                source.seek(origin.offset + start)
-                data = source.read(min(_CHUNK, origin.nbytes - start))
-                output.write(place.name, start, data)
+        for tensor in piece.tensors:
+            for start in range(0, tensor.nbytes, _CHUNK):
+                source.seek(tensor.offset + start)
+                data = source.read(min(_CHUNK, tensor.nbytes - start))
+                output.write(tensor.name, start, data)
                 task.advance(len(data))
-        texts = {}
-        for text in layout.texts:
-            source.seek(by_name[text.name].offset)
-            texts[text.name] = source.read(text.nbytes)
-            task.advance(text.nbytes)
-        output.finish(texts)
-        written = output.tensors
-    digest, sha256 = digest_tensors(target, written)
-    return Shard(target.name, digest, tensor_facts(written, sha256))
+        written = output.finish()
+    return Shard(target.name, written.digest, tensor_facts(written))
 
 
-def tensor_facts(tensors: Sequence[HeaderTensor], sha256: dict[str, str]) -> dict[str, Any]:
+def tensor_facts(written: WrittenFile) -> dict[str, Any]:
     """What the manifest says of each stored tensor, by name."""
     return {
         tensor.name: {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
             "bytes": tensor.nbytes,
-            "sha256": sha256[tensor.name],
+            "sha256": written.sha256[tensor.name],
         }
-        for tensor in tensors
+        for tensor in written.tensors
     }

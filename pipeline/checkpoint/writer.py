@@ -1,18 +1,44 @@
-"""One output file: complete or absent, written at known places by any thread."""
+"""One output file: complete or absent, written at known places by any thread, hashed on the way.
+
+A thread follows the front of what is written and hashes the file from its first byte; each tensor
+is hashed by the thread that completes it. Both read the bytes back, so what is hashed is what other
+programs will see.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from numpy.typing import NDArray
 
+from pipeline.checkpoint.digest import FileDigest
 from pipeline.checkpoint.durable import replacing
-from pipeline.checkpoint.header import HeaderTensor, header_bytes
+from pipeline.checkpoint.header import HeaderTensor
 from pipeline.checkpoint.layout import FileLayout
+
+_HASH_CHUNK: Final = 2 * 2**20
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """What is known of an output file.
+
+    Attributes:
+        digest: of the whole file.
+        tensors: in the order of their bytes.
+        sha256: of each tensor's bytes, by name.
+    """
+
+    digest: FileDigest
+    tensors: tuple[HeaderTensor, ...]
+    sha256: dict[str, str]
 
 
 class TensorFile:
@@ -21,23 +47,75 @@ class TensorFile:
     def __init__(self, descriptor: int, layout: FileLayout) -> None:
         self._descriptor = descriptor
         self._layout = layout
-        self._places = {tensor.name: tensor for tensor in layout.placed}
-        self.tensors: tuple[HeaderTensor, ...] = ()
+        self._places = {tensor.name: tensor for tensor in layout.tensors}
+        self._left = {tensor.name: tensor.nbytes for tensor in layout.tensors}
+        self._complete = {t.name for t in layout.tensors if t.nbytes == 0}
+        self._sha256 = {name: hashlib.sha256().hexdigest() for name in self._complete}
+        self._changed = threading.Condition()
+        self._abandoned = False
+        self._digest = ""
+        os.ftruncate(descriptor, layout.nbytes)
+        self._pwrite(memoryview(layout.header()), 0)
+        self._follower = threading.Thread(target=self._follow, name="hash file", daemon=True)
+        self._follower.start()
 
     def write(self, name: str, start: int, data: NDArray[Any] | bytes) -> None:
-        """Writes bytes of one tensor, `start` bytes after its beginning. Safe from any thread."""
+        """Writes bytes of one tensor, `start` bytes after its beginning; each byte once.
+
+        Safe from any thread. The call that completes a tensor also hashes it.
+        """
         view = memoryview(data if isinstance(data, bytes) else data.data).cast("B")
         place = self._places[name]
         if start + view.nbytes > place.nbytes:
             raise ValueError(f"{name}: {start + view.nbytes} bytes do not fit {place.nbytes}")
         self._pwrite(view, place.offset + start)
+        with self._changed:
+            self._left[name] -= view.nbytes
+            if self._left[name] > 0 or view.nbytes == 0:
+                return
+            self._complete.add(name)
+            self._changed.notify_all()
+        digest = hashlib.sha256()
+        self._hash_range(place.offset, place.nbytes, digest)
+        with self._changed:
+            self._sha256[name] = digest.hexdigest()
 
-    def finish(self, texts: Mapping[str, bytes]) -> None:
-        """Writes the quant states and the header, once every other tensor is written."""
-        self.tensors = self._layout.finish(texts)
-        for tensor in self.tensors[len(self._layout.placed) :]:
-            self._pwrite(memoryview(texts[tensor.name]), tensor.offset)
-        self._pwrite(memoryview(header_bytes(self.tensors, self._layout.data_start)), 0)
+    def finish(self) -> WrittenFile:
+        """Waits for the hashes, once every tensor is written."""
+        missing = set(self._places) - self._complete
+        if missing:
+            raise RuntimeError(f"{len(missing)} tensors were not written, such as {min(missing)}")
+        self._follower.join()
+        digest = FileDigest(self._layout.nbytes, self._digest)
+        return WrittenFile(digest, self._layout.tensors, dict(self._sha256))
+
+    def abandon(self) -> None:
+        """Stops hashing; the file will not be kept."""
+        with self._changed:
+            self._abandoned = True
+            self._changed.notify_all()
+        self._follower.join()
+
+    def _follow(self) -> None:
+        whole = hashlib.sha256()
+        self._hash_range(0, self._layout.data_start, whole)
+        for tensor in self._layout.tensors:
+            with self._changed:
+                while tensor.name not in self._complete and not self._abandoned:
+                    self._changed.wait()
+            if self._abandoned:
+                return
+            self._hash_range(tensor.offset, tensor.nbytes, whole)
+        self._digest = whole.hexdigest()
+
+    def _hash_range(self, offset: int, nbytes: int, digest: Any) -> None:
+        buffer = bytearray(min(_HASH_CHUNK, nbytes))
+        view = memoryview(buffer)
+        end = offset + nbytes
+        while offset < end and not self._abandoned:
+            count = os.preadv(self._descriptor, [view[: end - offset]], offset)
+            digest.update(view[:count])
+            offset += count
 
     def _pwrite(self, view: memoryview, offset: int) -> None:
         while view:
@@ -53,6 +131,7 @@ def writing(path: Path, layout: FileLayout) -> Iterator[TensorFile]:
     """
     with replacing(path) as descriptor:
         file = TensorFile(descriptor, layout)
-        yield file
-        if not file.tensors and (layout.placed or layout.texts):
-            raise RuntimeError(f"{path}: the file was left without its header")
+        try:
+            yield file
+        finally:
+            file.abandon()

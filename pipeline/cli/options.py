@@ -57,11 +57,19 @@ def settings_options(command: Command) -> Command:
     @click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]", show_default=True)
     @click.option("--require-gpu", is_flag=True, help="Verifying without a GPU is a failure.")
     @click.option("--workers", default=0, help="Threads that quantize.  [default: CPUs + 1]")
+    @click.option(
+        "--memory-budget", default="256MiB", show_default=True, help="For the engine's buffers."
+    )
     @wraps(command)
     def wrapped(
-        recipe: Path | None, device: str, require_gpu: bool, workers: int, **values: Any
+        recipe: Path | None,
+        device: str,
+        require_gpu: bool,
+        workers: int,
+        memory_budget: str,
+        **values: Any,
     ) -> Any:
-        from pipeline.recipe import Recipe, load_recipe
+        from pipeline.recipe import Recipe, load_recipe, parse_size
         from pipeline.stages import Settings
 
         settings = Settings(
@@ -69,6 +77,7 @@ def settings_options(command: Command) -> Command:
             device=device,
             require_gpu=require_gpu,
             workers=workers,
+            memory_budget=parse_size(memory_budget, "--memory-budget"),
         )
         return command(settings=settings, **values)
 

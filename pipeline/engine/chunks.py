@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd, prod
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,6 @@ from pipeline.checkpoint.header import DTYPE_BYTES
 from pipeline.errors import CheckpointError
 from pipeline.nf4 import BLOCK_SIZE
 from pipeline.selection import TensorPlan
-
-CHUNK_BYTES: Final = 8 * 2**20
-"""Source bytes that one worker holds. Larger chunks are no faster; smaller ones cost more calls."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Chunk:
         return self.count * DTYPE_BYTES[self.tensor.source.header.dtype]
 
 
-def cut(tensor: TensorPlan, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
+def cut(tensor: TensorPlan, chunk_bytes: int) -> Iterator[Chunk]:
     """The chunks of a tensor, in order. A transposed tensor is cut at whole output rows."""
     size = DTYPE_BYTES[tensor.source.header.dtype]
     total = prod(tensor.shape)
@@ -71,16 +68,17 @@ def read_chunk(descriptor: int, chunk: Chunk, buffer: NDArray[np.uint8]) -> NDAr
     if chunk.tensor.transposed:
         return _read_transposed(descriptor, chunk, kind)
     view = buffer[: chunk.nbytes]
-    _read_fully(descriptor, view, header.offset + chunk.start * size, chunk)
+    read_range(descriptor, view, header.offset + chunk.start * size, chunk.tensor)
     return view.view(kind)
 
 
-def _read_fully(descriptor: int, view: NDArray[np.uint8], offset: int, chunk: Chunk) -> None:
+def read_range(descriptor: int, view: NDArray[np.uint8], offset: int, tensor: TensorPlan) -> None:
+    """Fills `view` with the file's bytes from `offset` on; `tensor` is named if they run out."""
     done = 0
     while done < view.size:
         count = os.preadv(descriptor, [view.data[done:]], offset + done)
         if count == 0:
-            source = chunk.tensor.source
+            source = tensor.source
             raise CheckpointError(
                 f"{source.file} ended in the middle of {source.name!r}: it became shorter while it "
                 "was read. Download the checkpoint again."
@@ -96,5 +94,5 @@ def _read_transposed(descriptor: int, chunk: Chunk, kind: np.dtype[Any]) -> NDAr
     strip = np.empty((rows, last - first), kind)
     for row in range(rows):
         offset = header.offset + (row * columns + first) * kind.itemsize
-        _read_fully(descriptor, strip[row].view(np.uint8), offset, chunk)
+        read_range(descriptor, strip[row].view(np.uint8), offset, chunk.tensor)
     return np.ascontiguousarray(strip.T).reshape(-1)

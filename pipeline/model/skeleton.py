@@ -4,61 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import ArchitectureError
 from pipeline.model.config import causal_lm_config
+from pipeline.model.facts import LinearFact, ModelFacts
 from pipeline.model.linear import is_plain_linear
-
-
-@dataclass(frozen=True)
-class LinearFact:
-    """A module that multiplies by a weight.
-
-    Attributes:
-        module: its name in the model.
-        class_name: its class, such as "FalconLinear".
-        kind: "linear", "conv1d" (weight stored [in, out]), or "other" (a subclass that does more).
-        stock: True if stock transformers would quantize it, too.
-    """
-
-    module: str
-    class_name: str
-    kind: Literal["linear", "conv1d", "other"]
-    stock: bool
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What an architecture says of the tensors of a checkpoint.
-
-    Attributes:
-        model_type: as in config.json.
-        class_name: the causal LM class.
-        shapes: every parameter and persistent buffer of the model, by name.
-        linears: by the name of the weight parameter.
-        head_modules: the output head.
-        fp32_modules: name parts of modules that the architecture wants in float32.
-        tied: parameter -> the parameter whose values it shares.
-        names: name in the checkpoint -> name in the model, or None if the model has no such tensor.
-        merged: names in the checkpoint of tensors that transformers merges with others on loading.
-        ignorable: names in the checkpoint that the architecture itself passes over.
-        optional: names in the model that a checkpoint need not have.
-    """
-
-    model_type: str
-    class_name: str
-    shapes: dict[str, tuple[int, ...]]
-    linears: dict[str, LinearFact]
-    head_modules: frozenset[str]
-    fp32_modules: tuple[str, ...]
-    tied: dict[str, str]
-    names: dict[str, str | None]
-    merged: frozenset[str]
-    ignorable: frozenset[str]
-    optional: frozenset[str]
 
 
 def build_skeleton(config: Any) -> Any:

@@ -121,10 +121,10 @@ def _quantize_blocks(bits, half, packed, absmax, sums):  # type: ignore[no-untyp
             cross = _ZERO
             level_energy = _ZERO
             for row in range(BLOCK_SIZE // _LANES):
-                weight = block[row * _LANES + lane]
+                x = scaled[row * _LANES + lane]
                 level = levels[row * _LANES + lane]
-                energy += weight * weight
-                cross += weight * level
+                energy += x * x
+                cross += x * level
                 level_energy += level * level
             lanes[0, lane] = energy
             lanes[1, lane] = cross
@@ -153,8 +153,9 @@ def quantize_blocks(
         dtype: what the bits mean.
         packed: receives two codes a byte, [ceil(n / 2)].
         absmax: receives the scale of each block, [ceil(n / 64)].
-        sums: receives per block the sums of w^2, w * level and level^2, [ceil(n / 64), 3]. With
-            them the squared error for any scale s is known: E - 2 s C + s^2 L.
+        sums: receives per block the sums E of x^2, C of x * level and L of level^2, where x is
+            w / absmax, [ceil(n / 64), 3]. With them the squared error for any scale s is known:
+            absmax^2 E - 2 absmax s C + s^2 L. Being relative, they neither over- nor underflow.
 
     Returns:
         -1, or the index of the first block that holds an infinity or a NaN.
@@ -200,26 +201,31 @@ def nested_quantize(
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _squared_error(sums, scales):  # type: ignore[no-untyped-def]
+def _squared_error(absmax, sums, scales):  # type: ignore[no-untyped-def]
     energy = 0.0
     error = 0.0
     for b in range(scales.size):
+        a = np.float64(absmax[b])
         s = np.float64(scales[b])
-        w2 = np.float64(sums[b, 0])
-        energy += w2
-        error += max(w2 - 2.0 * s * np.float64(sums[b, 1]) + s * s * np.float64(sums[b, 2]), 0.0)
+        own = a * a * np.float64(sums[b, 0])
+        both = a * s * np.float64(sums[b, 1])
+        energy += own
+        error += max(own - 2.0 * both + s * s * np.float64(sums[b, 2]), 0.0)
     return error, energy
 
 
-def squared_error(sums: NDArray[np.float32], scales: NDArray[np.float32]) -> tuple[float, float]:
+def squared_error(
+    absmax: NDArray[np.float32], sums: NDArray[np.float32], scales: NDArray[np.float32]
+) -> tuple[float, float]:
     """The squared error of a tensor and its energy, summed block after block in float64.
 
     Args:
+        absmax: what `quantize_blocks` left, [blocks].
         sums: what `quantize_blocks` left, [blocks, 3].
         scales: the scale that readers will use for each block, [blocks].
 
     Returns:
         (sum of (w - s * level)^2, sum of w^2).
     """
-    error, energy = _squared_error(sums, scales)
+    error, energy = _squared_error(absmax, sums, scales)
     return float(error), float(energy)

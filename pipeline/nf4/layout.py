@@ -15,19 +15,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Final
 
-import numpy as np
-
 from pipeline.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 
 QUANT_STATE_SUFFIX: Final = ".quant_state.bitsandbytes__nf4"
-
-QUANT_STATE_SLACK: Final = 22
-"""Most bytes by which two quant-state texts of one weight differ: the digits of the offset.
-
-A non-negative float32 printed as the shortest float64 takes 3 ("0.0") to 25 characters.
-"""
-
-_LONGEST_OFFSET: Final = 3 + QUANT_STATE_SLACK
 
 
 @dataclass(frozen=True)
@@ -45,23 +35,30 @@ def blocks_of(weights: int) -> int:
     return -(-weights // BLOCK_SIZE)
 
 
-def quant_state_text(shape: tuple[int, ...], dtype: str, offset: np.float32 | None) -> bytes:
-    """The JSON that tells readers how to dequantize; `None` stands for the longest offset."""
-    state: dict[str, object] = {
+def quant_state_text(shape: tuple[int, ...], dtype: str, offset: float) -> bytes:
+    """The JSON that tells readers how to dequantize.
+
+    The offset is written in a fixed width that holds any float32 exactly, so the text's length does
+    not depend on the weights, and every file's size and header are known before the work begins.
+
+    Args:
+        shape: of the weight.
+        dtype: of the source, "bfloat16", "float16" or "float32".
+        offset: the mean that double quantization took off; a float32 value.
+    """
+    state = {
         "quant_type": "nf4",
         "blocksize": BLOCK_SIZE,
         "dtype": dtype,
         "shape": list(shape),
         "nested_blocksize": NESTED_BLOCK_SIZE,
         "nested_dtype": "float32",
-        "nested_offset": 0.0 if offset is None else float(offset),
     }
-    text = json.dumps(state).encode()
-    return text + b" " * (_LONGEST_OFFSET - 3) if offset is None else text
+    return f'{json.dumps(state)[:-1]}, "nested_offset": {float(offset): .16e}}}'.encode()
 
 
 def stored_tensors(name: str, shape: tuple[int, ...], dtype: str) -> tuple[StoredTensor, ...]:
-    """The six tensors of a weight, the quant state (last) at its longest.
+    """The six tensors of a weight.
 
     Args:
         name: the weight's name, "….weight".
@@ -72,7 +69,7 @@ def stored_tensors(name: str, shape: tuple[int, ...], dtype: str) -> tuple[Store
     blocks = blocks_of(weights)
     nested = -(-blocks // NESTED_BLOCK_SIZE)
     packed = -(-weights // 2)
-    text = len(quant_state_text(shape, dtype, None))
+    text = len(quant_state_text(shape, dtype, 0.0))
     return (
         StoredTensor(name, "U8", (packed, 1), packed),
         StoredTensor(f"{name}.absmax", "U8", (blocks,), blocks),

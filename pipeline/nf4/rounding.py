@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,12 @@ from pipeline.nf4 import cpu
 class Rounding(Protocol):
     """Chooses a code for each weight and a scale for each block of 64."""
 
+    def buffer(self, nbytes: int) -> NDArray[np.uint8]:
+        """Memory to read a chunk into, or to leave codes in: wherever this rounding likes it."""
+
     def quantize(
         self,
-        bits: NDArray[np.uint16] | NDArray[np.uint32],
+        bits: NDArray[Any],
         dtype: str,
         packed: NDArray[np.uint8],
         absmax: NDArray[np.float32],
@@ -30,9 +33,12 @@ class Rounding(Protocol):
 class NearestOnCpu:
     """Round to nearest with the block's absolute maximum as its scale, as bitsandbytes does."""
 
+    def buffer(self, nbytes: int) -> NDArray[np.uint8]:
+        return np.empty(nbytes, np.uint8)
+
     def quantize(
         self,
-        bits: NDArray[np.uint16] | NDArray[np.uint32],
+        bits: NDArray[Any],
         dtype: str,
         packed: NDArray[np.uint8],
         absmax: NDArray[np.float32],

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.build import Build, Record
-from pipeline.measure import measured
+from pipeline.engine.buffers import DEFAULT_BUDGET
+from pipeline.measure import Usage, measured
 from pipeline.recipe import Recipe
 
 
@@ -29,17 +30,23 @@ class Settings:
         recipe: everything that shapes bytes and verdict.
         device: "auto", "cpu", "cuda" or "cuda:N".
         require_gpu: verifying without a GPU is a failure.
-        workers: threads that quantize; 0 for as many as there are processors.
+        workers: threads that quantize; 0 for one more than the processors.
+        memory_budget: bytes for all buffers of the engine together.
     """
 
     recipe: Recipe = field(default_factory=Recipe)
     device: str = "auto"
     require_gpu: bool = False
     workers: int = 0
+    memory_budget: int = DEFAULT_BUDGET
 
 
 def recorded(
-    build: Build, stage: str, key: str, work: Callable[[], tuple[dict[str, Any], dict[str, Any]]]
+    build: Build,
+    stage: str,
+    key: str,
+    work: Callable[[], tuple[dict[str, Any], dict[str, Any]]],
+    before: Usage | None = None,
 ) -> Record:
     """Runs a stage's work between forgetting its old record and writing the new one.
 
@@ -48,10 +55,19 @@ def recorded(
         stage: which.
         key: of the record.
         work: does it; returns the outputs (path -> digest) and the facts.
+        before: what was spent before the key was known; it counts, too.
     """
     build.forget(stage)
     with measured() as usage:
         outputs, facts = work()
-    record = Record(stage, key, outputs, facts, usage.seconds, usage.peak_memory)
+    earlier = before or Usage()
+    record = Record(
+        stage,
+        key,
+        outputs,
+        facts,
+        earlier.seconds + usage.seconds,
+        max(earlier.peak_memory, usage.peak_memory),
+    )
     build.write_record(record)
     return record

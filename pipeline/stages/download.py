@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +14,10 @@ from pipeline.checkpoint.digest import FileDigest, digest_file
 from pipeline.checkpoint.files import is_wanted
 from pipeline.checkpoint.source import open_checkpoint
 from pipeline.errors import UsageError
-from pipeline.model.config import causal_lm_config, check_not_quantized, read_config
+from pipeline.measure import measured
+from pipeline.model.ask import PendingFacts, transformers_version
+from pipeline.model.config import check_not_quantized, read_config
+from pipeline.model.facts import ModelFacts
 from pipeline.progress import Reporter
 from pipeline.runtime.artifact import is_hub_id
 from pipeline.stages import recorded
@@ -31,6 +35,7 @@ class Source:
         repo: Hub id, or the name of the local folder.
         commit: 40 hex digits for a Hub model, else None.
         files: digest of each file that is taken.
+        model: what transformers says of its architecture.
         is_sample: it is the model that comes with the package.
     """
 
@@ -38,6 +43,7 @@ class Source:
     repo: str
     commit: str | None
     files: Mapping[str, FileDigest]
+    model: ModelFacts
     is_sample: bool = False
 
     @property
@@ -77,9 +83,17 @@ def run(
         SourceError: the checkpoint is not usable; nothing was written.
         HubError: the Hub could not be asked, or sent wrong bytes.
     """
-    source = _find(model, revision, reporter)
+    with measured() as finding:
+        source = _find(model, revision, reporter)
     build = Build(build_dir or artifacts / source.slug)
-    key = stage_key({"code": CODE_VERSION, "source": source.identity(), "at": str(source.folder)})
+    key = stage_key(
+        {
+            "code": CODE_VERSION,
+            "source": source.identity(),
+            "at": str(source.folder),
+            "transformers": transformers_version(),
+        }
+    )
     with build.locked():
         record = build.record("download")
         if record is not None and record.key == key and _links_stand(build, source):
@@ -92,9 +106,15 @@ def run(
                 **source.identity(),
                 "files": digests_json(source.files),
                 "is_sample": source.is_sample,
+                "model": source.model.as_json(),
             }
 
-        return build, recorded(build, "download", key, work)
+        return build, recorded(build, "download", key, work, finding)
+
+
+def recorded_facts(record: Record) -> ModelFacts:
+    """What transformers said of the architecture when the checkpoint was downloaded."""
+    return ModelFacts.from_json(record.facts["model"])
 
 
 def recorded_files(record: Record) -> dict[str, FileDigest]:
@@ -124,11 +144,17 @@ def _refuse_revision(model: str, revision: str | None) -> None:
 
 def _local(folder: Path, repo: str, reporter: Reporter, *, is_sample: bool = False) -> Source:
     _check(folder)
-    wanted = _wanted_in(folder)
-    total = sum(path.stat().st_size for path in wanted.values())
-    with reporter.task("hash source", total) as task:
-        files = {name: digest_file(path, task) for name, path in wanted.items()}
-    return Source(folder, repo, None, files, is_sample)
+    pending = PendingFacts(folder)
+    try:
+        wanted = _wanted_in(folder)
+        total = sum(path.stat().st_size for path in wanted.values())
+        with reporter.task("hash source", total) as task, ThreadPoolExecutor() as pool:
+            digests = pool.map(lambda path: digest_file(path, task), wanted.values())
+            files = dict(zip(wanted, digests, strict=True))
+    except BaseException:
+        pending.cancel()
+        raise
+    return Source(folder, repo, None, files, pending.wait(), is_sample)
 
 
 def _hub(repo: str, revision: str | None, reporter: Reporter) -> Source:
@@ -141,15 +167,13 @@ def _hub(repo: str, revision: str | None, reporter: Reporter) -> Source:
         name: FileDigest((fetched.folder / name).stat().st_size, sha256)
         for name, sha256 in fetched.sha256.items()
     }
-    return Source(fetched.folder, repo, model.commit, files)
+    return Source(fetched.folder, repo, model.commit, files, PendingFacts(fetched.folder).wait())
 
 
 def _check(folder: Path) -> None:
-    """Everything that can be known without reading weights."""
-    config = read_config(folder)
-    check_not_quantized(config, folder)
+    """Everything that can be known without reading weights or asking transformers."""
+    check_not_quantized(read_config(folder), folder)
     open_checkpoint(folder)
-    causal_lm_config(config, folder)
 
 
 def _wanted_in(folder: Path) -> dict[str, Path]:

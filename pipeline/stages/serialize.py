@@ -21,7 +21,7 @@ from pipeline.model.config import CONFIG_FILE, read_config, without_remote_code
 from pipeline.progress import Reporter
 from pipeline.selection import FLOAT_DTYPES, Plan
 from pipeline.stages import Settings, quantize, recorded
-from pipeline.stages.download import recorded_files
+from pipeline.stages.download import recorded_facts, recorded_files
 
 CODE_VERSION: Final = 1
 
@@ -57,7 +57,8 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
             f"{build.root}: what `quantize` wrote is stale (its source or its recipe changed). "
             "Run `nf4 quantize` again, or `nf4 build`."
         )
-    plan, _, model_class = quantize.make_plan(build, settings)
+    plan, _ = quantize.make_plan(build, settings, frozenset(record.facts["different_twins"]))
+    model_class = recorded_facts(build.need("download")).class_name
 
     def work() -> tuple[dict[str, Any], dict[str, Any]]:
         _clear(build)

@@ -1,0 +1,50 @@
+"""A fixed memory budget, divided among the workers."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Final
+
+from pipeline.errors import UsageError
+
+DEFAULT_BUDGET: Final = 256 * 2**20
+_MIN_CHUNK: Final = 2**20
+_MAX_CHUNK: Final = 8 * 2**20  # larger chunks are no faster: they fall out of the processor's cache
+_PER_CHUNK: Final = 2  # a worker holds a chunk, its codes (a quarter), scales and hashing buffers
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many threads work, and on how large a chunk each.
+
+    Attributes:
+        workers: threads.
+        chunk_bytes: source bytes that one worker holds at a time.
+    """
+
+    workers: int
+    chunk_bytes: int
+
+
+def divide(memory: int, workers: int = 0) -> Budget:
+    """Divides a memory budget.
+
+    Args:
+        memory: bytes for all buffers together.
+        workers: threads; 0 for one more than the processors, so that one can wait for the disk.
+            Fewer are used if the memory does not give each of them a chunk of 1 MiB.
+
+    Raises:
+        UsageError: not even one worker fits.
+    """
+    wanted = workers or len(os.sched_getaffinity(0)) + 1
+    fitting = memory // (_PER_CHUNK * _MIN_CHUNK)
+    if fitting < 1:
+        raise UsageError(
+            f"The memory budget of {memory:,} bytes is too small; expected at least "
+            f"{_PER_CHUNK * _MIN_CHUNK:,}."
+        )
+    used = min(wanted, fitting)
+    chunk = min(_MAX_CHUNK, memory // (_PER_CHUNK * used))
+    return Budget(used, chunk // _MIN_CHUNK * _MIN_CHUNK)

@@ -1,0 +1,149 @@
+"""One output file: what happens to each of its chunks, and what is known at the end."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from math import prod, sqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.checkpoint.writer import TensorFile
+from pipeline.engine.chunks import Chunk, read_chunk
+from pipeline.errors import CheckpointError
+from pipeline.nf4 import BLOCK_SIZE, cpu
+from pipeline.nf4.codebook import NF4_LEVELS, SCALE_LEVELS
+from pipeline.nf4.double_quant import double_quantize
+from pipeline.nf4.layout import QUANT_STATE_SUFFIX, blocks_of, quant_state_text
+from pipeline.nf4.rounding import Rounding
+from pipeline.progress import Task
+from pipeline.selection import FLOAT_DTYPES, TensorPlan
+
+
+class ThreadBuffers(threading.local):
+    """Buffers of one worker, kept from chunk to chunk and from file to file."""
+
+    def __init__(self, rounding: Rounding, chunk_bytes: int) -> None:
+        self._rounding = rounding
+        self._chunk_bytes = chunk_bytes
+        self._buffers: dict[str, NDArray[np.uint8]] = {}
+
+    def get(self, purpose: str, nbytes: int, share: int = 1) -> NDArray[np.uint8]:
+        """At least `nbytes` for a purpose; usually `1 / share` of a chunk."""
+        buffer = self._buffers.get(purpose)
+        if buffer is None or buffer.size < nbytes:
+            buffer = self._rounding.buffer(max(nbytes, self._chunk_bytes // share))
+            self._buffers[purpose] = buffer
+        return buffer[:nbytes]
+
+
+@dataclass
+class _Weight:
+    """A weight that is being quantized, shared by the workers that hold its chunks."""
+
+    plan: TensorPlan
+    left: int
+    absmax: NDArray[np.float32] = field(init=False)
+    sums: NDArray[np.float32] = field(init=False)
+
+    def __post_init__(self) -> None:
+        blocks = blocks_of(prod(self.plan.shape))
+        self.absmax = np.empty(blocks, np.float32)
+        self.sums = np.empty((blocks, 3), np.float32)
+
+
+class FileJob:
+    """Fills one output file, chunk by chunk, from any thread.
+
+    Args:
+        source: descriptor of the open checkpoint file.
+        output: the file being written.
+        chunks_of: number of chunks of each weight, by name.
+        rounding: chooses codes and scales.
+        buffers: of the calling thread.
+        task: advanced by the source bytes that are done.
+    """
+
+    def __init__(
+        self,
+        source: int,
+        output: TensorFile,
+        chunks_of: dict[str, int],
+        rounding: Rounding,
+        buffers: ThreadBuffers,
+        task: Task,
+    ) -> None:
+        self.relative_rmse: dict[str, float] = {}
+        self._source = source
+        self._output = output
+        self._chunks_of = chunks_of
+        self._rounding = rounding
+        self._buffers = buffers
+        self._task = task
+        self._open: dict[str, _Weight] = {}
+        self._lock = threading.Lock()
+
+    def copy(self, chunk: Chunk) -> None:
+        """Copies a chunk of a tensor that stays as it is."""
+        data = read_chunk(self._source, chunk, self._buffers.get("in", chunk.nbytes))
+        self._output.write(chunk.tensor.name, chunk.start * data.itemsize, data)
+        self._task.advance(chunk.nbytes)
+
+    def quantize(self, chunk: Chunk) -> None:
+        """Rounds a chunk of a weight; the last one finishes the weight."""
+        plan = chunk.tensor
+        weight = self._weight(plan)
+        bits = read_chunk(self._source, chunk, self._buffers.get("in", chunk.nbytes))
+        packed = self._buffers.get("codes", -(-chunk.count // 2), share=4)
+        first = chunk.start // BLOCK_SIZE
+        blocks = slice(first, first + blocks_of(chunk.count))
+        dtype = FLOAT_DTYPES[plan.source.header.dtype]
+        bad = self._rounding.quantize(
+            bits, dtype, packed, weight.absmax[blocks], weight.sums[blocks]
+        )
+        if bad >= 0:
+            raise CheckpointError(
+                f"{plan.source.name!r} in {plan.source.file} holds an infinity or a NaN (weights "
+                f"{(first + bad) * BLOCK_SIZE} and on). Such a checkpoint cannot be quantized; "
+                "look for a corrected revision."
+            )
+        self._output.write(plan.name, chunk.start // 2, packed)
+        if self._finished_one(weight):
+            self._finish(weight)
+        self._task.advance(chunk.nbytes)
+
+    def _weight(self, plan: TensorPlan) -> _Weight:
+        with self._lock:
+            if plan.name not in self._open:
+                self._open[plan.name] = _Weight(plan, self._chunks_of[plan.name])
+            return self._open[plan.name]
+
+    def _finished_one(self, weight: _Weight) -> bool:
+        with self._lock:
+            weight.left -= 1
+            if weight.left == 0:
+                del self._open[weight.plan.name]
+            return weight.left == 0
+
+    def _finish(self, weight: _Weight) -> None:
+        """All blocks are rounded: the scales are rounded in turn, and the companions written."""
+        plan, name = weight.plan, weight.plan.name
+        nested = double_quantize(weight.absmax)
+        dtype = FLOAT_DTYPES[plan.source.header.dtype]
+        text = quant_state_text(plan.shape, dtype, float(nested.offset))
+        companions: dict[str, NDArray[Any] | bytes] = {
+            ".absmax": nested.codes,
+            ".quant_map": NF4_LEVELS,
+            ".nested_absmax": nested.absmax,
+            ".nested_quant_map": SCALE_LEVELS,
+            QUANT_STATE_SUFFIX: text,
+        }
+        for suffix, data in companions.items():
+            self._output.write(name + suffix, 0, data)
+        error, energy = cpu.squared_error(weight.absmax, weight.sums, nested.scales())
+        # Five digits are what float32 sums can promise.
+        rmse = float(f"{sqrt(error / energy):.5g}") if energy else 0.0
+        with self._lock:
+            self.relative_rmse[name] = rmse

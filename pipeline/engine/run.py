@@ -1,0 +1,209 @@
+"""Worker threads over the chunks of all files of a plan."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from pipeline.checkpoint.layout import FileLayout
+from pipeline.checkpoint.source import Checkpoint
+from pipeline.checkpoint.writer import WrittenFile, writing
+from pipeline.engine.buffers import Budget
+from pipeline.engine.chunks import cut
+from pipeline.engine.filejob import FileJob, ThreadBuffers
+from pipeline.engine.twins import compare_chunk
+from pipeline.errors import CheckpointError
+from pipeline.nf4.rounding import Rounding
+from pipeline.progress import Task
+from pipeline.selection import Plan
+
+Call = Callable[[], None]
+
+_OPEN_FILES: Final = 2
+"""Output files in work at a time: while one is hashed to its end and synced, the next goes on."""
+
+
+@dataclass(frozen=True)
+class QuantizedFile:
+    """An output file and how far its weights are from the source.
+
+    Attributes:
+        written: digest, tensors and their hashes.
+        relative_rmse: by the name of each quantized weight, sqrt(sum (w - w')^2 / sum w^2), where
+            w' is what readers compute in float32.
+    """
+
+    written: WrittenFile
+    relative_rmse: dict[str, float]
+
+
+def quantize_files(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    layouts: Mapping[str, FileLayout],
+    target: Path,
+    done: Callable[[str, QuantizedFile], None],
+    *,
+    rounding: Rounding,
+    budget: Budget,
+    task: Task,
+) -> None:
+    """Writes the quantized counterpart of checkpoint files; each complete, or not at all.
+
+    Args:
+        checkpoint: the source.
+        plan: what happens to each tensor.
+        layouts: of the files to write, by the name of the source file.
+        target: the folder that they go to.
+        done: told of each file once it stands in its place; one call at a time.
+        rounding: chooses codes and scales.
+        budget: threads and chunk size.
+        task: advanced by the source bytes that are done.
+
+    Raises:
+        CheckpointError: a weight is not finite, or a file became shorter while it was read.
+        TwinsDifferError: a tensor was to be dropped and does not equal its twin.
+    """
+    engine = _Engine(checkpoint, plan, rounding, budget, task)
+    with engine.opened():
+        jobs: list[Call] = [
+            partial(engine.quantize_file, file, layout, target / file, done)
+            for file, layout in layouts.items()
+        ]
+        _run_all([*jobs, engine.compare_twins], _OPEN_FILES, engine.stop)
+
+
+class _Engine:
+    """What the jobs of one run share."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, plan: Plan, rounding: Rounding, budget: Budget, task: Task
+    ) -> None:
+        self.stop = threading.Event()
+        self._checkpoint = checkpoint
+        self._plan = plan
+        self._rounding = rounding
+        self._budget = budget
+        self._task = task
+        self._buffers = ThreadBuffers(rounding, budget.chunk_bytes)
+        self._done = threading.Lock()
+        self._sources: dict[str, int] = {}
+        self._pool: ThreadPoolExecutor
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Opens the source files and starts the workers."""
+        with ExitStack() as stack:
+            for file in self._checkpoint.files:
+                self._sources[file] = stack.enter_context(_open(self._checkpoint.path(file)))
+            self._pool = stack.enter_context(ThreadPoolExecutor(self._budget.workers, "quantize"))
+            yield
+
+    def quantize_file(
+        self,
+        file: str,
+        layout: FileLayout,
+        target: Path,
+        done: Callable[[str, QuantizedFile], None],
+    ) -> None:
+        """Writes one output file."""
+        chunks = {
+            tensor.name: list(cut(tensor, self._budget.chunk_bytes))
+            for tensor in self._plan.files()[file]
+        }
+        counts = {name: len(parts) for name, parts in chunks.items()}
+        with writing(target, layout) as output:
+            job = FileJob(
+                self._sources[file], output, counts, self._rounding, self._buffers, self._task
+            )
+            self._work(
+                partial(job.copy if chunk.tensor.action == "keep" else job.quantize, chunk)
+                for parts in chunks.values()
+                for chunk in parts
+            )
+            written = output.finish()
+        with self._done:
+            done(file, QuantizedFile(written, job.relative_rmse))
+
+    def compare_twins(self) -> None:
+        """Holds every tensor that is dropped as a twin against the tensor that it should equal."""
+        by_name = {tensor.name: tensor for tensor in self._checkpoint.tensors}
+        self._work(
+            partial(
+                compare_chunk,
+                chunk,
+                self._sources[tensor.source.file],
+                by_name[tensor.twin],
+                self._sources[by_name[tensor.twin].file],
+                self._buffers,
+            )
+            for tensor in self._plan.by_action("drop")
+            if tensor.twin is not None
+            for chunk in cut(tensor, self._budget.chunk_bytes)
+        )
+
+    def _work(self, calls: Iterator[Call]) -> None:
+        """Has calls done by the workers, few ahead of what is done; the first error ends it."""
+        pending: set[Future[None]] = set()
+        try:
+            for call in calls:
+                if self.stop.is_set():
+                    raise _StoppedError
+                pending.add(self._pool.submit(call))
+                if len(pending) >= 2 * self._budget.workers:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        future.result()
+            for future in pending:
+                future.result()
+        finally:
+            # Nothing may write into a file that is about to be closed.
+            for future in pending:
+                future.cancel()
+            wait(pending)
+
+
+class _StoppedError(Exception):
+    """Another job failed; this one ends, too."""
+
+
+def _run_all(jobs: list[Call], at_a_time: int, stop: threading.Event) -> None:
+    """Runs jobs in order, some at a time; after an error the others are stopped."""
+    queue = iter(jobs)
+    with ThreadPoolExecutor(at_a_time, "file") as pool:
+        pending = {pool.submit(job) for job in islice(queue, at_a_time)}
+        failures: list[BaseException] = []
+        try:
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                failures += [e for future in done if (e := future.exception()) is not None]
+                if failures:
+                    stop.set()
+                else:
+                    pending |= {pool.submit(job) for job in islice(queue, len(done))}
+        except BaseException:
+            stop.set()
+            raise
+    real = [failure for failure in failures if not isinstance(failure, _StoppedError)]
+    if real:
+        raise real[0]
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[int]:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

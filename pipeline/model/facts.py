@@ -1,0 +1,78 @@
+"""What an architecture says of the tensors of a checkpoint: plain data, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class LinearFact:
+    """A module that multiplies by a weight.
+
+    Attributes:
+        module: its name in the model.
+        class_name: its class, such as "FalconLinear".
+        kind: "linear", "conv1d" (weight stored [in, out]), or "other" (a subclass that does more).
+        stock: True if stock transformers would quantize it, too.
+    """
+
+    module: str
+    class_name: str
+    kind: Literal["linear", "conv1d", "other"]
+    stock: bool
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What an architecture says of the tensors of a checkpoint.
+
+    Attributes:
+        model_type: as in config.json.
+        class_name: the causal LM class.
+        shapes: every parameter and persistent buffer of the model, by name.
+        linears: by the name of the weight parameter.
+        head_modules: the output head.
+        fp32_modules: name parts of modules that the architecture wants in float32.
+        tied: parameter -> the parameter whose values it shares.
+        names: name in the checkpoint -> name in the model, or None if the model has no such tensor.
+        merged: names in the checkpoint of tensors that transformers merges with others on loading.
+        ignorable: names in the checkpoint that the architecture itself passes over.
+        optional: names in the model that a checkpoint need not have.
+    """
+
+    model_type: str
+    class_name: str
+    shapes: dict[str, tuple[int, ...]]
+    linears: dict[str, LinearFact]
+    head_modules: frozenset[str]
+    fp32_modules: tuple[str, ...]
+    tied: dict[str, str]
+    names: dict[str, str | None]
+    merged: frozenset[str]
+    ignorable: frozenset[str]
+    optional: frozenset[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values; `from_json` takes them back."""
+        value = asdict(self)
+        for name in ("head_modules", "merged", "ignorable", "optional"):
+            value[name] = sorted(value[name])
+        return value
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> ModelFacts:
+        """The facts that `as_json` wrote."""
+        return cls(
+            model_type=value["model_type"],
+            class_name=value["class_name"],
+            shapes={name: tuple(shape) for name, shape in value["shapes"].items()},
+            linears={name: LinearFact(**fact) for name, fact in value["linears"].items()},
+            head_modules=frozenset(value["head_modules"]),
+            fp32_modules=tuple(value["fp32_modules"]),
+            tied=value["tied"],
+            names=value["names"],
+            merged=frozenset(value["merged"]),
+            ignorable=frozenset(value["ignorable"]),
+            optional=frozenset(value["optional"]),
+        )
