@@ -56,7 +56,9 @@ def settings_options(command: Command) -> Command:
     )
     @click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]", show_default=True)
     @click.option("--require-gpu", is_flag=True, help="Verifying without a GPU is a failure.")
-    @click.option("--workers", default=0, help="Threads that quantize.  [default: CPUs + 1]")
+    @click.option(
+        "--workers", default=0, help="Threads that quantize.  [default: CPUs + 1, or 8 a GPU]"
+    )
     @click.option(
         "--memory-budget", default="256MiB", show_default=True, help="For the engine's buffers."
     )

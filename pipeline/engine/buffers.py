@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,24 +26,23 @@ class Budget:
     chunk_bytes: int
 
 
-def divide(memory: int, workers: int = 0) -> Budget:
+def divide(memory: int, workers: int) -> Budget:
     """Divides a memory budget.
 
     Args:
         memory: bytes for all buffers together.
-        workers: threads; 0 for one more than the processors, so that one can wait for the disk.
-            Fewer are used if the memory does not give each of them a chunk of 1 MiB.
+        workers: threads that are wanted; fewer are used if the memory does not give each of them a
+            chunk of 1 MiB.
 
     Raises:
         UsageError: not even one worker fits.
     """
-    wanted = workers or len(os.sched_getaffinity(0)) + 1
     fitting = memory // (_PER_CHUNK * _MIN_CHUNK)
     if fitting < 1:
         raise UsageError(
             f"The memory budget of {memory:,} bytes is too small; expected at least "
             f"{_PER_CHUNK * _MIN_CHUNK:,}."
         )
-    used = min(wanted, fitting)
+    used = min(workers, fitting)
     chunk = min(_MAX_CHUNK, memory // (_PER_CHUNK * used))
     return Budget(used, chunk // _MIN_CHUNK * _MIN_CHUNK)

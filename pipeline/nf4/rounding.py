@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,7 +12,13 @@ from pipeline.nf4 import cpu
 
 
 class Rounding(Protocol):
-    """Chooses a code for each weight and a scale for each block of 64."""
+    """Chooses a code for each weight and a scale for each block of 64.
+
+    Attributes:
+        workers: how many threads keep it busy.
+    """
+
+    workers: int
 
     def buffer(self, nbytes: int) -> NDArray[np.uint8]:
         """Memory to read a chunk into, or to leave codes in: wherever this rounding likes it."""
@@ -32,6 +39,10 @@ class Rounding(Protocol):
 
 class NearestOnCpu:
     """Round to nearest with the block's absolute maximum as its scale, as bitsandbytes does."""
+
+    def __init__(self) -> None:
+        # One more than the processors, so that one can wait for the disk.
+        self.workers = len(os.sched_getaffinity(0)) + 1
 
     def buffer(self, nbytes: int) -> NDArray[np.uint8]:
         return np.empty(nbytes, np.uint8)

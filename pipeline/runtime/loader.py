@@ -91,6 +91,21 @@ def pick_device(device: str) -> str:
     return f"cuda:{number}"
 
 
+def cuda_devices(device: str) -> list[str]:
+    """The CUDA devices that a choice stands for: all of them for "auto", one if it was named.
+
+    Raises:
+        ResourceError: the named device does not exist.
+    """
+    import torch
+
+    if device == "auto":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return [f"cuda:{number}" for number in range(count)]
+    picked = pick_device(device)
+    return [] if picked == "cpu" else [picked]
+
+
 def _nf4_config(folder: str) -> Any:
     import torch
     from transformers import AutoConfig, BitsAndBytesConfig

@@ -30,7 +30,7 @@ class Settings:
         recipe: everything that shapes bytes and verdict.
         device: "auto", "cpu", "cuda" or "cuda:N".
         require_gpu: verifying without a GPU is a failure.
-        workers: threads that quantize; 0 for one more than the processors.
+        workers: threads that quantize; 0 for as many as keep the device busy.
         memory_budget: bytes for all buffers of the engine together.
     """
 

@@ -17,7 +17,7 @@ from pipeline.engine.buffers import divide
 from pipeline.engine.run import QuantizedFile, quantize_files
 from pipeline.engine.twins import TwinsDifferError
 from pipeline.errors import PlanMismatchError, ResourceError
-from pipeline.nf4.rounding import NearestOnCpu
+from pipeline.nf4.rounding import NearestOnCpu, Rounding
 from pipeline.progress import Reporter
 from pipeline.selection import Plan, select
 from pipeline.stages import Settings, recorded
@@ -105,6 +105,7 @@ def _quantize(
     def done(file: str, found: QuantizedFile) -> None:
         results[file] = _file_facts(build.quantized / file, found, layouts[file], stage)
 
+    rounding = _rounding(settings.device)
     total = sum(
         tensor.source.header.nbytes for file in open_layouts for tensor in plan.files()[file]
     )
@@ -115,8 +116,8 @@ def _quantize(
             open_layouts,
             build.quantized,
             done,
-            rounding=NearestOnCpu(),
-            budget=divide(settings.memory_budget, settings.workers),
+            rounding=rounding,
+            budget=divide(settings.memory_budget, settings.workers or rounding.workers),
             task=task,
         )
     ordered = {file: results[file] for file in layouts}
@@ -125,6 +126,22 @@ def _quantize(
         for file, found in ordered.items()
     }
     return outputs, _facts(plan, layouts, ordered)
+
+
+def _rounding(device: str) -> Rounding:
+    """Where weights are rounded. The bytes are the same anywhere; only the time differs."""
+    if device == "cpu" or (device == "auto" and not cuda_likely()):
+        return NearestOnCpu()
+    from pipeline.nf4.cuda import NearestOnCuda
+    from pipeline.runtime.loader import cuda_devices
+
+    devices = cuda_devices(device)
+    return NearestOnCuda(devices) if devices else NearestOnCpu()
+
+
+def cuda_likely() -> bool:
+    """False where there can be no CUDA device; known without importing torch."""
+    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
 
 
 def check_disk(build: Build, plan: Plan) -> None:

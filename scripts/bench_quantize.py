@@ -1,0 +1,259 @@
+"""Times stock quantization, this pipeline, and the disk's limit, in turn and in one run.
+
+Each contender runs in a process of its own, so that its peak memory is its own. "stock" is
+transformers' from_pretrained with NF4 and double quantization, with the Falcon patch without which
+it quantizes nothing, then save_pretrained. "ours" is the stages quantize and serialize, hashes and
+double quantization included. "limit" reads the same files side by side and writes as many bytes.
+Times are the work's own; imports stand beside them. Cold runs need root (they drop the page cache).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import click
+
+_DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+
+
+@click.group(invoke_without_command=True)
+@click.option("--layers", default="2", show_default=True, help="Depths, separated by commas.")
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--contenders", default="stock,ours,limit", show_default=True)
+@click.option("--cold/--warm", default=False, help="Drop the page cache before each run.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where checkpoints are made.")
+@click.option("--json", "as_json", type=click.Path(path_type=Path), help="Also write all figures.")
+@click.pass_context
+def main(
+    context: click.Context,
+    layers: str,
+    rounds: int,
+    device: str,
+    contenders: str,
+    cold: bool,
+    folder: Path | None,
+    as_json: Path | None,
+) -> None:
+    """Time falcon-7b-shaped checkpoints of some depths."""
+    if context.invoked_subcommand:
+        return
+    from falcon_shapes import make_checkpoint
+
+    if cold and not os.access(_DROP_CACHES, os.W_OK):
+        raise click.ClickException(f"--cold needs to write {_DROP_CACHES}: run it as root.")
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="nf4-bench-") as temporary:
+        for depth in (int(part) for part in layers.split(",")):
+            source = (folder or Path(temporary)) / f"falcon-{depth}"
+            if not (source / "config.json").exists():
+                total = make_checkpoint(source, depth)
+                click.echo(f"made {source}: {total / 1e9:.2f} GB", err=True)
+            runs = _rounds(source, Path(temporary), contenders.split(","), rounds, device, cold)
+            figures[str(depth)] = runs
+            _show(depth, cold, runs)
+            if folder is None:
+                shutil.rmtree(source)
+    if as_json:
+        as_json.write_text(json.dumps(figures, indent=2))
+
+
+def _rounds(
+    source: Path, work: Path, contenders: list[str], rounds: int, device: str, cold: bool
+) -> dict[str, list[dict[str, float]]]:
+    build = work / f"build-{source.name}"
+    if "ours" in contenders:
+        _child("prepare", source, build, device)
+    else:
+        build.mkdir()
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name in contenders:
+            out = work / "out"
+            shutil.rmtree(out, ignore_errors=True)
+            os.sync()
+            if cold:
+                _DROP_CACHES.write_text("3")
+            elif number == 0:
+                _child("limit", source, out, device)  # fills the page cache
+            found[name].append(_child(name, source, build if name == "ours" else out, device))
+    shutil.rmtree(build)
+    return found
+
+
+def _child(name: str, source: Path, out: Path, device: str) -> dict[str, float]:
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, __file__, "child", name, str(source), str(out), device],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise click.ClickException(f"{name} failed:\n{done.stderr[-3000:]}")
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return {**result, "process": time.perf_counter() - start}
+
+
+def _show(depth: int, cold: bool, runs: dict[str, list[dict[str, float]]]) -> None:
+    click.echo(f"\nfalcon-7b shapes, {depth} layers, {'cold' if cold else 'warm'}")
+    click.echo("| | work s | imports s | process s | CPU s | host GB | GPU GB |")
+    click.echo("| --- | --- | --- | --- | --- | --- | --- |")
+    medians = {name: _medians(values) for name, values in runs.items()}
+    for name, m in medians.items():
+        spread = [value["work"] for value in runs[name]]
+        click.echo(
+            f"| {name} | {m['work']:.2f} ({min(spread):.2f}-{max(spread):.2f}) | "
+            f"{m['imports']:.2f} | {m['process']:.2f} | {m['cpu']:.2f} | "
+            f"{m['host'] / 1e9:.2f} | {m['gpu'] / 1e9:.3f} |"
+        )
+    for other in ("stock", "limit"):
+        if other in medians and "ours" in medians:
+            work = [a["work"] / b["work"] for a, b in zip(runs[other], runs["ours"], strict=True)]
+            whole = [
+                a["process"] / b["process"] for a, b in zip(runs[other], runs["ours"], strict=True)
+            ]
+            click.echo(
+                f"{other} / ours: work {statistics.median(work):.2f}, "
+                f"whole process {statistics.median(whole):.2f}"
+            )
+
+
+def _medians(values: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(value[key] for value in values) for key in values[0]}
+
+
+@main.command("child", hidden=True)
+@click.argument("name")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("device")
+def child(name: str, source: Path, out: Path, device: str) -> None:
+    """One contender, once."""
+    runners: dict[str, Callable[[Path, Path, str], dict[str, float]]] = {
+        "prepare": _prepare,
+        "stock": _stock,
+        "ours": _ours,
+        "limit": _limit,
+    }
+    result = runners[name](source, out, device)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    result["cpu"] = usage.ru_utime + usage.ru_stime
+    result["host"] = usage.ru_maxrss * 1024
+    click.echo(json.dumps(result))
+
+
+def _prepare(source: Path, out: Path, device: str) -> dict[str, float]:
+    from pipeline.progress import SILENT
+    from pipeline.stages import download
+
+    download.run(str(source), out.parent, SILENT, build_dir=out)
+    return {"work": 0.0, "imports": 0.0, "gpu": 0.0}
+
+
+def _ours(source: Path, out: Path, device: str) -> dict[str, float]:
+    start = time.perf_counter()
+    from pipeline.build import Build
+    from pipeline.progress import SILENT
+    from pipeline.stages import Settings, quantize, serialize
+
+    build = Build(out)
+    for stage in ("quantize", "serialize"):
+        build.forget(stage)
+    for folder in (build.quantized, build.export):
+        shutil.rmtree(folder, ignore_errors=True)
+    settings = Settings(device=device)
+    if device != "cpu" and quantize.cuda_likely():
+        import torch
+
+        from pipeline.nf4.cuda import NearestOnCuda  # noqa: F401
+
+        torch.zeros(1, device="cuda")
+    imported = time.perf_counter()
+    quantize.run(build, settings, SILENT)
+    quantized = time.perf_counter()
+    serialize.run(build, settings, SILENT)
+    end = time.perf_counter()
+    return {
+        "work": end - imported,
+        "quantize": quantized - imported,
+        "imports": imported - start,
+        "gpu": _gpu_peak(),
+    }
+
+
+def _stock(source: Path, out: Path, device: str) -> dict[str, float]:
+    start = time.perf_counter()
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.models.falcon import modeling_falcon
+
+    modeling_falcon.FalconLinear = torch.nn.Linear
+    place = "cuda:0" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    torch.zeros(1, device=place)
+    imported = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype="auto",
+        device_map={"": place},
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        ),
+    )
+    model.save_pretrained(out)
+    return {
+        "work": time.perf_counter() - imported,
+        "imports": imported - start,
+        "gpu": _gpu_peak(),
+    }
+
+
+def _gpu_peak() -> float:
+    if "torch" not in sys.modules:
+        return 0.0
+    import torch
+
+    return float(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0.0
+
+
+def _limit(source: Path, out: Path, device: str) -> dict[str, float]:
+    """Reads all weight files side by side; what it writes is 28 % of them, as NF4 would be."""
+    files = sorted(source.glob("*.safetensors"))
+    out.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with ThreadPoolExecutor(8) as pool:
+        for path in files:
+            size = path.stat().st_size
+            list(pool.map(_read_part, [(path, o) for o in range(0, size, 32 * 2**20)]))
+    read = time.perf_counter() - start
+    return {"work": read, "imports": 0.0, "gpu": 0.0}
+
+
+def _read_part(part: tuple[Path, int]) -> None:
+    path, offset = part
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        left = 32 * 2**20
+        buffer = bytearray(4 * 2**20)
+        while left and (count := file.readinto(memoryview(buffer)[: min(left, len(buffer))])):
+            left -= count
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""On a CUDA device: the same bytes as on the CPU, and a build that is verified there.
+
+Run by `scripts/gpu_checks.py` on a machine that has one; the results stand in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pipeline.nf4.layout import blocks_of
+
+torch = pytest.importorskip("torch")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+SIZES = [1, 2, 63, 64, 65, 127, 4096, 64 * 8192 * 3 + 17, 4544 * 4672]
+
+
+def _weights(kind: str, size: int) -> Any:
+    generator = torch.Generator().manual_seed(size)
+    values = torch.randn(size, generator=generator) * 0.02
+    if kind == "zeros":
+        values[: size // 2] = 0
+    elif kind == "huge":
+        values *= 1e36
+    elif kind == "subnormal":
+        values *= 1e-37
+    elif kind == "constant":
+        values[:] = 0.3
+    return values
+
+
+def _run(rounding: Any, bits: NDArray[Any], dtype: str) -> tuple[NDArray[Any], ...]:
+    size = bits.size
+    packed = np.zeros(-(-size // 2), np.uint8)
+    absmax = np.zeros(blocks_of(size), np.float32)
+    sums = np.zeros((blocks_of(size), 3), np.float32)
+    assert rounding.quantize(bits, dtype, packed, absmax, sums) == -1
+    return packed, absmax, sums
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("kind", ["plain", "zeros", "huge", "subnormal", "constant"])
+def test_cuda_gives_the_bits_of_the_cpu(dtype: str, kind: str) -> None:
+    from pipeline.nf4.cuda import NearestOnCuda
+    from pipeline.nf4.rounding import NearestOnCpu
+
+    if dtype == "float16" and kind in ("huge", "subnormal"):
+        pytest.skip("outside the range of float16")
+    on_cuda, on_cpu = NearestOnCuda(["cuda:0"]), NearestOnCpu()
+    for size in SIZES:
+        weights = _weights(kind, size).to(getattr(torch, dtype))
+        width = torch.int32 if dtype == "float32" else torch.int16
+        bits = weights.view(width).numpy().view(f"u{weights.element_size()}")
+        for name, a, b in zip(
+            ("codes", "absmax", "sums"),
+            _run(on_cuda, bits, dtype),
+            _run(on_cpu, bits, dtype),
+            strict=True,
+        ):
+            assert np.array_equal(a.view(np.uint8), b.view(np.uint8)), (name, size)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_cuda_finds_what_is_not_finite(value: float) -> None:
+    from pipeline.nf4.cuda import NearestOnCuda
+
+    weights = _weights("plain", 64 * 10)
+    weights[64 * 7 + 3] = value
+    bits = weights.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    found = NearestOnCuda(["cuda:0"]).quantize(
+        bits,
+        "bfloat16",
+        np.zeros(320, np.uint8),
+        np.zeros(10, np.float32),
+        np.zeros((10, 3), np.float32),
+    )
+    assert found == 7
+
+
+def test_a_build_has_the_same_hashes_on_cpu_and_cuda_and_passes_there(tmp_path: Path) -> None:
+    from pipeline.job import run_build
+    from pipeline.progress import SILENT
+    from pipeline.stages import Settings
+
+    settings = Settings(device="cuda", require_gpu=True)
+    build, results = run_build("sample", tmp_path / "cuda", settings, SILENT)
+    cpu_settings = replace(settings, device="cpu", require_gpu=False, workers=2)
+    other, _ = run_build("sample", tmp_path / "cpu", cpu_settings, SILENT)
+    mine = (build.export / "manifest.json").read_bytes()
+    assert mine == (other.export / "manifest.json").read_bytes()
+    for name in json.loads(mine)["files"]:
+        assert (build.export / name).read_bytes() == (other.export / name).read_bytes(), name
+    found = results["verify"].record.facts
+    assert found["verdict"] == "pass"
+    assert found["device"] != "cpu"
