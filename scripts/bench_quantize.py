@@ -97,8 +97,7 @@ def _child(name: str, source: Path, out: Path, device: str) -> dict[str, float]:
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, __file__, "child", name, str(source), str(out), device],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         check=False,
     )
