@@ -46,12 +46,12 @@ class _Weight:
     plan: TensorPlan
     left: int
     absmax: NDArray[np.float32] = field(init=False)
-    sums: NDArray[np.float32] = field(init=False)
+    sums: NDArray[np.int32] = field(init=False)
 
     def __post_init__(self) -> None:
         blocks = blocks_of(prod(self.plan.shape))
         self.absmax = np.empty(blocks, np.float32)
-        self.sums = np.empty((blocks, 3), np.float32)
+        self.sums = np.empty((blocks, 3), np.int32)
 
 
 class FileJob:
@@ -143,7 +143,7 @@ class FileJob:
         for suffix, data in companions.items():
             self._output.write(name + suffix, 0, data)
         error, energy = cpu.squared_error(weight.absmax, weight.sums, nested.scales())
-        # Five digits are what float32 sums can promise.
-        rmse = float(f"{sqrt(error / energy):.5g}") if energy else 0.0
+        # Four digits are what the sums can promise.
+        rmse = float(f"{sqrt(error / energy):.4g}") if energy else 0.0
         with self._lock:
             self.relative_rmse[name] = rmse

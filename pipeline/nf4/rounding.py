@@ -29,7 +29,7 @@ class Rounding(Protocol):
         dtype: str,
         packed: NDArray[np.uint8],
         absmax: NDArray[np.float32],
-        sums: NDArray[np.float32],
+        sums: NDArray[np.int32],
     ) -> int:
         """Rounds one chunk of whole blocks; see `pipeline.nf4.cpu.quantize_blocks`.
 
@@ -53,6 +53,6 @@ class NearestOnCpu:
         dtype: str,
         packed: NDArray[np.uint8],
         absmax: NDArray[np.float32],
-        sums: NDArray[np.float32],
+        sums: NDArray[np.int32],
     ) -> int:
         return cpu.quantize_blocks(bits, dtype, packed, absmax, sums)

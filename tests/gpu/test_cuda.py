@@ -43,7 +43,7 @@ def _run(rounding: Any, bits: NDArray[Any], dtype: str) -> tuple[NDArray[Any], .
     size = bits.size
     packed = np.zeros(-(-size // 2), np.uint8)
     absmax = np.zeros(blocks_of(size), np.float32)
-    sums = np.zeros((blocks_of(size), 3), np.float32)
+    sums = np.zeros((blocks_of(size), 3), np.int32)
     assert rounding.quantize(bits, dtype, packed, absmax, sums) == -1
     return packed, absmax, sums
 
@@ -82,7 +82,7 @@ def test_cuda_finds_what_is_not_finite(value: float) -> None:
         "bfloat16",
         np.zeros(320, np.uint8),
         np.zeros(10, np.float32),
-        np.zeros((10, 3), np.float32),
+        np.zeros((10, 3), np.int32),
     )
     assert found == 7
 
