@@ -36,6 +36,7 @@ class TensorPlan:
         module: the module that it is the weight of, if that module multiplies by it.
         transposed: the source stores [in, out]; the output is [out, in].
         twin: a tensor that it must equal to be dropped.
+        merged: transformers merges it with others on loading, so it cannot be 4 bit.
     """
 
     source: SourceTensor
@@ -45,6 +46,7 @@ class TensorPlan:
     module: str | None = None
     transposed: bool = False
     twin: str | None = None
+    merged: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -158,7 +160,7 @@ def _decide(tensor: SourceTensor, facts: ModelFacts, recipe: QuantizeRecipe) -> 
     model_name = facts.names.get(tensor.name)
     if tensor.name in facts.merged:
         why = "merged with others on loading, which 4-bit weights cannot be"
-        return TensorPlan(tensor, tensor.name, "keep", why, module=_container(tensor.name))
+        return TensorPlan(tensor, tensor.name, "keep", why, _container(tensor.name), merged=True)
     if model_name is None:
         known = tensor.name in facts.ignorable
         why = (

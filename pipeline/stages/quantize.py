@@ -120,12 +120,24 @@ def _quantize(
             budget=divide(settings.memory_budget, settings.workers or rounding.workers),
             task=task,
         )
+    _warn_of_merged(plan, reporter)
     ordered = {file: results[file] for file in layouts}
     outputs = {
         f"quantized/{file}": FileDigest(found["size"], found["sha256"])
         for file, found in ordered.items()
     }
     return outputs, _facts(plan, layouts, ordered)
+
+
+def _warn_of_merged(plan: Plan, reporter: Reporter) -> None:
+    """Experts that transformers merges on loading stay in 16 bit; nobody should find out late."""
+    merged = sum(t.source.header.nbytes for t in plan.by_action("keep") if t.merged)
+    total = sum(t.source.header.nbytes for t in plan.tensors)
+    if merged:
+        reporter.note(
+            f"Warning: {merged / total:.0%} of this model ({merged / 1e9:.2f} GB) stays in 16 bit: "
+            "transformers merges these weights on loading, which 4-bit weights cannot be."
+        )
 
 
 def _rounding(device: str) -> Rounding:
