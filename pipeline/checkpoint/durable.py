@@ -6,6 +6,7 @@ does not exist or stands for the whole file.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections.abc import Iterator
@@ -14,6 +15,11 @@ from pathlib import Path
 from typing import Any, Final
 
 PARTIAL_SUFFIX: Final = ".partial"
+
+_SYNC_FILE_RANGE_WRITE: Final = 2  # sync_file_range(2)
+_sync_file_range: Any = getattr(ctypes.CDLL(None), "sync_file_range", None)
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 @contextmanager
@@ -36,6 +42,15 @@ def replacing(path: Path) -> Iterator[int]:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def start_writing_out(descriptor: int, offset: int, nbytes: int) -> None:
+    """Asks the system to write a finished range out now, so that fsync has less to wait for.
+
+    A hint: where the system has no such call (it is Linux's own), nothing happens.
+    """
+    if _sync_file_range is not None:
+        _sync_file_range(descriptor, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
 
 
 def sync_folder(folder: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Final
 from numpy.typing import NDArray
 
 from pipeline.checkpoint.digest import FileDigest
-from pipeline.checkpoint.durable import replacing
+from pipeline.checkpoint.durable import replacing, start_writing_out
 from pipeline.checkpoint.header import HeaderTensor
 from pipeline.checkpoint.layout import FileLayout
 
@@ -107,6 +107,7 @@ class TensorFile:
             if self._abandoned:
                 return
             self._hash_range(tensor.offset, tensor.nbytes, whole)
+            start_writing_out(self._descriptor, tensor.offset, tensor.nbytes)
         self._digest = whole.hexdigest()
 
     def _hash_range(self, offset: int, nbytes: int, digest: Any) -> None:

@@ -9,7 +9,6 @@ from pipeline.errors import UsageError
 
 DEFAULT_BUDGET: Final = 256 * 2**20
 _MIN_CHUNK: Final = 2**20
-_MAX_CHUNK: Final = 8 * 2**20  # larger chunks are no faster: they fall out of the processor's cache
 _PER_CHUNK: Final = 2  # a worker holds a chunk, its codes (a quarter), scales and hashing buffers
 
 
@@ -26,13 +25,14 @@ class Budget:
     chunk_bytes: int
 
 
-def divide(memory: int, workers: int) -> Budget:
+def divide(memory: int, workers: int, max_chunk: int) -> Budget:
     """Divides a memory budget.
 
     Args:
         memory: bytes for all buffers together.
         workers: threads that are wanted; fewer are used if the memory does not give each of them a
             chunk of 1 MiB.
+        max_chunk: bytes beyond which a chunk is not faster.
 
     Raises:
         UsageError: not even one worker fits.
@@ -44,5 +44,5 @@ def divide(memory: int, workers: int) -> Budget:
             f"{_PER_CHUNK * _MIN_CHUNK:,}."
         )
     used = min(workers, fitting)
-    chunk = min(_MAX_CHUNK, memory // (_PER_CHUNK * used))
+    chunk = min(max_chunk, memory // (_PER_CHUNK * used))
     return Budget(used, chunk // _MIN_CHUNK * _MIN_CHUNK)

@@ -25,7 +25,6 @@ from pipeline.nf4.codebook import (
     NF4_LEVELS,
     NF4_MIDPOINTS,
     SCALE_MIDPOINTS,
-    ZERO_CODE,
 )
 
 _SMALLEST: Final = np.float32(1e-38)  # keeps 1 / absmax finite for a block of zeros
@@ -36,12 +35,11 @@ _ONE: Final = np.float32(1.0)
 _HALF_SCALE: Final = np.float32(2.0**112)
 _TILE_BLOCKS: Final = 64
 _TILE: Final = _TILE_BLOCKS * BLOCK_SIZE
-_ZERO_PAIR: Final = np.uint8(ZERO_CODE << 4 | ZERO_CODE)
 
 # Fixed point for the sums: 64 products of these stay below 2**31, and integers add up to the same
 # number in any order. A rounding error d is at most 0.139, half the widest gap between levels.
-_ERROR_UNIT: Final = np.float32(2.0**15)
-_LEVEL_UNIT: Final = np.float32(2.0**12)
+ERROR_UNIT: Final = np.float32(2.0**15)
+LEVEL_UNIT: Final = np.float32(2.0**12)
 
 # Named one by one, since LLVM keeps scalars in registers but reloads an array's items.
 _M0, _M1, _M2, _M3, _M4, _M5, _M6, _M7 = NF4_MIDPOINTS[:8]
@@ -120,22 +118,15 @@ def _pack(codes, packed):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _unpack(packed, codes):  # type: ignore[no-untyped-def]
-    for i in range(packed.size):
-        codes[2 * i] = packed[i] >> 4
-        codes[2 * i + 1] = packed[i] & 0x0F
-
-
-@njit(cache=True, nogil=True)
 def _sum_up(x, codes, levels, fixed, sums):  # type: ignore[no-untyped-def]
     """Sums of d^2, d * level and level^2 per block in fixed point, where d = x - level."""
     errors, steps = fixed[0], fixed[1]
     for i in range(x.size):
         levels[i] = NF4_LEVELS[codes[i]]
     for i in range(x.size):
-        errors[i] = np.int32(np.floor((x[i] - levels[i]) * _ERROR_UNIT + _HALF))
+        errors[i] = np.int32(np.floor((x[i] - levels[i]) * ERROR_UNIT + _HALF))
     for i in range(x.size):
-        steps[i] = np.int32(np.floor(levels[i] * _LEVEL_UNIT + _HALF))
+        steps[i] = np.int32(np.floor(levels[i] * LEVEL_UNIT + _HALF))
     for b in range(len(sums)):
         d = errors[b * BLOCK_SIZE : (b + 1) * BLOCK_SIZE]
         v = steps[b * BLOCK_SIZE : (b + 1) * BLOCK_SIZE]
@@ -152,8 +143,7 @@ def _sum_up(x, codes, levels, fixed, sums):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _quantize(bits, half, chosen, packed, absmax, sums):  # type: ignore[no-untyped-def]
-    """All blocks of a chunk; with `chosen`, the codes of whole blocks stand in `packed` already."""
+def _quantize(bits, half, packed, absmax, sums):  # type: ignore[no-untyped-def]
     tile_bits = np.zeros(_TILE, np.uint32)
     tile = tile_bits.view(np.float32)
     top_bits = np.zeros(_TILE_BLOCKS, np.uint32)
@@ -181,15 +171,9 @@ def _quantize(bits, half, chosen, packed, absmax, sums):  # type: ignore[no-unty
         _scale(tile, top[:blocks], ragged, x)
         absmax[first : first + blocks] = top[:blocks]
         place = packed[start // 2 : start // 2 + (count + 1) // 2]
-        if chosen and not ragged:
-            for b in range(blocks):
-                if top[b] == _ZERO:
-                    place[b * BLOCK_SIZE // 2 : (b + 1) * BLOCK_SIZE // 2] = _ZERO_PAIR
-            _unpack(place, codes)
-        else:
-            _choose(x[:padded], codes)
-            _pack(codes, pairs[: padded // 2])
-            place[:] = pairs[: place.size]
+        _choose(x[:padded], codes)
+        _pack(codes, pairs[: padded // 2])
+        place[:] = pairs[: place.size]
         _sum_up(x[:padded], codes, levels, fixed, sums[first : first + blocks])
     return -1
 
@@ -214,21 +198,13 @@ def quantize_blocks(
     Returns:
         -1, or the index of the first block that holds an infinity or a NaN.
     """
-    return int(_quantize(bits, dtype == "float16", False, packed, absmax, sums))
+    return int(_quantize(bits, dtype == "float16", packed, absmax, sums))
 
 
-def complete_blocks(
-    bits: NDArray[Any],
-    dtype: str,
-    packed: NDArray[np.uint8],
-    absmax: NDArray[np.float32],
-    sums: NDArray[np.int32],
-) -> int:
-    """Completes what a device rounded: scales, sums, blocks of zeros, a ragged end.
-
-    Arguments and result are those of `quantize_blocks`; `packed` holds the codes of whole blocks.
-    """
-    return int(_quantize(bits, dtype == "float16", True, packed, absmax, sums))
+def fixed_levels(levels: NDArray[np.float32]) -> NDArray[np.int32]:
+    """Levels in the fixed point of the sums, for devices that form the sums themselves."""
+    steps: NDArray[np.int32] = np.floor(levels * LEVEL_UNIT + _HALF).astype(np.int32)
+    return steps
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -270,9 +246,9 @@ def nested_quantize(
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _squared_error(absmax, sums, scales):  # type: ignore[no-untyped-def]
-    own_unit = 1.0 / (np.float64(_ERROR_UNIT) * np.float64(_ERROR_UNIT))
-    cross_unit = 1.0 / (np.float64(_ERROR_UNIT) * np.float64(_LEVEL_UNIT))
-    level_unit = 1.0 / (np.float64(_LEVEL_UNIT) * np.float64(_LEVEL_UNIT))
+    own_unit = 1.0 / (np.float64(ERROR_UNIT) * np.float64(ERROR_UNIT))
+    cross_unit = 1.0 / (np.float64(ERROR_UNIT) * np.float64(LEVEL_UNIT))
+    level_unit = 1.0 / (np.float64(LEVEL_UNIT) * np.float64(LEVEL_UNIT))
     energy = 0.0
     error = 0.0
     for b in range(scales.size):

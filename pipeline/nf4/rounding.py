@@ -16,9 +16,11 @@ class Rounding(Protocol):
 
     Attributes:
         workers: how many threads keep it busy.
+        max_chunk_bytes: beyond which a chunk only costs memory.
     """
 
     workers: int
+    max_chunk_bytes: int
 
     def buffer(self, nbytes: int) -> NDArray[np.uint8]:
         """Memory to read a chunk into, or to leave codes in: wherever this rounding likes it."""
@@ -43,6 +45,7 @@ class NearestOnCpu:
     def __init__(self) -> None:
         # One more than the processors, so that one can wait for the disk.
         self.workers = len(os.sched_getaffinity(0)) + 1
+        self.max_chunk_bytes = 8 * 2**20
 
     def buffer(self, nbytes: int) -> NDArray[np.uint8]:
         return np.empty(nbytes, np.uint8)

@@ -16,6 +16,7 @@ from typing import Any, Final
 from pipeline.errors import ArtifactError, ResourceError
 from pipeline.model.linear import is_plain_linear
 from pipeline.runtime.artifact import find_model, is_quantized
+from pipeline.runtime.cpu_layers import repair
 from pipeline.runtime.quiet import quiet_loading
 
 _QUANTIZER_NAME: Final = "bitsandbytes_4bit"
@@ -51,6 +52,7 @@ def load(artifact: str | Path | None = None, *, device: str = "auto", quantize: 
             model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, RuntimeError, ValueError) as error:
         raise ArtifactError(f"{folder} could not be loaded on {target}: {error}") from error
+    repair(model)
     return model.eval()
 
 

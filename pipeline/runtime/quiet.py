@@ -35,22 +35,18 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silences progress bars and log lines of transformers while a model is loaded."""
-    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
-    for name in _LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    """Silences progress bars and log lines of libraries while a model is loaded or runs."""
     from transformers.utils import logging as transformers_logging
 
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     bars = transformers_logging.is_progress_bar_enabled()
-    verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
         if bars:
             transformers_logging.enable_progress_bar()
-        transformers_logging.set_verbosity(verbosity)
-        for name, level in levels.items():
-            if name != "transformers":
-                logging.getLogger(name).setLevel(level)

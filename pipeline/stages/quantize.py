@@ -117,7 +117,11 @@ def _quantize(
             build.quantized,
             done,
             rounding=rounding,
-            budget=divide(settings.memory_budget, settings.workers or rounding.workers),
+            budget=divide(
+                settings.memory_budget,
+                settings.workers or rounding.workers,
+                rounding.max_chunk_bytes,
+            ),
             task=task,
         )
     _warn_of_merged(plan, reporter)

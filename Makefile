@@ -1,0 +1,131 @@
+# `make` alone lists the targets. The environment is set up once, in .venv, with the exact versions
+# of constraints.txt; it is made again only when what it was made from changes.
+
+PYTHON   ?= python3
+MODEL    ?= sample
+REVISION ?=
+DEVICE   ?=
+BUILD_DIR ?=
+RECIPE   ?=
+PROMPT   ?= Tell me a story about a fox.
+REPO_ID  ?=
+ARGS     ?=
+
+VENV  := .venv
+STAMP := $(VENV)/.made-from
+BIN   := $(VENV)/bin
+
+build_dir = $(if $(BUILD_DIR),--build-dir '$(BUILD_DIR)')
+device    = $(if $(DEVICE),--device '$(DEVICE)')
+settings  = $(build_dir) $(if $(RECIPE),--recipe '$(RECIPE)') $(device)
+
+# A prompt may hold any quotes: it reaches the shell through the environment.
+export PROMPT
+
+.DEFAULT_GOAL := help
+.PHONY: quantize test verify prompt push bench lint format clean help venv
+
+##@ The job
+
+quantize: venv  ## download, quantize, serialize and verify MODEL
+	$(strip $(BIN)/nf4 build '$(MODEL)' $(if $(REVISION),--revision '$(REVISION)') $(settings)) $(ARGS)
+
+verify: venv  ## hold the artifact of MODEL against its 16-bit source again
+	$(strip $(BIN)/nf4 verify '$(MODEL)' $(settings)) $(ARGS)
+
+prompt: venv  ## answer PROMPT with the newest artifact of MODEL, or with BUILD_DIR
+	@if [ -n '$(BUILD_DIR)' ]; then build='$(BUILD_DIR)'; else \
+	  if [ -d '$(MODEL)' ]; then name=$$(basename "$$(cd '$(MODEL)' && pwd -P)"); \
+	  elif [ '$(MODEL)' = sample ]; then name=nf4-pipeline--sample; \
+	  else name=$$(printf %s '$(MODEL)' | sed 's,/,--,g'); fi; \
+	  build=$$(ls -td "artifacts/$$name"@*/export 2>/dev/null | head -n 1); \
+	  if [ -z "$$build" ]; then \
+	    echo "Error: no artifact of $(MODEL) under artifacts/. Make one: make quantize MODEL=$(MODEL)" >&2; \
+	    exit 1; \
+	  fi; \
+	fi; \
+	$(BIN)/nf4 prompt "$$build" "$$PROMPT" $(device) $(ARGS)
+
+push: venv  ## send the verified artifact of MODEL to the Hub repo REPO_ID (ARGS=--dry-run lists it)
+	@if [ -z '$(REPO_ID)' ]; then \
+	  echo "Error: where to? make push REPO_ID=ORG/NAME [ARGS=--dry-run]" >&2; exit 2; \
+	fi
+	$(strip $(BIN)/nf4 push '$(MODEL)' --repo-id '$(REPO_ID)' $(build_dir)) $(ARGS)
+
+##@ Work on the project
+
+test: venv  ## run the tests (ARGS go to pytest)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: venv  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv  ## put the code into the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: venv  ## run every scripts/bench_*.py
+	@set -- scripts/bench_*.py; \
+	if [ ! -f "$$1" ]; then \
+	  echo "Error: there is no scripts/bench_*.py yet, so nothing was measured." >&2; exit 1; \
+	fi; \
+	for script in "$$@"; do \
+	  echo "$(BIN)/python $$script $(ARGS)"; \
+	  $(BIN)/python "$$script" $(ARGS) || exit 1; \
+	done
+
+clean:  ## delete caches and every build under artifacts/ (keeps .venv; asks nothing)
+	find artifacts -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find pipeline scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## show this list
+	@awk 'BEGIN { FS = ":.*## " } \
+	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
+	  /^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@printf '\nVariables, as in `make quantize MODEL=tiiuae/falcon-7b-instruct`\n'
+	@printf '  %-10s %s\n' \
+	  MODEL     'Hub id, local folder, or "sample", which comes with the package  [$(MODEL)]' \
+	  REVISION  'branch, tag or commit of a Hub model' \
+	  DEVICE    'auto, cpu or cuda[:N]' \
+	  BUILD_DIR 'the build folder, if not artifacts/<org>--<name>@<sha12>' \
+	  RECIPE    'TOML file with everything that shapes the bytes' \
+	  PROMPT    'what `make prompt` asks' \
+	  REPO_ID   'ORG/NAME, where `make push` sends to' \
+	  ARGS      'anything else for the command underneath' \
+	  PYTHON    'the interpreter to make .venv with, 3.11 or newer  [$(PYTHON)]'
+
+# The environment. What is installed must come from these two files, for this python, at this place:
+# the stamp says so, and is written last. All it says goes to stderr, so that stdout is the job's.
+venv:
+	@command -v '$(PYTHON)' >/dev/null || { \
+	  echo "Error: $(PYTHON) was not found. Name a python >= 3.11: make … PYTHON=/path/to/python3" >&2; \
+	  exit 1; \
+	}
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Error: python >= 3.11 is needed, and $(PYTHON) is $$('$(PYTHON)' -V 2>&1)." \
+	    "Name another: make … PYTHON=/path/to/python3" >&2; \
+	  exit 1; \
+	}
+	@python=$$('$(PYTHON)' -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])'); \
+	place="python $$python in $(CURDIR)"; \
+	wanted=$$(echo "$$place"; cksum pyproject.toml constraints.txt); \
+	if [ "$$(cat $(STAMP) 2>/dev/null)" = "$$wanted" ]; then exit 0; fi; \
+	'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "Error: $(PYTHON) has no venv module. Install it (Debian, Ubuntu: apt-get install" \
+	    "python3-venv), or name another: make … PYTHON=/path/to/python3" >&2; \
+	  exit 1; \
+	}; \
+	echo "Setting up $(VENV) with python $$python; the first time takes some minutes and 2 GB." >&2; \
+	if [ "$$(head -n 1 $(STAMP) 2>/dev/null)" != "$$place" ]; then \
+	  '$(PYTHON)' -m venv --clear $(VENV) >&2 || exit 1; \
+	fi; \
+	echo "$$place" > $(STAMP); \
+	pip="$(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt"; \
+	{ $$pip --quiet setuptools && $$pip --no-build-isolation --editable '.[dev]'; } >&2 || { \
+	  echo "Error: the packages could not be installed; pip says why above. Run make again to retry." >&2; \
+	  exit 1; \
+	}; \
+	echo "$$wanted" > $(STAMP)

@@ -1,0 +1,47 @@
+"""4-bit layers that bitsandbytes 0.50 computes wrongly, or not at all, on a CPU.
+
+Its AVX512-BF16 path asserts that out_features is a multiple of 32 and in_features of 64; its
+`dequantize_4bit` takes wrong scales if in_features is a multiple of 16 but not of 64, and then the
+weights are a quarter off without a word. As one long row, every weight is dequantized right.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+
+def repair(model: Any) -> None:
+    """Gives layers of awkward shape on the CPU a forward that dequantizes their weight right.
+
+    Args:
+        model: a loaded model; the layers stay `Linear4bit`.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        awkward = isinstance(module, Linear4bit) and (
+            module.in_features % 64 != 0 or module.out_features % 32 != 0
+        )
+        if awkward and module.weight.device.type == "cpu":
+            module.__class__ = _flat_linear(type(module))
+
+
+def _flat_linear(kind: type) -> type:
+    """A subclass of a 4-bit layer's class with the forward that is right for any shape."""
+    import bitsandbytes.functional
+    import torch
+
+    class FlatLinear4bit(kind):  # type: ignore[misc]
+        def forward(self, x: Any) -> Any:
+            state = copy.copy(self.weight.quant_state)
+            shape = state.shape
+            state.shape = torch.Size([shape.numel()])
+            weight = bitsandbytes.functional.dequantize_4bit(self.weight.data, state)
+            compute = self.compute_dtype or x.dtype
+            bias = None if self.bias is None else self.bias.to(compute)
+            weight = weight.reshape(shape).to(compute)
+            return torch.nn.functional.linear(x.to(compute), weight, bias).to(x.dtype)
+
+    FlatLinear4bit.__name__ = kind.__name__
+    return FlatLinear4bit
