@@ -118,6 +118,34 @@ class Build:
             )
         return record
 
+    def check_inputs(self, stage: str) -> None:
+        """Refuses to build on outputs of a stage that changed since it wrote them.
+
+        A file with the recorded size and time counts as unchanged, as for git and make; any other
+        is hashed.
+
+        Raises:
+            BuildError: a file is gone or has other bytes.
+        """
+        record = self.need(stage)
+        times = json.loads(self._record_path(stage).read_text("utf-8"))["outputs"]
+        for name, expected in record.outputs.items():
+            path = self.root / name
+            if not path.is_file():
+                raise BuildError(
+                    f"{path} is gone, which `{stage}` left there. Run `nf4 {stage}` again."
+                )
+            found = path.stat()
+            unchanged = (found.st_size, found.st_mtime_ns) == (
+                expected.size,
+                times[name].get("mtime_ns"),
+            )
+            if not unchanged and digest_file(path) != expected:
+                raise BuildError(
+                    f"{path} changed since `{stage}` recorded it (sha256 {expected.sha256[:12]}…). "
+                    f"Run `nf4 {stage}` again."
+                )
+
     def write_record(self, record: Record) -> None:
         """Writes a record; the last thing that a stage does."""
         write_json(
@@ -127,7 +155,8 @@ class Build:
                 "stage": record.stage,
                 "key": record.key,
                 "outputs": {
-                    path: digest.as_json() for path, digest in sorted(record.outputs.items())
+                    path: {**digest.as_json(), "mtime_ns": (self.root / path).stat().st_mtime_ns}
+                    for path, digest in sorted(record.outputs.items())
                 },
                 "seconds": round(record.seconds, 3),
                 "peak_memory_bytes": record.peak_memory,

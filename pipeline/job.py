@@ -57,8 +57,10 @@ def run_build(
     Returns:
         The build folder, and the result of each stage by name.
     """
-    build, record = download.run(model, artifacts, reporter, revision=revision, build_dir=build_dir)
-    results = {"download": StageResult(record, ran=True)}
+    build, record, ran = download.run(
+        model, artifacts, reporter, revision=revision, build_dir=build_dir
+    )
+    results = {"download": StageResult(record, ran)}
     with build.locked():
         for stage in RUNNERS:
             results[stage] = ensure(build, stage, settings, reporter)

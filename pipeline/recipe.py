@@ -161,7 +161,10 @@ def parse_recipe(tables: dict[str, Any], where: str) -> Recipe:
             key: _typed(value, defaults[key], f"{where}: {name}.{key}")
             for key, value in table.items()
         }
-        parts[name] = kind(**values)
+        try:
+            parts[name] = kind(**values)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from error
     return Recipe(**parts)
 
 

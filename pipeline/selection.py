@@ -124,18 +124,20 @@ def select(
         CheckpointError: a tensor that the model needs is missing or has another shape.
         ArchitectureError: there is nothing to quantize.
     """
-    present = {facts.names.get(tensor.name) for tensor in tensors}
-    _check_complete(facts, present)
-    by_model_name = {facts.names.get(tensor.name): tensor.name for tensor in tensors}
+    by_model_name = {
+        model_name: tensor.name
+        for tensor in tensors
+        if (model_name := facts.names.get(tensor.name)) is not None
+    }
+    _check_complete(facts, set(by_model_name))
     plans = []
     for tensor in tensors:
         plan = _decide(tensor, facts, recipe)
-        canonical = facts.tied.get(facts.names.get(tensor.name) or "")
-        if canonical in present and tensor.name not in different_twins:
+        canonical = facts.tied.get(facts.names.get(tensor.name) or "", "")
+        if canonical in by_model_name and tensor.name not in different_twins:
             twin = by_model_name[canonical]
-            plan = TensorPlan(
-                tensor, plan.name, "drop", f"equals {twin}, to which it is tied", twin=twin
-            )
+            why = f"equals {twin}, to which it is tied"
+            plan = TensorPlan(tensor, plan.name, "drop", why, twin=twin)
         plans.append(plan)
     if not any(plan.action == "quantize" for plan in plans):
         raise ArchitectureError(
@@ -243,7 +245,7 @@ def _skip_modules(plans: Iterable[TensorPlan], facts: ModelFacts) -> tuple[str, 
     return tuple(sorted(kept | facts.head_modules))
 
 
-def _check_complete(facts: ModelFacts, present: set[str | None]) -> None:
+def _check_complete(facts: ModelFacts, present: set[str]) -> None:
     """Every parameter must be there, or another that it shares its values with."""
     families: dict[str, set[str]] = {}
     for alias, canonical in facts.tied.items():

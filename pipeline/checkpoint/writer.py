@@ -46,6 +46,7 @@ class TensorFile:
     """An output file that is being written; see `writing`."""
 
     def __init__(self, descriptor: int, layout: FileLayout) -> None:
+        self.finished = False
         self._descriptor = descriptor
         self._layout = layout
         self._places = {tensor.name: tensor for tensor in layout.tensors}
@@ -54,7 +55,8 @@ class TensorFile:
         self._sha256 = {name: hashlib.sha256().hexdigest() for name in self._complete}
         self._changed = threading.Condition()
         self._abandoned = False
-        self._digest = ""
+        self._digest: str | None = None
+        self._failure: Exception | None = None
         os.ftruncate(descriptor, layout.nbytes)
         self._pwrite(memoryview(layout.header()), 0)
         self._follower = threading.Thread(target=self._follow, name="hash file", daemon=True)
@@ -87,6 +89,11 @@ class TensorFile:
         if missing:
             raise RuntimeError(f"{len(missing)} tensors were not written, such as {min(missing)}")
         self._follower.join()
+        if self._failure is not None:
+            raise self._failure
+        if self._digest is None:
+            raise RuntimeError("the file was abandoned before it was finished")
+        self.finished = True
         digest = FileDigest(self._layout.nbytes, self._digest)
         return WrittenFile(digest, self._layout.tensors, dict(self._sha256))
 
@@ -98,6 +105,12 @@ class TensorFile:
         self._follower.join()
 
     def _follow(self) -> None:
+        try:
+            self._hash_file()
+        except Exception as error:  # raised again by `finish`, in the thread that waits
+            self._failure = error
+
+    def _hash_file(self) -> None:
         whole = hashlib.sha256()
         self._hash_range(0, self._layout.data_start, whole)
         for tensor in self._layout.tensors:
@@ -143,5 +156,7 @@ def writing(path: Path, layout: FileLayout) -> Iterator[TensorFile]:
         file = TensorFile(descriptor, layout)
         try:
             yield file
+            if not file.finished:
+                raise RuntimeError(f"{path}: the file was left unfinished")
         finally:
             file.abandon()

@@ -18,7 +18,7 @@ def command(ui: Ui, model: str, revision: str | None, build_dir: Path | None) ->
     """Pin MODEL (a Hub id, a local folder, or "sample"), fetch it, and check every file's hash."""
     from pipeline.stages import download
 
-    build, record = download.run(
+    build, record, _ = download.run(
         model, ARTIFACTS, ui.reporter(), revision=revision, build_dir=build_dir
     )
     total = sum(digest.size for digest in record.outputs.values())

@@ -69,7 +69,7 @@ def run(
     *,
     revision: str | None = None,
     build_dir: Path | None = None,
-) -> tuple[Build, Record]:
+) -> tuple[Build, Record, bool]:
     """Finds, checks and hashes a checkpoint, and makes or refreshes its build folder.
 
     Args:
@@ -78,6 +78,9 @@ def run(
         reporter: told how far it is.
         revision: of a Hub model; a branch, a tag or a commit.
         build_dir: the build folder, if not the default one.
+
+    Returns:
+        The build folder, the record, and whether anything had to be done.
 
     Raises:
         SourceError: the checkpoint is not usable; nothing was written.
@@ -97,7 +100,7 @@ def run(
     with build.locked():
         record = build.record("download")
         if record is not None and record.key == key and _links_stand(build, source):
-            return build, record
+            return build, record, False
 
         def work() -> tuple[dict[str, Any], dict[str, Any]]:
             _link(build, source)
@@ -109,7 +112,7 @@ def run(
                 "model": source.model.as_json(),
             }
 
-        return build, recorded(build, "download", key, work, finding)
+        return build, recorded(build, "download", key, work, finding), True
 
 
 def recorded_facts(record: Record) -> ModelFacts:

@@ -62,11 +62,13 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
     """Quantizes a build's checkpoint, shard by shard; shards that are done already stay.
 
     Raises:
+        BuildError: download is not done, or the source changed since.
         SourceError: the checkpoint is not usable.
         ResourceError: the disk is too full.
         PlanMismatchError: the bytes written are not the bytes planned.
     """
     stage = key(build, settings)
+    build.check_inputs("download")
     plan, checkpoint = make_plan(build, settings)
     check_disk(build, plan)
 

@@ -57,6 +57,7 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
             f"{build.root}: what `quantize` wrote is stale (its source or its recipe changed). "
             "Run `nf4 quantize` again, or `nf4 build`."
         )
+    build.check_inputs("quantize")
     plan, _ = quantize.make_plan(build, settings, frozenset(record.facts["different_twins"]))
     model_class = recorded_facts(build.need("download")).class_name
 

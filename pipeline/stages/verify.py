@@ -66,6 +66,7 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
         VerificationError: a process that loads a model died.
     """
     stage = key(build, settings)
+    build.check_inputs("download")
     device = pick_device(settings.device)
     if settings.require_gpu and device == "cpu":
         raise ResourceError(

@@ -1,0 +1,124 @@
+"""Files that are complete or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint.durable import (
+    json_bytes,
+    link_or_copy,
+    remove_leftovers,
+    replacing,
+    write_bytes,
+    write_json,
+)
+
+
+class Stop(BaseException):
+    """Something that is not even an Exception, as an interrupt is."""
+
+
+def write_and_raise(path: Path, error: type[BaseException]) -> None:
+    with replacing(path) as descriptor:
+        os.write(descriptor, b"half of the new")
+        raise error
+
+
+def test_a_new_file_and_its_folders(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "c.bin"
+    write_bytes(path, b"12345")
+    assert path.read_bytes() == b"12345"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, Stop])
+def test_an_exception_leaves_nothing_behind(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "new.bin"
+    with pytest.raises(error):
+        write_and_raise(path, error)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, Stop])
+def test_an_exception_keeps_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "old.bin"
+    write_bytes(path, b"old")
+    before = path.stat()
+    with pytest.raises(error):
+        write_and_raise(path, error)
+    assert path.read_bytes() == b"old"
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    write_bytes(path, b"old")
+    with replacing(path) as descriptor:
+        os.write(descriptor, b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+
+
+def test_a_shorter_file_replaces_a_longer_one_and_a_longer_leftover(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    write_bytes(path, b"long content")
+    (tmp_path / ".file.bin.partial").write_bytes(b"left by a process that was killed")
+    write_bytes(path, b"x")
+    assert path.read_bytes() == b"x"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_killed_writer_leaves_the_old_file_and_a_leftover_that_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    write_bytes(path, b"old")
+    program = (
+        "import os, signal, sys; from pathlib import Path;"
+        "from pipeline.checkpoint.durable import replacing\n"
+        "with replacing(Path(sys.argv[1])) as descriptor:\n"
+        "    os.write(descriptor, b'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert path.read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 2
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_is_stored_in_one_way(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"b": 1, "a": ["é"]})
+    assert (tmp_path / "x.json").read_text("utf-8") == '{\n  "b": 1,\n  "a": [\n    "é"\n  ]\n}\n'
+    assert json.loads(json_bytes({"x": 0.1})) == {"x": 0.1}
+    with pytest.raises(ValueError, match="JSON compliant"):
+        json_bytes({"x": float("nan")})
+
+
+def test_a_link_shares_the_bytes_and_replaces_what_was_there(tmp_path: Path) -> None:
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_bytes(b"content")
+    target.write_bytes(b"old")
+    assert link_or_copy(source, target)
+    assert target.samefile(source)
+
+
+def test_bytes_are_copied_where_no_link_can_be(tmp_path: Path) -> None:
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second file system")
+    source = other / f"nf4-test-{os.getpid()}"
+    try:
+        source.write_bytes(b"content" * 10_000)
+        assert not link_or_copy(source, tmp_path / "b")
+        assert (tmp_path / "b").read_bytes() == source.read_bytes()
+        assert [p.name for p in tmp_path.iterdir()] == ["b"]
+    finally:
+        source.unlink()

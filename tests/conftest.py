@@ -1,0 +1,41 @@
+"""What tests share: a tiny checkpoint, made once, that nobody may change (see `copy_of`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from pipeline.progress import SILENT
+from pipeline.stages import download
+from tests.support.tiny import write_falcon, write_recipe
+
+# One fixed set of examples: a run that fails, fails again.
+settings.register_profile(
+    "fixed",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("fixed")
+
+
+@pytest.fixture(scope="session")
+def tiny_falcon(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Falcon of two layers in two shards."""
+    return write_falcon(tmp_path_factory.mktemp("models") / "tiny-falcon")
+
+
+@pytest.fixture(scope="session")
+def downloaded_falcon(tiny_falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build folder of it in which `download` is done (see `copy_of`)."""
+    build, *_ = download.run(str(tiny_falcon), tmp_path_factory.mktemp("artifacts"), SILENT)
+    return build.root
+
+
+@pytest.fixture(scope="session")
+def quick_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe that verifies in little time and passes a random model."""
+    return write_recipe(tmp_path_factory.mktemp("recipe"))

@@ -1,0 +1,228 @@
+"""What happens to each tensor: facts made by hand, no model and no file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+
+import pytest
+
+from pipeline.checkpoint.header import DTYPE_BYTES, HeaderTensor
+from pipeline.checkpoint.source import SourceTensor
+from pipeline.errors import ArchitectureError, CheckpointError
+from pipeline.model.facts import LinearFact, ModelFacts
+from pipeline.recipe import QuantizeRecipe
+from pipeline.selection import Plan, select, skips
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "model.embed.weight": (100, 8),
+    "model.h.0.norm.weight": (8,),
+    "model.h.0.attn.weight": (24, 8),
+    "model.h.0.attn.bias": (24,),
+    "model.h.1.attn.weight": (24, 8),
+    "model.h.1.router.weight": (4, 8),
+    "head.weight": (100, 8),
+}
+LINEARS = {
+    "model.h.0.attn.weight": LinearFact("model.h.0.attn", "FalconLinear", "linear", False),
+    "model.h.1.attn.weight": LinearFact("model.h.1.attn", "Linear", "linear", True),
+    "model.h.1.router.weight": LinearFact("model.h.1.router", "Llama4Router", "other", False),
+    "head.weight": LinearFact("head", "Linear", "linear", True),
+}
+FACTS = ModelFacts(
+    model_type="made-up",
+    class_name="MadeUpForCausalLM",
+    shapes=SHAPES,
+    linears=LINEARS,
+    head_modules=frozenset({"head"}),
+    fp32_modules=(),
+    tied={"head.weight": "model.embed.weight"},
+    names={name: name for name in SHAPES},
+    merged=frozenset(),
+    ignorable=frozenset(),
+    optional=frozenset(),
+)
+
+
+def tensor(
+    name: str, shape: tuple[int, ...] | None = None, dtype: str = "BF16", file: str = "f"
+) -> SourceTensor:
+    size = shape if shape is not None else SHAPES[name]
+    return SourceTensor(file, HeaderTensor(name, dtype, size, 64, prod(size) * DTYPE_BYTES[dtype]))
+
+
+TENSORS = tuple(tensor(name) for name in SHAPES)
+
+
+def reasons(plan: Plan) -> dict[str, tuple[str, str]]:
+    return {t.source.name: (t.action, t.reason) for t in plan.tensors}
+
+
+def test_the_ordinary_case() -> None:
+    plan = select(TENSORS, FACTS, QuantizeRecipe())
+    assert reasons(plan) == {
+        "model.embed.weight": ("keep", "embedding"),
+        "model.h.0.norm.weight": ("keep", "normalization"),
+        "model.h.0.attn.weight": ("quantize", "linear layer"),
+        "model.h.0.attn.bias": ("keep", "bias"),
+        "model.h.1.attn.weight": ("quantize", "linear layer"),
+        "model.h.1.router.weight": ("keep", "Llama4Router is not a plain linear map"),
+        "head.weight": ("drop", "equals model.embed.weight, to which it is tied"),
+    }
+    assert plan.skip_modules == ("head", "model.h.1.router")
+    assert plan.hidden_modules == ("model.h.0.attn",)
+    assert [t.name for t in plan.quantized] == ["model.h.0.attn.weight", "model.h.1.attn.weight"]
+
+
+def test_a_head_that_differs_from_its_twin_is_kept() -> None:
+    plan = select(TENSORS, FACTS, QuantizeRecipe(), different_twins=frozenset({"head.weight"}))
+    assert reasons(plan)["head.weight"] == ("keep", "output head")
+
+
+def test_a_head_that_is_not_tied_is_kept() -> None:
+    plan = select(TENSORS, replace(FACTS, tied={}), QuantizeRecipe())
+    assert reasons(plan)["head.weight"] == ("keep", "output head")
+    assert "head" in plan.skip_modules
+
+
+def test_only_the_alias_is_stored() -> None:
+    without = [t for t in TENSORS if t.name != "model.embed.weight"]
+    plan = select(without, FACTS, QuantizeRecipe())
+    assert reasons(plan)["head.weight"] == ("keep", "output head")
+
+
+def test_a_recipe_skips_and_readers_are_told() -> None:
+    plan = select(TENSORS, FACTS, QuantizeRecipe(skip_modules=("h.0",)))
+    assert reasons(plan)["model.h.0.attn.weight"] == ("keep", "skipped by the recipe")
+    assert plan.skip_modules == ("head", "model.h.0.attn", "model.h.1.router")
+    assert plan.hidden_modules == ()
+
+
+@pytest.mark.parametrize("patterns", [("*",), ("attn",), ("model",), ("h.0.attn", "h.1.attn")])
+def test_a_recipe_that_leaves_nothing(patterns: tuple[str, ...]) -> None:
+    with pytest.raises(ArchitectureError, match=r"no linear layer.*[23] skipped by the recipe"):
+        select(TENSORS, FACTS, QuantizeRecipe(skip_modules=patterns))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "module", "expected"),
+    [
+        ("lm_head", "lm_head", True),
+        ("lm_head", "model.lm_head", True),
+        ("head", "lm_head", False),
+        ("h.0.mlp", "transformer.h.0.mlp.dense", True),
+        ("h.0.mlp", "transformer.h.10.mlp.dense", False),
+        ("h.1", "transformer.h.10.mlp", False),
+        ("h.1", "transformer.h.1.mlp", True),
+        ("mlp", "transformer.h.0.mlp.dense", True),
+        ("mlp", "transformer.h.0.mlps.dense", False),
+        ("h.*.mlp", "transformer.h.7.mlp.dense", True),
+        ("h.*.mlp", "transformer.h.7.attn.mlp2", False),
+        ("h.*.dense", "transformer.h.7.mlp.dense", False),
+        ("*_proj", "layers.0.q_proj", True),
+        ("h.0", "transformer.hx0.mlp", False),
+        ("(", "transformer.h", False),
+    ],
+)
+def test_what_a_pattern_names(pattern: str, module: str, expected: bool) -> None:
+    assert skips(pattern, module) is expected
+
+
+@pytest.mark.parametrize(("dtype", "quantized"), [("BF16", True), ("F16", True), ("F32", True)])
+def test_float_dtypes(dtype: str, quantized: bool) -> None:
+    tensors = [tensor(t.name, dtype=dtype) for t in TENSORS]
+    assert len(select(tensors, FACTS, QuantizeRecipe()).quantized) == 2 * quantized
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F8_E4M3", "I8", "U8"])
+def test_other_dtypes_stay(dtype: str) -> None:
+    odd = tensor("model.h.0.attn.weight", dtype=dtype)
+    tensors = [odd if t.name == odd.name else t for t in TENSORS]
+    plan = select(tensors, FACTS, QuantizeRecipe())
+    assert reasons(plan)[odd.name] == ("keep", f"dtype {dtype} cannot be quantized")
+    assert "model.h.0.attn" in plan.skip_modules
+
+
+def test_modules_that_an_architecture_wants_in_float32() -> None:
+    facts = replace(FACTS, fp32_modules=("1",))
+    found = reasons(select(TENSORS, facts, QuantizeRecipe()))
+    assert found["model.h.1.attn.weight"] == ("keep", "kept in float32 by its architecture")
+    assert found["model.h.0.attn.weight"][0] == "quantize"
+
+
+def test_a_transposed_layer_is_stored_as_readers_want_it() -> None:
+    conv = LinearFact("model.h.0.attn", "Conv1D", "conv1d", True)
+    facts = replace(FACTS, linears={**LINEARS, "model.h.0.attn.weight": conv})
+    plan = select(TENSORS, facts, QuantizeRecipe())
+    chosen = plan.quantized[0]
+    assert chosen.transposed
+    assert chosen.shape == (8, 24)
+    assert chosen.stored[0].shape == (96, 1)
+
+
+def test_tensors_that_the_model_does_not_know() -> None:
+    more = [*TENSORS, tensor("model.h.0.attn.masked_bias", (1,)), tensor("stray", (3,))]
+    facts = replace(
+        FACTS,
+        names={**FACTS.names, "model.h.0.attn.masked_bias": None, "stray": None},
+        ignorable=frozenset({"model.h.0.attn.masked_bias"}),
+    )
+    found = reasons(select(more, facts, QuantizeRecipe()))
+    assert found["model.h.0.attn.masked_bias"] == (
+        "drop",
+        "a buffer that the model computes itself",
+    )
+    assert found["stray"] == ("drop", "the model has no place for it")
+
+
+def test_tensors_that_are_merged_on_loading_stay() -> None:
+    facts = replace(FACTS, merged=frozenset({"model.h.0.attn.weight"}))
+    action, reason = reasons(select(TENSORS, facts, QuantizeRecipe()))["model.h.0.attn.weight"]
+    assert action == "keep"
+    assert "merged with others on loading" in reason
+
+
+def test_names_without_the_base_prefix_get_it() -> None:
+    names = {name.removeprefix("model."): name for name in SHAPES}
+    tensors = [tensor(short, SHAPES[full]) for short, full in names.items()]
+    plan = select(tensors, replace(FACTS, names=dict(names)), QuantizeRecipe())
+    assert [t.name for t in plan.quantized] == ["model.h.0.attn.weight", "model.h.1.attn.weight"]
+    assert [t.source.name for t in plan.quantized] == ["h.0.attn.weight", "h.1.attn.weight"]
+
+
+def test_a_missing_tensor_is_named() -> None:
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors.*'model\.h\.0\.norm\.weight'"):
+        select([t for t in TENSORS if "norm" not in t.name], FACTS, QuantizeRecipe())
+
+
+def test_a_missing_tensor_that_may_be_missing() -> None:
+    facts = replace(FACTS, optional=frozenset({"model.h.0.norm.weight"}))
+    plan = select([t for t in TENSORS if "norm" not in t.name], facts, QuantizeRecipe())
+    assert len(plan.tensors) == len(TENSORS) - 1
+
+
+def test_a_missing_head_is_fine_if_it_is_tied_and_only_then() -> None:
+    without = [t for t in TENSORS if t.name != "head.weight"]
+    assert len(select(without, FACTS, QuantizeRecipe()).quantized) == 2
+    with pytest.raises(CheckpointError, match=r"first 'head\.weight'"):
+        select(without, replace(FACTS, tied={}), QuantizeRecipe())
+
+
+@pytest.mark.parametrize("name", ["model.h.0.attn.weight", "model.embed.weight"])
+def test_a_wrong_shape_is_named(name: str) -> None:
+    tensors = [tensor(name, (9, 9)) if t.name == name else t for t in TENSORS]
+    with pytest.raises(CheckpointError, match=rf"'{name}' in f has the shape \(9, 9\).*config"):
+        select(tensors, FACTS, QuantizeRecipe())
+
+
+def test_files_hold_what_is_left_and_layouts_know_their_bytes() -> None:
+    spread = [tensor(t.name, file=f"f{i % 2}") for i, t in enumerate(TENSORS)]
+    lone = tensor("head.weight", file="f9")
+    spread = [lone if t.name == lone.name else t for t in spread]
+    plan = select(spread, FACTS, QuantizeRecipe())
+    assert set(plan.files()) == {"f0", "f1"}  # the dropped head was alone in its file
+    layouts = plan.layouts()
+    stored = {t.name: t for plan_of in plan.tensors for t in plan_of.stored}
+    placed = {t.name: t for layout in layouts.values() for t in layout.tensors}
+    assert {n: t.nbytes for n, t in placed.items()} == {n: t.nbytes for n, t in stored.items()}
+    assert len(placed) == 2 * 6 + 4
