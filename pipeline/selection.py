@@ -130,27 +130,28 @@ def select(
         if (model_name := facts.names.get(tensor.name)) is not None
     }
     _check_complete(facts, set(by_model_name))
-    plans = []
+    plans = {tensor.name: _decide(tensor, facts, recipe) for tensor in tensors}
     for tensor in tensors:
-        plan = _decide(tensor, facts, recipe)
         canonical = facts.tied.get(facts.names.get(tensor.name) or "", "")
-        if canonical in by_model_name and tensor.name not in different_twins:
-            twin = by_model_name[canonical]
+        twin = by_model_name.get(canonical)
+        # Only a tensor that is copied can be held against its twin while the work goes on.
+        if twin and plans[twin].action == "keep" and tensor.name not in different_twins:
             why = f"equals {twin}, to which it is tied"
-            plan = TensorPlan(tensor, plan.name, "drop", why, twin=twin)
-        plans.append(plan)
-    if not any(plan.action == "quantize" for plan in plans):
+            name = plans[tensor.name].name
+            plans[tensor.name] = TensorPlan(tensor, name, "drop", why, twin=twin)
+    decided = tuple(plans.values())
+    if not any(plan.action == "quantize" for plan in decided):
         raise ArchitectureError(
             f"This {facts.class_name} has no linear layer that could be quantized "
-            f"({len(plans)} tensors: {_count_reasons(plans)}). Nothing was written."
+            f"({len(decided)} tensors: {_count_reasons(decided)}). Nothing was written."
         )
     return Plan(
-        tensors=tuple(plans),
+        tensors=decided,
         different_twins=tuple(sorted(different_twins)),
-        skip_modules=_skip_modules(plans, facts),
+        skip_modules=_skip_modules(decided, facts),
         hidden_modules=tuple(
             plan.module
-            for plan in plans
+            for plan in decided
             if plan.action == "quantize"
             and plan.module is not None
             and not facts.linears[f"{plan.module}.weight"].stock

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod, sqrt
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.checkpoint.writer import TensorFile
 from pipeline.engine.chunks import Chunk, read_chunk
+from pipeline.engine.twins import Twin
 from pipeline.errors import CheckpointError
 from pipeline.nf4 import BLOCK_SIZE, cpu
 from pipeline.nf4.codebook import NF4_LEVELS, SCALE_LEVELS
@@ -85,9 +87,11 @@ class FileJob:
         self._open: dict[str, _Weight] = {}
         self._lock = threading.Lock()
 
-    def copy(self, chunk: Chunk) -> None:
-        """Copies a chunk of a tensor that stays as it is."""
+    def copy(self, chunk: Chunk, twins: Sequence[Twin] = ()) -> None:
+        """Copies a chunk of a tensor that stays as it is, and checks those dropped for it."""
         data = read_chunk(self._source, chunk, self._buffers.get("in", chunk.nbytes))
+        for twin in twins:
+            twin.check(data, chunk, self._buffers.get("twin", chunk.nbytes))
         self._output.write(chunk.tensor.name, chunk.start * data.itemsize, data)
         self._task.advance(chunk.nbytes)
 

@@ -17,9 +17,9 @@ from pipeline.checkpoint.layout import FileLayout
 from pipeline.checkpoint.source import Checkpoint
 from pipeline.checkpoint.writer import WrittenFile, writing
 from pipeline.engine.buffers import Budget
-from pipeline.engine.chunks import cut
+from pipeline.engine.chunks import Chunk, cut
 from pipeline.engine.filejob import FileJob, ThreadBuffers
-from pipeline.engine.twins import compare_chunk
+from pipeline.engine.twins import Twin
 from pipeline.errors import CheckpointError
 from pipeline.nf4.rounding import Rounding
 from pipeline.progress import Task
@@ -78,7 +78,7 @@ def quantize_files(
             partial(engine.quantize_file, file, layout, target / file, done)
             for file, layout in layouts.items()
         ]
-        _run_all([*jobs, engine.compare_twins], _OPEN_FILES, engine.stop)
+        _run_all(jobs, _OPEN_FILES, engine.stop)
 
 
 class _Engine:
@@ -96,6 +96,7 @@ class _Engine:
         self._buffers = ThreadBuffers(rounding, budget.chunk_bytes)
         self._done = threading.Lock()
         self._sources: dict[str, int] = {}
+        self._twins: dict[str, list[Twin]] = {}  # by the source name of the tensor that stays
         self._pool: ThreadPoolExecutor
 
     @contextmanager
@@ -104,6 +105,10 @@ class _Engine:
         with ExitStack() as stack:
             for file in self._checkpoint.files:
                 self._sources[file] = stack.enter_context(_open(self._checkpoint.path(file)))
+            for tensor in self._plan.by_action("drop"):
+                if tensor.twin is not None:
+                    twin = Twin(tensor, self._sources[tensor.source.file])
+                    self._twins.setdefault(tensor.twin, []).append(twin)
             self._pool = stack.enter_context(ThreadPoolExecutor(self._budget.workers, "quantize"))
             yield
 
@@ -124,31 +129,15 @@ class _Engine:
             job = FileJob(
                 self._sources[file], output, counts, self._rounding, self._buffers, self._task
             )
-            self._work(
-                partial(job.copy if chunk.tensor.action == "keep" else job.quantize, chunk)
-                for parts in chunks.values()
-                for chunk in parts
-            )
+            self._work(self._call(job, chunk) for parts in chunks.values() for chunk in parts)
             written = output.finish()
         with self._done:
             done(file, QuantizedFile(written, job.relative_rmse))
 
-    def compare_twins(self) -> None:
-        """Holds every tensor that is dropped as a twin against the tensor that it should equal."""
-        by_name = {tensor.name: tensor for tensor in self._checkpoint.tensors}
-        self._work(
-            partial(
-                compare_chunk,
-                chunk,
-                self._sources[tensor.source.file],
-                by_name[tensor.twin],
-                self._sources[by_name[tensor.twin].file],
-                self._buffers,
-            )
-            for tensor in self._plan.by_action("drop")
-            if tensor.twin is not None
-            for chunk in cut(tensor, self._budget.chunk_bytes)
-        )
+    def _call(self, job: FileJob, chunk: Chunk) -> Call:
+        if chunk.tensor.action == "quantize":
+            return partial(job.quantize, chunk)
+        return partial(job.copy, chunk, self._twins.get(chunk.tensor.source.name, ()))
 
     def _work(self, calls: Iterator[Call]) -> None:
         """Has calls done by the workers, few ahead of what is done; the first error ends it."""

@@ -1,4 +1,4 @@
-"""Tied tensors that a checkpoint stores twice: held against each other while the rest is quantized.
+"""Tied tensors that a checkpoint stores twice: held against each other as one of them is copied.
 
 The plan drops the second one on the word of the config. If they differ after all, the work stops
 and the plan is made anew with both kept; that costs a second run, and happens to hardly any model.
@@ -6,12 +6,15 @@ and the plan is made anew with both kept; that costs a second run, and happens t
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import dataclass
+from typing import Any
 
-from pipeline.checkpoint.source import SourceTensor
-from pipeline.engine.chunks import Chunk, read_chunk, read_range
-from pipeline.engine.filejob import ThreadBuffers
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.engine.chunks import Chunk, read_range
 from pipeline.errors import SourceError
+from pipeline.selection import TensorPlan
 
 
 class TwinsDifferError(SourceError):
@@ -22,27 +25,34 @@ class TwinsDifferError(SourceError):
         self.name = name
 
 
-def compare_chunk(
-    chunk: Chunk, source: int, twin: SourceTensor, twin_source: int, buffers: ThreadBuffers
-) -> None:
-    """Holds one chunk of a tensor against its twin.
+@dataclass(frozen=True)
+class Twin:
+    """A tensor that is dropped because it equals another.
 
-    Args:
-        chunk: of the tensor that is to be dropped.
-        source: descriptor of its file.
-        twin: what it should equal.
-        twin_source: descriptor of the twin's file.
-        buffers: of the calling thread.
-
-    Raises:
-        TwinsDifferError: they differ.
+    Attributes:
+        tensor: its plan.
+        descriptor: of the open file that holds it.
     """
-    header = chunk.tensor.source.header
-    if (header.dtype, header.shape) != (twin.header.dtype, twin.header.shape):
-        raise TwinsDifferError(chunk.tensor.source.name)
-    own = read_chunk(source, chunk, buffers.get("in", chunk.nbytes))
-    other = buffers.get("twin", chunk.nbytes)
-    place = twin.header.offset + chunk.start * own.itemsize
-    read_range(twin_source, other, place, chunk.tensor)
-    if not np.array_equal(own.view(np.uint8), other):
-        raise TwinsDifferError(chunk.tensor.source.name)
+
+    tensor: TensorPlan
+    descriptor: int
+
+    def check(self, data: NDArray[Any], chunk: Chunk, buffer: NDArray[np.uint8]) -> None:
+        """Holds a chunk of the other tensor against the same place of this one.
+
+        Args:
+            data: the chunk's elements.
+            chunk: what they are.
+            buffer: as long as they are; receives this tensor's.
+
+        Raises:
+            TwinsDifferError: they differ.
+        """
+        own, other = self.tensor.source.header, chunk.tensor.source.header
+        same = (own.dtype, own.shape) == (other.dtype, other.shape)
+        if same:
+            offset = own.offset + chunk.start * data.itemsize
+            read_range(self.descriptor, buffer, offset, self.tensor)
+            same = np.array_equal(data, buffer.view(data.dtype))
+        if not same:
+            raise TwinsDifferError(self.tensor.source.name)

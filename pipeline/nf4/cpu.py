@@ -24,6 +24,7 @@ from pipeline.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from pipeline.nf4.codebook import (
     NF4_LEVELS,
     NF4_MIDPOINTS,
+    SCALE_LEVELS,
     SCALE_MIDPOINTS,
 )
 
@@ -44,6 +45,14 @@ LEVEL_UNIT: Final = np.float32(2.0**12)
 # Named one by one, since LLVM keeps scalars in registers but reloads an array's items.
 _M0, _M1, _M2, _M3, _M4, _M5, _M6, _M7 = NF4_MIDPOINTS[:8]
 _M8, _M9, _M10, _M11, _M12, _M13, _M14 = NF4_MIDPOINTS[8:]
+
+
+# Where the search among the 255 midpoints between scale levels begins, for each cell of [-1, 1];
+# the margins on both sides hold what rounding may do to a value at a cell's edge.
+_CELLS_PER_UNIT: Final = np.float32(2048.0)
+_FIRST_MIDPOINT: Final = np.searchsorted(
+    SCALE_MIDPOINTS, (np.arange(4096 + 4, dtype=np.float64) - 1.0) / 2048.0 - 1.0
+).astype(np.int16)
 
 
 @njit(cache=True, nogil=True)
@@ -214,24 +223,26 @@ def _nested_quantize(absmax, codes, nested_absmax):  # type: ignore[no-untyped-d
         total += np.float64(absmax[i])
     offset = np.float32(total / absmax.size)
     for g in range(nested_absmax.size):
-        start = g * NESTED_BLOCK_SIZE
-        stop = min(start + NESTED_BLOCK_SIZE, absmax.size)
+        scales = absmax[g * NESTED_BLOCK_SIZE : (g + 1) * NESTED_BLOCK_SIZE]
+        chosen = codes[g * NESTED_BLOCK_SIZE : (g + 1) * NESTED_BLOCK_SIZE]
         largest = _ZERO
-        for i in range(start, stop):
-            largest = max(largest, abs(absmax[i] - offset))
+        for i in range(scales.size):
+            largest = max(largest, abs(scales[i] - offset))
         nested_absmax[g] = largest
         inverse = _ONE / max(largest, _SMALLEST)
-        for i in range(start, stop):
-            x = (absmax[i] - offset) * inverse
-            low = 0
-            high = SCALE_MIDPOINTS.size
+        for i in range(scales.size):
+            x = (scales[i] - offset) * inverse
+            # A table narrows the search to the few midpoints that lie near x.
+            cell = np.int64((x + _ONE) * _CELLS_PER_UNIT)
+            low = np.int64(_FIRST_MIDPOINT[cell])
+            high = np.int64(_FIRST_MIDPOINT[cell + 3])
             while low < high:
                 middle = (low + high) // 2
                 if SCALE_MIDPOINTS[middle] < x:
                     low = middle + 1
                 else:
                     high = middle
-            codes[i] = low
+            chosen[i] = low
     return offset
 
 
@@ -242,6 +253,27 @@ def nested_quantize(
 ) -> np.float32:
     """Double quantization: see `pipeline.nf4.double_quant.double_quantize`, which calls this."""
     return np.float32(_nested_quantize(absmax, codes, nested_absmax))
+
+
+@njit(cache=True, nogil=True)
+def _nested_dequantize(codes, nested_absmax, offset, scales):  # type: ignore[no-untyped-def]
+    for g in range(nested_absmax.size):
+        chosen = codes[g * NESTED_BLOCK_SIZE : (g + 1) * NESTED_BLOCK_SIZE]
+        out = scales[g * NESTED_BLOCK_SIZE : (g + 1) * NESTED_BLOCK_SIZE]
+        for i in range(chosen.size):
+            out[i] = SCALE_LEVELS[chosen[i]] * nested_absmax[g]
+        for i in range(chosen.size):
+            out[i] += offset
+
+
+def nested_dequantize(
+    codes: NDArray[np.uint8],
+    nested_absmax: NDArray[np.float32],
+    offset: np.float32,
+    scales: NDArray[np.float32],
+) -> None:
+    """`level[code] * nested_absmax + offset`, each step rounded to float32, into `scales`."""
+    _nested_dequantize(codes, nested_absmax, offset, scales)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.nf4 import NESTED_BLOCK_SIZE, cpu
-from pipeline.nf4.codebook import SCALE_LEVELS
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,9 @@ class NestedScales:
 
     def scales(self) -> NDArray[np.float32]:
         """The scales that every reader will compute, float32 [blocks]."""
-        spread = np.repeat(self.absmax, NESTED_BLOCK_SIZE)[: self.codes.size]
-        return (SCALE_LEVELS[self.codes] * spread + self.offset).astype(np.float32)
+        scales = np.empty(self.codes.size, np.float32)
+        cpu.nested_dequantize(self.codes, self.absmax, self.offset, scales)
+        return scales
 
 
 def double_quantize(absmax: NDArray[np.float32]) -> NestedScales:

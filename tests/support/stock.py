@@ -12,6 +12,8 @@ from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.falcon import modeling_falcon
 
+from pipeline.runtime.cpu_layers import repair
+
 
 @contextmanager
 def falcon_patch() -> Iterator[None]:
@@ -68,6 +70,7 @@ def logits(model: Any, tokens: torch.Tensor, *, portable: bool = True) -> torch.
             no multiples of 32 x 64. (Neither way is right for rows that are no whole blocks, with
             bitsandbytes 0.50.2; but two models with the same weights still agree.)
     """
+    repair(model)  # bitsandbytes dequantizes some shapes wrongly on a CPU: see repair's module
     if portable:
         for module in model.modules():
             if isinstance(module, Linear4bit):
