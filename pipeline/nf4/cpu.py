@@ -39,8 +39,8 @@ _TILE: Final = _TILE_BLOCKS * BLOCK_SIZE
 
 # Fixed point for the sums: 64 products of these stay below 2**31, and integers add up to the same
 # number in any order. A rounding error d is at most 0.139, half the widest gap between levels.
-ERROR_UNIT: Final = np.float32(2.0**15)
-LEVEL_UNIT: Final = np.float32(2.0**12)
+_ERROR_UNIT: Final = np.float32(2.0**15)
+_LEVEL_UNIT: Final = np.float32(2.0**12)
 
 # Named one by one, since LLVM keeps scalars in registers but reloads an array's items.
 _M0, _M1, _M2, _M3, _M4, _M5, _M6, _M7 = NF4_MIDPOINTS[:8]
@@ -133,9 +133,9 @@ def _sum_up(x, codes, levels, fixed, sums):  # type: ignore[no-untyped-def]
     for i in range(x.size):
         levels[i] = NF4_LEVELS[codes[i]]
     for i in range(x.size):
-        errors[i] = np.int32(np.floor((x[i] - levels[i]) * ERROR_UNIT + _HALF))
+        errors[i] = np.int32(np.floor((x[i] - levels[i]) * _ERROR_UNIT + _HALF))
     for i in range(x.size):
-        steps[i] = np.int32(np.floor(levels[i] * LEVEL_UNIT + _HALF))
+        steps[i] = np.int32(np.floor(levels[i] * _LEVEL_UNIT + _HALF))
     for b in range(len(sums)):
         d = errors[b * BLOCK_SIZE : (b + 1) * BLOCK_SIZE]
         v = steps[b * BLOCK_SIZE : (b + 1) * BLOCK_SIZE]
@@ -210,12 +210,6 @@ def quantize_blocks(
     return int(_quantize(bits, dtype == "float16", packed, absmax, sums))
 
 
-def fixed_levels(levels: NDArray[np.float32]) -> NDArray[np.int32]:
-    """Levels in the fixed point of the sums, for devices that form the sums themselves."""
-    steps: NDArray[np.int32] = np.floor(levels * LEVEL_UNIT + _HALF).astype(np.int32)
-    return steps
-
-
 @njit(cache=True, nogil=True, error_model="numpy")
 def _nested_quantize(absmax, codes, nested_absmax):  # type: ignore[no-untyped-def]
     total = 0.0
@@ -278,9 +272,9 @@ def nested_dequantize(
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _squared_error(absmax, sums, scales):  # type: ignore[no-untyped-def]
-    own_unit = 1.0 / (np.float64(ERROR_UNIT) * np.float64(ERROR_UNIT))
-    cross_unit = 1.0 / (np.float64(ERROR_UNIT) * np.float64(LEVEL_UNIT))
-    level_unit = 1.0 / (np.float64(LEVEL_UNIT) * np.float64(LEVEL_UNIT))
+    own_unit = 1.0 / (np.float64(_ERROR_UNIT) * np.float64(_ERROR_UNIT))
+    cross_unit = 1.0 / (np.float64(_ERROR_UNIT) * np.float64(_LEVEL_UNIT))
+    level_unit = 1.0 / (np.float64(_LEVEL_UNIT) * np.float64(_LEVEL_UNIT))
     energy = 0.0
     error = 0.0
     for b in range(scales.size):
