@@ -3,7 +3,7 @@
 Each contender runs in a process of its own, so that its peak memory is its own. "stock" is
 transformers' from_pretrained with NF4 and double quantization, with the Falcon patch without which
 it quantizes nothing, then save_pretrained. "ours" is the stages quantize and serialize, hashes and
-double quantization included. "limit" reads the same files side by side and writes as many bytes.
+double quantization included; "ours-cpu" the same without a GPU. "limit" reads the same files side by side and writes as many bytes.
 Times are the work's own; imports stand beside them. Cold runs need root (they drop the page cache).
 """
 
@@ -74,7 +74,7 @@ def _rounds(
     source: Path, work: Path, contenders: list[str], rounds: int, device: str, cold: bool
 ) -> dict[str, list[dict[str, float]]]:
     build = work / f"build-{source.name}"
-    if "ours" in contenders:
+    if any(name.startswith("ours") for name in contenders):
         _child("prepare", source, build, device)
     else:
         build.mkdir()
@@ -88,7 +88,9 @@ def _rounds(
                 _DROP_CACHES.write_text("3")
             elif number == 0:
                 _child("limit", source, out, device)  # fills the page cache
-            found[name].append(_child(name, source, build if name == "ours" else out, device))
+            found[name].append(
+                _child(name, source, build if name.startswith("ours") else out, device)
+            )
     shutil.rmtree(build)
     return found
 
@@ -146,6 +148,7 @@ def child(name: str, source: Path, out: Path, device: str) -> None:
         "prepare": _prepare,
         "stock": _stock,
         "ours": _ours,
+        "ours-cpu": _ours_cpu,
         "limit": _limit,
     }
     result = runners[name](source, out, device)
@@ -165,6 +168,8 @@ def _prepare(source: Path, out: Path, device: str) -> dict[str, float]:
 
 def _ours(source: Path, out: Path, device: str) -> dict[str, float]:
     start = time.perf_counter()
+    import numpy as np
+
     from pipeline.build import Build
     from pipeline.progress import SILENT
     from pipeline.stages import Settings, quantize, serialize
@@ -175,12 +180,10 @@ def _ours(source: Path, out: Path, device: str) -> dict[str, float]:
     for folder in (build.quantized, build.export):
         shutil.rmtree(folder, ignore_errors=True)
     settings = Settings(device=device)
-    if device != "cpu" and quantize.cuda_likely():
-        import torch
-
-        from pipeline.nf4.cuda import NearestOnCuda  # noqa: F401
-
-        torch.zeros(1, device="cuda")
+    # Loads the kernels (and CUDA, if it is used) as importing would.
+    rounding = quantize.rounding_for(device)
+    bits, packed = np.ones(64, np.uint16), np.zeros(32, np.uint8)
+    rounding.quantize(bits, "bfloat16", packed, np.zeros(1, "f4"), np.zeros((1, 3), "i4"))
     imported = time.perf_counter()
     quantize.run(build, settings, SILENT)
     quantized = time.perf_counter()
@@ -192,6 +195,10 @@ def _ours(source: Path, out: Path, device: str) -> dict[str, float]:
         "imports": imported - start,
         "gpu": _gpu_peak(),
     }
+
+
+def _ours_cpu(source: Path, out: Path, device: str) -> dict[str, float]:
+    return _ours(source, out, "cpu")
 
 
 def _stock(source: Path, out: Path, device: str) -> dict[str, float]:

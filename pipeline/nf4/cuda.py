@@ -16,6 +16,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any, Final
 
+import bitsandbytes  # noqa: F401  # registers its operators
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -39,8 +40,6 @@ class NearestOnCuda:
     """
 
     def __init__(self, devices: list[str]) -> None:
-        import bitsandbytes  # registers its operators  # noqa: F401
-
         self.workers = _WORKERS_PER_DEVICE * len(devices)
         self.max_chunk_bytes = _MAX_CHUNK
         self._devices = [_Device(torch.device(name)) for name in devices]

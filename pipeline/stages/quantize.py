@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +26,7 @@ from pipeline.stages.download import recorded_facts
 
 CODE_VERSION: Final = 1
 _FACTS_SUFFIX: Final = ".facts.json"
+_MANY_PROCESSORS: Final = 8
 
 
 def key(build: Build, settings: Settings) -> str:
@@ -107,7 +109,7 @@ def _quantize(
     def done(file: str, found: QuantizedFile) -> None:
         results[file] = _file_facts(build.quantized / file, found, layouts[file], stage)
 
-    rounding = _rounding(settings.device)
+    rounding = rounding_for(settings.device)
     total = sum(
         tensor.source.header.nbytes for file in open_layouts for tensor in plan.files()[file]
     )
@@ -146,18 +148,27 @@ def _warn_of_merged(plan: Plan, reporter: Reporter) -> None:
         )
 
 
-def _rounding(device: str) -> Rounding:
-    """Where weights are rounded. The bytes are the same anywhere; only the time differs."""
-    if device == "cpu" or (device == "auto" and not cuda_likely()):
+def rounding_for(device: str) -> Rounding:
+    """Where weights are rounded. The bytes are the same anywhere; only the time differs.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N"; "auto" takes GPUs only beside few processors, since many
+            are as fast as the disk themselves, and starting CUDA takes longer than they need.
+    """
+    few = len(os.sched_getaffinity(0)) < _MANY_PROCESSORS
+    if device == "cpu" or (device == "auto" and not (few and _may_have_cuda())):
         return NearestOnCpu()
-    from pipeline.nf4.cuda import NearestOnCuda
     from pipeline.runtime.loader import cuda_devices
 
     devices = cuda_devices(device)
-    return NearestOnCuda(devices) if devices else NearestOnCpu()
+    if not devices:
+        return NearestOnCpu()
+    from pipeline.nf4.cuda import NearestOnCuda
+
+    return NearestOnCuda(devices)
 
 
-def cuda_likely() -> bool:
+def _may_have_cuda() -> bool:
     """False where there can be no CUDA device; known without importing torch."""
     return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
 
