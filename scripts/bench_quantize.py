@@ -3,8 +3,8 @@
 Each contender runs in a process of its own, so that its peak memory is its own. "stock" is
 transformers' from_pretrained with NF4 and double quantization, with the Falcon patch without which
 it quantizes nothing, then save_pretrained. "ours" is the stages quantize and serialize, hashes and
-double quantization included; "ours-cpu" the same without a GPU. "limit" reads the same files side by side and writes as many bytes.
-Times are the work's own; imports stand beside them. Cold runs need root (they drop the page cache).
+double quantization included; "ours-cpu" the same without a GPU. "limit" reads the same files side
+by side. Times are the work's own; imports stand beside them. Cold runs need root (they drop the page cache).
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def _gpu_peak() -> float:
 
 
 def _limit(source: Path, out: Path, device: str) -> dict[str, float]:
-    """Reads all weight files side by side; what it writes is 28 % of them, as NF4 would be."""
+    """Reads all weight files side by side, eight parts at a time."""
     files = sorted(source.glob("*.safetensors"))
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
