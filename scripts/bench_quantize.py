@@ -4,7 +4,8 @@ Each contender runs in a process of its own, so that its peak memory is its own.
 transformers' from_pretrained with NF4 and double quantization, with the Falcon patch without which
 it quantizes nothing, then save_pretrained. "ours" is the stages quantize and serialize, hashes and
 double quantization included; "ours-cpu" the same without a GPU. "limit" reads the same files side
-by side. Times are the work's own; imports stand beside them. Cold runs need root (they drop the page cache).
+by side. Times are the work's own; imports stand beside them. Cold runs need root, since they drop
+the page cache.
 """
 
 from __future__ import annotations
