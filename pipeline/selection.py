@@ -204,6 +204,8 @@ def _why_not(
         return "skipped by the recipe"
     if any(part in linear.module.split(".") for part in facts.fp32_modules):
         return "kept in float32 by its architecture"
+    if linear.kind == "exposed":
+        return "the model multiplies by its weight directly"
     if linear.kind == "other":
         return f"{linear.class_name} is not a plain linear map"
     if tensor.header.dtype not in FLOAT_DTYPES:

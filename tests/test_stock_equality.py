@@ -23,14 +23,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging as transformers_logging
 
 import pipeline
-from pipeline.checkpoint.source import open_checkpoint
 from pipeline.job import run_stage
-from pipeline.model.config import read_config
-from pipeline.model.facts import ModelFacts
-from pipeline.model.skeleton import model_facts
 from pipeline.progress import SILENT
 from pipeline.stages import Settings, download
 from tests.support.checkpoints import FALCONS, HEAD, KINDS, make_checkpoint, read_tensors
+from tests.support.facts import FactsHere
 from tests.support.stock import (
     falcon_patch,
     linear4bit,
@@ -103,21 +100,6 @@ class Made:
 
 
 Make = Callable[[str], Made]
-
-
-class FactsHere:
-    """`PendingFacts` without a child process: this one has imported transformers already."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def wait(self) -> ModelFacts:
-        names = [tensor.name for tensor in open_checkpoint(self._folder).tensors]
-        facts = model_facts(read_config(self._folder), names, self._folder)
-        return ModelFacts.from_json(json.loads(json.dumps(facts.as_json())))
-
-    def cancel(self) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")

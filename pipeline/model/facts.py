@@ -13,13 +13,14 @@ class LinearFact:
     Attributes:
         module: its name in the model.
         class_name: its class, such as "FalconLinear".
-        kind: "linear", "conv1d" (weight stored [in, out]), or "other" (a subclass that does more).
+        kind: "linear", "conv1d" (weight stored [in, out]), "other" (a subclass that does more), or
+            "exposed" (the model multiplies by its weight itself, passing the module over).
         stock: True if stock transformers would quantize it, too.
     """
 
     module: str
     class_name: str
-    kind: Literal["linear", "conv1d", "other"]
+    kind: Literal["linear", "conv1d", "other", "exposed"]
     stock: bool
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pipeline.errors import ArchitectureError
 from pipeline.model.config import causal_lm_config
@@ -65,15 +65,22 @@ def model_facts(config: dict[str, Any], names: Iterable[str], where: Path) -> Mo
     )
 
 
+# The mixers of state-space models (Mamba, Falcon-Mamba, Jamba, Zamba) compute
+# `self.dt_proj.weight @ x`, for which a 4-bit weight has the wrong shape.
+_EXPOSED: Final = "mixer.dt_proj", "mamba.dt_proj"
+
+
 def _linears(model: Any) -> dict[str, LinearFact]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     facts: dict[str, LinearFact] = {}
     for name, module in model.named_modules():
-        kind: Literal["linear", "conv1d", "other"]
+        kind: Literal["linear", "conv1d", "other", "exposed"]
         if isinstance(module, Conv1D):
             kind = "conv1d"
+        elif name.endswith(_EXPOSED):
+            kind = "exposed"
         elif isinstance(module, nn.Linear):
             kind = "linear" if is_plain_linear(module) else "other"
         else:
