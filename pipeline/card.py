@@ -106,11 +106,12 @@ def _quality(verification: dict[str, Any]) -> str:
             f"\n\nPerplexity on the scored text: {fidelity['reference_perplexity']:.3f} in 16 bit, "
             f"{fidelity['perplexity']:.3f} in 4 bit. Measured on: {verification['device']}."
         )
-        answers = [
+        rows = [
             (_cell(a["prompt"]), _cell(a["answer_16bit"]), _cell(a["answer_4bit"]))
             for a in verification["answers"][:_MAX_CARD_ANSWERS]
         ]
-        text += "\n\n" + _table(("prompt", "16 bit", "4 bit"), answers)
+        if rows:
+            text += "\n\n" + _table(("prompt", "16 bit", "4 bit"), rows)
     return text
 
 

@@ -85,8 +85,10 @@ class VerifyRecipe:
         score_tokens: how many tokens the 16-bit and the 4-bit model are compared on, at most.
         max_mean_kl: nats per token. NF4 costs 0.02 to 0.1 on models of some billion weights and
             0.28 on one of 135 million; above 0.5 something is broken rather than coarse.
-        min_top1_agreement: share of tokens for which both models would write the same next one.
-            135 million weights keep 0.73; half of that agreement is no longer the same model.
+        min_sure_agreement: share of the tokens on which the 16-bit model's first choice is at least
+            twice as likely as its second, for which 4 bits must make the same choice. A model of
+            135 million weights keeps 0.73 of all tokens; of the sure ones a model that is still the
+            same keeps nearly all.
         max_accuracy_drop: share of the prompts with an expected answer that the 16-bit model gets
             right and that 4 bits may lose. NF4 loses 1 to 3 %; 10 % of 50 prompts is beyond chance.
     """
@@ -95,14 +97,14 @@ class VerifyRecipe:
     max_new_tokens: int = 48
     score_tokens: int = 512
     max_mean_kl: float = 0.5
-    min_top1_agreement: float = 0.6
+    min_sure_agreement: float = 0.8
     max_accuracy_drop: float = 0.1
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens > 0, "verify.max_new_tokens", self.max_new_tokens, "> 0")
         _require(self.score_tokens > 1, "verify.score_tokens", self.score_tokens, "> 1")
         _require(self.max_mean_kl > 0, "verify.max_mean_kl", self.max_mean_kl, "> 0")
-        for name in ("min_top1_agreement", "max_accuracy_drop"):
+        for name in ("min_sure_agreement", "max_accuracy_drop"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"verify.{name}", value, "from 0 to 1")
 

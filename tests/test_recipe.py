@@ -39,7 +39,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         max_new_tokens = 5
         score_tokens = 100
         max_mean_kl = 1
-        min_top1_agreement = 0.25
+        min_sure_agreement = 0.25
         max_accuracy_drop = 0.0
         """,
     )
@@ -87,7 +87,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         ("[verify]\nmax_mean_kl = 0", "verify.max_mean_kl is 0.0; expected > 0"),
         ("[verify]\nmax_mean_kl = true", "verify.max_mean_kl is True; expected a float"),
         ("[verify]\nmax_mean_kl = nan", "verify.max_mean_kl is nan; expected > 0"),
-        ("[verify]\nmin_top1_agreement = 1.1", "min_top1_agreement is 1.1; expected from 0 to 1"),
+        ("[verify]\nmin_sure_agreement = 1.1", "min_sure_agreement is 1.1; expected from 0 to 1"),
         ("[verify]\nmax_accuracy_drop = -0.1", "max_accuracy_drop is -0.1; expected from 0 to 1"),
         ("[verify", "is not valid TOML"),
         ("[verify]\n[verify]", "is not valid TOML"),

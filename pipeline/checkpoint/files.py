@@ -36,6 +36,11 @@ def is_wanted(name: str) -> bool:
     return WEIGHT_FILE.fullmatch(name) is not None or _matches(name, patterns)
 
 
+def is_tokenizer(name: str) -> bool:
+    """True for a file from which a tokenizer can be made."""
+    return _matches(name, ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.*"))
+
+
 def travels(name: str) -> bool:
     """True for a file that `serialize` copies into the export as it is."""
     return _matches(name, ("generation_config.json", *TOKENIZER_FILES, "LICENSE*", "NOTICE*"))

@@ -19,6 +19,9 @@ class Fidelity:
         mean_kl: of KL(reference || model) per token, in nats.
         max_kl: the largest of them.
         top1_agreement: share of tokens for which both rank the same next token first.
+        sure_tokens: on which the reference's first choice is at least twice as likely as its
+            second. Elsewhere two near-equal choices may change places without harm.
+        sure_agreement: the agreement on those alone; 1 if there are none.
         reference_perplexity: exp of the mean negative log-likelihood of the actual next token.
         perplexity: the same for the model.
     """
@@ -27,6 +30,8 @@ class Fidelity:
     mean_kl: float
     max_kl: float
     top1_agreement: float
+    sure_tokens: int
+    sure_agreement: float
     reference_perplexity: float
     perplexity: float
 
@@ -46,18 +51,23 @@ def compare(reference: LogProbs, model: LogProbs, targets: NDArray[np.int64]) ->
     """
     tokens = len(targets)
     kl = np.empty(tokens, np.float64)
-    agree = 0
+    agrees = np.empty(tokens, np.bool_)
+    sure = np.empty(tokens, np.bool_)
     for i in range(tokens):  # row by row: the vocabulary is large and memory need not grow
         p = reference[i].astype(np.float64)
         q = model[i].astype(np.float64)
         kl[i] = max(float(np.sum(np.exp(p) * (p - q))), 0.0)
-        agree += int(np.argmax(p) == np.argmax(q))
+        agrees[i] = np.argmax(p) == np.argmax(q)
+        second, first = np.partition(p, -2)[-2:]
+        sure[i] = first - second >= np.log(2.0)
     rows = np.arange(tokens)
     return Fidelity(
         tokens=tokens,
         mean_kl=float(kl.mean()),
         max_kl=float(kl.max()),
-        top1_agreement=agree / tokens,
+        top1_agreement=float(agrees.mean()),
+        sure_tokens=int(sure.sum()),
+        sure_agreement=float(agrees[sure].mean()) if sure.any() else 1.0,
         reference_perplexity=float(np.exp(-reference[rows, targets].astype(np.float64).mean())),
         perplexity=float(np.exp(-model[rows, targets].astype(np.float64).mean())),
     )

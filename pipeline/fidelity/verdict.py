@@ -36,6 +36,9 @@ class Check:
 
 def fidelity_checks(fidelity: Fidelity, recipe: VerifyRecipe) -> list[Check]:
     """Holds the distance from the 16-bit model against the recipe's limits."""
+    sure = f"{fidelity.sure_agreement:.1%} of {fidelity.sure_tokens} tokens"
+    if not fidelity.sure_tokens:
+        sure = "it is sure of none"
     return [
         Check(
             "mean KL from the 16-bit model",
@@ -44,10 +47,10 @@ def fidelity_checks(fidelity: Fidelity, recipe: VerifyRecipe) -> list[Check]:
             f"at most {recipe.max_mean_kl:g}",
         ),
         Check(
-            "same next token as the 16-bit model",
-            fidelity.top1_agreement >= recipe.min_top1_agreement,
-            f"{fidelity.top1_agreement:.1%} of {fidelity.tokens} tokens",
-            f"at least {recipe.min_top1_agreement:.0%}",
+            "same next token where the 16-bit model is sure",
+            fidelity.sure_agreement >= recipe.min_sure_agreement,
+            f"{sure} ({fidelity.top1_agreement:.1%} of all {fidelity.tokens})",
+            f"at least {recipe.min_sure_agreement:.0%}",
         ),
     ]
 

@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,10 @@ from pipeline.fidelity.metrics import compare
 from pipeline.measure import measured
 from pipeline.proof.prompts import Prompt
 from pipeline.runtime.generate import Generator, Sampling
+from pipeline.runtime.loader import load, load_tokenizer
 from pipeline.runtime.quiet import quiet_libraries
+
+_RANDOM_LENGTH: Final = 64
 
 
 def main() -> None:
@@ -44,10 +47,11 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     Args:
         request: model (folder), device, quantized (bool), prompts, max_new_tokens, score_tokens,
             reference (path of the .npz that the 16-bit run writes and the 4-bit run reads).
+            Without prompts, random token ids are scored.
     """
     with measured() as usage:
         start = time.perf_counter()
-        generator = Generator.open(request["model"], device=request["device"], quantize=False)
+        generator = _open(request)
         load_seconds = time.perf_counter() - start
         prompts = [Prompt(**prompt) for prompt in request["prompts"]]
         answers = _answer(generator, prompts, request["max_new_tokens"])
@@ -61,12 +65,22 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         reference = Path(request["reference"])
         if request["quantized"]:
             result["fidelity"] = _compare(generator, reference)
+        elif prompts:
+            sequences = _written(generator, prompts, answers, request["score_tokens"])
+            _score_reference(generator, sequences, reference)
         else:
-            _score_reference(generator, prompts, answers, request["score_tokens"], reference)
+            sequences = _random_sequences(generator, request["score_tokens"])
+            _score_reference(generator, sequences, reference)
     result["seconds"] = round(usage.seconds, 3)
     result["peak_memory_bytes"] = usage.peak_memory
     result["peak_device_memory_bytes"] = _device_peak(generator)
     return result
+
+
+def _open(request: dict[str, Any]) -> Generator:
+    model = load(request["model"], device=request["device"], quantize=False)
+    # Without prompts no tokenizer is asked for: a checkpoint need not have one to be verified.
+    return Generator(model, load_tokenizer(request["model"]) if request["prompts"] else None)
 
 
 def _answer(
@@ -88,14 +102,10 @@ def _linear4bit(model: Any) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
 
 
-def _score_reference(
-    generator: Generator,
-    prompts: list[Prompt],
-    answers: list[dict[str, Any]],
-    limit: int,
-    path: Path,
-) -> None:
-    """Scores prompts with their 16-bit answers, until `limit` tokens are scored."""
+def _written(
+    generator: Generator, prompts: list[Prompt], answers: list[dict[str, Any]], limit: int
+) -> list[NDArray[np.int64]]:
+    """Prompts with their 16-bit answers as token ids, until `limit` tokens can be scored."""
     sequences: list[NDArray[np.int64]] = []
     left = limit
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -107,12 +117,24 @@ def _score_reference(
             left -= len(sequence) - 1
         if left < 1:
             break
-    scores = [_log_probs(generator, sequence) for sequence in sequences]
+    return sequences
+
+
+def _random_sequences(generator: Generator, limit: int) -> list[NDArray[np.int64]]:
+    """Token ids to score where there is no tokenizer to make them from a text."""
+    vocabulary = generator.model.get_input_embeddings().num_embeddings
+    dice = np.random.default_rng(0)
+    count = max(1, limit // _RANDOM_LENGTH)
+    return list(dice.integers(0, vocabulary, (count, _RANDOM_LENGTH), dtype=np.int64))
+
+
+def _score_reference(generator: Generator, sequences: list[NDArray[np.int64]], path: Path) -> None:
+    """Leaves token ids and their 16-bit log-probabilities for the 4-bit run."""
     np.savez(
         path,
         tokens=np.concatenate(sequences),
         lengths=np.array([len(sequence) for sequence in sequences]),
-        log_probs=np.concatenate(scores),
+        log_probs=np.concatenate([_log_probs(generator, sequence) for sequence in sequences]),
     )
 
 

@@ -10,6 +10,7 @@ from pipeline import card
 from pipeline.build import Build, Record, stage_key
 from pipeline.checkpoint.digest import digest_file
 from pipeline.checkpoint.durable import write_bytes, write_json
+from pipeline.checkpoint.files import is_tokenizer
 from pipeline.errors import ResourceError
 from pipeline.fidelity.metrics import Fidelity, is_right
 from pipeline.fidelity.verdict import Check, accuracy_check, fidelity_checks, verdict
@@ -21,6 +22,7 @@ from pipeline.proof.run import examine
 from pipeline.recipe import VerifyRecipe
 from pipeline.runtime.loader import pick_device
 from pipeline.stages import Settings, recorded
+from pipeline.stages.download import recorded_files
 
 CODE_VERSION: Final = 1
 VERIFICATION_FILE: Final = "verification.json"
@@ -74,6 +76,12 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
             "use. Leave the option out to verify on the CPU."
         )
     prompts = read_prompts(prompts_path(build, settings))
+    if not _has_tokenizer(build):
+        prompts = ()
+        reporter.note(
+            "This checkpoint has no tokenizer: no prompt can be answered, and the models are "
+            "compared on random token ids."
+        )
 
     def work() -> tuple[dict[str, Any], dict[str, Any]]:
         manifest = read_manifest(build.export)
@@ -91,6 +99,10 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
         return outputs, found
 
     return recorded(build, "verify", stage, work)
+
+
+def _has_tokenizer(build: Build) -> bool:
+    return any(is_tokenizer(name) for name in recorded_files(build.need("download")))
 
 
 def _behaviour(
@@ -136,7 +148,7 @@ def _behaviour(
 def _thresholds(recipe: VerifyRecipe) -> dict[str, float]:
     return {
         "max_mean_kl": recipe.max_mean_kl,
-        "min_top1_agreement": recipe.min_top1_agreement,
+        "min_sure_agreement": recipe.min_sure_agreement,
         "max_accuracy_drop": recipe.max_accuracy_drop,
     }
 

@@ -27,6 +27,15 @@ def test_numbers_by_hand() -> None:
     assert found.perplexity == pytest.approx((0.25 * 0.8) ** -0.5, rel=1e-5)
 
 
+def test_agreement_counts_apart_where_the_reference_is_sure() -> None:
+    reference = log([[0.4, 0.3, 0.3], [0.6, 0.3, 0.1], [0.8, 0.1, 0.1], [0.1, 0.1, 0.8]])
+    model = log([[0.3, 0.4, 0.3], [0.5, 0.3, 0.2], [0.3, 0.4, 0.3], [0.1, 0.1, 0.8]])
+    found = compare(reference, model, np.array([0, 0, 0, 0]))
+    assert found.top1_agreement == 0.5
+    assert found.sure_tokens == 3
+    assert found.sure_agreement == pytest.approx(2 / 3)
+
+
 def test_a_model_equals_itself() -> None:
     dice = np.random.default_rng(0)
     scores = log(dice.dirichlet(np.ones(50), 20).tolist())
@@ -51,6 +60,8 @@ def test_the_report_is_plain_json() -> None:
         "mean_kl": 0.0,
         "max_kl": 0.0,
         "top1_agreement": 1.0,
+        "sure_tokens": 0,
+        "sure_agreement": 1.0,
         "reference_perplexity": pytest.approx(2.0),
         "perplexity": pytest.approx(2.0),
     }

@@ -10,18 +10,18 @@ from pipeline.fidelity.metrics import Fidelity
 from pipeline.fidelity.verdict import Check, accuracy_check, fidelity_checks, verdict
 from pipeline.recipe import VerifyRecipe
 
-RECIPE = VerifyRecipe(max_mean_kl=0.1, min_top1_agreement=0.8, max_accuracy_drop=0.25)
-GOOD = Fidelity(100, 0.05, 0.5, 0.9, 10.0, 11.0)
+RECIPE = VerifyRecipe(max_mean_kl=0.1, min_sure_agreement=0.8, max_accuracy_drop=0.25)
+GOOD = Fidelity(100, 0.05, 0.5, 0.9, 60, 0.95, 10.0, 11.0)
 
 
 @pytest.mark.parametrize(
     ("fidelity", "passed"),
     [
         (GOOD, [True, True]),
-        (replace(GOOD, mean_kl=0.1, top1_agreement=0.8), [True, True]),
+        (replace(GOOD, mean_kl=0.1, sure_agreement=0.8), [True, True]),
         (replace(GOOD, mean_kl=0.1001), [False, True]),
-        (replace(GOOD, top1_agreement=0.7999), [True, False]),
-        (replace(GOOD, mean_kl=float("nan"), top1_agreement=float("nan")), [False, False]),
+        (replace(GOOD, sure_agreement=0.7999), [True, False]),
+        (replace(GOOD, mean_kl=float("nan"), sure_agreement=float("nan")), [False, False]),
     ],
 )
 def test_limits(fidelity: Fidelity, passed: list[bool]) -> None:

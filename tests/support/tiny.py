@@ -21,7 +21,7 @@ prompts = "{prompts}"
 max_new_tokens = 3
 score_tokens = 16
 max_mean_kl = 5.0
-min_top1_agreement = 0.0
+min_sure_agreement = 0.0
 """
 
 
