@@ -33,9 +33,9 @@ def test_a_check_says_what_was_found_and_expected() -> None:
     assert kl.found == "0.0500 nats per token over 100 tokens"
     assert kl.expected == "at most 0.1"
     assert agreement.as_json() == {
-        "name": "same next token as the 16-bit model",
+        "name": "same next token where the 16-bit model is sure",
         "passed": True,
-        "found": "90.0% of 100 tokens",
+        "found": "95.0% of 60 tokens (90.0% of all 100)",
         "expected": "at least 80%",
     }
 
