@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 _CLEAR_REFS: Final = Path("/proc/self/clear_refs")
+_MEMINFO: Final = Path("/proc/meminfo")
 _STATUS: Final = Path("/proc/self/status")
 _RESET_PEAK: Final = "5"  # Linux: forget the peak resident set size so far (proc(5))
 
@@ -43,6 +44,17 @@ def measured() -> Iterator[Usage]:
     finally:
         usage.seconds = time.perf_counter() - start
         usage.peak_memory = peak_memory()
+
+
+def available_memory() -> int | None:
+    """Bytes that can be used without swapping, or None where the system does not say."""
+    try:
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
 
 
 def peak_memory() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,8 @@ from pipeline.engine.buffers import divide
 from pipeline.engine.run import QuantizedFile, quantize_files
 from pipeline.engine.twins import TwinsDifferError
 from pipeline.errors import PlanMismatchError, ResourceError
+from pipeline.measure import available_memory
+from pipeline.nf4.layout import blocks_of
 from pipeline.nf4.rounding import NearestOnCpu, Rounding
 from pipeline.progress import Reporter
 from pipeline.selection import Plan, select
@@ -27,6 +30,7 @@ from pipeline.stages.download import recorded_facts
 CODE_VERSION: Final = 1
 _FACTS_SUFFIX: Final = ".facts.json"
 _MANY_PROCESSORS: Final = 8
+_BYTES_PER_BLOCK: Final = 24  # absmax, three sums, and the rounded scale twice
 
 
 def key(build: Build, settings: Settings) -> str:
@@ -73,6 +77,7 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
     build.check_inputs("download")
     plan, checkpoint = make_plan(build, settings)
     check_disk(build, plan)
+    check_memory(plan, settings.memory_budget)
 
     def work() -> tuple[dict[str, Any], dict[str, Any]]:
         try:
@@ -189,6 +194,22 @@ def check_disk(build: Build, plan: Plan) -> None:
         raise ResourceError(
             f"{build.root} is on a disk with {free / 1e9:.3f} GB free; the quantized model needs "
             f"{needed / 1e9:.3f} GB. Make space, or name a --build-dir on another disk."
+        )
+
+
+def check_memory(plan: Plan, budget: int) -> None:
+    """Refuses to begin what the memory cannot hold: the buffers, and the scales of two weights.
+
+    Raises:
+        ResourceError: there is too little.
+    """
+    blocks = max(blocks_of(prod(tensor.shape)) for tensor in plan.quantized)
+    needed = budget + 2 * blocks * _BYTES_PER_BLOCK
+    available = available_memory()
+    if available is not None and needed > available:
+        raise ResourceError(
+            f"Quantizing needs {needed / 1e6:,.0f} MB of memory and {available / 1e6:,.0f} MB are "
+            "available. Give it a smaller --memory-budget, or end other programs."
         )
 
 
