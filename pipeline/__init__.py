@@ -1,6 +1,6 @@
 """nf4-pipeline: quantize a Hugging Face causal LM to bitsandbytes NF4, prove it, publish it.
 
-load(artifact)            a model that is ready to generate, on any transformers
+load(artifact)            a model that is ready to generate, on transformers >= 5.5
 prompt(query, artifact)   text generation in one call
 PipelineError             every expected failure
 """

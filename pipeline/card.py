@@ -102,10 +102,10 @@ def _quality(verification: dict[str, Any]) -> str:
     )
     fidelity = verification.get("fidelity")
     if fidelity:
-        text += (
-            f"\n\nPerplexity on the scored text: {fidelity['reference_perplexity']:.3f} in 16 bit, "
-            f"{fidelity['perplexity']:.3f} in 4 bit. Measured on: {verification['device']}."
-        )
+        text += f"\n\nMeasured on: {verification['device']}."
+        before, after = fidelity["reference_perplexity"], fidelity["perplexity"]
+        if before is not None and after is not None:
+            text += f" Perplexity on the scored text: {before:.3f} in 16 bit, {after:.3f} in 4 bit."
         rows = [
             (_cell(a["prompt"]), _cell(a["answer_16bit"]), _cell(a["answer_4bit"]))
             for a in verification["answers"][:_MAX_CARD_ANSWERS]
@@ -118,7 +118,7 @@ def _quality(verification: dict[str, Any]) -> str:
 def _loading(manifest: dict[str, Any]) -> str:
     text = """## Use
 
-With this package, on any transformers:
+With this package, on transformers 5.5 and newer:
 
 ```python
 import pipeline  # pip install nf4-pipeline

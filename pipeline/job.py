@@ -57,6 +57,7 @@ def run_build(
     Returns:
         The build folder, and the result of each stage by name.
     """
+    verify.check_gpu(settings)
     build, record, ran = download.run(
         model, artifacts, reporter, revision=revision, build_dir=build_dir
     )
@@ -71,6 +72,8 @@ def run_stage(build: Build, stage: str, settings: Settings, reporter: Reporter) 
     """Runs one stage of an existing build, unless its result is still valid."""
     if not build.root.is_dir():
         raise BuildError(f"{build.root}: no such build. Start one: nf4 build MODEL.")
+    if stage == "verify":
+        verify.check_gpu(settings)
     with build.locked():
         return ensure(build, stage, settings, reporter)
 

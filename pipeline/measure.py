@@ -57,6 +57,12 @@ def available_memory() -> int | None:
     return None
 
 
+def peak_memory_of_children() -> int:
+    """The largest resident set of any child process that has ended, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+
+
 def peak_memory() -> int:
     """The largest resident set of this process in bytes, since the last reset."""
     try:

@@ -70,4 +70,12 @@ def main(args: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(
+            f"Error: {where}{error.strerror or error}. Check the disk's free space and the "
+            "folder's permissions, then run the same command again.",
+            err=True,
+        )
+        sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)

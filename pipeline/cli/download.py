@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -36,7 +37,8 @@ def command(ui: Ui, model: str, revision: str | None, build_dir: Path | None) ->
         click.echo(
             f"{record.facts['repo']} at {pinned}: {len(record.outputs)} files, {total:,} bytes"
         )
-        click.echo(f"build:  {build.root}")
-        click.echo(f"next:   nf4 quantize --build-dir {build.root}")
+        place = shlex.quote(str(build.root))
+        click.echo(f"build:  {place}")
+        click.echo(f"next:   nf4 quantize --build-dir {place}")
 
     ui.result(value, show)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -57,7 +59,10 @@ def settings_options(command: Command) -> Command:
     @click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]", show_default=True)
     @click.option("--require-gpu", is_flag=True, help="Verifying without a GPU is a failure.")
     @click.option(
-        "--workers", default=0, help="Threads that quantize.  [default: CPUs + 1, or 8 a GPU]"
+        "--workers",
+        default=0,
+        type=click.IntRange(min=0),
+        help="Threads that quantize.  [default: CPUs + 1, or 8 a GPU]",
     )
     @click.option(
         "--memory-budget", default="256MiB", show_default=True, help="For the engine's buffers."
@@ -71,9 +76,12 @@ def settings_options(command: Command) -> Command:
         memory_budget: str,
         **values: Any,
     ) -> Any:
+        from pipeline.errors import UsageError
         from pipeline.recipe import Recipe, load_recipe, parse_size
         from pipeline.stages import Settings
 
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N.")
         settings = Settings(
             recipe=load_recipe(recipe) if recipe else Recipe(),
             device=device,
@@ -163,12 +171,15 @@ def run_one_stage(
         "peak_memory_bytes": result.record.peak_memory,
         "outputs": {name: d.as_json() for name, d in result.record.outputs.items()},
     }
+    for name in ("verdict", "checks", "fidelity", "accuracy"):
+        if name in result.record.facts:
+            value[name] = result.record.facts[name]
 
     def show() -> None:
         done = f"in {result.record.seconds:.1f} s" if result.ran else "was done, still valid"
         total = sum(digest.size for digest in result.record.outputs.values())
         click.echo(f"{stage}: {done}; {len(result.record.outputs)} files, {total:,} bytes")
-        click.echo(f"build:  {build.root}")
+        click.echo(f"build:  {shlex.quote(str(build.root))}")
 
     ui.result(value, show)
     return result.record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any, Final
 
 import click
@@ -68,8 +69,9 @@ def show_summary(value: dict[str, Any]) -> None:
             "  loading     pipeline.load(…); stock transformers >= 5.5 needs the line that "
             "README.md there gives"
         )
-    click.echo(f'  next        nf4 prompt {value["build"]} "…"')
-    click.echo(f"              nf4 push --dry-run --repo-id ORG/NAME --build-dir {value['build']}")
+    build = shlex.quote(value["build"])
+    click.echo(f'  next        nf4 prompt {build} "…"')
+    click.echo(f"              nf4 push --dry-run --repo-id ORG/NAME --build-dir {build}")
 
 
 def _show_answers(answers: list[dict[str, Any]]) -> None:

@@ -35,8 +35,9 @@ class Fidelity:
     reference_perplexity: float
     perplexity: float
 
-    def as_json(self) -> dict[str, float]:
-        return asdict(self)
+    def as_json(self) -> dict[str, float | None]:
+        """Plain JSON; a number that is not finite becomes null, and no check passes on it."""
+        return {name: value if np.isfinite(value) else None for name, value in asdict(self).items()}
 
 
 def compare(reference: LogProbs, model: LogProbs, targets: NDArray[np.int64]) -> Fidelity:
@@ -56,7 +57,9 @@ def compare(reference: LogProbs, model: LogProbs, targets: NDArray[np.int64]) ->
     for i in range(tokens):  # row by row: the vocabulary is large and memory need not grow
         p = reference[i].astype(np.float64)
         q = model[i].astype(np.float64)
-        kl[i] = max(float(np.sum(np.exp(p) * (p - q))), 0.0)
+        likely = np.isfinite(p) | np.isnan(p)  # a token that cannot come adds nothing
+        terms = np.exp(p[likely]) * (p[likely] - q[likely])
+        kl[i] = np.maximum(np.sum(terms), 0.0)
         agrees[i] = np.argmax(p) == np.argmax(q)
         second, first = np.partition(p, -2)[-2:]
         sure[i] = first - second >= np.log(2.0)

@@ -29,7 +29,7 @@ class PendingFacts:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.model.worker", str(folder)],
+            [sys.executable, "-P", "-m", "pipeline.model.worker", str(folder)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

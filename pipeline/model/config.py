@@ -56,6 +56,15 @@ def without_remote_code(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in dropped}
 
 
+def _with_floats(value: Any) -> Any:
+    """transformers writes numbers that JSON lacks as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(item) for key, item in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
+
+
 def causal_lm_config(config: dict[str, Any], where: Path) -> Any:
     """A transformers config object for a causal LM.
 
@@ -83,7 +92,7 @@ def causal_lm_config(config: dict[str, Any], where: Path) -> Any:
             "text from left to right can be quantized here."
         )
     try:
-        built = CONFIG_MAPPING[model_type].from_dict(without_remote_code(config))
+        built = CONFIG_MAPPING[model_type].from_dict(_with_floats(without_remote_code(config)))
     except Exception as error:  # a config class may reject values in any way it likes
         raise ArchitectureError(
             f"{where / CONFIG_FILE} is not a valid {model_type} config: {error}"

@@ -61,7 +61,7 @@ def _run_worker(path: Path, request: dict[str, Any]) -> dict[str, Any]:
     result = path.with_suffix(".result.json")
     path.write_text(json.dumps({**request, "result": str(result)}), "utf-8")
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.proof.worker", str(path)],
+        [sys.executable, "-P", "-m", "pipeline.proof.worker", str(path)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -69,9 +69,10 @@ def _run_worker(path: Path, request: dict[str, Any]) -> dict[str, Any]:
     )
     if done.returncode != 0 or not result.is_file():
         tail = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        signal = " Signal 9 usually means that memory ran out." if done.returncode < 0 else ""
         raise VerificationError(
-            f"The process that loads {request['model']} ended with status {done.returncode}: "
-            f"{tail[0]}. A negative status is a signal; -9 usually means that memory ran out."
+            f"The process that runs {request['model']} ended with status {done.returncode}: "
+            f"{tail[0]}.{signal}"
         )
     found: dict[str, Any] = json.loads(result.read_text("utf-8"))
     if "error" in found:

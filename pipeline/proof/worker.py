@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -89,11 +90,18 @@ def _answer(
     sampling = Sampling(max_new_tokens=max_new_tokens)
     answers = []
     for prompt in prompts:
+        if generator.context and _length(generator, prompt) >= generator.context:
+            answers.append({"text": "", "tokens": 0, "seconds": 0.0})  # longer than the model takes
+            continue
         answer = generator.answer(prompt.prompt, sampling, chat=prompt.chat)[0]
         answers.append(
             {"text": answer.text, "tokens": answer.tokens, "seconds": round(answer.seconds, 4)}
         )
     return answers
+
+
+def _length(generator: Generator, prompt: Prompt) -> int:
+    return int(generator.encode(prompt.prompt, chat=prompt.chat).shape[1])
 
 
 def _linear4bit(model: Any) -> list[str]:
@@ -112,6 +120,7 @@ def _written(
         ids = generator.encode(prompt.prompt, chat=prompt.chat)[0].cpu().numpy()
         written = generator.tokenizer(answer["text"], add_special_tokens=False).input_ids
         sequence = np.concatenate([ids, np.asarray(written, np.int64)])[: left + 1]
+        sequence = sequence[: generator.context]
         if len(sequence) > 1:
             sequences.append(sequence)
             left -= len(sequence) - 1
@@ -124,8 +133,9 @@ def _random_sequences(generator: Generator, limit: int) -> list[NDArray[np.int64
     """Token ids to score where there is no tokenizer to make them from a text."""
     vocabulary = generator.model.get_input_embeddings().num_embeddings
     dice = np.random.default_rng(0)
-    count = max(1, limit // _RANDOM_LENGTH)
-    return list(dice.integers(0, vocabulary, (count, _RANDOM_LENGTH), dtype=np.int64))
+    length = min(_RANDOM_LENGTH, generator.context or _RANDOM_LENGTH)
+    count = max(1, limit // length)
+    return list(dice.integers(0, vocabulary, (count, length), dtype=np.int64))
 
 
 def _score_reference(generator: Generator, sequences: list[NDArray[np.int64]], path: Path) -> None:
@@ -144,7 +154,7 @@ def _compare(generator: Generator, path: Path) -> dict[str, float]:
         sequences = np.split(reference["tokens"], ends[:-1])
         scores = np.concatenate([_log_probs(generator, sequence) for sequence in sequences])
         targets = np.concatenate([sequence[1:] for sequence in sequences])
-        return compare(reference["log_probs"], scores, targets).as_json()
+        return asdict(compare(reference["log_probs"], scores, targets))
 
 
 def _log_probs(generator: Generator, sequence: NDArray[np.int64]) -> NDArray[np.float32]:

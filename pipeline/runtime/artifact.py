@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pipeline.build import find_builds
+from pipeline.checkpoint.source import read_json
 from pipeline.errors import ArtifactError, UsageError
 
 ARTIFACTS = Path("artifacts")
@@ -62,4 +62,4 @@ def is_hub_id(name: str) -> bool:
 def is_quantized(folder: str) -> bool:
     """True if the config.json of a folder says that its weights are quantized."""
     path = Path(folder) / "config.json"
-    return path.is_file() and bool(json.loads(path.read_text("utf-8")).get("quantization_config"))
+    return path.is_file() and bool(read_json(path).get("quantization_config"))

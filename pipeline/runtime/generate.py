@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UsageError
+from pipeline.errors import ArtifactError, UsageError
 from pipeline.runtime.artifact import find_model
 from pipeline.runtime.loader import load, load_tokenizer, pick_device
 from pipeline.runtime.quiet import quiet_loading
@@ -87,6 +87,13 @@ class Generator:
         """Loads both; see `pipeline.runtime.loader.load`."""
         return cls(load(artifact, device=device, quantize=quantize), load_tokenizer(artifact))
 
+    @property
+    def context(self) -> int | None:
+        """How many tokens the model was built for, if its config says so."""
+        config = self.model.config.get_text_config()
+        found = getattr(config, "max_position_embeddings", None)
+        return found if isinstance(found, int) and found > 0 else None
+
     def encode(self, query: str, *, chat: bool = False) -> Any:
         """Token ids of a prompt, int64 [1, length] on the model's device.
 
@@ -94,15 +101,28 @@ class Generator:
             query: the text.
             chat: put it into the model's chat template, if it has one.
         """
-        if chat and getattr(self.tokenizer, "chat_template", None):
-            messages = [{"role": "user", "content": query}]
-            query = self.tokenizer.apply_chat_template(
+        if not query.strip():
+            raise UsageError("The prompt is empty. Give at least one word.")
+        templated = chat and bool(getattr(self.tokenizer, "chat_template", None))
+        if templated:
+            query = self._in_template(query)
+        # A template writes its special tokens itself.
+        ids = self.tokenizer(query, return_tensors="pt", add_special_tokens=not templated).input_ids
+        if ids.shape[1] == 0:
+            raise UsageError("The tokenizer makes no token of this prompt. Give another one.")
+        return ids.to(self.model.device)
+
+    def _in_template(self, query: str) -> str:
+        messages = [{"role": "user", "content": query}]
+        try:
+            text: str = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-        ids = self.tokenizer(query, return_tensors="pt").input_ids
-        if ids.shape[1] == 0:
-            raise UsageError("The prompt is empty. Give at least one word.")
-        return ids.to(self.model.device)
+        except Exception as error:  # a template is a stranger's program
+            raise ArtifactError(
+                f"The model's chat template fails: {error}. Leave it out (--raw, or chat=False)."
+            ) from error
+        return text
 
     def answer(
         self, query: str, sampling: Sampling, *, chat: bool = False, streamer: Any = None
@@ -156,8 +176,17 @@ class Generator:
                     f"{prompt_tokens} tokens. Raise it, or use max_new_tokens."
                 )
             limit = room if limit is None else min(limit, room)
+        if self.context is not None:
+            if prompt_tokens >= self.context:
+                raise UsageError(
+                    f"The prompt has {prompt_tokens} tokens, and this model takes {self.context} "
+                    "in all. Shorten it."
+                )
+            limit = min(limit or 128, self.context - prompt_tokens)
         options: dict[str, Any] = {
             "max_new_tokens": limit or 128,
+            "num_beams": 1,
+            "return_dict_in_generate": False,
             "num_return_sequences": sampling.num_return_sequences,
             "do_sample": sampling.draws,
             "pad_token_id": self._pad_token(),

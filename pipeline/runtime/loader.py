@@ -1,4 +1,4 @@
-"""Loads an NF4 artifact on any transformers, or quantizes a plain checkpoint while loading it.
+"""Loads an NF4 artifact on transformers >= 5.5, or quantizes a plain checkpoint while loading it.
 
 transformers >= 5.5 makes a module a `Linear4bit` only if `type(module) is nn.Linear`, so a Falcon,
 whose projections are a subclass, fails to load with a size mismatch. The subclass here hands the
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.errors import ArtifactError, ResourceError
+from pipeline.errors import ArtifactError, PipelineError, ResourceError
 from pipeline.model.linear import is_plain_linear
 from pipeline.runtime.artifact import find_model, is_quantized
 from pipeline.runtime.cpu_layers import repair
@@ -45,13 +45,15 @@ def load(artifact: str | Path | None = None, *, device: str = "auto", quantize: 
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": "auto", "device_map": {"": target}}
-    if quantize and not is_quantized(folder):
-        options["quantization_config"] = _nf4_config(folder)
     try:
+        if quantize and not is_quantized(folder):
+            options["quantization_config"] = _nf4_config(folder)
         with quiet_loading(), _plain_subclasses_quantize():
             model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ArtifactError(f"{folder} could not be loaded on {target}: {error}") from error
+    except PipelineError:
+        raise
+    except Exception as error:  # configs and weights of strangers fail in any way they like
+        raise ArtifactError(f"{folder} could not be loaded on {target}: {_brief(error)}") from error
     repair(model)
     return model.eval()
 
@@ -64,8 +66,16 @@ def load_tokenizer(artifact: str | Path | None = None) -> Any:
     try:
         with quiet_loading():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{folder} has no usable tokenizer: {error}") from error
+    except Exception as error:  # tokenizers of strangers fail in any way they like
+        raise ArtifactError(
+            f"{folder} has no usable tokenizer (tokenizer.json or tokenizer.model): {_brief(error)}"
+        ) from error
+
+
+def _brief(error: Exception) -> str:
+    """The first line of what a library says."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def pick_device(device: str) -> str:

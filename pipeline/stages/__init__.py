@@ -47,6 +47,7 @@ def recorded(
     key: str,
     work: Callable[[], tuple[dict[str, Any], dict[str, Any]]],
     before: Usage | None = None,
+    child_peak: Callable[[dict[str, Any]], int] = lambda facts: 0,
 ) -> Record:
     """Runs a stage's work between forgetting its old record and writing the new one.
 
@@ -56,6 +57,7 @@ def recorded(
         key: of the record.
         work: does it; returns the outputs (path -> digest) and the facts.
         before: what was spent before the key was known; it counts, too.
+        child_peak: the peak memory of processes that the work started, from its facts.
     """
     build.forget(stage)
     with measured() as usage:
@@ -67,7 +69,7 @@ def recorded(
         outputs,
         facts,
         earlier.seconds + usage.seconds,
-        max(earlier.peak_memory, usage.peak_memory),
+        max(earlier.peak_memory, usage.peak_memory, child_peak(facts)),
     )
     build.write_record(record)
     return record

@@ -14,7 +14,7 @@ from pipeline.checkpoint.digest import FileDigest, digest_file
 from pipeline.checkpoint.files import is_wanted
 from pipeline.checkpoint.source import open_checkpoint
 from pipeline.errors import UsageError
-from pipeline.measure import measured
+from pipeline.measure import measured, peak_memory_of_children
 from pipeline.model.ask import PendingFacts, transformers_version
 from pipeline.model.config import check_not_quantized, read_config
 from pipeline.model.facts import ModelFacts
@@ -88,7 +88,9 @@ def run(
     """
     with measured() as finding:
         source = _find(model, revision, reporter)
+    finding.peak_memory = max(finding.peak_memory, peak_memory_of_children())
     build = Build(build_dir or artifacts / source.slug)
+    _refuse_foreign_folders(build, source)
     key = stage_key(
         {
             "code": CODE_VERSION,
@@ -157,7 +159,8 @@ def _local(folder: Path, repo: str, reporter: Reporter, *, is_sample: bool = Fal
     except BaseException:
         pending.cancel()
         raise
-    return Source(folder, repo, None, files, pending.wait(), is_sample)
+    facts = pending.wait()
+    return Source(folder, repo, None, files, facts, is_sample)
 
 
 def _hub(repo: str, revision: str | None, reporter: Reporter) -> Source:
@@ -189,8 +192,24 @@ def _wanted_in(folder: Path) -> dict[str, Path]:
     return {
         name: folder / name
         for name in names
-        if is_wanted(name) and (name in weights or not name.endswith(".safetensors"))
+        if name in weights or (is_wanted(name) and not name.endswith(".safetensors"))
     }
+
+
+def _refuse_foreign_folders(build: Build, source: Source) -> None:
+    """A build empties its folders; they must be its own, and the source must not be among them.
+
+    Raises:
+        UsageError: the build folder holds something that no build left there.
+    """
+    own = [build.source, build.quantized, build.export]
+    inside = [folder for folder in own if source.folder.is_relative_to(folder.resolve())]
+    foreign = [] if (build.root / "records").is_dir() else [f for f in own if f.exists()]
+    if inside or foreign:
+        raise UsageError(
+            f"{build.root} cannot be the build folder: {(inside + foreign)[0]} is there already "
+            "and is not part of a build. Name another --build-dir."
+        )
 
 
 def _links_stand(build: Build, source: Source) -> bool:
@@ -201,7 +220,7 @@ def _links_stand(build: Build, source: Source) -> bool:
 
 def _link(build: Build, source: Source) -> None:
     for old in sorted(build.source.rglob("*"), reverse=True):
-        if old.is_symlink() or old.is_file():
+        if old.is_symlink():
             old.unlink()
     for name in source.files:
         link = build.source / name

@@ -148,8 +148,8 @@ def _warn_of_merged(plan: Plan, reporter: Reporter) -> None:
     total = sum(t.source.header.nbytes for t in plan.tensors)
     if merged:
         reporter.note(
-            f"Warning: {merged / total:.0%} of this model ({merged / 1e9:.2f} GB) stays in 16 bit: "
-            "transformers merges these weights on loading, which 4-bit weights cannot be."
+            f"Warning: {merged / total:.0%} of this model ({merged / 1e6:,.1f} MB) stays in "
+            "16 bit: transformers merges these weights on loading, which 4-bit weights cannot be."
         )
 
 

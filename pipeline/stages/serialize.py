@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -115,8 +116,10 @@ def _small_files(build: Build, plan: Plan, model_class: str) -> dict[str, FileDi
     """config.json with its quantization config, and the files that travel as they are."""
     config = without_remote_code(read_config(build.source))
     config["architectures"] = [model_class]
-    dtype = FLOAT_DTYPES[plan.quantized[0].source.header.dtype]
-    if not {"dtype", "torch_dtype"} & set(config):
+    dtype = str(config.get("dtype") or config.get("torch_dtype"))
+    if dtype not in FLOAT_DTYPES.values():
+        stored = Counter(tensor.source.header.dtype for tensor in plan.quantized)
+        dtype = FLOAT_DTYPES[stored.most_common(1)[0][0]]
         config["torch_dtype"] = dtype
     config["quantization_config"] = quantization_config(dtype, plan.skip_modules)
     written = {CONFIG_FILE: json_bytes(config)}

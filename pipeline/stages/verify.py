@@ -11,7 +11,7 @@ from pipeline.build import Build, Record, stage_key
 from pipeline.checkpoint.digest import digest_file
 from pipeline.checkpoint.durable import write_bytes, write_json
 from pipeline.checkpoint.files import is_tokenizer
-from pipeline.errors import ResourceError
+from pipeline.errors import RecipeError, ResourceError
 from pipeline.fidelity.metrics import Fidelity, is_right
 from pipeline.fidelity.verdict import Check, accuracy_check, fidelity_checks, verdict
 from pipeline.manifest.read import read_manifest
@@ -46,10 +46,26 @@ def key(build: Build, settings: Settings) -> str:
     )
 
 
+def check_gpu(settings: Settings) -> None:
+    """Refuses to begin if a GPU is required and there is none.
+
+    Raises:
+        ResourceError: so it is.
+    """
+    if settings.require_gpu and pick_device(settings.device) == "cpu":
+        raise ResourceError(
+            "A GPU is required to verify (--require-gpu) and this machine has none that torch can "
+            "use. Leave the option out to verify on the CPU."
+        )
+
+
 def prompts_path(build: Build, settings: Settings) -> Path:
     """The user's prompts, or those of the sample, or those for any model."""
     if settings.recipe.verify.prompts:
-        return Path(settings.recipe.verify.prompts)
+        path = Path(settings.recipe.verify.prompts)
+        if not path.is_file():
+            raise RecipeError(f"The prompts {path} cannot be read: there is no such file.")
+        return path
     if build.need("download").facts["is_sample"]:
         from pipeline.sample import QUESTIONS
 
@@ -70,11 +86,6 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
     stage = key(build, settings)
     build.check_inputs("download")
     device = pick_device(settings.device)
-    if settings.require_gpu and device == "cpu":
-        raise ResourceError(
-            "A GPU is required to verify (--require-gpu) and this machine has none that torch can "
-            "use. Leave the option out to verify on the CPU."
-        )
     prompts = read_prompts(prompts_path(build, settings))
     if not _has_tokenizer(build):
         prompts = ()
@@ -98,7 +109,10 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
         }
         return outputs, found
 
-    return recorded(build, "verify", stage, work)
+    def peak(facts: dict[str, Any]) -> int:
+        return max((m["peak_memory_bytes"] for m in facts.get("models", {}).values()), default=0)
+
+    return recorded(build, "verify", stage, work, child_peak=peak)
 
 
 def _has_tokenizer(build: Build) -> bool:
