@@ -54,6 +54,7 @@ def load(artifact: str | Path | None = None, *, device: str = "auto", quantize: 
         raise
     except Exception as error:  # configs and weights of strangers fail in any way they like
         raise ArtifactError(f"{folder} could not be loaded on {target}: {_brief(error)}") from error
+    _unify_dtypes(model)
     repair(model)
     return model.eval()
 
@@ -70,6 +71,22 @@ def load_tokenizer(artifact: str | Path | None = None) -> Any:
         raise ArtifactError(
             f"{folder} has no usable tokenizer (tokenizer.json or tokenizer.model): {_brief(error)}"
         ) from error
+
+
+def _unify_dtypes(model: Any) -> None:
+    """Casts what is not 4 bit to the model's dtype, as loading the 16-bit checkpoint would.
+
+    An artifact holds exact copies, and transformers does not cast what it loads beside 4-bit
+    weights; a checkpoint of mixed dtypes would not run.
+    """
+    wanted = getattr(model.config, "dtype", None)
+    exempt = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if wanted is None or not getattr(model, "is_loaded_in_4bit", False):
+        return
+    for name, parameter in model.named_parameters():
+        plain = type(parameter).__name__ == "Parameter" and parameter.is_floating_point()
+        if plain and parameter.dtype != wanted and not any(part in name for part in exempt):
+            parameter.data = parameter.data.to(wanted)
 
 
 def _brief(error: Exception) -> str:
