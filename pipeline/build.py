@@ -29,7 +29,6 @@ from pipeline.checkpoint.durable import write_json
 from pipeline.errors import BuildError
 from pipeline.progress import SILENT, Reporter
 
-STAGES: Final = ("download", "quantize", "serialize", "verify", "push")
 RECORD_VERSION: Final = 1
 
 
@@ -38,7 +37,7 @@ class Record:
     """What a finished stage leaves.
 
     Attributes:
-        stage: one of `STAGES`.
+        stage: its name, as the command's.
         key: hash of everything that shapes the outputs.
         outputs: path relative to the build folder -> digest.
         facts: what later stages and people want to know; plain JSON.

@@ -48,28 +48,30 @@ def measured() -> Iterator[Usage]:
 
 def available_memory() -> int | None:
     """Bytes that can be used without swapping, or None where the system does not say."""
-    try:
-        for line in _MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+    return _bytes_in(_MEMINFO, "MemAvailable:")
 
 
 def peak_memory_of_children() -> int:
     """The largest resident set of any child process that has ended, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+    return _max_rss(resource.RUSAGE_CHILDREN)
 
 
 def peak_memory() -> int:
     """The largest resident set of this process in bytes, since the last reset."""
+    return _bytes_in(_STATUS, "VmHWM:") or _max_rss(resource.RUSAGE_SELF)
+
+
+def _bytes_in(path: Path, field: str) -> int | None:
+    """A field of a file under /proc, which counts in KiB; None where there is no such field."""
     try:
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
+        for line in path.read_text().splitlines():
+            if line.startswith(field):
                 return int(line.split()[1]) * 1024
     except OSError:
-        pass
+        pass  # not Linux
+    return None
+
+
+def _max_rss(who: int) -> int:
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(who).ru_maxrss * unit

@@ -17,6 +17,7 @@ from pipeline.cli.options import ARTIFACTS, Ui, build_dir_option, output_options
 @output_options
 def command(ui: Ui, model: str, revision: str | None, build_dir: Path | None) -> None:
     """Pin MODEL (a Hub id, a local folder, or "sample"), fetch it, and check every file's hash."""
+    from pipeline.build import digests_json
     from pipeline.stages import download
 
     build, record, _ = download.run(
@@ -28,7 +29,7 @@ def command(ui: Ui, model: str, revision: str | None, build_dir: Path | None) ->
         "repo": record.facts["repo"],
         "commit": record.facts["commit"],
         "content_sha256": record.facts["content_sha256"],
-        "files": record.facts["files"],
+        "files": digests_json(download.recorded_files(record)),
         "bytes": total,
     }
 

@@ -90,6 +90,7 @@ class _Engine:
         self.stop = threading.Event()
         self._checkpoint = checkpoint
         self._plan = plan
+        self._files = plan.files()
         self._rounding = rounding
         self._budget = budget
         self._task = task
@@ -121,8 +122,7 @@ class _Engine:
     ) -> None:
         """Writes one output file."""
         chunks = {
-            tensor.name: list(cut(tensor, self._budget.chunk_bytes))
-            for tensor in self._plan.files()[file]
+            tensor.name: list(cut(tensor, self._budget.chunk_bytes)) for tensor in self._files[file]
         }
         counts = {name: len(parts) for name, parts in chunks.items()}
         with writing(target, layout) as output:

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pipeline.errors import ArtifactError, UsageError
 from pipeline.runtime.artifact import find_model
 from pipeline.runtime.loader import load, load_tokenizer, pick_device
 from pipeline.runtime.quiet import quiet_loading
+
+DEFAULT_NEW_TOKENS: Final = 128
+"""Length of an answer when neither its own nor the whole length is given."""
 
 
 @dataclass(frozen=True)
@@ -176,15 +179,16 @@ class Generator:
                     f"{prompt_tokens} tokens. Raise it, or use max_new_tokens."
                 )
             limit = room if limit is None else min(limit, room)
+        limit = limit or DEFAULT_NEW_TOKENS
         if self.context is not None:
             if prompt_tokens >= self.context:
                 raise UsageError(
                     f"The prompt has {prompt_tokens} tokens, and this model takes {self.context} "
                     "in all. Shorten it."
                 )
-            limit = min(limit or 128, self.context - prompt_tokens)
+            limit = min(limit, self.context - prompt_tokens)
         options: dict[str, Any] = {
-            "max_new_tokens": limit or 128,
+            "max_new_tokens": limit,
             "num_beams": 1,
             "return_dict_in_generate": False,
             "num_return_sequences": sampling.num_return_sequences,

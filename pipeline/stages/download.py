@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.build import Build, Record, digests_json, stage_key
+from pipeline.build import Build, Record, stage_key
 from pipeline.checkpoint.digest import FileDigest, digest_file
 from pipeline.checkpoint.files import is_wanted
 from pipeline.checkpoint.source import open_checkpoint
@@ -109,7 +109,6 @@ def run(
             outputs = {f"source/{name}": digest for name, digest in source.files.items()}
             return outputs, {
                 **source.identity(),
-                "files": digests_json(source.files),
                 "is_sample": source.is_sample,
                 "model": source.model.as_json(),
             }

@@ -115,9 +115,8 @@ def _quantize(
         results[file] = _file_facts(build.quantized / file, found, layouts[file], stage)
 
     rounding = rounding_for(settings.device)
-    total = sum(
-        tensor.source.header.nbytes for file in open_layouts for tensor in plan.files()[file]
-    )
+    files = plan.files()
+    total = sum(tensor.source.header.nbytes for file in open_layouts for tensor in files[file])
     with reporter.task("quantize", total) as task:
         quantize_files(
             checkpoint,
