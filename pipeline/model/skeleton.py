@@ -11,10 +11,15 @@ from pipeline.errors import ArchitectureError
 from pipeline.model.config import causal_lm_config
 from pipeline.model.facts import LinearFact, ModelFacts
 from pipeline.model.linear import is_plain_linear
+from pipeline.model.names import NameMap
 
 
-def build_skeleton(config: Any) -> Any:
+def build_skeleton(config: Any, dtype: Any = None) -> Any:
     """The causal LM of a transformers config on the meta device: shapes, no memory.
+
+    Args:
+        config: a transformers config.
+        dtype: torch dtype of the parameters; None leaves it to the config.
 
     Raises:
         ArchitectureError: the config's values make no model.
@@ -24,7 +29,8 @@ def build_skeleton(config: Any) -> Any:
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            options = {} if dtype is None else {"dtype": dtype}
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     except Exception as error:  # model constructors may reject values in any way they like
         raise ArchitectureError(
             f"transformers cannot build a {config.model_type} model from this config: {error}"
@@ -44,7 +50,7 @@ def model_facts(config: dict[str, Any], names: Iterable[str], where: Path) -> Mo
     """
     model = build_skeleton(causal_lm_config(config, where))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    mapped, merged = _map_names(model, list(names))
+    found = NameMap(model, names)
     head = model.get_output_embeddings()
     unexpected = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
     missing = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
@@ -58,9 +64,9 @@ def model_facts(config: dict[str, Any], names: Iterable[str], where: Path) -> Mo
         ),
         fp32_modules=tuple(getattr(model, "_keep_in_fp32_modules", None) or ()),
         tied=dict(getattr(model, "all_tied_weights_keys", None) or {}),
-        names=mapped,
-        merged=frozenset(merged),
-        ignorable=frozenset(n for n in mapped if any(re.search(p, n) for p in unexpected)),
+        names=found.mapped,
+        merged=found.merged,
+        ignorable=frozenset(n for n in found.mapped if any(re.search(p, n) for p in unexpected)),
         optional=frozenset(n for n in shapes if any(re.search(p, n) for p in missing)),
     )
 
@@ -88,28 +94,3 @@ def _linears(model: Any) -> dict[str, LinearFact]:
         stock = isinstance(module, Conv1D) or type(module) is nn.Linear
         facts[f"{name}.weight"] = LinearFact(name, type(module).__name__, kind, stock)
     return facts
-
-
-def _map_names(model: Any, names: list[str]) -> tuple[dict[str, str | None], set[str]]:
-    """Follows each checkpoint name through the renamings that transformers applies on loading."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        rename_source_key,
-    )
-
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    state = model.state_dict()
-    mapped: dict[str, str | None] = {}
-    merged: set[str] = set()
-    for name in names:
-        target, converter = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, state
-        )
-        if converter is not None:
-            merged.add(name)
-        mapped[name] = target if target in state else None
-    return mapped, merged

@@ -1,0 +1,112 @@
+"""Several runs of a model that pass each block together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+
+Opened = Callable[[str], None]
+"""Told of a block before the first run enters it, or after the last has left it."""
+
+
+@dataclass
+class _Walker:
+    """One run: where it is held, its random numbers, and what it returned."""
+
+    task: greenlet
+    dice: list[torch.Tensor]
+    door: str = ""
+
+
+class Lockstep:
+    """Holds runs at the doors of blocks until all have come there.
+
+    Each run is an ordinary function that calls a model once (a forward) or often (generation), on a
+    stack of its own (a greenlet). All of them share one thread, so what happens is the same every
+    time. Each has random numbers of its own: a seed that it sets is not disturbed by the others.
+
+    Args:
+        models: the blocks of each model that takes part, by name; blocks of one name open together.
+        opened: called before the first run enters a block.
+        closed: called after the last one has left it.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Mapping[str, torch.nn.Module]],
+        opened: Opened,
+        closed: Opened,
+    ) -> None:
+        self._models = models
+        self._opened = opened
+        self._closed = closed
+        self._cuda = sorted(
+            {
+                parameter.device.index
+                for blocks in models
+                for block in blocks.values()
+                for parameter in block.parameters()
+                if parameter.device.type == "cuda"
+            }
+        )
+
+    def run(self, tasks: Sequence[Callable[[], None]]) -> None:
+        """Runs all tasks to their ends; an error in one of them ends all.
+
+        Args:
+            tasks: functions without arguments or result.
+        """
+        hub = getcurrent()
+        with self._doors(hub), torch.inference_mode():
+            walkers = [_Walker(greenlet(task), self._states()) for task in tasks]
+            try:
+                active = [walker for walker in walkers if self._goes_on(walker)]
+                while active:
+                    name = active[0].door
+                    here = [walker for walker in active if walker.door == name]
+                    self._opened(name)
+                    ended = [walker for walker in here if not self._goes_on(walker)]
+                    self._closed(name)
+                    active = [walker for walker in active if walker not in ended]
+            finally:
+                for walker in walkers:
+                    if walker.task and not walker.task.dead:
+                        walker.task.throw()
+
+    def _goes_on(self, walker: _Walker) -> bool:
+        """Lets a run go to its next door; False if it ended instead."""
+        common = self._states()
+        self._set_states(walker.dice)
+        try:
+            walker.door = walker.task.switch()
+            walker.dice = self._states()
+        finally:
+            self._set_states(common)
+        return not walker.task.dead
+
+    def _states(self) -> list[torch.Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in self._cuda)]
+
+    def _set_states(self, states: list[torch.Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for index, state in zip(self._cuda, states[1:], strict=True):
+            torch.cuda.set_rng_state(state, index)
+
+    @contextmanager
+    def _doors(self, hub: greenlet) -> Iterator[None]:
+        def door(name: str) -> Any:
+            def stop(module: torch.nn.Module, inputs: Any) -> None:
+                hub.switch(name)
+
+            return stop
+
+        with ExitStack() as stack:
+            for blocks in self._models:
+                for name, block in blocks.items():
+                    stack.callback(block.register_forward_pre_hook(door(name)).remove)
+            yield

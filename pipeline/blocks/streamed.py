@@ -1,0 +1,229 @@
+"""A model whose blocks have weights only while they are needed."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from pipeline.blocks.units import find_blocks
+from pipeline.blocks.weights import Group, Reader
+from pipeline.checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
+from pipeline.errors import CheckpointError
+from pipeline.model.config import causal_lm_config, read_config
+from pipeline.model.names import NameMap
+from pipeline.model.precision import float32_parts, stored_dtype
+from pipeline.model.skeleton import build_skeleton
+from pipeline.runtime.quiet import quiet_loading
+
+_STEM: Final = ""
+
+
+class StreamedModel:
+    """A causal LM in the precision it is stored in; a context manager.
+
+    The stem is on the device from the beginning; a block is there between `open` and `close`, or
+    from `hold` on. What is not there lives on the meta device.
+
+    Args:
+        folder: a 16-bit checkpoint.
+        device: "cpu" or "cuda:N".
+        dtype: what everything is cast to; None for what the config or the weights say.
+
+    Attributes:
+        model: the transformers model.
+        blocks: by name, in order.
+        footprint: bytes of all parameters if they were there at once.
+    """
+
+    def __init__(self, folder: Path, device: str, dtype: torch.dtype | None = None) -> None:
+        checkpoint = open_checkpoint(folder)
+        config = causal_lm_config(read_config(folder), folder)
+        self._dtype = dtype or stored_dtype(config, checkpoint)
+        self._device = torch.device(device)
+        self.model = build_skeleton(config, self._dtype)
+        self.blocks = find_blocks(self.model)
+        self.footprint = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        self._float32 = float32_parts(self.model, self._dtype)
+        self._names = NameMap(self.model, [tensor.name for tensor in checkpoint.tensors])
+        self._groups = _grouped(checkpoint, self._names, self.blocks)
+        self._reader = Reader(checkpoint)
+        self._next: dict[str, tuple[torch.Tensor, list[Future[None]]]] = {}
+        self._free: list[torch.Tensor] = []
+        self._empty: dict[str, dict[str, torch.Tensor]] = {}
+        self._held: set[str] = set()
+        try:
+            self._load_stem()
+        except BaseException:
+            self._reader.__exit__(None, None, None)
+            raise
+
+    def __enter__(self) -> StreamedModel:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._reader.__exit__(kind, error, trace)
+
+    def nbytes(self, block: str) -> int:
+        """Bytes of a block on the device."""
+        return self._groups[block].nbytes
+
+    def prefetch(self, block: str) -> None:
+        """Begins to read a block that will be opened soon."""
+        if block in self._next or block in self._held or block not in self._groups:
+            return
+        group = self._groups[block]
+        fitting = [i for i, buffer in enumerate(self._free) if buffer.numel() >= group.nbytes]
+        buffer = self._free.pop(fitting[0]) if fitting else self._host_buffer(group.nbytes)
+        self._next[block] = buffer, self._reader.start(group, buffer)
+
+    def open(self, block: str) -> None:
+        """Gives a block its weights."""
+        if block in self._held or block not in self._groups:
+            return
+        self.prefetch(block)
+        buffer, parts = self._next[block]
+        for part in parts:
+            part.result()
+        group = self._groups[block]
+        on_device = buffer[: group.nbytes].to(self._device)
+        self._fill(block, group.views(on_device))
+
+    def close(self, block: str) -> None:
+        """Takes a block's weights away again."""
+        if block in self._held or block not in self._groups:
+            return
+        for name, meta in self._empty.pop(block).items():
+            _assign(self.model, name, meta)
+        self._free.append(self._next.pop(block)[0])
+
+    def hold(self, block: str) -> None:
+        """Gives a block its weights for good."""
+        if block in self._held or block not in self._groups:
+            return
+        self.open(block)
+        self._held.add(block)
+        buffer, _ = self._next.pop(block)
+        if self._device.type != "cpu":
+            self._free.append(buffer)
+
+    def _host_buffer(self, nbytes: int) -> torch.Tensor:
+        pinned = self._device.type == "cuda"
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+
+    def _load_stem(self) -> None:
+        """Everything outside the blocks: parameters, tied ones once, and computed buffers."""
+        group = self._groups.pop(_STEM)
+        buffer = torch.empty(group.nbytes, dtype=torch.uint8)
+        for part in self._reader.start(group, buffer):
+            part.result()
+        self._fill(_STEM, group.views(buffer))
+        with quiet_loading():
+            missing = {
+                name for name in self.model.state_dict() if name not in self._names.mapped.values()
+            }
+            self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        for parameter in self.model.parameters():
+            if parameter.device.type != "meta":
+                parameter.data = parameter.data.to(self._device)
+        self._compute_buffers()
+        absent = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.is_meta and not self._block_of(name)
+        ]
+        if absent:
+            raise CheckpointError(
+                f"The checkpoint lacks {len(absent)} of the model's parameters, such as "
+                f"{absent[0]!r}. Download it again."
+            )
+        self.model.eval()
+
+    def _compute_buffers(self) -> None:
+        """Buffers that no checkpoint stores, such as rotary frequencies, made by transformers.
+
+        Its loader leaves them to the model's own initialization; what is marked is left alone.
+        """
+        for module in self.model.modules():
+            for name, value in module._buffers.items():
+                if value is not None and value.is_meta:
+                    module._buffers[name] = torch.empty_like(value, device=self._device)
+                elif value is not None:
+                    module._buffers[name] = value.to(self._device)
+                    module._buffers[name]._is_hf_initialized = True
+        for parameter in self.model.parameters():
+            parameter._is_hf_initialized = True
+        self.model.initialize_weights()
+
+    def _fill(self, block: str, tensors: dict[str, torch.Tensor]) -> None:
+        before: dict[str, torch.Tensor] = {}
+        for name, value in self._parameters(tensors).items():
+            wanted = torch.float32 if self._float32 and self._float32.search(name) else self._dtype
+            if value.is_floating_point():
+                value = value.to(wanted)
+            before[name] = _assign(self.model, name, value)
+        if block != _STEM:
+            self._empty[block] = before
+
+    def _parameters(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Name in the model -> tensor; merges what transformers merges."""
+        found: dict[str, torch.Tensor] = {}
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            target = self._names.mapped[name]
+            if target is None:
+                continue
+            if name in self._names.merged:
+                parts.setdefault(target, {})[name] = tensor
+            else:
+                found[target] = tensor
+        for target, pieces in parts.items():
+            found |= self._names.merge(target, dict(sorted(pieces.items(), key=_natural)))
+        return found
+
+    def _block_of(self, name: str) -> str:
+        return _block_of(name, self.blocks)
+
+
+def _grouped(checkpoint: Checkpoint, names: NameMap, blocks: dict[str, Any]) -> dict[str, Group]:
+    members: dict[str, list[SourceTensor]] = {_STEM: []}
+    for tensor in checkpoint.tensors:
+        target = names.mapped[tensor.name]
+        if target is not None:
+            members.setdefault(_block_of(target, blocks), []).append(tensor)
+    return {name: Group.of(tensors) for name, tensors in members.items()}
+
+
+def _block_of(name: str, blocks: dict[str, Any]) -> str:
+    """The block to which a parameter belongs, or "" for the stem."""
+    parts = name.split(".")
+    paths = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return next((path for path in paths if path in blocks), _STEM)
+
+
+def _assign(model: Any, name: str, value: torch.Tensor) -> torch.Tensor:
+    """Puts a tensor in the place of a parameter or buffer; returns what was there."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        before: torch.Tensor = module._parameters[leaf]
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        return before
+    before = module._buffers[leaf]
+    module._buffers[leaf] = value
+    return before
+
+
+def _natural(item: tuple[str, Any]) -> list[Any]:
+    """Sorts expert 10 after expert 9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", item[0])]

@@ -1,0 +1,31 @@
+"""Which modules are the repeated blocks of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def find_blocks(model: Any) -> dict[str, Any]:
+    """The blocks of a causal LM by name, in the order in which they stand.
+
+    These are the members of the outermost module lists: what is repeated holds nearly all weights.
+
+    Args:
+        model: a transformers model; may live on the meta device.
+    """
+    from torch import nn
+
+    found: dict[str, Any] = {}
+
+    def visit(prefix: str, module: Any) -> None:
+        for name, child in module.named_children():
+            path = f"{prefix}{name}"
+            if isinstance(child, nn.ModuleList):
+                for number, block in enumerate(child):
+                    if any(True for _ in block.parameters()):
+                        found[f"{path}.{number}"] = block
+            else:
+                visit(f"{path}.", child)
+
+    visit("", model)
+    return found
