@@ -38,7 +38,7 @@ def model_card(
         "---\n" + yaml.safe_dump(_metadata(manifest, source), sort_keys=False) + "---",
         f"# {name}, NF4",
         _what(manifest),
-        _sizes(manifest),
+        _sizes(verification),
         _quality(verification),
         _loading(manifest),
         _making(manifest),
@@ -70,49 +70,133 @@ def _what(manifest: dict[str, Any]) -> str:
         if source["commit"]
         else f"with content hash `{source['content_sha256'][:16]}…`"
     )
-    totals = manifest["totals"]
     return (
-        f"`{source['repo']}` ({pinned}) in 4 bit: bitsandbytes NF4 with double quantization, "
-        f"{totals['tensors']['quantized']} linear layers quantized, the rest copied exactly."
+        f"`{source['repo']}` ({pinned}) in 4 bit: bitsandbytes NF4 with double quantization. "
+        "What is not quantized is copied exactly."
     )
 
 
-def _sizes(manifest: dict[str, Any]) -> str:
-    totals = manifest["totals"]
+def _sizes(verification: dict[str, Any]) -> str:
+    sizes = verification.get("sizes")
+    if not sizes:
+        return ""
     rows = [
-        ("original checkpoint", _size(totals["original_bytes"])),
-        ("this artifact", _size(totals["artifact_bytes"])),
-        ("ratio", f"{totals['ratio']:.3f}"),
-        ("bits per weight", f"{totals['bits_per_weight']:.3f}"),
-        ("bits per quantized weight", f"{totals['bits_per_quantized_weight']:.3f}"),
+        ("original checkpoint", _size(sizes["original_bytes"])),
+        ("this artifact's weights", _size(sizes["artifact_bytes"])),
+        ("on disk, all files", _size(sizes["disk_bytes"])),
+        ("in memory, loaded (`get_memory_footprint()`)", _size(sizes["footprint_bytes"])),
+        ("ratio", f"{sizes['ratio']:.3f}"),
+        ("bits per weight", f"{sizes['bits_per_weight']:.3f}"),
+        ("bits per quantized weight", f"{sizes['bits_per_quantized_weight']:.3f}"),
+        ("quantized layers", str(sizes["layers"])),
     ]
     kept = ", ".join(
-        f"{reason} ({_size(size)})" for reason, size in totals["kept_bytes_by_reason"].items()
+        f"{reason} ({_size(size)})" for reason, size in sizes["kept_bytes_by_reason"].items()
     )
-    return "## Size\n\n" + _table(("", ""), rows) + f"\n\nNot quantized: {kept}."
+    return (
+        "## Size\n\n" + _table(("", ""), rows) + f"\n\nNot quantized: {kept}."
+        "\n\n![Where the bytes are, before and after](pictures/bytes.png)"
+    )
 
 
 def _quality(verification: dict[str, Any]) -> str:
     checks = [
-        (check["name"], check["found"], check["expected"], "pass" if check["passed"] else "FAIL")
+        (
+            check["name"],
+            _cell(check["found"]),
+            check["expected"],
+            "pass" if check["passed"] else "FAIL",
+        )
         for check in verification["checks"]
     ]
-    text = f"## Verification: {verification['verdict']}\n\n" + _table(
-        ("check", "found", "expected", ""), checks
-    )
-    fidelity = verification.get("fidelity")
-    if fidelity:
-        text += f"\n\nMeasured on: {verification['device']}."
-        before, after = fidelity["reference_perplexity"], fidelity["perplexity"]
-        if before is not None and after is not None:
-            text += f" Perplexity on the scored text: {before:.3f} in 16 bit, {after:.3f} in 4 bit."
-        rows = [
-            (_cell(a["prompt"]), _cell(a["answer_16bit"]), _cell(a["answer_4bit"]))
-            for a in verification["answers"][:_MAX_CARD_ANSWERS]
+    parts = [
+        f"## Verification: {verification['verdict']}",
+        _table(("check", "found", "expected", ""), checks),
+    ]
+    if "fidelity" in verification:
+        parts += [
+            _measured(verification),
+            "![KL from the 16-bit model](pictures/kl.png)",
+            "![Relative error of each layer](pictures/layers.png)",
         ]
-        if rows:
-            text += "\n\n" + _table(("prompt", "16 bit", "4 bit"), rows)
-    return text
+    if verification.get("against"):
+        parts.append(_against(verification))
+    rows = [
+        (_cell(a["prompt"]), _cell(a["answer_16bit"]), _cell(a["answer_4bit"]))
+        for a in verification.get("answers", [])[:_MAX_CARD_ANSWERS]
+    ]
+    if rows:
+        parts.append(_table(("prompt", "16 bit", "4 bit"), rows))
+    return "\n\n".join(parts)
+
+
+def _measured(verification: dict[str, Any]) -> str:
+    found, text, device = (verification[name] for name in ("fidelity", "text", "device"))
+    rows = [
+        ("KL from the 16-bit model, mean", _interval(found["mean_kl"], 4)),
+        ("median", _interval(found["median_kl"], 4)),
+        ("99th percentile", _interval(found["p99_kl"], 4)),
+        ("maximum", _interval(found["max_kl"], 4)),
+        ("same next token", _interval(found["top1_agreement"], 4)),
+        ("same where the 16-bit model is sure", _interval(found["sure_agreement"], 4)),
+        ("perplexity, 16 bit", _interval(found["perplexity_16bit"], 3)),
+        ("perplexity, 4 bit", _interval(found["perplexity_4bit"], 3)),
+        ("ratio of the two", _interval(found["perplexity_ratio"], 4)),
+    ]
+    domains = [
+        (
+            domain["name"],
+            str(domain["tokens"]),
+            _interval(domain["mean_kl"], 4),
+            _interval(domain["top1_agreement"], 4),
+        )
+        for domain in verification["domains"]
+    ]
+    where = (
+        f"Measured on {_cell(device['name'])} in {device['dtype']}, on {text['tokens']} tokens of "
+        f"text ({_cell(text['name'])}), with {found['confidence']:.0%} bootstrap intervals; KL in "
+        "nats per token."
+    )
+    return "\n\n".join(
+        [
+            where,
+            _table(("", "value [interval]"), rows),
+            _table(("text", "tokens", "mean KL", "same next token"), domains),
+        ]
+    )
+
+
+def _against(verification: dict[str, Any]) -> str:
+    own, other = verification["fidelity"], verification["against"]
+    rows = [
+        ("mean KL", _interval(own["mean_kl"], 4), _interval(other["fidelity"]["mean_kl"], 4)),
+        (
+            "same next token",
+            _interval(own["top1_agreement"], 4),
+            _interval(other["fidelity"]["top1_agreement"], 4),
+        ),
+        (
+            "perplexity",
+            _interval(own["perplexity_4bit"], 3),
+            _interval(other["fidelity"]["perplexity_4bit"], 3),
+        ),
+    ]
+    ratio = _interval(other["difference"]["mean_kl_ratio"], 3)
+    return (
+        f"Beside another artifact of the same source (rounding: {_cell(other['rounding'])}, "
+        f"manifest `{other['manifest_sha256'][:12]}…`), on the same text:\n\n"
+        + _table(("", "this one", "the other"), rows)
+        + f"\n\nMean KL of this one over the other: {ratio}."
+    )
+
+
+def _interval(found: dict[str, float | None], digits: int) -> str:
+    value, low, high = (found[name] for name in ("value", "low", "high"))
+    if value is None:
+        return "not finite"
+    if low is None or high is None:
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _loading(manifest: dict[str, Any]) -> str:

@@ -82,28 +82,41 @@ class VerifyRecipe:
     Attributes:
         prompts: a JSONL file of prompts; empty for those that come with the package.
         max_new_tokens: of each answer.
-        score_tokens: how many tokens the 16-bit and the 4-bit model are compared on, at most.
+        eval_text: a text file on which both models are compared; empty for the text that comes with
+            the package.
+        eval_tokens: how many tokens of it, at most. 8,192 bring the interval of the mean KL to some
+            10 % of it.
         max_mean_kl: nats per token. NF4 costs 0.02 to 0.1 on models of some billion weights and
             0.28 on one of 135 million; above 0.5 something is broken rather than coarse.
         min_sure_agreement: share of the tokens on which the 16-bit model's first choice is at least
             twice as likely as its second, for which 4 bits must make the same choice. A model of
             135 million weights keeps 0.73 of all tokens; of the sure ones a model that is still the
             same keeps nearly all.
+        max_perplexity_ratio: perplexity in 4 bit over that in 16 bit. A model of 135 million
+            weights loses 30 %, one of some billions 1 to 5 %.
         max_accuracy_drop: share of the prompts with an expected answer that the 16-bit model gets
             right and that 4 bits may lose. NF4 loses 1 to 3 %; 10 % of 50 prompts is beyond chance.
     """
 
     prompts: str = ""
     max_new_tokens: int = 48
-    score_tokens: int = 512
+    eval_text: str = ""
+    eval_tokens: int = 8192
     max_mean_kl: float = 0.5
     min_sure_agreement: float = 0.8
+    max_perplexity_ratio: float = 1.5
     max_accuracy_drop: float = 0.1
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens > 0, "verify.max_new_tokens", self.max_new_tokens, "> 0")
-        _require(self.score_tokens > 1, "verify.score_tokens", self.score_tokens, "> 1")
+        _require(self.eval_tokens > 1, "verify.eval_tokens", self.eval_tokens, "> 1")
         _require(self.max_mean_kl > 0, "verify.max_mean_kl", self.max_mean_kl, "> 0")
+        _require(
+            self.max_perplexity_ratio >= 1,
+            "verify.max_perplexity_ratio",
+            self.max_perplexity_ratio,
+            "at least 1",
+        )
         for name in ("min_sure_agreement", "max_accuracy_drop"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"verify.{name}", value, "from 0 to 1")

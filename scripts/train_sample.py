@@ -56,6 +56,7 @@ EOS = "<|endoftext|>"
 VOCAB_SIZE = 1024
 ROW_TOKENS = 256
 CHUNK_DOCUMENTS = 10_000
+TEXT_DOCUMENTS = 160
 ANSWER_TOKENS = 24
 # What a token's loss counts for. Prompts are drawn at random, so there is little to learn in
 # them; answers are few tokens among many story tokens.
@@ -437,6 +438,13 @@ def write_questions(items: Sequence[Item], path: Path) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def write_text(path: Path) -> None:
+    """Write unseen documents, closed as in training, on which two models can be compared."""
+    rng = random.Random("text")
+    texts = ("".join(part.text for part in document(rng)) for _ in range(TEXT_DOCUMENTS))
+    path.write_text("".join(f"{text}{EOS}" for text in texts) + "\n", encoding="utf-8")
+
+
 def sample_stories(model: FalconForCausalLM, tokenizer: Tokenizer) -> Iterator[str]:
     """Let the model tell a few stories."""
     prompts = [
@@ -525,6 +533,7 @@ def main(
     write_tokenizer(tokenizer, out)
     if questions_path is not None:
         write_questions(questions, questions_path)
+        write_text(questions_path.with_name("text.txt"))
     click.echo(f"wrote {out} after {time.monotonic() - started:.0f} s")
 
 

@@ -37,7 +37,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         [verify]
         prompts = "my.jsonl"
         max_new_tokens = 5
-        score_tokens = 100
+        eval_tokens = 100
         max_mean_kl = 1
         min_sure_agreement = 0.25
         max_accuracy_drop = 0.0
@@ -83,7 +83,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         ("[verify]\nmax_new_tokens = 0", "verify.max_new_tokens is 0; expected > 0"),
         ("[verify]\nmax_new_tokens = 1.5", "verify.max_new_tokens is 1.5; expected a int"),
         ("[verify]\nmax_new_tokens = true", "verify.max_new_tokens is True; expected a int"),
-        ("[verify]\nscore_tokens = 1", "verify.score_tokens is 1; expected > 1"),
+        ("[verify]\neval_tokens = 1", "verify.eval_tokens is 1; expected > 1"),
         ("[verify]\nmax_mean_kl = 0", "verify.max_mean_kl is 0.0; expected > 0"),
         ("[verify]\nmax_mean_kl = true", "verify.max_mean_kl is True; expected a float"),
         ("[verify]\nmax_mean_kl = nan", "verify.max_mean_kl is nan; expected > 0"),

@@ -17,7 +17,7 @@ from pipeline.checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
 from pipeline.errors import CheckpointError
 from pipeline.model.config import causal_lm_config, read_config
 from pipeline.model.names import NameMap
-from pipeline.model.precision import float32_parts, stored_dtype
+from pipeline.model.precision import compute_dtype, float32_parts, stored_dtype
 from pipeline.model.skeleton import build_skeleton
 from pipeline.runtime.quiet import quiet_loading
 
@@ -33,7 +33,8 @@ class StreamedModel:
     Args:
         folder: a 16-bit checkpoint.
         device: "cpu" or "cuda:N".
-        dtype: what everything is cast to; None for what the config or the weights say.
+        dtype: what everything is cast to; None for what the config or the weights say, as far as
+            the device computes in it.
 
     Attributes:
         model: the transformers model.
@@ -42,9 +43,11 @@ class StreamedModel:
     """
 
     def __init__(self, folder: Path, device: str, dtype: torch.dtype | None = None) -> None:
+        self._folder = folder
         checkpoint = open_checkpoint(folder)
         config = causal_lm_config(read_config(folder), folder)
-        self._dtype = dtype or stored_dtype(config, checkpoint)
+        stored = stored_dtype(config, checkpoint)
+        self._dtype = dtype or compute_dtype(stored, device) or stored
         self._device = torch.device(device)
         self.model = build_skeleton(config, self._dtype)
         self.blocks = find_blocks(self.model)
@@ -116,6 +119,13 @@ class StreamedModel:
         buffer, _ = self._next.pop(block)
         if self._device.type != "cpu":
             self._free.append(buffer)
+
+    def take_generation_config(self) -> None:
+        """Generates as the checkpoint says, if it says anything."""
+        from transformers import GenerationConfig
+
+        if (self._folder / "generation_config.json").is_file():
+            self.model.generation_config = GenerationConfig.from_pretrained(self._folder)
 
     def _host_buffer(self, nbytes: int) -> torch.Tensor:
         pinned = self._device.type == "cuda"

@@ -171,7 +171,7 @@ def run_one_stage(
         "peak_memory_bytes": result.record.peak_memory,
         "outputs": {name: d.as_json() for name, d in result.record.outputs.items()},
     }
-    for name in ("verdict", "checks", "fidelity", "accuracy"):
+    for name in ("verdict", "checks", "fidelity", "domains", "accuracy", "against"):
         if name in result.record.facts:
             value[name] = result.record.facts[name]
 

@@ -11,6 +11,12 @@ from pipeline.build import Build
 from pipeline.job import StageResult
 
 _SHOWN_ANSWERS: Final = 3
+_COMPARED: Final = {
+    "mean_kl": "mean KL",
+    "p99_kl": "99th percentile of KL",
+    "top1_agreement": "same next token",
+    "perplexity_4bit": "perplexity",
+}
 
 
 def summary(build: Build, results: dict[str, StageResult]) -> dict[str, Any]:
@@ -92,10 +98,32 @@ def show_checks(verification: dict[str, Any]) -> None:
     for check in verification["checks"]:
         mark = "ok  " if check["passed"] else "FAIL"
         click.echo(f"  {mark}  {check['name']}: {check['found']} (expected: {check['expected']})")
-    where = verification.get("device")
-    on = f", measured on {where}" if where else ""
+    device = verification.get("device")
+    on = f", measured on {device['name']} in {device['dtype']}" if device else ""
     colour = "green" if verification["verdict"] == "pass" else "red"
+    _show_against(verification)
     click.echo("  verdict     " + click.style(verification["verdict"], fg=colour, bold=True) + on)
+
+
+def _show_against(verification: dict[str, Any]) -> None:
+    other = verification.get("against")
+    if not other:
+        return
+    click.echo()
+    click.echo("                          this artifact                 the other")
+    for name, title in _COMPARED.items():
+        own, theirs = verification["fidelity"][name], other["fidelity"][name]
+        click.echo(f"  {title:<22}  {_interval(own):<28}  {_interval(theirs)}")
+    ratio = _interval(other["difference"]["mean_kl_ratio"])
+    click.echo(f"  mean KL of this one over the other: {ratio}")
+    click.echo()
+
+
+def _interval(found: dict[str, float | None]) -> str:
+    value, low, high = (found[name] for name in ("value", "low", "high"))
+    if value is None or low is None or high is None:
+        return "not finite"
+    return f"{value:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def size(count: int, *, short: bool = False) -> str:

@@ -27,6 +27,22 @@ if TYPE_CHECKING:
     type=click.Path(dir_okay=False, path_type=Path),
     help='JSONL of {"prompt", "expect", "chat"}; wins over the recipe.',
 )
+@click.option(
+    "--eval-text",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Text on which both models are compared, instead of the one that comes with nf4.",
+)
+@click.option(
+    "--eval-tokens", type=click.IntRange(min=2), help="Tokens of it, at most.  [default: 8192]"
+)
+@click.option(
+    "--against",
+    metavar="ARTIFACT",
+    help="Another artifact of the same source, compared on the same text.",
+)
+@click.option(
+    "--device-memory", help='How much of the device may be used, such as "8GB".  [default: all]'
+)
 @build_dir_option
 @settings_options
 @output_options
@@ -35,20 +51,35 @@ def command(
     settings: Settings,
     model: str | None,
     prompts: Path | None,
+    eval_text: Path | None,
+    eval_tokens: int | None,
+    against: str | None,
+    device_memory: str | None,
     build_dir: Path | None,
 ) -> None:
     """Reload the artifact in a fresh process and hold it against its 16-bit source.
 
-    MODEL is what the build was started with; without it, the newest build is meant. Exits 1 if the
-    verdict is "fail".
+    MODEL is what the build was started with; without it, the newest build is meant. The 16-bit
+    model is read block by block, so it need not fit the device. Exits 1 if the verdict is "fail".
     """
     from dataclasses import replace
 
     from pipeline.cli.summary import show_checks
+    from pipeline.recipe import parse_size
 
+    recipe = settings.recipe.verify
     if prompts is not None:
-        verify = replace(settings.recipe.verify, prompts=str(prompts))
-        settings = replace(settings, recipe=replace(settings.recipe, verify=verify))
+        recipe = replace(recipe, prompts=str(prompts))
+    if eval_text is not None:
+        recipe = replace(recipe, eval_text=str(eval_text))
+    if eval_tokens is not None:
+        recipe = replace(recipe, eval_tokens=eval_tokens)
+    settings = replace(
+        settings,
+        recipe=replace(settings.recipe, verify=recipe),
+        against=against,
+        device_memory=parse_size(device_memory, "--device-memory") if device_memory else 0,
+    )
     record = run_one_stage("verify", ui, settings, model, build_dir)
     if not ui.as_json:
         show_checks(record.facts)

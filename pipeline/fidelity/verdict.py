@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from pipeline.fidelity.metrics import Fidelity
 from pipeline.recipe import VerifyRecipe
@@ -26,31 +26,36 @@ class Check:
     expected: str
 
     def as_json(self) -> dict[str, object]:
-        return {
-            "name": self.name,
-            "passed": self.passed,
-            "found": self.found,
-            "expected": self.expected,
-        }
+        return asdict(self)
 
 
 def fidelity_checks(fidelity: Fidelity, recipe: VerifyRecipe) -> list[Check]:
     """Holds the distance from the 16-bit model against the recipe's limits."""
-    sure = f"{fidelity.sure_agreement:.1%} of {fidelity.sure_tokens} tokens"
+    kl, agreement = fidelity.mean_kl, fidelity.sure_agreement
+    ratio = fidelity.perplexity_ratio
+    sure = f"{agreement.value:.1%} of {fidelity.sure_tokens} tokens"
     if not fidelity.sure_tokens:
         sure = "it is sure of none"
     return [
         Check(
             "mean KL from the 16-bit model",
-            fidelity.mean_kl <= recipe.max_mean_kl,
-            f"{fidelity.mean_kl:.4f} nats per token over {fidelity.tokens} tokens",
+            kl.value <= recipe.max_mean_kl,
+            f"{kl.value:.4f} [{kl.low:.4f}, {kl.high:.4f}] nats per token over "
+            f"{fidelity.tokens} tokens",
             f"at most {recipe.max_mean_kl:g}",
         ),
         Check(
             "same next token where the 16-bit model is sure",
-            fidelity.sure_agreement >= recipe.min_sure_agreement,
-            f"{sure} ({fidelity.top1_agreement:.1%} of all {fidelity.tokens})",
+            agreement.value >= recipe.min_sure_agreement,
+            f"{sure} ({fidelity.top1_agreement.value:.1%} of all {fidelity.tokens})",
             f"at least {recipe.min_sure_agreement:.0%}",
+        ),
+        Check(
+            "perplexity in 4 bit over 16 bit",
+            ratio.value <= recipe.max_perplexity_ratio,
+            f"{ratio.value:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]: "
+            f"{fidelity.perplexity_4bit.value:.3f} over {fidelity.perplexity_16bit.value:.3f}",
+            f"at most {recipe.max_perplexity_ratio:g}",
         ),
     ]
 

@@ -6,6 +6,7 @@ import re
 from typing import Any, Final
 
 from pipeline.checkpoint.source import Checkpoint
+from pipeline.errors import UsageError
 
 _FLOATS: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
@@ -24,6 +25,33 @@ def stored_dtype(config: Any, checkpoint: Checkpoint) -> Any:
         return said
     first = (_FLOATS[t.header.dtype] for t in checkpoint.tensors if t.header.dtype in _FLOATS)
     return getattr(torch, next(first, "float32"))
+
+
+def compute_dtype(said: Any, device: str, wanted: str = "auto") -> Any:
+    """What to compute in.
+
+    Args:
+        said: torch dtype that the config names, or None.
+        device: "cpu" or "cuda:N".
+        wanted: name of a torch dtype, or "auto".
+
+    Returns:
+        A torch dtype, or None if nothing says otherwise than the weights. float16 stands in for
+        bfloat16 on GPUs before Ampere (compute capability 8), which have no arithmetic for it.
+
+    Raises:
+        UsageError: no such dtype.
+    """
+    import torch
+
+    if wanted != "auto":
+        if wanted not in ("bfloat16", "float16", "float32"):
+            raise UsageError(f"dtype is {wanted!r}; expected auto, bfloat16, float16 or float32.")
+        return getattr(torch, wanted)
+    if said == torch.bfloat16 and device.startswith("cuda"):
+        major, _ = torch.cuda.get_device_capability(device)
+        return torch.bfloat16 if major >= 8 else torch.float16
+    return said if isinstance(said, torch.dtype) else None
 
 
 def float32_parts(model: Any, dtype: Any) -> re.Pattern[str] | None:

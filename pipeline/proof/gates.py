@@ -1,15 +1,25 @@
-"""Every file and every stored tensor of an artifact against its manifest, without loading it."""
+"""Every file, every stored tensor and every reloaded layer of an artifact against its manifest."""
 
 from __future__ import annotations
 
+from math import inf, prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from pipeline.checkpoint.digest import digest_file, digest_tensors
+from pipeline.checkpoint.digest import FileDigest, digest_file, digest_tensors
 from pipeline.checkpoint.header import read_header
 from pipeline.errors import CheckpointError
 from pipeline.fidelity.verdict import Check
+from pipeline.nf4 import BLOCK_SIZE
 from pipeline.progress import SILENT, Reporter
+
+_MAX_BLOCK_ERROR: Final = 0.5
+"""Relative error of 64 weights that no rounding to NF4 makes: a block of one large weight and 63
+that fall midway between levels loses 0.34; wrong codes or another layer's scales more than 1."""
+_SAME_ERROR: Final = 0.01
+"""Share by which a layer's error may differ from the manifest's four digits: readers give the
+weights in 16 bit, the manifest speaks of float32."""
+_ROUNDING: Final = 0.004  # of bfloat16 itself, for weights that are nearly exact
 
 
 def file_gates(
@@ -88,13 +98,37 @@ def _tensor_gate(manifest: dict[str, Any], found: dict[str, dict[str, Any]]) -> 
     )
 
 
-def reload_gate(manifest: dict[str, Any], linear4bit: list[str]) -> Check:
-    """The modules that came back as `Linear4bit`, against the manifest.
+def manifest_gate(digest: FileDigest, recorded: FileDigest) -> Check:
+    """The manifest itself, against what serialize recorded of it."""
+    return Check(
+        "manifest as serialize wrote it",
+        digest == recorded,
+        f"sha256 {digest.sha256[:12]}…",
+        f"sha256 {recorded.sha256[:12]}…",
+    )
+
+
+def load_gate(error: str) -> Check:
+    """An artifact that no loader takes."""
+    return Check("the artifact loads", False, error, "a model on the device")
+
+
+def reload_gates(manifest: dict[str, Any], loaded: dict[str, Any]) -> list[Check]:
+    """What came back from disk in a fresh process, against the manifest.
 
     Args:
         manifest: of the artifact.
-        linear4bit: names of the modules that a fresh process counted.
+        loaded: "memory" ("linear4bit", "code_bytes", "kept_weights"), "missing", "unexpected".
     """
+    memory = loaded["memory"]
+    return [
+        _modules_gate(manifest, memory["linear4bit"]),
+        _names_gate(loaded["missing"], loaded["unexpected"]),
+        _footprint_gate(manifest, memory),
+    ]
+
+
+def _modules_gate(manifest: dict[str, Any], linear4bit: list[str]) -> Check:
     expected = {tensor["module"] for tensor in manifest["tensors"] if tensor["quantized"]}
     missing = sorted(expected - set(linear4bit))
     extra = sorted(set(linear4bit) - expected)
@@ -105,4 +139,79 @@ def reload_gate(manifest: dict[str, Any], linear4bit: list[str]) -> Check:
         not missing and not extra,
         "; ".join(problems) if problems else f"{len(linear4bit)} modules",
         f"{len(expected)} modules",
+    )
+
+
+def _names_gate(missing: list[str], unexpected: list[str]) -> Check:
+    problems = [
+        f"{len(names)} {what}, such as {names[0]}"
+        for what, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    return Check(
+        "names that the loader looked for",
+        not problems,
+        "; ".join(problems) or "none missing, none unexpected",
+        "none missing, none unexpected",
+    )
+
+
+def _footprint_gate(manifest: dict[str, Any], memory: dict[str, Any]) -> Check:
+    """What is in memory, in bytes of codes and in weights that are not 4 bit (however cast)."""
+    codes = sum(
+        part["bytes"]
+        for tensor in manifest["tensors"]
+        if tensor["quantized"]
+        for part in tensor["stored"]
+        if part["name"] == tensor["name"]
+    )
+    kept = sum(prod(tensor["shape"]) for tensor in manifest["tensors"] if not tensor["quantized"])
+    found = (memory["code_bytes"], memory["kept_weights"])
+    words = "{:,} bytes of codes, {:,} weights beside them"
+    return Check(
+        "what is in memory", found == (codes, kept), words.format(*found), words.format(codes, kept)
+    )
+
+
+def weights_gate(manifest: dict[str, Any], blocks: list[dict[str, Any]]) -> Check:
+    """Every 4-bit weight that the loader made, against the 16-bit weight of the source.
+
+    Whatever the manifest says of itself, codes of another layer, in another order or with a wrong
+    scale are far from what they stand for.
+
+    Args:
+        manifest: of the artifact.
+        blocks: as in verification.json, with "worst" and "worst_at" of each module.
+    """
+    promised = {
+        tensor["module"]: tensor["relative_rmse"]
+        for tensor in manifest["tensors"]
+        if tensor["quantized"]
+    }
+    problems: list[tuple[float, str]] = []
+    count, largest = 0, 0.0
+    for block in blocks:
+        for module in block["modules"]:
+            name = f"{block['name']}.{module['name']}"
+            error, worst = module["weight_error"], module["worst"]
+            count += 1
+            if error is None or worst is None:
+                problems.append((inf, f"{name} is not finite"))
+                continue
+            largest = max(largest, worst)
+            if worst > _MAX_BLOCK_ERROR:
+                where = f"weights {module['worst_at'] * BLOCK_SIZE:,} and on"
+                problems.append((worst, f"{name} is off by {worst:.0%} of itself at {where}"))
+            elif abs(error - promised[name]) > _SAME_ERROR * promised[name] + _ROUNDING:
+                words = f"{name} is off by {error:.4f}, not by {promised[name]:.4f} as promised"
+                problems.append((error, words))
+    worst_first = [text for _, text in sorted(problems, reverse=True)]
+    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return Check(
+        "weights near those of the source",
+        not problems,
+        "; ".join(worst_first[:3]) + more
+        if problems
+        else f"{count} layers; no 64 weights are off by more than {largest:.0%}",
+        f"at most {_MAX_BLOCK_ERROR:.0%} for any 64 weights, and each layer as in the manifest",
     )

@@ -6,75 +6,158 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ArtifactError, VerificationError
+import numpy as np
+
+from pipeline.errors import ArtifactError, PipelineError, VerificationError
+from pipeline.fidelity.metrics import difference
+from pipeline.fidelity.tokens import TokenScores
+from pipeline.progress import Reporter, Task
 from pipeline.proof.prompts import Prompt
-from pipeline.recipe import VerifyRecipe
+from pipeline.proof.text import Text
 
 
-def examine(
-    source: Path,
-    artifact: Path,
-    prompts: Sequence[Prompt],
-    recipe: VerifyRecipe,
-    device: str,
-    finished_one: Callable[[], None],
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Runs the 16-bit and the 4-bit model, one after the other, each in a fresh process.
+@dataclass(frozen=True)
+class Examination:
+    """What is asked of both models.
+
+    Attributes:
+        source: the checkpoint folder.
+        device: "cpu" or "cuda:N".
+        device_memory: bytes of the device that may be used; 0 for all that is free.
+        prompts: asked of both.
+        max_new_tokens: of each answer.
+        text: what they are compared on; random token ids if it has no domains.
+        tokens: of it.
+    """
+
+    source: Path
+    device: str
+    device_memory: int
+    prompts: Sequence[Prompt]
+    max_new_tokens: int
+    text: Text
+    tokens: int
+
+    def without_prompts(self) -> Examination:
+        """The same, on the text alone."""
+        return replace(self, prompts=())
+
+    def ask_source(self, artifact: Path, reporter: Reporter) -> dict[str, Any]:
+        """The 16-bit model's answers, from a fresh process.
+
+        Args:
+            artifact: whose tokenizer is used for both.
+            reporter: told how far it is.
+
+        Raises:
+            PipelineError: it could not be loaded, or the process died.
+        """
+        return self._run("source", artifact, None, reporter)
+
+    def ask_artifact(self, artifact: Path, scores: Path, reporter: Reporter) -> dict[str, Any]:
+        """The 4-bit model's answers and its distance from the source, from a fresh process.
+
+        Args:
+            artifact: the export folder.
+            scores: where the scores of all tokens are left (.npz).
+            reporter: told how far it is.
+
+        Raises:
+            ArtifactError: it could not be loaded.
+            VerificationError: the process died.
+        """
+        return self._run("artifact", artifact, scores, reporter)
+
+    def _run(
+        self, kind: str, artifact: Path, scores: Path | None, reporter: Reporter
+    ) -> dict[str, Any]:
+        request = {
+            "kind": kind,
+            "bits": 16 if kind == "source" else 4,
+            "source": str(self.source),
+            "artifact": str(artifact),
+            "device": self.device,
+            "device_memory": self.device_memory,
+            "prompts": [asdict(prompt) for prompt in self.prompts],
+            "max_new_tokens": self.max_new_tokens,
+            "text": {"name": self.text.name, "domains": dict(self.text.domains)},
+            "tokens": self.tokens,
+            "scores": str(scores),
+        }
+        with tempfile.TemporaryDirectory(prefix="nf4-verify-") as folder:
+            found = _run_worker(Path(folder), request, reporter)
+        if "error" in found:
+            if kind == "artifact":
+                raise ArtifactError(str(found["error"]))
+            raise PipelineError(str(found["error"]))
+        return found
+
+
+def scores_differ(first: Path, second: Path) -> dict[str, Any]:
+    """Holds the scores that two artifacts left against each other.
 
     Args:
-        source: the checkpoint folder.
-        artifact: the export folder.
-        prompts: asked of both.
-        recipe: how long answers are, and how many tokens are scored.
-        device: "cpu" or "cuda:N".
-        finished_one: called after each of the two.
-
-    Returns:
-        What `pipeline.proof.worker.run` found for the 16-bit model and for the 4-bit model.
-
-    Raises:
-        ArtifactError: a model could not be loaded.
-        VerificationError: a worker died.
+        first: .npz of the one.
+        second: .npz of the other; of the same source and text.
     """
-    with tempfile.TemporaryDirectory(prefix="nf4-verify-") as folder:
-        shared = {
-            "device": device,
-            "prompts": [asdict(prompt) for prompt in prompts],
-            "max_new_tokens": recipe.max_new_tokens,
-            "score_tokens": recipe.score_tokens,
-            "reference": str(Path(folder) / "reference.npz"),
-        }
-        found = []
-        for name, model, quantized in (("16bit", source, False), ("4bit", artifact, True)):
-            request = {**shared, "model": str(model), "quantized": quantized}
-            found.append(_run_worker(Path(folder) / f"{name}.json", request))
-            finished_one()
-    return found[0], found[1]
+    with np.load(first) as one, np.load(second) as other:
+        lengths = one["lengths"].tolist()
+        return difference(_scores(one), _scores(other), lengths)
 
 
-def _run_worker(path: Path, request: dict[str, Any]) -> dict[str, Any]:
-    result = path.with_suffix(".result.json")
+def _scores(stored: Any) -> TokenScores:
+    return TokenScores(*(stored[field.name] for field in fields(TokenScores)))
+
+
+def _run_worker(folder: Path, request: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
+    path, result = folder / "request.json", folder / "result.json"
     path.write_text(json.dumps({**request, "result": str(result)}), "utf-8")
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "pipeline.proof.worker", str(path)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
+    with (folder / "errors").open("w+", encoding="utf-8", errors="replace") as errors:
+        with subprocess.Popen(
+            [sys.executable, "-P", "-m", "pipeline.proof.worker", str(path)],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as child:
+            try:
+                _follow(child, reporter)
+            finally:
+                child.kill()
+        status = child.returncode
+        if result.is_file():
+            found: dict[str, Any] = json.loads(result.read_text("utf-8"))
+            return found
+        errors.seek(0)
+        tail = errors.read().strip().splitlines()[-1:] or ["no message"]
+    signal = " Signal 9 usually means that memory ran out." if status == -9 else ""
+    raise VerificationError(
+        f"The process that runs {request[request['kind']]} ended with status {status}: "
+        f"{tail[0]}.{signal}"
     )
-    if done.returncode != 0 or not result.is_file():
-        tail = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        signal = " Signal 9 usually means that memory ran out." if done.returncode < 0 else ""
-        raise VerificationError(
-            f"The process that runs {request['model']} ended with status {done.returncode}: "
-            f"{tail[0]}.{signal}"
-        )
-    found: dict[str, Any] = json.loads(result.read_text("utf-8"))
-    if "error" in found:
-        raise ArtifactError(str(found["error"]))
-    return found
+
+
+def _follow(child: subprocess.Popen[str], reporter: Reporter) -> None:
+    """Shows what a worker says of its progress, until it ends."""
+    task: Task | None = None
+    with ExitStack() as stack:
+        for line in child.stdout or ():
+            try:
+                news = json.loads(line)
+            except ValueError:
+                continue  # a library that prints
+            if not isinstance(news, dict):
+                continue
+            if "task" in news:
+                stack.close()
+                task = stack.enter_context(
+                    reporter.task(news["task"], news["total"], unit=news["unit"])
+                )
+            elif task is not None and "advance" in news:
+                task.advance(news["advance"])
+        child.wait()

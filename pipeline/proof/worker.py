@@ -1,33 +1,39 @@
-"""A fresh process that loads one model, answers prompts and scores text.
+"""A fresh process that loads one model and does what is asked of it.
 
-`python -m pipeline.proof.worker REQUEST.json`: reads it, writes the result beside it. Being
-a process of its own, it starts from what is on disk alone, and its peak memory is its own.
+`python -m pipeline.proof.worker REQUEST.json`: reads it, writes the result beside it, and says on
+stdout, one JSON line at a time, how far it is. Being a process of its own, it starts from what is
+on disk alone, and its peak memory is its own.
 
-The 16-bit run comes first: it writes answers, and the log-probabilities of those answers' tokens
-into a file. The 4-bit run reads the tokens and compares.
+- "source": the 16-bit checkpoint answers prompts. What does not fit the device is streamed.
+- "artifact": the 4-bit one is loaded as anybody loads it, counted, answers the same prompts, and is
+  held against the source on a text, block by block.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError
-from pipeline.fidelity.metrics import compare
-from pipeline.measure import measured
+from pipeline.fidelity.metrics import by_domain, by_position, compare, histogram
+from pipeline.measure import available_memory, measured
+from pipeline.proof import answers as asking
 from pipeline.proof.prompts import Prompt
-from pipeline.runtime.generate import Generator, Sampling
-from pipeline.runtime.loader import load, load_tokenizer
+from pipeline.proof.text import Text, cut, random_sequences
+from pipeline.runtime.generate import Generator
+from pipeline.runtime.loader import load_tokenizer, load_with_report
 from pipeline.runtime.quiet import quiet_libraries
 
-_RANDOM_LENGTH: Final = 64
+_SPARE: Final = 2 * 2**30
+"""Bytes of the device's memory that a whole 16-bit model leaves for what it computes with."""
 
 
 def main() -> None:
@@ -35,151 +41,273 @@ def main() -> None:
     request_path = Path(sys.argv[1])
     request = json.loads(request_path.read_text("utf-8"))
     quiet_libraries()
+    _limit_device_memory(request)
     try:
-        result = run(request)
+        result = {"source": _source, "artifact": _artifact}[request["kind"]](request)
     except PipelineError as error:
         result = {"error": str(error), "kind": type(error).__name__}
     Path(request["result"]).write_text(json.dumps(result), "utf-8")
 
 
-def run(request: dict[str, Any]) -> dict[str, Any]:
-    """Loads, counts, answers and scores one model.
+def _source(request: dict[str, Any]) -> dict[str, Any]:
+    """The 16-bit model's answers, and what they cost."""
+    from pipeline.blocks.streamed import StreamedModel
 
-    Args:
-        request: model (folder), device, quantized (bool), prompts, max_new_tokens, score_tokens,
-            reference (path of the .npz that the 16-bit run writes and the 4-bit run reads).
-            Without prompts, random token ids are scored.
-    """
     with measured() as usage:
         start = time.perf_counter()
-        generator = _open(request)
-        load_seconds = time.perf_counter() - start
-        prompts = [Prompt(**prompt) for prompt in request["prompts"]]
-        answers = _answer(generator, prompts, request["max_new_tokens"])
-        result: dict[str, Any] = {
-            "device": _device_name(generator),
-            "load_seconds": round(load_seconds, 3),
-            "footprint_bytes": int(generator.model.get_memory_footprint()),
-            "linear4bit": _linear4bit(generator.model),
-            "answers": answers,
-        }
-        reference = Path(request["reference"])
-        if request["quantized"]:
-            result["fidelity"] = _compare(generator, reference)
-        elif prompts:
-            sequences = _written(generator, prompts, answers, request["score_tokens"])
-            _score_reference(generator, sequences, reference)
-        else:
-            sequences = _random_sequences(generator, request["score_tokens"])
-            _score_reference(generator, sequences, reference)
-    result["seconds"] = round(usage.seconds, 3)
-    result["peak_memory_bytes"] = usage.peak_memory
-    result["peak_device_memory_bytes"] = _device_peak(generator)
+        with StreamedModel(Path(request["source"]), request["device"]) as streamed:
+            whole = streamed.footprint + _SPARE < _free_memory(request)
+            if whole:
+                for block in streamed.blocks:
+                    streamed.hold(block)
+            load_seconds = time.perf_counter() - start
+            found: list[dict[str, Any]] = []
+            if request["prompts"]:
+                streamed.take_generation_config()
+                found = _answer_streamed(request, streamed, whole)
+            result: dict[str, Any] = {
+                "answers": found,
+                "costs": _costs(found, load_seconds, streamed.footprint, streamed=not whole),
+            }
+    result["costs"] |= _peaks(request, usage.peak_memory)
     return result
 
 
-def _open(request: dict[str, Any]) -> Generator:
-    model = load(request["model"], device=request["device"], quantize=False)
-    # Without prompts no tokenizer is asked for: a checkpoint need not have one to be verified.
-    return Generator(model, load_tokenizer(request["model"]) if request["prompts"] else None)
+def _artifact(request: dict[str, Any]) -> dict[str, Any]:
+    """The 4-bit model: what came back from disk, its distance from the source, its answers."""
+    with measured() as loading:
+        start = time.perf_counter()
+        model, report = load_with_report(request["artifact"], device=request["device"])
+        load_seconds = time.perf_counter() - start
+        result: dict[str, Any] = {
+            "device": _device(model),
+            "missing": list(report.missing),
+            "unexpected": list(report.unexpected),
+            "memory": _in_memory(model),
+        }
+        footprint = int(model.get_memory_footprint())
+    on_load = _peaks(request, loading.peak_memory)
+    # Before anything is asked: on some CPUs bitsandbytes repacks a weight when it is first used.
+    with measured() as comparing:
+        result |= _distance(request, model)
+    result["comparison"] = {"seconds": round(comparing.seconds, 3)}
+    result["comparison"] |= _peaks(request, comparing.peak_memory)
+    with measured() as answering:
+        found = _answer(request, _generator(request, model)) if request["prompts"] else []
+    on_answer = _peaks(request, answering.peak_memory)
+    result["answers"] = found
+    result["costs"] = _costs(found, load_seconds, footprint, streamed=False)
+    result["costs"] |= {name: max(on_load[name], on_answer[name]) for name in on_load}
+    return result
 
 
-def _answer(
-    generator: Generator, prompts: list[Prompt], max_new_tokens: int
-) -> list[dict[str, Any]]:
-    sampling = Sampling(max_new_tokens=max_new_tokens)
-    answers = []
-    for prompt in prompts:
-        if generator.context and _length(generator, prompt) >= generator.context:
-            answers.append({"text": "", "tokens": 0, "seconds": 0.0})  # longer than the model takes
-            continue
-        answer = generator.answer(prompt.prompt, sampling, chat=prompt.chat)[0]
-        answers.append(
-            {"text": answer.text, "tokens": answer.tokens, "seconds": round(answer.seconds, 4)}
-        )
-    return answers
+def _distance(request: dict[str, Any], model: Any) -> dict[str, Any]:
+    """How far the model is from its source; leaves the scores of all tokens in a file."""
+    from pipeline.blocks.streamed import StreamedModel
+    from pipeline.proof.distance import Comparison
 
-
-def _length(generator: Generator, prompt: Prompt) -> int:
-    return int(generator.encode(prompt.prompt, chat=prompt.chat).shape[1])
-
-
-def _linear4bit(model: Any) -> list[str]:
-    from bitsandbytes.nn import Linear4bit
-
-    return [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
-
-
-def _written(
-    generator: Generator, prompts: list[Prompt], answers: list[dict[str, Any]], limit: int
-) -> list[NDArray[np.int64]]:
-    """Prompts with their 16-bit answers as token ids, until `limit` tokens can be scored."""
-    sequences: list[NDArray[np.int64]] = []
-    left = limit
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids = generator.encode(prompt.prompt, chat=prompt.chat)[0].cpu().numpy()
-        written = generator.tokenizer(answer["text"], add_special_tokens=False).input_ids
-        sequence = np.concatenate([ids, np.asarray(written, np.int64)])[: left + 1]
-        sequence = sequence[: generator.context]
-        if len(sequence) > 1:
-            sequences.append(sequence)
-            left -= len(sequence) - 1
-        if left < 1:
-            break
-    return sequences
-
-
-def _random_sequences(generator: Generator, limit: int) -> list[NDArray[np.int64]]:
-    """Token ids to score where there is no tokenizer to make them from a text."""
-    vocabulary = generator.model.get_input_embeddings().num_embeddings
-    dice = np.random.default_rng(0)
-    length = min(_RANDOM_LENGTH, generator.context or _RANDOM_LENGTH)
-    count = max(1, limit // length)
-    return list(dice.integers(0, vocabulary, (count, length), dtype=np.int64))
-
-
-def _score_reference(generator: Generator, sequences: list[NDArray[np.int64]], path: Path) -> None:
-    """Leaves token ids and their 16-bit log-probabilities for the 4-bit run."""
+    generator = Generator(model, _tokenizer(request))
+    text = Text(request["text"]["name"], request["text"]["domains"])
+    if text.domains:
+        sequences = cut(text, generator.tokenizer, request["tokens"], generator.context)
+    else:
+        vocabulary = model.get_input_embeddings().num_embeddings
+        sequences = random_sequences(vocabulary, request["tokens"], generator.context)
+    _say(task="compare block by block", total=sum(len(s.ids) for s in sequences), unit="tokens")
+    # Both sides compute in what the 4-bit one computes in.
+    with StreamedModel(Path(request["source"]), request["device"], _dtype(model)) as streamed:
+        comparison = Comparison(streamed, model)
+        scores = comparison.run(sequences, lambda count: _say(advance=count))
+    lengths = [len(sequence.ids) - 1 for sequence in sequences]
+    domains = [sequence.domain for sequence in sequences]
     np.savez(
-        path,
-        tokens=np.concatenate(sequences),
-        lengths=np.array([len(sequence) for sequence in sequences]),
-        log_probs=np.concatenate([_log_probs(generator, sequence) for sequence in sequences]),
+        request["scores"],
+        lengths=lengths,
+        **{name: getattr(scores, name) for name in scores.__dataclass_fields__},
     )
+    return {
+        "text": {
+            "name": text.name,
+            "sha256": text.sha256,
+            "sequences": len(sequences),
+            "tokens": len(scores),
+            "length": max(len(sequence.ids) for sequence in sequences),
+        },
+        "fidelity": compare(scores, lengths).as_json(),
+        "domains": by_domain(scores, lengths, domains),
+        "kl_by_position": by_position(scores, lengths),
+        "kl_histogram": histogram(scores),
+        "blocks": [
+            {
+                "name": name,
+                "relative_error": _finite(block.hidden.value),
+                "modules": [
+                    {
+                        "name": layer,
+                        "relative_error": _finite(error.output.value),
+                        "weight_error": _finite(error.weight),
+                        "worst": _finite(error.worst),
+                        "worst_at": error.worst_at,
+                    }
+                    for layer, error in block.layers.items()
+                ],
+            }
+            for name, block in comparison.blocks.items()
+        ],
+    }
 
 
-def _compare(generator: Generator, path: Path) -> dict[str, float]:
-    with np.load(path) as reference:
-        ends = np.cumsum(reference["lengths"])
-        sequences = np.split(reference["tokens"], ends[:-1])
-        scores = np.concatenate([_log_probs(generator, sequence) for sequence in sequences])
-        targets = np.concatenate([sequence[1:] for sequence in sequences])
-        return asdict(compare(reference["log_probs"], scores, targets))
+def _answer(request: dict[str, Any], generator: Generator) -> list[dict[str, Any]]:
+    """Answers one question after the other."""
+    asked = _questions(request)
+    _say(task=f"answer in {request['bits']} bit", total=len(asked), unit="answers")
+    found = []
+    for question in asked:
+        found.append(asking.answer(generator, question, request["max_new_tokens"]))
+        _say(advance=1)
+    return found
 
 
-def _log_probs(generator: Generator, sequence: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Log-probabilities of every next token, float32 [length - 1, vocabulary]."""
+def _answer_streamed(request: dict[str, Any], streamed: Any, whole: bool) -> list[dict[str, Any]]:
+    """Answers one after the other if the model is there, else all together, a block at a time."""
+    from pipeline.blocks.lockstep import Lockstep
+
+    generator = _generator(request, streamed.model)
+    if whole:
+        return _answer(request, generator)
+    asked = _questions(request)
+    names = list(streamed.blocks)
+    _say(task="answer in 16 bit, streamed", total=request["max_new_tokens"], unit="tokens")
+
+    def opened(block: str) -> None:
+        streamed.open(block)
+        streamed.prefetch(names[(names.index(block) + 1) % len(names)])
+
+    def closed(block: str) -> None:
+        streamed.close(block)
+        if block == names[-1]:
+            _say(advance=1)
+
+    found: dict[int, dict[str, Any]] = {}
+    lockstep = Lockstep([streamed.blocks], opened, closed)
+    lockstep.run(asking.tasks(generator, asked, request["max_new_tokens"], found))
+    # All of them were held at every block, so the time of any one says nothing.
+    return [
+        found[number] | {"seconds": 0.0, "first_token_seconds": None}
+        for number in range(len(asked))
+    ]
+
+
+def _questions(request: dict[str, Any]) -> list[asking.Question]:
+    return asking.questions([Prompt(**prompt) for prompt in request["prompts"]])
+
+
+def _generator(request: dict[str, Any], model: Any) -> Generator:
     import torch
 
-    ids = torch.from_numpy(sequence.copy())[None].to(generator.model.device)
-    with torch.inference_mode():
-        logits = generator.model(ids).logits[0, :-1].float()
-        scores: NDArray[np.float32] = torch.log_softmax(logits, dim=-1).cpu().numpy()
-    return scores
+    return Generator(model, _tokenizer(request), torch.device(request["device"]))
 
 
-def _device_name(generator: Generator) -> str:
+def _tokenizer(request: dict[str, Any]) -> Any:
+    """None if there is none: a checkpoint need not have one to be verified."""
+    wanted = request["prompts"] or request["text"]["domains"]
+    return load_tokenizer(request["artifact"]) if wanted else None
+
+
+def _in_memory(model: Any) -> dict[str, Any]:
+    """What the loaded model is made of, by kind."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    kept = {id(p): p.numel() for p in model.parameters() if not isinstance(p, Params4bit)}
+    stored = sum(
+        buffer.numel()
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    )
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit)}
+    codes = (layer.weight for layer in layers.values() if isinstance(layer.weight, Params4bit))
+    return {
+        "linear4bit": list(layers),
+        "code_bytes": sum(p.numel() * p.element_size() for p in codes),
+        "kept_weights": sum(kept.values()) + stored,
+    }
+
+
+def _costs(
+    found: Sequence[dict[str, Any]], load_seconds: float, footprint: int, *, streamed: bool
+) -> dict[str, Any]:
+    seconds = sum(answer["seconds"] for answer in found)
+    first = [a["first_token_seconds"] for a in found if a["first_token_seconds"] is not None]
+    tokens = sum(len(answer["ids"]) for answer in found)
+    return {
+        "load_seconds": round(load_seconds, 3),
+        "tokens_per_second": round(tokens / seconds, 2) if seconds else None,
+        "first_token_seconds": round(median(first), 4) if first else None,
+        "footprint_bytes": footprint,
+        "streamed": streamed,
+    }
+
+
+def _peaks(request: dict[str, Any], peak_memory: int) -> dict[str, int]:
+    """Peak memory of this process and of the device since the last call."""
     import torch
 
-    device = generator.model.device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    peak = 0
+    if request["device"] != "cpu":
+        peak = torch.cuda.max_memory_allocated(request["device"])
+        torch.cuda.reset_peak_memory_stats(request["device"])
+    return {"peak_memory_bytes": peak_memory, "peak_device_memory_bytes": peak}
 
 
-def _device_peak(generator: Generator) -> int:
+def _limit_device_memory(request: dict[str, Any]) -> None:
+    """Makes a large GPU behave as a smaller one, if that was asked for."""
     import torch
 
-    device = generator.model.device
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    limit, device = request["device_memory"], request["device"]
+    if limit and device != "cpu":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+
+
+def _free_memory(request: dict[str, Any]) -> int:
+    """Bytes that the whole 16-bit model may take."""
+    import torch
+
+    if request["device"] == "cpu":
+        free = available_memory() or 0
+    else:
+        free, _ = torch.cuda.mem_get_info(request["device"])
+    return min(free, request["device_memory"] or free)
+
+
+def _device(model: Any) -> dict[str, str]:
+    import torch
+
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {"kind": device.type, "name": name, "dtype": str(_dtype(model)).removeprefix("torch.")}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, {len(os.sched_getaffinity(0))} cores"
+
+
+def _dtype(model: Any) -> Any:
+    return model.get_input_embeddings().weight.dtype
+
+
+def _finite(value: float) -> float | None:
+    return float(f"{value:.6g}") if np.isfinite(value) else None
+
+
+def _say(**news: Any) -> None:
+    print(json.dumps(news), flush=True)  # to the process that started this one
 
 
 if __name__ == "__main__":

@@ -27,20 +27,34 @@ def repair(model: Any) -> None:
             module.__class__ = _flat_linear(type(module))
 
 
+def dequantized(module: Any) -> Any:
+    """The weight that a 4-bit layer computes with, in the dtype that it was quantized from.
+
+    Args:
+        module: a loaded `Linear4bit` that has computed nothing yet: on CPUs with AVX512-BF16
+            bitsandbytes then puts its codes into another order.
+
+    Returns:
+        A torch tensor, [out_features, in_features].
+    """
+    import bitsandbytes.functional
+    import torch
+
+    state = copy.copy(module.weight.quant_state)
+    shape = state.shape
+    state.shape = torch.Size([shape.numel()])
+    return bitsandbytes.functional.dequantize_4bit(module.weight.data, state).reshape(shape)
+
+
 def _flat_linear(kind: type) -> type:
     """A subclass of a 4-bit layer's class with the forward that is right for any shape."""
-    import bitsandbytes.functional
     import torch
 
     class FlatLinear4bit(kind):  # type: ignore[misc]
         def forward(self, x: Any) -> Any:
-            state = copy.copy(self.weight.quant_state)
-            shape = state.shape
-            state.shape = torch.Size([shape.numel()])
-            weight = bitsandbytes.functional.dequantize_4bit(self.weight.data, state)
             compute = self.compute_dtype or x.dtype
             bias = None if self.bias is None else self.bias.to(compute)
-            weight = weight.reshape(shape).to(compute)
+            weight = dequantized(self).to(compute)
             return torch.nn.functional.linear(x.to(compute), weight, bias).to(x.dtype)
 
     FlatLinear4bit.__name__ = kind.__name__

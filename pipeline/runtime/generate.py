@@ -67,21 +67,33 @@ class Answer:
 
     Attributes:
         text: without the prompt and without special tokens.
-        tokens: how many were written.
+        ids: the tokens that were written, the one that ended them included.
         seconds: from the prompt to the last token (of all answers to it).
     """
 
     text: str
-    tokens: int
+    ids: tuple[int, ...]
     seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """How many were written."""
+        return len(self.ids)
 
 
 class Generator:
-    """A model with its tokenizer."""
+    """A model with its tokenizer.
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    Args:
+        model: a transformers causal LM.
+        tokenizer: its tokenizer.
+        device: where its inputs go; None for where the model says it is.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, device: Any = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.device = device or model.device
 
     @classmethod
     def open(
@@ -98,7 +110,7 @@ class Generator:
         return found if isinstance(found, int) and found > 0 else None
 
     def encode(self, query: str, *, chat: bool = False) -> Any:
-        """Token ids of a prompt, int64 [1, length] on the model's device.
+        """Token ids of a prompt, int64 [1, length] on the device.
 
         Args:
             query: the text.
@@ -113,7 +125,7 @@ class Generator:
         ids = self.tokenizer(query, return_tensors="pt", add_special_tokens=not templated).input_ids
         if ids.shape[1] == 0:
             raise UsageError("The tokenizer makes no token of this prompt. Give another one.")
-        return ids.to(self.model.device)
+        return ids.to(self.device)
 
     def _in_template(self, query: str) -> str:
         messages = [{"role": "user", "content": query}]
@@ -145,7 +157,7 @@ class Generator:
 
         ids = self.encode(query, chat=chat)
         start = time.perf_counter()
-        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.inference_mode(), quiet_loading():
             torch.manual_seed(sampling.seed)
             written = self.model.generate(
@@ -160,7 +172,7 @@ class Generator:
             new = [int(t) for t in sequence[ids.shape[1] :]]
             end = self._end(new)
             text = self.tokenizer.decode(new[:end], skip_special_tokens=True)
-            answers.append(Answer(text, min(end + 1, len(new)), seconds))
+            answers.append(Answer(text, tuple(new[: end + 1]), seconds))
         return answers
 
     def _end(self, tokens: Sequence[int]) -> int:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from pipeline.errors import ArtifactError, PipelineError, ResourceError
 from pipeline.model.linear import is_plain_linear
+from pipeline.model.precision import compute_dtype, float32_parts
 from pipeline.runtime.artifact import find_model, is_quantized
 from pipeline.runtime.cpu_layers import repair
 from pipeline.runtime.quiet import quiet_loading
@@ -23,7 +25,26 @@ _QUANTIZER_NAME: Final = "bitsandbytes_4bit"
 _swap = threading.Lock()  # the table of quantizers belongs to the whole process
 
 
-def load(artifact: str | Path | None = None, *, device: str = "auto", quantize: bool = True) -> Any:
+@dataclass(frozen=True)
+class LoadReport:
+    """What a loader says of the names in a checkpoint.
+
+    Attributes:
+        missing: parameters of the model that the files did not give.
+        unexpected: tensors in the files that the model has no place for.
+    """
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+def load(
+    artifact: str | Path | None = None,
+    *,
+    device: str = "auto",
+    quantize: bool = True,
+    dtype: str = "auto",
+) -> Any:
     """Loads a causal LM, ready to generate.
 
     Args:
@@ -32,6 +53,9 @@ def load(artifact: str | Path | None = None, *, device: str = "auto", quantize: 
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
         quantize: a plain checkpoint is quantized to NF4 while it is loaded; False loads it in the
             precision it is stored in. An artifact is loaded as it is.
+        dtype: what is computed in: "bfloat16", "float16", "float32", or "auto" for what the
+            checkpoint is stored in (float16 for bfloat16 on a GPU older than Ampere, such as a T4,
+            which has no bfloat16 arithmetic).
 
     Returns:
         A transformers model in eval mode on the device.
@@ -40,23 +64,40 @@ def load(artifact: str | Path | None = None, *, device: str = "auto", quantize: 
         ArtifactError: the folder holds no model that can be loaded.
         ResourceError: there is no such device.
     """
+    return load_with_report(artifact, device=device, quantize=quantize, dtype=dtype)[0]
+
+
+def load_with_report(
+    artifact: str | Path | None = None,
+    *,
+    device: str = "auto",
+    quantize: bool = True,
+    dtype: str = "auto",
+) -> tuple[Any, LoadReport]:
+    """Loads a model as `load` does, and says what did not fit."""
     folder = find_model(artifact)
     target = pick_device(device)
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": "auto", "device_map": {"": target}}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": target}}
     try:
+        options["dtype"] = compute_dtype(_said_dtype(folder), target, dtype) or "auto"
         if quantize and not is_quantized(folder):
-            options["quantization_config"] = _nf4_config(folder)
+            options["quantization_config"] = _nf4_config(options["dtype"])
         with quiet_loading(), _plain_subclasses_quantize():
-            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=False, output_loading_info=True, **options
+            )
     except PipelineError:
         raise
     except Exception as error:  # configs and weights of strangers fail in any way they like
         raise ArtifactError(f"{folder} could not be loaded on {target}: {_brief(error)}") from error
     _unify_dtypes(model)
     repair(model)
-    return model.eval()
+    names = LoadReport(
+        tuple(sorted(report["missing_keys"])), tuple(sorted(report["unexpected_keys"]))
+    )
+    return model.eval(), names
 
 
 def load_tokenizer(artifact: str | Path | None = None) -> Any:
@@ -79,14 +120,21 @@ def _unify_dtypes(model: Any) -> None:
     An artifact holds exact copies, and transformers does not cast what it loads beside 4-bit
     weights; a checkpoint of mixed dtypes would not run.
     """
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
     wanted = getattr(model.config, "dtype", None)
-    exempt = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     if wanted is None or not getattr(model, "is_loaded_in_4bit", False):
         return
+    exempt = float32_parts(model, wanted)
     for name, parameter in model.named_parameters():
         plain = type(parameter).__name__ == "Parameter" and parameter.is_floating_point()
-        if plain and parameter.dtype != wanted and not any(part in name for part in exempt):
+        in_float32 = exempt is not None and exempt.search(name)
+        if plain and parameter.dtype != wanted and not in_float32:
             parameter.data = parameter.data.to(wanted)
+    for module in model.modules():
+        if isinstance(module, Linear4bit) and module.compute_dtype == torch.bfloat16 != wanted:
+            module.compute_dtype = wanted
 
 
 def _brief(error: Exception) -> str:
@@ -135,16 +183,22 @@ def cuda_devices(device: str) -> list[str]:
     return [] if picked == "cpu" else [picked]
 
 
-def _nf4_config(folder: str) -> Any:
-    import torch
-    from transformers import AutoConfig, BitsAndBytesConfig
+def _said_dtype(folder: str) -> Any:
+    from transformers import AutoConfig
 
-    dtype = getattr(AutoConfig.from_pretrained(folder, trust_remote_code=False), "dtype", None)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return getattr(config, "dtype", None)
+
+
+def _nf4_config(dtype: Any) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype if dtype is not None else torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype if isinstance(dtype, torch.dtype) else torch.bfloat16,
     )
 
 

@@ -1,7 +1,8 @@
-"""The bundled sample: a tiny trained Falcon and 50 questions it was never trained on.
+"""The bundled sample: a tiny trained Falcon, 50 questions and a text that it was not trained on.
 
-``scripts/train_sample.py`` makes both. The questions measure what quantization costs: ask
-them before and after, and compare how many are answered right.
+``scripts/train_sample.py`` makes all three. The questions and the text measure what quantization
+costs: the model knows nothing but its own small world, so any other text would surprise it alike
+before and after.
 """
 
 from pathlib import Path
@@ -11,3 +12,6 @@ MODEL_DIR: Path = Path(__file__).parent / "model"
 
 QUESTIONS: Path = Path(__file__).parent / "questions.jsonl"
 """One JSON object per line: ``prompt`` is the full text to feed, ``expect`` the answer."""
+
+TEXT: Path = Path(__file__).parent / "text.txt"
+"""Documents of its own kind, each closed by the token that ends a text."""

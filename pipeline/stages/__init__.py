@@ -3,7 +3,7 @@
     download.py    a name -> a pinned, hashed checkpoint in source/
     quantize.py    source/ -> quantized/
     serialize.py   quantized/ -> export/: the artifact and its manifest
-    verify.py      export/ against source/ -> verification.json, the model card, the verdict
+    verify.py      export/ against source/ -> verification.json, report, model card, the verdict
     push.py        export/ -> what would be, or is, on the Hub
 
 `download` makes the build folder; the others are a `key(build, settings)` that says when they are
@@ -32,6 +32,8 @@ class Settings:
         require_gpu: verifying without a GPU is a failure.
         workers: threads that quantize; 0 for as many as keep the device busy.
         memory_budget: bytes for all buffers of the engine together.
+        device_memory: bytes of the device that verifying may use; 0 for all that is free.
+        against: an artifact of the same source that verify compares this one with; None for none.
     """
 
     recipe: Recipe = field(default_factory=Recipe)
@@ -39,6 +41,8 @@ class Settings:
     require_gpu: bool = False
     workers: int = 0
     memory_budget: int = DEFAULT_BUDGET
+    device_memory: int = 0
+    against: str | None = None
 
 
 def recorded(

@@ -1,8 +1,10 @@
-"""export/ against source/: gates, both models in fresh processes, the verdict, the card."""
+"""export/ against source/: gates, both models in fresh processes, the verdict, report and card."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import platform
+import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,29 +13,43 @@ from pipeline.build import Build, Record, stage_key
 from pipeline.checkpoint.digest import digest_file
 from pipeline.checkpoint.durable import write_bytes, write_json
 from pipeline.checkpoint.files import is_tokenizer
-from pipeline.errors import RecipeError, ResourceError
-from pipeline.fidelity.metrics import Fidelity, is_right
-from pipeline.fidelity.verdict import Check, accuracy_check, fidelity_checks, verdict
-from pipeline.manifest.read import read_manifest
+from pipeline.errors import ArtifactError, RecipeError, ResourceError
+from pipeline.manifest.read import MANIFEST_FILE, read_manifest
 from pipeline.progress import Reporter
-from pipeline.proof.gates import file_gates, reload_gate
+from pipeline.proof.gates import file_gates, load_gate, manifest_gate
 from pipeline.proof.prompts import REFERENCE, Prompt, read_prompts
-from pipeline.proof.run import examine
-from pipeline.recipe import VerifyRecipe
+from pipeline.proof.run import Examination, scores_differ
+from pipeline.proof.text import RANDOM, Text, read_text
+from pipeline.proof.verification import examined, refused
+from pipeline.report.page import report_page
+from pipeline.report.pictures import pictures
+from pipeline.runtime.artifact import find_model
 from pipeline.runtime.loader import pick_device
 from pipeline.stages import Settings, recorded
 from pipeline.stages.download import recorded_files
 
-CODE_VERSION: Final = 1
+CODE_VERSION: Final = 2
 VERIFICATION_FILE: Final = "verification.json"
 CARD_FILE: Final = "README.md"
+REPORT_FILE: Final = "report.html"
+_USED: Final = ("nf4-pipeline", "torch", "transformers", "bitsandbytes")
 
 
 def key(build: Build, settings: Settings) -> str:
-    """Depends on the export, the source, [verify], the prompts and the kind of device."""
+    """Depends on the export, the source, [verify], what is asked, and the kind of device.
+
+    A comparison with another artifact that was made once stays valid until another one is wanted.
+    """
+    against = _manifest_of(settings)
+    if against is None and (record := build.record("verify")) is not None:
+        against = record.facts.get("against", {}).get("manifest_sha256")
+    return _key(build, settings, against)
+
+
+def _key(build: Build, settings: Settings, against: str | None) -> str:
     download, serialized = build.need("download"), build.need("serialize")
     recipe = {**settings.recipe.as_json()["verify"]}
-    del recipe["prompts"]  # what the file holds matters, not where it is
+    del recipe["prompts"], recipe["eval_text"]  # what the files hold matters, not where they are
     return stage_key(
         {
             "code": CODE_VERSION,
@@ -41,9 +57,18 @@ def key(build: Build, settings: Settings) -> str:
             "export": {name: digest.sha256 for name, digest in serialized.outputs.items()},
             "recipe": recipe,
             "prompts": digest_file(prompts_path(build, settings)).sha256,
+            "text": _text(build, settings).sha256,
             "device": pick_device(settings.device).partition(":")[0],
+            "against": against,
         }
     )
+
+
+def _manifest_of(settings: Settings) -> str | None:
+    """The hash of the manifest of the artifact to compare with, if there is one."""
+    if settings.against is None:
+        return None
+    return digest_file(_other(settings.against) / MANIFEST_FILE).sha256
 
 
 def check_gpu(settings: Settings) -> None:
@@ -79,133 +104,133 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
     The verdict "fail" is recorded like any other; the caller decides what follows from it.
 
     Raises:
-        ArtifactError: the export is no artifact, or one of the models does not load.
+        ArtifactError: the export is no artifact.
+        SourceError: the source does not load.
         ResourceError: a GPU was required and there is none.
         VerificationError: a process that loads a model died.
     """
-    stage = key(build, settings)
+    stage = _key(build, settings, _manifest_of(settings))
     build.check_inputs("download")
-    device = pick_device(settings.device)
-    prompts = read_prompts(prompts_path(build, settings))
-    if not _has_tokenizer(build):
-        prompts = ()
-        reporter.note(
-            "This checkpoint has no tokenizer: no prompt can be answered, and the models are "
-            "compared on random token ids."
-        )
 
     def work() -> tuple[dict[str, Any], dict[str, Any]]:
         manifest = read_manifest(build.export)
-        gates = file_gates(build.export, manifest, reporter)
-        found = _behaviour(
-            build, manifest, prompts, settings.recipe.verify, device, gates, reporter
-        )
+        found = _examine(build, manifest, settings, reporter)
+        files = {VERIFICATION_FILE, CARD_FILE, REPORT_FILE}
         write_json(build.export / VERIFICATION_FILE, found)
+        for name, content in pictures(manifest, found).items():
+            write_bytes(build.export / name, content)
+            files.add(name)
+        page = report_page(manifest, found)
+        write_bytes(build.export / REPORT_FILE, page.encode())
         text = card.model_card(manifest, found, _source_metadata(build))
         write_bytes(build.export / CARD_FILE, text.encode())
-        outputs = {
-            f"export/{name}": digest_file(build.export / name)
-            for name in (VERIFICATION_FILE, CARD_FILE)
-        }
-        return outputs, found
+        return {f"export/{name}": digest_file(build.export / name) for name in files}, found
 
     def peak(facts: dict[str, Any]) -> int:
-        return max((m["peak_memory_bytes"] for m in facts.get("models", {}).values()), default=0)
+        parts = [*facts.get("models", {}).values(), facts.get("comparison", {})]
+        return max((part.get("peak_memory_bytes", 0) for part in parts), default=0)
 
     return recorded(build, "verify", stage, work, child_peak=peak)
 
 
-def _has_tokenizer(build: Build) -> bool:
-    return any(is_tokenizer(name) for name in recorded_files(build.need("download")))
-
-
-def _behaviour(
-    build: Build,
-    manifest: dict[str, Any],
-    prompts: Sequence[Prompt],
-    recipe: VerifyRecipe,
-    device: str,
-    gates: list[Check],
-    reporter: Reporter,
+def _examine(
+    build: Build, manifest: dict[str, Any], settings: Settings, reporter: Reporter
 ) -> dict[str, Any]:
-    """What both models do; skipped if the files already fail, since nothing would be learned."""
-    found: dict[str, Any] = {"schema_version": 1, "thresholds": _thresholds(recipe)}
-    checks = list(gates)
-    if all(check.passed for check in gates):
-        with reporter.task("run both models", 2, unit="models") as task:
-            reference, model = examine(
-                build.source, build.export, prompts, recipe, device, lambda: task.advance(1)
-            )
-        fidelity = Fidelity(**model["fidelity"])
-        answers = _side_by_side(prompts, reference, model)
-        asked = [answer for answer in answers if answer["expect"] is not None]
-        checks.append(reload_gate(manifest, model["linear4bit"]))
-        checks += fidelity_checks(fidelity, recipe)
-        accuracy = accuracy_check(
-            [answer["right_16bit"] for answer in asked],
-            [answer["right_4bit"] for answer in asked],
-            recipe,
-        )
-        checks += [accuracy] if accuracy else []
-        found |= {
-            "device": model["device"],
-            "fidelity": fidelity.as_json(),
-            "accuracy": _accuracy(asked),
-            "models": {"16bit": _costs(reference), "4bit": _costs(model)},
-            "answers": answers,
-        }
-    found["checks"] = [check.as_json() for check in checks]
-    found["verdict"] = verdict(checks)
+    """Gates, then both models; left out if a gate fails, since nothing would be learned."""
+    recipe = settings.recipe.verify
+    versions = {"python": platform.python_version(), **{name: version(name) for name in _USED}}
+    recorded_manifest = build.need("serialize").outputs[f"export/{MANIFEST_FILE}"]
+    gates = [manifest_gate(digest_file(build.export / MANIFEST_FILE), recorded_manifest)]
+    gates += file_gates(build.export, manifest, reporter)
+    if not all(gate.passed for gate in gates):
+        return refused(gates, recipe, versions)
+    prompts = _prompts(build, settings, reporter)
+    asked = Examination(
+        source=build.source,
+        device=pick_device(settings.device),
+        device_memory=settings.device_memory,
+        prompts=prompts,
+        max_new_tokens=recipe.max_new_tokens,
+        text=_text(build, settings),
+        tokens=recipe.eval_tokens,
+    )
+    with tempfile.TemporaryDirectory(prefix="nf4-scores-") as folder:
+        own, others = Path(folder) / "own.npz", Path(folder) / "others.npz"
+        source = asked.ask_source(build.export, reporter)
+        try:
+            artifact = asked.ask_artifact(build.export, own, reporter)
+        except ArtifactError as error:
+            return refused([*gates, load_gate(str(error))], recipe, versions)
+        found = examined(manifest, gates, prompts, source, artifact, recipe, versions)
+        if settings.against is not None:
+            other = _other(settings.against)
+            compared = _compare(asked, manifest, other, others, reporter)
+            found["against"] = {**compared, "difference": scores_differ(own, others)}
     return found
 
 
-def _thresholds(recipe: VerifyRecipe) -> dict[str, float]:
+def _compare(
+    asked: Examination, manifest: dict[str, Any], other: Path, scores: Path, reporter: Reporter
+) -> dict[str, Any]:
+    """Another artifact of the same source on the same text."""
+    theirs = read_manifest(other)
+    if theirs["source"]["content_sha256"] != manifest["source"]["content_sha256"]:
+        raise ArtifactError(
+            f"{other} was made from another source ({theirs['source']['repo']}, content "
+            f"{theirs['source']['content_sha256'][:12]}…) than this artifact "
+            f"({manifest['source']['content_sha256'][:12]}…). Only artifacts of one source can be "
+            "compared."
+        )
+    failed = [gate for gate in file_gates(other, theirs, reporter) if not gate.passed]
+    if failed:
+        raise ArtifactError(f"{other} is not what its manifest says: {failed[0].found}.")
+    found = asked.without_prompts().ask_artifact(other, scores, reporter)
     return {
-        "max_mean_kl": recipe.max_mean_kl,
-        "min_sure_agreement": recipe.min_sure_agreement,
-        "max_accuracy_drop": recipe.max_accuracy_drop,
+        "name": theirs["source"]["repo"],
+        "manifest_sha256": digest_file(other / MANIFEST_FILE).sha256,
+        "rounding": theirs["recipe"]["quantize"]["rounding"],
+        "fidelity": found["fidelity"],
+        "domains": found["domains"],
     }
 
 
-def _side_by_side(
-    prompts: Sequence[Prompt], reference: dict[str, Any], model: dict[str, Any]
-) -> list[dict[str, Any]]:
-    answers = []
-    for prompt, before, after in zip(prompts, reference["answers"], model["answers"], strict=True):
-        entry: dict[str, Any] = {
-            "prompt": prompt.prompt,
-            "expect": prompt.expect,
-            "answer_16bit": before["text"],
-            "answer_4bit": after["text"],
-            "same": before["text"] == after["text"],
-        }
-        if prompt.expect is not None:
-            entry["right_16bit"] = is_right(before["text"], prompt.expect)
-            entry["right_4bit"] = is_right(after["text"], prompt.expect)
-        answers.append(entry)
-    return answers
+def _other(name: str) -> Path:
+    """The artifact that this one is compared with.
+
+    Raises:
+        UsageError: no such folder.
+        ArtifactError: it is none.
+    """
+    folder = Path(find_model(name))
+    read_manifest(folder)
+    return folder
 
 
-def _accuracy(asked: Sequence[dict[str, Any]]) -> dict[str, int] | None:
-    if not asked:
-        return None
-    return {
-        "asked": len(asked),
-        "right_16bit": sum(answer["right_16bit"] for answer in asked),
-        "right_4bit": sum(answer["right_4bit"] for answer in asked),
-    }
+def _prompts(build: Build, settings: Settings, reporter: Reporter) -> tuple[Prompt, ...]:
+    if _has_tokenizer(build):
+        return read_prompts(prompts_path(build, settings))
+    reporter.note(
+        "This checkpoint has no tokenizer: no prompt can be answered, and the models are "
+        "compared on random token ids."
+    )
+    return ()
 
 
-def _costs(found: dict[str, Any]) -> dict[str, Any]:
-    tokens = sum(answer["tokens"] for answer in found["answers"])
-    seconds = sum(answer["seconds"] for answer in found["answers"])
-    return {
-        "load_seconds": found["load_seconds"],
-        "tokens_per_second": round(tokens / seconds, 2) if seconds else None,
-        "footprint_bytes": found["footprint_bytes"],
-        "peak_memory_bytes": found["peak_memory_bytes"],
-        "peak_device_memory_bytes": found["peak_device_memory_bytes"],
-    }
+def _text(build: Build, settings: Settings) -> Text:
+    """The user's text, or that of the sample, or the one for any model."""
+    if not _has_tokenizer(build):
+        return Text(RANDOM, {})
+    if settings.recipe.verify.eval_text:
+        return read_text(Path(settings.recipe.verify.eval_text))
+    if build.need("download").facts["is_sample"]:
+        from pipeline.sample import TEXT
+
+        return Text("the sample's own", {"stories and questions": TEXT.read_text("utf-8")})
+    return read_text(None)
+
+
+def _has_tokenizer(build: Build) -> bool:
+    return any(is_tokenizer(name) for name in recorded_files(build.need("download")))
 
 
 def _source_metadata(build: Build) -> dict[str, Any]:

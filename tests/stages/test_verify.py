@@ -15,7 +15,7 @@ from pipeline.stages import Settings, download
 from tests.support.tiny import copy_of, flip_byte
 
 SETTINGS = Settings(
-    recipe=Recipe(verify=VerifyRecipe(max_new_tokens=2, score_tokens=64)), device="cpu"
+    recipe=Recipe(verify=VerifyRecipe(max_new_tokens=2, eval_tokens=64)), device="cpu"
 )
 
 

@@ -19,9 +19,10 @@ RECIPE: Final = """
 [verify]
 prompts = "{prompts}"
 max_new_tokens = 3
-score_tokens = 16
+eval_tokens = 64
 max_mean_kl = 5.0
 min_sure_agreement = 0.0
+max_perplexity_ratio = 5.0
 """
 
 

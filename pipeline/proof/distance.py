@@ -1,0 +1,227 @@
+"""The 16-bit model and the 4-bit one on the same tokens, block by block, side by side.
+
+The 4-bit model stands on the device as anybody's loader put it there; of the 16-bit one, a block is
+there only while both pass it. So what is looked at in each block costs no second reading:
+
+- every 4-bit weight against the 16-bit one that it stands for, and each block of 64 of them;
+- the output of every 4-bit layer, given the input that the 16-bit one gets;
+- what has become of the hidden states after the block, all errors before it included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Any, Final
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.blocks.lockstep import Lockstep
+from pipeline.blocks.streamed import StreamedModel
+from pipeline.fidelity.tokens import TokenScores, score_tokens
+from pipeline.nf4 import BLOCK_SIZE
+from pipeline.proof.text import TokenSequence
+from pipeline.runtime.cpu_layers import dequantized
+
+_TOGETHER: Final = 16_384
+"""Tokens whose hidden states wait at a door at once; more are read in several passes."""
+_PART: Final = 4 * 2**20  # weights that are compared at a time; whole blocks
+_SMALL: Final = 0.05
+"""Share of a weight's typical block below which a block counts as being that large: stock double
+quantization gives near-zero blocks any small scale, and nobody can tell."""
+
+
+@dataclass
+class _Ratio:
+    """A relative error that is being summed: sqrt(sum of squared differences / sum of squares)."""
+
+    error: Any = 0.0
+    energy: Any = 0.0
+
+    def add(self, found: torch.Tensor, expected: torch.Tensor) -> None:
+        wanted = expected.float().flatten()
+        off = found.float().flatten() - wanted
+        self.error = self.error + off.dot(off).double()
+        self.energy = self.energy + wanted.dot(wanted).double()
+
+    @property
+    def value(self) -> float:
+        error, energy = float(self.error), float(self.energy)
+        return sqrt(error / energy) if energy else (0.0 if error == 0 else float("inf"))
+
+
+@dataclass
+class LayerError:
+    """How far a 4-bit layer is from the 16-bit one.
+
+    Attributes:
+        output: of its output, for the input that the 16-bit layer gets.
+        weight: relative RMSE of its weight.
+        worst: the largest relative error of any 64 consecutive weights.
+        worst_at: the number of that block of 64.
+    """
+
+    output: _Ratio = field(default_factory=_Ratio)
+    weight: float = 0.0
+    worst: float = 0.0
+    worst_at: int = 0
+
+
+@dataclass
+class BlockError:
+    """How far a block is: its hidden states, and its layers by their names within it."""
+
+    hidden: _Ratio = field(default_factory=_Ratio)
+    layers: dict[str, LayerError] = field(default_factory=dict)
+
+
+class Comparison:
+    """Runs both models over sequences.
+
+    Args:
+        reference: the 16-bit model.
+        model: the 4-bit one, whole.
+
+    Attributes:
+        blocks: errors by the name of the block.
+    """
+
+    def __init__(self, reference: StreamedModel, model: Any) -> None:
+        self.blocks = {name: BlockError() for name in reference.blocks}
+        self._reference = reference
+        self._model = model
+        self._own = {name: model.get_submodule(name) for name in reference.blocks}
+        self._names = list(reference.blocks)
+        self._looked_at: set[str] = set()
+        self._hidden: torch.Tensor | None = None
+
+    def run(self, sequences: Sequence[TokenSequence], done: Callable[[int], None]) -> TokenScores:
+        """Scores all tokens, in the order of the sequences.
+
+        Args:
+            sequences: what both models read.
+            done: told how many tokens have been read to the end.
+        """
+        parts: list[TokenScores] = []
+        for wave in _waves(sequences):
+            with self._watched():
+                lockstep = Lockstep(
+                    [self._reference.blocks, self._own], self._opened, self._reference.close
+                )
+                lockstep.run([task for s in wave for task in self._pair(s, parts, done)])
+        return TokenScores.joined(parts)
+
+    def _pair(
+        self, sequence: TokenSequence, parts: list[TokenScores], done: Callable[[int], None]
+    ) -> list[Callable[[], None]]:
+        """Two runs that follow each other through every door."""
+        logits: list[torch.Tensor] = []
+        device = self._model.get_input_embeddings().weight.device
+        ids = torch.from_numpy(sequence.ids.copy())[None].to(device)
+
+        def reference() -> None:
+            logits.append(self._reference.model(ids, use_cache=False).logits[0, :-1])
+
+        def model() -> None:
+            own = self._model(ids, use_cache=False).logits[0, :-1]
+            parts.append(score_tokens(logits.pop(), own, ids[0, 1:]))
+            done(len(sequence.ids))
+
+        return [reference, model]
+
+    def _opened(self, block: str) -> None:
+        self._reference.open(block)
+        following = self._names.index(block) + 1
+        if following < len(self._names):
+            self._reference.prefetch(self._names[following])
+        if block not in self._looked_at:
+            self._looked_at.add(block)
+            for name, layer, own in self._layers(block):
+                _compare_weights(
+                    self.blocks[block].layers.setdefault(name, LayerError()), layer, own
+                )
+
+    def _layers(self, block: str) -> Iterator[tuple[str, Any, Any]]:
+        """Each 4-bit layer of a block: its name in it, the 16-bit layer, the 4-bit one."""
+        for name, own in self._own[block].named_modules():
+            if isinstance(own, Linear4bit):
+                yield name, self._reference.blocks[block].get_submodule(name), own
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for block in self._names:
+                errors = self.blocks[block]
+                hooks = [
+                    self._reference.blocks[block].register_forward_hook(self._keep),
+                    self._own[block].register_forward_hook(self._hold_against(errors.hidden)),
+                ]
+                for name, layer, own in self._layers(block):
+                    layer_error = errors.layers.setdefault(name, LayerError())
+                    hooks.append(layer.register_forward_hook(_ask(own, layer_error.output)))
+                for hook in hooks:
+                    stack.callback(hook.remove)
+            yield
+
+    def _keep(self, module: Any, inputs: Any, output: Any) -> None:
+        self._hidden = _states(output)
+
+    def _hold_against(self, ratio: _Ratio) -> Callable[[Any, Any, Any], None]:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            if self._hidden is not None:
+                ratio.add(_states(output), self._hidden)
+                self._hidden = None
+
+        return hook
+
+
+def _ask(own: Any, ratio: _Ratio) -> Callable[[Any, Any, Any], None]:
+    def hook(module: Any, inputs: Any, output: Any) -> None:
+        ratio.add(own(inputs[0]), output)
+
+    return hook
+
+
+def _states(output: Any) -> torch.Tensor:
+    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def _compare_weights(error: LayerError, layer: Any, own: Any) -> None:
+    expected = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+    wanted, found = expected.reshape(-1), dequantized(own).reshape(-1)
+    sums = [_block_sums(f, w) for f, w in zip(found.split(_PART), wanted.split(_PART), strict=True)]
+    off, energy = (torch.cat(parts) for parts in zip(*sums, strict=True))
+    floor = max(_SMALL**2 * float(energy.mean()), 1e-300)
+    relative = (off / energy.clamp(min=floor)).sqrt()
+    total = float(energy.sum())
+    error.weight = sqrt(float(off.sum()) / total) if total else 0.0
+    error.worst = float(relative.max())
+    error.worst_at = int(relative.argmax())
+
+
+def _block_sums(found: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared differences and squares, summed over each block of 64; the last may be short."""
+    exact = wanted.float()
+    ragged = (0, -len(exact) % BLOCK_SIZE)
+    terms = torch.stack([(found.float() - exact).square(), exact.square()])
+    blocks = torch.nn.functional.pad(terms, ragged).reshape(2, -1, BLOCK_SIZE)
+    off, energy = blocks.sum(dim=2, dtype=torch.float64)
+    return off, energy
+
+
+def _waves(sequences: Sequence[TokenSequence]) -> Iterator[list[TokenSequence]]:
+    wave: list[TokenSequence] = []
+    size = 0
+    for sequence in sequences:
+        if wave and size + len(sequence.ids) > _TOGETHER:
+            yield wave
+            wave, size = [], 0
+        wave.append(sequence)
+        size += len(sequence.ids)
+    if wave:
+        yield wave
