@@ -1,0 +1,176 @@
+"""The page in a real browser: headless Chromium opens the file as a person would."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from pipeline.report.page import report_page
+from tests.report import made
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+ARGUMENTS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+PICTURES = ["sizes", "layers", "kl", "domains"]
+CASES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
+    "falcon": (made.made(against=True), "Pass", PICTURES),
+    "sample": (made.sample(), "Pass", PICTURES),
+    "large": (made.large(), "Pass", PICTURES),
+    "failed gate": (made.failed_gate(), "Fail", []),
+    "nulls": (made.nulls(), "Fail", ["sizes", "layers"]),
+    "hostile": (made.hostile(), "Pass", PICTURES),
+}
+# The smallest contrast (WCAG 2) of any text with what is behind it, and which text that is. Cells
+# of the heat map are left out: their letters stand on the colour of a number.
+CONTRAST = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const known = new Map();
+  const rgba = colour => {
+    if (!known.has(colour)) {
+      canvas.clearRect(0, 0, 1, 1);
+      canvas.fillStyle = colour;
+      canvas.fillRect(0, 0, 1, 1);
+      known.set(colour, canvas.getImageData(0, 0, 1, 1).data);
+    }
+    return known.get(colour);
+  };
+  const luminance = ([red, green, blue]) => [red, green, blue]
+    .map(value => value / 255)
+    .map(value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, value, i) => sum + value * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = element => {
+    for (let at = element; at; at = at.parentElement) {
+      const colour = rgba(getComputedStyle(at).backgroundColor);
+      if (colour[3] === 255) return colour;
+    }
+    throw new Error("nothing opaque behind " + element.outerHTML.slice(0, 80));
+  };
+  let worst = [21, ""];
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  let texts = 0;
+  while (walk.nextNode()) {
+    const element = walk.currentNode.parentElement;
+    const text = walk.currentNode.data.trim();
+    if (!text || !element.checkVisibility()) continue;
+    const style = getComputedStyle(element);
+    if (element.tagName === "text" && !element.style.fill.startsWith("var(")) continue;
+    const front = luminance(rgba(element.tagName === "text" ? style.fill : style.color));
+    const back = luminance(behind(element));
+    const ratio = (Math.max(front, back) + 0.05) / (Math.min(front, back) + 0.05);
+    if (ratio < worst[0]) worst = [ratio, text.slice(0, 40)];
+    texts += 1;
+  }
+  return [...worst, texts];
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = next(filter(None, map(shutil.which, NAMES)), None)
+    if path is None:
+        if os.environ.get("NF4_REQUIRE_BROWSER"):
+            pytest.fail(f"NF4_REQUIRE_BROWSER is set and none of {', '.join(NAMES)} was found.")
+        pytest.skip(f"No browser: none of {', '.join(NAMES)} was found.")
+    with sync_playwright() as playwright:
+        # A fresh profile in a temporary folder is what launch() makes.
+        opened = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("report")
+    paths = {name: folder / f"{name}.html" for name in CASES}
+    for name, path in paths.items():
+        path.write_text(report_page(made.manifest(), CASES[name][0]), "utf-8")
+    return paths
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_page_opens(
+    browser: Browser, files: dict[str, Path], name: str, scheme: Any, width: int
+) -> None:
+    _, verdict, drawn = CASES[name]
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    said, asked = _watch(page)
+    page.goto(files[name].as_uri())
+    try:
+        badge = page.locator("#verdict")
+        assert badge.is_visible()
+        assert verdict in badge.inner_text()
+        assert page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == (
+            "rgb(246, 247, 248)" if scheme == "light" else "rgb(18, 21, 25)"
+        )
+
+        shown = page.locator("svg[role=img]")
+        assert shown.count() == len(drawn)
+        for place in range(shown.count()):
+            box = shown.nth(place).bounding_box()
+            assert box is not None
+            assert box["width"] >= min(600, width - 100)
+            assert box["height"] >= 80
+        assert [s.get_attribute("aria-labelledby") for s in _sections(page)] == drawn
+
+        assert _overflow(page) <= 0
+        ratio, text, texts = page.evaluate(CONTRAST)
+        assert texts > 20
+        assert ratio >= 4.5, text
+
+        page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
+        assert _overflow(page) <= 0
+        assert page.evaluate(CONTRAST)[0] >= 4.5
+        assert said == []
+        assert asked == [files[name].as_uri()]
+    finally:
+        page.close()
+
+
+def test_the_page_prints_light_and_within_the_paper(
+    browser: Browser, files: dict[str, Path]
+) -> None:
+    page = browser.new_page(viewport={"width": 718, "height": 1000}, color_scheme="dark")
+    page.goto(files["falcon"].as_uri())
+    page.emulate_media(media="print", color_scheme="dark")
+    try:
+        assert _overflow(page) <= 0
+        assert page.evaluate(CONTRAST)[0] >= 4.5
+        background = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+        assert background == "rgb(255, 255, 255)"
+    finally:
+        page.close()
+
+
+def _watch(page: Page) -> tuple[list[str], list[str]]:
+    """What the console says, and what is asked of files and network."""
+    said: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}"))
+    page.on("request", lambda request: asked.append(request.url))
+    return said, asked
+
+
+def _overflow(page: Page) -> int:
+    found: int = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+    return found
+
+
+def _sections(page: Page) -> list[Any]:
+    return page.locator("section:has(> figure svg)").all()

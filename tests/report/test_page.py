@@ -1,0 +1,234 @@
+"""The page: every number is in it, it needs nothing else, and nothing that a model says acts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from pipeline.report.page import render, report_page
+from tests.report import made
+
+VOID = {"meta", "link"}
+CASES = {
+    "falcon": made.made(against=True),
+    "sample": made.sample(),
+    "failed gate": made.failed_gate(),
+    "failed behaviour": made.failed_behaviour(),
+    "nulls": made.nulls(),
+    "without tokenizer": made.without_tokenizer(),
+    "hostile": made.hostile(),
+}
+
+
+class Parsed(HTMLParser):
+    """Tags, attributes and text of a page; fails on tags that do not close as they opened."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text: list[str] = []
+        self.marked: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+        if "mark" in self.open:
+            self.marked.append(data)
+
+
+def words(verification: dict[str, Any], **identity: Any) -> str:
+    """The page without its pictures: what a person reads."""
+    return render(made.manifest(**identity), verification, {})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_page_is_whole_and_needs_nothing_else(name: str) -> None:
+    page = report_page(made.manifest(), CASES[name])
+    parsed = Parsed(page)
+    assert not {"script", "img", "iframe", "object", "base", "form"} & set(parsed.tags)
+    assert set(parsed.tags) & VOID == VOID
+    for key, value in parsed.attributes:
+        assert not key.startswith("on")
+        if key in ("src", "href", "xlink:href"):
+            assert value == "data:," or str(value).startswith("#")
+    assert "@import" not in page
+    assert "url(h" not in page
+    ids = [value for key, value in parsed.attributes if key == "id"]
+    assert len(ids) == len(set(ids))
+    assert {value for key, value in parsed.attributes if key == "aria-labelledby"} <= set(ids)
+    page.encode("utf-8")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_page_is_the_same_every_time(name: str) -> None:
+    assert report_page(made.manifest(), CASES[name]) == report_page(made.manifest(), CASES[name])
+
+
+def _numbers(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of all numbers in a JSON value."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            yield from _numbers(inner, (*path, key))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path
+
+
+SMALL = made.made(blocks=2, prompts=2, expected=True, against=True)
+SMALL["kl_histogram"] = {"edges": [0.001, 0.01, 0.1], "counts": [5, 7]}
+SMALL["kl_by_position"] = SMALL["kl_by_position"][:2]
+SMALL["answers"][0] |= {"seed": 7, "same": False, "first_difference": {"token": 1, "character": 1}}
+NOT_SHOWN = {("schema_version",)}
+
+
+@pytest.mark.parametrize("path", sorted(set(_numbers(SMALL)) - NOT_SHOWN, key=str), ids=str)
+def test_every_number_moves_the_text(path: tuple[Any, ...]) -> None:
+    changed = copy.deepcopy(SMALL)
+    place: Any = changed
+    for key in path[:-1]:
+        place = place[key]
+    value = place[path[-1]]
+    place[path[-1]] = value * 3 + 2 if isinstance(value, int) else value * 1.37
+    assert words(changed) != words(SMALL)
+
+
+def test_values_are_those_of_the_verification() -> None:
+    text = words(made.made(against=True))
+    for said in ("14.43\xa0GB", "4.010\xa0GB", "0.02130", "0.02002 to 0.02258", "8,176", "1.197"):
+        assert said in text
+
+
+def test_who_the_model_is_comes_from_the_manifest() -> None:
+    pinned = words(made.made(), repo="org/model")
+    assert "org/model" in pinned
+    assert made.manifest()["source"]["commit"] in pinned
+    local = words(made.made(), commit=False)
+    assert "8782b5c5" not in local
+    assert made.manifest()["source"]["content_sha256"] in local
+
+
+def test_failing_checks_come_first_and_nothing_else_is_claimed() -> None:
+    page = report_page(made.manifest(), made.failed_gate())
+    assert page.count("✗ FAIL") == 2
+    assert "2 of 2 checks failed:" in page
+    assert "no model was loaded" in page
+    assert "<svg" not in page
+    behaviour = report_page(made.manifest(), made.failed_behaviour())
+    assert 0 < behaviour.index("✗ FAIL") < behaviour.index("✓ passed")
+
+
+def test_nothing_hostile_acts() -> None:
+    verification = made.hostile()
+    page = report_page(made.manifest("<b>evil</b>"), verification)
+    parsed = Parsed(page)
+    text = "".join(parsed.text)
+    assert "b" not in parsed.tags
+    assert made.HOSTILE[0] in text
+    assert "{{ 7*7 }}" in text
+    assert "--> ]]>" in text
+    assert "w" * 5000 in text
+    assert "many\n\n\n\tlines" in text
+    for hidden in ("\x00", "\x1b", "\ud800", "\r"):
+        assert hidden not in page
+
+
+def test_the_first_difference_is_marked_in_both_answers() -> None:
+    verification = made.made(prompts=1)
+    first = verification["answers"][0]
+    parsed = Parsed(words(verification))
+    at = first["first_difference"]["character"]
+    assert first["answer_16bit"][at:] in parsed.marked
+    assert first["answer_4bit"][at:] in parsed.marked
+    assert first["answer_16bit"] not in parsed.marked
+
+
+def test_an_answer_that_stops_says_so() -> None:
+    verification = made.made(prompts=1)
+    verification["answers"][0] |= {
+        "answer_16bit": "Run",
+        "answer_4bit": "Run away.",
+        "first_difference": {"token": 1, "character": 3},
+    }
+    marked = Parsed(words(verification)).marked
+    assert "(ends here)" in marked
+    assert " away." in marked
+
+
+def test_a_long_answer_is_cut_and_can_be_opened() -> None:
+    verification = made.made(prompts=1)
+    verification["answers"][0] |= {"answer_16bit": "abc " * 1000, "same": True}
+    verification["answers"][0]["first_difference"] = None
+    text = words(verification)
+    assert "All 4,000 characters" in text
+    assert "abc " * 1000 in text
+    assert "abc " * 150 + '<span class="cut">…</span>' in text
+
+
+def test_right_and_wrong_answers_and_the_lost_one_first() -> None:
+    text = words(made.sample())
+    assert "49 of 50" in text
+    assert text.count("✗ wrong") == 1
+    assert text.index("✗ wrong") < text.index("✓ right", text.index("✗ wrong"))
+    assert "3 plus 35" in text[: text.index("3 plus 4?")]
+    assert "40 more prompts" in text
+    assert "No GPU" not in text
+    assert "no GPU was used" in text
+
+
+def test_numbers_that_are_not_finite() -> None:
+    text = words(made.nulls())
+    assert text.count("not finite") > 20
+    assert "None" not in text
+    assert ">nan" not in text
+
+
+def test_a_checkpoint_without_tokenizer_or_blocks() -> None:
+    text = words(made.without_tokenizer())
+    assert "No prompt was asked: the checkpoint has no tokenizer." in text
+    assert "random token ids, since the checkpoint has no tokenizer" in text
+    assert "Where the error comes from" not in text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (0.001, 0.002, "The other artifact is closer"),
+        (-0.002, -0.001, "This artifact is closer"),
+        (-0.001, 0.001, "does not tell them apart"),
+        (None, None, "not finite"),
+    ],
+)
+def test_a_comparison_says_who_is_closer(low: float | None, high: float | None, said: str) -> None:
+    verification = made.made(against=True)
+    verification["against"]["difference"]["mean_kl"] = {"value": low, "low": low, "high": high}
+    assert said in words(verification)
+
+
+def test_a_part_that_is_missing_is_an_error_not_a_blank() -> None:
+    from jinja2 import UndefinedError
+
+    verification = made.made()
+    del verification["sizes"]["disk_bytes"]
+    with pytest.raises(UndefinedError, match="disk_bytes"):
+        words(verification)
