@@ -195,7 +195,11 @@ def failed_behaviour() -> dict[str, Any]:
     verification["fidelity"] = _fidelity(1.874)
     for block in verification["blocks"][7:]:
         block["relative_error"] = 0.9 + 0.01 * len(block["modules"])
-    verification["blocks"][7]["modules"][2] |= {"relative_error": 1.412, "weight_error": 1.409}
+    verification["blocks"][7]["modules"][2] |= {
+        "relative_error": 1.412,
+        "weight_error": 1.409,
+        "worst": 2.93,
+    }
     for check in verification["checks"]:
         if check["name"] == "mean KL from the 16-bit model":
             check |= {"passed": False, "found": "1.874 nats per token over 8176 tokens"}
@@ -217,7 +221,7 @@ def nulls() -> dict[str, Any]:
     for block in verification["blocks"][5:]:
         block["relative_error"] = None
         for module in block["modules"]:
-            module |= {"relative_error": None, "weight_error": None}
+            module |= {"relative_error": None, "weight_error": None, "worst": None}
     verification["kl_histogram"]["counts"] = [0] * len(verification["kl_histogram"]["counts"])
     verification["against"]["difference"] = {"mean_kl": nothing, "mean_kl_ratio": nothing}
     verification["models"]["4bit"] |= {"tokens_per_second": None, "first_token_seconds": None}
@@ -331,6 +335,8 @@ def _blocks(rng: random.Random, blocks: int, layers: dict[str, int]) -> list[dic
                     "relative_error": base[name] * rng.uniform(0.85, 1.15)
                     + 0.05 * math.exp(-block / 3),
                     "weight_error": 0.0915 * rng.uniform(0.98, 1.05),
+                    "worst": 0.142 * rng.uniform(0.9, 1.1),
+                    "worst_at": rng.randrange(layers[name] // 64),
                 }
                 for name in layers
             ],

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from typing import Any
 
+import jsonschema
 import pytest
 
+from pipeline.proof.verification import SCHEMA
 from pipeline.report.page import render, report_page
 from tests.report import made
 
@@ -21,6 +24,7 @@ CASES = {
     "nulls": made.nulls(),
     "without tokenizer": made.without_tokenizer(),
     "hostile": made.hostile(),
+    "large": made.large(),
 }
 
 
@@ -60,6 +64,11 @@ class Parsed(HTMLParser):
 def words(verification: dict[str, Any], **identity: Any) -> str:
     """The page without its pictures: what a person reads."""
     return render(made.manifest(**identity), verification, {})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_made_up_is_what_verify_writes(name: str) -> None:
+    jsonschema.validate(CASES[name], json.loads(SCHEMA.read_text("utf-8")))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -132,7 +141,7 @@ def test_failing_checks_come_first_and_nothing_else_is_claimed() -> None:
     page = report_page(made.manifest(), made.failed_gate())
     assert page.count("✗ FAIL") == 2
     assert "2 of 2 checks failed:" in page
-    assert "no model was loaded" in page
+    assert "nothing was measured" in page
     assert "<svg" not in page
     behaviour = report_page(made.manifest(), made.failed_behaviour())
     assert 0 < behaviour.index("✗ FAIL") < behaviour.index("✓ passed")
