@@ -68,9 +68,9 @@ def score_tokens(
 def _score(reference: torch.Tensor, model: torch.Tensor, targets: torch.Tensor) -> TokenScores:
     import torch
 
-    p = torch.log_softmax(reference.float(), dim=-1)
-    q = torch.log_softmax(model.float(), dim=-1)
-    terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
+    p, q = _log_softmax(reference.float()), _log_softmax(model.float())
+    terms = torch.where(q == -torch.inf, torch.inf, p.exp() * (p - q))  # 0 times inf is no number
+    terms = torch.where(p == -torch.inf, 0.0, terms)
     first, second = p.topk(2, dim=-1).values.unbind(-1)
     column = targets[:, None]
     return TokenScores(
@@ -80,6 +80,14 @@ def _score(reference: torch.Tensor, model: torch.Tensor, targets: torch.Tensor) 
         reference_nll=_numpy(-p.gather(1, column)[:, 0]),
         nll=_numpy(-q.gather(1, column)[:, 0]),
     )
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """As torch has it, but for the sum: 65,000 exponentials add up to some 1e-5 beside it there."""
+    import torch
+
+    off = logits - logits.amax(dim=-1, keepdim=True)
+    return off - off.exp().sum(dim=-1, keepdim=True, dtype=torch.float64).log().float()
 
 
 def _numpy(values: torch.Tensor) -> NDArray[np.float64]:
