@@ -42,8 +42,8 @@ PICTURES: Final = {
     ),
     "kl": Picture(
         "How far the predictions move",
-        "KL is 0 where both models predict the same; most tokens should lie far to the left, and "
-        "the line on the right should not climb.",
+        "KL is 0 where both models predict the same; a line on the right that climbs means that "
+        "the error grows along the text.",
         "pictures/kl.png",
     ),
     "domains": Picture(

@@ -89,9 +89,9 @@ def test_the_page_is_whole_and_needs_nothing_else(name: str) -> None:
     page.encode("utf-8")
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_page_is_the_same_every_time(name: str) -> None:
-    assert report_page(made.manifest(), CASES[name]) == report_page(made.manifest(), CASES[name])
+def test_the_page_is_the_same_every_time() -> None:
+    first, second = (report_page(made.manifest(), made.made(against=True)) for _ in range(2))
+    assert first == second
 
 
 def _numbers(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -34,7 +34,7 @@ def draw(verification: dict[str, Any]) -> Figure:
     above.set_title("error of each block’s output, with all errors before it")
     above.yaxis.set_major_locator(MaxNLocator(3))
     above.yaxis.set_major_formatter(FuncFormatter(_percent))
-    bare(above, grid="y")
+    bare(above, grid=None if len(blocks) <= _FEW else "y")
     if kinds:
         _heat(figure, heat, errors)
     heat.set_yticks(range(len(kinds)), [label(kind, 40) for kind in kinds])
