@@ -6,7 +6,7 @@ ones (block bootstrap: Kuensch, 1989; percentile intervals: Efron, 1979).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -35,6 +35,11 @@ class Interval:
     value: float
     low: float
     high: float
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, float | None]) -> Interval:
+        """What `as_json` wrote; null becomes NaN."""
+        return cls(**{name: np.nan if number is None else number for name, number in value.items()})
 
     def as_json(self) -> dict[str, float | None]:
         """Plain JSON; a number that is not finite becomes null."""
@@ -84,7 +89,12 @@ class Resampling:
 
 def mean(values: NDArray[np.float64]) -> Statistic:
     """The mean over tokens."""
-    return lambda weights: np.asarray((weights @ values) / weights.sum(axis=1))
+
+    def statistic(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        with np.errstate(invalid="ignore"):  # a draw without a value that is infinite: no number
+            return np.asarray((weights @ values) / weights.sum(axis=1))
+
+    return statistic
 
 
 def share(hits: NDArray[np.bool_], among: NDArray[np.bool_]) -> Statistic:

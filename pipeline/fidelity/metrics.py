@@ -73,10 +73,7 @@ class Fidelity:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Fidelity:
         """What `as_json` wrote; null becomes NaN."""
-        figures = {
-            name: Interval(*(float("nan") if x is None else x for x in value[name].values()))
-            for name in _FIGURES
-        }
+        figures = {name: Interval.from_json(value[name]) for name in _FIGURES}
         return cls(value["tokens"], value["sure_tokens"], value["seed"], **figures)
 
     def as_json(self) -> dict[str, Any]:

@@ -2,35 +2,75 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Final
 
 import pytest
 
+from pipeline.fidelity.bootstrap import Interval
 from pipeline.fidelity.metrics import Fidelity
 from pipeline.fidelity.verdict import Check, accuracy_check, fidelity_checks, verdict
 from pipeline.recipe import VerifyRecipe
 
-RECIPE = VerifyRecipe(max_mean_kl=0.1, min_sure_agreement=0.8, max_accuracy_drop=0.25)
-GOOD = Fidelity(100, 0.05, 0.5, 0.9, 60, 0.95, 10.0, 11.0)
+RECIPE: Final = VerifyRecipe(
+    max_mean_kl=0.1, min_sure_agreement=0.8, max_perplexity_ratio=1.2, max_accuracy_drop=0.25
+)
+
+
+def at(value: float) -> Interval:
+    return Interval(value, value - 0.01, value + 0.01)
+
+
+GOOD: Final = Fidelity(
+    tokens=100,
+    sure_tokens=60,
+    seed=0,
+    mean_kl=at(0.05),
+    median_kl=at(0.02),
+    p99_kl=at(0.4),
+    max_kl=at(0.5),
+    top1_agreement=at(0.9),
+    sure_agreement=at(0.95),
+    perplexity_16bit=at(10.0),
+    perplexity_4bit=at(11.0),
+    perplexity_ratio=at(1.1),
+)
+KL, SURE, RATIO = range(3)
 
 
 @pytest.mark.parametrize(
-    ("fidelity", "passed"),
+    ("fidelity", "failed"),
     [
-        (GOOD, [True, True]),
-        (replace(GOOD, mean_kl=0.1, sure_agreement=0.8), [True, True]),
-        (replace(GOOD, mean_kl=0.1001), [False, True]),
-        (replace(GOOD, sure_agreement=0.7999), [True, False]),
-        (replace(GOOD, mean_kl=float("nan"), sure_agreement=float("nan")), [False, False]),
+        (GOOD, None),
+        # The measured value counts, not what it could be on another text.
+        (replace(GOOD, mean_kl=at(0.1), sure_agreement=at(0.8), perplexity_ratio=at(1.2)), None),
+        (replace(GOOD, mean_kl=at(0.1001)), KL),
+        (replace(GOOD, sure_agreement=at(0.7999)), SURE),
+        (replace(GOOD, perplexity_ratio=at(1.2001)), RATIO),
+        (replace(GOOD, perplexity_ratio=at(0.5)), None),
+        # What else was measured is told, and fails nothing.
+        (replace(GOOD, max_kl=at(50.0), top1_agreement=at(0.0)), None),
     ],
 )
-def test_limits(fidelity: Fidelity, passed: list[bool]) -> None:
-    assert [check.passed for check in fidelity_checks(fidelity, RECIPE)] == passed
+def test_limits(fidelity: Fidelity, failed: int | None) -> None:
+    assert [check.passed for check in fidelity_checks(fidelity, RECIPE)] == [
+        number != failed for number in (KL, SURE, RATIO)
+    ]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("stored", [False, True])
+def test_what_is_not_finite_fails_every_check(bad: float, stored: bool) -> None:
+    fidelity = replace(GOOD, mean_kl=at(bad), perplexity_ratio=at(bad), sure_agreement=at(math.nan))
+    if stored:  # and read again: null fails as well
+        fidelity = Fidelity.from_json(fidelity.as_json())
+    assert [check.passed for check in fidelity_checks(fidelity, RECIPE)] == [False] * 3
 
 
 def test_a_check_says_what_was_found_and_expected() -> None:
-    kl, agreement = fidelity_checks(GOOD, RECIPE)
-    assert kl.found == "0.0500 nats per token over 100 tokens"
+    kl, agreement, ratio = fidelity_checks(GOOD, RECIPE)
+    assert kl.found == "0.0500 [0.0400, 0.0600] nats per token over 100 tokens"
     assert kl.expected == "at most 0.1"
     assert agreement.as_json() == {
         "name": "same next token where the 16-bit model is sure",
@@ -38,6 +78,14 @@ def test_a_check_says_what_was_found_and_expected() -> None:
         "found": "95.0% of 60 tokens (90.0% of all 100)",
         "expected": "at least 80%",
     }
+    assert ratio.found == "1.1000 [1.0900, 1.1100]: 11.000 over 10.000"
+    assert ratio.expected == "at most 1.2"
+
+
+def test_a_model_that_is_nowhere_sure_passes_and_says_so() -> None:
+    _, agreement, _ = fidelity_checks(replace(GOOD, sure_tokens=0, sure_agreement=at(1)), RECIPE)
+    assert agreement.passed
+    assert agreement.found == "it is sure of none (90.0% of all 100)"
 
 
 @pytest.mark.parametrize(
@@ -57,6 +105,7 @@ def test_right_answers(before: list[bool], after: list[bool], passed: bool) -> N
     assert check is not None
     assert check.passed is passed
     assert f"{sum(after)} of {len(after)} in 4 bit" in check.found
+    assert f"{sum(before)} of {len(before)} in 16 bit" in check.found
 
 
 def test_no_expected_answers_no_check() -> None:
