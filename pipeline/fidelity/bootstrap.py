@@ -103,7 +103,7 @@ def share(hits: NDArray[np.bool_], among: NDArray[np.bool_]) -> Statistic:
     def statistic(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         count = weights @ among.astype(np.float64)
         found = weights @ (hits & among).astype(np.float64)
-        return np.divide(found, count, out=np.full(len(count), np.nan), where=count > 0)
+        return np.asarray(found / np.where(count > 0, count, np.nan))
 
     return statistic
 

@@ -207,11 +207,15 @@ def _compare_weights(error: LayerError, layer: Any, own: Any) -> None:
 def _block_sums(found: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Squared differences and squares, summed over each block of 64; the last may be short."""
     exact = wanted.float()
-    ragged = (0, -len(exact) % BLOCK_SIZE)
-    terms = torch.stack([(found.float() - exact).square(), exact.square()])
-    blocks = torch.nn.functional.pad(terms, ragged).reshape(2, -1, BLOCK_SIZE)
-    off, energy = blocks.sum(dim=2, dtype=torch.float64)
-    return off, energy
+    return _squares(found.float() - exact), _squares(exact)
+
+
+def _squares(values: torch.Tensor) -> torch.Tensor:
+    ragged = -len(values) % BLOCK_SIZE
+    if ragged:
+        values = torch.nn.functional.pad(values, (0, ragged))
+    blocks = values.reshape(-1, BLOCK_SIZE)
+    return torch.linalg.vecdot(blocks, blocks).double()
 
 
 def _waves(sequences: Sequence[TokenSequence]) -> Iterator[list[TokenSequence]]:

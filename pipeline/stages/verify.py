@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline import card
+from pipeline import __version__, card
 from pipeline.build import Build, Record, stage_key
 from pipeline.checkpoint.digest import digest_file
 from pipeline.checkpoint.durable import write_bytes, write_json
@@ -32,7 +32,7 @@ CODE_VERSION: Final = 2
 VERIFICATION_FILE: Final = "verification.json"
 CARD_FILE: Final = "README.md"
 REPORT_FILE: Final = "report.html"
-_USED: Final = ("nf4-pipeline", "torch", "transformers", "bitsandbytes")
+_USED: Final = ("torch", "transformers", "bitsandbytes")
 
 
 def key(build: Build, settings: Settings) -> str:
@@ -138,7 +138,7 @@ def _examine(
 ) -> dict[str, Any]:
     """Gates, then both models; left out if a gate fails, since nothing would be learned."""
     recipe = settings.recipe.verify
-    versions = {"python": platform.python_version(), **{name: version(name) for name in _USED}}
+    versions = _versions()
     recorded_manifest = build.need("serialize").outputs[f"export/{MANIFEST_FILE}"]
     gates = [manifest_gate(digest_file(build.export / MANIFEST_FILE), recorded_manifest)]
     gates += file_gates(build.export, manifest, reporter)
@@ -167,6 +167,12 @@ def _examine(
             compared = _compare(asked, manifest, other, others, reporter)
             found["against"] = {**compared, "difference": scores_differ(own, others)}
     return found
+
+
+def _versions() -> dict[str, str]:
+    """Of everything that a figure may depend on."""
+    used = {name: version(name) for name in _USED}
+    return {"nf4-pipeline": __version__, "python": platform.python_version(), **used}
 
 
 def _compare(
