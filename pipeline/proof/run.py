@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import ArtifactError, PipelineError, VerificationError
+from pipeline import errors
 from pipeline.fidelity.metrics import difference
 from pipeline.fidelity.tokens import TokenScores
 from pipeline.progress import Reporter, Task
@@ -56,7 +56,8 @@ class Examination:
             reporter: told how far it is.
 
         Raises:
-            PipelineError: it could not be loaded, or the process died.
+            SourceError: it could not be loaded.
+            VerificationError: the process died.
         """
         return self._run("source", artifact, None, reporter)
 
@@ -70,6 +71,7 @@ class Examination:
 
         Raises:
             ArtifactError: it could not be loaded.
+            RecipeError: there is too little text.
             VerificationError: the process died.
         """
         return self._run("artifact", artifact, scores, reporter)
@@ -93,9 +95,7 @@ class Examination:
         with tempfile.TemporaryDirectory(prefix="nf4-verify-") as folder:
             found = _run_worker(Path(folder), request, reporter)
         if "error" in found:
-            if kind == "artifact":
-                raise ArtifactError(str(found["error"]))
-            raise PipelineError(str(found["error"]))
+            raise getattr(errors, found["kind"])(found["error"])
         return found
 
 
@@ -118,11 +118,11 @@ def _scores(stored: Any) -> TokenScores:
 def _run_worker(folder: Path, request: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
     path, result = folder / "request.json", folder / "result.json"
     path.write_text(json.dumps({**request, "result": str(result)}), "utf-8")
-    with (folder / "errors").open("w+", encoding="utf-8", errors="replace") as errors:
+    with (folder / "errors").open("w+", encoding="utf-8", errors="replace") as stderr:
         with subprocess.Popen(
             [sys.executable, "-P", "-m", "pipeline.proof.worker", str(path)],
             stdout=subprocess.PIPE,
-            stderr=errors,
+            stderr=stderr,
             text=True,
         ) as child:
             try:
@@ -133,10 +133,10 @@ def _run_worker(folder: Path, request: dict[str, Any], reporter: Reporter) -> di
         if result.is_file():
             found: dict[str, Any] = json.loads(result.read_text("utf-8"))
             return found
-        errors.seek(0)
-        tail = errors.read().strip().splitlines()[-1:] or ["no message"]
+        stderr.seek(0)
+        tail = stderr.read().strip().splitlines()[-1:] or ["no message"]
     signal = " Signal 9 usually means that memory ran out." if status == -9 else ""
-    raise VerificationError(
+    raise errors.VerificationError(
         f"The process that runs {request[request['kind']]} ended with status {status}: "
         f"{tail[0]}.{signal}"
     )

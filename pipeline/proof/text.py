@@ -83,8 +83,11 @@ def cut(text: Text, tokenizer: Any, tokens: int, context: int | None) -> tuple[T
 
     Returns:
         Sequences of at least two tokens. Each begins as the tokenizer begins a text.
+
+    Raises:
+        RecipeError: there is none.
     """
-    begin = list(tokenizer("").input_ids)
+    begin = _begin(tokenizer)
     room = max(1, min(LENGTH, context or LENGTH) - len(begin))
     share = tokens // max(1, len(text.domains))
     found = []
@@ -93,7 +96,21 @@ def cut(text: Text, tokenizer: Any, tokens: int, context: int | None) -> tuple[T
         for window in _windows(np.asarray(ids, np.int64), share, room):
             whole = np.concatenate([np.asarray(begin, np.int64), window])
             found += [TokenSequence(domain, whole)] if len(whole) > 1 else []
+    if not found:
+        raise RecipeError(
+            f"{tokens} tokens of the text {text.name} make no sequence of two tokens in any of its "
+            f"{len(text.domains)} domains. Ask for more (--eval-tokens), or name a longer text "
+            "(--eval-text)."
+        )
     return tuple(found)
+
+
+def _begin(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before a text; what it may put behind one is left out."""
+    bare = tokenizer("a", add_special_tokens=False).input_ids
+    whole: list[int] = tokenizer("a").input_ids
+    starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return whole[: next(starts, 0)]
 
 
 def _windows(ids: NDArray[np.int64], wanted: int, room: int) -> list[NDArray[np.int64]]:
@@ -101,7 +118,8 @@ def _windows(ids: NDArray[np.int64], wanted: int, room: int) -> list[NDArray[np.
     wanted = min(wanted, len(ids))
     count = max(1, -(-wanted // room))
     parts = np.array_split(ids, count)
-    return [part[: -(-wanted // count)] for part in parts]
+    size, larger = divmod(wanted, count)
+    return [part[: size + (i < larger)] for i, part in enumerate(parts)]
 
 
 def random_sequences(
