@@ -7,6 +7,8 @@ from typing import Any, Final
 
 import yaml
 
+from pipeline.report.pictures import PICTURES, drawable
+
 _MAX_CARD_ANSWERS: Final = 4
 
 
@@ -95,7 +97,7 @@ def _sizes(verification: dict[str, Any]) -> str:
     )
     return (
         "## Size\n\n" + _table(("", ""), rows) + f"\n\nNot quantized: {kept}."
-        "\n\n![Where the bytes are, before and after](pictures/bytes.png)"
+        f"\n\n![{PICTURES['sizes'].title}]({PICTURES['sizes'].file})"
     )
 
 
@@ -116,8 +118,11 @@ def _quality(verification: dict[str, Any]) -> str:
     if "fidelity" in verification:
         parts += [
             _measured(verification),
-            "![KL from the 16-bit model](pictures/kl.png)",
-            "![Relative error of each layer](pictures/layers.png)",
+            *(
+                f"![{picture.title}]({picture.file})\n\n{picture.caption}"
+                for name, picture in drawable(verification).items()
+                if picture.file and name != "sizes"
+            ),
         ]
     if verification.get("against"):
         parts.append(_against(verification))
@@ -133,22 +138,22 @@ def _quality(verification: dict[str, Any]) -> str:
 def _measured(verification: dict[str, Any]) -> str:
     found, text, device = (verification[name] for name in ("fidelity", "text", "device"))
     rows = [
-        ("KL from the 16-bit model, mean", _interval(found["mean_kl"], 4)),
-        ("median", _interval(found["median_kl"], 4)),
-        ("99th percentile", _interval(found["p99_kl"], 4)),
-        ("maximum", _interval(found["max_kl"], 4)),
-        ("same next token", _interval(found["top1_agreement"], 4)),
-        ("same where the 16-bit model is sure", _interval(found["sure_agreement"], 4)),
-        ("perplexity, 16 bit", _interval(found["perplexity_16bit"], 3)),
-        ("perplexity, 4 bit", _interval(found["perplexity_4bit"], 3)),
-        ("ratio of the two", _interval(found["perplexity_ratio"], 4)),
+        ("KL from the 16-bit model, mean", _interval(found["mean_kl"])),
+        ("median", _interval(found["median_kl"])),
+        ("99th percentile", _interval(found["p99_kl"])),
+        ("maximum", _interval(found["max_kl"])),
+        ("same next token", _interval(found["top1_agreement"])),
+        ("same where the 16-bit model is sure", _interval(found["sure_agreement"])),
+        ("perplexity, 16 bit", _interval(found["perplexity_16bit"])),
+        ("perplexity, 4 bit", _interval(found["perplexity_4bit"])),
+        ("ratio of the two", _interval(found["perplexity_ratio"])),
     ]
     domains = [
         (
             domain["name"],
             str(domain["tokens"]),
-            _interval(domain["mean_kl"], 4),
-            _interval(domain["top1_agreement"], 4),
+            _interval(domain["mean_kl"]),
+            _interval(domain["top1_agreement"]),
         )
         for domain in verification["domains"]
     ]
@@ -169,19 +174,19 @@ def _measured(verification: dict[str, Any]) -> str:
 def _against(verification: dict[str, Any]) -> str:
     own, other = verification["fidelity"], verification["against"]
     rows = [
-        ("mean KL", _interval(own["mean_kl"], 4), _interval(other["fidelity"]["mean_kl"], 4)),
+        ("mean KL", _interval(own["mean_kl"]), _interval(other["fidelity"]["mean_kl"])),
         (
             "same next token",
-            _interval(own["top1_agreement"], 4),
-            _interval(other["fidelity"]["top1_agreement"], 4),
+            _interval(own["top1_agreement"]),
+            _interval(other["fidelity"]["top1_agreement"]),
         ),
         (
             "perplexity",
-            _interval(own["perplexity_4bit"], 3),
-            _interval(other["fidelity"]["perplexity_4bit"], 3),
+            _interval(own["perplexity_4bit"]),
+            _interval(other["fidelity"]["perplexity_4bit"]),
         ),
     ]
-    ratio = _interval(other["difference"]["mean_kl_ratio"], 3)
+    ratio = _interval(other["difference"]["mean_kl_ratio"])
     return (
         f"Beside another artifact of the same source (rounding: {_cell(other['rounding'])}, "
         f"manifest `{other['manifest_sha256'][:12]}…`), on the same text:\n\n"
@@ -190,13 +195,13 @@ def _against(verification: dict[str, Any]) -> str:
     )
 
 
-def _interval(found: dict[str, float | None], digits: int) -> str:
+def _interval(found: dict[str, float | None]) -> str:
     value, low, high = (found[name] for name in ("value", "low", "high"))
     if value is None:
         return "not finite"
     if low is None or high is None:
-        return f"{value:.{digits}f}"
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+        return f"{value:.4g}"
+    return f"{value:.4g} [{low:.4g}, {high:.4g}]"
 
 
 def _loading(manifest: dict[str, Any]) -> str:

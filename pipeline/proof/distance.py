@@ -215,7 +215,8 @@ def _squares(values: torch.Tensor) -> torch.Tensor:
     if ragged:
         values = torch.nn.functional.pad(values, (0, ragged))
     blocks = values.reshape(-1, BLOCK_SIZE)
-    return torch.linalg.vecdot(blocks, blocks).double()
+    sums: torch.Tensor = torch.linalg.vecdot(blocks, blocks).double()
+    return sums
 
 
 def _waves(sequences: Sequence[TokenSequence]) -> Iterator[list[TokenSequence]]:

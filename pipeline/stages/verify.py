@@ -11,7 +11,7 @@ from typing import Any, Final
 from pipeline import __version__, card
 from pipeline.build import Build, Record, stage_key
 from pipeline.checkpoint.digest import digest_file
-from pipeline.checkpoint.durable import write_bytes, write_json
+from pipeline.checkpoint.durable import json_bytes, write_bytes
 from pipeline.checkpoint.files import is_tokenizer
 from pipeline.errors import ArtifactError, RecipeError, ResourceError
 from pipeline.manifest.read import MANIFEST_FILE, read_manifest
@@ -22,7 +22,7 @@ from pipeline.proof.run import Examination, scores_differ
 from pipeline.proof.text import RANDOM, Text, read_text
 from pipeline.proof.verification import examined, refused
 from pipeline.report.page import report_page
-from pipeline.report.pictures import pictures
+from pipeline.report.pictures import PICTURES, pictures
 from pipeline.runtime.artifact import find_model
 from pipeline.runtime.loader import pick_device
 from pipeline.stages import Settings, recorded
@@ -32,6 +32,9 @@ CODE_VERSION: Final = 2
 VERIFICATION_FILE: Final = "verification.json"
 CARD_FILE: Final = "README.md"
 REPORT_FILE: Final = "report.html"
+_WRITTEN: Final = {VERIFICATION_FILE, CARD_FILE, REPORT_FILE} | {
+    picture.file for picture in PICTURES.values() if picture.file
+}
 _USED: Final = ("torch", "transformers", "bitsandbytes")
 
 
@@ -115,15 +118,11 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
     def work() -> tuple[dict[str, Any], dict[str, Any]]:
         manifest = read_manifest(build.export)
         found = _examine(build, manifest, settings, reporter)
-        files = {VERIFICATION_FILE, CARD_FILE, REPORT_FILE}
-        write_json(build.export / VERIFICATION_FILE, found)
-        for name, content in pictures(manifest, found).items():
+        files = _documents(build, manifest, found)
+        for name in _WRITTEN - set(files):
+            (build.export / name).unlink(missing_ok=True)  # of an earlier run that found more
+        for name, content in files.items():
             write_bytes(build.export / name, content)
-            files.add(name)
-        page = report_page(manifest, found)
-        write_bytes(build.export / REPORT_FILE, page.encode())
-        text = card.model_card(manifest, found, _source_metadata(build))
-        write_bytes(build.export / CARD_FILE, text.encode())
         return {f"export/{name}": digest_file(build.export / name) for name in files}, found
 
     def peak(facts: dict[str, Any]) -> int:
@@ -131,6 +130,16 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
         return max((part.get("peak_memory_bytes", 0) for part in parts), default=0)
 
     return recorded(build, "verify", stage, work, child_peak=peak)
+
+
+def _documents(build: Build, manifest: dict[str, Any], found: dict[str, Any]) -> dict[str, bytes]:
+    """What was found, for machines and for people, by file name."""
+    return {
+        VERIFICATION_FILE: json_bytes(found),
+        **pictures(manifest, found),
+        REPORT_FILE: report_page(manifest, found).encode(),
+        CARD_FILE: card.model_card(manifest, found, _source_metadata(build)).encode(),
+    }
 
 
 def _examine(
@@ -192,7 +201,7 @@ def _compare(
         raise ArtifactError(f"{other} is not what its manifest says: {failed[0].found}.")
     found = asked.without_prompts().ask_artifact(other, scores, reporter)
     return {
-        "name": theirs["source"]["repo"],
+        "name": other.parent.name if other.name == "export" else other.name,
         "manifest_sha256": digest_file(other / MANIFEST_FILE).sha256,
         "rounding": theirs["recipe"]["quantize"]["rounding"],
         "fidelity": found["fidelity"],

@@ -38,7 +38,17 @@ texts = {name: CliRunner().invoke(cli, [name, "--help"]).output for name in COMM
 print(json.dumps({"texts": texts, "modules": sorted(sys.modules)}))
 """
 
-HEAVY = {"torch", "transformers", "numpy", "numba", "rich", "huggingface_hub", "bitsandbytes"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "numpy",
+    "numba",
+    "rich",
+    "huggingface_hub",
+    "matplotlib",
+    "jinja2",
+    "bitsandbytes",
+}
 
 
 @dataclass(frozen=True)
