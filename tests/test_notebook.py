@@ -1,0 +1,157 @@
+"""The notebook, as it is stored and as it runs: top to bottom, in a kernel, on the sample."""
+
+from __future__ import annotations
+
+import ast
+import getpass
+import json
+import os
+import re
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.support.tiny import environment
+
+NOTEBOOK: Final = Path(__file__).parents[1] / "notebooks" / "quantize_falcon.ipynb"
+
+ABSOLUTE_PATH: Final = re.compile(r"""["'`\s(]([/~]\w|[A-Za-z]:\\)""")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """The notebook after it ran, and the folder in which it did."""
+
+    folder: Path
+    cells: dict[str, Any]
+
+    def outputs(self, cell: str, kind: str) -> list[str]:
+        """What a cell displayed, of one MIME type."""
+        found = (output.get("data", {}) for output in self.cells[cell].outputs)
+        return [data[kind] for data in found if kind in data]
+
+    def printed(self, cell: str, stream: str = "stdout") -> str:
+        """What a cell printed."""
+        found = (o for o in self.cells[cell].outputs if o.get("name") == stream)
+        return "".join(output.text for output in found).strip()
+
+    def json(self, path: str) -> Any:
+        """A file that it left in the build folder."""
+        return json.loads((self.folder / "artifacts" / "sample" / path).read_text("utf-8"))
+
+
+def stored() -> Any:
+    """The notebook as it is in the repository."""
+    return nbformat.read(NOTEBOOK, nbformat.NO_CONVERT)  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """Nobody's home, no network, no GPU, and `nf4` not on the PATH."""
+    home, folder = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("notebook")
+    own = {str(Path(sys.executable).parent), str(Path(sys.prefix) / "bin")}
+    paths = [path for path in os.environ["PATH"].split(os.pathsep) if path not in own]
+    own_home = {"HOME": str(home), "PATH": os.pathsep.join(paths)}
+    notebook = stored()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))  # where the kernel is looked up, and its sockets are named
+        NotebookClient(
+            notebook,
+            timeout=600,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(folder)}},
+        ).execute(env=environment(home) | own_home)
+    return Ran(folder, {cell.id: cell for cell in notebook.cells})
+
+
+def test_it_is_stored_as_a_reader_should_find_it() -> None:
+    notebook = stored()
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert notebook.metadata.kernelspec.name == "python3"
+    ids = [cell.id for cell in notebook.cells]
+    assert all(re.fullmatch("[a-z-]+", name) for name in ids)  # given, not drawn by chance
+    assert len(set(ids)) == len(ids)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+
+
+def test_the_model_is_chosen_in_one_cell() -> None:
+    notebook = stored()
+    code = {cell.id: cell.source for cell in notebook.cells if cell.cell_type == "code"}
+    assert [name for name, text in code.items() if re.search(r"\bMODEL\s*=", text)] == ["model"]
+    (assignment,) = ast.parse(code["model"]).body
+    assert ast.unparse(assignment) == "MODEL = 'sample'"
+    for name, text in code.items():
+        assert name == "model" or "tiiuae" not in text
+
+
+def test_it_names_no_place_of_this_machine() -> None:
+    text = NOTEBOOK.read_text("utf-8")
+    for private in (str(Path.home()), str(NOTEBOOK.parents[1]), sys.prefix, socket.gethostname()):
+        assert private not in text
+    assert not re.search(rf"\b{re.escape(getpass.getuser())}\b", text)
+    for cell in stored().cells:
+        assert not ABSOLUTE_PATH.search(cell.source), cell.source
+    assert ABSOLUTE_PATH.search('open("/content/x")')
+
+
+def test_it_runs_from_top_to_bottom_without_complaints(ran: Ran) -> None:
+    code = [cell for cell in ran.cells.values() if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
+    complaints = {
+        word
+        for cell in code
+        for word in re.findall(r"\w*(?:Warning|Error)\b", ran.printed(cell.id, "stderr"))
+    }
+    # tqdm, which transformers imports, misses the widgets of a graphical notebook here.
+    assert complaints <= {"TqdmWarning"}
+
+
+def test_it_shows_sizes_pictures_answers_and_the_verdict(ran: Ran) -> None:
+    found = ran.json("export/verification.json")
+    (sizes,) = ran.outputs("sizes", "text/html")
+    for count in ("original_bytes", "artifact_bytes", "footprint_bytes"):
+        assert f"{found['sizes'][count] / 2**20:.2f} MiB" in sizes
+    assert f"{found['sizes']['bits_per_weight']:.3f}" in sizes
+    assert len(ran.outputs("pictures", "image/png")) >= 3
+    (answers,) = ran.outputs("answers", "text/html")
+    for answer in found["answers"][:8]:
+        assert f">{answer['prompt']}</td>" in answers
+        assert f">{answer['answer_16bit']}</td>" in answers
+        assert f">{answer['answer_4bit']}</td>" in answers
+    assert "verdict: pass, measured on" in ran.printed("verdict")
+    (checks,) = ran.outputs("verdict", "text/html")
+    assert all(check["found"] in checks for check in found["checks"])
+
+
+def test_it_generates_text_with_and_without_the_package(ran: Ran) -> None:
+    assert "fox" in ran.printed("prompt")
+    stories = re.findall(r"^\d\. (.+)$", ran.printed("several"), re.MULTILINE)
+    assert len(set(stories)) == 3
+    assert "FalconForCausalLM on cpu" in ran.printed("load")
+    assert len(ran.printed("stock")) > len("Once upon a time, ")
+    assert ran.printed("stock").startswith("Once upon a time")
+
+
+def test_it_leaves_a_summary_and_could_publish(ran: Ran) -> None:
+    summary, found = ran.json("summary.json"), ran.json("export/verification.json")
+    assert summary["verdict"] == "pass"
+    assert summary["sizes"]["original_bytes"] == found["sizes"]["original_bytes"]
+    assert summary["mean_kl"] == found["fidelity"]["mean_kl"]
+    assert summary["answers"] == found["answers"][:8]
+    assert len(summary["samples"]) == 3
+    for sample in summary["samples"]:
+        assert sample["prompt"] == "Tell me a story about a fox."
+        assert " ".join(sample["answer"].split()) in " ".join(ran.printed("several").split())
+    listed = ran.printed("publish")
+    assert all(name in listed for name in ran.json("export/manifest.json")["files"])
