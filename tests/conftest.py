@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from pipeline.build import Build
+from pipeline.job import run_stage
 from pipeline.progress import SILENT
-from pipeline.stages import download
-from tests.support.tiny import write_falcon, write_recipe
+from pipeline.stages import Settings, download
+from tests.support.tiny import copy_of, write_falcon, write_recipe
 
 # One fixed set of examples: a run that fails, fails again.
 settings.register_profile(
@@ -32,6 +34,15 @@ def tiny_falcon(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def downloaded_falcon(tiny_falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build folder of it in which `download` is done (see `copy_of`)."""
     build, *_ = download.run(str(tiny_falcon), tmp_path_factory.mktemp("artifacts"), SILENT)
+    return build.root
+
+
+@pytest.fixture(scope="session")
+def exported_falcon(downloaded_falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build folder of it that lacks nothing but `verify` (see `copy_of`)."""
+    build = Build(copy_of(downloaded_falcon, tmp_path_factory.mktemp("exported") / "build"))
+    for stage in ("quantize", "serialize"):
+        run_stage(build, stage, Settings(device="cpu"), SILENT)
     return build.root
 
 

@@ -92,6 +92,7 @@ def load_with_report(
         raise
     except Exception as error:  # configs and weights of strangers fail in any way they like
         raise ArtifactError(f"{folder} could not be loaded on {target}: {_brief(error)}") from error
+    _check_scales(model, folder)
     _unify_dtypes(model)
     repair(model)
     names = LoadReport(
@@ -112,6 +113,23 @@ def load_tokenizer(artifact: str | Path | None = None) -> Any:
         raise ArtifactError(
             f"{folder} has no usable tokenizer (tokenizer.json or tokenizer.model): {_brief(error)}"
         ) from error
+
+
+def _check_scales(model: Any, folder: str) -> None:
+    """Refuses weights that should be 4 bit and came as something else: their layers cannot run."""
+    from bitsandbytes.nn import Linear4bit
+
+    wrong = [
+        f"{name} ({str(module.weight.dtype).removeprefix('torch.')})"
+        for name, module in model.named_modules()
+        if isinstance(module, Linear4bit) and getattr(module.weight, "quant_state", None) is None
+    ]
+    if wrong:
+        raise ArtifactError(
+            f"{folder}: its config.json says that {len(wrong)} layers are 4 bit, and their weights "
+            f"came without scales: {', '.join(wrong[:3])}. Build it again, or name them in "
+            "llm_int8_skip_modules there."
+        )
 
 
 def _unify_dtypes(model: Any) -> None:
@@ -169,18 +187,19 @@ def pick_device(device: str) -> str:
 
 
 def cuda_devices(device: str) -> list[str]:
-    """The CUDA devices that a choice stands for: all of them for "auto", one if it was named.
+    """The CUDA devices that a choice stands for: all for "auto" and "cuda", one if it has a number.
 
     Raises:
         ResourceError: the named device does not exist.
     """
     import torch
 
-    if device == "auto":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        return [f"cuda:{number}" for number in range(count)]
     picked = pick_device(device)
-    return [] if picked == "cpu" else [picked]
+    if picked == "cpu":
+        return []
+    if device in ("auto", "cuda"):
+        return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return [picked]
 
 
 def _said_dtype(folder: str) -> Any:
