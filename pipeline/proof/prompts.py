@@ -34,7 +34,7 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
         RecipeError: no such file, or a line that is something else; the text names the line.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")  # splitlines() also splits inside of texts
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"The prompts {path} cannot be read: {error}.") from error
     prompts = tuple(
@@ -54,6 +54,8 @@ def _parse(line: str, where: str) -> Prompt:
         raise RecipeError(f"{where}: not valid JSON ({error}).") from error
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
         raise RecipeError(f'{where}: expected an object with a text under "prompt".')
+    if not value["prompt"].strip():
+        raise RecipeError(f"{where}: the prompt is empty.")
     expect, chat = value.get("expect"), value.get("chat", False)
     if not isinstance(expect, str | None) or not isinstance(chat, bool):
         raise RecipeError(f'{where}: "expect" must be a text, "chat" true or false.')
