@@ -31,6 +31,7 @@ _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 @click.group(invoke_without_command=True)
 @click.option("--layers", default="2", show_default=True, help="Depths, separated by commas.")
+@click.option("--shards", default=2, show_default=True, help="Files of the checkpoint.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--contenders", default="stock,ours,limit", show_default=True)
@@ -41,6 +42,7 @@ _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 def main(
     context: click.Context,
     layers: str,
+    shards: int,
     rounds: int,
     device: str,
     contenders: str,
@@ -58,9 +60,9 @@ def main(
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="nf4-bench-") as temporary:
         for depth in (int(part) for part in layers.split(",")):
-            source = (folder or Path(temporary)) / f"falcon-{depth}"
+            source = (folder or Path(temporary)) / f"falcon-{depth}-{shards}"
             if not (source / "config.json").exists():
-                total = make_checkpoint(source, depth)
+                total = make_checkpoint(source, depth, shards=shards)
                 click.echo(f"made {source}: {total / 1e9:.2f} GB", err=True)
             runs = _rounds(source, Path(temporary), contenders.split(","), rounds, device, cold)
             figures[str(depth)] = runs

@@ -61,31 +61,41 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def make_checkpoint(folder: Path, layers: int, seed: int = 0) -> int:
-    """Writes the checkpoint in two shards and returns the bytes of its tensors."""
+def make_checkpoint(folder: Path, layers: int, seed: int = 0, shards: int = 2) -> int:
+    """Writes the checkpoint in shards and returns the bytes of its tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = [
         StoredTensor(name, "BF16", shape, 2 * int(np.prod(shape)))
         for name, shape in shapes(layers).items()
     ]
-    total = sum(tensor.nbytes for tensor in tensors)
-    split, first = 0, 0
-    while first < 0.69 * total:  # falcon-7b's first shard holds 69 % of it
-        first += tensors[split].nbytes
-        split += 1
     weights = _random_bf16(seed)
     weight_map = {}
-    for number, part in enumerate((tensors[:split], tensors[split:]), start=1):
-        file = f"model-{number:05d}-of-00002.safetensors"
+    parts = _cut(tensors, shards)
+    for number, part in enumerate(parts, start=1):
+        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         with writing(folder / file, plan_layout(part)) as output:
             for tensor in part:
                 _fill(output, tensor, weights)
                 weight_map[tensor.name] = file
             output.finish()
+    total = sum(tensor.nbytes for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config(layers), indent=2))
     return total
+
+
+def _cut(tensors: list[StoredTensor], shards: int) -> list[list[StoredTensor]]:
+    """Even shards; of two, the first holds 69 % as falcon-7b's does."""
+    total = sum(tensor.nbytes for tensor in tensors)
+    first = 0.69 if shards == 2 else 1 / shards
+    ends = [total * (first + (1 - first) * i / max(1, shards - 1)) for i in range(shards)]
+    parts: list[list[StoredTensor]] = [[] for _ in ends]
+    done = 0
+    for tensor in tensors:
+        parts[next(i for i, end in enumerate(ends) if done < end or i == shards - 1)].append(tensor)
+        done += tensor.nbytes
+    return [part for part in parts if part]
 
 
 def _random_bf16(seed: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
@@ -108,9 +118,10 @@ def _fill(output: TensorFile, tensor: StoredTensor, weights: np.ndarray[Any, Any
 @click.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--layers", default=2, show_default=True)
-def main(folder: Path, layers: int) -> None:
+@click.option("--shards", default=2, show_default=True)
+def main(folder: Path, layers: int, shards: int) -> None:
     """Write a falcon-7b-shaped checkpoint with random weights to FOLDER."""
-    total = make_checkpoint(folder, layers)
+    total = make_checkpoint(folder, layers, shards=shards)
     click.echo(f"{folder}: {total / 1e9:.2f} GB, {layers} layers")
 
 

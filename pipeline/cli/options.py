@@ -56,7 +56,13 @@ def settings_options(command: Command) -> Command:
         type=click.Path(dir_okay=False, path_type=Path),
         help="TOML file with everything that shapes bytes and verdict.",
     )
-    @click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]", show_default=True)
+    @click.option(
+        "--device",
+        default="auto",
+        metavar="auto|cpu|cuda[:N]",
+        show_default=True,
+        help='"cuda" quantizes on all GPUs of the host, and verifies on the first.',
+    )
     @click.option("--require-gpu", is_flag=True, help="Verifying without a GPU is a failure.")
     @click.option(
         "--workers",

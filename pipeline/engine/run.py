@@ -27,8 +27,9 @@ from pipeline.selection import Plan
 
 Call = Callable[[], None]
 
-_OPEN_FILES: Final = 2
-"""Output files in work at a time: while one is hashed to its end and synced, the next goes on."""
+_OPEN_FILES: Final = 2, 4
+"""Output files in work at a time, at least and at most: while one is hashed to its end and synced,
+the next goes on; and where many threads work, the hash of one file cannot keep up with them."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def quantize_files(
             partial(engine.quantize_file, file, layout, target / file, done)
             for file, layout in layouts.items()
         ]
-        _run_all(jobs, _OPEN_FILES, engine.stop)
+        fewest, most = _OPEN_FILES
+        _run_all(jobs, min(most, max(fewest, budget.workers // 2)), engine.stop)
 
 
 class _Engine:
