@@ -130,6 +130,8 @@ def agree(build: Build) -> None:
     for entry in manifest["tensors"]:
         entry["stored"] = [stored[p["name"]] for p in entry["stored"] if p["name"] in stored]
         entry["bytes"] = sum(part["bytes"] for part in entry["stored"])
+        entry["quantized"] &= len(entry["stored"]) == 1 + len(PARTS)  # else it is no valid manifest
+    manifest["tensors"] = [entry for entry in manifest["tensors"] if entry["stored"]]
     path.write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
     record = build.root / "records" / "serialize.json"
     value: dict[str, Any] = json.loads(record.read_text("utf-8"))
