@@ -143,8 +143,11 @@ def _sizes(manifest: Mapping[str, Any], footprint: int) -> dict[str, Any]:
 
 
 def _groups(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Tensors that differ only in the number of their layer, together; the largest first."""
-    groups: dict[str, dict[str, Any]] = {}
+    """Tensors that differ only in the number of their layer, together; the largest first.
+
+    If a recipe skips some of them, those that are quantized and those that are not are two groups.
+    """
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
     entries = [
         (t["name"], t["source_bytes"], t["bytes"], t["quantized"]) for t in manifest["tensors"]
     ]
@@ -152,7 +155,7 @@ def _groups(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name, before, after, quantized in entries:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
         group = groups.setdefault(
-            pattern, {"name": pattern, "before": 0, "after": 0, "quantized": quantized}
+            (pattern, quantized), {"name": pattern, "before": 0, "after": 0, "quantized": quantized}
         )
         group["before"] += before
         group["after"] += after
