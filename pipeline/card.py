@@ -150,7 +150,7 @@ def _measured(verification: dict[str, Any]) -> str:
     ]
     domains = [
         (
-            domain["name"],
+            _cell(domain["name"]),
             str(domain["tokens"]),
             _interval(domain["mean_kl"]),
             _interval(domain["top1_agreement"]),

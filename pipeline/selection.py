@@ -13,7 +13,7 @@ from typing import Final, Literal
 
 from pipeline.checkpoint.layout import FileLayout, plan_layout
 from pipeline.checkpoint.source import SourceTensor
-from pipeline.errors import ArchitectureError, CheckpointError
+from pipeline.errors import ArchitectureError, CheckpointError, RecipeError
 from pipeline.model.facts import LinearFact, ModelFacts
 from pipeline.nf4.layout import StoredTensor, stored_tensors
 from pipeline.recipe import QuantizeRecipe
@@ -123,7 +123,9 @@ def select(
     Raises:
         CheckpointError: a tensor that the model needs is missing or has another shape.
         ArchitectureError: there is nothing to quantize.
+        RecipeError: a skip pattern names no layer.
     """
+    _check_patterns(recipe, facts)
     by_model_name = {
         model_name: tensor.name
         for tensor in tensors
@@ -157,6 +159,17 @@ def select(
             and not facts.linears[f"{plan.module}.weight"].stock
         ),
     )
+
+
+def _check_patterns(recipe: QuantizeRecipe, facts: ModelFacts) -> None:
+    """A pattern with a slip in it would otherwise quantize what was to be left alone."""
+    modules = [linear.module for linear in facts.linears.values()]
+    for pattern in recipe.skip_modules:
+        if modules and not any(skips(pattern, module) for module in modules):
+            raise RecipeError(
+                f"quantize.skip_modules: {pattern!r} names no linear layer of this "
+                f"{facts.class_name}; its layers are called like {modules[0]!r}."
+            )
 
 
 def _decide(tensor: SourceTensor, facts: ModelFacts, recipe: QuantizeRecipe) -> TensorPlan:

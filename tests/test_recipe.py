@@ -46,7 +46,14 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     assert load_recipe(path) == Recipe(
         QuantizeRecipe(("h.31.mlp", "lm_head")),
         SerializeRecipe("500MB"),
-        VerifyRecipe("my.jsonl", 5, 100, 1.0, 0.25, 0.0),
+        VerifyRecipe(
+            prompts="my.jsonl",
+            max_new_tokens=5,
+            eval_tokens=100,
+            max_mean_kl=1.0,
+            min_sure_agreement=0.25,
+            max_accuracy_drop=0.0,
+        ),
     )
 
 

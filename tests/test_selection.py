@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.checkpoint.header import DTYPE_BYTES, HeaderTensor
 from pipeline.checkpoint.source import SourceTensor
-from pipeline.errors import ArchitectureError, CheckpointError
+from pipeline.errors import ArchitectureError, CheckpointError, RecipeError
 from pipeline.model.facts import LinearFact, ModelFacts
 from pipeline.recipe import QuantizeRecipe
 from pipeline.selection import Plan, select, skips
@@ -102,6 +102,11 @@ def test_a_recipe_skips_and_readers_are_told() -> None:
 def test_a_recipe_that_leaves_nothing(patterns: tuple[str, ...]) -> None:
     with pytest.raises(ArchitectureError, match=r"no linear layer.*[23] skipped by the recipe"):
         select(TENSORS, FACTS, QuantizeRecipe(skip_modules=patterns))
+
+
+def test_a_pattern_that_names_nothing_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"'h\.9' names no linear layer .* 'model\.h\.0\.attn'"):
+        select(TENSORS, FACTS, QuantizeRecipe(skip_modules=("h.0", "h.9")))
 
 
 @pytest.mark.parametrize(

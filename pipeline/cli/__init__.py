@@ -25,6 +25,7 @@ COMMANDS: Final = {
     "prompt": "generate text with an artifact",
     "inspect": "what is inside an artifact",
     "status": "the stages of a build: done, stale, missing, and why",
+    "doctor": "what this machine has, and known traps on it",
 }
 
 

@@ -135,8 +135,12 @@ def existing_build(model: str | None, build_dir: Path | None) -> Build:
         if not (build_dir / "records").is_dir():
             raise BuildError(f"{build_dir} is no build: it has no records. Start one: nf4 build.")
         return Build(build_dir)
-    if model is not None and (Path(model) / "records").is_dir():
-        return Build(Path(model))
+    if model is not None:
+        folder = Path(model)
+        if folder.name == "export":
+            folder = folder.parent
+        if (folder / "records").is_dir():
+            return Build(folder)
     builds = find_builds(ARTIFACTS)
     if model is not None:
         builds = [build for build in builds if _is_of(build, model)]

@@ -103,8 +103,9 @@ class _Line:
         else:
             rate = self._done / seconds if seconds else 0.0
             left = (self._total - self._done) / rate if rate else 0.0
+            unit, scale = ("GB", 1e9) if self._total >= 1e8 else ("MB", 1e6)
             text = (
-                f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB ({share:.0%}), "
+                f"{self._done / scale:.2f} of {self._total / scale:.2f} {unit} ({share:.0%}), "
                 f"{rate / 1e6:.0f} MB/s, {left:.0f} s left"
             )
         print(f"{self._title}: {text}", file=sys.stderr, flush=True)

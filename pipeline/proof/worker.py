@@ -24,7 +24,7 @@ import numpy as np
 
 from pipeline.errors import PipelineError
 from pipeline.fidelity.metrics import by_domain, by_position, compare, histogram
-from pipeline.measure import available_memory, measured
+from pipeline.measure import available_memory, measured, peak_memory
 from pipeline.proof import answers as asking
 from pipeline.proof.prompts import Prompt
 from pipeline.proof.text import Text, cut, random_sequences
@@ -33,7 +33,7 @@ from pipeline.runtime.loader import load_tokenizer, load_with_report
 from pipeline.runtime.quiet import quiet_libraries
 
 _SPARE: Final = 2 * 2**30
-"""Bytes of the device's memory that a whole 16-bit model leaves for what it computes with."""
+"""Bytes of the device's memory that the 16-bit model leaves for what it computes with."""
 
 
 def main() -> None:
@@ -56,10 +56,7 @@ def _source(request: dict[str, Any]) -> dict[str, Any]:
     with measured() as usage:
         start = time.perf_counter()
         with StreamedModel(Path(request["source"]), request["device"]) as streamed:
-            whole = streamed.footprint + _SPARE < _free_memory(request)
-            if whole:
-                for block in streamed.blocks:
-                    streamed.hold(block)
+            whole = _hold_what_fits(request, streamed)
             load_seconds = time.perf_counter() - start
             found: list[dict[str, Any]] = []
             if request["prompts"]:
@@ -168,6 +165,18 @@ def _answer(request: dict[str, Any], generator: Generator) -> list[dict[str, Any
     return found
 
 
+def _hold_what_fits(request: dict[str, Any], streamed: Any) -> bool:
+    """Gives blocks their weights for good as long as there is memory; True if all have them."""
+    largest = max((streamed.nbytes(block) for block in streamed.blocks), default=0)
+    room = _free_memory(request) - _SPARE - largest  # of which one is streamed at a time
+    for block in streamed.blocks:
+        room -= streamed.nbytes(block)
+        if room < 0:
+            return False
+        streamed.hold(block)
+    return True
+
+
 def _answer_streamed(request: dict[str, Any], streamed: Any, whole: bool) -> list[dict[str, Any]]:
     """Answers one after the other if the model is there, else all together, a block at a time."""
     from pipeline.blocks.lockstep import Lockstep
@@ -271,14 +280,15 @@ def _limit_device_memory(request: dict[str, Any]) -> None:
 
 
 def _free_memory(request: dict[str, Any]) -> int:
-    """Bytes that the whole 16-bit model may take."""
+    """Bytes of the device that may still be taken."""
     import torch
 
-    if request["device"] == "cpu":
-        free = available_memory() or 0
+    limit, device = request["device_memory"], request["device"]
+    if device == "cpu":
+        free, taken = available_memory() or 0, peak_memory()
     else:
-        free, _ = torch.cuda.mem_get_info(request["device"])
-    return min(free, request["device_memory"] or free)
+        (free, _), taken = torch.cuda.mem_get_info(device), torch.cuda.memory_allocated(device)
+    return min(free, limit - taken) if limit else free
 
 
 def _device(model: Any) -> dict[str, str]:

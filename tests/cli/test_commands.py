@@ -26,8 +26,8 @@ from tests.support.tiny import (
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRESS = re.compile(
-    r"(hash source|quantize|reshard|check [a-z ]+|run both models): "
-    r"[0-9.]+ of [0-9.]+ (GB|models)\b.*"
+    r"(hash source|quantize|reshard|check [a-z ]+|answer in [0-9a-z ,]+|compare block by block): "
+    r"[0-9.]+ of [0-9.]+ (GB|MB|models|answers|tokens)\b.*"
 )
 
 HELP_OF_ALL = """
@@ -185,7 +185,7 @@ def test_a_damaged_export_is_seen_and_healed(built: Built, tmp_path: Path) -> No
     assert stages["serialize"]["ran"]
     assert stages["verify"]["ran"]
     healed = content_of(build.export)
-    measured = {"verification.json"}  # it holds times
+    measured = {"verification.json", "report.html"}  # they hold times
     assert set(healed) == set(expected)
     for name in set(expected) - measured:
         assert healed[name] == expected[name], name
