@@ -1,0 +1,219 @@
+"""The model card: every number in it comes from verification.json, and nothing in it can harm."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import pytest
+
+from pipeline.card import front_matter, model_card
+from tests.report.made import failed_gate, made, manifest, nulls, without_tokenizer
+
+NUMBER: Final = re.compile(r"\d+(?:[.,]\d+)*(?:e-?\d+)?")
+SOURCE: Final = {"license": "apache-2.0"}
+
+
+def card(verification: dict[str, Any]) -> str:
+    return model_card(manifest() | {"hidden_modules": []}, verification, SOURCE)
+
+
+def measured(verification: dict[str, Any]) -> str:
+    """The part of a card that speaks of this artifact's measurements."""
+    text = card(verification)
+    start = text.find("## Size")
+    return text[start if start >= 0 else text.index("## Verification") : text.index("## Use")]
+
+
+def full() -> dict[str, Any]:
+    return made(expected=True, against=True)
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The paths of all numbers."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from leaves(item, (*path, key))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path
+
+
+def at(value: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        value = value[key]
+    return value
+
+
+def put(value: Any, path: tuple[Any, ...], new: Any) -> None:
+    at(value, path[:-1])[path[-1]] = new
+
+
+def larger(number: float) -> float:
+    """Larger by far more than rounding; whole if it was."""
+    return number * 2 + 1_000_003 if isinstance(number, int) else number * 1.37
+
+
+INTERVALS: Final = (
+    "mean_kl",
+    "median_kl",
+    "p99_kl",
+    "max_kl",
+    "top1_agreement",
+    "sure_agreement",
+    "perplexity_16bit",
+    "perplexity_4bit",
+    "perplexity_ratio",
+)
+ENDS: Final = ("value", "low", "high")
+SHOWN: Final = [
+    *(("sizes", name) for name in ("original_bytes", "artifact_bytes", "disk_bytes", "layers")),
+    ("sizes", "footprint_bytes"),
+    *(("sizes", name) for name in ("ratio", "bits_per_weight", "bits_per_quantized_weight")),
+    *(("sizes", "kept_bytes_by_reason", reason) for reason in ("embedding", "norm or bias")),
+    ("text", "tokens"),
+    ("fidelity", "confidence"),
+    *(("fidelity", name, end) for name in INTERVALS for end in ENDS),
+    *(("domains", place, "tokens") for place in range(5)),
+    *(
+        ("domains", place, name, end)
+        for place in range(5)
+        for name in ("mean_kl", "top1_agreement")
+        for end in ENDS
+    ),
+    *(
+        ("against", "fidelity", name, end)
+        for name in ("mean_kl", "top1_agreement", "perplexity_4bit")
+        for end in ENDS
+    ),
+    *(("against", "difference", "mean_kl_ratio", end) for end in ENDS),
+]
+
+
+def test_each_number_that_the_card_shows_moves_it() -> None:
+    before = card(full())
+    assert set(SHOWN) <= set(leaves(full()))
+    for path in SHOWN:
+        changed = full()
+        new = 0.5 if path == ("fidelity", "confidence") else larger(at(changed, path))
+        put(changed, path, new)
+        after = card(changed)
+        lines = [a for a, b in zip(after.split("\n"), before.split("\n"), strict=True) if a != b]
+        assert lines, path
+        # It moves as it is written, not by what is made of it elsewhere.
+        shown = f"{new:.0%}" if path[-1] == "confidence" else _as_shown(path, new)
+        assert all(shown in line for line in lines), (path, shown, lines)
+
+
+def _as_shown(path: tuple[Any, ...], number: float) -> str:
+    if path[-1] in ENDS:
+        return f"{number:.4g}"
+    if path[-1] in ("tokens", "layers"):
+        return str(number)
+    if isinstance(number, int):
+        return f"{number / 1e6:.2f} MB" if number < 10**9 else f"{number / 1e9:.3f} GB"
+    return f"{number:.3f}"
+
+
+def test_each_number_in_the_card_comes_from_the_verification() -> None:
+    """All numbers of the verification change, and with them every number of the card."""
+    changed = full()
+    for path in leaves(changed):
+        put(changed, path, larger(at(changed, path)))
+    for check in changed["checks"]:
+        check |= {name: NUMBER.sub("0", check[name]) for name in ("found", "expected")}
+    for answer in changed["answers"]:
+        for name in ("prompt", "answer_16bit", "answer_4bit"):
+            answer[name] = NUMBER.sub("0", answer[name])
+    changed["device"]["name"] = "some CPU"
+    changed["against"]["manifest_sha256"] = "f" * 64
+    pairs = zip(measured(full()).split("\n"), measured(changed).split("\n"), strict=True)
+    stay = set()
+    for before, after in pairs:
+        for line in re.findall(r"[^|]+", before):
+            label = line.strip()
+            stay |= set(NUMBER.findall(label)) if label in after else set()
+    # What is left are the words "16-bit", "4 bit", "99th percentile", "sha256", "Linear4bit" and
+    # "KL is 0 where both models predict the same".
+    assert stay <= {"16", "4", "99", "256", "0"}
+
+
+def test_the_verdict_and_each_check_are_shown() -> None:
+    verification = full()
+    verification["verdict"] = "fail"
+    verification["checks"][3] |= {"passed": False, "found": "far away", "expected": "near"}
+    text = card(verification)
+    assert "## Verification: fail" in text
+    (line,) = (line for line in text.split("\n") if "far away" in line)
+    assert line.endswith("| far away | near | FAIL |")
+    assert text.count("| pass |") == len(verification["checks"]) - 1
+
+
+def test_a_failed_gate_shows_the_gates_and_claims_nothing_else() -> None:
+    text = card(failed_gate())
+    assert "## Verification: fail" in text
+    assert text.count("| FAIL |") == 2
+    for absent in ("## Size", "perplexity", "Measured on", "pictures/", "| prompt |"):
+        assert absent not in text
+
+
+def test_what_is_not_finite_is_said_in_words() -> None:
+    text = card(nulls())
+    assert "| KL from the 16-bit model, mean | not finite |" in text
+    assert "None" not in text
+    assert "nan" not in measured(nulls()).lower()
+
+
+def test_without_a_tokenizer_there_are_no_answers() -> None:
+    text = card(without_tokenizer())
+    assert "random token ids" in text
+    assert "| prompt |" not in text
+
+
+def test_another_artifact_is_told_only_if_there_is_one() -> None:
+    assert "Beside another artifact of the same source" in card(full())
+    assert "another artifact" not in card(made())
+
+
+def _device(found: dict[str, Any], text: str) -> None:
+    found["device"]["name"] = text
+
+
+def _text(found: dict[str, Any], text: str) -> None:
+    found["text"]["name"] = text
+
+
+def _domain(found: dict[str, Any], text: str) -> None:
+    found["domains"][0]["name"] = text  # the name of a file of the user
+
+
+def _check(found: dict[str, Any], text: str) -> None:
+    found["checks"][0]["found"] = text
+
+
+def _answer(found: dict[str, Any], text: str) -> None:
+    found["answers"][0] |= {"prompt": text, "answer_16bit": text, "answer_4bit": text}
+
+
+def _rounding(found: dict[str, Any], text: str) -> None:
+    found["against"]["rounding"] = text
+
+
+@pytest.mark.parametrize("place", [_device, _text, _domain, _check, _answer, _rounding])
+def test_words_of_others_stay_words(place: Callable[[dict[str, Any], str], None]) -> None:
+    verification = copy.deepcopy(full())
+    place(verification, "a | b\n\n# no <img src=x> ![c](d) `e` *f*")
+    text = card(verification)
+    assert "a &#124; b # no &lt;img src=x&gt; !&#91;c](d) &#96;e&#96; &#42;f&#42;" in text
+    for mark in ("<img", "![c]", "\n# no"):
+        assert mark not in text
+    assert len(text.split("\n")) == len(card(full()).split("\n"))
+
+
+def test_the_license_is_the_sources() -> None:
+    assert front_matter(card(made()))["license"] == "apache-2.0"
+    assert "license" not in front_matter(
+        model_card(manifest() | {"hidden_modules": []}, made(), {})
+    )
