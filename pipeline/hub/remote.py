@@ -29,7 +29,7 @@ class RemoteModel:
     """A model repo at one commit.
 
     `revision` is the branch, tag or commit that was asked for. `offline` says that commit and files
-    are those of the local cache, and that the Hub was not asked.
+    are those of the local cache, and that the Hub was not asked. `private` is as the Hub says.
     """
 
     repo_id: str
@@ -37,6 +37,7 @@ class RemoteModel:
     files: tuple[RemoteFile, ...]
     revision: str | None = None
     offline: bool = False
+    private: bool = False
 
 
 def wanted_files(model: RemoteModel) -> tuple[RemoteFile, ...]:

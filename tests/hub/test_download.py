@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.errors import HubError, ResourceError
 from pipeline.hub import RemoteFile, RemoteModel, client, file_digests, wanted_files
+from pipeline.hub.explain import Request
 from tests.support.hub_client import Run, run
 from tests.support.hub_server import Fault, HubServer
 from tests.support.hub_store import Repo, git_sha1
@@ -365,11 +366,11 @@ def test_a_blob_that_never_comes_fails_by_name_and_leaves_the_ref(
 
 
 @pytest.fixture
-def about(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> client.Request:
+def about(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Request:
     """What a call is about, with neither the user's cache nor the user's token at hand."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    return client.Request(REPO, "main", "downloading x")
+    return Request(REPO, "main", "downloading x")
 
 
 @pytest.mark.parametrize(
@@ -381,9 +382,7 @@ def about(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> client.Request:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_faults_that_a_server_cannot_show_are_tried_again(
-    about: client.Request, error: Exception
-) -> None:
+def test_faults_that_a_server_cannot_show_are_tried_again(about: Request, error: Exception) -> None:
     outcomes: list[Exception | str] = [error, error, "done"]
 
     def call() -> str:
@@ -411,7 +410,7 @@ def test_faults_that_a_server_cannot_show_are_tried_again(
     ids=["disk-full", "permission", "secrets"],
 )
 def test_faults_that_stay_fail_at_once_and_in_words(
-    about: client.Request, error: Exception, kind: type[Exception], text: str
+    about: Request, error: Exception, kind: type[Exception], text: str
 ) -> None:
     def call() -> None:
         raise error
@@ -466,7 +465,7 @@ def test_offline_damage_is_noticed(hub: HubServer, repo: Repo, warm: Path) -> No
 
 def test_a_missing_repo(hub: HubServer, repo: Repo, home: Path) -> None:
     found = run(home, hub.url, "some-org/other")
-    assert found.error == "HubError"
+    assert found.error == "NotFoundError"
     assert found.message == (
         f"some-org/other was not found at {hub.url}, or it is private and no token is set: "
         "check the name, or set HF_TOKEN."
@@ -476,7 +475,7 @@ def test_a_missing_repo(hub: HubServer, repo: Repo, home: Path) -> None:
 
 def test_a_missing_revision(hub: HubServer, repo: Repo, home: Path) -> None:
     found = run(home, hub.url, REPO, revision="refs/pr/7")
-    assert found.error == "HubError"
+    assert found.error == "NotFoundError"
     assert f"{REPO} has no revision 'refs/pr/7': give a branch" in found.message
 
 
