@@ -43,6 +43,7 @@ def run_build(
     *,
     revision: str | None = None,
     build_dir: Path | None = None,
+    offline: bool = False,
 ) -> tuple[Build, dict[str, StageResult]]:
     """Runs the main job.
 
@@ -53,13 +54,14 @@ def run_build(
         reporter: told how far it is.
         revision: of a Hub model.
         build_dir: the build folder, if not the default one.
+        offline: take a Hub model as it is cached.
 
     Returns:
         The build folder, and the result of each stage by name.
     """
     verify.check_gpu(settings)
     build, record, ran = download.run(
-        model, artifacts, reporter, revision=revision, build_dir=build_dir
+        model, artifacts, reporter, revision=revision, build_dir=build_dir, offline=offline
     )
     results = {"download": StageResult(record, ran)}
     with build.locked():

@@ -48,6 +48,20 @@ def build_dir_option(command: Command) -> Command:
     )(command)
 
 
+def source_options(command: Command) -> Command:
+    """--revision and --offline; the command gets `source`, what `download.run` takes of them."""
+
+    @click.option("--revision", help="Branch, tag or commit of a Hub model.  [default: main]")
+    @click.option(
+        "--offline", is_flag=True, help="Take a Hub model as it is cached; says which commit."
+    )
+    @wraps(command)
+    def wrapped(revision: str | None, offline: bool, **values: Any) -> Any:
+        return command(source={"revision": revision, "offline": offline}, **values)
+
+    return wrapped
+
+
 def settings_options(command: Command) -> Command:
     """--recipe, --device, --require-gpu and --workers; the command gets `settings`."""
 

@@ -17,7 +17,7 @@ T = TypeVar("T")
 LIBRARY = "nf4-pipeline"  # what the Hub reads in the user agent
 
 DELAYS: Final = (0.5, 1.0, 2.0, 4.0)
-"""Seconds between tries: a blip passes, an outage shows within 8 s."""
+"""Seconds between tries: enough for a blip; an outage is for the user to wait out."""
 
 ONCE_MORE: Final = (1.0,)
 """For calls that the client itself tries six times, in 23 s."""
@@ -110,26 +110,36 @@ def quiet() -> Iterator[None]:
 
 
 def end_silences() -> None:
-    """Gives the client's HTTP sessions a timeout, if they have none.
+    """Gives the requests of the client a timeout where they have none.
 
     By itself the client waits for ever for the answer to a listing, an upload or a commit.
     """
-    from huggingface_hub import constants, get_session, set_client_factory
+    from huggingface_hub import get_session, set_client_factory
     from huggingface_hub.utils import _http
 
     def limited(make: Callable[[], Any]) -> Callable[[], Any]:
         def factory() -> Any:
             session = make()
-            if session.timeout.read is None:
-                session.timeout = _SILENCE * constants.HF_HUB_DOWNLOAD_TIMEOUT
+            hooks = session.event_hooks
+            session.event_hooks = {**hooks, "request": [*hooks["request"], _limit_silence]}
             return session
 
         return factory
 
     with _ONE_BY_ONE:
-        if get_session().timeout.read is None:
+        if _limit_silence not in get_session().event_hooks["request"]:
             # There is no public way to ask for the factory that is set; it may be the user's own.
             set_client_factory(limited(_http._GLOBAL_CLIENT_FACTORY))
+
+
+def _limit_silence(request: Any) -> None:
+    """Called by the HTTP library with each request; some ask for no timeout at all by name."""
+    from huggingface_hub import constants
+
+    limit = _SILENCE * constants.HF_HUB_DOWNLOAD_TIMEOUT
+    asked = request.extensions.get("timeout", {})
+    limits = {phase: asked.get(phase) or limit for phase in ("connect", "read", "write", "pool")}
+    request.extensions = {**request.extensions, "timeout": limits}
 
 
 def attempt(

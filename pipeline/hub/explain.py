@@ -24,12 +24,16 @@ _NO_ANSWER = {"ConnectionError", "TransportError"}
 
 @dataclass(frozen=True)
 class Request:
-    """What a call is about, for its messages: "{doing}: …". `writes`: it needs write access."""
+    """What a call is about, for its messages: "{doing}: …".
+
+    `writes` says that it needs write access, `commits` that it changes a branch.
+    """
 
     repo_id: str
     revision: str
     doing: str
     writes: bool = False
+    commits: bool = False
 
 
 def failures() -> tuple[type[Exception], ...]:
@@ -48,9 +52,9 @@ def may_pass(error: BaseException) -> bool:
     error = _root(error)
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
-        # What a signed address refuses, a newly signed one may give.
-        expired = status == 403 and _is_elsewhere(str(error.response.url))
-        return status in (408, 429) or status >= 500 or expired
+        # What a signed address refuses, a newly signed one may give. 422: bytes came wrong.
+        expired = status in (400, 401, 403) and _is_elsewhere(_url(error))
+        return status in (408, 422, 429) or status >= 500 or expired
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         return False  # the client itself has tried this one for half a minute
     if isinstance(error, json.JSONDecodeError):
@@ -98,12 +102,12 @@ def explained(error: BaseException, request: Request) -> PipelineError:
         text = f"{request.doing}: HF_HUB_OFFLINE is set. Unset it: this needs the Hub."
     elif token and not (token.isascii() and token.isprintable()):
         text = f"{request.doing}: HF_TOKEN has characters that no token has: copy it again."
-    elif status == 401 and token:
+    elif status == 401 and token and not _is_elsewhere(_url(error)):
         text = f"{request.doing}: {endpoint} does not accept the token that is set: renew HF_TOKEN."
-    elif status == 401:
+    elif status == 401 and not token:
         text = f"{request.doing}: {endpoint} asks for a token, and none is set: set HF_TOKEN."
     else:
-        kind = ConflictError if status == 412 else HubError
+        kind = ConflictError if status == 412 and request.commits else HubError
         text = f"{request.doing}: {_fault(error, status, endpoint, token)}. "
         text += _remedy(status, request, error)
     return kind(without_secrets(text, token))
@@ -120,15 +124,18 @@ def _remedy(status: int | None, request: Request, error: BaseException) -> str:
         return f"Check HF_ENDPOINT: a Hub should have this address{offline}"
     if status == 409:
         return f"Another operation on it is under way: try again in a minute{offline}"
-    if status == 412 and request.writes:
+    if status == 412 and request.commits:
         return (
             f"Somebody else changed {request.repo_id} meanwhile. Look at what they did, then run "
             "this again with --force to put the export over it."
         )
     if status == 429:
         return f"It asks for fewer requests: try again in some minutes{offline}"
-    if request.writes and was_not_answered(error):
-        return "Run the same command again in a minute: whether it was done, it looks for it first."
+    if request.commits and was_not_answered(error):
+        return (
+            "It may have been done all the same. Run the same command again in a minute: it looks "
+            "at the repo first, and does nothing twice."
+        )
     if status is None and "Invalid metadata" in str(error):
         return "Correct the card (README.md of the source), and run `nf4 verify` again."
     return f"Try again later{offline}"
@@ -148,6 +155,11 @@ def _kinds(error: BaseException) -> set[str]:
     return {kind.__name__ for kind in type(error).__mro__}
 
 
+def _url(error: BaseException) -> str:
+    """The address that was asked."""
+    return str(getattr(getattr(error, "response", None), "url", ""))
+
+
 def _is_elsewhere(url: str) -> bool:
     """Whether an address is not the Hub's own: its CDN's, its store's."""
     from huggingface_hub import constants
@@ -162,6 +174,8 @@ def _fault(error: BaseException, status: int | None, endpoint: str, token: str |
         return f"{endpoint} answered {status}" + (f" ({first})" if first else "")
     if "Consistency check failed" in first:
         return f"{endpoint} sent more or fewer bytes than it announced"
+    if isinstance(error, LookupError | TypeError):
+        return f"{endpoint} answered in a form that the client cannot read ({error!r})"
     if was_not_answered(error):
         return f"{endpoint} stopped answering ({type(error).__name__})"
     what = (

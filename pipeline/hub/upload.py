@@ -319,7 +319,8 @@ class _Push:
             return explain.may_pass(error) and not (opens and explain.was_not_answered(error))
 
         try:
-            return self._attempt(once, f"committing to {self._repo_id}", passing=passing)
+            doing = f"committing to {self._repo_id}"
+            return self._attempt(once, doing, commits=True, passing=passing)
         except HubError as error:
             try:
                 there = made()
@@ -358,8 +359,10 @@ class _Push:
             )
         return found
 
-    def _attempt(self, call: Callable[[], T], doing: str, **options: Any) -> T:
-        request = Request(self._repo_id, MAIN, doing, writes=True)
+    def _attempt(
+        self, call: Callable[[], T], doing: str, *, commits: bool = False, **options: Any
+    ) -> T:
+        request = Request(self._repo_id, MAIN, doing, writes=True, commits=commits)
         return client.attempt(call, request, self._sleep, **options)
 
 

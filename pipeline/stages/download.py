@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +15,7 @@ from pipeline.build import Build, Record, stage_key
 from pipeline.checkpoint.digest import FileDigest, digest_file
 from pipeline.checkpoint.files import is_wanted
 from pipeline.checkpoint.source import open_checkpoint
-from pipeline.errors import UsageError
+from pipeline.errors import BuildError, UsageError
 from pipeline.measure import measured, peak_memory_of_children
 from pipeline.model.ask import PendingFacts, transformers_version
 from pipeline.model.config import check_not_quantized, read_config
@@ -24,6 +26,8 @@ from pipeline.stages import recorded
 
 CODE_VERSION: Final = 1
 SAMPLE: Final = "sample"
+
+_LOCK_PATIENCE: Final = 5.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ def run(
     *,
     revision: str | None = None,
     build_dir: Path | None = None,
+    offline: bool = False,
 ) -> tuple[Build, Record, bool]:
     """Finds, checks and hashes a checkpoint, and makes or refreshes its build folder.
 
@@ -78,6 +83,7 @@ def run(
         reporter: told how far it is.
         revision: of a Hub model; a branch, a tag or a commit.
         build_dir: the build folder, if not the default one.
+        offline: take a Hub model as it is cached; HF_HUB_OFFLINE says so, too.
 
     Returns:
         The build folder, the record, and whether anything had to be done.
@@ -87,7 +93,7 @@ def run(
         HubError: the Hub could not be asked, or sent wrong bytes.
     """
     with measured() as finding:
-        source = _find(model, revision, reporter)
+        source = _find(model, revision, reporter, offline=offline)
     finding.peak_memory = max(finding.peak_memory, peak_memory_of_children())
     build = Build(build_dir or artifacts / source.slug)
     _refuse_foreign_folders(build, source)
@@ -99,9 +105,16 @@ def run(
             "transformers": transformers_version(),
         }
     )
-    with build.locked():
+
+    def standing() -> Record | None:
         record = build.record("download")
-        if record is not None and record.key == key and _links_stand(build, source):
+        same = record is not None and record.key == key and _links_stand(build, source)
+        return record if same else None
+
+    if record := standing():
+        return build, record, False
+    with _locked_soon(build):
+        if record := standing():
             return build, record, False
 
         def work() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -116,6 +129,22 @@ def run(
         return build, recorded(build, "download", key, work, finding), True
 
 
+@contextmanager
+def _locked_soon(build: Build) -> Iterator[None]:
+    """Holds the build folder; another download of the same model has it for a moment only."""
+    end = time.monotonic() + _LOCK_PATIENCE
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(build.locked())
+                break
+            except BuildError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.05)
+        yield
+
+
 def recorded_facts(record: Record) -> ModelFacts:
     """What transformers said of the architecture when the checkpoint was downloaded."""
     return ModelFacts.from_json(record.facts["model"])
@@ -126,7 +155,7 @@ def recorded_files(record: Record) -> dict[str, FileDigest]:
     return {path.removeprefix("source/"): digest for path, digest in record.outputs.items()}
 
 
-def _find(model: str, revision: str | None, reporter: Reporter) -> Source:
+def _find(model: str, revision: str | None, reporter: Reporter, *, offline: bool) -> Source:
     path = Path(model).expanduser()
     if path.is_dir():
         _refuse_revision(model, revision)
@@ -137,7 +166,7 @@ def _find(model: str, revision: str | None, reporter: Reporter) -> Source:
 
         return _local(MODEL_DIR.resolve(), "nf4-pipeline/sample", reporter, is_sample=True)
     if is_hub_id(model):
-        return _hub(model, revision, reporter)
+        return _hub(model, revision, reporter, offline=offline)
     raise UsageError(f"{model}: no such folder, and not a Hub id of the form ORG/NAME.")
 
 
@@ -162,10 +191,10 @@ def _local(folder: Path, repo: str, reporter: Reporter, *, is_sample: bool = Fal
     return Source(folder, repo, None, files, facts, is_sample)
 
 
-def _hub(repo: str, revision: str | None, reporter: Reporter) -> Source:
+def _hub(repo: str, revision: str | None, reporter: Reporter, *, offline: bool) -> Source:
     from pipeline import hub
 
-    model = hub.resolve(repo, revision)
+    model = hub.resolve(repo, revision, offline=offline or None)
     fetched = hub.fetch(model, hub.wanted_files(model), reporter)
     _check(fetched.folder)
     files = {

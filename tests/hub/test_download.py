@@ -8,9 +8,11 @@ import random
 import shutil
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from pipeline.errors import HubError, ResourceError
 from pipeline.hub import RemoteFile, RemoteModel, client, file_digests, wanted_files
@@ -419,6 +421,46 @@ def test_faults_that_stay_fail_at_once_and_in_words(
     with pytest.raises(kind, match=text):
         client.attempt(call, about, sleeps.append)
     assert sleeps == []
+
+
+# Half files, and others at work in the same cache.
+
+
+def test_half_files_of_the_dead_go_and_those_of_the_living_stay(
+    hub: HubServer, repo: Repo, home: Path
+) -> None:
+    etag = hashlib.sha256(WANTED[WEIGHTS]).hexdigest()
+    dead = cached(home, "blobs", f"{etag}.0a1b2c3d.incomplete")
+    living = cached(home, "blobs", f"{'e' * 64}.0a1b2c3d.incomplete")
+    dead.parent.mkdir(parents=True)
+    dead.write_bytes(b"half")
+    living.write_bytes(b"half")
+    lock = home / "hub" / ".locks" / "models--some-org--tiny" / f"{'e' * 64}.lock"
+    with FileLock(lock):
+        assert_complete(run(home, hub.url, REPO))
+        assert not dead.exists()
+        assert living.exists()
+    assert_complete(run(home, hub.url, REPO))
+    assert not living.exists()
+
+
+def test_two_processes_share_one_cache(hub: HubServer, repo: Repo, home: Path) -> None:
+    """Both are in the middle of it at the same time, and each file comes once."""
+    hub.pause = 0.02
+    with ThreadPoolExecutor() as pool:
+        both = list(pool.map(lambda _: run(home, hub.url, REPO), range(2)))
+    for found in both:
+        assert_complete(found)
+    assert blob_requests(hub) == len(WANTED)
+    assert not list(home.rglob("*.incomplete"))
+
+
+def test_a_listing_that_never_comes_ends(hub: HubServer, repo: Repo, home: Path) -> None:
+    """The client itself would wait for ever."""
+    hub.faults.append(Fault("*/tree/*", delay=8.0))
+    found = run(home, hub.url, REPO, fetch=False, env={"HF_HUB_DOWNLOAD_TIMEOUT": "1"})
+    assert set(found.listed) == set(WANTED | UNWANTED)
+    assert hub.count("GET", "*/tree/*") == 2
 
 
 # Offline.
