@@ -46,7 +46,7 @@ prompt: venv  ## answer PROMPT with the newest artifact of MODEL, or with BUILD_
 	fi; \
 	$(BIN)/nf4 prompt "$$build" "$$PROMPT" $(device) $(ARGS)
 
-push: venv  ## list what a push of MODEL to the Hub repo REPO_ID would upload (ARGS=--dry-run)
+push: venv  ## publish the artifact of MODEL as REPO_ID on the Hub (ARGS=--dry-run lists it)
 	@if [ -z '$(REPO_ID)' ]; then \
 	  echo "Error: where to? make push REPO_ID=ORG/NAME [ARGS=--dry-run]" >&2; exit 2; \
 	fi

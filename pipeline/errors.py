@@ -8,6 +8,8 @@
     │   ├── AlreadyQuantizedError the checkpoint is quantized already
     │   └── ArchitectureError     no causal LM, or nothing in it that could be quantized
     ├── HubError                  the Hub refused, is unreachable, or sent wrong bytes
+    │   ├── NotFoundError         no such repo or revision, as far as the token can see
+    │   └── ConflictError         somebody else changed the repo in the meantime
     ├── BuildError                a build folder lacks a stage, or another process holds it
     ├── ArtifactError             an exported artifact is not what its manifest says
     ├── PlanMismatchError         the bytes written differ from the bytes predicted
@@ -55,6 +57,14 @@ class ArchitectureError(SourceError):
 
 class HubError(PipelineError):
     """The Hub refused a request, could not be reached, or sent bytes that hash wrong."""
+
+
+class NotFoundError(HubError):
+    """The Hub knows no such repo or revision, or does not show it to this token."""
+
+
+class ConflictError(HubError):
+    """A push would go over what somebody else pushed."""
 
 
 class BuildError(PipelineError):

@@ -43,6 +43,8 @@ def run_build(
     *,
     revision: str | None = None,
     build_dir: Path | None = None,
+    offline: bool = False,
+    allow_pickle: bool = False,
 ) -> tuple[Build, dict[str, StageResult]]:
     """Runs the main job.
 
@@ -53,13 +55,21 @@ def run_build(
         reporter: told how far it is.
         revision: of a Hub model.
         build_dir: the build folder, if not the default one.
+        offline: take a Hub model as it is cached.
+        allow_pickle: convert weights that are pickles, where there are no others.
 
     Returns:
         The build folder, and the result of each stage by name.
     """
     verify.check_gpu(settings)
     build, record, ran = download.run(
-        model, artifacts, reporter, revision=revision, build_dir=build_dir
+        model,
+        artifacts,
+        reporter,
+        revision=revision,
+        build_dir=build_dir,
+        offline=offline,
+        allow_pickle=allow_pickle,
     )
     results = {"download": StageResult(record, ran)}
     with build.locked():

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from pipeline.build import Build
-from pipeline.job import run_stage
+from pipeline.job import run_build, run_stage
 from pipeline.progress import SILENT
+from pipeline.recipe import load_recipe
 from pipeline.stages import Settings, download
 from tests.support.tiny import copy_of, write_falcon, write_recipe
 
@@ -50,3 +51,15 @@ def exported_falcon(downloaded_falcon: Path, tmp_path_factory: pytest.TempPathFa
 def quick_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe that verifies in little time and passes a random model."""
     return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="session")
+def verified(
+    tiny_falcon: Path, quick_recipe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A build whose verdict is "pass" (see `copy_of`)."""
+    settings = Settings(recipe=load_recipe(quick_recipe), device="cpu")
+    folder = tmp_path_factory.mktemp("verified")
+    build, results = run_build(str(tiny_falcon), folder, settings, SILENT)
+    assert results["verify"].record.facts["verdict"] == "pass"
+    return build.root

@@ -9,6 +9,9 @@ from typing import Final
 # No dot between "model" and the suffix: model.fp16.safetensors is a second copy of the weights.
 WEIGHT_FILE: Final = re.compile(r"model[^./]*\.safetensors")
 
+# The same weights as Python pickles.
+PICKLE_FILE: Final = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin")
+
 CONFIG_FILES: Final = ("config.json", "generation_config.json")
 
 TOKENIZER_FILES: Final = (

@@ -74,6 +74,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def has_weights(folder: Path) -> bool:
+    """True if a folder has weights in safetensors, whatever else it has."""
+    return (folder / INDEX_FILE).is_file() or (folder / SINGLE_FILE).is_file()
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Reads every header of a checkpoint and holds it against the index.
 
@@ -93,7 +98,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if pickles:
         raise SourceError(
             f"{folder} holds its weights only as Python pickles ({pickles[0]}, …), which can run "
-            "code when they are read. Convert them to safetensors first."
+            "code when they are read. Take a checkpoint in safetensors, or see --allow-pickle of "
+            "`nf4 build` and `nf4 download`."
         )
     raise SourceError(f"{folder} holds no weights: expected {INDEX_FILE} or {SINGLE_FILE} in it.")
 

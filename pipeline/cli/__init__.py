@@ -21,7 +21,7 @@ COMMANDS: Final = {
     "quantize": "turn linear layers into NF4 codes",
     "serialize": "write the publishable folder and its manifest",
     "verify": "reload the artifact and hold it against the 16-bit model",
-    "push": "list what a push to the Hub would upload",
+    "push": "publish a verified export to the Hub, and prove what the Hub holds",
     "prompt": "generate text with an artifact",
     "inspect": "what is inside an artifact",
     "status": "the stages of a build: done, stale, missing, and why",

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli.options import ARTIFACTS, Ui, build_dir_option, output_options, settings_options
+from pipeline.cli.options import (
+    ARTIFACTS,
+    Ui,
+    build_dir_option,
+    output_options,
+    settings_options,
+    source_options,
+)
 
 if TYPE_CHECKING:
     from pipeline.stages import Settings
@@ -16,12 +23,12 @@ if TYPE_CHECKING:
 
 @click.command("build")
 @click.argument("model")
-@click.option("--revision", help="Branch, tag or commit of a Hub model.  [default: main]")
+@source_options
 @build_dir_option
 @settings_options
 @output_options
 def command(
-    ui: Ui, settings: Settings, model: str, revision: str | None, build_dir: Path | None
+    ui: Ui, settings: Settings, model: str, source: dict[str, Any], build_dir: Path | None
 ) -> None:
     """Download, quantize, serialize and verify MODEL: a Hub id, a local folder, or "sample".
 
@@ -31,7 +38,7 @@ def command(
     from pipeline.job import run_build
 
     build, results = run_build(
-        model, ARTIFACTS, settings, ui.reporter(), revision=revision, build_dir=build_dir
+        model, ARTIFACTS, settings, ui.reporter(), build_dir=build_dir, **source
     )
     value = summary(build, results)
     ui.result(value, lambda: show_summary(value))

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 
-from pipeline.cli.options import ARTIFACTS, Ui, build_dir_option, output_options
+from pipeline.cli.options import ARTIFACTS, Ui, build_dir_option, output_options, source_options
 
 
 @click.command("download")
 @click.argument("model")
-@click.option("--revision", help="Branch, tag or commit of a Hub model.  [default: main]")
+@source_options
 @build_dir_option
 @output_options
-def command(ui: Ui, model: str, revision: str | None, build_dir: Path | None) -> None:
+def command(ui: Ui, model: str, source: dict[str, Any], build_dir: Path | None) -> None:
     """Pin MODEL (a Hub id, a local folder, or "sample"), fetch it, and check every file's hash."""
     from pipeline.build import digests_json
     from pipeline.stages import download
 
-    build, record, _ = download.run(
-        model, ARTIFACTS, ui.reporter(), revision=revision, build_dir=build_dir
-    )
+    build, record, _ = download.run(model, ARTIFACTS, ui.reporter(), build_dir=build_dir, **source)
     total = sum(digest.size for digest in record.outputs.values())
     value = {
         "build": str(build.root),

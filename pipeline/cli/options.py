@@ -48,6 +48,26 @@ def build_dir_option(command: Command) -> Command:
     )(command)
 
 
+def source_options(command: Command) -> Command:
+    """--revision, --offline and --allow-pickle, as the `source` that `download.run` takes."""
+
+    @click.option("--revision", help="Branch, tag or commit of a Hub model.  [default: main]")
+    @click.option(
+        "--offline", is_flag=True, help="Take a Hub model as it is cached; says which commit."
+    )
+    @click.option(
+        "--allow-pickle",
+        is_flag=True,
+        help="Also pytorch_model*.bin: scanned, then converted in a process of its own.",
+    )
+    @wraps(command)
+    def wrapped(revision: str | None, offline: bool, allow_pickle: bool, **values: Any) -> Any:
+        source = {"revision": revision, "offline": offline, "allow_pickle": allow_pickle}
+        return command(source=source, **values)
+
+    return wrapped
+
+
 def settings_options(command: Command) -> Command:
     """--recipe, --device, --require-gpu and --workers; the command gets `settings`."""
 

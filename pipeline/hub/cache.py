@@ -88,6 +88,24 @@ def remember(model: RemoteModel) -> None:
         pass
 
 
+def purge_leftovers(repo_id: str) -> None:
+    """Deletes half files that killed downloads left behind; one being written to is locked.
+
+    The client gives each a name of its own, so it never takes one up again.
+    """
+    from huggingface_hub.utils._fixes import WeakFileLock
+
+    folder = storage(repo_id)
+    for leftover in (folder / "blobs").glob("*.incomplete"):
+        lock = folder.parent / ".locks" / folder.name / f"{leftover.name.partition('.')[0]}.lock"
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with WeakFileLock(lock, timeout=0.01):
+                leftover.unlink(missing_ok=True)
+        except OSError:
+            pass  # somebody is at it (a TimeoutError), or the cache is read-only
+
+
 def discard(path: Path) -> None:
     """Takes a snapshot's file and its bytes out of the cache."""
     if path.is_symlink():

@@ -1,36 +1,30 @@
-"""The border to huggingface_hub: its calls made quiet, tried again, its errors put into words."""
+"""The border to huggingface_hub: its calls made quiet, patient, and tried again."""
 
 from __future__ import annotations
 
-import errno
 import logging
-import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
-from pipeline.errors import HubError, PipelineError, ResourceError
-from pipeline.hub import cache
+from pipeline.hub.explain import Request, explained, failures, may_pass
 from pipeline.hub.remote import RemoteModel
 
 T = TypeVar("T")
 
 LIBRARY = "nf4-pipeline"  # what the Hub reads in the user agent
 
-_DELAYS = (0.5, 1.0, 2.0, 4.0)  # seconds between tries: a blip passes, an outage shows within 8 s
+DELAYS: Final = (0.5, 1.0, 2.0, 4.0)
+"""Seconds between tries: enough for a blip; an outage is for the user to wait out."""
+
+ONCE_MORE: Final = (1.0,)
+"""For calls that the client itself tries six times, in 23 s."""
+
 _LONGEST_DELAY = 30.0  # seconds, however long a Retry-After asks for
-# Names, because the client's HTTP library is httpx up to 1.x and httpx2 since; RuntimeError is what
-# its transfer library for Xet repos raises.
-_PASSING = {
-    "ConnectionError",
-    "NetworkError",
-    "RemoteProtocolError",
-    "RuntimeError",
-    "TimeoutException",
-}
-_NO_ANSWER = {"ConnectionError", "TransportError"}
+_ONE_BY_ONE = threading.Lock()
+_SILENCE = 6  # times HF_HUB_DOWNLOAD_TIMEOUT, a minute by default: then nobody answers any more
 
 
 class Gauge(Protocol):
@@ -41,15 +35,6 @@ class Gauge(Protocol):
 
     def advance(self, amount: int) -> None:
         """Counts bytes; raises to end the download."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a call is about, for its messages: "{doing}: …"."""
-
-    repo_id: str
-    revision: str
-    doing: str
 
 
 def download(
@@ -124,12 +109,46 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def end_silences() -> None:
+    """Gives the requests of the client a timeout where they have none.
+
+    By itself the client waits for ever for the answer to a listing, an upload or a commit.
+    """
+    from huggingface_hub import get_session, set_client_factory
+    from huggingface_hub.utils import _http
+
+    def limited(make: Callable[[], Any]) -> Callable[[], Any]:
+        def factory() -> Any:
+            session = make()
+            hooks = session.event_hooks
+            session.event_hooks = {**hooks, "request": [*hooks["request"], _limit_silence]}
+            return session
+
+        return factory
+
+    with _ONE_BY_ONE:
+        if _limit_silence not in get_session().event_hooks["request"]:
+            # There is no public way to ask for the factory that is set; it may be the user's own.
+            set_client_factory(limited(_http._GLOBAL_CLIENT_FACTORY))
+
+
+def _limit_silence(request: Any) -> None:
+    """Called by the HTTP library with each request; some ask for no timeout at all by name."""
+    from huggingface_hub import constants
+
+    limit = _SILENCE * constants.HF_HUB_DOWNLOAD_TIMEOUT
+    asked = request.extensions.get("timeout", {})
+    limits = {phase: asked.get(phase) or limit for phase in ("connect", "read", "write", "pool")}
+    request.extensions = {**request.extensions, "timeout": limits}
+
+
 def attempt(
     call: Callable[[], T],
     request: Request,
     sleep: Callable[[float], None],
     *,
-    delays: Sequence[float] = _DELAYS,
+    delays: Sequence[float] = DELAYS,
+    passing: Callable[[BaseException], bool] = may_pass,
 ) -> T:
     """Makes a call of the client, again after each of `delays` seconds if the fault may pass.
 
@@ -137,97 +156,14 @@ def attempt(
         HubError: the Hub refused, or the last try failed.
         ResourceError: the disk is full.
     """
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # The first base is the HTTPError of the client's HTTP library.
-    families: tuple[type[Exception], ...] = (
-        *HfHubHTTPError.__bases__[:1],
-        OSError,
-        ValueError,
-        RuntimeError,
-    )
+    end_silences()
     for delay in (*delays, None):
         try:
             return call()
-        except families as error:
-            if delay is None or not _may_pass(error):
-                raise _explained(error, request) from None  # the cause's text may hold a token
+        except failures() as error:
+            if delay is None or not passing(error):
+                # The cause's text may hold a token.
+                raise explained(error, request) from None
             asked = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
             sleep(min(max(delay, float(asked) if asked.isdigit() else 0.0), _LONGEST_DELAY))
     raise AssertionError("the last try returns or raises")
-
-
-def _may_pass(error: BaseException) -> bool:
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.HfHubHTTPError):
-        return error.response.status_code in (408, 429) or error.response.status_code >= 500
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        return False  # the client itself has tried this one for half a minute
-    if isinstance(error, ValueError):  # "Force download failed due to the above error."
-        return error.__cause__ is not None and _may_pass(error.__cause__)
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    return bool(kinds & _PASSING) or "Consistency check failed" in str(error)
-
-
-def _explained(error: BaseException, request: Request) -> PipelineError:
-    """Says what went wrong and what to do about it, in one message."""
-    from huggingface_hub import constants, errors, get_token
-
-    if isinstance(error, errors.LocalEntryNotFoundError | ValueError) and error.__cause__:
-        error = error.__cause__
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return ResourceError(
-            f"{request.doing}: the disk is full. Make room, or set HF_HOME to a larger disk."
-        )
-    repo_id, revision, endpoint = request.repo_id, request.revision, constants.ENDPOINT
-    token = get_token()
-    access = "the token that is set has no access to it" if token else "no token is set"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, errors.GatedRepoError):
-        text = (
-            f"{repo_id} is gated, and {access}: accept the licence at {endpoint}/{repo_id} "
-            "and set HF_TOKEN to a token of that account."
-        )
-    elif isinstance(error, errors.RepositoryNotFoundError):
-        text = (
-            f"{repo_id} was not found at {endpoint}, or it is private and {access}: "
-            "check the name, or set HF_TOKEN."
-        )
-    elif isinstance(error, errors.RevisionNotFoundError):
-        text = (
-            f"{repo_id} has no revision {revision!r}: "
-            f"give a branch, a tag or a commit that {endpoint}/{repo_id} has."
-        )
-    elif token and not (token.isascii() and token.isprintable()):
-        text = f"{request.doing}: HF_TOKEN has characters that no token has: copy it again."
-    elif status == 401 and token:
-        text = f"{request.doing}: {endpoint} does not accept the token that is set: renew HF_TOKEN."
-    elif status == 401:
-        text = f"{request.doing}: {endpoint} asks for a token, and none is set: set HF_TOKEN."
-    else:
-        text = f"{request.doing}: {_fault(error, status, endpoint, token)}. Try again later"
-        commit = cache.cached_commit(repo_id, revision)
-        text += f"; HF_HUB_OFFLINE=1 uses the cached commit {commit}." if commit else "."
-    return HubError(_without_secrets(text, token))
-
-
-def _fault(error: BaseException, status: int | None, endpoint: str, token: str | None) -> str:
-    words = getattr(error, "server_message", None) if status else str(error)
-    first = _without_secrets(words or "", token).strip().partition("\n")[0][:200].rstrip(".")
-    if status:
-        return f"{endpoint} answered {status}" + (f" ({first})" if first else "")
-    if "Consistency check failed" in first:
-        return f"{endpoint} sent more or fewer bytes than it announced"
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    what = f"{endpoint} cannot be reached" if kinds & _NO_ANSWER else "the Hub client failed"
-    return f"{what} ({type(error).__name__}{': ' + first if first else ''})"
-
-
-def _without_secrets(text: str, token: str | None) -> str:
-    """Takes tokens, and what addresses carry besides their path, out of a text."""
-    if token:
-        text = text.replace(token, "***")
-    text = re.sub(r"(?<=//)[^/@\s]+@", "", text)
-    text = re.sub(r"\bhf_\w{8,}", "***", text)
-    return re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", text)

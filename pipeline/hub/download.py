@@ -54,6 +54,8 @@ def fetch(
         ResourceError: the disk has no room for what is missing.
     """
     folder = cache.snapshot(model.repo_id, model.commit)
+    if not model.offline:
+        cache.purge_leftovers(model.repo_id)
     _check_disk(model, files)
     if model.offline:
         reporter.note(f"offline: {model.repo_id} at commit {model.commit}, as cached in {folder}")

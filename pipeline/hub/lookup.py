@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from pipeline.errors import HubError, UsageError
 from pipeline.hub import cache, client
+from pipeline.hub.explain import Request
 from pipeline.hub.remote import RemoteFile, RemoteModel
 
 _TIMEOUT = 30.0  # seconds for an answer; the client would wait for ever
@@ -32,7 +33,8 @@ def resolve(
         sleep: waits between tries, in seconds.
 
     Raises:
-        HubError: no such repo or revision, no access, no answer, or offline and nothing cached.
+        NotFoundError: no such repo or revision, or no access.
+        HubError: the Hub refuses or does not answer, or offline and nothing cached.
         UsageError: `repo_id` cannot be the name of a repo.
     """
     from huggingface_hub import HfApi, constants
@@ -49,7 +51,7 @@ def resolve(
         return cache.cached_model(repo_id, revision)
 
     api = HfApi(library_name=client.LIBRARY)
-    request = client.Request(repo_id, revision, f"looking up {repo_id}@{revision}")
+    request = Request(repo_id, revision, f"looking up {repo_id}@{revision}")
     with client.quiet():
         info = client.attempt(
             lambda: api.model_info(repo_id, revision=revision, timeout=_TIMEOUT), request, sleep
@@ -57,12 +59,11 @@ def resolve(
         commit = info.sha or ""
         if not re.fullmatch("[0-9a-f]{40}", commit):
             raise HubError(f"{request.doing}: expected a commit of 40 hex digits, got {commit!r}")
-        # Once more only: since 2.0 the client tries this call six times by itself, in 23 s.
         tree = client.attempt(
             lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)),
             request,
             sleep,
-            delays=(1.0,),
+            delays=client.ONCE_MORE,
         )
     files = [
         RemoteFile(entry.path, entry.lfs.size, entry.lfs.sha256, None)
@@ -71,4 +72,5 @@ def resolve(
         for entry in tree
         if isinstance(entry, RepoFile)
     ]
-    return RemoteModel(repo_id, commit, tuple(sorted(files, key=lambda f: f.path)), revision)
+    listed = tuple(sorted(files, key=lambda f: f.path))
+    return RemoteModel(repo_id, commit, listed, revision, private=bool(info.private))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from pipeline.checkpoint.files import WEIGHT_FILE, is_wanted
+from pipeline.checkpoint.files import PICKLE_FILE, WEIGHT_FILE, is_wanted
 from pipeline.errors import HubError
 
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
@@ -29,7 +29,7 @@ class RemoteModel:
     """A model repo at one commit.
 
     `revision` is the branch, tag or commit that was asked for. `offline` says that commit and files
-    are those of the local cache, and that the Hub was not asked.
+    are those of the local cache, and that the Hub was not asked. `private` is as the Hub says.
     """
 
     repo_id: str
@@ -37,23 +37,27 @@ class RemoteModel:
     files: tuple[RemoteFile, ...]
     revision: str | None = None
     offline: bool = False
+    private: bool = False
 
 
-def wanted_files(model: RemoteModel) -> tuple[RemoteFile, ...]:
+def wanted_files(model: RemoteModel, *, allow_pickle: bool = False) -> tuple[RemoteFile, ...]:
     """Picks what the pipeline reads: safetensors weights, configs, tokenizer, licence, model card.
 
-    Never code, never a pickle.
+    Never code; a pickle only with `allow_pickle`, and only where there are no safetensors.
 
     Raises:
-        HubError: the repo has no safetensors weights.
+        HubError: the repo has no weights that may be read.
     """
     if not any(WEIGHT_FILE.fullmatch(file.path) for file in model.files):
+        pickles = {file.path for file in model.files if PICKLE_FILE.fullmatch(file.path)}
+        if pickles and allow_pickle:
+            return tuple(f for f in model.files if f.path in pickles or is_wanted(f.path))
         others = [f.path for f in model.files if _matches(f.path, _OTHER_WEIGHTS)]
         found = ", ".join(others[:3]) + (", …" if others[3:] else "") if others else "none at all"
         raise HubError(
             f"{model.repo_id}@{model.commit[:12]} has no model*.safetensors; its weights: {found}. "
             "Only safetensors are read, because opening a pickle can run code: choose a repo or a "
-            "revision that has them."
+            f"revision that has them{', or see --allow-pickle' if pickles else ''}."
         )
     return tuple(file for file in model.files if is_wanted(file.path))
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.build import Build, Record, stage_key
+from pipeline.build import Build, Record, digests_json, stage_key
 from pipeline.checkpoint.digest import FileDigest, digest_file
-from pipeline.checkpoint.files import is_wanted
-from pipeline.checkpoint.source import open_checkpoint
-from pipeline.errors import UsageError
+from pipeline.checkpoint.files import PICKLE_FILE, is_wanted
+from pipeline.checkpoint.source import has_weights, open_checkpoint
+from pipeline.errors import BuildError, UsageError
 from pipeline.measure import measured, peak_memory_of_children
 from pipeline.model.ask import PendingFacts, transformers_version
 from pipeline.model.config import check_not_quantized, read_config
@@ -24,6 +26,8 @@ from pipeline.stages import recorded
 
 CODE_VERSION: Final = 1
 SAMPLE: Final = "sample"
+
+_LOCK_PATIENCE: Final = 5.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Source:
         files: digest of each file that is taken.
         model: what transformers says of its architecture.
         is_sample: it is the model that comes with the package.
+        converted_from: what was found, if the weights were pickles; `files` are what was made.
     """
 
     folder: Path
@@ -45,17 +50,17 @@ class Source:
     files: Mapping[str, FileDigest]
     model: ModelFacts
     is_sample: bool = False
+    converted_from: Mapping[str, FileDigest] | None = None
 
     @property
     def content_sha256(self) -> str:
         """One hash over all files: sha256 of the sorted lines `sha256  name`."""
-        lines = sorted(f"{digest.sha256}  {name}\n" for name, digest in self.files.items())
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return _content_sha256(self.files)
 
     @property
     def slug(self) -> str:
         """The name of its build folder: `<org>--<name>@<12 digits>`."""
-        return f"{self.repo.replace('/', '--')}@{(self.commit or self.content_sha256)[:12]}"
+        return _slug(self.repo, self.commit, self.converted_from or self.files)
 
     def identity(self) -> dict[str, Any]:
         """What the manifest says of it."""
@@ -69,6 +74,8 @@ def run(
     *,
     revision: str | None = None,
     build_dir: Path | None = None,
+    offline: bool = False,
+    allow_pickle: bool = False,
 ) -> tuple[Build, Record, bool]:
     """Finds, checks and hashes a checkpoint, and makes or refreshes its build folder.
 
@@ -78,6 +85,8 @@ def run(
         reporter: told how far it is.
         revision: of a Hub model; a branch, a tag or a commit.
         build_dir: the build folder, if not the default one.
+        offline: take a Hub model as it is cached; HF_HUB_OFFLINE says so, too.
+        allow_pickle: convert weights that are pickles, where there are no others.
 
     Returns:
         The build folder, the record, and whether anything had to be done.
@@ -86,8 +95,9 @@ def run(
         SourceError: the checkpoint is not usable; nothing was written.
         HubError: the Hub could not be asked, or sent wrong bytes.
     """
+    asked = _Asked(revision, offline, allow_pickle, lambda slug: build_dir or artifacts / slug)
     with measured() as finding:
-        source = _find(model, revision, reporter)
+        source = _find(model, asked, reporter)
     finding.peak_memory = max(finding.peak_memory, peak_memory_of_children())
     build = Build(build_dir or artifacts / source.slug)
     _refuse_foreign_folders(build, source)
@@ -99,9 +109,16 @@ def run(
             "transformers": transformers_version(),
         }
     )
-    with build.locked():
+
+    def standing() -> Record | None:
         record = build.record("download")
-        if record is not None and record.key == key and _links_stand(build, source):
+        same = record is not None and record.key == key and _links_stand(build, source)
+        return record if same else None
+
+    if record := standing():
+        return build, record, False
+    with _locked_soon(build):
+        if record := standing():
             return build, record, False
 
         def work() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -111,9 +128,26 @@ def run(
                 **source.identity(),
                 "is_sample": source.is_sample,
                 "model": source.model.as_json(),
+                "converted_from": digests_json(source.converted_from or {}),
             }
 
         return build, recorded(build, "download", key, work, finding), True
+
+
+@contextmanager
+def _locked_soon(build: Build) -> Iterator[None]:
+    """Holds the build folder; another download of the same model has it for a moment only."""
+    end = time.monotonic() + _LOCK_PATIENCE
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(build.locked())
+                break
+            except BuildError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.05)
+        yield
 
 
 def recorded_facts(record: Record) -> ModelFacts:
@@ -126,35 +160,47 @@ def recorded_files(record: Record) -> dict[str, FileDigest]:
     return {path.removeprefix("source/"): digest for path, digest in record.outputs.items()}
 
 
-def _find(model: str, revision: str | None, reporter: Reporter) -> Source:
+@dataclass(frozen=True)
+class _Asked:
+    """How a checkpoint is to be found; `root` gives the build folder for a slug."""
+
+    revision: str | None
+    offline: bool
+    allow_pickle: bool
+    root: Callable[[str], Path]
+
+
+def _find(model: str, asked: _Asked, reporter: Reporter) -> Source:
     path = Path(model).expanduser()
     if path.is_dir():
-        _refuse_revision(model, revision)
-        return _local(path.resolve(), path.resolve().name, reporter)
+        _refuse_revision(model, asked)
+        return _local(path.resolve(), path.resolve().name, asked, reporter)
     if model == SAMPLE:
-        _refuse_revision(model, revision)
+        _refuse_revision(model, asked)
         from pipeline.sample import MODEL_DIR
 
-        return _local(MODEL_DIR.resolve(), "nf4-pipeline/sample", reporter, is_sample=True)
+        return _local(MODEL_DIR.resolve(), "nf4-pipeline/sample", asked, reporter, is_sample=True)
     if is_hub_id(model):
-        return _hub(model, revision, reporter)
+        return _hub(model, asked, reporter)
     raise UsageError(f"{model}: no such folder, and not a Hub id of the form ORG/NAME.")
 
 
-def _refuse_revision(model: str, revision: str | None) -> None:
-    if revision is not None:
-        raise UsageError(f"--revision {revision} means nothing for {model}, a local folder.")
+def _refuse_revision(model: str, asked: _Asked) -> None:
+    if asked.revision is not None:
+        raise UsageError(f"--revision {asked.revision} means nothing for {model}, a local folder.")
 
 
-def _local(folder: Path, repo: str, reporter: Reporter, *, is_sample: bool = False) -> Source:
+def _local(
+    folder: Path, repo: str, asked: _Asked, reporter: Reporter, *, is_sample: bool = False
+) -> Source:
+    pickles = asked.allow_pickle and not has_weights(folder) and _pickles_in(folder)
+    if pickles:
+        files = _hashed({**_small_files_in(folder), **pickles}, reporter)
+        return _converted(folder, repo, None, files, asked, reporter)
     _check(folder)
     pending = PendingFacts(folder)
     try:
-        wanted = _wanted_in(folder)
-        total = sum(path.stat().st_size for path in wanted.values())
-        with reporter.task("hash source", total) as task, ThreadPoolExecutor() as pool:
-            digests = pool.map(lambda path: digest_file(path, task), wanted.values())
-            files = dict(zip(wanted, digests, strict=True))
+        files = _hashed(_wanted_in(folder), reporter)
     except BaseException:
         pending.cancel()
         raise
@@ -162,17 +208,57 @@ def _local(folder: Path, repo: str, reporter: Reporter, *, is_sample: bool = Fal
     return Source(folder, repo, None, files, facts, is_sample)
 
 
-def _hub(repo: str, revision: str | None, reporter: Reporter) -> Source:
+def _hashed(paths: Mapping[str, Path], reporter: Reporter) -> dict[str, FileDigest]:
+    total = sum(path.stat().st_size for path in paths.values())
+    with reporter.task("hash source", total) as task, ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda path: digest_file(path, task), paths.values())
+        return dict(zip(paths, digests, strict=True))
+
+
+def _hub(repo: str, asked: _Asked, reporter: Reporter) -> Source:
     from pipeline import hub
 
-    model = hub.resolve(repo, revision)
-    fetched = hub.fetch(model, hub.wanted_files(model), reporter)
-    _check(fetched.folder)
+    model = hub.resolve(repo, asked.revision, offline=asked.offline or None)
+    wanted = hub.wanted_files(model, allow_pickle=asked.allow_pickle)
+    fetched = hub.fetch(model, wanted, reporter)
     files = {
         name: FileDigest((fetched.folder / name).stat().st_size, sha256)
         for name, sha256 in fetched.sha256.items()
     }
+    if any(PICKLE_FILE.fullmatch(name) for name in files):
+        return _converted(fetched.folder, repo, model.commit, files, asked, reporter)
+    _check(fetched.folder)
     return Source(fetched.folder, repo, model.commit, files, PendingFacts(fetched.folder).wait())
+
+
+def _converted(
+    folder: Path,
+    repo: str,
+    commit: str | None,
+    files: Mapping[str, FileDigest],
+    asked: _Asked,
+    reporter: Reporter,
+) -> Source:
+    """A checkpoint of pickles, as safetensors in converted/ of the build folder."""
+    from pipeline.pickles.convert import convert
+
+    check_not_quantized(read_config(folder), folder)
+    build = Build(asked.root(_slug(repo, commit, files)))
+    target = build.root.resolve() / "converted"
+    with _locked_soon(build):
+        made = convert(folder, files, target, reporter)
+    _check(target)
+    facts = PendingFacts(target).wait()
+    return Source(target, repo, commit, made, facts, converted_from=files)
+
+
+def _content_sha256(files: Mapping[str, FileDigest]) -> str:
+    lines = sorted(f"{digest.sha256}  {name}\n" for name, digest in files.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _slug(repo: str, commit: str | None, files: Mapping[str, FileDigest]) -> str:
+    return f"{repo.replace('/', '--')}@{(commit or _content_sha256(files))[:12]}"
 
 
 def _check(folder: Path) -> None:
@@ -183,16 +269,23 @@ def _check(folder: Path) -> None:
 
 def _wanted_in(folder: Path) -> dict[str, Path]:
     weights = set(open_checkpoint(folder).files)
-    names = sorted(
-        path.relative_to(folder).as_posix()
-        for path in [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]
-        if path.is_file()
-    )
+    return {name: folder / name for name in sorted({*weights, *_small_files_in(folder)})}
+
+
+def _small_files_in(folder: Path) -> dict[str, Path]:
+    """What is taken beside the weights."""
+    paths = [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]
+    names = sorted(path.relative_to(folder).as_posix() for path in paths if path.is_file())
     return {
         name: folder / name
         for name in names
-        if name in weights or (is_wanted(name) and not name.endswith(".safetensors"))
+        if is_wanted(name) and not name.endswith(".safetensors")
     }
+
+
+def _pickles_in(folder: Path) -> dict[str, Path]:
+    paths = sorted(folder.glob("pytorch_model*.bin"))
+    return {path.name: path for path in paths if PICKLE_FILE.fullmatch(path.name)}
 
 
 def _refuse_foreign_folders(build: Build, source: Source) -> None:

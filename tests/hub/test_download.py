@@ -8,12 +8,15 @@ import random
 import shutil
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from pipeline.errors import HubError, ResourceError
 from pipeline.hub import RemoteFile, RemoteModel, client, file_digests, wanted_files
+from pipeline.hub.explain import Request
 from tests.support.hub_client import Run, run
 from tests.support.hub_server import Fault, HubServer
 from tests.support.hub_store import Repo, git_sha1
@@ -365,11 +368,11 @@ def test_a_blob_that_never_comes_fails_by_name_and_leaves_the_ref(
 
 
 @pytest.fixture
-def about(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> client.Request:
+def about(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Request:
     """What a call is about, with neither the user's cache nor the user's token at hand."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    return client.Request(REPO, "main", "downloading x")
+    return Request(REPO, "main", "downloading x")
 
 
 @pytest.mark.parametrize(
@@ -381,9 +384,7 @@ def about(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> client.Request:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_faults_that_a_server_cannot_show_are_tried_again(
-    about: client.Request, error: Exception
-) -> None:
+def test_faults_that_a_server_cannot_show_are_tried_again(about: Request, error: Exception) -> None:
     outcomes: list[Exception | str] = [error, error, "done"]
 
     def call() -> str:
@@ -411,7 +412,7 @@ def test_faults_that_a_server_cannot_show_are_tried_again(
     ids=["disk-full", "permission", "secrets"],
 )
 def test_faults_that_stay_fail_at_once_and_in_words(
-    about: client.Request, error: Exception, kind: type[Exception], text: str
+    about: Request, error: Exception, kind: type[Exception], text: str
 ) -> None:
     def call() -> None:
         raise error
@@ -420,6 +421,46 @@ def test_faults_that_stay_fail_at_once_and_in_words(
     with pytest.raises(kind, match=text):
         client.attempt(call, about, sleeps.append)
     assert sleeps == []
+
+
+# Half files, and others at work in the same cache.
+
+
+def test_half_files_of_the_dead_go_and_those_of_the_living_stay(
+    hub: HubServer, repo: Repo, home: Path
+) -> None:
+    etag = hashlib.sha256(WANTED[WEIGHTS]).hexdigest()
+    dead = cached(home, "blobs", f"{etag}.0a1b2c3d.incomplete")
+    living = cached(home, "blobs", f"{'e' * 64}.0a1b2c3d.incomplete")
+    dead.parent.mkdir(parents=True)
+    dead.write_bytes(b"half")
+    living.write_bytes(b"half")
+    lock = home / "hub" / ".locks" / "models--some-org--tiny" / f"{'e' * 64}.lock"
+    with FileLock(lock):
+        assert_complete(run(home, hub.url, REPO))
+        assert not dead.exists()
+        assert living.exists()
+    assert_complete(run(home, hub.url, REPO))
+    assert not living.exists()
+
+
+def test_two_processes_share_one_cache(hub: HubServer, repo: Repo, home: Path) -> None:
+    """Both are in the middle of it at the same time, and each file comes once."""
+    hub.pause = 0.02
+    with ThreadPoolExecutor() as pool:
+        both = list(pool.map(lambda _: run(home, hub.url, REPO), range(2)))
+    for found in both:
+        assert_complete(found)
+    assert blob_requests(hub) == len(WANTED)
+    assert not list(home.rglob("*.incomplete"))
+
+
+def test_a_listing_that_never_comes_ends(hub: HubServer, repo: Repo, home: Path) -> None:
+    """The client itself would wait for ever."""
+    hub.faults.append(Fault("*/tree/*", delay=8.0))
+    found = run(home, hub.url, REPO, fetch=False, env={"HF_HUB_DOWNLOAD_TIMEOUT": "1"})
+    assert set(found.listed) == set(WANTED | UNWANTED)
+    assert hub.count("GET", "*/tree/*") == 2
 
 
 # Offline.
@@ -466,7 +507,7 @@ def test_offline_damage_is_noticed(hub: HubServer, repo: Repo, warm: Path) -> No
 
 def test_a_missing_repo(hub: HubServer, repo: Repo, home: Path) -> None:
     found = run(home, hub.url, "some-org/other")
-    assert found.error == "HubError"
+    assert found.error == "NotFoundError"
     assert found.message == (
         f"some-org/other was not found at {hub.url}, or it is private and no token is set: "
         "check the name, or set HF_TOKEN."
@@ -476,7 +517,7 @@ def test_a_missing_repo(hub: HubServer, repo: Repo, home: Path) -> None:
 
 def test_a_missing_revision(hub: HubServer, repo: Repo, home: Path) -> None:
     found = run(home, hub.url, REPO, revision="refs/pr/7")
-    assert found.error == "HubError"
+    assert found.error == "NotFoundError"
     assert f"{REPO} has no revision 'refs/pr/7': give a branch" in found.message
 
 

@@ -6,8 +6,9 @@
         ...  # HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET=1
         assert hub.count("GET", "*/resolve/*") == 2
 
-It answers what the unmodified client asks for downloads. Other endpoints are added by a module that
-decorates handlers with `route`. A handler gets a `Call` and gives an `Answer`, or raises `Refused`.
+It answers what the unmodified client asks for downloads. Uploads are in `hub_uploads`, a module
+that decorates handlers with `route`. A handler gets a `Call` and gives an `Answer`, or raises
+`Refused`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ class Fault:
 
     `path` is a pattern for the decoded path of the URL. What can go wrong, alone or together: the
     answer waits `delay` seconds; it is `status` with `headers`; `flip_bit` of its body is flipped;
-    the connection ends after `cut_after` bytes of its body, or is reset after `reset_after`.
+    the connection ends after `cut_after` bytes of its body, or is reset after `reset_after`; with
+    `dropped` it is reset before the request is acted on; a Range header is passed over.
+
+    A request that is answered with a `status` is not acted on, unless it is `applied`. One bit of
+    what the client sends is flipped by `flip_sent`.
     """
 
     path: str
@@ -52,7 +57,11 @@ class Fault:
     cut_after: int | None = None
     reset_after: int | None = None
     flip_bit: int | None = None
+    flip_sent: int | None = None
     delay: float = 0.0
+    dropped: bool = False
+    applied: bool = False
+    ignore_range: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,13 @@ class Call:
         if files and repo.gated and user not in repo.readers:
             raise Refused(403 if user else 401, "GatedRepo", f"Access to {repo.repo_id} is gated")
         return repo
+
+    def writer(self) -> str:
+        """The name of the one who asks, who must be somebody."""
+        user = self.user
+        if user is None:
+            raise Refused(401, None, "This needs a token")
+        return user
 
     def commit(self, repo: Repo) -> Commit:
         """The commit of the path's revision, main if it names none."""
@@ -145,6 +161,9 @@ class HubServer:
     """Two servers over one store, the log of what they were asked, and the faults still to come."""
 
     page_size: int = 1000  # entries of a tree listing in one answer
+    part_size: int | None = None  # LFS uploads larger than this come in parts of it
+    pause: float = 0.0  # seconds before each request is acted on, and between pieces of a body
+    piece: int = 1 << 18  # bytes of a body sent at a time when there is a pause
 
     def __init__(self) -> None:
         self.store = Store()
@@ -152,6 +171,8 @@ class HubServer:
         self.seen: list[Seen] = []
         self.bugs: list[BaseException] = []
         self.lock = threading.Lock()
+        self.after_commit: Callable[[dict[str, bytes | None]], Mapping[str, bytes | None]] = dict
+        self._before: list[tuple[str, Callable[[], object]]] = []
         self._servers = [_Server(self, cdn=False), _Server(self, cdn=True)]
         self.url, self.cdn_url = (f"http://127.0.0.1:{s.server_port}" for s in self._servers)
 
@@ -178,6 +199,26 @@ class HubServer:
             seen.method == method and fnmatchcase(seen.path, path) and cdn in (None, seen.cdn)
             for seen in self.seen
         )
+
+    def before(self, path: str, act: Callable[[], object]) -> None:
+        """Lets something happen once, just before a request to `path` is acted on."""
+        self._before.append((path, act))
+
+    def act_before(self, path: str) -> None:
+        """Does what `before` planned."""
+        with self.lock:
+            due = [entry for entry in self._before if fnmatchcase(path, entry[0])][:1]
+            for entry in due:
+                self._before.remove(entry)
+        for _, act in due:
+            act()
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Waits for something that a request still under way brings about."""
+        end = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.02)
 
     def next_fault(self, method: str, path: str, *, cdn: bool) -> Fault | None:
         """Takes one use of the first fault that matches."""
@@ -219,19 +260,26 @@ class _Handler(BaseHTTPRequestHandler):
         hub, cdn, method = self.server.hub, self.server.cdn, self.command
         url = urlsplit(self.path)
         path = unquote(url.path)
-        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        body = self._read_body()
         headers = {name.lower(): value for name, value in self.headers.items()}
         with hub.lock:
             hub.seen.append(Seen(method, path, cdn, "authorization" in headers))
         fault = hub.next_fault(method, path, cdn=cdn) or Fault(path)
-        time.sleep(fault.delay)
-        if fault.status is not None:
-            text = {"X-Error-Message": fault.message, **fault.headers}
-            self._send(Answer(fault.status, {"error": fault.message}, text), fault)
+        time.sleep(fault.delay + hub.pause)
+        if fault.dropped:
+            self._reset()
             return
+        text = {"X-Error-Message": fault.message, **fault.headers}
+        planned = Answer(fault.status or 200, {"error": fault.message}, text)
+        if fault.status is not None and not fault.applied:
+            self._send(planned, fault)
+            return
+        if fault.flip_sent is not None and body:
+            body = _flipped(body, fault.flip_sent)
         answer = Refused(404, None, f"no such endpoint: {method} {path}").answer
         query = parse_qs(url.query, keep_blank_values=True)
         try:
+            hub.act_before(path)
             for verb, side, pattern, handler in ROUTES:
                 match = pattern.fullmatch(url.path) if (verb, side) == (method, cdn) else None
                 if match:
@@ -243,7 +291,17 @@ class _Handler(BaseHTTPRequestHandler):
         except Exception as bug:
             hub.bugs.append(bug)
             answer = Answer(500, {"error": repr(bug)})
-        self._send(answer, fault)
+        self._send(answer if fault.status is None else planned, fault)
+
+    def _read_body(self) -> bytes:
+        if self.headers.get("transfer-encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("content-length") or 0))
+        body = b""
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 
@@ -256,7 +314,7 @@ class _Handler(BaseHTTPRequestHandler):
             body = json.dumps(body).encode()
             headers["Content-Type"] = "application/json"
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range") or "")
-        if answer.ranges and wanted and status == 200:
+        if answer.ranges and wanted and status == 200 and not fault.ignore_range:
             first, size = int(wanted[1]), len(body)
             last = min(int(wanted[2]), size - 1) if wanted[2] else size - 1
             if first > last:
@@ -266,9 +324,7 @@ class _Handler(BaseHTTPRequestHandler):
                 status, body = 206, body[first : last + 1]
                 headers["Content-Range"] = f"bytes {first}-{last}/{size}"
         if fault.flip_bit is not None:
-            flipped = bytearray(body)
-            flipped[fault.flip_bit // 8] ^= 1 << fault.flip_bit % 8
-            body = bytes(flipped)
+            body = _flipped(body, fault.flip_bit)
         if not self.headers.get("authorization") and not self.server.cdn:
             headers["X-HF-Warning"] = self.warning
         self.send_response(status)
@@ -278,18 +334,34 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             ends = [end for end in (fault.cut_after, fault.reset_after) if end is not None]
-            self.wfile.write(body[: min(ends, default=len(body))])
+            self._write(body[: min(ends, default=len(body))])
         if fault.cut_after is not None:
             self.close_connection = True
         if fault.reset_after is not None:
             time.sleep(0.05)  # lets the client read what was sent: a reset throws the rest away
             self._reset()
 
+    def _write(self, body: bytes) -> None:
+        hub = self.server.hub
+        if not hub.pause:
+            self.wfile.write(body)
+            return
+        for start in range(0, len(body), hub.piece):
+            self.wfile.write(body[start : start + hub.piece])
+            time.sleep(hub.pause)
+
     def _reset(self) -> None:
         linger = struct.pack("ii", 1, 0)  # closing sends RST instead of FIN
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.close_connection = True
         os.close(self.connection.detach())  # before the base class can shut it down in order
+
+
+def _flipped(body: bytes, bit: int) -> bytes:
+    """A copy with one bit changed; counts from the end where there are not that many."""
+    changed = bytearray(body)
+    changed[bit // 8 % len(changed)] ^= 1 << bit % 8
+    return bytes(changed)
 
 
 @route("GET", f"/api/models/{REPO}")

@@ -15,6 +15,11 @@ def git_sha1(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
+def is_lfs(path: str, size: int) -> bool:
+    """Whether the Hub keeps a file outside git."""
+    return size > LFS_FROM or path.endswith(".safetensors")
+
+
 @dataclass(frozen=True)
 class Blob:
     """A file's bytes with what the Hub says about them."""
@@ -51,15 +56,45 @@ class Commit:
 
 
 @dataclass
+class PullRequest:
+    """A pull request; its branch is `refs/pr/<num>`."""
+
+    num: int
+    title: str
+    author: str
+    status: str = "open"
+
+
+@dataclass
 class Repo:
-    """A model repo: its commits, what branches and tags point at, and who may read it."""
+    """A model repo: its commits, what branches and tags point at, who may read it and write to it.
+
+    LFS bytes come before the commit that names them: `objects` holds them by sha256, `parts` those
+    of an upload in parts by sha256 and number.
+    """
 
     repo_id: str
     gated: bool = False  # anybody sees the list, only `readers` get files
     private: bool = False  # only `readers` see that it exists
     readers: set[str] = field(default_factory=set)  # user names
+    writers: set[str] = field(default_factory=set)
     commits: dict[str, Commit] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
+    parts: dict[tuple[str, int], bytes] = field(default_factory=dict)
+    pull_requests: list[PullRequest] = field(default_factory=list)
+
+    @property
+    def head(self) -> Commit:
+        """The commit of main."""
+        return self.commits[self.refs["main"]]
+
+    def open_pull_request(self, title: str, author: str) -> PullRequest:
+        """Opens one whose branch stands where main does."""
+        request = PullRequest(len(self.pull_requests) + 1, title, author)
+        self.pull_requests.append(request)
+        self.refs[f"refs/pr/{request.num}"] = self.refs["main"]
+        return request
 
     def commit(self, files: Mapping[str, bytes | None], branch: str = "main") -> str:
         """Puts files on a branch (None takes one away) and gives the new commit's id."""
@@ -69,8 +104,7 @@ class Repo:
             if data is None:
                 del state[path]
             else:
-                lfs = len(data) > LFS_FROM or path.endswith(".safetensors")
-                state[path] = Blob(data, lfs)
+                state[path] = Blob(data, is_lfs(path, len(data)))
         listing = "".join(f"{path} {blob.oid}\n" for path, blob in sorted(state.items()))
         text = f"{self.repo_id} {parent}\n{listing}".encode()
         sha = hashlib.sha1(text, usedforsecurity=False).hexdigest()
@@ -89,6 +123,7 @@ class Store:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.users: dict[str, str] = {}  # token → user name
+        self.organizations: dict[str, set[str]] = {}  # user name → where it may create repos
 
     def add(
         self,

@@ -1,0 +1,154 @@
+"""`nf4 download` and `nf4 push` as processes against a Hub: what people read, and what leaks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.build import Build
+from tests.support import hub_uploads
+from tests.support.hub_client import isolated
+from tests.support.hub_faults import TOKEN
+from tests.support.hub_server import Fault, HubServer
+from tests.support.tiny import Done, content_of, copy_of
+
+assert hub_uploads  # its routes are registered by importing it
+
+REPO = "me/tiny"
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        server.store.users[TOKEN] = "me"
+        yield server
+
+
+class Shell:
+    """Runs `nf4` in a folder, with a cache of its own and a token."""
+
+    def __init__(self, folder: Path, hub: HubServer) -> None:
+        self.folder = folder
+        self.environment = isolated(
+            folder / "hf", hub.url, HF_TOKEN=TOKEN, HF_HUB_DOWNLOAD_TIMEOUT="1"
+        )
+
+    def start(self, *args: str | Path, **variables: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipeline", *map(str, args)],
+            cwd=self.folder,
+            env=self.environment | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, *args: str | Path, **variables: str) -> Done:
+        process = self.start(*args, **variables)
+        out, err = process.communicate(timeout=120)
+        return Done(process.returncode, out, err)
+
+
+@pytest.fixture
+def shell(hub: HubServer, tmp_path: Path) -> Shell:
+    return Shell(tmp_path, hub)
+
+
+def test_two_downloads_of_one_model_at_a_time(
+    hub: HubServer, shell: Shell, tiny_falcon: Path
+) -> None:
+    hub.store.add(REPO, tiny_falcon)
+    hub.pause = 0.02
+    both = [shell.start("download", REPO, "--json") for _ in range(2)]
+    ends = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ends
+    first, second = (json.loads(out) for out, _ in ends)
+    assert first == second
+    assert first["commit"] == hub.store.repos[REPO].refs["main"]
+    source = shell.folder / first["build"] / "source"
+    assert content_of(source) == {
+        name: (tiny_falcon / name).read_bytes() for name in first["files"]
+    }
+
+
+def test_offline_says_which_commit_it_takes(
+    hub: HubServer, shell: Shell, tiny_falcon: Path
+) -> None:
+    repo = hub.store.add(REPO, tiny_falcon)
+    old = repo.refs["main"]
+    assert shell("download", REPO).status == 0
+    repo.commit({"README.md": b"newer"})
+    hub.faults.append(Fault("/api/models/*/revision/*", status=503, times=99))
+    done = shell("download", REPO)
+    assert done.status == 1
+    assert f"--offline or HF_HUB_OFFLINE=1 uses the cached commit {old}" in done.err
+    asked = len(hub.seen)
+    done = shell("download", REPO, "--offline")
+    assert done.status == 0, done.err
+    assert f"offline: {REPO} at commit {old}, as cached in" in done.err
+    assert old in done.out
+    assert len(hub.seen) == asked
+
+
+def test_a_push_says_what_it_did(hub: HubServer, shell: Shell, verified: Path) -> None:
+    build = Build(copy_of(verified, shell.folder / "build"))
+    push = ("push", "--repo-id", REPO, "--build-dir", build.root)
+    plan = shell(*push, "--dry-run")
+    assert plan.status == 0, plan.err
+    assert hub.seen == []
+    assert f"would upload to {REPO} (private if it has to be created)" in plan.out
+    for name, content in content_of(build.export).items():
+        assert f"{len(content):>14,}  " in plan.out
+        assert f"  {name}\n" in plan.out
+    card = (build.export / "README.md").read_text().splitlines()
+    assert [line[4:] for line in plan.out.splitlines() if line.startswith("  |")] == card
+
+    done = shell(*push)
+    commit = hub.store.repos[REPO].refs["main"]
+    count, total = len(content_of(build.export)), sum(map(len, content_of(build.export).values()))
+    assert done.status == 0, done.err
+    assert done.out.splitlines() == [
+        f"pushed to {REPO} (private, new), main",
+        f"commit        {hub.url}/{REPO}/commit/{commit}",
+        f"proof         the Hub lists the expected checksum for all {count} files, {total:,} bytes",
+    ]
+    again = shell(*push, "--json")
+    assert again.status == 0, again.err
+    assert (again.value["commit"], again.value["committed"]) == (commit, False)
+    assert again.value["proof"]["commit"] == commit
+
+
+LEAKS: list[dict[str, Any]] = [
+    {},
+    {"path": "*/preupload/*", "status": 403, "message": f"the token {TOKEN} may not"},
+    {"path": "*/commit/*", "status": 500, "message": f"Bearer {TOKEN}", "times": 99},
+    {"path": "/upload/*", "status": 404, "message": f"at https://{TOKEN}@cdn/?token={TOKEN}"},
+    {"path": "/api/repos/create", "dropped": True, "times": 99},
+]
+
+
+@pytest.mark.parametrize("fault", LEAKS, ids=["none", "403", "500", "404", "reset"])
+@pytest.mark.parametrize("verbose", ["-v", "-q"])
+def test_the_token_is_nowhere(
+    hub: HubServer, shell: Shell, verified: Path, fault: dict[str, Any], verbose: str
+) -> None:
+    build = Build(copy_of(verified, shell.folder / "build"))
+    if fault:
+        hub.faults.append(Fault(**fault))
+    process = shell.start("push", "--repo-id", REPO, "--build-dir", build.root, verbose)
+    hub.wait_until(lambda: bool(hub.seen) or process.poll() is not None)
+    title = Path(f"/proc/{process.pid}/cmdline").read_bytes() if process.poll() is None else b""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == bool(fault), err
+    assert "Traceback" not in err
+    assert any(seen.authorized for seen in hub.seen)
+    written = b"".join(content_of(build.root).values())
+    for text in (out, err, title.decode(), written.decode(errors="replace")):
+        assert TOKEN not in text
+        assert TOKEN[3:] not in text

@@ -1,0 +1,86 @@
+"""What is pushed, a stranger downloads: the same bytes, and a model that answers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pipeline
+from pipeline.build import Build
+from pipeline.job import run_build
+from pipeline.progress import SILENT
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.stages import Settings
+from tests.support.hub_client import isolated
+from tests.support.hub_server import HubServer
+from tests.support.hub_worker import Worker
+from tests.support.tiny import content_of, copy_of, write_falcon
+
+FETCH = """
+import sys
+from huggingface_hub import snapshot_download
+snapshot_download(sys.argv[1], revision=sys.argv[2], local_dir=sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def large(quick_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build with one weight file of more than 30 MB."""
+    folder = tmp_path_factory.mktemp("large")
+    model = write_falcon(folder / "model", hidden=1024, layers=6, shards=1)
+    settings = Settings(recipe=load_recipe(quick_recipe), device="cpu")
+    build, _ = run_build(str(model), folder / "artifacts", settings, SILENT)
+    assert (build.export / "model.safetensors").stat().st_size > 30_000_000
+    return build.root
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build of the sample that comes with the package."""
+    settings = Settings(recipe=Recipe(), device="cpu")
+    build, _ = run_build("sample", tmp_path_factory.mktemp("sample"), settings, SILENT)
+    return build.root
+
+
+@pytest.mark.parametrize(
+    ("name", "part_size"),
+    [("sample", None), ("large", None), ("large", 7_000_000)],
+    ids=["sample-basic", "large-basic", "large-multipart"],
+)
+def test_round_trip(
+    hub: HubServer,
+    worker: Worker,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    name: str,
+    part_size: int | None,
+) -> None:
+    build = Build(copy_of(request.getfixturevalue(name), tmp_path / "build"))
+    hub.part_size = part_size
+    outcome = worker.push(build.root, "me/model", private=False)
+    assert outcome.error == "", outcome.message
+    assert (hub.count("POST", "*/complete") > 0) == (part_size is not None)
+    assert (hub.count("PUT", "/upload/*") > 2) == (part_size is not None)
+
+    fetched = tmp_path / "fetched"
+    done = subprocess.run(
+        [sys.executable, "-c", FETCH, "me/model", outcome.value["commit"], str(fetched)],
+        env=isolated(tmp_path / "stranger", hub.url),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    there = {
+        path: content
+        for path, content in content_of(fetched).items()
+        if path != ".gitattributes" and not path.startswith(".cache/")
+    }
+    assert there == content_of(build.export)
+    (answer,) = pipeline.prompt("Tell me a story.", fetched, max_new_tokens=5, device="cpu")
+    assert isinstance(answer, str)
+    expected = pipeline.prompt("Tell me a story.", build.export, max_new_tokens=5, device="cpu")
+    assert [answer] == expected

@@ -1,0 +1,117 @@
+"""A process that downloads and pushes for tests, one order after the other, as a user would.
+
+The client reads HF_HOME, HF_ENDPOINT and HF_TOKEN once, so whoever needs others starts another
+worker. Orders go in and outcomes come out as lines of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tests.support.hub_client import ROOT, isolated
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of an order: the facts of a push or {path: sha256} of a download, or an error."""
+
+    error: str  # the class of the error, "" if there was none
+    message: str
+    value: dict[str, Any]
+    sleeps: list[float]
+
+
+class Worker:
+    """A running process; a context manager that ends it."""
+
+    def __init__(self, home: Path, endpoint: str, **variables: str) -> None:
+        self.log = home.with_name(f"{home.name}.log")
+        self._stderr = self.log.open("w")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.hub_worker"],
+            env=isolated(home, endpoint, **variables),
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+        )
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._stderr.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def push(self, build: Path, repo_id: str, **options: Any) -> Outcome:
+        """Pushes the export of a build; `options` are those of `pipeline.stages.push.Target`."""
+        return self._do({"do": "push", "build": str(build), "repo_id": repo_id, **options})
+
+    def download(self, repo_id: str, revision: str | None = None) -> Outcome:
+        """Looks a model up and fetches every file of it."""
+        return self._do({"do": "download", "repo_id": repo_id, "revision": revision})
+
+    def _do(self, order: Mapping[str, Any]) -> Outcome:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        assert line, self.log.read_text()
+        return Outcome(**json.loads(line))
+
+
+def _push(order: Mapping[str, Any]) -> dict[str, Any]:
+    from pipeline.build import Build
+    from pipeline.progress import SILENT
+    from pipeline.stages.push import Target, run
+
+    options = {name: value for name, value in order.items() if name not in ("do", "build")}
+    return run(Build(Path(order["build"])), Target(**options), SILENT).facts
+
+
+def _download(order: Mapping[str, Any], sleeps: list[float]) -> dict[str, Any]:
+    from pipeline import hub
+    from pipeline.progress import SILENT
+
+    model = hub.resolve(order["repo_id"], order["revision"], sleep=sleeps.append)
+    fetched = hub.fetch(model, model.files, SILENT, sleep=sleeps.append)
+    return {"commit": model.commit, "sha256": fetched.sha256}
+
+
+def _main() -> None:
+    from pipeline.errors import PipelineError
+
+    for line in sys.stdin:
+        order, sleeps = json.loads(line), list[float]()
+        outcome: dict[str, Any] = {"error": "", "message": "", "value": {}}
+        try:
+            if order["do"] == "push":
+                outcome["value"] = _push(order)
+            else:
+                outcome["value"] = _download(order, sleeps)
+        except PipelineError as error:
+            outcome |= {"error": type(error).__name__, "message": str(error)}
+        print(json.dumps(outcome | {"sleeps": sleeps}), flush=True)
+
+
+if __name__ == "__main__":
+    _main()
