@@ -4,7 +4,7 @@
 
 Sending bytes changes nothing that anybody sees; the one commit does, so a repo holds either all of
 an export or none of it. That is why `create_commit` is used: where Xet is on, `upload_folder` may
-cut a folder into several commits, and does so after a failure (docs/decisions/0005-one-commit.md).
+cut a folder into several commits, and does so after a failure (docs/decisions/0006-one-commit.md).
 
 A commit whose answer is lost may have been made. So nothing is committed without looking at the
 repo first, and each commit names the parent that was seen.

@@ -107,16 +107,18 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
     The verdict "fail" is recorded like any other; the caller decides what follows from it.
 
     Raises:
-        ArtifactError: the export is no artifact.
+        ArtifactError: the export is no artifact, or the one to compare with is not of its source.
         SourceError: the source does not load.
         ResourceError: a GPU was required and there is none.
         VerificationError: a process that loads a model died.
     """
     stage = _key(build, settings, _manifest_of(settings))
     build.check_inputs("download")
+    manifest = read_manifest(build.export)
+    if settings.against is not None:
+        _check_other(manifest, _other(settings.against), reporter)
 
     def work() -> tuple[dict[str, Any], dict[str, Any]]:
-        manifest = read_manifest(build.export)
         found = _examine(build, manifest, settings, reporter)
         files = _documents(build, manifest, found)
         for name in _WRITTEN - set(files):
@@ -173,7 +175,7 @@ def _examine(
         found = examined(manifest, gates, prompts, source, artifact, recipe, versions)
         if settings.against is not None:
             other = _other(settings.against)
-            compared = _compare(asked, manifest, other, others, reporter)
+            compared = _compare(asked, other, others, reporter)
             found["against"] = {**compared, "difference": scores_differ(own, others)}
     return found
 
@@ -184,10 +186,8 @@ def _versions() -> dict[str, str]:
     return {"nf4-pipeline": __version__, "python": platform.python_version(), **used}
 
 
-def _compare(
-    asked: Examination, manifest: dict[str, Any], other: Path, scores: Path, reporter: Reporter
-) -> dict[str, Any]:
-    """Another artifact of the same source on the same text."""
+def _check_other(manifest: dict[str, Any], other: Path, reporter: Reporter) -> None:
+    """Refuses an artifact that cannot be compared with, before any work is done."""
     theirs = read_manifest(other)
     if theirs["source"]["content_sha256"] != manifest["source"]["content_sha256"]:
         raise ArtifactError(
@@ -199,6 +199,11 @@ def _compare(
     failed = [gate for gate in file_gates(other, theirs, reporter) if not gate.passed]
     if failed:
         raise ArtifactError(f"{other} is not what its manifest says: {failed[0].found}.")
+
+
+def _compare(asked: Examination, other: Path, scores: Path, reporter: Reporter) -> dict[str, Any]:
+    """Another artifact of the same source on the same text."""
+    theirs = read_manifest(other)
     found = asked.without_prompts().ask_artifact(other, scores, reporter)
     return {
         "name": other.parent.name if other.name == "export" else other.name,

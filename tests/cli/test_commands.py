@@ -237,7 +237,7 @@ def test_push_lists_what_it_would_upload(built: Built) -> None:
     assert done.status == 0, done.err
     assert done.value["repo_id"] == "some-org/tiny"
     assert done.value["private"] is True
-    files = {path.name: path.stat().st_size for path in built.build.export.iterdir()}
+    files = {name: len(content) for name, content in content_of(built.build.export).items()}
     assert {name: entry["size"] for name, entry in done.value["files"].items()} == files
     assert done.value["total_bytes"] == sum(files.values())
 

@@ -1,78 +1,526 @@
-"""Verify from outside: what it lets pass, and what it names when it does not."""
+"""Verify from outside: what it measures, against what, and what it refuses."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Final
 
+import jsonschema
+import numpy as np
 import pytest
+import torch
+import transformers
 
 from pipeline.build import Build
-from pipeline.job import run_stage
+from pipeline.cli import main
+from pipeline.errors import ArtifactError, RecipeError, UsageError, VerificationError
+from pipeline.fidelity.tokens import TokenScores, score_tokens
+from pipeline.job import run_stage, states
 from pipeline.progress import SILENT
-from pipeline.recipe import Recipe, VerifyRecipe
+from pipeline.proof.prompts import Prompt
+from pipeline.proof.run import Examination
+from pipeline.proof.text import Text, cut
+from pipeline.proof.verification import SCHEMA
+from pipeline.recipe import load_recipe
+from pipeline.runtime.loader import load, load_tokenizer
+from pipeline.runtime.quiet import quiet_loading
+from pipeline.sample import MODEL_DIR, TEXT
 from pipeline.stages import Settings, download
-from tests.support.tiny import copy_of, flip_byte
+from tests.support.checkpoints import make_checkpoint
+from tests.support.examined import examine_here
+from tests.support.tiny import content_of, copy_of, edit_json, flip_byte, nf4
 
-SETTINGS = Settings(
-    recipe=Recipe(verify=VerifyRecipe(max_new_tokens=2, eval_tokens=64)), device="cpu"
-)
+DONE: Final = dict.fromkeys(("download", "quantize", "serialize", "verify"), "done")
+
+
+@pytest.fixture
+def settings(quick_recipe: Path) -> Settings:
+    return Settings(recipe=load_recipe(quick_recipe), device="cpu")
+
+
+@pytest.fixture
+def build(exported_falcon: Path, tmp_path: Path) -> Build:
+    return Build(copy_of(exported_falcon, tmp_path / "build"))
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    examine_here(monkeypatch)
+
+
+def with_verify(settings: Settings, **changes: Any) -> Settings:
+    recipe = settings.recipe
+    return replace(settings, recipe=replace(recipe, verify=replace(recipe.verify, **changes)))
+
+
+def verified(build: Build, settings: Settings) -> dict[str, Any]:
+    """Runs the stage; gives what stands in verification.json, which fits its schema."""
+    result = run_stage(build, "verify", settings, SILENT)
+    assert result.ran
+    found: dict[str, Any] = json.loads((build.export / "verification.json").read_text("utf-8"))
+    jsonschema.validate(found, json.loads(SCHEMA.read_text("utf-8")))
+    assert found == json.loads(json.dumps(result.record.facts))
+    return found
+
+
+def status_of(build: Build, settings: Settings) -> dict[str, str]:
+    return {stage: state.status for stage, state in states(build, settings).items()}
+
+
+def failed(found: dict[str, Any]) -> dict[str, str]:
+    return {check["name"]: check["found"] for check in found["checks"] if not check["passed"]}
+
+
+# --- against both models whole ---
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A build of a checkpoint without a tokenizer, up to serialize."""
-    folder = tmp_path_factory.mktemp("verify")
-    model = copy_of(tiny_falcon, folder / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        (model / name).unlink(missing_ok=True)
-    build, *_ = download.run(str(model), folder / "artifacts", SILENT)
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build of the sample up to serialize."""
+    build, *_ = download.run("sample", tmp_path_factory.mktemp("sample"), SILENT)
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, SETTINGS, SILENT)
+        run_stage(build, stage, Settings(device="cpu"), SILENT)
     return build.root
 
 
-def _verify(build: Build) -> dict[str, dict[str, object]]:
-    record = run_stage(build, "verify", SETTINGS, SILENT).record
-    found = json.loads((build.export / "verification.json").read_text("utf-8"))
-    assert found == json.loads(json.dumps(record.facts))
-    assert found["verdict"] in (build.export / "README.md").read_text("utf-8")
-    return {check["name"]: check for check in found["checks"]} | {"": found}
-
-
-def test_without_a_tokenizer_the_models_are_compared_on_token_ids(
-    exported: Path, tmp_path: Path
+@pytest.mark.usefixtures("here")
+def test_the_sample_passes_and_its_figures_are_those_of_both_models_whole(
+    sample: Path, tmp_path: Path
 ) -> None:
-    found = _verify(Build(copy_of(exported, tmp_path / "build")))
-    assert found[""]["verdict"] == "pass"
-    assert found[""]["answers"] == []
-    fidelity = found[""]["fidelity"]
-    assert isinstance(fidelity, dict)
-    assert fidelity["tokens"] == 63
-    assert 0 < fidelity["mean_kl"] < 0.5
+    build = Build(copy_of(sample, tmp_path / "build"))
+    found = verified(build, with_verify(Settings(device="cpu"), eval_tokens=1500))
+    assert (found["verdict"], failed(found)) == ("pass", {})
+    assert found["accuracy"]["asked"] == 50
+    assert found["accuracy"]["right_16bit"] >= 49
+    assert found["accuracy"]["right_4bit"] >= 46
+    with quiet_loading():
+        reference = transformers.AutoModelForCausalLM.from_pretrained(
+            MODEL_DIR, dtype="auto"
+        ).eval()
+    model = load(build.export, device="cpu")
+    text = Text("any", {"stories and questions": TEXT.read_text("utf-8")})
+    sequences = cut(text, load_tokenizer(MODEL_DIR), 1500, None)
+    parts = []
+    for sequence in sequences:
+        ids = torch.from_numpy(sequence.ids)[None]
+        with torch.inference_mode():
+            before, after = (m(ids, use_cache=False).logits[0, :-1] for m in (reference, model))
+        parts.append(score_tokens(before, after, ids[0, 1:]))
+    scores = TokenScores.joined(parts)
+    fidelity = found["fidelity"]
+    assert fidelity["tokens"] == found["text"]["tokens"] == len(scores) == 1500 - len(sequences)
+    assert fidelity["mean_kl"]["value"] == pytest.approx(scores.kl.mean(), abs=1e-6)
+    assert fidelity["max_kl"]["value"] == pytest.approx(scores.kl.max(), abs=1e-6)
+    ordered = np.sort(scores.kl)
+    for name, level in (("median_kl", 0.5), ("p99_kl", 0.99)):
+        place = int(np.ceil(level * len(ordered))) - 1
+        assert fidelity[name]["value"] == pytest.approx(ordered[place], abs=1e-6), name
+    assert fidelity["top1_agreement"]["value"] == pytest.approx(scores.agrees.mean())
+    assert fidelity["perplexity_16bit"]["value"] == pytest.approx(
+        np.exp(scores.reference_nll.mean()), rel=1e-6
+    )
+    assert fidelity["perplexity_4bit"]["value"] == pytest.approx(
+        np.exp(scores.nll.mean()), rel=1e-6
+    )
+    assert 1e-3 < fidelity["mean_kl"]["value"] < 0.1
+    for block in found["blocks"]:
+        assert 0.01 < block["relative_error"] < 0.2
+        assert len(block["modules"]) == 4
 
 
-def test_a_flipped_bit_is_named_and_nothing_is_loaded(exported: Path, tmp_path: Path) -> None:
-    build = Build(copy_of(exported, tmp_path / "build"))
+@pytest.mark.usefixtures("here")
+def test_without_a_tokenizer_the_models_are_compared_on_token_ids(
+    tiny_falcon: Path, tmp_path: Path, settings: Settings
+) -> None:
+    model = copy_of(tiny_falcon, tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    build, *_ = download.run(str(model), tmp_path / "artifacts", SILENT)
+    for stage in ("quantize", "serialize"):
+        run_stage(build, stage, settings, SILENT)
+    found = verified(build, settings)
+    assert found["verdict"] == "pass"
+    assert (found["answers"], found["accuracy"]) == ([], None)
+    assert found["text"] == {
+        "name": "random token ids",
+        "sha256": None,
+        "sequences": 1,
+        "tokens": 63,
+        "length": 64,
+    }
+    assert found["fidelity"]["mean_kl"]["value"] > 0
+    assert found["models"]["4bit"]["tokens_per_second"] is None
+    assert status_of(build, settings) == DONE
+
+
+# --- what is asked ---
+
+
+def prompts_file(folder: Path, prompts: list[dict[str, Any]]) -> str:
+    path = folder / "asked.jsonl"
+    path.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts), "utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def distant(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build up to serialize of a random model that 4 bits move far enough to be seen."""
+    folder = tmp_path_factory.mktemp("distant")
+    model = make_checkpoint(folder / "model", "falcon-whole")
+    build, *_ = download.run(str(model), folder / "artifacts", SILENT)
+    for stage in ("quantize", "serialize"):
+        run_stage(build, stage, Settings(device="cpu"), SILENT)
+    return build.root
+
+
+@pytest.mark.usefixtures("here")
+def test_expected_answers_count(distant: Path, tmp_path: Path, settings: Settings) -> None:
+    build = Build(copy_of(distant, tmp_path / "build"))
+    asked = [{"prompt": f"{word} and"} for word in "one two three four five six seven".split()]
+    lenient = with_verify(settings, max_new_tokens=16, min_sure_agreement=0.0)
+    first = verified(build, with_verify(lenient, prompts=prompts_file(tmp_path, asked)))
+    assert first["accuracy"] is None
+    greedy = [answer for answer in first["answers"] if answer["seed"] is None]
+    parted = [a for a in greedy if _line(a["answer_16bit"]) != _line(a["answer_4bit"])]
+    assert len(parted) >= 2
+    for answer in parted:
+        at = answer["first_difference"]["character"]
+        assert answer["answer_16bit"][:at] == answer["answer_4bit"][:at]
+        assert answer["answer_16bit"][at : at + 1] != answer["answer_4bit"][at : at + 1]
+    expected = [
+        {"prompt": answer["prompt"], "expect": _line(answer[side])}
+        for answer, side in zip(parted[:2], ("answer_16bit", "answer_4bit"), strict=True)
+    ]
+    even = verified(build, with_verify(lenient, prompts=prompts_file(tmp_path, expected)))
+    # One is lost and one is won.
+    assert even["accuracy"] == {"asked": 2, "right_16bit": 1, "right_4bit": 1}
+    assert [(a["right_16bit"], a["right_4bit"]) for a in even["answers"]] == [
+        (True, False),
+        (False, True),
+    ]
+    assert even["verdict"] == "pass"
+    lost = verified(build, with_verify(lenient, prompts=prompts_file(tmp_path, expected[:1])))
+    assert lost["accuracy"] == {"asked": 1, "right_16bit": 1, "right_4bit": 0}
+    assert failed(lost) == {"right answers": "0 of 1 in 4 bit, 1 of 1 in 16 bit"}
+    assert lost["verdict"] == "fail"
+
+
+def _line(text: str) -> str:
+    """What counts of an answer."""
+    lines = text.strip().splitlines()
+    return lines[0].strip().rstrip(".").strip() if lines else ""
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("limit", ["max_mean_kl", "max_perplexity_ratio", "min_sure_agreement"])
+def test_the_limits_are_those_of_the_recipe(
+    distant: Path, tmp_path: Path, settings: Settings, limit: str
+) -> None:
+    strict = {"max_mean_kl": 1e-9, "max_perplexity_ratio": 1.0, "min_sure_agreement": 1.0}
+    build = Build(copy_of(distant, tmp_path / "build"))
+    found = verified(build, with_verify(settings, **{limit: strict[limit]}, eval_tokens=600))
+    assert len(failed(found)) == 1, found["checks"]
+    assert found["verdict"] == "fail"
+    assert found["thresholds"][limit] == strict[limit]
+
+
+@pytest.mark.parametrize("kind", ["falcon-7b", "llama", "gpt2"])
+@pytest.mark.usefixtures("here")
+def test_streamed_answers_are_those_of_the_whole_model(kind: str, tmp_path: Path) -> None:
+    """Greedy and drawn, of different lengths, with and without a right answer."""
+    folder = make_checkpoint(tmp_path / kind, kind)
+    whole = Examination(
+        source=folder,
+        device="cpu",
+        device_memory=0,
+        prompts=[Prompt("one"), Prompt("two and three"), Prompt("four", expect="x")],
+        max_new_tokens=12,
+        text=Text("none", {}),
+        tokens=2,
+    )
+    found = whole.ask_source(folder, SILENT)
+    streamed = replace(whole, device_memory=1).ask_source(folder, SILENT)
+    assert (found["costs"]["streamed"], streamed["costs"]["streamed"]) == (False, True)
+    assert len(found["answers"]) == len(streamed["answers"]) == 5
+    for one, other in zip(found["answers"], streamed["answers"], strict=True):
+        assert (other["ids"], other["text"]) == (one["ids"], one["text"])
+    assert found["costs"]["tokens_per_second"] > 0
+    # All prompts were answered together, so no time belongs to one of them.
+    assert streamed["costs"]["tokens_per_second"] is None
+    assert streamed["costs"]["first_token_seconds"] is None
+    assert streamed["costs"]["footprint_bytes"] == found["costs"]["footprint_bytes"]
+
+
+# --- against another artifact ---
+
+
+@pytest.fixture(scope="module")
+def skipped(downloaded_falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another artifact of the same source: one layer stays in 16 bit."""
+    folder = tmp_path_factory.mktemp("skipped")
+    build = Build(copy_of(downloaded_falcon, folder / "tiny"))
+    settings = Settings(device="cpu")
+    recipe = replace(settings.recipe.quantize, skip_modules=("h.0.mlp.dense_h_to_4h",))
+    settings = replace(settings, recipe=replace(settings.recipe, quantize=recipe))
+    for stage in ("quantize", "serialize"):
+        run_stage(build, stage, settings, SILENT)
+    return build.root
+
+
+@pytest.mark.usefixtures("here")
+def test_against_another_artifact(build: Build, settings: Settings, skipped: Path) -> None:
+    found = verified(build, replace(settings, against=str(skipped)))
+    assert found["verdict"] == "pass"
+    other = found["against"]
+    assert other["name"] == "tiny"
+    assert other["rounding"] == "nearest"
+    assert other["fidelity"]["tokens"] == found["fidelity"]["tokens"]
+    assert [d["name"] for d in other["domains"]] == [d["name"] for d in found["domains"]]
+    one, two = found["fidelity"]["mean_kl"]["value"], other["fidelity"]["mean_kl"]["value"]
+    assert one != two
+    assert other["difference"]["mean_kl"]["value"] == pytest.approx(one - two)
+    assert other["difference"]["mean_kl_ratio"]["value"] == pytest.approx(one / two)
+    # It says the same of the other as that one's own verification does.
+    alone = verified(Build(copy_of(skipped, build.root.parent / "other")), _skipping(settings))
+    assert alone["fidelity"] == other["fidelity"]
+    assert alone["sizes"]["layers"] == found["sizes"]["layers"] - 1
+    # What was compared once stays done, with and without the option.
+    assert status_of(build, settings) == DONE
+    for again in (settings, replace(settings, against=str(skipped))):
+        assert not run_stage(build, "verify", again, SILENT).ran
+    card = (build.export / "README.md").read_text("utf-8")
+    assert "Beside another artifact of the same source" in card
+    # Another one is compared anew, and takes the place of the first.
+    own = verified(build, replace(settings, against=str(build.root)))
+    assert own["against"]["difference"] == {
+        "mean_kl": {"value": 0.0, "low": 0.0, "high": 0.0},
+        "mean_kl_ratio": {"value": 1.0, "low": 1.0, "high": 1.0},
+    }
+    assert own["against"]["fidelity"] == own["fidelity"]
+
+
+def _skipping(settings: Settings) -> Settings:
+    recipe = replace(settings.recipe.quantize, skip_modules=("h.0.mlp.dense_h_to_4h",))
+    return replace(settings, recipe=replace(settings.recipe, quantize=recipe))
+
+
+def other_source(other: Build) -> None:
+    manifest = json.loads((other.export / "manifest.json").read_text("utf-8"))
+    source = {**manifest["source"], "content_sha256": "0" * 64, "repo": "some/other"}
+    edit_json(other.export / "manifest.json", source=source)
+
+
+def other_bytes(other: Build) -> None:
+    flip_byte(sorted(other.export.glob("*.safetensors"))[0])
+
+
+def no_manifest(other: Build) -> None:
+    (other.export / "manifest.json").unlink()
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (other_source, r"made from another source \(some/other, content 000000000000…\)"),
+        (other_bytes, r"is not what its manifest says: model-00001.* has other bytes"),
+        (no_manifest, r"has no manifest\.json"),
+    ],
+)
+def test_an_artifact_that_cannot_be_compared_with_is_refused_before_any_work(
+    build: Build,
+    settings: Settings,
+    skipped: Path,
+    tmp_path: Path,
+    spoil: Callable[[Build], None],
+    message: str,
+) -> None:
+    verified(build, settings)
+    before = content_of(build.root)
+    other = Build(copy_of(skipped, tmp_path / "other"))
+    spoil(other)
+    with pytest.raises(ArtifactError, match=message):
+        run_stage(build, "verify", replace(settings, against=str(other.root)), SILENT)
+    with pytest.raises(UsageError, match="no such folder"):
+        run_stage(build, "verify", replace(settings, against="./nowhere"), SILENT)
+    assert content_of(build.root) == before
+    assert status_of(build, settings) == DONE
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def run_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[int, str]]]:
+    """The command line in this process: exit status, and what stands on stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: str | Path) -> tuple[int, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(arg) for arg in args])
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, capsys.readouterr().err
+
+    return run
+
+
+WRONG: Final[dict[str, tuple[tuple[str, ...], str]]] = {
+    "no such text": (("--eval-text", "none.txt"), "none.txt cannot be read"),
+    "an empty text": (("--eval-text", "empty.txt"), "empty.txt is empty"),
+    "not UTF-8": (("--eval-text", "latin.txt"), "latin.txt cannot be read"),
+    "a folder": (("--eval-text", "."), "is a directory"),
+    "a text of one token": (("--eval-text", "short.txt"), "make no sequence of two tokens"),
+    "one token": (("--eval-tokens", "1"), "1 is not in the range x>=2"),
+    "fewer tokens than domains": (("--eval-tokens", "4"), "4 tokens of the text built in make no"),
+    "no size": (("--device-memory", "nonsense"), "--device-memory is 'nonsense'; expected a size"),
+    "no memory": (("--device-memory", "0"), "--device-memory is '0'"),
+    "no such prompts": (("--prompts", "none.jsonl"), "none.jsonl cannot be read"),
+    "prompts that are none": (("--prompts", "empty.txt"), "empty.txt are empty"),
+    "nothing to compare with": (("--against", "./none"), "./none: no such folder"),
+    "no such device": (("--device", "tpu"), "--device tpu: expected auto, cpu, cuda or cuda:N"),
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("case", WRONG)
+def test_options_that_cannot_mean_anything(
+    build: Build,
+    quick_recipe: Path,
+    tmp_path: Path,
+    run_here: Callable[..., tuple[int, str]],
+    case: str,
+) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    (tmp_path / "short.txt").write_text("a")
+    before = content_of(build.root)
+    options, message = WRONG[case]
+    status, err = run_here(
+        "verify", "--build-dir", build.root, "--recipe", quick_recipe, "--quiet", *options
+    )
+    assert status == 2, err
+    errors = [line for line in err.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1, err
+    assert message in errors[0]
+    assert "Traceback" not in err
+    assert content_of(build.root) == before
+
+
+def test_a_gpu_that_is_required_and_not_there(
+    build: Build, monkeypatch: pytest.MonkeyPatch, run_here: Callable[..., tuple[int, str]]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = content_of(build.root)
+    status, err = run_here("verify", "--build-dir", build.root, "--require-gpu")
+    assert status == 1
+    assert err.startswith("Error: A GPU is required to verify (--require-gpu)")
+    assert content_of(build.root) == before
+
+
+def test_the_command_in_processes_of_its_own(
+    build: Build, quick_recipe: Path, skipped: Path, tmp_path: Path
+) -> None:
+    """Streamed for want of memory, on a text of the user, against another artifact."""
+    (tmp_path / "mine.txt").write_text("The fox went on. " * 40, "utf-8")
+    done = nf4(
+        "verify", "--build-dir", build.root, "--recipe", quick_recipe, "--eval-text", "mine.txt",
+        "--eval-tokens", "90", "--device-memory", "1MB", "--against", skipped,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    found = json.loads((build.export / "verification.json").read_text("utf-8"))
+    assert found["verdict"] == "pass"
+    assert found["models"]["16bit"]["streamed"] is True
+    assert found["models"]["4bit"]["streamed"] is False
+    assert found["text"]["name"] == "mine.txt"
+    assert (found["text"]["tokens"], found["text"]["length"]) == (89, 90)
+    assert [domain["name"] for domain in found["domains"]] == ["mine"]
+    for name in ("16bit", "4bit"):
+        assert found["models"][name]["peak_memory_bytes"] > 100e6
+        assert found["models"][name]["load_seconds"] > 0
+    assert "verdict     pass" in done.out
+    assert "mean KL of this one over the other: " in done.out
+    kinds = {path.name for path in build.export.rglob("*") if path.is_file()}
+    assert kinds >= {"verification.json", "report.html", "README.md", "bytes.png", "kl.png"}
+    text = (build.export / "README.md").read_text("utf-8")
+    assert f"{found['fidelity']['mean_kl']['value']:.4g} [" in text
+
+
+def test_a_forged_file_ends_the_command_with_1(
+    build: Build, quick_recipe: Path, tmp_path: Path
+) -> None:
     shard = sorted(build.export.glob("*.safetensors"))[0]
-    flip_byte(shard, -1)
-    found = _verify(build)
-    assert found[""]["verdict"] == "fail"
-    assert shard.name in str(found["files as in the manifest"]["found"])
-    assert "different" in str(found["tensors as in the manifest"]["found"])
-    assert "fidelity" not in found[""]
+    flip_byte(shard)
+    done = nf4("verify", "--build-dir", build.root, "--recipe", quick_recipe, cwd=tmp_path)
+    assert done.status == 1, done.err
+    assert "Traceback" not in done.err
+    assert f"FAIL  files as in the manifest: {shard.name} has other bytes" in done.out
+    assert "verdict     fail" in done.out
 
 
-def test_a_layer_that_does_not_come_back_in_4_bit_is_named(exported: Path, tmp_path: Path) -> None:
-    """As in the trap: the files are whole, but a loader passes a module over."""
-    from pipeline.proof.gates import reload_gate
+# --- killed ---
 
-    manifest = json.loads((exported / "export" / "manifest.json").read_text("utf-8"))
-    modules = [tensor["module"] for tensor in manifest["tensors"] if tensor["quantized"]]
-    assert reload_gate(manifest, modules).passed
-    missing = reload_gate(manifest, modules[1:])
-    assert not missing.passed
-    assert f"{modules[0]} is not Linear4bit" in missing.found
-    extra = reload_gate(manifest, [*modules, "lm_head"])
-    assert not extra.passed
-    assert "lm_head" in extra.found
+
+def worker_of_this_process() -> int | None:
+    """The pid of a worker that this process started, if there is one that runs."""
+    for task in Path("/proc/self/task").iterdir():
+        for pid in (task / "children").read_text().split():
+            try:
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            except OSError:
+                continue
+            if b"pipeline.proof.worker" in command:
+                return int(pid)
+    return None
+
+
+def test_a_worker_that_is_killed(
+    build: Build, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = content_of(build.root)
+    raised: list[BaseException] = []
+
+    def verify() -> None:
+        try:
+            run_stage(build, "verify", settings, SILENT)
+        except BaseException as error:
+            raised.append(error)
+
+    stage = threading.Thread(target=verify)
+    stage.start()
+    end = time.monotonic() + 60
+    while (pid := worker_of_this_process()) is None:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    time.sleep(0.3)  # it is importing, or further
+    os.kill(pid, signal.SIGKILL)
+    stage.join(timeout=60)
+    (error,) = raised
+    assert isinstance(error, VerificationError)
+    assert f"The process that runs {build.source} ended with status -9" in str(error)
+    assert "memory ran out" in str(error)
+    after = content_of(build.root)
+    assert {k: v for k, v in after.items() if k != ".lock"} == {
+        k: v for k, v in before.items() if k != ".lock"
+    }
+    assert build.record("verify") is None
+    examine_here(monkeypatch)
+    assert verified(build, settings)["verdict"] == "pass"
+    assert not list(build.root.rglob("*.partial"))
+
+
+@pytest.mark.usefixtures("here")
+def test_too_little_text_is_no_fault_of_the_artifact(build: Build, settings: Settings) -> None:
+    with pytest.raises(RecipeError, match="Ask for more"):
+        run_stage(build, "verify", with_verify(settings, eval_tokens=3), SILENT)
+    assert build.record("verify") is None
