@@ -21,6 +21,11 @@ class FileDigest:
     size: int
     sha256: str
 
+    @classmethod
+    def of(cls, content: bytes) -> FileDigest:
+        """Of a file that holds just these bytes."""
+        return cls(len(content), hashlib.sha256(content).hexdigest())
+
     def as_json(self) -> dict[str, object]:
         return {"size": self.size, "sha256": self.sha256}
 

@@ -24,6 +24,7 @@ COMMANDS: Final = {
     "push": "list what a push to the Hub would upload",
     "prompt": "generate text with an artifact",
     "inspect": "what is inside an artifact",
+    "reproduce": "derive an artifact again from its source and compare every byte",
     "status": "the stages of a build: done, stale, missing, and why",
 }
 
