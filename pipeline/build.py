@@ -21,6 +21,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -43,6 +44,7 @@ class Record:
         facts: what later stages and people want to know; plain JSON.
         seconds: wall-clock time of the work.
         peak_memory: bytes.
+        finished: when, in UTC, as ISO 8601; empty until it is written.
     """
 
     stage: str
@@ -51,6 +53,7 @@ class Record:
     facts: dict[str, Any]
     seconds: float
     peak_memory: int
+    finished: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Build:
                 value["facts"],
                 float(value["seconds"]),
                 int(value["peak_memory_bytes"]),
+                str(value["finished"]),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
@@ -159,6 +163,7 @@ class Build:
                 },
                 "seconds": round(record.seconds, 3),
                 "peak_memory_bytes": record.peak_memory,
+                "finished": record.finished or datetime.now(UTC).isoformat(timespec="seconds"),
                 "facts": record.facts,
             },
         )

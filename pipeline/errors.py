@@ -10,6 +10,7 @@
     ├── HubError                  the Hub refused, is unreachable, or sent wrong bytes
     ├── BuildError                a build folder lacks a stage, or another process holds it
     ├── ArtifactError             an exported artifact is not what its manifest says
+    │   └── SignatureError        it is not signed, or not what was signed
     ├── PlanMismatchError         the bytes written differ from the bytes predicted
     ├── ResourceError             not enough disk, memory, or no such device
     └── VerificationError         the verdict is "fail"
@@ -63,6 +64,10 @@ class BuildError(PipelineError):
 
 class ArtifactError(PipelineError):
     """An artifact does not hold what its manifest says."""
+
+
+class SignatureError(ArtifactError):
+    """An artifact is not signed, or holds other files than those that were signed."""
 
 
 class PlanMismatchError(PipelineError):

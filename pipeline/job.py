@@ -1,4 +1,4 @@
-"""The main job: download, quantize, serialize, verify; nothing valid is redone."""
+"""The main job: download, quantize, serialize, verify, attest; nothing valid is redone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final
 from pipeline.build import Build, Record, State
 from pipeline.errors import BuildError
 from pipeline.progress import SILENT, Reporter
-from pipeline.stages import Settings, download, quantize, serialize, verify
+from pipeline.stages import Settings, attest, download, quantize, serialize, verify
 
 Runner = Callable[[Build, Settings, Reporter], Record]
 Key = Callable[[Build, Settings], str]
@@ -19,6 +19,7 @@ RUNNERS: Final[dict[str, tuple[Key, Runner]]] = {
     "quantize": (quantize.key, quantize.run),
     "serialize": (serialize.key, serialize.run),
     "verify": (verify.key, verify.run),
+    "attest": (attest.key, attest.run),
 }
 
 

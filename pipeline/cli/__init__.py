@@ -16,15 +16,18 @@ from pipeline import __version__
 from pipeline.errors import PipelineError
 
 COMMANDS: Final = {
-    "build": "download, quantize, serialize and verify; skips what is done and still valid",
+    "build": "download, quantize, serialize, verify and attest; skips what is done and still valid",
     "download": "pin, fetch and hash a checkpoint",
     "quantize": "turn linear layers into NF4 codes",
     "serialize": "write the publishable folder and its manifest",
     "verify": "reload the artifact and hold it against the 16-bit model",
+    "attest": "write provenance and a bill of materials into a verified artifact",
     "push": "list what a push to the Hub would upload",
     "prompt": "generate text with an artifact",
     "inspect": "what is inside an artifact",
     "reproduce": "derive an artifact again from its source and compare every byte",
+    "sign": "sign every file of an artifact with a key of yours",
+    "check": "check that an artifact holds exactly what was signed",
     "status": "the stages of a build: done, stale, missing, and why",
 }
 

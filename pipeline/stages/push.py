@@ -9,6 +9,7 @@ from pipeline.build import Build
 from pipeline.checkpoint.digest import FileDigest, digest_file
 from pipeline.errors import ArtifactError, VerificationError
 from pipeline.manifest.read import MANIFEST_FILE, read_manifest
+from pipeline.provenance.signing import SIGNATURE_FILE
 from pipeline.stages.verify import CARD_FILE, VERIFICATION_FILE
 
 
@@ -53,11 +54,16 @@ def plan_upload(build: Build, repo_id: str, *, private: bool) -> Upload:
     expected[MANIFEST_FILE] = build.need("serialize").outputs[f"export/{MANIFEST_FILE}"].as_json()
     for name in (VERIFICATION_FILE, CARD_FILE):
         expected[name] = record.outputs[f"export/{name}"].as_json()
+    attested = build.record("attest")
+    for path, digest in attested.outputs.items() if attested else ():
+        expected[path.removeprefix("export/")] = digest.as_json()
     found = {
         path.relative_to(build.export).as_posix(): digest_file(path)
         for path in sorted(build.export.rglob("*"))
         if path.is_file()
     }
+    if SIGNATURE_FILE in found:
+        expected[SIGNATURE_FILE] = found[SIGNATURE_FILE].as_json()
     for name in sorted(set(expected) | set(found)):
         if name not in found or name not in expected or found[name].as_json() != expected[name]:
             what = "is missing" if name not in found else "is not what was verified"

@@ -80,6 +80,7 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
 
 def _clear(build: Build) -> None:
     """An export is made anew: what an earlier one left must not be published with it."""
+    build.forget("attest")
     build.forget("verify")
     if build.export.exists():
         shutil.rmtree(build.export)
