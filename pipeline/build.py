@@ -26,7 +26,12 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from pipeline.checkpoint.digest import FileDigest, digest_file
-from pipeline.checkpoint.durable import write_json
+from pipeline.checkpoint.durable import (
+    make_folder,
+    remove_leftovers,
+    sync_folder,
+    write_json,
+)
 from pipeline.errors import BuildError
 from pipeline.progress import SILENT, Reporter
 
@@ -170,7 +175,10 @@ class Build:
 
     def forget(self, stage: str) -> None:
         """Deletes a stage's record, before its outputs change."""
-        self._record_path(stage).unlink(missing_ok=True)
+        path = self._record_path(stage)
+        if path.exists():
+            path.unlink()
+            sync_folder(path.parent)
 
     def state(self, stage: str, key: str, reporter: Reporter = SILENT) -> State:
         """Whether a stage with this key is done; hashes its outputs to know."""
@@ -193,10 +201,12 @@ class Build:
     def locked(self) -> Iterator[None]:
         """Holds the build folder for this process; the lock of a dead process does not count.
 
+        What a dead process left half done is deleted.
+
         Raises:
             BuildError: another live process works here.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        make_folder(self.root)
         descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             try:
@@ -209,6 +219,7 @@ class Build:
                 ) from error
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            remove_leftovers(self.root)
             yield
         finally:
             os.close(descriptor)

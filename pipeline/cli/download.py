@@ -18,9 +18,10 @@ from pipeline.cli.options import ARTIFACTS, Ui, build_dir_option, output_options
 def command(ui: Ui, model: str, revision: str | None, build_dir: Path | None) -> None:
     """Pin MODEL (a Hub id, a local folder, or "sample"), fetch it, and check every file's hash."""
     from pipeline.build import digests_json
+    from pipeline.job import run_download
     from pipeline.stages import download
 
-    build, record, _ = download.run(
+    build, record, _ = run_download(
         model, ARTIFACTS, ui.reporter(), revision=revision, build_dir=build_dir
     )
     total = sum(digest.size for digest in record.outputs.values())

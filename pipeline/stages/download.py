@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from pipeline.build import Build, Record, stage_key
-from pipeline.checkpoint.digest import FileDigest, digest_file
+from pipeline.checkpoint.digest import FileDigest, digest_files
+from pipeline.checkpoint.durable import make_folder, sync_folder
 from pipeline.checkpoint.files import is_wanted
 from pipeline.checkpoint.source import open_checkpoint
 from pipeline.errors import UsageError
@@ -152,9 +152,8 @@ def _local(folder: Path, repo: str, reporter: Reporter, *, is_sample: bool = Fal
     try:
         wanted = _wanted_in(folder)
         total = sum(path.stat().st_size for path in wanted.values())
-        with reporter.task("hash source", total) as task, ThreadPoolExecutor() as pool:
-            digests = pool.map(lambda path: digest_file(path, task), wanted.values())
-            files = dict(zip(wanted, digests, strict=True))
+        with reporter.task("hash source", total) as task:
+            files = digest_files(wanted, task)
     except BaseException:
         pending.cancel()
         raise
@@ -223,5 +222,7 @@ def _link(build: Build, source: Source) -> None:
             old.unlink()
     for name in source.files:
         link = build.source / name
-        link.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(link.parent)
         link.symlink_to((source.folder / name).resolve())
+    for folder in {(build.source / name).parent for name in source.files}:
+        sync_folder(folder)

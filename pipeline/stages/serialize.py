@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from pipeline.build import Build, Record, stage_key
-from pipeline.checkpoint.digest import FileDigest, digest_file
-from pipeline.checkpoint.durable import json_bytes, link_or_copy, write_bytes, write_json
+from pipeline.checkpoint.digest import FileDigest
+from pipeline.checkpoint.durable import (
+    json_bytes,
+    link_or_copy,
+    replacing_folder,
+    write_bytes,
+)
 from pipeline.checkpoint.shards import Shard, name_shards, split_file, write_shard
 from pipeline.checkpoint.source import INDEX_FILE
-from pipeline.errors import BuildError
+from pipeline.errors import BuildError, ResourceError
 from pipeline.manifest.build import build_manifest
 from pipeline.manifest.read import MANIFEST_FILE
 from pipeline.manifest.small_files import small_files, stored_tensors_of, weight_index
@@ -47,6 +53,7 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
 
     Raises:
         BuildError: quantize is not done, or was done with another recipe.
+        ResourceError: the disk is too full.
     """
     record = build.need("quantize")
     if record.key != quantize.key(build, settings):
@@ -59,35 +66,31 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
     model_class = recorded_facts(build.need("download")).class_name
 
     def work() -> tuple[dict[str, Any], dict[str, Any]]:
-        _clear(build)
-        shards = _weights(build, record, settings, reporter)
-        files = {shard.name: shard.digest for shard in shards}
-        names = recorded_files(build.need("download"))
-        small = small_files(build.source, names, plan, model_class)
-        if len(shards) > 1:
-            small[INDEX_FILE] = json_bytes(weight_index(shards))
-        for name, content in small.items():
-            write_bytes(build.export / name, content)
-            files[name] = digest_file(build.export / name)
-        manifest = _manifest(build, settings, plan, model_class, record, shards, files)
-        write_json(build.export / MANIFEST_FILE, manifest)
-        files[MANIFEST_FILE] = digest_file(build.export / MANIFEST_FILE)
+        with replacing_folder(build.export) as folder:
+            shards = _weights(build, record, settings, folder, reporter)
+            files = {shard.name: shard.digest for shard in shards}
+            names = recorded_files(build.need("download"))
+            small = small_files(build.source, names, plan, model_class)
+            if len(shards) > 1:
+                small[INDEX_FILE] = json_bytes(weight_index(shards))
+            files |= {name: FileDigest.of(content) for name, content in small.items()}
+            manifest = _manifest(build, settings, plan, model_class, record, shards, files)
+            small[MANIFEST_FILE] = json_bytes(manifest)
+            files[MANIFEST_FILE] = FileDigest.of(small[MANIFEST_FILE])
+            for name, content in small.items():
+                write_bytes(folder / name, content)
+            # The earlier export goes now, and with it what was measured of it.
+            build.forget("attest")
+            build.forget("verify")
         outputs = {f"export/{name}": digest for name, digest in files.items()}
         return outputs, {"totals": manifest["totals"], "hidden_modules": list(plan.hidden_modules)}
 
     return recorded(build, "serialize", key(build, settings), work)
 
 
-def _clear(build: Build) -> None:
-    """An export is made anew: what an earlier one left must not be published with it."""
-    build.forget("attest")
-    build.forget("verify")
-    if build.export.exists():
-        shutil.rmtree(build.export)
-    build.export.mkdir(parents=True)
-
-
-def _weights(build: Build, record: Record, settings: Settings, reporter: Reporter) -> list[Shard]:
+def _weights(
+    build: Build, record: Record, settings: Settings, folder: Path, reporter: Reporter
+) -> list[Shard]:
     """The weight files: each quantized file as it is, or cut where it is too large."""
     limit = settings.recipe.serialize.max_shard_bytes
     pieces = [
@@ -98,9 +101,10 @@ def _weights(build: Build, record: Record, settings: Settings, reporter: Reporte
     names = name_shards(len(pieces))
     shards = []
     total = sum(piece.nbytes for piece in pieces if not piece.whole)
+    _check_disk(build, total)
     with reporter.task("reshard", total) as task:
         for name, piece in zip(names, pieces, strict=True):
-            target = build.export / name
+            target = folder / name
             if piece.whole:
                 link_or_copy(piece.path, target)
                 found = record.facts["files"][piece.path.name]
@@ -110,6 +114,15 @@ def _weights(build: Build, record: Record, settings: Settings, reporter: Reporte
             else:
                 shards.append(write_shard(target, piece, task))
     return shards
+
+
+def _check_disk(build: Build, needed: int) -> None:
+    free = shutil.disk_usage(build.root).free
+    if needed > free:
+        raise ResourceError(
+            f"{build.root} is on a disk with {free / 1e9:.3f} GB free; cutting the weights into "
+            f"shards needs {needed / 1e9:.3f} GB. Make space, or leave --max-shard-size out."
+        )
 
 
 def _manifest(
