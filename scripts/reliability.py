@@ -12,18 +12,23 @@ Exits 1 if anything was not as it must be.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Final
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from pipeline.build import Build
+from pipeline.job import run_stage
 from pipeline.progress import SILENT
-from pipeline.stages import download
-from tests.support import kills
+from pipeline.stages import Settings, download
+from tests.support import headers, kills, tamper
+from tests.support.tamper import make_keys
 from tests.support.tiny import write_falcon
 
 
@@ -62,6 +67,77 @@ def run_kills(options: argparse.Namespace, folder: Path) -> int:
     return _report(faults)
 
 
+def run_headers(options: argparse.Namespace, folder: Path) -> int:
+    """Mutations of headers, in memory where there is such a folder."""
+    memory = Path("/dev/shm")
+    path = (memory if memory.is_dir() else folder) / f"nf4-{os.getpid()}.safetensors"
+    try:
+        found = headers.campaign(options.count, options.seed, path)
+        taken = _also_taken_by_the_library(options, path)
+    finally:
+        path.unlink(missing_ok=True)
+    print("| headers | refused | kinds of refusal | taken | slowest | peak memory |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    print(
+        f"| {found.count:,} | {sum(found.messages.values()):,} | {len(found.messages)} | "
+        f"{found.accepted:,} | {found.slowest * 1000:.0f} ms | {found.peak_memory / 1e6:.0f} MB |"
+    )
+    print(f"of the first 20,000, the safetensors library takes {taken}")
+    faults = [f"crash: {error} on {file!r}" for error, file in found.crashes]
+    faults += ["a header took more than a second"] * (found.slowest > 1)
+    faults += ["memory went over 200 MB"] * (found.peak_memory > 200e6)
+    return _report(faults)
+
+
+def _also_taken_by_the_library(options: argparse.Namespace, path: Path) -> str:
+    """How many of the headers that the parser takes safetensors takes, too, and the reverse."""
+    from safetensors import SafetensorError, safe_open
+
+    dice = random.Random(options.seed)
+    both = ours = theirs = 0
+    for _ in range(20_000):
+        accepted = headers.feed(
+            headers.mutate(dice.choice(headers.seeds()), dice), path, headers.Outcome()
+        )
+        try:
+            with safe_open(path, framework="np"):
+                taken = True
+        except (SafetensorError, OSError):
+            taken = False
+        both += accepted and taken
+        ours += accepted and not taken
+        theirs += taken and not accepted
+    return f"{both} of the {both + ours} that we take, and {theirs} that we refuse"
+
+
+def run_signatures(options: argparse.Namespace, folder: Path) -> int:
+    """Changes to a signed artifact, each of which must be refused."""
+    from pipeline.errors import SignatureError
+    from pipeline.provenance.signing import check, sign
+
+    build = Build(downloaded(folder, hidden=64, layers=2, shards=2))
+    for stage in ("quantize", "serialize"):
+        run_stage(build, stage, Settings(device="cpu"), SILENT)
+    private, public = make_keys(folder, "key")
+    sign(build.export, private)
+    faults: list[str] = []
+    print("| change | refused |")
+    print("| --- | --- |")
+    for kind in tamper.TAMPERINGS:
+        dice = random.Random(f"{options.seed} {kind}")
+        refused = 0
+        for _ in range(options.rounds):
+            with tamper.tamper(build.export, kind, dice) as what:
+                try:
+                    check(build.export, public)
+                    faults.append(f"accepted: {what}")
+                except SignatureError:
+                    refused += 1
+        print(f"| {kind} | {refused} of {options.rounds} |")
+    print(f"| nothing | accepted, {check(build.export, public)} files |")
+    return _report(faults)
+
+
 def _report(faults: list[str]) -> int:
     for fault in faults:
         print(f"FAULT {fault}")
@@ -69,10 +145,13 @@ def _report(faults: list[str]) -> int:
     return 1 if faults else 0
 
 
+CAMPAIGNS: Final = {"kills": run_kills, "headers": run_headers, "signatures": run_signatures}
+
+
 def main() -> None:
     """Runs the campaign named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("campaign", choices=["kills"])
+    parser.add_argument("campaign", choices=list(CAMPAIGNS))
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--count", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -80,7 +159,7 @@ def main() -> None:
     options = parser.parse_args()
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="nf4-reliability-") as folder:
-        status = {"kills": run_kills}[options.campaign](options, Path(folder))
+        status = CAMPAIGNS[options.campaign](options, Path(folder))
     print(f"{time.monotonic() - start:.0f} s", file=sys.stderr)
     sys.exit(status)
 

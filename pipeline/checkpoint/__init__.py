@@ -1,6 +1,8 @@
 """The only code that knows safetensors bytes on disk.
 
 header.py    parsing and writing the header, strictly: every byte of a file is accounted for
+strict_json.py  JSON of strangers, limited before it is parsed
+strangers.py    a folder of strangers: links, sizes, small files
 source.py    a checkpoint folder (one file, or shards with an index) as a list of tensors
 layout.py    where each tensor of an output file will stand, before any byte is written
 sink.py      what takes the bytes of an output file: a file, or hashes alone

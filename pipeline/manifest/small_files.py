@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.checkpoint.durable import json_bytes
 from pipeline.checkpoint.files import travels
 from pipeline.checkpoint.shards import Shard
+from pipeline.checkpoint.source import read_json
 from pipeline.model.config import CONFIG_FILE, read_config, without_remote_code
 from pipeline.selection import FLOAT_DTYPES, Plan
 
@@ -34,7 +35,9 @@ def small_files(
         dtype = FLOAT_DTYPES[stored.most_common(1)[0][0]]
         config["torch_dtype"] = dtype
     config["quantization_config"] = quantization_config(dtype, plan.skip_modules)
-    written = {CONFIG_FILE: json_bytes(config)}
+    # Configs of state-space models hold an Infinity, which every reader of theirs takes.
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    written = {CONFIG_FILE: text.encode()}
     for name in names:
         if travels(name):
             written[name] = _without_remote_tokenizer(name, source / name)
@@ -46,7 +49,7 @@ def _without_remote_tokenizer(name: str, path: Path) -> bytes:
     content = path.read_bytes()
     if name != "tokenizer_config.json" or b'"auto_map"' not in content:
         return content
-    return json_bytes(without_remote_code(json.loads(content)))
+    return json_bytes(without_remote_code(read_json(path)))
 
 
 def quantization_config(dtype: str, skip_modules: tuple[str, ...]) -> dict[str, Any]:

@@ -38,7 +38,12 @@ def sign(artifact: Path, private_key: Path, password: str | None = None) -> Path
         ArtifactError: the folder is no artifact, or holds a symbolic link.
     """
     signing, _, hashing = _library()
-    _check_artifact(artifact)
+    if not (artifact / MANIFEST_FILE).is_file():
+        raise ArtifactError(
+            f"{artifact} has no {MANIFEST_FILE}, so it is not an artifact of this pipeline. "
+            "Name the export/ folder of a build."
+        )
+    _refuse_links(artifact)
     config = signing.Config().set_hashing_config(_hashing_config(hashing))
     try:
         secret = password.encode() if password else None
@@ -71,7 +76,7 @@ def check(artifact: Path, public_key: Path) -> int:
         UsageError: model-signing is not installed, or the key cannot be used.
     """
     _, verifying, hashing = _library()
-    _check_artifact(artifact)
+    _refuse_links(artifact)
     path = artifact / SIGNATURE_FILE
     if not path.is_file() or path.is_symlink():
         raise SignatureError(
@@ -110,13 +115,8 @@ def _signed_files(artifact: Path) -> list[Path]:
     ]
 
 
-def _check_artifact(artifact: Path) -> None:
-    """Links are refused: what they point at can change while the artifact does not."""
-    if not (artifact / MANIFEST_FILE).is_file():
-        raise ArtifactError(
-            f"{artifact} has no {MANIFEST_FILE}, so it is not an artifact of this pipeline. "
-            "Name the export/ folder of a build."
-        )
+def _refuse_links(artifact: Path) -> None:
+    """What a link points at can change while the artifact does not."""
     for path in artifact.rglob("*"):
         if path.is_symlink():
             raise SignatureError(

@@ -13,11 +13,13 @@ from pipeline.checkpoint.digest import FileDigest, digest_files
 from pipeline.checkpoint.durable import make_folder, sync_folder
 from pipeline.checkpoint.files import is_wanted
 from pipeline.checkpoint.source import open_checkpoint
+from pipeline.checkpoint.strangers import check_folder
 from pipeline.errors import UsageError
 from pipeline.measure import measured, peak_memory_of_children
 from pipeline.model.ask import PendingFacts, transformers_version
 from pipeline.model.config import check_not_quantized, read_config
 from pipeline.model.facts import ModelFacts
+from pipeline.model.plausible import check_plausible
 from pipeline.progress import Reporter
 from pipeline.runtime.artifact import is_hub_id
 from pipeline.stages import recorded
@@ -176,8 +178,10 @@ def _hub(repo: str, revision: str | None, reporter: Reporter) -> Source:
 
 def _check(folder: Path) -> None:
     """Everything that can be known without reading weights or asking transformers."""
-    check_not_quantized(read_config(folder), folder)
-    open_checkpoint(folder)
+    check_folder(folder)
+    config = read_config(folder)
+    check_not_quantized(config, folder)
+    check_plausible(config, open_checkpoint(folder))
 
 
 def _wanted_in(folder: Path) -> dict[str, Path]:

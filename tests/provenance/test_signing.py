@@ -17,7 +17,7 @@ from pipeline.job import run_stage
 from pipeline.progress import SILENT
 from pipeline.provenance.signing import SIGNATURE_FILE, check, sign
 from pipeline.stages import Settings
-from tests.support.tamper import TAMPERINGS, tamper
+from tests.support.tamper import TAMPERINGS, make_keys, tamper
 from tests.support.tiny import content_of, copy_of, nf4
 
 
@@ -39,27 +39,6 @@ def signed(downloaded_falcon: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return Signed(build.export, private, public)
 
 
-def make_keys(folder: Path, name: str) -> tuple[Path, Path]:
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
-    private.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    public.write_bytes(
-        key.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-    )
-    return private, public
-
-
 def test_what_was_signed_is_accepted_wherever_it_lies(signed: Signed, tmp_path: Path) -> None:
     copy = copy_of(signed.artifact, tmp_path / "elsewhere")
     assert check(copy, signed.public) == len(content_of(signed.artifact)) - 1
@@ -74,7 +53,7 @@ def test_every_tampering_is_refused(signed: Signed, tmp_path: Path, kind: str) -
     copy = copy_of(signed.artifact, tmp_path / "copy")
     dice = random.Random(0)
     for _ in range(10):
-        with tamper(copy, kind, dice), pytest.raises(SignatureError, match="not what was signed"):
+        with tamper(copy, kind, dice), pytest.raises(SignatureError, match=r"was signed|signature"):
             check(copy, signed.public)
     assert content_of(copy) == content_of(signed.artifact)
     assert check(copy, signed.public)

@@ -1,4 +1,4 @@
-"""One change to a signed artifact, undone afterwards: the same code tests and campaigns."""
+"""Keys, and one change to a signed artifact, undone afterwards."""
 
 from __future__ import annotations
 
@@ -64,3 +64,25 @@ def _fresh_name(path: Path, dice: random.Random) -> str:
         )
         if not path.with_name(name).exists():
             return name
+
+
+def make_keys(folder: Path, name: str) -> tuple[Path, Path]:
+    """A fresh private and public key, as PEM files."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
+    private.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    public.write_bytes(
+        key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+    )
+    return private, public
