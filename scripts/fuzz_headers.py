@@ -16,9 +16,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pipeline.errors import CheckpointError
-from tests.support.headers import seeds
-
 OPTIONS = ("-runs=200000", "-seed=1", "-timeout=1", "-rss_limit_mb=200", "-max_len=4096")
 FOLDER = "NF4_FUZZ_FOLDER"
 """Tells the process that fuzzes, which Atheris ends without cleaning up, where its files go."""
@@ -28,8 +25,10 @@ def fuzz(folder: Path) -> None:
     """Fuzzes from the valid headers that the tests start from."""
     import atheris
 
+    # Only what is imported here for the first time is watched.
     with atheris.instrument_imports(include=["pipeline.checkpoint"]):
         from pipeline.checkpoint.header import read_header
+    from pipeline.errors import CheckpointError
 
     path = folder / "fuzz.safetensors"
 
@@ -49,6 +48,8 @@ def main() -> None:
     if FOLDER in os.environ:
         fuzz(Path(os.environ[FOLDER]))
         return
+    from tests.support.headers import seeds
+
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(prefix="nf4-fuzz-", dir=memory) as name:
         corpus = Path(name, "corpus")

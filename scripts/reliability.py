@@ -1,7 +1,8 @@
 """Long campaigns of docs/reliability.md: each prints the table that stands there.
 
     python scripts/reliability.py kills [--rounds 100] [--seed 0]
-    python scripts/reliability.py disk
+    python scripts/reliability.py interrupts [--rounds 100] [--seed 0]
+    python scripts/reliability.py disk [--sizes 20] [--stage STAGE]
     python scripts/reliability.py headers [--count 200000] [--seed 0]
     python scripts/reliability.py signatures [--rounds 100] [--seed 0]
 
@@ -14,10 +15,12 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -27,9 +30,10 @@ from pipeline.build import Build
 from pipeline.job import run_stage
 from pipeline.progress import SILENT
 from pipeline.stages import Settings, download
-from tests.support import headers, kills, tamper
+from tests.support import disk, headers, kills, tamper
+from tests.support.interrupts import interrupt_at_random
 from tests.support.tamper import make_keys
-from tests.support.tiny import write_falcon
+from tests.support.tiny import nf4, write_falcon, write_recipe
 
 
 def downloaded(folder: Path, *, hidden: int = 768, layers: int = 6, shards: int = 6) -> Path:
@@ -145,7 +149,120 @@ def _report(faults: list[str]) -> int:
     return 1 if faults else 0
 
 
-CAMPAIGNS: Final = {"kills": run_kills, "headers": run_headers, "signatures": run_signatures}
+VARIES: Final = ("export/verification.json", "export/provenance.json", "export/README.md")
+"""Files that hold times."""
+
+
+def run_disk(options: argparse.Namespace, folder: Path) -> int:
+    """Each stage on a disk that is too small by twenty amounts, then with room."""
+    if not disk.can_mount():
+        print("this needs root, to mount a file system in memory", file=sys.stderr)
+        return 2
+    recipe = write_recipe(folder / "recipe")
+    model = write_falcon(folder / "model", hidden=64, layers=24, shards=3)
+    faults: list[str] = []
+    with disk.small_disk(folder / "disk") as small:
+        common = ("--build-dir", small / "build")
+        commands = {
+            "download": ("download", model, *common),
+            "quantize": ("quantize", *common),
+            "serialize": ("serialize", *common, "--max-shard-size", "100KB"),
+            "verify": ("verify", *common, "--recipe", recipe),
+            "attest": ("attest", *common),
+        }
+        # What stands before serialize runs: an export of another recipe.
+        earlier = {"serialize": ("serialize", *common)}
+        print("| stage | needs | sizes | typed errors | before it began | while it wrote |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        before: Path | None = None
+        for stage, command in commands.items():
+            if options.stage and stage != options.stage:
+                before = _advance(folder, small, before, command, stage)
+                continue
+            start_from = before
+            if stage in earlier:
+                start_from = _advance(folder, small, before, earlier[stage], "earlier")
+            room, expected = disk.after(command, start_from, small)
+            found = [
+                disk.too_small(
+                    command,
+                    start_from,
+                    small,
+                    room * number // options.sizes,
+                    blind=number % 2 == 1,
+                    expected=expected,
+                    varies=VARIES if stage in ("verify", "attest") else (),
+                )
+                for number in range(options.sizes)
+            ]
+            faults += [f"{stage}, {f.free:,} free: {fault}" for f in found for fault in f.faults]
+            typed = sum(not any("status" in fault for fault in f.faults) for f in found)
+            early = sum("is on a disk with" in f.message for f in found)
+            print(
+                f"| {stage} | {room:,} | {len({f.free for f in found})} | {typed} of {len(found)} "
+                f"| {early} | {len(found) - early} |",
+                flush=True,
+            )
+            if options.verbose:
+                print(*{f.message for f in found}, sep="\n", file=sys.stderr)
+            before = _advance(folder, small, before, command, stage)
+    return _report(faults)
+
+
+def _advance(
+    folder: Path, small: Path, before: Path | None, command: Sequence[str | Path], name: str
+) -> Path:
+    """A build folder after one more stage."""
+    build = small / "build"
+    if before is not None:
+        shutil.copytree(before, build, symlinks=True)
+    done = disk.finish(disk.start(command, small, blind=False))
+    assert done.status == 0, done.err
+    shutil.copytree(build, folder / name, symlinks=True)
+    shutil.rmtree(build)
+    return folder / name
+
+
+def run_interrupts(options: argparse.Namespace, folder: Path) -> int:
+    """Ctrl-C at random moments of whole builds."""
+    recipe = write_recipe(folder / "recipe")
+    model = write_falcon(folder / "model", hidden=1024, layers=6, shards=6)
+    command = ("build", model, "--recipe", recipe)
+    start = time.monotonic()
+    done = nf4(*command, "--build-dir", folder / "whole", cwd=folder, timeout=600)
+    whole = time.monotonic() - start
+    assert done.status == 0, done.err
+    dice = random.Random(options.seed)
+    faults, slowest, said = [], 0.0, Counter[str]()
+    for number in range(options.rounds):
+        root = folder / "build"
+        found = interrupt_at_random(
+            *command, "--build-dir", root, cwd=folder, within=whole, dice=dice
+        )
+        slowest = max(slowest, found.seconds)
+        last = (found.err.strip().splitlines() or [""])[-1]
+        said[last.partition(". ")[0] if found.status == 130 else f"status {found.status}"] += 1
+        if found.status not in (0, 130) or "Traceback" in found.err:
+            faults.append(f"{number}: status {found.status}: {found.err}")
+        if kills.leftovers(Build(root)):
+            faults.append(f"{number}: half-written {kills.leftovers(Build(root))[0]}")
+        shutil.rmtree(root, ignore_errors=True)
+    print("| how it ended | of |")
+    print("| --- | --- |")
+    for text, count in said.most_common():
+        print(f"| {text} | {count} |")
+    print(f"slowest end after Ctrl-C: {slowest:.2f} s")
+    faults += ["it took more than 2 s"] * (slowest > 2)
+    return _report(faults)
+
+
+CAMPAIGNS: Final = {
+    "kills": run_kills,
+    "interrupts": run_interrupts,
+    "disk": run_disk,
+    "headers": run_headers,
+    "signatures": run_signatures,
+}
 
 
 def main() -> None:
@@ -154,6 +271,8 @@ def main() -> None:
     parser.add_argument("campaign", choices=list(CAMPAIGNS))
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--count", type=int, default=200_000)
+    parser.add_argument("--sizes", type=int, default=20)
+    parser.add_argument("--stage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-v", "--verbose", action="store_true")
     options = parser.parse_args()
