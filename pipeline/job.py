@@ -85,10 +85,11 @@ def run_download(
 
 def run_stage(build: Build, stage: str, settings: Settings, reporter: Reporter) -> StageResult:
     """Runs one stage of an existing build, unless its result is still valid."""
-    if not build.root.is_dir():
-        raise BuildError(f"{build.root}: no such build. Start one: nf4 build MODEL.")
-    if stage == "verify":
-        verify.check_gpu(settings)
+    with faults(stage, build):
+        if not build.root.is_dir():
+            raise BuildError(f"{build.root}: no such build. Start one: nf4 build MODEL.")
+        if stage == "verify":
+            verify.check_gpu(settings)
     with faults(stage, build), build.locked():
         return ensure(build, stage, settings, reporter)
 
