@@ -28,6 +28,7 @@ from typing import Any, Final, Literal
 from pipeline.checkpoint.digest import FileDigest, digest_file
 from pipeline.checkpoint.durable import (
     make_folder,
+    recover_folder,
     remove_leftovers,
     sync_folder,
     write_json,
@@ -219,7 +220,9 @@ class Build:
                 ) from error
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-            remove_leftovers(self.root)
+            recover_folder(self.export)
+            for folder in (self.root / "records", self.quantized, self.export):
+                remove_leftovers(folder)
             yield
         finally:
             os.close(descriptor)

@@ -80,7 +80,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         if not _exchange(partial, folder):
-            old = partial_of(folder.with_name(f"{folder.name}-old"))
+            old = _old(folder)
             if folder.exists():
                 folder.rename(old)
             partial.rename(folder)
@@ -88,6 +88,20 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         sync_folder(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _old(folder: Path) -> Path:
+    return partial_of(folder.with_name(f"{folder.name}-old"))
+
+
+def recover_folder(folder: Path) -> None:
+    """Undoes what a `replacing_folder` left half done that was killed."""
+    old = _old(folder)
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for leftover in (old, partial_of(folder)):
+        if leftover.exists():
+            shutil.rmtree(leftover)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -43,7 +43,11 @@ class PendingFacts:
         Raises:
             SourceError: the config makes no causal LM, or a weight file is malformed.
         """
-        out, err = self._child.communicate()
+        try:
+            out, err = self._child.communicate()
+        except BaseException:
+            self.cancel()
+            raise
         if self._child.returncode == -signal.SIGXCPU:
             raise ArchitectureError(
                 f"Building the model of {self._folder} without weights took more than "

@@ -7,6 +7,7 @@ the signature itself, and what git and the Hub client put beside a download.
 from __future__ import annotations
 
 import io
+import re
 import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -17,6 +18,10 @@ from pipeline.errors import ArtifactError, SignatureError, UsageError
 from pipeline.manifest.read import MANIFEST_FILE
 
 SIGNATURE_FILE: Final = "model.sig"
+
+_OTHER: Final = re.compile(r"Hash mismatch for \\\\?'(.+?)\\\\?': Expected")
+_ADDED: Final = re.compile(r"Extra files found in model '.*?': ([^'\"\]]+)")
+_MISSING: Final = re.compile(r"Missing files in model '.*?': ([^'\"\]]+)")
 
 NOT_SIGNED: Final = (SIGNATURE_FILE, ".git", ".gitattributes", ".cache/huggingface")
 """Paths in an artifact that no signature covers. No loader reads any of them."""
@@ -137,5 +142,9 @@ def _library() -> tuple[Any, Any, Any]:
 
 
 def _words(error: Exception) -> str:
+    """What the library says; of files that differ, their names without the digests."""
     text = " ".join(str(error).split())
-    return (text or type(error).__name__).rstrip(".")
+    said = [f"{name} has other bytes" for name in _OTHER.findall(text)]
+    said += [f"{names} was added" for names in _ADDED.findall(text)]
+    said += [f"{names} is missing" for names in _MISSING.findall(text)]
+    return "; ".join(said) or text.rstrip(".") or type(error).__name__
