@@ -9,6 +9,7 @@ BUILD_DIR ?=
 RECIPE   ?=
 PROMPT   ?= Tell me a story about a fox.
 REPO_ID  ?=
+ARTIFACT ?=
 ARGS     ?=
 
 VENV  := .venv
@@ -23,7 +24,7 @@ settings  = $(build_dir) $(if $(RECIPE),--recipe '$(RECIPE)') $(device)
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: quantize test verify prompt push bench lint format clean help venv
+.PHONY: quantize test verify prompt push reproduce bench lint format clean help venv
 
 ##@ The job
 
@@ -45,6 +46,12 @@ prompt: venv  ## answer PROMPT with the newest artifact of MODEL, or with BUILD_
 	  fi; \
 	fi; \
 	$(BIN)/nf4 prompt "$$build" "$$PROMPT" $(device) $(ARGS)
+
+reproduce: venv  ## derive the artifact in the folder ARTIFACT again and compare every byte
+	@if [ -z '$(ARTIFACT)' ]; then \
+	  echo "Error: which one? make reproduce ARTIFACT=DIR [ARGS='--source DIR']" >&2; exit 2; \
+	fi
+	$(BIN)/nf4 reproduce '$(ARTIFACT)' $(ARGS)
 
 push: venv  ## publish the artifact of MODEL as REPO_ID on the Hub (ARGS=--dry-run lists it)
 	@if [ -z '$(REPO_ID)' ]; then \
@@ -93,6 +100,7 @@ help:  ## show this list
 	  BUILD_DIR 'the build folder, if not artifacts/<org>--<name>@<sha12>' \
 	  RECIPE    'TOML file with everything that shapes the bytes' \
 	  PROMPT    'what `make prompt` asks' \
+	  ARTIFACT  'the folder that `make reproduce` derives again' \
 	  REPO_ID   'ORG/NAME, where `make push` sends to' \
 	  ARGS      'anything else for the command underneath' \
 	  PYTHON    'the interpreter to make .venv with, 3.11 or newer  [$(PYTHON)]'

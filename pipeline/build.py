@@ -21,11 +21,18 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from pipeline.checkpoint.digest import FileDigest, digest_file
-from pipeline.checkpoint.durable import write_json
+from pipeline.checkpoint.durable import (
+    make_folder,
+    recover_folder,
+    remove_leftovers,
+    sync_folder,
+    write_json,
+)
 from pipeline.errors import BuildError
 from pipeline.progress import SILENT, Reporter
 
@@ -43,6 +50,7 @@ class Record:
         facts: what later stages and people want to know; plain JSON.
         seconds: wall-clock time of the work.
         peak_memory: bytes.
+        finished: when, in UTC, as ISO 8601; empty until it is written.
     """
 
     stage: str
@@ -51,6 +59,7 @@ class Record:
     facts: dict[str, Any]
     seconds: float
     peak_memory: int
+    finished: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,7 @@ class Build:
                 value["facts"],
                 float(value["seconds"]),
                 int(value["peak_memory_bytes"]),
+                str(value["finished"]),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
@@ -159,13 +169,17 @@ class Build:
                 },
                 "seconds": round(record.seconds, 3),
                 "peak_memory_bytes": record.peak_memory,
+                "finished": record.finished or datetime.now(UTC).isoformat(timespec="seconds"),
                 "facts": record.facts,
             },
         )
 
     def forget(self, stage: str) -> None:
         """Deletes a stage's record, before its outputs change."""
-        self._record_path(stage).unlink(missing_ok=True)
+        path = self._record_path(stage)
+        if path.exists():
+            path.unlink()
+            sync_folder(path.parent)
 
     def state(self, stage: str, key: str, reporter: Reporter = SILENT) -> State:
         """Whether a stage with this key is done; hashes its outputs to know."""
@@ -188,10 +202,12 @@ class Build:
     def locked(self) -> Iterator[None]:
         """Holds the build folder for this process; the lock of a dead process does not count.
 
+        What a dead process left half done is deleted.
+
         Raises:
             BuildError: another live process works here.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        make_folder(self.root)
         descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             try:
@@ -204,6 +220,9 @@ class Build:
                 ) from error
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            recover_folder(self.export)
+            for folder in (self.root / "records", self.quantized, self.export):
+                remove_leftovers(folder)
             yield
         finally:
             os.close(descriptor)

@@ -1,16 +1,17 @@
-"""The main job: download, quantize, serialize, verify; nothing valid is redone."""
+"""The main job: download, quantize, serialize, verify, attest; nothing valid is redone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from pipeline.build import Build, Record, State
-from pipeline.errors import BuildError
+from pipeline.errors import BuildError, StoppedError, of_system
 from pipeline.progress import SILENT, Reporter
-from pipeline.stages import Settings, download, quantize, serialize, verify
+from pipeline.stages import Settings, attest, download, quantize, serialize, verify
 
 Runner = Callable[[Build, Settings, Reporter], Record]
 Key = Callable[[Build, Settings], str]
@@ -19,6 +20,7 @@ RUNNERS: Final[dict[str, tuple[Key, Runner]]] = {
     "quantize": (quantize.key, quantize.run),
     "serialize": (serialize.key, serialize.run),
     "verify": (verify.key, verify.run),
+    "attest": (attest.key, attest.run),
 }
 
 
@@ -62,7 +64,7 @@ def run_build(
         The build folder, and the result of each stage by name.
     """
     verify.check_gpu(settings)
-    build, record, ran = download.run(
+    build, record, ran = run_download(
         model,
         artifacts,
         reporter,
@@ -72,28 +74,84 @@ def run_build(
         allow_pickle=allow_pickle,
     )
     results = {"download": StageResult(record, ran)}
-    with build.locked():
+    with faults("build", build), build.locked():
         for stage in RUNNERS:
             results[stage] = ensure(build, stage, settings, reporter)
     return build, results
 
 
+def run_download(
+    model: str,
+    artifacts: Path,
+    reporter: Reporter,
+    *,
+    revision: str | None = None,
+    build_dir: Path | None = None,
+    offline: bool = False,
+    allow_pickle: bool = False,
+) -> tuple[Build, Record, bool]:
+    """Runs `stages.download.run`, and says what the system refuses as an error of ours."""
+    with faults("download"):
+        return download.run(
+            model,
+            artifacts,
+            reporter,
+            revision=revision,
+            build_dir=build_dir,
+            offline=offline,
+            allow_pickle=allow_pickle,
+        )
+
+
 def run_stage(build: Build, stage: str, settings: Settings, reporter: Reporter) -> StageResult:
     """Runs one stage of an existing build, unless its result is still valid."""
-    if not build.root.is_dir():
-        raise BuildError(f"{build.root}: no such build. Start one: nf4 build MODEL.")
-    if stage == "verify":
-        verify.check_gpu(settings)
-    with build.locked():
+    with faults(stage, build):
+        if not build.root.is_dir():
+            raise BuildError(f"{build.root}: no such build. Start one: nf4 build MODEL.")
+        if stage == "verify":
+            verify.check_gpu(settings)
+    with faults(stage, build), build.locked():
         return ensure(build, stage, settings, reporter)
 
 
 def ensure(build: Build, stage: str, settings: Settings, reporter: Reporter) -> StageResult:
     """Runs a stage if it is not done; the build folder must be locked."""
     key, run = RUNNERS[stage]
-    if build.state(stage, key(build, settings), reporter).status == "done":
-        return StageResult(build.need(stage), ran=False)
-    return StageResult(run(build, settings, reporter), ran=True)
+    with faults(stage, build):
+        if build.state(stage, key(build, settings), reporter).status == "done":
+            return StageResult(build.need(stage), ran=False)
+        return StageResult(run(build, settings, reporter), ran=True)
+
+
+@contextmanager
+def faults(doing: str, build: Build | None = None) -> Iterator[None]:
+    """Turns what the system refuses, and an interrupt, into errors that say how to go on.
+
+    Args:
+        doing: the stage.
+        build: where; None while there is none yet.
+
+    Raises:
+        ResourceError: the disk is full, memory ran out, or something may not be read or written.
+        StoppedError: the user pressed Ctrl-C.
+    """
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        raise of_system(error, doing) from error
+    except KeyboardInterrupt:
+        raise StoppedError(f"Stopped in {doing}. {_kept(build)}") from None
+
+
+def _kept(build: Build | None) -> str:
+    if build is None:
+        return "What was fetched is kept. Run the same command again to continue there."
+    done = [stage for stage in ("download", *RUNNERS) if build.record(stage) is not None]
+    kept = ", ".join(done) or "nothing"
+    files = quantize.finished_files(build)
+    if "quantize" not in done and files:
+        kept += f", and {files} quantized files"
+    return f"Kept in {build.root}: {kept}. Run the same command again to continue there."
 
 
 def states(build: Build, settings: Settings, reporter: Reporter = SILENT) -> dict[str, State]:

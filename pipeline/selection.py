@@ -142,6 +142,7 @@ def select(
             name = plans[tensor.name].name
             plans[tensor.name] = TensorPlan(tensor, name, "drop", why, twin=twin)
     decided = tuple(plans.values())
+    _check_distinct(decided)
     if not any(plan.action == "quantize" for plan in decided):
         raise ArchitectureError(
             f"This {facts.class_name} has no linear layer that could be quantized "
@@ -278,6 +279,20 @@ def _check_complete(facts: ModelFacts, present: set[str]) -> None:
             f"first {missing[0]!r}. transformers would fill them with random numbers. "
             "Download the checkpoint again."
         )
+
+
+def _check_distinct(plans: Sequence[TensorPlan]) -> None:
+    """Two tensors of a checkpoint can mean the same place in the model, under two names."""
+    owners: dict[str, TensorPlan] = {}
+    for plan in plans:
+        for stored in plan.stored:
+            other = owners.setdefault(stored.name, plan)
+            if other is not plan:
+                raise CheckpointError(
+                    f"{plan.source.name!r} in {plan.source.file} and {other.source.name!r} in "
+                    f"{other.source.file} both become {stored.name!r}; expected one of them. "
+                    "Download the checkpoint again."
+                )
 
 
 def _check_shape(tensor: SourceTensor, expected: tuple[int, ...]) -> None:

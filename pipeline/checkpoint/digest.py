@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,6 +22,11 @@ class FileDigest:
 
     size: int
     sha256: str
+
+    @classmethod
+    def of(cls, content: bytes) -> FileDigest:
+        """Of a file that holds just these bytes."""
+        return cls(len(content), hashlib.sha256(content).hexdigest())
 
     def as_json(self) -> dict[str, object]:
         return {"size": self.size, "sha256": self.sha256}
@@ -38,6 +45,26 @@ def digest_file(path: Path, task: Task | None = None) -> FileDigest:
             if task:
                 task.advance(count)
     return FileDigest(size, whole.hexdigest())
+
+
+def digest_files(paths: Mapping[str, Path], task: Task) -> dict[str, FileDigest]:
+    """Hashes files, several at a time; an error or an interrupt ends all of them at once."""
+    stop = threading.Event()
+
+    class Watched:
+        def advance(self, amount: int) -> None:
+            if stop.is_set():
+                raise InterruptedError
+            task.advance(amount)
+
+    with ThreadPoolExecutor() as pool:
+        try:
+            digests = [pool.submit(digest_file, path, Watched()) for path in paths.values()]
+            return {name: one.result() for name, one in zip(paths, digests, strict=True)}
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def digest_tensors(

@@ -1,7 +1,8 @@
 """Files that are complete or absent.
 
 The order is write, fsync, rename, fsync of the folder: after a crash at any moment the name either
-does not exist or stands for the whole file.
+does not exist or stands for the whole file. A folder is filled beside its place, and takes it at
+once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +18,11 @@ from typing import Any, Final
 
 PARTIAL_SUFFIX: Final = ".partial"
 
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+_AT_FDCWD: Final = -100
+_RENAME_EXCHANGE: Final = 2  # renameat2(2)
 _SYNC_FILE_RANGE_WRITE: Final = 2  # sync_file_range(2)
-_sync_file_range: Any = getattr(ctypes.CDLL(None), "sync_file_range", None)
+_sync_file_range: Any = getattr(_LIBC, "sync_file_range", None)
 if _sync_file_range is not None:
     _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
@@ -28,8 +33,8 @@ def replacing(path: Path) -> Iterator[int]:
 
     If the body raises, nothing is left behind and an earlier file of that name is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+    make_folder(path.parent)
+    partial = partial_of(path)
     descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         try:
@@ -38,10 +43,74 @@ def replacing(path: Path) -> Iterator[int]:
         finally:
             os.close(descriptor)
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # calls on descriptors do not know it
         raise
     sync_folder(path.parent)
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file or a folder is made before it takes its place."""
+    return path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, so that they survive a crash."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder beside `folder`, and puts it in its place if the body succeeds.
+
+    What is written there must be synced by who writes it. At no moment is there half of a folder:
+    where the system can exchange two names there is always one of the two, and elsewhere none for
+    an instant. If the body raises, nothing is left behind and an earlier folder is untouched.
+    """
+    partial = partial_of(folder)
+    if partial.exists():
+        shutil.rmtree(partial)
+    make_folder(partial)
+    try:
+        yield partial
+        if not _exchange(partial, folder):
+            old = _old(folder)
+            if folder.exists():
+                folder.rename(old)
+            partial.rename(folder)
+            partial = old
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _old(folder: Path) -> Path:
+    return partial_of(folder.with_name(f"{folder.name}-old"))
+
+
+def recover_folder(folder: Path) -> None:
+    """Undoes what a `replacing_folder` left half done that was killed."""
+    old = _old(folder)
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for leftover in (old, partial_of(folder)):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names at once; False if one is absent or the system cannot."""
+    call: Any = getattr(_LIBC, "renameat2", None)
+    if call is None or not other.exists():
+        return False
+    done = call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return bool(done == 0)
 
 
 def start_writing_out(descriptor: int, offset: int, nbytes: int) -> None:
@@ -101,6 +170,13 @@ def link_or_copy(source: Path, target: Path) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what a killed writer left in a folder."""
-    for leftover in folder.glob(f".*{PARTIAL_SUFFIX}"):
-        leftover.unlink()
+    """Deletes what a killed writer left in a folder and in those below it; links stay."""
+    for parent, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            if name.startswith(".") and name.endswith(PARTIAL_SUFFIX):
+                leftover = Path(parent, name)
+                if leftover.is_dir() and not leftover.is_symlink():
+                    shutil.rmtree(leftover)
+                    folders.remove(name)
+                else:
+                    leftover.unlink()

@@ -9,9 +9,10 @@ from typing import Any, Final
 
 from pipeline.checkpoint.digest import FileDigest
 from pipeline.checkpoint.header import HeaderTensor, read_header
-from pipeline.checkpoint.layout import plan_layout
+from pipeline.checkpoint.layout import FileLayout, plan_layout
+from pipeline.checkpoint.sink import WrittenFile
 from pipeline.checkpoint.source import SINGLE_FILE
-from pipeline.checkpoint.writer import WrittenFile, writing
+from pipeline.checkpoint.writer import writing
 from pipeline.nf4.layout import QUANT_STATE_SUFFIX, StoredTensor
 from pipeline.progress import Task
 
@@ -64,9 +65,22 @@ def split_file(path: Path, limit: int) -> list[Piece]:
 
     A single weight with its companions that is larger than the limit makes a piece of its own.
     """
-    tensors = read_header(path)
-    if path.stat().st_size <= limit:
-        return [Piece(path, tensors, whole=True)]
+    groups = split_tensors(read_header(path), path.stat().st_size, limit)
+    return [Piece(path, group, whole=len(groups) == 1) for group in groups]
+
+
+def split_tensors(
+    tensors: Sequence[HeaderTensor], file_size: int, limit: int
+) -> list[tuple[HeaderTensor, ...]]:
+    """Cuts a file's tensors as `split_file` does, without the file.
+
+    Args:
+        tensors: of the file, in the order of its bytes.
+        file_size: in bytes, with the header.
+        limit: bytes of tensors in one piece.
+    """
+    if file_size <= limit:
+        return [tuple(tensors)]
     groups: list[list[HeaderTensor]] = []
     size = limit + 1
     for unit in _units(tensors):
@@ -76,7 +90,14 @@ def split_file(path: Path, limit: int) -> list[Piece]:
             size = 0
         groups[-1] += unit
         size += nbytes
-    return [Piece(path, tuple(group), whole=len(groups) == 1) for group in groups]
+    return [tuple(group) for group in groups]
+
+
+def piece_layout(tensors: Sequence[HeaderTensor]) -> FileLayout:
+    """The layout of a shard that is cut out of a larger file."""
+    return plan_layout(
+        StoredTensor(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in tensors
+    )
 
 
 def _units(tensors: Sequence[HeaderTensor]) -> list[list[HeaderTensor]]:
@@ -100,10 +121,7 @@ def _ancestors(name: str) -> list[str]:
 
 def write_shard(target: Path, piece: Piece, task: Task) -> Shard:
     """Copies the tensors of a piece into a file of their own."""
-    layout = plan_layout(
-        StoredTensor(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes)
-        for tensor in piece.tensors
-    )
+    layout = piece_layout(piece.tensors)
     with piece.path.open("rb") as source, writing(target, layout) as output:
         for tensor in piece.tensors:
             for start in range(0, tensor.nbytes, _CHUNK):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from pipeline.checkpoint.header import HeaderTensor, read_header
+from pipeline.checkpoint.strict_json import parse_json
 from pipeline.errors import CheckpointError, SourceError
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
-_MAX_JSON_BYTES: Final = 64 * 2**20
+_MAX_JSON_BYTES: Final = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,17 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: missing, too large, not JSON, or not an object.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise CheckpointError(f"{path} is not a file. Copy or download it again.")
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise CheckpointError(
                 f"{path} is larger than {_MAX_JSON_BYTES:,} bytes; no real one is. "
                 "Download the file again."
             )
-        value = json.loads(path.read_text("utf-8"))
+        value = parse_json(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(
             f"{path} is not valid JSON ({error}). Download the file again."
         ) from error

@@ -11,9 +11,8 @@ import hashlib
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,25 +20,11 @@ from numpy.typing import NDArray
 
 from pipeline.checkpoint.digest import FileDigest
 from pipeline.checkpoint.durable import replacing, start_writing_out
-from pipeline.checkpoint.header import HeaderTensor
 from pipeline.checkpoint.layout import FileLayout
+from pipeline.checkpoint.sink import WrittenFile
+from pipeline.nf4.layout import StoredTensor
 
 _HASH_WINDOW: Final = 16 * 2**20
-
-
-@dataclass(frozen=True)
-class WrittenFile:
-    """What is known of an output file.
-
-    Attributes:
-        digest: of the whole file.
-        tensors: in the order of their bytes.
-        sha256: of each tensor's bytes, by name.
-    """
-
-    digest: FileDigest
-    tensors: tuple[HeaderTensor, ...]
-    sha256: dict[str, str]
 
 
 class TensorFile:
@@ -82,6 +67,11 @@ class TensorFile:
         self._hash_range(place.offset, place.nbytes, digest)
         with self._changed:
             self._sha256[name] = digest.hexdigest()
+
+    def wants(self, tensors: Sequence[StoredTensor]) -> bool:
+        """True if any of these tensors is not written yet."""
+        with self._changed:
+            return any(tensor.name not in self._complete for tensor in tensors)
 
     def finish(self) -> WrittenFile:
         """Waits for the hashes, once every tensor is written."""

@@ -6,24 +6,33 @@ so `nf4 --help` answers at once.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, Final
 
 import click
 
 from pipeline import __version__
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, StoppedError, of_system
 
 COMMANDS: Final = {
-    "build": "download, quantize, serialize and verify; skips what is done and still valid",
+    "build": "download, quantize, serialize, verify and attest; skips what is done and still valid",
     "download": "pin, fetch and hash a checkpoint",
     "quantize": "turn linear layers into NF4 codes",
     "serialize": "write the publishable folder and its manifest",
     "verify": "reload the artifact and hold it against the 16-bit model",
+    "attest": "write provenance and a bill of materials into a verified artifact",
     "push": "publish a verified export to the Hub, and prove what the Hub holds",
     "prompt": "generate text with an artifact",
     "inspect": "what is inside an artifact",
+    "reproduce": "derive an artifact again from its source and compare every byte",
+    "sign": "sign every file of an artifact with a key of yours",
+    "check": "check that an artifact holds exactly what was signed",
     "status": "the stages of a build: done, stale, missing, and why",
     "doctor": "what this machine has, and known traps on it",
 }
@@ -56,27 +65,74 @@ def cli() -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command line and exits: 0 good, 1 the job failed, 2 wrong usage."""
+    """Runs the command line and exits: 0 good, 1 the job failed, 2 wrong usage, 130 stopped."""
+    with _interruptible():
+        try:
+            status: Any = cli.main(args=args, prog_name="nf4", standalone_mode=False)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            _say_stopped(_STOPPED)
+            sys.exit(130)
+        except StoppedError as error:
+            _say_stopped(str(error))
+            sys.exit(130)
+        except PipelineError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(error.exit_code)
+        except BrokenPipeError:
+            sys.stderr.close()
+            sys.exit(1)
+        except (OSError, MemoryError) as error:
+            click.echo(f"Error: {of_system(error, 'nf4')}", err=True)
+            sys.exit(1)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+_STOPPED: Final = "Stopped. What is finished is kept; run the same command again to continue there."
+_PATIENCE: Final = 1.5
+"""Seconds in which an interrupted command may end by itself. Ending it then harms nothing: every
+file that counts is complete or absent at any moment."""
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends a command soon, whatever it waits for; a second one ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal asked
+        if asked:
+            _end_now()
+        asked = True
+        timer = threading.Timer(_PATIENCE, _end_now)
+        timer.daemon = True
+        timer.start()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
-        status: Any = cli.main(args=args, prog_name="nf4", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("\nStopped. Run the same command again to continue where it was.", err=True)
-        sys.exit(130)
-    except PipelineError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        click.echo(
-            f"Error: {where}{error.strerror or error}. Check the disk's free space and the "
-            "folder's permissions, then run the same command again.",
-            err=True,
-        )
-        sys.exit(1)
-    sys.exit(status if isinstance(status, int) else 0)
+        yield
+    except SystemExit:
+        if not asked:  # otherwise the timer must still be there for threads that hang on
+            signal.signal(signal.SIGINT, before)
+        raise
+
+
+def _end_now() -> None:
+    _say_stopped(_STOPPED)
+    os._exit(130)
+
+
+_said: list[str] = []
+
+
+def _say_stopped(text: str) -> None:
+    """Says once that, and with what left, the command was stopped."""
+    if not _said:
+        _said.append(text)
+        print(f"\n{text}", file=sys.stderr, flush=True)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def command(
     ui: Ui, settings: Settings, model: str, source: dict[str, Any], build_dir: Path | None
 ) -> None:
-    """Download, quantize, serialize and verify MODEL: a Hub id, a local folder, or "sample".
+    """Download, quantize, serialize, verify, attest MODEL: a Hub id, a local folder, or "sample".
 
     What is done and still valid is not done again. Exits 1 if the verdict is "fail".
     """

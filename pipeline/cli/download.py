@@ -19,9 +19,10 @@ from pipeline.cli.options import ARTIFACTS, Ui, build_dir_option, output_options
 def command(ui: Ui, model: str, source: dict[str, Any], build_dir: Path | None) -> None:
     """Pin MODEL (a Hub id, a local folder, or "sample"), fetch it, and check every file's hash."""
     from pipeline.build import digests_json
+    from pipeline.job import run_download
     from pipeline.stages import download
 
-    build, record, _ = download.run(model, ARTIFACTS, ui.reporter(), build_dir=build_dir, **source)
+    build, record, _ = run_download(model, ARTIFACTS, ui.reporter(), build_dir=build_dir, **source)
     total = sum(digest.size for digest in record.outputs.values())
     value = {
         "build": str(build.root),

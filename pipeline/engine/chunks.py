@@ -76,7 +76,13 @@ def read_range(descriptor: int, view: NDArray[np.uint8], offset: int, tensor: Te
     """Fills `view` with the file's bytes from `offset` on; `tensor` is named if they run out."""
     done = 0
     while done < view.size:
-        count = os.preadv(descriptor, [view.data[done:]], offset + done)
+        try:
+            count = os.preadv(descriptor, [view.data[done:]], offset + done)
+        except OSError as error:
+            raise CheckpointError(
+                f"{tensor.source.file} cannot be read at byte {offset + done:,}: {error.strerror}. "
+                "Look at the disk that holds the source, then run the same command again."
+            ) from error
         if count == 0:
             source = tensor.source
             raise CheckpointError(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.checkpoint.writer import TensorFile
+from pipeline.checkpoint.sink import Sink
 from pipeline.engine.chunks import Chunk, read_chunk
 from pipeline.engine.twins import Twin
 from pipeline.errors import CheckpointError
@@ -57,11 +57,11 @@ class _Weight:
 
 
 class FileJob:
-    """Fills one output file, chunk by chunk, from any thread.
+    """Makes the bytes of one output file, chunk by chunk, from any thread.
 
     Args:
         source: descriptor of the open checkpoint file.
-        output: the file being written.
+        output: takes the bytes of the file.
         chunks_of: number of chunks of each weight, by name.
         rounding: chooses codes and scales.
         buffers: of the calling thread.
@@ -71,7 +71,7 @@ class FileJob:
     def __init__(
         self,
         source: int,
-        output: TensorFile,
+        output: Sink,
         chunks_of: dict[str, int],
         rounding: Rounding,
         buffers: ThreadBuffers,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Final
 
 from pipeline.checkpoint.layout import FileLayout
+from pipeline.checkpoint.sink import Sink, WrittenFile
 from pipeline.checkpoint.source import Checkpoint
-from pipeline.checkpoint.writer import WrittenFile, writing
+from pipeline.checkpoint.writer import writing
 from pipeline.engine.buffers import Budget
 from pipeline.engine.chunks import Chunk, cut
 from pipeline.engine.filejob import FileJob, ThreadBuffers
@@ -23,13 +24,33 @@ from pipeline.engine.twins import Twin
 from pipeline.errors import CheckpointError
 from pipeline.nf4.rounding import Rounding
 from pipeline.progress import Task
-from pipeline.selection import Plan
+from pipeline.selection import Plan, TensorPlan
 
 Call = Callable[[], None]
 
 _OPEN_FILES: Final = 2, 4
 """Output files in work at a time, at least and at most: while one is hashed to its end and synced,
 the next goes on; and where many threads work, the hash of one file cannot keep up with them."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file to make.
+
+    Attributes:
+        name: of the file.
+        source: the checkpoint file that all of its tensors come from.
+        tensors: in the order in which they are made.
+        layout: where each of their stored tensors goes.
+    """
+
+    name: str
+    source: str
+    tensors: tuple[TensorPlan, ...]
+    layout: FileLayout
+
+
+Opener = Callable[[Output], AbstractContextManager[Sink]]
 
 
 @dataclass(frozen=True)
@@ -73,12 +94,49 @@ def quantize_files(
         CheckpointError: a weight is not finite, or a file became shorter while it was read.
         TwinsDifferError: a tensor was to be dropped and does not equal its twin.
     """
+    files = plan.files()
+    make_files(
+        checkpoint,
+        plan,
+        [Output(file, file, files[file], layout) for file, layout in layouts.items()],
+        lambda output: writing(target / output.name, output.layout),
+        done,
+        rounding=rounding,
+        budget=budget,
+        task=task,
+    )
+
+
+def make_files(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    outputs: Sequence[Output],
+    opener: Opener,
+    done: Callable[[str, QuantizedFile], None],
+    *,
+    rounding: Rounding,
+    budget: Budget,
+    task: Task,
+) -> None:
+    """Makes files of quantized and copied tensors, and leaves to `opener` where the bytes go.
+
+    Args:
+        checkpoint: the source.
+        plan: what happens to each tensor.
+        outputs: the files.
+        opener: gives what takes the bytes of a file.
+        done: told of each file once it is whole; one call at a time.
+        rounding: chooses codes and scales.
+        budget: threads and chunk size.
+        task: advanced by the source bytes that are done.
+
+    Raises:
+        CheckpointError: a weight is not finite, or a file became shorter while it was read.
+        TwinsDifferError: a tensor was to be dropped and does not equal its twin.
+    """
     engine = _Engine(checkpoint, plan, rounding, budget, task)
     with engine.opened():
-        jobs: list[Call] = [
-            partial(engine.quantize_file, file, layout, target / file, done)
-            for file, layout in layouts.items()
-        ]
+        jobs: list[Call] = [partial(engine.make, output, opener, done) for output in outputs]
         fewest, most = _OPEN_FILES
         _run_all(jobs, min(most, max(fewest, budget.workers // 2)), engine.stop)
 
@@ -92,7 +150,6 @@ class _Engine:
         self.stop = threading.Event()
         self._checkpoint = checkpoint
         self._plan = plan
-        self._files = plan.files()
         self._rounding = rounding
         self._budget = budget
         self._task = task
@@ -115,26 +172,28 @@ class _Engine:
             self._pool = stack.enter_context(ThreadPoolExecutor(self._budget.workers, "quantize"))
             yield
 
-    def quantize_file(
-        self,
-        file: str,
-        layout: FileLayout,
-        target: Path,
-        done: Callable[[str, QuantizedFile], None],
+    def make(
+        self, output: Output, opener: Opener, done: Callable[[str, QuantizedFile], None]
     ) -> None:
-        """Writes one output file."""
+        """Makes one file."""
         chunks = {
-            tensor.name: list(cut(tensor, self._budget.chunk_bytes)) for tensor in self._files[file]
+            tensor.name: list(cut(tensor, self._budget.chunk_bytes)) for tensor in output.tensors
         }
         counts = {name: len(parts) for name, parts in chunks.items()}
-        with writing(target, layout) as output:
+        with opener(output) as sink:
             job = FileJob(
-                self._sources[file], output, counts, self._rounding, self._buffers, self._task
+                self._sources[output.source],
+                sink,
+                counts,
+                self._rounding,
+                self._buffers,
+                self._task,
             )
-            self._work(self._call(job, chunk) for parts in chunks.values() for chunk in parts)
-            written = output.finish()
+            while tensors := [tensor for tensor in output.tensors if sink.wants(tensor.stored)]:
+                self._work(self._call(job, chunk) for t in tensors for chunk in chunks[t.name])
+            written = sink.finish()
         with self._done:
-            done(file, QuantizedFile(written, job.relative_rmse))
+            done(output.name, QuantizedFile(written, job.relative_rmse))
 
     def _call(self, job: FileJob, chunk: Chunk) -> Call:
         if chunk.tensor.action == "quantize":

@@ -8,6 +8,7 @@ is left in memory.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from typing import Any
 
 from pipeline import errors
 from pipeline.errors import ArchitectureError
+from pipeline.model import worker
 from pipeline.model.facts import ModelFacts
 
 
@@ -41,7 +43,16 @@ class PendingFacts:
         Raises:
             SourceError: the config makes no causal LM, or a weight file is malformed.
         """
-        out, err = self._child.communicate()
+        try:
+            out, err = self._child.communicate()
+        except BaseException:
+            self.cancel()
+            raise
+        if self._child.returncode == -signal.SIGXCPU:
+            raise ArchitectureError(
+                f"Building the model of {self._folder} without weights took more than "
+                f"{worker.MAX_SECONDS} s of processor time, which no real config.json needs."
+            )
         if self._child.returncode != 0:
             tail = (err.strip().splitlines() or ["no message"])[-1]
             raise ArchitectureError(

@@ -65,6 +65,11 @@ def _with_floats(value: Any) -> Any:
     return [_with_floats(item) for item in value] if isinstance(value, list) else value
 
 
+def words_of(error: Exception) -> str:
+    """What an exception of a library says, in one line of bearable length."""
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
 def causal_lm_config(config: dict[str, Any], where: Path) -> Any:
     """A transformers config object for a causal LM.
 
@@ -95,7 +100,7 @@ def causal_lm_config(config: dict[str, Any], where: Path) -> Any:
         built = CONFIG_MAPPING[model_type].from_dict(_with_floats(without_remote_code(config)))
     except Exception as error:  # a config class may reject values in any way it likes
         raise ArchitectureError(
-            f"{where / CONFIG_FILE} is not a valid {model_type} config: {error}"
+            f"{where / CONFIG_FILE} is not a valid {model_type} config: {words_of(error)}"
         ) from error
     if type(built) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ArchitectureError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from pipeline.errors import ArchitectureError
-from pipeline.model.config import causal_lm_config
+from pipeline.model.config import causal_lm_config, words_of
 from pipeline.model.facts import LinearFact, ModelFacts
 from pipeline.model.linear import is_plain_linear
 from pipeline.model.names import NameMap
@@ -33,7 +33,8 @@ def build_skeleton(config: Any, dtype: Any = None) -> Any:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     except Exception as error:  # model constructors may reject values in any way they like
         raise ArchitectureError(
-            f"transformers cannot build a {config.model_type} model from this config: {error}"
+            f"transformers cannot build a {config.model_type} model from this config: "
+            f"{words_of(error)}"
         ) from error
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from pathlib import Path
+from typing import Final
 
 from pipeline.checkpoint.source import open_checkpoint
 from pipeline.errors import PipelineError
@@ -12,10 +14,17 @@ from pipeline.model.config import read_config
 from pipeline.model.skeleton import model_facts
 from pipeline.runtime.quiet import quiet_libraries
 
+MAX_SECONDS: Final = 240
+"""Of processor time. Models of some hundred billion weights take less than one minute."""
+
+MAX_MEMORY: Final = 8 * 2**30
+"""Bytes; torch and transformers take half a GiB, a model without weights hardly anything."""
+
 
 def main() -> None:
     """Answers for the folder named on the command line."""
     folder = Path(sys.argv[1])
+    _limit_itself()
     quiet_libraries()
     try:
         names = [tensor.name for tensor in open_checkpoint(folder).tensors]
@@ -23,6 +32,14 @@ def main() -> None:
     except PipelineError as error:
         answer = {"error": str(error), "kind": type(error).__name__}
     json.dump(answer, sys.stdout)
+
+
+def _limit_itself() -> None:
+    """A hostile config that passes for plausible must not take the machine with it."""
+    for kind, limit in ((resource.RLIMIT_CPU, MAX_SECONDS), (resource.RLIMIT_DATA, MAX_MEMORY)):
+        _, hard = resource.getrlimit(kind)
+        new = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(kind, (new, hard))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The five stages. Each reads the records before it, does one thing, and writes its record last.
+"""The stages. Each reads the records before it, does one thing, and writes its record last.
 
     download.py    a name -> a pinned, hashed checkpoint in source/
     quantize.py    source/ -> quantized/
     serialize.py   quantized/ -> export/: the artifact and its manifest
     verify.py      export/ against source/ -> verification.json, report, model card, the verdict
+    attest.py      export/ -> provenance.json and bom.cdx.json in it
     push.py        export/ -> what would be, or is, on the Hub
 
 `download` makes the build folder; the others are a `key(build, settings)` that says when they are

@@ -5,21 +5,23 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from pipeline.build import Build, Record, digests_json, stage_key
-from pipeline.checkpoint.digest import FileDigest, digest_file
+from pipeline.checkpoint.digest import FileDigest, digest_files
+from pipeline.checkpoint.durable import make_folder, sync_folder
 from pipeline.checkpoint.files import PICKLE_FILE, is_wanted
 from pipeline.checkpoint.source import has_weights, open_checkpoint
+from pipeline.checkpoint.strangers import check_folder
 from pipeline.errors import BuildError, UsageError
 from pipeline.measure import measured, peak_memory_of_children
 from pipeline.model.ask import PendingFacts, transformers_version
 from pipeline.model.config import check_not_quantized, read_config
 from pipeline.model.facts import ModelFacts
+from pipeline.model.plausible import check_plausible
 from pipeline.progress import Reporter
 from pipeline.runtime.artifact import is_hub_id
 from pipeline.stages import recorded
@@ -210,9 +212,8 @@ def _local(
 
 def _hashed(paths: Mapping[str, Path], reporter: Reporter) -> dict[str, FileDigest]:
     total = sum(path.stat().st_size for path in paths.values())
-    with reporter.task("hash source", total) as task, ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda path: digest_file(path, task), paths.values())
-        return dict(zip(paths, digests, strict=True))
+    with reporter.task("hash source", total) as task:
+        return digest_files(paths, task)
 
 
 def _hub(repo: str, asked: _Asked, reporter: Reporter) -> Source:
@@ -263,8 +264,10 @@ def _slug(repo: str, commit: str | None, files: Mapping[str, FileDigest]) -> str
 
 def _check(folder: Path) -> None:
     """Everything that can be known without reading weights or asking transformers."""
-    check_not_quantized(read_config(folder), folder)
-    open_checkpoint(folder)
+    check_folder(folder)
+    config = read_config(folder)
+    check_not_quantized(config, folder)
+    check_plausible(config, open_checkpoint(folder))
 
 
 def _wanted_in(folder: Path) -> dict[str, Path]:
@@ -316,5 +319,7 @@ def _link(build: Build, source: Source) -> None:
             old.unlink()
     for name in source.files:
         link = build.source / name
-        link.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(link.parent)
         link.symlink_to((source.folder / name).resolve())
+    for folder in {(build.source / name).parent for name in source.files}:
+        sync_folder(folder)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Final
 from pipeline import __version__
 from pipeline.build import Build, Record, stage_key
 from pipeline.checkpoint.digest import FileDigest, digest_file
+from pipeline.checkpoint.source import read_json
 from pipeline.errors import ArtifactError, VerificationError
 from pipeline.manifest.read import read_manifest
 from pipeline.measure import measured
 from pipeline.progress import SILENT, Reporter
+from pipeline.provenance.signing import SIGNATURE_FILE
 
 if TYPE_CHECKING:
     from pipeline.hub import Earlier, LocalFile, Published
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 CODE_VERSION: Final = 1
 STAGE: Final = "push"
 CARD_FILE: Final = "README.md"
+PROVENANCE_FILE: Final = "provenance.json"
 
 
 @dataclass(frozen=True)
@@ -194,6 +197,9 @@ def _checked_files(
     listed = manifest["files"].items()
     expected = {name: FileDigest(entry["size"], entry["sha256"]) for name, entry in listed}
     expected |= _recorded_files(build)
+    signature = build.export / SIGNATURE_FILE
+    if signature.is_file():  # it signs what is checked here, and nothing signs it
+        expected[SIGNATURE_FILE] = digest_file(signature)
     paths = {
         path.relative_to(build.export).as_posix(): path
         for path in sorted(build.export.rglob("*"))
@@ -210,7 +216,22 @@ def _checked_files(
                     f"{build.export / name} {what}. Run `nf4 build` (or `nf4 serialize` and "
                     "`nf4 verify`) again."
                 )
+    _check_provenance(build, found)
     return found
+
+
+def _check_provenance(build: Build, found: dict[str, FileDigest]) -> None:
+    """A statement of an earlier run may speak of files that verify has written anew since."""
+    if PROVENANCE_FILE not in found:
+        return
+    subjects = read_json(build.export / PROVENANCE_FILE)["subject"]
+    for subject in subjects:
+        digest = found.get(subject["name"])
+        if digest is None or digest.sha256 != subject["digest"]["sha256"]:
+            raise ArtifactError(
+                f"{build.export / PROVENANCE_FILE} speaks of another {subject['name']} than the "
+                "one that is there. Run `nf4 attest` again."
+            )
 
 
 def _recorded_files(build: Build) -> dict[str, FileDigest]:

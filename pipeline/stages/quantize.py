@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from pipeline.build import Build, Record, stage_key
 from pipeline.checkpoint.digest import FileDigest, digest_file
-from pipeline.checkpoint.durable import remove_leftovers, write_json
+from pipeline.checkpoint.durable import make_folder, write_json
 from pipeline.checkpoint.layout import FileLayout
 from pipeline.checkpoint.shards import tensor_facts
 from pipeline.checkpoint.source import Checkpoint, open_checkpoint
@@ -100,8 +100,7 @@ def _quantize(
     settings: Settings,
     reporter: Reporter,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    build.quantized.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(build.quantized)
+    make_folder(build.quantized)
     layouts = plan.layouts()
     _remove_strangers(build, layouts)
     results = {
@@ -217,6 +216,11 @@ def _remove_strangers(build: Build, layouts: dict[str, FileLayout]) -> None:
     for path in build.quantized.iterdir():
         if path.name not in expected:
             path.unlink()
+
+
+def finished_files(build: Build) -> int:
+    """How many quantized files stand whole, of a run that may have ended early."""
+    return len(list(build.quantized.glob(f"*{_FACTS_SUFFIX}")))
 
 
 def _finished(target: Path, stage: str, layout: FileLayout) -> dict[str, Any] | None:

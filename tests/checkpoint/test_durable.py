@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.checkpoint import durable
 from pipeline.checkpoint.durable import (
     json_bytes,
     link_or_copy,
@@ -122,3 +123,37 @@ def test_bytes_are_copied_where_no_link_can_be(tmp_path: Path) -> None:
         assert [p.name for p in tmp_path.iterdir()] == ["b"]
     finally:
         source.unlink()
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_takes_its_place_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    """Also where the system cannot exchange two names."""
+    if not exchange:
+        monkeypatch.setattr(durable, "_exchange", lambda *_: False)
+    folder = tmp_path / "export"
+    for number in (1, 2):
+        with durable.replacing_folder(folder) as fresh:
+            (fresh / f"{number}.txt").write_text("new")
+            assert folder.exists() == (number == 2)
+        assert [path.name for path in folder.iterdir()] == [f"{number}.txt"]
+    with pytest.raises(IsADirectoryError), durable.replacing_folder(folder) as fresh:
+        fresh.write_text("half")
+    assert [path.name for path in folder.iterdir()] == ["2.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_folder_whose_exchange_was_killed_is_put_back(tmp_path: Path) -> None:
+    """Between two renames, where there is no exchange: the earlier one counts."""
+    folder = tmp_path / "export"
+    with pytest.MonkeyPatch.context() as patch, durable.replacing_folder(folder) as fresh:
+        (fresh / "1.txt").write_text("old")
+        patch.setattr(durable, "_exchange", lambda *_: False)
+    folder.rename(tmp_path / ".export-old.partial")
+    (tmp_path / ".export.partial").mkdir()
+    durable.recover_folder(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert [path.name for path in folder.iterdir()] == ["1.txt"]
+    durable.recover_folder(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]

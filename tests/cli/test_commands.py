@@ -130,6 +130,7 @@ def test_a_build_prints_one_json_value_and_no_noise(built: Built) -> None:
         "quantize",
         "serialize",
         "verify",
+        "attest",
     ]
     noise = [line for line in built.done.err.splitlines() if not PROGRESS.fullmatch(line)]
     assert noise == []
@@ -143,6 +144,8 @@ def test_a_build_leaves_what_it_should(built: Built) -> None:
         "manifest.json",
         "verification.json",
         "README.md",
+        "provenance.json",
+        "bom.cdx.json",
         "tokenizer.json",
     }
     assert not list(built.build.root.rglob("*.partial"))
@@ -151,6 +154,7 @@ def test_a_build_leaves_what_it_should(built: Built) -> None:
         "quantize",
         "serialize",
         "verify",
+        "attest",
     }
 
 
@@ -161,7 +165,7 @@ def test_a_second_build_runs_nothing(built: Built) -> None:
     after = {p: p.lstat().st_mtime_ns for p in built.build.root.rglob("*") if p.name != ".lock"}
     assert after == before
     assert {n: stage["ran"] for n, stage in done.value["stages"].items()} == dict.fromkeys(
-        ("download", "quantize", "serialize", "verify"), False
+        ("download", "quantize", "serialize", "verify", "attest"), False
     )
 
 
@@ -174,6 +178,7 @@ def test_a_damaged_export_is_seen_and_healed(built: Built, tmp_path: Path) -> No
         "quantize": "done",  # the copy of the build has no hard links
         "serialize": "stale",
         "verify": "stale",
+        "attest": "stale",
     }
     done = nf4(
         "build", built.model, "--build-dir", build.root, "--recipe", built.recipe, "--json",
@@ -185,7 +190,7 @@ def test_a_damaged_export_is_seen_and_healed(built: Built, tmp_path: Path) -> No
     assert stages["serialize"]["ran"]
     assert stages["verify"]["ran"]
     healed = content_of(build.export)
-    measured = {"verification.json", "report.html"}  # they hold times
+    measured = {"verification.json", "report.html", "provenance.json"}  # they hold times
     assert set(healed) == set(expected)
     for name in set(expected) - measured:
         assert healed[name] == expected[name], name
@@ -199,7 +204,7 @@ def test_status_for_people(built: Built) -> None:
     lines = done.out.splitlines()
     assert lines[0] == built.done.value["build"]
     assert [line.split()[:2] for line in lines[1:]] == [
-        [stage, "done"] for stage in ("download", "quantize", "serialize", "verify")
+        [stage, "done"] for stage in ("download", "quantize", "serialize", "verify", "attest")
     ]
 
 

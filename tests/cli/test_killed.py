@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import subprocess
 import time
@@ -14,6 +15,7 @@ from pipeline.build import Build
 from pipeline.checkpoint.header import read_header
 from pipeline.progress import SILENT
 from pipeline.stages import download
+from tests.support import kills
 from tests.support.tiny import content_of, copy_of, nf4, start_nf4, write_falcon
 
 SHARDS = 6
@@ -80,3 +82,24 @@ def test_killed_again_and_again(downloaded: Path, whole: dict[str, bytes], tmp_p
         name for name, inode in finished.items() if (build.quantized / name).stat().st_ino == inode
     ]
     assert len(kept) >= len(finished) - 1  # the last may lack the note that says it is done
+
+
+@pytest.mark.parametrize("stage", kills.STAGES)
+def test_killed_at_random_moments(downloaded: Path, tmp_path: Path, stage: str) -> None:
+    """A few rounds of the campaign whose hundred stand in docs/reliability.md."""
+    campaign = kills.prepare(downloaded, tmp_path / "campaign", stage)
+    dice = random.Random(stage)
+    rounds = [kills.kill_once(campaign, number, dice, tmp_path) for number in range(4)]
+    assert [found.faults for found in rounds] == [[]] * 4
+
+
+def test_a_second_live_process_is_refused_and_a_dead_one_is_not(
+    downloaded: Path, tmp_path: Path
+) -> None:
+    build = Build(copy_of(downloaded, tmp_path / "build"))
+    with build.locked():
+        done = nf4("quantize", "--build-dir", build.root, cwd=tmp_path)
+        assert done.status == 1
+        assert "in use by another nf4 process (pid" in done.err
+        assert not build.quantized.exists()
+    assert nf4("quantize", "--build-dir", build.root, cwd=tmp_path).status == 0

@@ -1,0 +1,153 @@
+"""`nf4 reproduce`: manifest -> source -> derived hashes -> differences."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.build import Build
+from pipeline.checkpoint.digest import FileDigest
+from pipeline.checkpoint.durable import json_bytes
+from pipeline.checkpoint.source import INDEX_FILE
+from pipeline.errors import ArtifactError, RecipeError
+from pipeline.manifest.build import build_manifest
+from pipeline.manifest.read import MANIFEST_FILE, read_manifest
+from pipeline.manifest.small_files import small_files, stored_tensors_of, weight_index
+from pipeline.measure import measured
+from pipeline.progress import Reporter
+from pipeline.recipe import Recipe, parse_recipe
+from pipeline.reproduce.compare import Difference, compare_files
+from pipeline.reproduce.derive import Derived, derive
+from pipeline.reproduce.source import open_source
+from pipeline.stages import Settings
+from pipeline.stages.download import recorded_facts
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What came of deriving an artifact again.
+
+    Attributes:
+        source: repo, commit and content hash of the checkpoint.
+        files: how many files the source makes.
+        differences: the files that are not what the source makes; the first one says which byte.
+        not_derived: files in the folder that no source makes, such as the model card.
+        seconds: wall-clock time.
+        peak_memory: bytes.
+    """
+
+    source: dict[str, Any]
+    files: int
+    differences: list[Difference]
+    not_derived: list[str]
+    seconds: float
+    peak_memory: int
+
+    @property
+    def equal(self) -> int:
+        """How many files are what the source makes."""
+        return self.files - len(self.differences)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "reproduced": not self.differences,
+            "source": self.source,
+            "files": self.files,
+            "equal": self.equal,
+            "differences": [difference.as_json() for difference in self.differences],
+            "not_derived": self.not_derived,
+            "seconds": round(self.seconds, 3),
+            "peak_memory_bytes": self.peak_memory,
+        }
+
+
+def reproduce(
+    artifact: Path,
+    source: Path | None,
+    reporter: Reporter,
+    *,
+    workers: int = 0,
+    memory_budget: int = Settings.memory_budget,
+) -> Reproduction:
+    """Derives an artifact again from its source, on the CPU, and compares every file.
+
+    Args:
+        artifact: a folder with a manifest, such as a download of a published one.
+        source: the folder that holds the checkpoint; None for the commit that the manifest pins.
+        reporter: told how far it is.
+        workers: threads; 0 for as many as keep the processors busy.
+        memory_budget: bytes for all buffers of the engine together.
+
+    Raises:
+        ArtifactError: there is no manifest, or not one that can be followed.
+        SourceError: the source is not the one that the manifest pins.
+        HubError: the Hub does not give it.
+    """
+    manifest = read_manifest(artifact)
+    settings = Settings(
+        recipe=_recipe(manifest, artifact),
+        device="cpu",
+        workers=workers,
+        memory_budget=memory_budget,
+    )
+    with measured() as usage, tempfile.TemporaryDirectory(prefix="nf4-reproduce-") as scratch:
+        build = open_source(manifest, source, Path(scratch), reporter)
+        derived = derive(build, settings, reporter)
+        small = _small(build, manifest, derived, settings)
+        listed = manifest["files"]
+        differences = compare_files(artifact, listed, derived, small, settings, reporter)
+    made = {*derived.outputs, *small}
+    return Reproduction(
+        {name: manifest["source"][name] for name in ("repo", "commit", "content_sha256")},
+        len({*made, *listed, *(difference.file for difference in differences)}),
+        differences,
+        sorted(
+            name
+            for path in artifact.rglob("*")
+            if path.is_file()
+            and (name := path.relative_to(artifact).as_posix()) not in made
+            and name not in listed
+            and not name.endswith(".safetensors")
+        ),
+        usage.seconds,
+        usage.peak_memory,
+    )
+
+
+def _recipe(manifest: dict[str, Any], artifact: Path) -> Recipe:
+    try:
+        return parse_recipe(manifest["recipe"], MANIFEST_FILE)
+    except RecipeError as error:
+        raise ArtifactError(
+            f"{artifact / MANIFEST_FILE} holds a recipe that this version cannot follow: {error}"
+        ) from error
+
+
+def _small(
+    build: Build, manifest: dict[str, Any], derived: Derived, settings: Settings
+) -> dict[str, bytes]:
+    """Every file beside the weights, the manifest included."""
+    model_class = recorded_facts(build.need("download")).class_name
+    pinned = {
+        name: FileDigest(entry["size"], entry["sha256"])
+        for name, entry in manifest["source"]["files"].items()
+    }
+    shards = derived.shards
+    small = small_files(build.source, pinned, derived.plan, model_class)
+    if len(shards) > 1:
+        small[INDEX_FILE] = json_bytes(weight_index(shards))
+    files = {name: FileDigest.of(content) for name, content in small.items()}
+    files |= {shard.name: shard.digest for shard in shards}
+    again = build_manifest(
+        source={name: manifest["source"][name] for name in ("repo", "commit", "content_sha256")},
+        source_files=pinned,
+        recipe=settings.recipe,
+        plan=derived.plan,
+        stored=stored_tensors_of(shards),
+        relative_rmse=derived.relative_rmse,
+        files=files,
+        model_class=model_class,
+    )
+    return {**small, MANIFEST_FILE: json_bytes(again)}

@@ -1,0 +1,100 @@
+"""Ctrl-C: a clean end that says what is kept, and nothing half-written."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.build import Build
+from pipeline.progress import SILENT
+from pipeline.stages import download
+from tests.support.interrupts import interrupt_at_random, interrupt_when
+from tests.support.kills import leftovers
+from tests.support.tiny import content_of, copy_of, nf4, write_falcon
+
+
+@pytest.fixture(scope="module")
+def downloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("interrupted")
+    model = write_falcon(folder / "model", hidden=768, layers=4, shards=6)
+    build, *_ = download.run(str(model), folder / "artifacts", SILENT)
+    return build.root
+
+
+def test_quantize_ends_clean_and_goes_on(downloaded: Path, tmp_path: Path) -> None:
+    build = Build(copy_of(downloaded, tmp_path / "build"))
+    command = ("quantize", "--build-dir", build.root)
+    found = interrupt_when(
+        *command,
+        cwd=tmp_path,
+        moment=lambda: len(list(build.quantized.glob("*.facts.json"))) >= 2,
+    )
+    assert found.status == 130
+    assert re.fullmatch(
+        rf"\nStopped in quantize\. Kept in {re.escape(str(build.root))}: download, "
+        r"and \d quantized files\. Run the same command again to continue there\.\n",
+        found.err,
+    )
+    assert leftovers(build) == []
+    kept = {p.name: p.stat().st_ino for p in build.quantized.glob("*.safetensors")}
+    assert len(kept) >= 2
+    assert nf4(*command, cwd=tmp_path).status == 0
+    same = [n for n, inode in kept.items() if (build.quantized / n).stat().st_ino == inode]
+    assert len(same) >= len(kept) - 1
+    whole = Build(copy_of(downloaded, tmp_path / "whole"))
+    assert nf4("quantize", "--build-dir", whole.root, cwd=tmp_path).status == 0
+    assert content_of(build.quantized) == content_of(whole.quantized)
+
+
+def test_at_any_moment_of_a_build(downloaded: Path, tmp_path: Path) -> None:
+    """From the first line to the two models that verify loads."""
+    model = downloaded.parents[1] / "model"
+    dice = random.Random(0)
+    for number in range(6):
+        root = tmp_path / f"build-{number}"
+        found = interrupt_at_random(
+            "build", model, "--build-dir", root, cwd=tmp_path, within=3.0 * number, dice=dice
+        )
+        assert found.status == 130, found.err
+        lines = [line for line in found.err.splitlines() if line.strip()]
+        assert lines[-1].startswith("Stopped"), found.err
+        assert "again to continue" in lines[-1]
+        assert "Traceback" not in found.err
+        assert leftovers(Build(root)) == []
+
+
+PROGRAM = """
+import signal, sys, time
+from pipeline import cli
+class Deaf:
+    def __getattr__(self, name):
+        print("ready", flush=True)
+        while True:
+            try:
+                time.sleep(60)
+            except KeyboardInterrupt:
+                pass
+cli.import_module = lambda name: Deaf()
+cli.main(["build", "x"])
+"""
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_work_that_does_not_listen_is_ended_all_the_same(signals: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(signals):
+        process.send_signal(2)
+        time.sleep(0.2)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.count("Stopped.") == 1
