@@ -118,7 +118,7 @@ def test_weights_of_another_build_go_and_other_files_stay(
 
 def test_what_an_earlier_push_left_goes(hub: HubServer, build: Build, worker: Worker) -> None:
     extra = build.export / "pictures" / "old.png"
-    extra.parent.mkdir()
+    extra.parent.mkdir(exist_ok=True)
     extra.write_bytes(b"png")
     record_file(build, extra)
     assert_pushed(worker.push(build.root, REPO), hub, build)
