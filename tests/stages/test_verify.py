@@ -17,12 +17,14 @@ import pytest
 import torch
 import transformers
 
+from pipeline.blocks.streamed import StreamedModel
 from pipeline.build import Build
 from pipeline.cli import main
 from pipeline.errors import ArtifactError, RecipeError, UsageError, VerificationError
 from pipeline.fidelity.tokens import TokenScores, score_tokens
 from pipeline.job import run_stage, states
 from pipeline.progress import SILENT, Task
+from pipeline.proof import worker
 from pipeline.proof.prompts import Prompt
 from pipeline.proof.run import Examination
 from pipeline.proof.text import Text, cut
@@ -234,12 +236,9 @@ def test_the_limits_are_those_of_the_recipe(build: Build, settings: Settings) ->
     assert found["thresholds"]["max_mean_kl"] == 1e-9
 
 
-@pytest.mark.parametrize("kind", ["falcon-7b", "llama"])
-@pytest.mark.usefixtures("here")
-def test_streamed_answers_are_those_of_the_whole_model(kind: str, tmp_path: Path) -> None:
-    """Greedy and drawn, of different lengths, with and without a right answer."""
-    folder = make_checkpoint(tmp_path / kind, kind)
-    whole = Examination(
+def asked_of(folder: Path) -> Examination:
+    """Greedy and drawn, with and without a right answer."""
+    return Examination(
         source=folder,
         device="cpu",
         device_memory=0,
@@ -248,17 +247,33 @@ def test_streamed_answers_are_those_of_the_whole_model(kind: str, tmp_path: Path
         text=Text("none", {}),
         tokens=2,
     )
-    found = whole.ask_source(folder, SILENT)
-    streamed = replace(whole, device_memory=1).ask_source(folder, SILENT)
-    assert (found["costs"]["streamed"], streamed["costs"]["streamed"]) == (False, True)
-    assert len(found["answers"]) == len(streamed["answers"]) == 5
-    for one, other in zip(found["answers"], streamed["answers"], strict=True):
-        assert (other["ids"], other["text"]) == (one["ids"], one["text"])
-    assert found["costs"]["tokens_per_second"] > 0
-    # All prompts were answered together, so no time belongs to one of them.
-    assert streamed["costs"]["tokens_per_second"] is None
-    assert streamed["costs"]["first_token_seconds"] is None
-    assert streamed["costs"]["footprint_bytes"] == found["costs"]["footprint_bytes"]
+
+
+@pytest.mark.parametrize("kind", ["falcon-7b", "llama"])
+@pytest.mark.usefixtures("here")
+def test_streamed_answers_are_those_of_the_whole_model(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_checkpoint(tmp_path / kind, kind)
+    with StreamedModel(folder, "cpu") as model:
+        first, second = (model.nbytes(block) for block in model.blocks)
+    whole = asked_of(folder).ask_source(folder, SILENT)
+    found = [replace(asked_of(folder), device_memory=1).ask_source(folder, SILENT)]
+    # Room for one block to stay and one to be streamed.
+    room = first + max(first, second)
+    monkeypatch.setattr(worker, "_free_memory", lambda request: worker._SPARE + room)
+    found.append(asked_of(folder).ask_source(folder, SILENT))
+    assert not whole["costs"]["streamed"]
+    assert whole["costs"]["tokens_per_second"] > 0
+    for streamed in found:
+        assert streamed["costs"]["streamed"]
+        assert len(whole["answers"]) == len(streamed["answers"]) == 5
+        for one, other in zip(whole["answers"], streamed["answers"], strict=True):
+            assert (other["ids"], other["text"]) == (one["ids"], one["text"])
+        # All prompts were answered together, so no time belongs to one of them.
+        assert streamed["costs"]["tokens_per_second"] is None
+        assert streamed["costs"]["first_token_seconds"] is None
+        assert streamed["costs"]["footprint_bytes"] == whole["costs"]["footprint_bytes"]
 
 
 # --- against another artifact ---
