@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import sqrt
 from pathlib import Path
 from typing import Any, Final
@@ -25,17 +25,10 @@ from pipeline.runtime.quiet import quiet_loading
 from tests.support.checkpoints import make_checkpoint
 from tests.support.decoders import write_decoder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTHS: Final = (20, 33, 7, 20)
 FIELDS: Final = ("kl", "agrees", "sure", "reference_nll", "nll")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices so small wait longer for a second thread than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def sequences(lengths: Sequence[int] = LENGTHS) -> list[TokenSequence]:

@@ -1,0 +1,144 @@
+"""On a CUDA device: the sample is verified there, in little memory, as on whole models.
+
+Run by `scripts/gpu_checks.py` on a machine that has one; the results stand in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+TOKENS = 2048
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build of the sample up to serialize."""
+    from pipeline.job import run_stage
+    from pipeline.progress import SILENT
+    from pipeline.stages import Settings, download
+
+    build, *_ = download.run("sample", tmp_path_factory.mktemp("sample"), SILENT)
+    for stage in ("quantize", "serialize"):
+        run_stage(build, stage, Settings(device="cuda"), SILENT)
+    return build.root
+
+
+def test_the_sample_is_verified_on_the_gpu(sample: Path, tmp_path: Path) -> None:
+    from pipeline.build import Build
+    from pipeline.job import run_stage
+    from pipeline.progress import SILENT
+    from pipeline.stages import Settings
+    from tests.support.tiny import copy_of
+
+    build = Build(copy_of(sample, tmp_path / "build"))
+    settings = Settings(device="cuda", require_gpu=True)
+    found = run_stage(build, "verify", settings, SILENT).record.facts
+    assert [check for check in found["checks"] if not check["passed"]] == []
+    assert found["verdict"] == "pass"
+    assert found["device"]["kind"] == "cuda"
+    assert found["device"]["name"] == torch.cuda.get_device_name()
+    assert found["accuracy"]["right_16bit"] >= 49
+    assert found["accuracy"]["right_4bit"] >= 46
+    assert not found["models"]["16bit"]["streamed"]
+    # Two models of 10 MB: what it takes are logits and workspaces, not weights.
+    for part in (*found["models"].values(), found["comparison"]):
+        assert 0 < part["peak_device_memory_bytes"] < 2**30
+        assert part["peak_memory_bytes"] > 0
+
+
+def test_block_by_block_is_whole_on_the_gpu(sample: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.blocks.streamed import StreamedModel
+    from pipeline.fidelity.tokens import TokenScores, score_tokens
+    from pipeline.proof.distance import Comparison
+    from pipeline.proof.text import Text, cut
+    from pipeline.runtime.loader import load, load_tokenizer
+    from pipeline.runtime.quiet import quiet_loading
+    from pipeline.sample import MODEL_DIR, TEXT
+
+    model = load(sample, device="cuda:0")
+    dtype = model.get_input_embeddings().weight.dtype
+    text = Text("any", {"any": TEXT.read_text("utf-8")})
+    sequences = cut(text, load_tokenizer(MODEL_DIR), TOKENS, None)
+    with StreamedModel(MODEL_DIR, "cuda:0", dtype) as streamed:
+        found = Comparison(streamed, model).run(sequences, lambda count: None)
+    with quiet_loading():
+        reference: Any = AutoModelForCausalLM.from_pretrained(
+            MODEL_DIR, dtype=dtype, device_map={"": "cuda:0"}
+        ).eval()
+    parts = []
+    for sequence in sequences:
+        ids = torch.from_numpy(sequence.ids)[None].cuda()
+        with torch.inference_mode():
+            before, after = (m(ids, use_cache=False).logits[0, :-1] for m in (reference, model))
+        parts.append(score_tokens(before, after, ids[0, 1:]))
+    expected = TokenScores.joined(parts)
+    assert len(found) == len(expected) == TOKENS - len(sequences)
+    assert found.kl.mean() > 1e-3
+    assert np.abs(found.kl - expected.kl).max() < 1e-5
+    assert found.kl.mean() == pytest.approx(expected.kl.mean(), abs=1e-6)
+    assert np.array_equal(found.agrees, expected.agrees)
+
+
+def test_a_model_is_at_no_distance_from_itself_on_the_gpu() -> None:
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.blocks.streamed import StreamedModel
+    from pipeline.proof.distance import Comparison
+    from pipeline.proof.text import random_sequences
+    from pipeline.runtime.quiet import quiet_loading
+    from pipeline.sample import MODEL_DIR
+
+    with StreamedModel(MODEL_DIR, "cuda:0") as streamed:
+        dtype = streamed.model.get_input_embeddings().weight.dtype
+        with quiet_loading():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                MODEL_DIR, dtype=dtype, device_map={"": "cuda:0"}
+            ).eval()
+        vocabulary = model.get_input_embeddings().num_embeddings
+        sequences = random_sequences(vocabulary, TOKENS, None)
+        found = Comparison(streamed, model).run(sequences, lambda count: None)
+    assert (found.kl == 0.0).all()
+    assert found.agrees.all()
+
+
+def test_streamed_answers_are_those_of_the_whole_model_on_the_gpu(sample: Path) -> None:
+    from pipeline.progress import SILENT
+    from pipeline.proof.prompts import read_prompts
+    from pipeline.proof.run import Examination
+    from pipeline.proof.text import Text
+    from pipeline.sample import MODEL_DIR, QUESTIONS
+
+    whole = Examination(
+        source=MODEL_DIR,
+        device="cuda:0",
+        device_memory=0,
+        prompts=read_prompts(QUESTIONS)[:10],
+        max_new_tokens=24,
+        text=Text("none", {}),
+        tokens=2,
+    )
+    export = sample / "export"
+    found = whole.ask_source(export, SILENT)
+    # Enough for a model of 10 MB, and less than what is left free beside a model that stays.
+    streamed = replace(whole, device_memory=2**30).ask_source(export, SILENT)
+    assert (found["costs"]["streamed"], streamed["costs"]["streamed"]) == (False, True)
+    assert [answer["ids"] for answer in streamed["answers"]] == [
+        answer["ids"] for answer in found["answers"]
+    ]
+    assert 0 < streamed["costs"]["peak_device_memory_bytes"] <= 2**30
+    assert streamed["costs"]["peak_device_memory_bytes"] < (
+        found["costs"]["peak_device_memory_bytes"] + 2**20
+    )
