@@ -11,8 +11,6 @@ from pipeline.hub import cache, client
 from pipeline.hub.explain import Request
 from pipeline.hub.remote import RemoteFile, RemoteModel
 
-_TIMEOUT = 30.0  # seconds for an answer; the client would wait for ever
-
 
 def resolve(
     repo_id: str,
@@ -53,9 +51,7 @@ def resolve(
     api = HfApi(library_name=client.LIBRARY)
     request = Request(repo_id, revision, f"looking up {repo_id}@{revision}")
     with client.quiet():
-        info = client.attempt(
-            lambda: api.model_info(repo_id, revision=revision, timeout=_TIMEOUT), request, sleep
-        )
+        info = client.attempt(lambda: api.model_info(repo_id, revision=revision), request, sleep)
         commit = info.sha or ""
         if not re.fullmatch("[0-9a-f]{40}", commit):
             raise HubError(f"{request.doing}: expected a commit of 40 hex digits, got {commit!r}")

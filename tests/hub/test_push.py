@@ -140,6 +140,11 @@ def record_file(build: Build, path: Path) -> None:
     if path.exists():
         outputs[name] = digest_file(path)
     build.write_record(replace(record, outputs=outputs))
+    # A statement about what was there before would be refused.
+    attested = build.record("attest")
+    for left in attested.outputs if attested else ():
+        (build.root / left).unlink()
+    build.forget("attest")
 
 
 # What stops it.

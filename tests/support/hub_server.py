@@ -133,6 +133,21 @@ class Refused(Exception):
         self.answer = Answer(status, {"error": message}, headers)
 
 
+@dataclass
+class XetStore:
+    """A store that Xet clients write to and read from by themselves, without this server.
+
+    Attributes:
+        url: of the store; hf_xet takes `local://` and a folder.
+        hashes: Xet's hash of each file that may come, by its sha256.
+        content: its bytes; what is in the store is for the next reader to find out.
+    """
+
+    url: str
+    hashes: Mapping[str, str]
+    content: Mapping[str, bytes]
+
+
 Handler = Callable[[Call], Answer]
 ROUTES: list[tuple[str, bool, re.Pattern[str], Handler]] = []
 
@@ -162,6 +177,7 @@ class HubServer:
 
     page_size: int = 1000  # entries of a tree listing in one answer
     part_size: int | None = None  # LFS uploads larger than this come in parts of it
+    xet: XetStore | None = None  # set, LFS files are also offered by way of Xet
     pause: float = 0.0  # seconds before each request is acted on, and between pieces of a body
     piece: int = 1 << 18  # bytes of a body sent at a time when there is a pause
 
@@ -364,6 +380,8 @@ def _flipped(body: bytes, bit: int) -> bytes:
     return bytes(changed)
 
 
+@route("HEAD", f"/api/models/{REPO}")
+@route("HEAD", f"/api/models/{REPO}/revision/{REVISION}")
 @route("GET", f"/api/models/{REPO}")
 @route("GET", f"/api/models/{REPO}/revision/{REVISION}")
 def model_info(call: Call) -> Answer:
@@ -393,7 +411,7 @@ def model_info(call: Call) -> Answer:
     return Answer(body=info)
 
 
-@route("GET", f"/api/models/{REPO}/tree/{REVISION}")
+@route("GET", f"/api/models/{REPO}/tree/{REVISION}/?")
 def tree(call: Call) -> Answer:
     """The files of a commit, a page at a time; with ?recursive those in folders too."""
     commit = call.commit(call.repo())
@@ -404,19 +422,7 @@ def tree(call: Call) -> Answer:
         for depth in range(1, len(parts)):
             folder = "/".join(parts[:depth])
             entries[folder] = {"type": "directory", "oid": "0" * 40, "size": 0, "path": folder}
-        entry: dict[str, Any] = {
-            "type": "file",
-            "oid": blob.oid,
-            "size": len(blob.data),
-            "path": path,
-        }
-        if blob.lfs:
-            entry["lfs"] = {
-                "oid": blob.sha256,
-                "size": len(blob.data),
-                "pointerSize": blob.pointer_size,
-            }
-        entries[path] = entry
+        entries[path] = _entry(path, blob)
     listed = [entry for path, entry in sorted(entries.items()) if recursive or "/" not in path]
     start = int(call.query.get("cursor", ["0"])[0])
     end = start + call.hub.page_size
@@ -425,6 +431,23 @@ def tree(call: Call) -> Answer:
         again = f"{call.hub.url}{quote(call.path)}?recursive={recursive}&cursor={end}"
         headers["Link"] = f'<{again}>; rel="next"'
     return Answer(body=listed[start:end], headers=headers)
+
+
+def _entry(path: str, blob: Blob) -> dict[str, Any]:
+    size = len(blob.data)
+    entry: dict[str, Any] = {"type": "file", "oid": blob.oid, "size": size, "path": path}
+    if blob.lfs:
+        entry["lfs"] = {"oid": blob.sha256, "size": size, "pointerSize": blob.pointer_size}
+    return entry
+
+
+@route("POST", f"/api/models/{REPO}/paths-info/{REVISION}")
+def paths_info(call: Call) -> Answer:
+    """Some files of a commit, by name; a mirror asks this."""
+    files = call.commit(call.repo()).files
+    text = call.body.decode()
+    wanted = json.loads(text)["paths"] if text.startswith("{") else parse_qs(text)["paths"]
+    return Answer(body=[_entry(path, files[path]) for path in wanted if path in files])
 
 
 @route("HEAD", f"/{REPO}/resolve/{REVISION}/(?P<path>.+)")
@@ -444,6 +467,10 @@ def resolve(call: Call) -> Answer:
         return Answer(body=blob.data, headers=headers, ranges=True)
     headers["X-Linked-Etag"] = headers.pop("ETag")
     headers["X-Linked-Size"] = str(len(blob.data))
+    if call.hub.xet and blob.sha256 in call.hub.xet.hashes:
+        token_url = f"{call.hub.url}/api/models/{repo.repo_id}/xet-read-token/{commit.sha}"
+        headers["X-Xet-Hash"] = call.hub.xet.hashes[blob.sha256]
+        headers["Link"] = f'<{token_url}>; rel="xet-auth"'
     where = quote(f"/{repo.repo_id}/{blob.sha256}/{path}")
     headers["Location"] = f"{call.hub.cdn_url}{where}?Signature={blob.sha256[:16]}"
     return Answer(302, headers=headers)

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tests.support.hub_server import REPO, REVISION, Answer, Call, Refused, route
+from tests.support.hub_server import REPO, REVISION, Answer, Call, Refused, XetStore, route
 from tests.support.hub_store import PullRequest, Repo, is_lfs
 
 _CREATED_AT = "2025-01-01T00:00:00.000Z"
@@ -187,7 +187,7 @@ def commit(call: Call) -> Answer:
         if header.get("parentCommit") not in (None, repo.refs[branch]):
             message = "A commit has happened since. Please refresh and try again."
             raise Refused(412, None, message)
-        changes = call.hub.after_commit(dict(_changes(repo, lines[1:])))
+        changes = call.hub.after_commit(dict(_changes(repo, lines[1:], call.hub.xet)))
         answer: dict[str, Any] = {}
         if "create_pr" in call.query:
             request = repo.open_pull_request(header["summary"], user)
@@ -198,19 +198,38 @@ def commit(call: Call) -> Answer:
     return Answer(body={"success": True, **answer})
 
 
-def _changes(repo: Repo, lines: list[Mapping[str, Any]]) -> Iterator[tuple[str, bytes | None]]:
+def _changes(
+    repo: Repo, lines: list[Mapping[str, Any]], xet: XetStore | None
+) -> Iterator[tuple[str, bytes | None]]:
     for line in lines:
         key, value = line["key"], line["value"]
         if key == "file":
             yield value["path"], base64.b64decode(value["content"])
         elif key == "lfsFile":
-            if value["oid"] not in repo.objects:
+            known = {**(xet.content if xet else {}), **repo.objects}
+            if value["oid"] not in known:
                 raise Refused(400, None, f"LFS object {value['oid']} was not uploaded")
-            yield value["path"], repo.objects[value["oid"]]
+            yield value["path"], known[value["oid"]]
         elif key == "deletedFile":
             yield value["path"], None
         else:
             raise Refused(400, None, f"unknown operation {key}")
+
+
+@route("GET", f"/api/models/{REPO}/xet-(?P<right>read|write)-token/{REVISION}")
+def xet_token(call: Call) -> Answer:
+    """Where the Xet store is; the client reads it from the headers, hf_xet from the body."""
+    call.repo() if call.groups["right"] == "read" else _repo_to_write(call)
+    if call.hub.xet is None:
+        raise Refused(404, None, "no Xet here")
+    expires = 4_102_444_800  # in the year 2100
+    headers = {
+        "X-Xet-Cas-Url": call.hub.xet.url,
+        "X-Xet-Access-Token": "of-the-store",
+        "X-Xet-Token-Expiration": str(expires),
+    }
+    body = {"accessToken": "of-the-store", "exp": expires, "casUrl": call.hub.xet.url}
+    return Answer(body=body, headers=headers)
 
 
 @route("GET", f"/api/models/{REPO}/discussions")
