@@ -4,6 +4,7 @@ The 4-bit model stands on the device as anybody's loader put it there; of the 16
 there only while both pass it. So what is looked at in each block costs no second reading:
 
 - every 4-bit weight against the 16-bit one that it stands for, and each block of 64 of them;
+- everything that is not 4 bit, which must be what the source has;
 - the output of every 4-bit layer, given the input that the 16-bit one gets;
 - what has become of the hidden states after the block, all errors before it included.
 """
@@ -17,7 +18,7 @@ from math import sqrt
 from typing import Any, Final
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.blocks.lockstep import Lockstep
@@ -25,7 +26,7 @@ from pipeline.blocks.streamed import StreamedModel
 from pipeline.fidelity.tokens import TokenScores, score_tokens
 from pipeline.nf4 import BLOCK_SIZE
 from pipeline.proof.text import TokenSequence
-from pipeline.runtime.cpu_layers import dequantized
+from pipeline.runtime.cpu_layers import dequantized, stored_scales
 
 _TOGETHER: Final = 16_384
 """Tokens whose hidden states wait at a door at once; more are read in several passes."""
@@ -61,14 +62,18 @@ class LayerError:
     Attributes:
         output: of its output, for the input that the 16-bit layer gets.
         weight: relative RMSE of its weight.
-        worst: the largest relative error of any 64 consecutive weights.
+        worst: the largest error of a weight, as a share of the largest of its 64 weights.
         worst_at: the number of that block of 64.
+        scale: the largest error of a scale, as a share of the nested scale that it is stored by.
+        scale_at: the number of the block that it belongs to.
     """
 
     output: _Ratio = field(default_factory=_Ratio)
     weight: float = 0.0
     worst: float = 0.0
     worst_at: int = 0
+    scale: float = 0.0
+    scale_at: int = 0
 
 
 @dataclass
@@ -88,6 +93,9 @@ class Comparison:
 
     Attributes:
         blocks: errors by the name of the block.
+        outside: 4-bit layers that no block holds, by name; their output is not looked at.
+        kept: how many parameters that are not 4 bit were held against the source.
+        changed: the names of those that differ.
     """
 
     def __init__(self, reference: StreamedModel, model: Any) -> None:
@@ -98,6 +106,19 @@ class Comparison:
         self._names = list(reference.blocks)
         self._looked_at: set[str] = set()
         self._hidden: torch.Tensor | None = None
+        self.kept = 0
+        self.changed: list[str] = []
+        self.outside: dict[str, LayerError] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, Linear4bit) and not self._in_a_block(name):
+                self.outside[name] = LayerError()
+                _compare_weights(self.outside[name], reference.model.get_submodule(name), module)
+        self._compare_kept(
+            {name: p for name, p in model.named_parameters() if not self._in_a_block(name)}
+        )
+
+    def _in_a_block(self, name: str) -> bool:
+        return any(name.startswith(f"{block}.") for block in self._own)
 
     def run(self, sequences: Sequence[TokenSequence], done: Callable[[int], None]) -> TokenScores:
         """Scores all tokens, in the order of the sequences.
@@ -141,9 +162,19 @@ class Comparison:
         if block not in self._looked_at:
             self._looked_at.add(block)
             for name, layer, own in self._layers(block):
-                _compare_weights(
-                    self.blocks[block].layers.setdefault(name, LayerError()), layer, own
-                )
+                error = self.blocks[block].layers.setdefault(name, LayerError())
+                _compare_weights(error, layer, own)
+            inside = self._own[block].named_parameters()
+            self._compare_kept({f"{block}.{name}": parameter for name, parameter in inside})
+
+    def _compare_kept(self, parameters: dict[str, Any]) -> None:
+        """What is not 4 bit was copied exactly, and both sides cast it alike."""
+        for name, own in parameters.items():
+            if isinstance(own, Params4bit):
+                continue
+            self.kept += 1
+            if not torch.equal(own, self._reference.model.get_parameter(name)):
+                self.changed.append(name)
 
     def _layers(self, block: str) -> Iterator[tuple[str, Any, Any]]:
         """Each 4-bit layer of a block: its name in it, the 16-bit layer, the 4-bit one."""
@@ -194,29 +225,35 @@ def _states(output: Any) -> torch.Tensor:
 def _compare_weights(error: LayerError, layer: Any, own: Any) -> None:
     expected = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
     wanted, found = expected.reshape(-1), dequantized(own).reshape(-1)
-    sums = [_block_sums(f, w) for f, w in zip(found.split(_PART), wanted.split(_PART), strict=True)]
-    off, energy = (torch.cat(parts) for parts in zip(*sums, strict=True))
-    floor = max(_SMALL**2 * float(energy.mean()), 1e-300)
-    relative = (off / energy.clamp(min=floor)).sqrt()
+    parts = [_in_blocks(f, w) for f, w in zip(found.split(_PART), wanted.split(_PART), strict=True)]
+    off, energy, largest_off, largest = (torch.cat(part) for part in zip(*parts, strict=True))
+    floor = max(_SMALL * float(largest.double().mean()), 1e-300)
+    share = largest_off.double() / largest.double().clamp(min=floor)
     total = float(energy.sum())
     error.weight = sqrt(float(off.sum()) / total) if total else 0.0
-    error.worst = float(relative.max())
-    error.worst_at = int(relative.argmax())
+    error.worst = float(share.max())
+    error.worst_at = int(share.argmax())
+    scales, nested = stored_scales(own)
+    scale_error = (scales - largest).abs().double() / nested.double()
+    scale_error = torch.where(scales == largest, 0.0, scale_error)  # of a group of equal scales
+    error.scale = float(scale_error.max())
+    error.scale_at = int(scale_error.argmax())
 
 
-def _block_sums(found: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared differences and squares, summed over each block of 64; the last may be short."""
+def _in_blocks(found: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Squared differences, squares, largest difference and largest weight of each block of 64."""
     exact = wanted.float()
-    return _squares(found.float() - exact), _squares(exact)
-
-
-def _squares(values: torch.Tensor) -> torch.Tensor:
-    ragged = -len(values) % BLOCK_SIZE
+    off = found.float() - exact
+    ragged = -len(exact) % BLOCK_SIZE
     if ragged:
-        values = torch.nn.functional.pad(values, (0, ragged))
-    blocks = values.reshape(-1, BLOCK_SIZE)
-    sums: torch.Tensor = torch.linalg.vecdot(blocks, blocks).double()
-    return sums
+        exact, off = (torch.nn.functional.pad(part, (0, ragged)) for part in (exact, off))
+    exact, off = exact.reshape(-1, BLOCK_SIZE), off.reshape(-1, BLOCK_SIZE)
+    return (
+        torch.linalg.vecdot(off, off).double(),
+        torch.linalg.vecdot(exact, exact).double(),
+        off.abs().amax(dim=1),
+        exact.abs().amax(dim=1),
+    )
 
 
 def _waves(sequences: Sequence[TokenSequence]) -> Iterator[list[TokenSequence]]:

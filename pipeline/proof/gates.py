@@ -6,16 +6,23 @@ from math import inf, prod
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from pipeline.checkpoint.digest import FileDigest, digest_file, digest_tensors
 from pipeline.checkpoint.header import read_header
 from pipeline.errors import CheckpointError
 from pipeline.fidelity.verdict import Check
 from pipeline.nf4 import BLOCK_SIZE
+from pipeline.nf4.codebook import SCALE_LEVELS
 from pipeline.progress import SILENT, Reporter
 
-_MAX_BLOCK_ERROR: Final = 0.5
-"""Relative error of 64 weights that no rounding to NF4 makes: a block of one large weight and 63
-that fall midway between levels loses 0.34; wrong codes or another layer's scales more than 1."""
+_MAX_ERROR: Final = 0.5
+"""Error of a weight, as a share of the largest of its 64, that no rounding to NF4 makes: half of
+its widest gap is 0.152, and a scale that was itself rounded coarsely can add as much again; codes
+in another order, or of another layer, are off by more than the whole."""
+_MAX_SCALE_ERROR: Final = 1.02 * float(np.diff(SCALE_LEVELS).max()) / 2
+"""Error of a scale, as a share of its nested scale: half of the widest gap between two levels, and
+a little for float32."""
 _SAME_ERROR: Final = 0.01
 """Share by which a layer's error may differ from the manifest's four digits: readers give the
 weights in 16 bit, the manifest speaks of float32."""
@@ -173,7 +180,9 @@ def _footprint_gate(manifest: dict[str, Any], memory: dict[str, Any]) -> Check:
     )
 
 
-def weights_gate(manifest: dict[str, Any], blocks: list[dict[str, Any]]) -> Check:
+def weights_gate(
+    manifest: dict[str, Any], blocks: list[dict[str, Any]], outside: list[dict[str, Any]]
+) -> Check:
     """Every 4-bit weight that the loader made, against the 16-bit weight of the source.
 
     Whatever the manifest says of itself, codes of another layer, in another order or with a wrong
@@ -182,38 +191,70 @@ def weights_gate(manifest: dict[str, Any], blocks: list[dict[str, Any]]) -> Chec
     Args:
         manifest: of the artifact.
         blocks: as in verification.json, with "worst" and "worst_at" of each module.
+        outside: modules that no block holds.
     """
     promised = {
         tensor["module"]: tensor["relative_rmse"]
         for tensor in manifest["tensors"]
         if tensor["quantized"]
     }
-    problems: list[tuple[float, str]] = []
-    count, largest = 0, 0.0
+    compared = {module["name"]: module for module in outside}
     for block in blocks:
-        for module in block["modules"]:
-            name = f"{block['name']}.{module['name']}"
-            error, worst = module["weight_error"], module["worst"]
-            if name not in promised:
-                continue  # the gate on modules names it
-            count += 1
-            if error is None or worst is None:
-                problems.append((inf, f"{name} is not finite"))
-                continue
-            largest = max(largest, worst)
-            if worst > _MAX_BLOCK_ERROR:
-                where = f"weights {module['worst_at'] * BLOCK_SIZE:,} and on"
-                problems.append((worst, f"{name} is off by {worst:.0%} of itself at {where}"))
-            elif abs(error - promised[name]) > _SAME_ERROR * promised[name] + _ROUNDING:
-                words = f"{name} is off by {error:.4f}, not by {promised[name]:.4f} as promised"
-                problems.append((error, words))
+        compared |= {f"{block['name']}.{module['name']}": module for module in block["modules"]}
+    problems = [(inf, f"{name} was not compared") for name in promised.keys() - compared.keys()]
+    common = {name: compared[name] for name in promised if name in compared}
+    for name, module in common.items():
+        wrong = _wrong_weight(module, promised[name])
+        if wrong:
+            problems.append((wrong[0], f"{name} {wrong[1]}"))
     worst_first = [text for _, text in sorted(problems, reverse=True)]
     more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    largest = max((module["worst"] or 0.0 for module in common.values()), default=0.0)
     return Check(
         "weights near those of the source",
         not problems,
         "; ".join(worst_first[:3]) + more
         if problems
-        else f"{count} layers; no 64 weights are off by more than {largest:.0%}",
-        f"at most {_MAX_BLOCK_ERROR:.0%} for any 64 weights, and each layer as in the manifest",
+        else f"{len(common)} layers; no weight is off by more than {largest:.1%} of the largest of "
+        "its 64",
+        f"at most {_MAX_ERROR:.0%}, every scale as near as it can be stored, and each layer as in "
+        "the manifest",
+    )
+
+
+def _wrong_weight(module: dict[str, Any], promised: float) -> tuple[float, str] | None:
+    """How bad, and what it is; None if the weight is what it should be."""
+    error, worst = module["weight_error"], module["worst"]
+    if error is None or worst is None:
+        return inf, "is not finite"
+    if worst > _MAX_ERROR:
+        where = f"weights {module['worst_at'] * BLOCK_SIZE:,} and on"
+        return worst, f"has an error of {worst:.0%} of the largest of 64 weights, at {where}"
+    scale = module.get("scale", 0.0)
+    if scale is None or scale > _MAX_SCALE_ERROR:
+        found = "is not finite" if scale is None else f"is off by {scale:.1%} of its nested scale"
+        return (
+            inf,
+            f"has a scale that {found}, at weights {module['scale_at'] * BLOCK_SIZE:,} and on",
+        )
+    if abs(error - promised) > _SAME_ERROR * promised + _ROUNDING:
+        return error, f"is off by {error:.4f}, not by {promised:.4f} as promised"
+    return None
+
+
+def kept_gate(count: int, changed: list[str]) -> Check:
+    """What is not 4 bit, against the source.
+
+    Args:
+        count: parameters that were compared.
+        changed: the names of those that differ.
+    """
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return Check(
+        "what stays in 16 bit equals the source",
+        not changed,
+        "different: " + ", ".join(changed[:3]) + more
+        if changed
+        else f"{count} parameters, all equal",
+        f"{count} parameters, all equal",
     )

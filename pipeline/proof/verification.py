@@ -10,7 +10,7 @@ from typing import Any, Final
 from pipeline.fidelity.metrics import Fidelity, is_right
 from pipeline.fidelity.verdict import Check, accuracy_check, fidelity_checks, verdict
 from pipeline.proof.answers import first_difference, questions
-from pipeline.proof.gates import reload_gates, weights_gate
+from pipeline.proof.gates import kept_gate, reload_gates, weights_gate
 from pipeline.proof.prompts import Prompt
 from pipeline.recipe import VerifyRecipe
 
@@ -68,7 +68,8 @@ def examined(
     checks = [
         *gates,
         *reload_gates(dict(manifest), dict(artifact)),
-        weights_gate(dict(manifest), artifact["blocks"]),
+        weights_gate(dict(manifest), artifact["blocks"], artifact["outside"]),
+        kept_gate(artifact["kept"], artifact["changed"]),
         *fidelity_checks(Fidelity.from_json(artifact["fidelity"]), recipe),
     ]
     accuracy = accuracy_check(
@@ -81,6 +82,7 @@ def examined(
         "sizes": _sizes(manifest, artifact["costs"]["footprint_bytes"]),
         **{name: artifact[name] for name in _MEASURED},
         "blocks": artifact["blocks"],
+        "outside": artifact["outside"],
         "accuracy": _accuracy(asked),
         "models": {"16bit": source["costs"], "4bit": artifact["costs"]},
         "comparison": artifact["comparison"],

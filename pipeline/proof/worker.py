@@ -138,19 +138,25 @@ def _distance(request: dict[str, Any], model: Any) -> dict[str, Any]:
             {
                 "name": name,
                 "relative_error": _finite(block.hidden.value),
-                "modules": [
-                    {
-                        "name": layer,
-                        "relative_error": _finite(error.output.value),
-                        "weight_error": _finite(error.weight),
-                        "worst": _finite(error.worst),
-                        "worst_at": error.worst_at,
-                    }
-                    for layer, error in block.layers.items()
-                ],
+                "modules": [_layer(layer, e, e.output.value) for layer, e in block.layers.items()],
             }
             for name, block in comparison.blocks.items()
         ],
+        "outside": [_layer(name, error, None) for name, error in comparison.outside.items()],
+        "kept": comparison.kept,
+        "changed": comparison.changed,
+    }
+
+
+def _layer(name: str, error: Any, output: float | None) -> dict[str, Any]:
+    return {
+        "name": name,
+        "relative_error": None if output is None else _finite(output),
+        "weight_error": _finite(error.weight),
+        "worst": _finite(error.worst),
+        "worst_at": error.worst_at,
+        "scale": _finite(error.scale),
+        "scale_at": error.scale_at,
     }
 
 

@@ -46,6 +46,24 @@ def dequantized(module: Any) -> Any:
     return bitsandbytes.functional.dequantize_4bit(module.weight.data, state).reshape(shape)
 
 
+def stored_scales(module: Any) -> tuple[Any, Any]:
+    """The scales that a 4-bit layer computes with.
+
+    Args:
+        module: a loaded `Linear4bit` with double quantization that has computed nothing yet.
+
+    Returns:
+        The scale of each block of 64, and the nested scale that it is stored by: float32 tensors,
+        [blocks].
+    """
+    import bitsandbytes.functional
+
+    state = module.weight.quant_state
+    scales = bitsandbytes.functional.dequantize_blockwise(state.absmax, state.state2)
+    nested = state.state2.absmax.repeat_interleave(state.state2.blocksize)[: scales.numel()]
+    return scales.float() + state.offset, nested
+
+
 def _flat_linear(kind: type) -> type:
     """A subclass of a 4-bit layer's class with the forward that is right for any shape."""
     import torch

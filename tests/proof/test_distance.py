@@ -182,7 +182,6 @@ def test_the_error_of_each_layer_and_block(kind: str, tmp_path: Path) -> None:
         assert block.hidden.value > 0
 
 
-@pytest.mark.xfail(strict=True, reason="only what the blocks hold is compared")
 def test_layers_outside_of_the_blocks_are_compared_as_well(tmp_path: Path) -> None:
     """OPT projects its narrow embedding before the first block, and back after the last."""
     folder = make_checkpoint(tmp_path / "opt", "opt")
@@ -191,7 +190,8 @@ def test_layers_outside_of_the_blocks_are_compared_as_well(tmp_path: Path) -> No
     assert {"model.decoder.project_in", "model.decoder.project_out"} <= layers
     comparison, _ = compared(folder, model, sequences((5,)))
     found = {f"{name}.{layer}" for name, e in comparison.blocks.items() for layer in e.layers}
-    assert found == layers
+    assert found | comparison.outside.keys() == layers
+    assert all(0 < error.worst < 0.2 for error in comparison.outside.values())
 
 
 def forged(folder: Path, layer: str, forge: Any) -> tuple[Comparison, torch.Tensor, torch.Tensor]:
@@ -225,12 +225,13 @@ def test_64_wrong_weights_are_found(
     error = comparison.blocks[block].layers[layer]
     assert error.worst_at == number
     span = slice(number * 64, number * 64 + 64)
-    off = relative(found.flatten()[span], expected.flatten()[span])
-    assert error.worst == pytest.approx(off, rel=1e-3)
-    assert error.worst > 1
+    exact = expected.flatten()[span].double()
+    off = (found.flatten()[span].double() - exact).abs().max() / exact.abs().max()
+    assert error.worst == pytest.approx(float(off), rel=1e-3)
+    assert error.worst > 0.5
     for name, other in comparison.blocks[block].layers.items():
         if name != layer:
-            assert other.worst < 0.3
+            assert other.worst < 0.2
 
 
 def test_a_block_of_near_zeros_may_get_any_small_scale(tmp_path: Path) -> None:
@@ -239,4 +240,4 @@ def test_a_block_of_near_zeros_may_get_any_small_scale(tmp_path: Path) -> None:
     comparison, _ = compared(folder, in_4_bit(folder), sequences((5,)))
     for block in comparison.blocks.values():
         for error in block.layers.values():
-            assert error.worst < 0.3
+            assert error.worst < 0.2

@@ -90,6 +90,9 @@ def artifact(
         "domains": by_domain(some, LENGTHS, ["a", "b", "a"]),
         "kl_by_position": by_position(some, LENGTHS),
         "kl_histogram": histogram(some),
+        "outside": [],
+        "kept": 7,
+        "changed": [],
         "blocks": [
             {
                 "name": name,
@@ -160,6 +163,7 @@ def test_a_good_report(manifest: dict[str, Any]) -> None:
         "names that the loader looked for",
         "what is in memory",
         "weights near those of the source",
+        "what stays in 16 bit equals the source",
         "mean KL from the 16-bit model",
         "same next token where the 16-bit model is sure",
         "perplexity in 4 bit over 16 bit",
