@@ -99,7 +99,8 @@ file that counts is complete or absent at any moment."""
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Ctrl-C ends a command soon, whatever it waits for; a second one ends it at once."""
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a job in the background
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
     asked = False

@@ -16,7 +16,7 @@ from pipeline.progress import SILENT
 from pipeline.stages import download
 from tests.support.interrupts import interrupt_at_random, interrupt_when
 from tests.support.kills import leftovers
-from tests.support.tiny import content_of, copy_of, nf4, write_falcon
+from tests.support.tiny import content_of, copy_of, listen_to_interrupts, nf4, write_falcon
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,11 @@ cli.main(["build", "x"])
 @pytest.mark.parametrize("signals", [1, 2])
 def test_work_that_does_not_listen_is_ended_all_the_same(signals: int) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROGRAM],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=listen_to_interrupts,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"

@@ -214,20 +214,20 @@ def test_a_manifest_cannot_point_out_of_its_folder(artifact: Path, made: Made) -
 
 
 def test_the_command(made: Made, artifact: Path, tmp_path: Path) -> None:
-    done = nf4("reproduce", artifact, "--source", made.model, cwd=tmp_path)
+    done = nf4("reproduce", "-q", artifact, "--source", made.model, cwd=tmp_path)
     assert (done.status, done.err) == (0, "")
     assert re.search(r"reproduced: (\d+) of \1 files\n$", done.out)
     path = weight_files(artifact)[2]
     tensor = read_header(path)[0]
     flip_byte(path, tensor.offset + 3)
-    done = nf4("reproduce", artifact, "--source", made.model, "--json", cwd=tmp_path)
+    done = nf4("reproduce", "-q", artifact, "--source", made.model, "--json", cwd=tmp_path)
     assert (done.status, done.err) == (1, "")
     assert done.value["differences"] == [
         Difference(
             path.name, done.value["differences"][0]["what"], tensor.name, tensor.offset + 3
         ).as_json()
     ]
-    done = nf4("reproduce", artifact, "--source", made.model, cwd=tmp_path)
+    done = nf4("reproduce", "-q", artifact, "--source", made.model, cwd=tmp_path)
     assert f"first in {tensor.name} at byte {tensor.offset + 3:,}" in done.out
     assert nf4("reproduce", tmp_path / "none", cwd=tmp_path).status == 2
     assert not (tmp_path / "artifacts").exists()

@@ -5,12 +5,22 @@ from __future__ import annotations
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from tests.support.tiny import start_nf4
+from tests.support.tiny import environment, listen_to_interrupts, start_nf4
+
+# While Python itself still starts, Ctrl-C ends any program by a traceback.
+_READY: Final = """
+import sys
+from pipeline.cli import main
+print("ready", flush=True)
+main(sys.argv[1:])
+"""
 
 
 @dataclass(frozen=True)
@@ -43,9 +53,18 @@ def interrupt_at_random(
     *args: str | Path, cwd: Path, within: float, dice: random.Random
 ) -> Interrupted:
     """The same after up to `within` seconds, once Python runs the command line."""
-    process = start_nf4(*args, cwd=cwd)
-    # Before the first handler stands a SIGINT ends any Python program by a traceback.
-    time.sleep(0.15 + dice.uniform(0, within))
+    process = subprocess.Popen(
+        [sys.executable, "-c", _READY, *map(str, args)],
+        cwd=cwd,
+        env=environment(cwd),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=listen_to_interrupts,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.01 + dice.uniform(0, within))
     return _interrupt(process)
 
 
