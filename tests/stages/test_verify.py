@@ -74,7 +74,10 @@ def verified(build: Build, settings: Settings) -> dict[str, Any]:
 
 
 def status_of(build: Build, settings: Settings) -> dict[str, str]:
-    return {stage: state.status for stage, state in states(build, settings).items()}
+    """Of every stage up to verify."""
+    found = {stage: state.status for stage, state in states(build, settings).items()}
+    del found["attest"]
+    return found
 
 
 def failed(found: dict[str, Any]) -> dict[str, str]:
