@@ -1,4 +1,4 @@
-"""A checkpoint folder of pickles -> one of safetensors: weights converted, small files linked."""
+"""A checkpoint folder of pickles -> one of safetensors: weights converted, small files copied."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.checkpoint.digest import FileDigest, digest_file
-from pipeline.checkpoint.durable import remove_leftovers, write_json
+from pipeline.checkpoint.durable import remove_leftovers, write_bytes, write_json
 from pipeline.checkpoint.files import PICKLE_FILE
 from pipeline.checkpoint.source import INDEX_FILE
 from pipeline.errors import SourceError, UsageError
@@ -71,8 +71,7 @@ def convert(
         write_json(target / INDEX_FILE, index)
         digests[INDEX_FILE] = digest_file(target / INDEX_FILE)
     for name in small:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (target / name).symlink_to((source / name).resolve())
+        write_bytes(target / name, (source / name).read_bytes())
     made = {name: digest.as_json() for name, digest in sorted(digests.items())}
     write_json(target / NOTE_FILE, {"from": origin, "made": made})
     return {**digests, **small}

@@ -243,6 +243,7 @@ def _converted(
     """A checkpoint of pickles, as safetensors in converted/ of the build folder."""
     from pipeline.pickles.convert import convert
 
+    check_folder(folder)
     check_not_quantized(read_config(folder), folder)
     build = Build(asked.root(_slug(repo, commit, files)))
     target = build.root.resolve() / "converted"

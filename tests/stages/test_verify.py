@@ -75,7 +75,9 @@ def verified(build: Build, settings: Settings) -> dict[str, Any]:
 
 def status_of(build: Build, settings: Settings) -> dict[str, str]:
     """Of every stage up to verify."""
-    found = {stage: state.status for stage, state in states(build, settings).items()}
+    found: dict[str, str] = {
+        stage: state.status for stage, state in states(build, settings).items()
+    }
     del found["attest"]
     return found
 
