@@ -74,6 +74,20 @@ def test_every_file_is_derived_again(made: Made, artifact: Path) -> None:
     assert len([name for name in files if name.endswith(".safetensors")]) > 3
 
 
+def test_from_the_manifest_alone(made: Made, artifact: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    (alone / "manifest.json").write_bytes((artifact / "manifest.json").read_bytes())
+    found = reproduce(alone, made.model, SILENT)
+    assert (found.differences, found.equal) == ([], found.files)
+    weights = next(name for name in manifest["files"] if name.endswith(".safetensors"))
+    manifest["files"][weights]["sha256"] = "0" * 64
+    (alone / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    found = reproduce(alone, made.model, SILENT)
+    assert weights in {difference.file for difference in found.differences}
+
+
 @pytest.mark.parametrize("kind", ["falcon-7b", "llama", "gpt2", "bloom"])
 @pytest.mark.parametrize("held", [0, 64 * 2**20])
 def test_awkward_sizes_and_transposed_weights(
