@@ -115,13 +115,12 @@ def _interruptible() -> Iterator[None]:
         timer.start()
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
     try:
         yield
-    except SystemExit:
-        if not asked:  # otherwise the timer must still be there for threads that hang on
-            signal.signal(signal.SIGINT, before)
-        raise
+    finally:
+        if not asked:  # the work is over; what is left are milliseconds of the interpreter's end
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _end_now() -> None:
