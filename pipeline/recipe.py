@@ -41,20 +41,70 @@ class QuantizeRecipe:
 
     Attributes:
         skip_modules: modules that stay in 16 bit, besides the output head (see `selection.skips`).
-        rounding: how codes and scales are chosen; "nearest" is what bitsandbytes does.
+        calibrate: what calibration reads: "self" for tokens that the model writes, or a file of
+            text or JSONL; empty to round to nearest.
+        calibration_tokens: how many, at most. KL still falls from 2,000 to 16,000.
+        extra_bytes: how much larger the linear layers may become by leaving those that lose most
+            in 16 bit, such as "5%"; needs calibration.
+        rounding: how codes and scales are chosen; "nearest" is what bitsandbytes does, and
+            "calibrated" follows from `calibrate`.
     """
 
     skip_modules: tuple[str, ...] = ()
-    rounding: str = "nearest"
+    calibrate: str = ""
+    calibration_tokens: int = 16_384
+    extra_bytes: str = ""
+    rounding: str = ""
 
     def __post_init__(self) -> None:
-        _require(self.rounding == "nearest", "quantize.rounding", self.rounding, '"nearest"')
+        rounding = "calibrated" if self.calibrate else "nearest"
+        _require(
+            self.rounding in ("", rounding),
+            "quantize.rounding",
+            self.rounding,
+            f'"{rounding}", since quantize.calibrate is {self.calibrate!r}',
+        )
+        object.__setattr__(self, "rounding", rounding)
+        _require(
+            self.calibration_tokens >= 256,
+            "quantize.calibration_tokens",
+            self.calibration_tokens,
+            "at least 256",
+        )
+        share = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", self.extra_bytes)
+        _require(
+            not self.extra_bytes or (share is not None and float(share[1]) <= 100),
+            "quantize.extra_bytes",
+            self.extra_bytes,
+            'a percentage such as "5%"',
+        )
+        _require(
+            not self.extra_bytes or bool(self.calibrate),
+            "quantize.extra_bytes",
+            self.extra_bytes,
+            "nothing without calibration: what layers lose is measured on its tokens",
+        )
         _require(
             all(part for part in self.skip_modules),
             "quantize.skip_modules",
             list(self.skip_modules),
             "names of modules, none of them empty",
         )
+
+    @property
+    def extra_share(self) -> float:
+        """Of the bytes of the 4-bit layers."""
+        return float(self.extra_bytes.rstrip(" %") or 0) / 100
+
+    def shaping(self) -> dict[str, Any]:
+        """Plain JSON of what shapes the bytes; where a text lies is not part of it."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        if not self.calibrate:
+            for name in ("calibrate", "calibration_tokens", "extra_bytes"):
+                del plain[name]
+        elif self.calibrate != "self":
+            plain["calibrate"] = "text"
+        return plain
 
 
 @dataclass(frozen=True)
@@ -133,7 +183,7 @@ class Recipe:
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values, in the order of the fields."""
         plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        return plain | {"quantize": self.quantize.shaping()}
 
 
 def _plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ from pipeline.blocks.units import find_blocks
 from pipeline.blocks.weights import Group, Reader
 from pipeline.checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
 from pipeline.errors import CheckpointError
+from pipeline.measure import available_memory
 from pipeline.model.config import causal_lm_config, read_config
 from pipeline.model.names import NameMap
 from pipeline.model.precision import compute_dtype, float32_parts, stored_dtype
@@ -120,6 +121,24 @@ class StreamedModel:
         if self._device.type != "cpu":
             self._free.append(buffer)
 
+    def hold_what_fits(self, spare: int) -> bool:
+        """Gives blocks their weights for good as long as there is memory.
+
+        Args:
+            spare: bytes that are left for what the model computes with.
+
+        Returns:
+            True if all blocks have them.
+        """
+        largest = max((self.nbytes(block) for block in self.blocks), default=0)
+        room = free_memory(self._device) - spare - largest  # of which one is streamed at a time
+        for block in self.blocks:
+            room -= self.nbytes(block)
+            if room < 0:
+                return False
+            self.hold(block)
+        return True
+
     def take_generation_config(self) -> None:
         """Generates as the checkpoint says, if it says anything."""
         from transformers import GenerationConfig
@@ -203,6 +222,15 @@ class StreamedModel:
 
     def _block_of(self, name: str) -> str:
         return _block_of(name, self.blocks)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a device, or of this machine, that may still be taken."""
+    if device.type == "cpu":
+        return available_memory() or 0
+    limit = torch.cuda.get_per_process_memory_fraction(device)
+    free, total = torch.cuda.mem_get_info(device)
+    return min(free, int(limit * total) - torch.cuda.memory_allocated(device))
 
 
 def _grouped(checkpoint: Checkpoint, names: NameMap, blocks: dict[str, Any]) -> dict[str, Group]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from math import prod, sqrt
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,10 @@ from pipeline.checkpoint.sink import Sink
 from pipeline.engine.chunks import Chunk, read_chunk
 from pipeline.engine.twins import Twin
 from pipeline.errors import CheckpointError
-from pipeline.nf4 import BLOCK_SIZE, cpu
+from pipeline.nf4 import BLOCK_SIZE
 from pipeline.nf4.codebook import NF4_LEVELS, SCALE_LEVELS
-from pipeline.nf4.double_quant import double_quantize
-from pipeline.nf4.layout import QUANT_STATE_SUFFIX, blocks_of, quant_state_text
-from pipeline.nf4.rounding import Rounding
+from pipeline.nf4.layout import QUANT_STATE_SUFFIX, quant_state_text
+from pipeline.nf4.rounding import Rounding, WeightRounding
 from pipeline.progress import Task
 from pipeline.selection import FLOAT_DTYPES, TensorPlan
 
@@ -46,14 +45,8 @@ class _Weight:
     """A weight that is being quantized, shared by the workers that hold its chunks."""
 
     plan: TensorPlan
+    rounding: WeightRounding
     left: int
-    absmax: NDArray[np.float32] = field(init=False)
-    sums: NDArray[np.int32] = field(init=False)
-
-    def __post_init__(self) -> None:
-        blocks = blocks_of(prod(self.plan.shape))
-        self.absmax = np.empty(blocks, np.float32)
-        self.sums = np.empty((blocks, 3), np.int32)
 
 
 class FileJob:
@@ -101,16 +94,12 @@ class FileJob:
         weight = self._weight(plan)
         bits = read_chunk(self._source, chunk, self._buffers.get("in", chunk.nbytes))
         packed = self._buffers.get("codes", -(-chunk.count // 2), share=4)
-        first = chunk.start // BLOCK_SIZE
-        blocks = slice(first, first + blocks_of(chunk.count))
         dtype = FLOAT_DTYPES[plan.source.header.dtype]
-        bad = self._rounding.quantize(
-            bits, dtype, packed, weight.absmax[blocks], weight.sums[blocks]
-        )
+        bad = weight.rounding.chunk(bits, dtype, chunk.start, packed)
         if bad >= 0:
             raise CheckpointError(
                 f"{plan.source.name!r} in {plan.source.file} holds an infinity or a NaN (weights "
-                f"{(first + bad) * BLOCK_SIZE} and on). Such a checkpoint cannot be quantized; "
+                f"{chunk.start + bad * BLOCK_SIZE} and on). Such a checkpoint cannot be quantized; "
                 "look for a corrected revision."
             )
         self._output.write(plan.name, chunk.start // 2, packed)
@@ -121,7 +110,8 @@ class FileJob:
     def _weight(self, plan: TensorPlan) -> _Weight:
         with self._lock:
             if plan.name not in self._open:
-                self._open[plan.name] = _Weight(plan, self._chunks_of[plan.name])
+                rounding = self._rounding.begin(plan.name, prod(plan.shape))
+                self._open[plan.name] = _Weight(plan, rounding, self._chunks_of[plan.name])
             return self._open[plan.name]
 
     def _finished_one(self, weight: _Weight) -> bool:
@@ -132,9 +122,10 @@ class FileJob:
             return weight.left == 0
 
     def _finish(self, weight: _Weight) -> None:
-        """All blocks are rounded: the scales are rounded in turn, and the companions written."""
+        """All codes are chosen: the scales and the other companions are written."""
         plan, name = weight.plan, weight.plan.name
-        nested = double_quantize(weight.absmax)
+        rounded = weight.rounding.finish()
+        nested = rounded.scales
         dtype = FLOAT_DTYPES[plan.source.header.dtype]
         text = quant_state_text(plan.shape, dtype, float(nested.offset))
         companions: dict[str, NDArray[Any] | bytes] = {
@@ -146,8 +137,5 @@ class FileJob:
         }
         for suffix, data in companions.items():
             self._output.write(name + suffix, 0, data)
-        error, energy = cpu.squared_error(weight.absmax, weight.sums, nested.scales())
-        # Four digits are what the sums can promise.
-        rmse = float(f"{sqrt(error / energy):.4g}") if energy else 0.0
         with self._lock:
-            self.relative_rmse[name] = rmse
+            self.relative_rmse[name] = rounded.relative_rmse

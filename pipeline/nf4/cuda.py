@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from pipeline.nf4 import BLOCK_SIZE, cpu
 from pipeline.nf4.codebook import NF4_LEVELS
+from pipeline.nf4.rounding import NearestWeight
 from pipeline.nf4.triton_sums import block_sums
 
 _DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,6 +52,10 @@ class NearestOnCuda:
         pinned: NDArray[np.uint8] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
         return pinned
 
+    def begin(self, name: str, weights: int) -> NearestWeight:
+        """See `pipeline.nf4.rounding.Rounding`."""
+        return NearestWeight(self.quantize, weights)
+
     def quantize(
         self,
         bits: NDArray[Any],
@@ -59,7 +64,7 @@ class NearestOnCuda:
         absmax: NDArray[np.float32],
         sums: NDArray[np.int32],
     ) -> int:
-        """Rounds one chunk; see `pipeline.nf4.rounding.Rounding`."""
+        """Rounds one chunk; see `pipeline.nf4.cpu.quantize_blocks`."""
         if dtype in _DTYPES and bits.size % BLOCK_SIZE == 0 and bits.size > 0:
             if not hasattr(self._worker, "lane"):
                 device = self._devices[next(self._turn) % len(self._devices)]

@@ -1,0 +1,83 @@
+"""Tokens for calibration: the 16-bit model writes them, block by block if it does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.blocks.lockstep import Lockstep
+from pipeline.blocks.streamed import StreamedModel
+from pipeline.calibration.tokens import (
+    LENGTH,
+    CalibrationTokens,
+    openings,
+    sampling_tasks,
+    tokens_of_text,
+)
+from pipeline.progress import Reporter
+from pipeline.runtime.loader import load_tokenizer
+
+_SPARE: Final = 2 * 2**30
+"""Bytes of memory that the model leaves for what it computes with."""
+
+
+def make_tokens(
+    source: Path, text: Path | None, count: int, key: str, device: str, reporter: Reporter
+) -> CalibrationTokens:
+    """Samples tokens from the model, or takes them from a text.
+
+    Args:
+        source: the 16-bit checkpoint.
+        text: None to let the model write.
+        count: how many tokens, at most.
+        key: of what they are made from.
+        device: where the model runs.
+        reporter: told how far it is.
+
+    Raises:
+        RecipeError: the text cannot be read, or is too short.
+    """
+    with StreamedModel(source, device) as streamed:
+        tokenizer = load_tokenizer(source)
+        config = streamed.model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None)
+        length = min(LENGTH, context) if isinstance(context, int) and context > 1 else LENGTH
+        sequences = max(1, count // length)
+        if text is not None:
+            ids = tokens_of_text(text, tokenizer, sequences, length)
+            return CalibrationTokens(ids, "text", key)
+        with reporter.task("sample calibration tokens", sequences, unit="sequences") as task:
+            ids = _sample(streamed, tokenizer, sequences, length, device, task.advance)
+        return CalibrationTokens(ids, "self", key)
+
+
+def _sample(
+    streamed: StreamedModel,
+    tokenizer: Any,
+    sequences: int,
+    length: int,
+    device: str,
+    done: Any,
+) -> NDArray[np.int32]:
+    whole = streamed.hold_what_fits(_SPARE)
+    begins = openings(streamed.model, tokenizer, sequences, length)
+    found: dict[int, NDArray[np.int32]] = {}
+    names = list(streamed.blocks)
+
+    def opened(block: str) -> None:
+        streamed.open(block)
+        streamed.prefetch(names[(names.index(block) + 1) % len(names)])
+
+    tasks = sampling_tasks(streamed.model, device, begins, length, found)
+    if whole:
+        # One after the other: each is done, and known to be, before the next one begins.
+        for task, begin in zip(tasks, begins, strict=True):
+            Lockstep([], opened, streamed.close).run([task])
+            done(begin.count)
+    else:
+        Lockstep([streamed.blocks], opened, streamed.close).run(tasks)
+        done(sequences)
+    return np.concatenate([found[number] for number in range(len(begins))])

@@ -1,0 +1,74 @@
+"""What was chosen, block by block, on disk: a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from pipeline.calibration.choose import Choice
+from pipeline.checkpoint.durable import make_folder, remove_leftovers, write_bytes
+
+_FACTS: Final = "nf4"
+_SUFFIX: Final = ".safetensors"
+
+
+class Store:
+    """A folder with one file for each block that is done. A file is whole, or it is not there.
+
+    Args:
+        folder: holds the choices of one calibration; others beside it are deleted.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def open(self) -> None:
+        """Makes the folder, and clears away what other calibrations left beside it."""
+        make_folder(self.folder)
+        remove_leftovers(self.folder)
+        for other in self.folder.parent.iterdir():
+            if other.is_dir() and other != self.folder:
+                shutil.rmtree(other)
+
+    def path(self, unit: str) -> Path:
+        return self.folder / f"{unit}{_SUFFIX}"
+
+    def facts(self, unit: str) -> dict[str, Any] | None:
+        """What was noted of a block, or None if it is not done."""
+        try:
+            with safe_open(self.path(unit), framework="np") as file:
+                found: dict[str, Any] = json.loads(file.metadata()[_FACTS])
+                return found
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return None
+
+    def files(self) -> dict[str, Path]:
+        """Name of a weight -> the file that holds its choice."""
+        found: dict[str, Path] = {}
+        for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
+            facts = self.facts(path.name.removesuffix(_SUFFIX))
+            found |= dict.fromkeys((facts or {}).get("weights", ()), path)
+        return found
+
+    def write(self, unit: str, choices: Mapping[str, Choice], facts: Mapping[str, Any]) -> None:
+        """Keeps a block.
+
+        Args:
+            unit: its name.
+            choices: by the name of the weight.
+            facts: plain JSON.
+        """
+        tensors: dict[str, Any] = {}
+        for name, choice in choices.items():
+            tensors[f"{name}:codes"] = choice.packed
+            tensors[f"{name}:scales"] = choice.scales.codes
+            tensors[f"{name}:nested"] = choice.scales.absmax
+        tensors = tensors or {":nothing": np.zeros(1, np.uint8)}
+        write_bytes(self.path(unit), save(tensors, {_FACTS: json.dumps(facts, sort_keys=True)}))

@@ -1,0 +1,191 @@
+"""Calibrated NF4 with each ingredient left out in turn, against round to nearest.
+
+Takes a build whose download is done (`nf4 download`), samples or reads calibration tokens, chooses
+codes and scales with each variant of the method, and prints a row for each: KL from the 16-bit
+model on text that calibration did not see, with intervals, and its share of round to nearest's.
+The 4-bit weights are dequantized into the 16-bit model, so the whole of it has to fit.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import numpy as np
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.blocks.streamed import StreamedModel
+from pipeline.build import Build
+from pipeline.calibration.given import choices_in
+from pipeline.calibration.method import Method
+from pipeline.calibration.run import calibrate
+from pipeline.calibration.store import Store
+from pipeline.calibration.tokens import CalibrationTokens
+from pipeline.fidelity.bootstrap import Resampling, mean
+from pipeline.fidelity.tokens import TokenScores, score_tokens
+from pipeline.nf4 import cpu
+from pipeline.nf4.dequantize import dequantize
+from pipeline.nf4.double_quant import double_quantize
+from pipeline.nf4.layout import blocks_of
+from pipeline.progress import SILENT
+from pipeline.proof.text import TokenSequence, cut, read_text
+from pipeline.runtime.loader import load_tokenizer
+from pipeline.sample import TEXT
+from pipeline.selection import TensorPlan
+from pipeline.stages import Settings
+from pipeline.stages.calibrate import tokens_for
+from pipeline.stages.quantize import make_plan
+
+_ONE: Final = np.ones(1, np.float32)
+VARIANTS: Final = {
+    "the recipe": Method(),
+    "scales chosen once, before the loop": Method(in_loop=False),
+    "no negative scales": Method(signs=1),
+    "columns in their own order": Method(by_importance=False),
+    "off-diagonals not shrunk": Method(shrink=0.0),
+    "off-diagonals shrunk by 30 %": Method(shrink=0.3),
+    "damping 0.001": Method(damping=0.001),
+    "damping 0.1": Method(damping=0.1),
+    "no error compensation (scale search alone)": Method(shrink=1.0, in_loop=False),
+    "scales of the largest weight (plain GPTQ)": Method(in_loop=False, signs=1, shares=_ONE),
+}
+
+
+@click.command()
+@click.argument("build", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--eval-text", type=click.Path(exists=True, path_type=Path))
+@click.option("--eval-tokens", default=8192, show_default=True)
+@click.option("--calibrate", "from_text", type=click.Path(exists=True, path_type=Path))
+@click.option("--tokens", default="16384", show_default=True, help="Counts, separated by commas.")
+@click.option("--only", default="", help="Variants whose names begin so.")
+def main(
+    build: Path,
+    device: str,
+    eval_text: Path | None,
+    eval_tokens: int,
+    from_text: Path | None,
+    tokens: str,
+    only: str,
+) -> None:
+    """Print the table of a build."""
+    house = Build(build)
+    plan, _ = make_plan(house, Settings())
+    weights = plan.quantized
+    tokenizer = load_tokenizer(house.source)
+    text = read_text(eval_text)
+    if eval_text is None and house.need("download").facts["is_sample"]:
+        text = read_text(TEXT)
+    counts = [int(count) for count in tokens.split(",")]
+    with StreamedModel(house.source, device) as streamed:
+        for block in streamed.blocks:
+            streamed.hold(block)
+        trial = _Trial(streamed.model, weights, cut(text, tokenizer, eval_tokens, None), device)
+        click.echo("| variant | KL | share of nearest | seconds |\n| --- | --- | --- | --- |")
+        trial.nearest()
+        for count in counts:
+            recipe = replace(
+                Settings().recipe.quantize,
+                calibrate=str(from_text or "self"),
+                calibration_tokens=count,
+                rounding="",
+            )
+            read = tokens_for(house, recipe, device, SILENT)
+            chosen = VARIANTS if count == counts[-1] else {"the recipe": Method()}
+            for name, method in chosen.items():
+                if name.startswith(only):
+                    label = name if count == counts[-1] else f"{count:,} tokens"
+                    trial.calibrated(label, house.source, read, method)
+
+
+class _Trial:
+    """A 16-bit model, and what becomes of it with other weights in it."""
+
+    def __init__(
+        self,
+        model: Any,
+        weights: tuple[TensorPlan, ...],
+        sequences: tuple[TokenSequence, ...],
+        device: str,
+    ) -> None:
+        self._model = model
+        self._device = device
+        self._weights = weights
+        self._ids = [torch.from_numpy(s.ids.copy())[None].to(device) for s in sequences]
+        self._exact = {plan.name: self._layer(plan).weight.data for plan in weights}
+        self._reference = [self._logits(ids) for ids in self._ids]
+        self._draws = Resampling([len(s.ids) - 1 for s in sequences])
+        self._nearest: np.ndarray[Any, np.dtype[np.float64]]
+
+    def _layer(self, plan: TensorPlan) -> Any:
+        return self._model.get_submodule(plan.module)
+
+    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            found: torch.Tensor = self._model(ids, use_cache=False).logits[0, :-1]
+            return found
+
+    def _scores(self) -> TokenScores:
+        parts = [
+            score_tokens(reference, self._logits(ids), ids[0, 1:])
+            for reference, ids in zip(self._reference, self._ids, strict=True)
+        ]
+        for plan in self._weights:
+            self._layer(plan).weight.data = self._exact[plan.name]
+        return TokenScores.joined(parts)
+
+    def _put(self, plan: TensorPlan, values: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+        layer, exact = self._layer(plan), self._exact[plan.name]
+        weight = torch.from_numpy(values).to(exact)
+        layer.weight.data = weight.T if isinstance(layer, Conv1D) else weight
+
+    def nearest(self) -> None:
+        for plan in self._weights:
+            exact = self._exact[plan.name].float().cpu()
+            flat = (exact.T if plan.transposed else exact).contiguous().numpy().reshape(-1)
+            packed = np.empty(-(-flat.size // 2), np.uint8)
+            absmax = np.empty(blocks_of(flat.size), np.float32)
+            cpu.quantize_blocks(
+                flat.view(np.uint32), "float32", packed, absmax, np.empty((absmax.size, 3), "i4")
+            )
+            self._put(plan, dequantize(packed, double_quantize(absmax).scales(), plan.shape))
+        self._nearest = self._scores().kl
+        self._row("round to nearest", self._nearest, 0.0)
+
+    def calibrated(
+        self, name: str, source: Path, tokens: CalibrationTokens, method: Method
+    ) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="nf4-ablate-"))
+        try:
+            start = time.perf_counter()
+            store = Store(folder / "store")
+            store.open()
+            calibrate(
+                source, self._weights, tokens, store,
+                device=self._device, reporter=SILENT, method=method,
+            )  # fmt: skip
+            seconds = time.perf_counter() - start
+            plans = {plan.name: plan for plan in self._weights}
+            for weight, packed, scales in choices_in(store.files()):
+                self._put(plans[weight], dequantize(packed, scales.scales(), plans[weight].shape))
+            self._row(name, self._scores().kl, seconds)
+        finally:
+            shutil.rmtree(folder)
+
+    def _row(self, name: str, kl: np.ndarray[Any, np.dtype[np.float64]], seconds: float) -> None:
+        own = self._draws.interval(mean(kl))
+        ratio = self._draws.interval(lambda w: mean(kl)(w) / mean(self._nearest)(w))
+        click.echo(
+            f"| {name} | {own.value:.4f} [{own.low:.4f}, {own.high:.4f}] | "
+            f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] | {seconds:.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
