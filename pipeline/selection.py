@@ -110,6 +110,7 @@ def select(
     recipe: QuantizeRecipe,
     *,
     different_twins: frozenset[str] = frozenset(),
+    sensitive: frozenset[str] = frozenset(),
 ) -> Plan:
     """Decides what happens to each tensor.
 
@@ -119,6 +120,7 @@ def select(
         recipe: which modules to skip besides the output head.
         different_twins: names of tied tensors that were found to differ from their twin; they are
             kept.
+        sensitive: modules that were found to lose most by 4 bits; they are kept.
 
     Raises:
         CheckpointError: a tensor that the model needs is missing or has another shape.
@@ -132,7 +134,7 @@ def select(
         if (model_name := facts.names.get(tensor.name)) is not None
     }
     _check_complete(facts, set(by_model_name))
-    plans = {tensor.name: _decide(tensor, facts, recipe) for tensor in tensors}
+    plans = {tensor.name: _decide(tensor, facts, recipe, sensitive) for tensor in tensors}
     for tensor in tensors:
         canonical = facts.tied.get(facts.names.get(tensor.name) or "", "")
         twin = by_model_name.get(canonical)
@@ -173,7 +175,9 @@ def _check_patterns(recipe: QuantizeRecipe, facts: ModelFacts) -> None:
             )
 
 
-def _decide(tensor: SourceTensor, facts: ModelFacts, recipe: QuantizeRecipe) -> TensorPlan:
+def _decide(
+    tensor: SourceTensor, facts: ModelFacts, recipe: QuantizeRecipe, sensitive: frozenset[str]
+) -> TensorPlan:
     model_name = facts.names.get(tensor.name)
     if tensor.name in facts.merged:
         why = "merged with others on loading, which 4-bit weights cannot be"
@@ -190,6 +194,8 @@ def _decide(tensor: SourceTensor, facts: ModelFacts, recipe: QuantizeRecipe) -> 
     if linear is None:
         return TensorPlan(tensor, name, "keep", _kind_of(tensor))
     why_not = _why_not(tensor, linear, facts, recipe)
+    if not why_not and linear.module in sensitive:
+        why_not = "loses most by 4 bits"
     if why_not:
         return TensorPlan(tensor, name, "keep", why_not, module=linear.module)
     return TensorPlan(

@@ -35,6 +35,7 @@ from pipeline.nf4.double_quant import double_quantize
 from pipeline.nf4.layout import blocks_of
 from pipeline.progress import SILENT
 from pipeline.proof.text import TokenSequence, cut, read_text
+from pipeline.recipe import Recipe
 from pipeline.runtime.loader import load_tokenizer
 from pipeline.sample import TEXT
 from pipeline.selection import TensorPlan
@@ -49,10 +50,14 @@ VARIANTS: Final = {
     "no negative scales": Method(signs=1),
     "columns in their own order": Method(by_importance=False),
     "off-diagonals not shrunk": Method(shrink=0.0),
-    "off-diagonals shrunk by 30 %": Method(shrink=0.3),
+    "off-diagonals shrunk by 10 % whatever the sample": Method(by_sample=False),
+    "off-diagonals shrunk by 30 % whatever the sample": Method(shrink=0.3, by_sample=False),
     "damping 0.001": Method(damping=0.001),
+    "damping 0.003": Method(damping=0.003),
     "damping 0.1": Method(damping=0.1),
-    "no error compensation (scale search alone)": Method(shrink=1.0, in_loop=False),
+    "no error compensation (scale search alone)": Method(
+        shrink=1.0, by_sample=False, in_loop=False
+    ),
     "scales of the largest weight (plain GPTQ)": Method(in_loop=False, signs=1, shares=_ONE),
 }
 
@@ -96,7 +101,8 @@ def main(
                 calibration_tokens=count,
                 rounding="",
             )
-            read = tokens_for(house, recipe, device, SILENT)
+            settings = Settings(recipe=Recipe(quantize=recipe), device=device)
+            read = tokens_for(house, settings, SILENT)
             chosen = VARIANTS if count == counts[-1] else {"the recipe": Method()}
             for name, method in chosen.items():
                 if name.startswith(only):

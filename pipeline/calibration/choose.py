@@ -80,7 +80,7 @@ class ChooserOnCpu:
         return Choice(pack(codes), NestedScales(stored, nested, np.float32(0)), cost)
 
     def _start_scales(self, weight: torch.Tensor, guide: Guide) -> NDArray[np.float32]:
-        rows, columns = weight.shape
+        columns = weight.shape[1]
         flat = weight.reshape(-1)
         importance = guide.importance.numpy()
         scales = np.empty(blocks_of(flat.numel()), np.float32)
@@ -158,5 +158,5 @@ def pack(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     flat = codes.reshape(-1)
     if flat.size % 2:
         flat = np.append(flat, np.uint8(ZERO_CODE))
-    packed: NDArray[np.uint8] = flat[0::2] << 4 | flat[1::2]
+    packed: NDArray[np.uint8] = np.bitwise_or(flat[0::2] << np.uint8(4), flat[1::2])
     return packed

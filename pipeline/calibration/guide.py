@@ -31,11 +31,12 @@ class Guide:
     importance: torch.Tensor
 
 
-def guide(moment: torch.Tensor, method: Method) -> Guide:
+def guide(moment: torch.Tensor, tokens: int, method: Method) -> Guide:
     """Prepares the rounding of weights whose inputs have a second moment.
 
     Args:
         moment: the mean of x x^T over the tokens, [columns, columns], on any device.
+        tokens: how many they were.
         method: shrinking, damping, order.
 
     Raises:
@@ -48,7 +49,8 @@ def guide(moment: torch.Tensor, method: Method) -> Guide:
         raise IllConditionedError("its inputs are not finite")
     if mean <= 0.0:
         raise IllConditionedError("its inputs are all zero")
-    h *= 1.0 - method.shrink
+    shrink = min(method.shrink, len(h) / tokens) if method.by_sample else method.shrink
+    h *= 1.0 - shrink
     h.diagonal().copy_(diagonal + method.damping * mean)
     importance = h.diagonal().float()
     order = _order(importance, method.by_importance)

@@ -17,8 +17,9 @@ class Method:
     """How codes and scales are chosen.
 
     Attributes:
-        shrink: share that is taken off the moment's elements beside the diagonal, since a finite
-            sample exaggerates them; 1 leaves plain rounding with weighted errors.
+        shrink: share that is taken off the moment's elements beside the diagonal, at most, since a
+            finite sample exaggerates them; 1 leaves plain rounding with weighted errors.
+        by_sample: the share is columns / tokens, if that is less.
         damping: share of the mean of the diagonal that is added to it.
         by_importance: columns whose inputs are largest are rounded first; else as they stand.
         signs: 2 if scales may be negative, else 1.
@@ -27,6 +28,7 @@ class Method:
     """
 
     shrink: float = 0.1
+    by_sample: bool = True
     damping: float = 0.01
     by_importance: bool = True
     signs: int = 2

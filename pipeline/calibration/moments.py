@@ -68,8 +68,8 @@ class Moments:
         return watch
 
     def _add(self, name: str, x: torch.Tensor) -> None:
-        for part in x.split(_ROWS):
-            values = part.float()
+        for first in range(0, len(x), _ROWS):
+            values = x[first : first + _ROWS].float()
             if name not in self._sums:
                 self._sums[name] = values.T @ values
             else:

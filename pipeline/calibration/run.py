@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.blocks.lockstep import Lockstep
 from pipeline.blocks.streamed import StreamedModel
 from pipeline.calibration.choose import Choice, Chooser, ChooserOnCpu
-from pipeline.calibration.guide import IllConditionedError, guide
+from pipeline.calibration.guide import Guide, IllConditionedError, guide
 from pipeline.calibration.method import Method
 from pipeline.calibration.moments import Moments
 from pipeline.calibration.store import Store
@@ -39,7 +40,7 @@ def calibrate(
     device: str,
     reporter: Reporter,
     method: Method | None = None,
-) -> None:
+) -> dict[str, float]:
     """Chooses codes and scales for all weights; what the store has already is left as it is.
 
     Args:
@@ -50,15 +51,20 @@ def calibrate(
         device: "cpu" or "cuda:N".
         reporter: told how far it is.
         method: how; the default is the recipe's.
+
+    Returns:
+        Where the time went, in seconds: "whole", and, beside each other, what the parts took.
     """
     with StreamedModel(folder, device) as streamed, _steady(device):
         units = _units(weights, list(streamed.blocks))
         missing = {unit for unit in units if store.facts(unit) is None}
         if not missing:
-            return
+            return {}
         with reporter.task("calibrate", len(streamed.blocks), unit="blocks") as task:
             run = _Pass(streamed, units, missing, store, device, method or Method())
-            run.over(tokens, lambda: task.advance(1))
+            with run.timed("whole"):
+                run.over(tokens, lambda: task.advance(1))
+        return {name: round(seconds, 2) for name, seconds in run.seconds.items()}
 
 
 class _Pass:
@@ -81,6 +87,17 @@ class _Pass:
         self._method = method
         self._names = list(streamed.blocks)
         self._moments: dict[str, Moments] = {}
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Adds the time of the body to a part."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[part] = self.seconds.get(part, 0.0) + spent
 
     def over(self, tokens: CalibrationTokens, passed: Callable[[], None]) -> None:
         """Walks, and rounds each block while the next one is watched."""
@@ -159,7 +176,8 @@ class _Pass:
 
     def _wait(self) -> None:
         if self._running is not None:
-            self._running.result()
+            with self.timed("waiting for choices"):
+                self._running.result()
 
     def _round(self, unit: str, moments: Moments, weights: dict[str, torch.Tensor]) -> None:
         choices: dict[str, Choice] = {}
@@ -167,22 +185,28 @@ class _Pass:
         with torch.inference_mode():
             for leader, names in moments.groups().items():
                 try:
-                    moment = moments.take(leader)
-                    if moment is None or moments.tokens(leader) < _FEWEST:
-                        count = moments.tokens(leader)
-                        raise IllConditionedError(f"only {count} tokens came to it")
-                    prepared = guide(moment, self._method)
+                    with self.timed("guides"):
+                        prepared = self._guide(moments, leader)
                 except IllConditionedError as error:
                     fallbacks |= dict.fromkeys(names, str(error))
                     continue
-                for name in names:
-                    choices[name] = self._chooser.choose(weights.pop(name), prepared)
+                with self.timed("choices"):
+                    for name in names:
+                        choices[name] = self._chooser.choose(weights.pop(name), prepared)
+                del prepared  # before the next one takes its place
         facts = {
             "weights": sorted(choices),
             "costs": {name: choice.cost for name, choice in sorted(choices.items())},
             "fallbacks": fallbacks,
         }
-        self._store.write(unit, choices, facts)
+        with self.timed("writing"):
+            self._store.write(unit, choices, facts)
+
+    def _guide(self, moments: Moments, leader: str) -> Guide:
+        moment = moments.take(leader)
+        if moment is None or moments.tokens(leader) < _FEWEST:
+            raise IllConditionedError(f"only {moments.tokens(leader)} tokens came to it")
+        return guide(moment, moments.tokens(leader), self._method)
 
 
 def chooser_for(device: str, method: Method, pool: ThreadPoolExecutor) -> Chooser:
@@ -191,7 +215,7 @@ def chooser_for(device: str, method: Method, pool: ThreadPoolExecutor) -> Choose
         return ChooserOnCpu(method, pool)
     from pipeline.calibration.choose_cuda import ChooserOnCuda
 
-    return ChooserOnCuda(method)
+    return ChooserOnCuda(method, device, pool)
 
 
 def _units(weights: Sequence[TensorPlan], blocks: Sequence[str]) -> dict[str, list[TensorPlan]]:

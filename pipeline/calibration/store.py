@@ -57,6 +57,14 @@ class Store:
             found |= dict.fromkeys((facts or {}).get("weights", ()), path)
         return found
 
+    def fallbacks(self) -> dict[str, str]:
+        """Name of a weight that was not calibrated -> why not."""
+        found: dict[str, str] = {}
+        for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
+            facts = self.facts(path.name.removesuffix(_SUFFIX))
+            found |= (facts or {}).get("fallbacks", {})
+        return dict(sorted(found.items()))
+
     def write(self, unit: str, choices: Mapping[str, Choice], facts: Mapping[str, Any]) -> None:
         """Keeps a block.
 

@@ -21,7 +21,7 @@ from pipeline.errors import RecipeError
 
 LENGTH: Final = 256
 """Tokens of a sequence, at most."""
-_TOGETHER: Final = 16  # sequences that are sampled at a time
+_TOGETHER: Final = 32  # sequences that are sampled at a time
 _OPENINGS: Final = Path(__file__).with_name("openings.txt")
 
 
@@ -120,7 +120,7 @@ def openings(model: Any, tokenizer: Any, sequences: int, length: int) -> list[Op
     counts = {start: n for start, n in _shared(starts, sequences - half)} | dict(
         _shared(talks, half)
     )
-    found_openings = []
+    found_openings: list[Opening] = []
     for ids, count in counts.items():
         for first in range(0, count, _TOGETHER):
             size = min(_TOGETHER, count - first)
@@ -220,12 +220,14 @@ def tokens_of_text(path: Path, tokenizer: Any, sequences: int, length: int) -> N
     whole = len(ids) // length
     if whole == 0:
         raise RecipeError(
-            f"The calibration text {path} has {len(ids)} tokens; expected at least {length}, better "
-            f"{sequences * length:,}."
+            f"The calibration text {path} has {len(ids)} tokens; expected at least {length}, "
+            f"better {sequences * length:,}."
         )
     picked = np.linspace(0, whole - 1, min(sequences, whole)).round().astype(int)
-    rows = np.array(ids[: whole * length], np.int32).reshape(whole, length)
-    return rows[picked]
+    rows: NDArray[np.int32] = np.array(ids[: whole * length], np.int32).reshape(whole, length)[
+        picked
+    ]
+    return rows
 
 
 def _line(line: str, tokenizer: Any, where: str) -> list[int]:

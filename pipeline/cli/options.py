@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -15,6 +16,7 @@ import click
 if TYPE_CHECKING:
     from pipeline.build import Build
     from pipeline.progress import Reporter
+    from pipeline.recipe import Recipe
     from pipeline.stages import Settings
 
 ARTIFACTS: Final = Path("artifacts")
@@ -69,12 +71,23 @@ def source_options(command: Command) -> Command:
 
 
 def settings_options(command: Command) -> Command:
-    """--recipe, --device, --require-gpu and --workers; the command gets `settings`."""
+    """What shapes a build and how it is made; the command gets `settings`."""
 
     @click.option(
         "--recipe",
         type=click.Path(dir_okay=False, path_type=Path),
         help="TOML file with everything that shapes bytes and verdict.",
+    )
+    @click.option(
+        "--calibrate",
+        metavar="self|FILE",
+        help="Choose codes and scales from the model's activations: on tokens that it writes "
+        "itself, or on a text or JSONL file. Slower, and much closer to the 16-bit model.",
+    )
+    @click.option(
+        "--extra-bytes",
+        metavar="PERCENT",
+        help="With --calibrate: leave the layers that lose most in 16 bit, for so many more bytes.",
     )
     @click.option(
         "--device",
@@ -96,6 +109,8 @@ def settings_options(command: Command) -> Command:
     @wraps(command)
     def wrapped(
         recipe: Path | None,
+        calibrate: str | None,
+        extra_bytes: str | None,
         device: str,
         require_gpu: bool,
         workers: int,
@@ -109,7 +124,7 @@ def settings_options(command: Command) -> Command:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
             raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N.")
         settings = Settings(
-            recipe=load_recipe(recipe) if recipe else Recipe(),
+            recipe=_calibrated(load_recipe(recipe) if recipe else Recipe(), calibrate, extra_bytes),
             device=device,
             require_gpu=require_gpu,
             workers=workers,
@@ -118,6 +133,15 @@ def settings_options(command: Command) -> Command:
         return command(settings=settings, **values)
 
     return wrapped
+
+
+def _calibrated(recipe: Recipe, calibrate: str | None, extra_bytes: str | None) -> Recipe:
+    """A recipe with what the options say instead of what it said."""
+    asked = {"calibrate": calibrate, "extra_bytes": extra_bytes}
+    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    if not changes:
+        return recipe
+    return replace(recipe, quantize=replace(recipe.quantize, **changes, rounding=""))
 
 
 class Ui:

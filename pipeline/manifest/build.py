@@ -24,6 +24,7 @@ def build_manifest(
     relative_rmse: Mapping[str, float],
     files: Mapping[str, FileDigest],
     model_class: str,
+    calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Puts the manifest together.
 
@@ -36,9 +37,10 @@ def build_manifest(
         relative_rmse: of each quantized weight, by name.
         files: every file that serialize wrote besides the manifest.
         model_class: the causal LM class.
+        calibration: how codes and scales were chosen, if not by rounding to nearest.
     """
     tensors = [_tensor(t, stored, relative_rmse) for t in plan.tensors if t.action != "drop"]
-    return {
+    manifest: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "format": "bitsandbytes NF4, block 64, double quantization in blocks of 256",
         "model_class": model_class,
@@ -63,6 +65,10 @@ def build_manifest(
             for tensor in plan.by_action("drop")
         ],
     }
+    if calibration is not None:
+        # Seconds are the machine's; everything else is the same each time.
+        manifest["calibration"] = {n: v for n, v in calibration.items() if n != "seconds"}
+    return manifest
 
 
 def _tensor(

@@ -30,7 +30,7 @@ from pipeline.nf4.codebook import (
     ZERO_CODE,
 )
 
-_SMALLEST: Final = np.float32(1e-38)
+_SMALLEST: Final = np.float32(2.0**-126)  # the smallest normal number
 _ZERO: Final = np.float32(0.0)
 _ONE: Final = np.float32(1.0)
 _ZERO_LEVEL: Final = int(np.flatnonzero(SCALE_LEVELS == 0)[0])
@@ -305,7 +305,7 @@ def _scale_codes(scales, nested, codes):  # type: ignore[no-untyped-def]
 
 def scale_codes(scales: NDArray[np.float32], nested: NDArray[np.float32]) -> NDArray[np.uint8]:
     """The nearest stored level of each scale, never zero: uint8 [blocks]."""
-    codes = np.empty(scales.size, np.uint8)
+    codes: NDArray[np.uint8] = np.empty(scales.size, np.uint8)
     _scale_codes(scales, nested, codes)
     return codes
 
@@ -316,7 +316,7 @@ def _block_errors(values, packed, scales, sums):  # type: ignore[no-untyped-def]
         error = 0.0
         energy = 0.0
         for i in range(b * BLOCK_SIZE, min((b + 1) * BLOCK_SIZE, values.size)):
-            pair = packed[i // 2]
+            pair = np.int64(packed[i // 2])
             code = pair >> 4 if i % 2 == 0 else pair & 15
             off = np.float64(values[i]) - np.float64(scales[b] * NF4_LEVELS[code])
             error += off * off

@@ -1,27 +1,74 @@
-"""The part of quantizing that comes first if codes are to be calibrated: tokens, then choices."""
+"""The part of quantizing that comes first if codes are to be calibrated: tokens, then choices.
+
+What it leaves in `calibration/` of the build folder: the tokens, which are part of the key of what
+is quantized; and while it runs, what is chosen, block by block.
+"""
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pipeline.build import Build, stage_key
 from pipeline.checkpoint.digest import digest_file
-from pipeline.checkpoint.durable import make_folder, write_json
-from pipeline.errors import RecipeError
+from pipeline.checkpoint.durable import json_bytes, make_folder, write_json
+from pipeline.errors import BuildError, RecipeError
+from pipeline.nf4.rounding import NearestOnCpu, Rounding
 from pipeline.progress import Reporter
 from pipeline.recipe import QuantizeRecipe
+from pipeline.selection import Plan
+from pipeline.stages import Settings
 
 if TYPE_CHECKING:
     from pipeline.calibration.tokens import CalibrationTokens
 
 CODE_VERSION: Final = 1
 TOKENS_FILE: Final = "tokens.json"
+CALIBRATION_FILE: Final = "calibration.json"
+"""In the artifact."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was chosen.
+
+    Attributes:
+        files: name of a weight -> the file that holds its codes and scales.
+        kept: modules that stay in 16 bit under the byte budget, with what they lose by 4 bits (KL,
+            nats per token) and what they cost (bytes).
+        facts: for the record and the manifest; plain JSON.
+    """
+
+    files: dict[str, Path]
+    kept: list[dict[str, Any]]
+    facts: dict[str, Any]
+
+    def rounding(self) -> Rounding:
+        """The choices, for the engine; weights without one are rounded to nearest."""
+        from pipeline.calibration.given import Given
+
+        return Given(self.files, NearestOnCpu())
+
+
+def folder(build: Build) -> Path:
+    """Where the tokens of a build are kept, and its choices."""
+    return build.root / "calibration"
 
 
 def tokens_path(build: Build) -> Path:
     """Where the tokens of a build are kept."""
-    return build.root / "calibration" / TOKENS_FILE
+    return folder(build) / TOKENS_FILE
+
+
+def key_part(build: Build, recipe: QuantizeRecipe) -> dict[str, Any]:
+    """What calibration adds to the key of what is quantized; without tokens nothing is done yet."""
+    from pipeline.calibration.tokens import read_tokens
+
+    kept = read_tokens(tokens_path(build))
+    fits = kept is not None and kept.key == tokens_key(build, recipe)
+    return {"code": CODE_VERSION, "tokens": kept.sha256 if kept is not None and fits else None}
 
 
 def tokens_key(build: Build, recipe: QuantizeRecipe) -> str:
@@ -46,9 +93,7 @@ def tokens_key(build: Build, recipe: QuantizeRecipe) -> str:
     )
 
 
-def tokens_for(
-    build: Build, recipe: QuantizeRecipe, device: str, reporter: Reporter
-) -> CalibrationTokens:
+def tokens_for(build: Build, settings: Settings, reporter: Reporter) -> CalibrationTokens:
     """The tokens that calibration reads: those that are kept, or new ones.
 
     Raises:
@@ -56,7 +101,9 @@ def tokens_for(
     """
     from pipeline.calibration.sampling import make_tokens
     from pipeline.calibration.tokens import read_tokens
+    from pipeline.runtime.loader import pick_device
 
+    recipe = settings.recipe.quantize
     key = tokens_key(build, recipe)
     kept = read_tokens(tokens_path(build))
     if kept is not None and kept.key == key:
@@ -66,9 +113,89 @@ def tokens_for(
         None if recipe.calibrate == "self" else Path(recipe.calibrate),
         recipe.calibration_tokens,
         key,
-        device,
+        pick_device(settings.device),
         reporter,
     )
     make_folder(tokens_path(build).parent)
     write_json(tokens_path(build), tokens.as_json())
     return tokens
+
+
+def choose(
+    build: Build,
+    plan: Plan,
+    tokens: CalibrationTokens,
+    settings: Settings,
+    reporter: Reporter,
+) -> Calibration:
+    """Chooses codes and scales for everything that the plan quantizes, or goes on doing so.
+
+    Args:
+        build: whose download is done.
+        plan: of the build, before modules are kept for what they lose.
+        tokens: what the model reads.
+        settings: the device, and how much larger the artifact may be for modules kept in 16 bit.
+        reporter: told how far it is, and of weights that are rounded to nearest after all.
+    """
+    from pipeline.calibration.run import calibrate
+    from pipeline.calibration.store import Store
+    from pipeline.runtime.loader import pick_device
+
+    device = pick_device(settings.device)
+    kind = device.partition(":")[0]
+    source = build.need("download").facts["content_sha256"]
+    identity = {
+        "code": CODE_VERSION,
+        "source": source,
+        "tokens": tokens.sha256,
+        "device": kind,
+        "weights": [tensor.name for tensor in plan.quantized],
+    }
+    store = Store(folder(build) / stage_key(identity)[:12])
+    store.open()
+    seconds = calibrate(
+        build.source, plan.quantized, tokens, store, device=device, reporter=reporter
+    )
+    fallbacks = store.fallbacks()
+    if fallbacks:
+        first = next(iter(fallbacks))
+        reporter.note(
+            f"{len(fallbacks)} of {len(plan.quantized)} weights are rounded to nearest after all, "
+            f"such as {first}: {fallbacks[first]}."
+        )
+    kept: list[dict[str, Any]] = []
+    facts = {
+        "source": tokens.source,
+        "sequences": len(tokens.ids),
+        "tokens": int(tokens.ids.size),
+        "tokens_sha256": tokens.sha256,
+        "device": kind,
+        "fallbacks": fallbacks,
+        "kept": kept,
+        "extra_bytes": sum(module["bytes"] for module in kept),
+    }
+    return Calibration(store.files(), kept, facts | {"seconds": seconds})
+
+
+def published(build: Build, facts: dict[str, Any]) -> bytes:
+    """What the artifact holds of it, so that others can do it again: tokens, and what was kept.
+
+    Raises:
+        BuildError: the tokens are not those that were used.
+    """
+    from pipeline.calibration.tokens import read_tokens
+
+    tokens = read_tokens(tokens_path(build))
+    if tokens is None or tokens.sha256 != facts["tokens_sha256"]:
+        raise BuildError(
+            f"{tokens_path(build)} does not hold the tokens that `quantize` used (sha256 "
+            f"{facts['tokens_sha256'][:12]}…). Run `nf4 quantize` again."
+        )
+    return json_bytes({**tokens.as_json(), "kept": facts["kept"]})
+
+
+def clear(build: Build) -> None:
+    """Deletes what was chosen; it stands in quantized/ now."""
+    for path in folder(build).iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)

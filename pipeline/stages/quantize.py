@@ -19,12 +19,12 @@ from pipeline.engine.buffers import divide
 from pipeline.engine.run import QuantizedFile, quantize_files
 from pipeline.engine.twins import TwinsDifferError
 from pipeline.errors import PlanMismatchError, ResourceError
-from pipeline.measure import available_memory
+from pipeline.measure import available_memory, measured
 from pipeline.nf4.layout import blocks_of
 from pipeline.nf4.rounding import NearestOnCpu, Rounding
 from pipeline.progress import Reporter
 from pipeline.selection import Plan, select
-from pipeline.stages import Settings, recorded
+from pipeline.stages import Settings, calibrate, recorded
 from pipeline.stages.download import recorded_facts
 
 CODE_VERSION: Final = 1
@@ -41,12 +41,18 @@ def key(build: Build, settings: Settings) -> str:
         for name, digest in files.items()
         if name.endswith((".safetensors", ".safetensors.index.json", "/config.json"))
     }
-    recipe = settings.recipe.as_json()["quantize"]
-    return stage_key({"code": CODE_VERSION, "files": shaping, "recipe": recipe})
+    recipe = settings.recipe.quantize
+    parts = {"code": CODE_VERSION, "files": shaping, "recipe": recipe.shaping()}
+    if recipe.calibrate:
+        parts["calibration"] = calibrate.key_part(build, recipe)
+    return stage_key(parts)
 
 
 def make_plan(
-    build: Build, settings: Settings, different_twins: frozenset[str] = frozenset()
+    build: Build,
+    settings: Settings,
+    different_twins: frozenset[str] = frozenset(),
+    sensitive: frozenset[str] = frozenset(),
 ) -> tuple[Plan, Checkpoint]:
     """The plan of a build, from headers and the facts of its model alone.
 
@@ -54,14 +60,21 @@ def make_plan(
         build: whose download is done.
         settings: the recipe.
         different_twins: tied tensors that are known to differ from their twin.
+        sensitive: modules that stay in 16 bit for what they would lose.
 
     Raises:
         SourceError: the checkpoint does not fit its config, or nothing in it can be quantized.
     """
     checkpoint = open_checkpoint(build.source)
     facts = recorded_facts(build.need("download"))
-    recipe = settings.recipe.quantize
-    return select(checkpoint.tensors, facts, recipe, different_twins=different_twins), checkpoint
+    plan = select(
+        checkpoint.tensors,
+        facts,
+        settings.recipe.quantize,
+        different_twins=different_twins,
+        sensitive=sensitive,
+    )
+    return plan, checkpoint
 
 
 def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
@@ -73,23 +86,45 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
         ResourceError: the disk is too full.
         PlanMismatchError: the bytes written are not the bytes planned.
     """
-    stage = key(build, settings)
     build.check_inputs("download")
-    plan, checkpoint = make_plan(build, settings)
+    plan, _ = make_plan(build, settings)
     check_disk(build, plan)
     check_memory(plan, settings.memory_budget)
+    recipe = settings.recipe.quantize
+    with measured() as preparing:
+        tokens = calibrate.tokens_for(build, settings, reporter) if recipe.calibrate else None
+    stage = key(build, settings)  # tokens are part of it
 
     def work() -> tuple[dict[str, Any], dict[str, Any]]:
-        try:
-            return _quantize(build, plan, checkpoint, stage, settings, reporter)
-        except TwinsDifferError as error:
-            reporter.note(f"{error} Both are kept; starting again.")
-        # Rare: config.json says that tensors are tied which the checkpoint stores as different.
-        different = frozenset(t.source.name for t in plan.tensors if t.twin is not None)
-        replanned, _ = make_plan(build, settings, different)
-        return _quantize(build, replanned, checkpoint, stage, settings, reporter)
+        chosen = None
+        if tokens is not None:
+            chosen = calibrate.choose(build, plan, tokens, settings, reporter)
+        outputs, facts = _planned(build, settings, stage, chosen, reporter)
+        if chosen is not None:
+            calibrate.clear(build)
+        return outputs, facts
 
-    return recorded(build, "quantize", stage, work)
+    return recorded(build, "quantize", stage, work, preparing)
+
+
+def _planned(
+    build: Build,
+    settings: Settings,
+    stage: str,
+    chosen: calibrate.Calibration | None,
+    reporter: Reporter,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Quantizes by the plan, and by another one if tied tensors turn out to differ."""
+    sensitive = frozenset(module["module"] for module in chosen.kept) if chosen else frozenset()
+    plan, checkpoint = make_plan(build, settings, sensitive=sensitive)
+    try:
+        return _quantize(build, plan, checkpoint, stage, settings, chosen, reporter)
+    except TwinsDifferError as error:
+        reporter.note(f"{error} Both are kept; starting again.")
+    # Rare: config.json says that tensors are tied which the checkpoint stores as different.
+    different = frozenset(t.source.name for t in plan.tensors if t.twin is not None)
+    plan, _ = make_plan(build, settings, different, sensitive)
+    return _quantize(build, plan, checkpoint, stage, settings, chosen, reporter)
 
 
 def _quantize(
@@ -98,6 +133,7 @@ def _quantize(
     checkpoint: Checkpoint,
     stage: str,
     settings: Settings,
+    chosen: calibrate.Calibration | None,
     reporter: Reporter,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     make_folder(build.quantized)
@@ -113,7 +149,7 @@ def _quantize(
     def done(file: str, found: QuantizedFile) -> None:
         results[file] = _file_facts(build.quantized / file, found, layouts[file], stage)
 
-    rounding = rounding_for(settings.device)
+    rounding = rounding_for(settings.device) if chosen is None else chosen.rounding()
     files = plan.files()
     total = sum(tensor.source.header.nbytes for file in open_layouts for tensor in files[file])
     with reporter.task("quantize", total) as task:
@@ -137,7 +173,8 @@ def _quantize(
         f"quantized/{file}": FileDigest(found["size"], found["sha256"])
         for file, found in ordered.items()
     }
-    return outputs, _facts(plan, layouts, ordered)
+    facts = _facts(plan, layouts, ordered)
+    return outputs, facts if chosen is None else facts | {"calibration": chosen.facts}
 
 
 def _warn_of_merged(plan: Plan, reporter: Reporter) -> None:

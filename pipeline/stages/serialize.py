@@ -23,7 +23,8 @@ from pipeline.manifest.read import MANIFEST_FILE
 from pipeline.manifest.small_files import small_files, stored_tensors_of, weight_index
 from pipeline.progress import Reporter
 from pipeline.selection import Plan
-from pipeline.stages import Settings, quantize, recorded
+from pipeline.stages import Settings, calibrate, quantize, recorded
+from pipeline.stages.calibrate import CALIBRATION_FILE
 from pipeline.stages.download import recorded_facts, recorded_files
 
 CODE_VERSION: Final = 1
@@ -62,7 +63,15 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
             "Run `nf4 quantize` again, or `nf4 build`."
         )
     build.check_inputs("quantize")
-    plan, _ = quantize.make_plan(build, settings, frozenset(record.facts["different_twins"]))
+    calibration = record.facts.get("calibration")
+    plan, _ = quantize.make_plan(
+        build,
+        settings,
+        frozenset(record.facts["different_twins"]),
+        frozenset(module["module"] for module in calibration["kept"])
+        if calibration
+        else frozenset(),
+    )
     model_class = recorded_facts(build.need("download")).class_name
 
     def work() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -73,6 +82,8 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
             small = small_files(build.source, names, plan, model_class)
             if len(shards) > 1:
                 small[INDEX_FILE] = json_bytes(weight_index(shards))
+            if calibration:
+                small[CALIBRATION_FILE] = calibrate.published(build, calibration)
             files |= {name: FileDigest.of(content) for name, content in small.items()}
             manifest = _manifest(build, settings, plan, model_class, record, shards, files)
             small[MANIFEST_FILE] = json_bytes(manifest)
@@ -149,4 +160,5 @@ def _manifest(
         relative_rmse=errors,
         files=files,
         model_class=model_class,
+        calibration=quantized.facts.get("calibration"),
     )
