@@ -157,6 +157,8 @@ def _layer(name: str, error: Any, output: float | None) -> dict[str, Any]:
         "worst_at": error.worst_at,
         "scale": _finite(error.scale),
         "scale_at": error.scale_at,
+        "reach": _finite(error.reach),
+        "reach_at": error.reach_at,
     }
 
 
