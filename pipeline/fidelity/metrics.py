@@ -182,20 +182,36 @@ def histogram(scores: TokenScores) -> dict[str, list[float]]:
     return {"edges": edges, "counts": [int(count) for count in counts[1:-1]]}
 
 
-def difference(first: TokenScores, second: TokenScores, lengths: Sequence[int]) -> dict[str, Any]:
+def difference(
+    first: TokenScores, second: TokenScores, lengths: Sequence[int], domains: Sequence[str]
+) -> dict[str, Any]:
     """Two models against the same reference on the same text, token by token.
 
     Args:
         first: scores of the one.
         second: scores of the other.
         lengths: tokens in each sequence.
+        domains: of each sequence.
 
     Returns:
         "mean_kl": of the first minus that of the second; "mean_kl_ratio": the first over the
-        second; both with intervals.
+        second; both with intervals, for which the same segments of both are drawn. "domains": the
+        same of each domain, with its "name".
     """
+    owners = np.repeat(domains, lengths)
+    parts = []
+    for name in dict.fromkeys(domains):
+        own = [n for n, domain in zip(lengths, domains, strict=True) if domain == name]
+        chosen = owners == name
+        parts.append({"name": name, **_differ(first.kl[chosen], second.kl[chosen], own)})
+    return {**_differ(first.kl, second.kl, lengths), "domains": parts}
+
+
+def _differ(
+    first: NDArray[np.float64], second: NDArray[np.float64], lengths: Sequence[int]
+) -> dict[str, Any]:
     draws = Resampling(lengths)
-    one, other = mean(first.kl), mean(second.kl)
+    one, other = mean(first), mean(second)
 
     def ratio(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         with np.errstate(divide="ignore", invalid="ignore"):
