@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import yaml
 
+from pipeline.report.calibration import chosen, exceptions
 from pipeline.report.pictures import PICTURES, drawable
 
 _MAX_CARD_ANSWERS: Final = 4
@@ -118,6 +119,7 @@ def _quality(verification: dict[str, Any]) -> str:
     if "fidelity" in verification:
         parts += [
             _measured(verification),
+            *([_nearest(verification)] if "nearest" in verification else []),
             *(
                 f"![{picture.title}]({picture.file})\n\n{picture.caption}"
                 for name, picture in drawable(verification).items()
@@ -171,28 +173,54 @@ def _measured(verification: dict[str, Any]) -> str:
     )
 
 
-def _against(verification: dict[str, Any]) -> str:
-    own, other = verification["fidelity"], verification["against"]
-    rows = [
-        ("mean KL", _interval(own["mean_kl"]), _interval(other["fidelity"]["mean_kl"])),
+def _nearest(verification: dict[str, Any]) -> str:
+    other = verification["nearest"]
+    gap = other["difference"]
+    domains = [
         (
-            "same next token",
-            _interval(own["top1_agreement"]),
-            _interval(other["fidelity"]["top1_agreement"]),
-        ),
-        (
-            "perplexity",
-            _interval(own["perplexity_4bit"]),
-            _interval(other["fidelity"]["perplexity_4bit"]),
-        ),
+            _cell(own["name"]),
+            _interval(own["mean_kl"]),
+            _interval(theirs["mean_kl"]),
+            _interval(part["mean_kl_ratio"]),
+        )
+        for own, theirs, part in zip(
+            verification["domains"], other["domains"], gap["domains"], strict=True
+        )
     ]
+    names = ("calibrated (this artifact)", "round to nearest")
+    ratio = _interval(gap["mean_kl_ratio"])
+    return (
+        f"Mean KL over that of the same layers rounded to nearest, as bitsandbytes does: {ratio}. "
+        "Both take the same bytes, and were measured on the same text.\n\n"
+        + _both(verification["fidelity"], other["fidelity"], names)
+        + "\n\n"
+        + _table(("mean KL", *names, "the one over the other"), domains)
+    )
+
+
+def _against(verification: dict[str, Any]) -> str:
+    other = verification["against"]
     ratio = _interval(other["difference"]["mean_kl_ratio"])
     return (
         f"Beside another artifact of the same source (rounding: {_cell(other['rounding'])}, "
         f"manifest `{other['manifest_sha256'][:12]}…`), on the same text:\n\n"
-        + _table(("", "this one", "the other"), rows)
+        + _both(verification["fidelity"], other["fidelity"], ("this one", "the other"))
         + f"\n\nMean KL of this one over the other: {ratio}."
     )
+
+
+def _both(own: dict[str, Any], other: dict[str, Any], names: tuple[str, str]) -> str:
+    """The chief figures of two models beside each other."""
+    rows = [
+        (title, _interval(own[key]), _interval(other[key]))
+        for key, title in (
+            ("mean_kl", "mean KL"),
+            ("top1_agreement", "same next token"),
+            ("sure_agreement", "same where the 16-bit model is sure"),
+            ("perplexity_4bit", "perplexity"),
+        )
+    ]
+    return _table(("", *names), rows)
 
 
 def _interval(found: dict[str, float | None]) -> str:
@@ -244,12 +272,24 @@ def _patch(manifest: dict[str, Any]) -> str:
 def _making(manifest: dict[str, Any]) -> str:
     source = manifest["source"]
     name = source["repo"]
-    revision = f" --revision {source['commit']}" if source["commit"] else ""
+    options = f" --revision {source['commit']}" if source["commit"] else ""
+    recipe = ""
+    calibration = manifest.get("calibration")
+    if calibration:
+        recipe = '# in recipe.toml, under [quantize]: rounding = "calibrated"\n'
+        options += " --recipe recipe.toml"
+        rounding = "\n\n".join(map(_text, [chosen(calibration), *exceptions(calibration)]))
+        bytes_of = "`manifest.json` lists the sha256 of every file and tensor."
+    else:
+        rounding = "Rounding is to the nearest level, without calibration."
+        bytes_of = (
+            "The same source and recipe give the same bytes on any machine; `manifest.json` lists "
+            "the sha256 of every file and tensor."
+        )
     return (
-        f"## How it was made\n\n```\nnf4 build {name}{revision}\n```\n\n"
-        "The same source and recipe give the same bytes on any machine; `manifest.json` lists the "
-        "sha256 of every file and tensor. Rounding is to the nearest level, without calibration; "
-        "what 4 bits cost this model is in the table above, and nothing is claimed beyond it."
+        f"## How it was made\n\n```\n{recipe}nf4 build {name}{options}\n```\n\n"
+        f"{rounding}\n\n{bytes_of} "
+        "What 4 bits cost this model is in the tables above, and nothing is claimed beyond it."
     )
 
 
@@ -261,10 +301,15 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 def _cell(text: str) -> str:
     """Model output inside a table: one line, with nothing for Markdown or HTML to act on."""
     line = " ".join(text.split())
-    short = line if len(line) <= 160 else line[:159] + "…"
+    return _text(line if len(line) <= 160 else line[:159] + "…")
+
+
+def _text(text: str) -> str:
+    """Words of others, as words."""
+    line = " ".join(text.split())
     for mark, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;")):
-        short = short.replace(mark, safe)
-    return short.replace("`", "&#96;").replace("[", "&#91;").replace("*", "&#42;")
+        line = line.replace(mark, safe)
+    return line.replace("`", "&#96;").replace("[", "&#91;").replace("*", "&#42;")
 
 
 def _size(count: int) -> str:

@@ -10,7 +10,14 @@ from typing import Any, Final
 import pytest
 
 from pipeline.card import front_matter, model_card
-from tests.report.made import failed_gate, made, manifest, nulls, without_tokenizer
+from tests.report.made import (
+    calibration,
+    failed_gate,
+    made,
+    manifest,
+    nulls,
+    without_tokenizer,
+)
 
 NUMBER: Final = re.compile(r"\d+(?:[.,]\d+)*(?:e-?\d+)?")
 SOURCE: Final = {"license": "apache-2.0"}
@@ -28,7 +35,7 @@ def measured(verification: dict[str, Any]) -> str:
 
 
 def full() -> dict[str, Any]:
-    return made(expected=True, against=True)
+    return made(expected=True, against=True, nearest=True)
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -84,11 +91,22 @@ SHOWN: Final = [
         for end in ENDS
     ),
     *(
-        ("against", "fidelity", name, end)
-        for name in ("mean_kl", "top1_agreement", "perplexity_4bit")
+        (part, "fidelity", name, end)
+        for part in ("against", "nearest")
+        for name in ("mean_kl", "top1_agreement", "sure_agreement", "perplexity_4bit")
         for end in ENDS
     ),
-    *(("against", "difference", "mean_kl_ratio", end) for end in ENDS),
+    *(
+        (part, "difference", "mean_kl_ratio", end)
+        for part in ("against", "nearest")
+        for end in ENDS
+    ),
+    *(("nearest", "domains", place, "mean_kl", end) for place in range(5) for end in ENDS),
+    *(
+        ("nearest", "difference", "domains", place, "mean_kl_ratio", end)
+        for place in range(5)
+        for end in ENDS
+    ),
 ]
 
 
@@ -175,6 +193,61 @@ def test_without_a_tokenizer_there_are_no_answers() -> None:
 def test_another_artifact_is_told_only_if_there_is_one() -> None:
     assert "Beside another artifact of the same source" in card(full())
     assert "another artifact" not in card(made())
+
+
+def test_round_to_nearest_stands_beside_what_was_calibrated() -> None:
+    text = card(full())
+    assert "| calibrated (this artifact) | round to nearest |" in text
+    assert (
+        text.index("Measured on") < text.index("round to nearest") < text.index("another artifact")
+    )
+    assert "rounded to nearest, as bitsandbytes does: 0.3797 [0.3645, 0.3949]." in text
+    assert "round to nearest |" not in card(made(against=True))
+
+
+def making(**changes: Any) -> str:
+    """How a calibrated artifact was made, as its card says it."""
+    calibrated = {**manifest(calibrated=True), "hidden_modules": []}
+    calibrated["calibration"] |= changes
+    text = model_card(calibrated, made(nearest=True), SOURCE)
+    return text[text.index("## How it was made") :]
+
+
+def test_how_the_codes_were_chosen() -> None:
+    text = making()
+    assert "16,384 tokens that the 16-bit model wrote itself (64 sequences, sha256 c0dec0" in text
+    assert "computed on a GPU" in text
+    assert 'rounding = "calibrated"' in text
+    assert "5 weights: transformer.h.0.mlp.dense_4h_to_h.weight (no token came through it)" in text
+    assert "5 modules: transformer.h.0.self_attention.query_key_value (KL 0.003100, 31.52" in text
+    assert text.count(" and 2 more.") == 2
+    assert "without calibration" not in text
+    assert "the same bytes on any machine" not in text
+    assert "without calibration" in card(made())
+    assert "on a CPU" in making(device="cpu")
+    assert "16,384 tokens of a text (64" in making(source="text")
+
+
+def test_each_number_of_calibration_moves_the_card() -> None:
+    """But for those of modules that are not named any more."""
+    paths = [path for path in leaves(calibration()) if path[0] != "kept" or path[1] < 3]
+    assert len(paths) == 3 + 2 * 3
+    for path in paths:
+        changed = calibration()
+        put(changed, path, larger(at(changed, path)))
+        assert making(**changed) != making(), path
+
+
+def test_what_has_no_exceptions_names_none() -> None:
+    text = making(fallbacks={}, kept=[], extra_bytes=0)
+    assert "Not calibrated" not in text
+    assert "Left in 16 bit" not in text
+
+
+def test_names_of_modules_stay_words() -> None:
+    text = making(fallbacks={"<img src=x> `a`": "![c](d)\n# no"})
+    assert "&lt;img src=x&gt; &#96;a&#96; (!&#91;c](d) # no)" in text
+    assert "<img" not in text
 
 
 def _device(found: dict[str, Any], text: str) -> None:

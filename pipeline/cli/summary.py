@@ -15,6 +15,7 @@ _COMPARED: Final = {
     "mean_kl": "mean KL",
     "p99_kl": "99th percentile of KL",
     "top1_agreement": "same next token",
+    "sure_agreement": "where 16 bit is sure",
     "perplexity_4bit": "perplexity",
 }
 
@@ -101,21 +102,23 @@ def show_checks(verification: dict[str, Any]) -> None:
     device = verification.get("device")
     on = f", measured on {device['name']} in {device['dtype']}" if device else ""
     colour = "green" if verification["verdict"] == "pass" else "red"
-    _show_against(verification)
+    _show_beside(verification, "nearest", "round to nearest")
+    _show_beside(verification, "against", "the other")
     click.echo("  verdict     " + click.style(verification["verdict"], fg=colour, bold=True) + on)
 
 
-def _show_against(verification: dict[str, Any]) -> None:
-    other = verification.get("against")
+def _show_beside(verification: dict[str, Any], part: str, name: str) -> None:
+    """What the artifact was compared with, if it was."""
+    other = verification.get(part)
     if not other:
         return
     click.echo()
-    click.echo("                          this artifact                 the other")
-    for name, title in _COMPARED.items():
-        own, theirs = verification["fidelity"][name], other["fidelity"][name]
+    click.echo(f"  {'':<22}  {'this artifact':<28}  {name}")
+    for key, title in _COMPARED.items():
+        own, theirs = verification["fidelity"][key], other["fidelity"][key]
         click.echo(f"  {title:<22}  {_interval(own):<28}  {_interval(theirs)}")
     ratio = _interval(other["difference"]["mean_kl_ratio"])
-    click.echo(f"  mean KL of this one over the other: {ratio}")
+    click.echo(f"  mean KL of this one over {name}: {ratio}")
     click.echo()
 
 

@@ -182,29 +182,49 @@ def histogram(scores: TokenScores) -> dict[str, list[float]]:
     return {"edges": edges, "counts": [int(count) for count in counts[1:-1]]}
 
 
-def difference(first: TokenScores, second: TokenScores, lengths: Sequence[int]) -> dict[str, Any]:
+def difference(
+    first: TokenScores, second: TokenScores, lengths: Sequence[int], domains: Sequence[str]
+) -> dict[str, Any]:
     """Two models against the same reference on the same text, token by token.
 
     Args:
         first: scores of the one.
         second: scores of the other.
         lengths: tokens in each sequence.
+        domains: of each sequence.
 
     Returns:
         "mean_kl": of the first minus that of the second; "mean_kl_ratio": the first over the
-        second; both with intervals.
+        second; both with intervals, for which the same segments of both are drawn. "domains": the
+        "name" of each, and its "mean_kl_ratio".
     """
+    owners = np.repeat(domains, lengths)
+    parts = []
+    for name in dict.fromkeys(domains):
+        own = [n for n, domain in zip(lengths, domains, strict=True) if domain == name]
+        chosen = owners == name
+        ratio = _ratio(Resampling(own), first.kl[chosen], second.kl[chosen])
+        parts.append({"name": name, "mean_kl_ratio": ratio})
     draws = Resampling(lengths)
     one, other = mean(first.kl), mean(second.kl)
+    return {
+        "mean_kl": draws.interval(lambda w: one(w) - other(w)).as_json(),
+        "mean_kl_ratio": _ratio(draws, first.kl, second.kl),
+        "domains": parts,
+    }
+
+
+def _ratio(
+    draws: Resampling, first: NDArray[np.float64], second: NDArray[np.float64]
+) -> dict[str, float | None]:
+    """The mean of the one over the mean of the other, and its interval."""
+    one, other = mean(first), mean(second)
 
     def ratio(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.asarray(one(weights) / other(weights))
 
-    return {
-        "mean_kl": draws.interval(lambda w: one(w) - other(w)).as_json(),
-        "mean_kl_ratio": draws.interval(ratio).as_json(),
-    }
+    return draws.interval(ratio).as_json()
 
 
 def is_right(answer: str, expected: str) -> bool:

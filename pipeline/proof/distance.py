@@ -7,6 +7,9 @@ there only while both pass it. So what is looked at in each block costs no secon
 - everything that is not 4 bit, which must be what the source has;
 - the output of every 4-bit layer, given the input that the 16-bit one gets;
 - what has become of the hidden states after the block, all errors before it included.
+
+Beside an artifact whose codes are not rounded to nearest, a third model can pass: one of which they
+are.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from math import sqrt
 from typing import Any, Final
 
@@ -25,6 +29,7 @@ from pipeline.blocks.lockstep import Lockstep
 from pipeline.blocks.streamed import StreamedModel
 from pipeline.fidelity.tokens import TokenScores, score_tokens
 from pipeline.nf4 import BLOCK_SIZE
+from pipeline.proof.nearest import NearestTwin
 from pipeline.proof.text import TokenSequence
 from pipeline.runtime.cpu_layers import dequantized, stored_scales
 
@@ -66,6 +71,8 @@ class LayerError:
         worst_at: the number of that block of 64.
         scale: the largest error of a scale, as a share of the nested scale that it is stored by.
         scale_at: the number of the block that it belongs to.
+        reach: the largest scale, whatever its sign, as a share of the largest of its 64 weights.
+        reach_at: the number of that block.
     """
 
     output: _Ratio = field(default_factory=_Ratio)
@@ -74,6 +81,8 @@ class LayerError:
     worst_at: int = 0
     scale: float = 0.0
     scale_at: int = 0
+    reach: float = 0.0
+    reach_at: int = 0
 
 
 @dataclass
@@ -90,15 +99,17 @@ class Comparison:
     Args:
         reference: the 16-bit model.
         model: the 4-bit one, whole.
+        nearest: measure round to nearest of the same layers as well.
 
     Attributes:
         blocks: errors by the name of the block.
         outside: 4-bit layers that no block holds, by name; their output is not looked at.
         kept: how many parameters that are not 4 bit were held against the source.
         changed: the names of those that differ.
+        nearest: after `run`, the scores of round to nearest; None if it is not measured.
     """
 
-    def __init__(self, reference: StreamedModel, model: Any) -> None:
+    def __init__(self, reference: StreamedModel, model: Any, *, nearest: bool = False) -> None:
         self.blocks = {name: BlockError() for name in reference.blocks}
         self._reference = reference
         self._model = model
@@ -108,6 +119,8 @@ class Comparison:
         self._hidden: torch.Tensor | None = None
         self.kept = 0
         self.changed: list[str] = []
+        self.nearest: TokenScores | None = None
+        self._twin = NearestTwin(reference, model) if nearest else None
         self.outside: dict[str, LayerError] = {}
         for name, module in model.named_modules():
             if isinstance(module, Linear4bit) and not self._in_a_block(name):
@@ -127,32 +140,44 @@ class Comparison:
             sequences: what both models read.
             done: told how many tokens have been read to the end.
         """
-        parts: list[TokenScores] = []
+        models: list[tuple[Any, list[TokenScores]]] = [(self._model, [])]
+        blocks = [self._reference.blocks, self._own]
+        if self._twin is not None:
+            models.append((self._twin.model, []))
+            blocks.append(self._twin.blocks)
         for wave in _waves(sequences):
             with self._watched():
-                lockstep = Lockstep(
-                    [self._reference.blocks, self._own], self._opened, self._reference.close
-                )
-                lockstep.run([task for s in wave for task in self._pair(s, parts, done)])
-        return TokenScores.joined(parts)
+                lockstep = Lockstep(blocks, self._opened, self._closed)
+                lockstep.run([task for s in wave for task in self._runs(s, models, done)])
+        own, *nearest = (TokenScores.joined(parts) for _, parts in models)
+        self.nearest = nearest[0] if nearest else None
+        return own
 
-    def _pair(
-        self, sequence: TokenSequence, parts: list[TokenScores], done: Callable[[int], None]
+    def _runs(
+        self,
+        sequence: TokenSequence,
+        models: Sequence[tuple[Any, list[TokenScores]]],
+        done: Callable[[int], None],
     ) -> list[Callable[[], None]]:
-        """Two runs that follow each other through every door."""
-        logits: list[torch.Tensor] = []
+        """Runs that follow each other through every door: the reference, then each model."""
+        logits: list[torch.Tensor] = []  # of the reference, until the last model is held against it
         device = self._model.get_input_embeddings().weight.device
         ids = torch.from_numpy(sequence.ids.copy())[None].to(device)
 
         def reference() -> None:
             logits.append(self._reference.model(ids, use_cache=False).logits[0, :-1])
 
-        def model() -> None:
-            own = self._model(ids, use_cache=False).logits[0, :-1]
-            parts.append(score_tokens(logits.pop(), own, ids[0, 1:]))
-            done(len(sequence.ids))
+        def scored(model: Any, parts: list[TokenScores], last: bool) -> None:
+            own = model(ids, use_cache=False).logits[0, :-1]
+            parts.append(score_tokens(logits[0], own, ids[0, 1:]))
+            if last:
+                logits.clear()
+                done(len(sequence.ids))
 
-        return [reference, model]
+        return [
+            reference,
+            *(partial(scored, model, parts, parts is models[-1][1]) for model, parts in models),
+        ]
 
     def _opened(self, block: str) -> None:
         self._reference.open(block)
@@ -166,6 +191,13 @@ class Comparison:
                 _compare_weights(error, layer, own)
             inside = self._own[block].named_parameters()
             self._compare_kept({f"{block}.{name}": parameter for name, parameter in inside})
+        if self._twin is not None:
+            self._twin.open(block)
+
+    def _closed(self, block: str) -> None:
+        self._reference.close(block)
+        if self._twin is not None:
+            self._twin.close(block)
 
     def _compare_kept(self, parameters: dict[str, Any]) -> None:
         """What is not 4 bit was copied exactly, and both sides cast it alike."""
@@ -238,6 +270,9 @@ def _compare_weights(error: LayerError, layer: Any, own: Any) -> None:
     scale_error = torch.where(scales == largest, 0.0, scale_error)  # of a group of equal scales
     error.scale = float(scale_error.max())
     error.scale_at = int(scale_error.argmax())
+    reach = scales.abs().double() / largest.double().clamp(min=floor)
+    error.reach = float(reach.max())
+    error.reach_at = int(reach.argmax())
 
 
 def _in_blocks(found: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import inf, prod
 from pathlib import Path
 from typing import Any, Final
@@ -16,13 +17,44 @@ from pipeline.nf4 import BLOCK_SIZE
 from pipeline.nf4.codebook import SCALE_LEVELS
 from pipeline.progress import SILENT, Reporter
 
-_MAX_ERROR: Final = 0.5
-"""Error of a weight, as a share of the largest of its 64, that no rounding to NF4 makes: half of
-its widest gap is 0.152, and a scale that was itself rounded coarsely can add as much again; codes
-in another order, or of another layer, are off by more than the whole."""
-_MAX_SCALE_ERROR: Final = 1.02 * float(np.diff(SCALE_LEVELS).max()) / 2
-"""Error of a scale, as a share of its nested scale: half of the widest gap between two levels, and
-a little for float32."""
+
+@dataclass(frozen=True)
+class _Bounds:
+    """How far weights and scales may be from the source, as each way of rounding can make them.
+
+    Attributes:
+        error: of a weight, as a share of the largest of its 64.
+        scale: of a scale, as a share of its nested scale; None if scales are chosen freely.
+        reach: of a scale without its sign, as a share of the largest of its 64 weights; None if
+            the bound on its error says enough.
+        words: what is said of scales.
+    """
+
+    error: float
+    scale: float | None
+    reach: float | None
+    words: str
+
+
+_BOUNDS: Final = {
+    # Half of the widest gap between levels is 0.152, and a scale that was itself rounded coarsely
+    # can add as much again; codes in another order, or of another layer, are off by more than the
+    # whole. A scale is off by half of the widest gap between its levels, and a little for float32.
+    "nearest": _Bounds(
+        error=0.5,
+        scale=1.02 * float(np.diff(SCALE_LEVELS).max()) / 2,
+        reach=None,
+        words="every scale as near as it can be stored",
+    ),
+    # A code makes up for the errors of those before it, so one weight may be far off; the scale is
+    # chosen around the largest of weights that have been moved so, with either sign.
+    "calibrated": _Bounds(
+        error=1.5,
+        scale=None,
+        reach=2.0,
+        words="no scale beyond 2 times the largest of its 64 weights",
+    ),
+}
 _SAME_ERROR: Final = 0.01
 """Share by which a layer's error may differ from the manifest's four digits: readers give the
 weights in 16 bit, the manifest speaks of float32."""
@@ -189,10 +221,11 @@ def weights_gate(
     scale are far from what they stand for.
 
     Args:
-        manifest: of the artifact.
+        manifest: of the artifact; what its rounding can do is not held against it.
         blocks: as in verification.json, with "worst" and "worst_at" of each module.
         outside: modules that no block holds.
     """
+    bounds = _BOUNDS[manifest["recipe"]["quantize"]["rounding"]]
     promised = {
         tensor["module"]: tensor["relative_rmse"]
         for tensor in manifest["tensors"]
@@ -204,7 +237,7 @@ def weights_gate(
     problems = [(inf, f"{name} was not compared") for name in promised.keys() - compared.keys()]
     common = {name: compared[name] for name in promised if name in compared}
     for name, module in common.items():
-        wrong = _wrong_weight(module, promised[name])
+        wrong = _wrong_weight(module, promised[name], bounds)
         if wrong:
             problems.append((wrong[0], f"{name} {wrong[1]}"))
     worst_first = [text for _, text in sorted(problems, reverse=True)]
@@ -217,29 +250,37 @@ def weights_gate(
         if problems
         else f"{len(common)} layers; no weight is off by more than {largest:.1%} of the largest of "
         "its 64",
-        f"at most {_MAX_ERROR:.0%}, every scale as near as it can be stored, and each layer as in "
-        "the manifest",
+        f"at most {bounds.error:.0%}, {bounds.words}, and each layer as in the manifest",
     )
 
 
-def _wrong_weight(module: dict[str, Any], promised: float) -> tuple[float, str] | None:
+def _wrong_weight(
+    module: dict[str, Any], promised: float, bounds: _Bounds
+) -> tuple[float, str] | None:
     """How bad, and what it is; None if the weight is what it should be."""
     error, worst = module["weight_error"], module["worst"]
     if error is None or worst is None:
         return inf, "is not finite"
-    if worst > _MAX_ERROR:
-        where = f"weights {module['worst_at'] * BLOCK_SIZE:,} and on"
+    if worst > bounds.error:
+        where = _weights(module["worst_at"])
         return worst, f"has an error of {worst:.0%} of the largest of 64 weights, at {where}"
-    scale = module.get("scale", 0.0)
-    if scale is None or scale > _MAX_SCALE_ERROR:
-        found = "is not finite" if scale is None else f"is off by {scale:.1%} of its nested scale"
-        return (
-            inf,
-            f"has a scale that {found}, at weights {module['scale_at'] * BLOCK_SIZE:,} and on",
-        )
+    for key, bound, words in (
+        ("scale", bounds.scale, "is off by {:.1%} of its nested scale"),
+        ("reach", bounds.reach, "is {:.0%} of the largest of its 64 weights"),
+    ):
+        found = module.get(key, 0.0)
+        if bound is None:
+            continue
+        if found is None or found > bound:
+            said = "is not finite" if found is None else words.format(found)
+            return inf, f"has a scale that {said}, at {_weights(module[f'{key}_at'])}"
     if abs(error - promised) > _SAME_ERROR * promised + _ROUNDING:
         return error, f"is off by {error:.4f}, not by {promised:.4f} as promised"
     return None
+
+
+def _weights(block: int) -> str:
+    return f"weights {block * BLOCK_SIZE:,} and on"
 
 
 def kept_gate(count: int, changed: list[str]) -> Check:

@@ -61,23 +61,31 @@ class Examination:
         """
         return self._run("source", artifact, None, reporter)
 
-    def ask_artifact(self, artifact: Path, scores: Path, reporter: Reporter) -> dict[str, Any]:
+    def ask_artifact(
+        self, artifact: Path, scores: Path, reporter: Reporter, *, nearest: bool = False
+    ) -> dict[str, Any]:
         """The 4-bit model's answers and its distance from the source, from a fresh process.
 
         Args:
             artifact: the export folder.
             scores: where the scores of all tokens are left (.npz).
             reporter: told how far it is.
+            nearest: measure round to nearest of the same layers beside it.
 
         Raises:
             ArtifactError: it could not be loaded.
             RecipeError: there is too little text.
             VerificationError: the process died.
         """
-        return self._run("artifact", artifact, scores, reporter)
+        return self._run("artifact", artifact, scores, reporter, nearest)
 
     def _run(
-        self, kind: str, artifact: Path, scores: Path | None, reporter: Reporter
+        self,
+        kind: str,
+        artifact: Path,
+        scores: Path | None,
+        reporter: Reporter,
+        nearest: bool = False,
     ) -> dict[str, Any]:
         request = {
             "kind": kind,
@@ -91,6 +99,7 @@ class Examination:
             "text": {"name": self.text.name, "domains": dict(self.text.domains)},
             "tokens": self.tokens,
             "scores": str(scores),
+            "nearest": nearest,
         }
         with tempfile.TemporaryDirectory(prefix="nf4-verify-") as folder:
             found = _run_worker(Path(folder), request, reporter)
@@ -107,8 +116,8 @@ def scores_differ(first: Path, second: Path) -> dict[str, Any]:
         second: .npz of the other; of the same source and text.
     """
     with np.load(first) as one, np.load(second) as other:
-        lengths = one["lengths"].tolist()
-        return difference(_scores(one), _scores(other), lengths)
+        lengths, domains = one["lengths"].tolist(), one["domains"].tolist()
+        return difference(_scores(one), _scores(other), lengths, domains)
 
 
 def _scores(stored: Any) -> TokenScores:

@@ -14,9 +14,9 @@ from pipeline.proof.gates import kept_gate, reload_gates, weights_gate
 from pipeline.proof.prompts import Prompt
 from pipeline.recipe import VerifyRecipe
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 SCHEMA: Final = Path(__file__).with_name("verification.schema.json")
-_MEASURED: Final = ("text", "fidelity", "domains", "kl_by_position", "kl_histogram")
+_MEASURED: Final = ("text", "fidelity", "domains", "kl_by_position", "kl_histogram", "nearest")
 
 
 def refused(
@@ -80,7 +80,7 @@ def examined(
         **refused(checks, recipe, versions),
         "device": artifact["device"],
         "sizes": _sizes(manifest, artifact["costs"]["footprint_bytes"]),
-        **{name: artifact[name] for name in _MEASURED},
+        **{name: artifact[name] for name in _MEASURED if name in artifact},
         "blocks": artifact["blocks"],
         "outside": artifact["outside"],
         "accuracy": _accuracy(asked),

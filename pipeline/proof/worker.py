@@ -6,7 +6,7 @@ on disk alone, and its peak memory is its own.
 
 - "source": the 16-bit checkpoint answers prompts. What does not fit the device is streamed.
 - "artifact": the 4-bit one is loaded as anybody loads it, counted, answers the same prompts, and is
-  held against the source on a text, block by block.
+  held against the source on a text, block by block; round to nearest beside it, if that is wanted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Final
 import numpy as np
 
 from pipeline.errors import PipelineError
-from pipeline.fidelity.metrics import by_domain, by_position, compare, histogram
+from pipeline.fidelity.metrics import by_domain, by_position, compare, difference, histogram
 from pipeline.measure import available_memory, measured, peak_memory
 from pipeline.proof import answers as asking
 from pipeline.proof.prompts import Prompt
@@ -113,16 +113,17 @@ def _distance(request: dict[str, Any], model: Any) -> dict[str, Any]:
     _say(task="compare block by block", total=sum(len(s.ids) for s in sequences), unit="tokens")
     # Both sides compute in what the 4-bit one computes in.
     with StreamedModel(Path(request["source"]), request["device"], _dtype(model)) as streamed:
-        comparison = Comparison(streamed, model)
+        comparison = Comparison(streamed, model, nearest=request["nearest"])
         scores = comparison.run(sequences, lambda count: _say(advance=count))
     lengths = [len(sequence.ids) - 1 for sequence in sequences]
     domains = [sequence.domain for sequence in sequences]
     np.savez(
         request["scores"],
         lengths=lengths,
+        domains=domains,
         **{name: getattr(scores, name) for name in scores.__dataclass_fields__},
     )
-    return {
+    found = {
         "text": {
             "name": text.name,
             "sha256": text.sha256,
@@ -146,6 +147,13 @@ def _distance(request: dict[str, Any], model: Any) -> dict[str, Any]:
         "kept": comparison.kept,
         "changed": comparison.changed,
     }
+    if comparison.nearest is not None:
+        found["nearest"] = {
+            "fidelity": compare(comparison.nearest, lengths).as_json(),
+            "domains": by_domain(comparison.nearest, lengths, domains),
+            "difference": difference(scores, comparison.nearest, lengths, domains),
+        }
+    return found
 
 
 def _layer(name: str, error: Any, output: float | None) -> dict[str, Any]:
@@ -157,6 +165,8 @@ def _layer(name: str, error: Any, output: float | None) -> dict[str, Any]:
         "worst_at": error.worst_at,
         "scale": _finite(error.scale),
         "scale_at": error.scale_at,
+        "reach": _finite(error.reach),
+        "reach_at": error.reach_at,
     }
 
 

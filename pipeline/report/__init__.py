@@ -1,10 +1,12 @@
 """Manifest + verification -> a page and pictures that a person wants to look at. Pure.
 
-Every number comes from `verification.json`; the manifest only says which model this is.
+Every number comes from `verification.json`; the manifest says which model this is, and how its
+codes were chosen.
 
     page.py        report_page(): one HTML file that needs nothing else, not even a script
     pictures.py    pictures(): the same pictures as PNG, for the model card
     draw/          each picture, drawn once with matplotlib for both
+    calibration.py how codes were chosen, in sentences
     answers.py     what to show of two long answers, and where they part
     words.py       numbers -> text
     templates/     the page (Jinja2) and its style

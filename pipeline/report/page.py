@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pipeline.report import words
+from pipeline.report import calibration, words
 from pipeline.report.answers import by_prompt, excerpt
 from pipeline.report.pictures import PICTURES, svg_elements
 
@@ -40,9 +40,9 @@ def report_page(manifest: dict[str, Any], verification: dict[str, Any]) -> str:
     """The report as one HTML file that needs no network, no font and no script.
 
     Args:
-        manifest: of the artifact; says which model this is.
-        verification: what verify found. Every number on the page is from it. After a failed gate
-            only the verdict, the checks and the versions are there, and the page shows those.
+        manifest: of the artifact; says which model this is, and how its codes were chosen.
+        verification: what verify found; every other number on the page is from it. After a failed
+            gate only the verdict, the checks and the versions are there, and the page shows those.
     """
     return render(manifest, verification, svg_elements(verification))
 
@@ -95,6 +95,7 @@ def _environment() -> jinja2.Environment:
     }
     environment.globals |= {
         "bounds": words.bounds,
+        "calibrated": calibration,
         "excerpt": excerpt,
         "measures": _MEASURES,
         "thresholds": _THRESHOLDS,

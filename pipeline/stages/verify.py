@@ -28,7 +28,7 @@ from pipeline.runtime.loader import pick_device
 from pipeline.stages import Settings, recorded
 from pipeline.stages.download import recorded_files
 
-CODE_VERSION: Final = 2
+CODE_VERSION: Final = 3
 VERIFICATION_FILE: Final = "verification.json"
 CARD_FILE: Final = "README.md"
 REPORT_FILE: Final = "report.html"
@@ -169,7 +169,8 @@ def _examine(
         own, others = Path(folder) / "own.npz", Path(folder) / "others.npz"
         source = asked.ask_source(build.export, reporter)
         try:
-            artifact = asked.ask_artifact(build.export, own, reporter)
+            nearest = manifest["recipe"]["quantize"]["rounding"] != "nearest"
+            artifact = asked.ask_artifact(build.export, own, reporter, nearest=nearest)
         except ArtifactError as error:
             return refused([*gates, load_gate(str(error))], recipe, versions)
         found = examined(manifest, gates, prompts, source, artifact, recipe, versions)

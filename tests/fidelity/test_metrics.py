@@ -255,10 +255,12 @@ def test_a_histogram_by_hand() -> None:
 
 def test_two_equal_models_do_not_differ() -> None:
     some = by_chance(600)
-    found = difference(some, replace(some, kl=some.kl.copy()), [300, 300])
+    found = difference(some, replace(some, kl=some.kl.copy()), [300, 300], ["a", "b"])
+    one = {"value": 1.0, "low": 1.0, "high": 1.0}
     assert found == {
         "mean_kl": {"value": 0.0, "low": 0.0, "high": 0.0},
-        "mean_kl_ratio": {"value": 1.0, "low": 1.0, "high": 1.0},
+        "mean_kl_ratio": one,
+        "domains": [{"name": name, "mean_kl_ratio": one} for name in ("a", "b")],
     }
 
 
@@ -267,20 +269,48 @@ def test_the_difference_is_paired_and_has_a_direction() -> None:
     better = by_chance(2000)
     worse = replace(better, kl=better.kl * 1.05)
     lengths = [500] * 4
-    found = difference(worse, better, lengths)
+    found = difference(worse, better, lengths, ["a"] * 4)
     mean = better.kl.mean()
     assert found["mean_kl"]["value"] == pytest.approx(0.05 * mean)
     assert list(found["mean_kl_ratio"].values()) == pytest.approx([1.05] * 3)
     assert 0 < found["mean_kl"]["low"] < found["mean_kl"]["value"] < found["mean_kl"]["high"]
     assert compare(worse, lengths).mean_kl.low < mean  # unpaired, one could not tell
-    back = difference(better, worse, lengths)
+    back = difference(better, worse, lengths, ["a"] * 4)
     assert back["mean_kl"]["value"] == pytest.approx(-0.05 * mean)
     assert back["mean_kl_ratio"]["value"] == pytest.approx(1 / 1.05)
 
 
+def test_each_domain_has_a_ratio_of_its_own() -> None:
+    """As if its sequences were all there is, however they lie among the others."""
+    lengths, domains = [300, 200, 300, 100], ["a", "b", "a", "b"]
+    one, other = by_chance(900), replace(by_chance(900), kl=by_chance(900).kl[::-1].copy())
+    found = difference(one, other, lengths, domains)
+    assert [part["name"] for part in found["domains"]] == ["a", "b"]
+    for part, name, own in zip(found["domains"], "ab", ([300, 300], [200, 100]), strict=True):
+        chosen = np.repeat(domains, lengths) == name
+        first, second = scores(one.kl[chosen]), scores(other.kl[chosen])
+        alone = difference(first, second, own, ["x", "x"])
+        ratio = part["mean_kl_ratio"]
+        assert ratio == alone["mean_kl_ratio"]
+        assert ratio["value"] == pytest.approx(first.kl.mean() / second.kl.mean())
+        assert ratio["low"] < ratio["value"] < ratio["high"]
+
+
+def test_the_interval_of_a_ratio_draws_the_same_segments_of_both() -> None:
+    """Two models that err on the same words: their ratio is far better known than either."""
+    lengths = [500] * 4
+    better = by_chance(2000)
+    dice = np.random.default_rng(1)
+    worse = replace(better, kl=better.kl * dice.uniform(1.9, 2.1, 2000))
+    found = difference(worse, better, lengths, ["a"] * 4)["mean_kl_ratio"]
+    assert 1.9 < found["low"] < found["value"] < found["high"] < 2.1
+    alone = compare(worse, lengths).mean_kl
+    assert (alone.high - alone.low) / alone.value > 3 * (found["high"] - found["low"]) / 2
+
+
 def test_nothing_over_nothing_is_null() -> None:
     nothing = scores(np.zeros(50))
-    found = through_json(difference(nothing, nothing, [50]))
+    found = through_json(difference(nothing, nothing, [50], ["a"]))
     assert found["mean_kl"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert found["mean_kl_ratio"] == {"value": None, "low": None, "high": None}
 

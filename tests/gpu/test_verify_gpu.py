@@ -92,6 +92,33 @@ def test_block_by_block_is_whole_on_the_gpu(sample: Path) -> None:
     assert np.array_equal(found.agrees, expected.agrees)
 
 
+def test_round_to_nearest_beside_other_codes_is_the_built_artifact_on_the_gpu(sample: Path) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    from pipeline.blocks.streamed import StreamedModel
+    from pipeline.proof.distance import Comparison
+    from pipeline.proof.text import random_sequences
+    from pipeline.runtime.loader import load
+    from pipeline.sample import MODEL_DIR
+
+    found: list[Any] = []
+    for nearest in (False, True):
+        model = load(sample, device="cuda:0")
+        embedding = model.get_input_embeddings()
+        sequences = random_sequences(embedding.num_embeddings, TOKENS, None)
+        layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+        assert len(layers) == 24
+        for layer in layers if nearest else ():
+            layer.weight.data ^= 0x11  # each code a neighbour's
+        with StreamedModel(MODEL_DIR, "cuda:0", embedding.weight.dtype) as streamed:
+            comparison = Comparison(streamed, model, nearest=nearest)
+            found.append((comparison.run(sequences, lambda count: None), comparison.nearest))
+    (built, none), (forged, beside) = found
+    assert none is None
+    assert np.abs(beside.kl - built.kl).max() < 1e-6
+    assert forged.kl.mean() > 1.5 * built.kl.mean() > 0
+
+
 def test_a_model_is_at_no_distance_from_itself_on_the_gpu() -> None:
     from transformers import AutoModelForCausalLM
 

@@ -7,6 +7,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any, Final
 
+import bitsandbytes
 import numpy as np
 import pytest
 import torch
@@ -241,3 +242,28 @@ def test_a_block_of_near_zeros_may_get_any_small_scale(tmp_path: Path) -> None:
     for block in comparison.blocks.values():
         for error in block.layers.values():
             assert error.worst < 0.2
+
+
+def test_how_far_a_scale_reaches_whatever_its_sign(tmp_path: Path) -> None:
+    """Three times as large and of the other sign, among those that round to nearest makes."""
+
+    def turn(weight: Any) -> None:
+        state = weight.quant_state
+        scales = bitsandbytes.functional.dequantize_blockwise(state.absmax, state.state2)
+        scales += state.offset
+        scales[2] *= -3
+        top = scales.abs().max()
+        state.absmax, state.state2 = bitsandbytes.functional.quantize_blockwise(
+            scales / top, blocksize=256
+        )
+        state.state2.absmax *= top
+        state.offset = torch.tensor(0.0)
+
+    folder = make_checkpoint(tmp_path / "llama", "llama")
+    layer = "model.layers.1.mlp.down_proj"
+    comparison, _, _ = forged(folder, layer, turn)
+    error = comparison.blocks["model.layers.1"].layers["mlp.down_proj"]
+    assert (error.reach_at, error.scale_at) == (2, 2)
+    assert error.reach == pytest.approx(3, rel=0.03)
+    other = comparison.blocks["model.layers.1"].layers["mlp.up_proj"]
+    assert other.reach == pytest.approx(1, rel=0.03)

@@ -328,3 +328,43 @@ def test_a_layer_that_was_not_compared_is_named(
     check = weights_gate(manifest, blocks, [])
     assert not check.passed
     assert UP in check.found
+
+
+CALIBRATED: Final = {"quantize": {"rounding": "calibrated"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"worst": 1.4, "worst_at": 0}, None),
+        ({"worst": 1.6}, f"{UP} has an error of 160% of the largest of 64 weights, at weights 192"),
+        ({"scale": 0.5, "scale_at": 2, "reach": 1.2, "reach_at": 2}, None),
+        ({"scale": None, "scale_at": 2}, None),  # its group is stored as zeros
+        (
+            {"scale": 0.5, "scale_at": 2, "reach": 2.1, "reach_at": 4},
+            f"{UP} has a scale that is 210% of the largest of its 64 weights, at weights 256",
+        ),
+        ({"reach": None, "reach_at": 0}, f"{UP} has a scale that is not finite"),
+        ({"weight_error": 0.2}, f"{UP} is off by 0.2000, not by 0.09"),
+        ({"worst": None}, f"{UP} is not finite"),
+    ],
+)
+def test_calibrated_weights_may_be_further_off_but_not_anything(
+    manifest: dict[str, Any],
+    blocks: list[dict[str, Any]],
+    change: dict[str, Any],
+    words: str | None,
+) -> None:
+    module_of(blocks, 0, "mlp.dense_h_to_4h").update(change)
+    check = weights_gate({**manifest, "recipe": CALIBRATED}, blocks, [])
+    assert check.passed is (words is None)
+    assert (words or "8 layers") in check.found
+    assert check.expected.startswith("at most 150%, no scale beyond 2 times the largest of its 64")
+
+
+def test_the_scales_of_nearest_may_reach_as_far_as_they_are_stored(
+    manifest: dict[str, Any], blocks: list[dict[str, Any]]
+) -> None:
+    """Blocks of near-zeros get any small scale."""
+    module_of(blocks, 0, "mlp.dense_h_to_4h").update({"reach": 9.0, "reach_at": 4})
+    assert weights_gate(manifest, blocks, []).passed

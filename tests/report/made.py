@@ -63,9 +63,12 @@ HOSTILE = (
 )
 
 
-def manifest(repo: str = "tiiuae/falcon-7b-instruct", *, commit: bool = True) -> dict[str, Any]:
-    """The identity of a model, as a manifest gives it."""
+def manifest(
+    repo: str = "tiiuae/falcon-7b-instruct", *, commit: bool = True, calibrated: bool = False
+) -> dict[str, Any]:
+    """The identity of a model, and how its codes were chosen, as a manifest gives them."""
     return {
+        **({"calibration": calibration()} if calibrated else {}),
         "model_class": "FalconForCausalLM",
         "format": "bitsandbytes NF4, block 64, double quantization in blocks of 256",
         "source": {
@@ -73,6 +76,30 @@ def manifest(repo: str = "tiiuae/falcon-7b-instruct", *, commit: bool = True) ->
             "commit": "8782b5c5d8c9290412416618f36a133653e85285" if commit else None,
             "content_sha256": "4f2d" * 16,
         },
+    }
+
+
+def calibration() -> dict[str, Any]:
+    """What a manifest says of calibrated codes."""
+    return {
+        "tokens": 16_384,
+        "sequences": 64,
+        "source": "self",
+        "tokens_sha256": "c0de" * 16,
+        "device": "cuda",
+        "fallbacks": {
+            f"transformer.h.{block}.mlp.dense_4h_to_h.weight": "no token came through it"
+            for block in range(5)
+        },
+        "kept": [
+            {
+                "module": f"transformer.h.{block}.self_attention.query_key_value",
+                "kl": 0.0031 / (block + 1),
+                "bytes": 31_522_816 + block,
+            }
+            for block in range(5)
+        ],
+        "extra_bytes": 157_614_090,
     }
 
 
@@ -84,12 +111,13 @@ def made(
     prompts: int = 4,
     expected: bool = False,
     against: bool = False,
+    nearest: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
     """A verification of a model with `blocks` blocks of `layers` (name -> number of weights)."""
     rng = random.Random(seed)
     verification: dict[str, Any] = {
-        "schema_version": 2,
+        "schema_version": 3,
         "verdict": "pass",
         "thresholds": {
             "max_mean_kl": 0.5,
@@ -152,7 +180,13 @@ def made(
             "rounding": "calibrated",
             "fidelity": _fidelity(0.0178),
             "domains": _domains(rng, 0.84),
-            "difference": {"mean_kl": _around(0.0035, 0.2), "mean_kl_ratio": _around(1.197, 0.04)},
+            "difference": _difference(0.0035, 1.197),
+        }
+    if nearest:
+        verification["nearest"] = {
+            "fidelity": _fidelity(0.0561),
+            "domains": _domains(rng, 2.63),
+            "difference": _difference(-0.0348, 0.3797),
         }
     verification["checks"] = _checks(verification)
     return verification
@@ -208,7 +242,7 @@ def failed_behaviour() -> dict[str, Any]:
 
 def nulls() -> dict[str, Any]:
     """The 4-bit model gives NaN: no number that depends on it is finite."""
-    verification = made(expected=True, against=True)
+    verification = made(expected=True, against=True, nearest=True)
     verification["verdict"] = "fail"
     for key, value in verification["fidelity"].items():
         if isinstance(value, dict) and key != "perplexity_16bit":
@@ -223,7 +257,10 @@ def nulls() -> dict[str, Any]:
         for module in block["modules"]:
             module |= {"relative_error": None, "weight_error": None, "worst": None}
     verification["kl_histogram"]["counts"] = [0] * len(verification["kl_histogram"]["counts"])
-    verification["against"]["difference"] = {"mean_kl": nothing, "mean_kl_ratio": nothing}
+    for part in ("against", "nearest"):
+        verification[part]["difference"] |= {"mean_kl": nothing, "mean_kl_ratio": nothing}
+        for domain in verification[part]["difference"]["domains"]:
+            domain["mean_kl_ratio"] = nothing
     verification["models"]["4bit"] |= {"tokens_per_second": None, "first_token_seconds": None}
     verification["checks"][3] |= {"passed": False, "found": "not finite"}
     return verification
@@ -240,7 +277,7 @@ def without_tokenizer() -> dict[str, Any]:
 
 def hostile() -> dict[str, Any]:
     """Everything that a model, a prompt file or a checkpoint can name is an attack."""
-    verification = made(prompts=0, against=True)
+    verification = made(prompts=0, against=True, nearest=True)
     verification["answers"] = [
         {
             "prompt": text,
@@ -260,6 +297,9 @@ def hostile() -> dict[str, Any]:
     verification["versions"][nasty] = nasty
     verification["device"]["name"] = verification["text"]["name"] = nasty
     verification["against"] |= {"name": HOSTILE[1] + "y" * 300, "rounding": nasty}
+    for part in ("against", "nearest"):
+        verification[part]["domains"][1]["name"] = nasty
+        verification[part]["difference"]["domains"][1]["name"] = nasty
     for part in ("domains", "blocks"):
         verification[part][0]["name"] = nasty + "$\\frac{"
     verification["blocks"][1]["modules"][0]["name"] = "x" * 400
@@ -314,6 +354,17 @@ def _domains(rng: random.Random, scale: float) -> list[dict[str, Any]]:
         }
         for place, name in enumerate(DOMAINS)
     ]
+
+
+def _difference(less: float, ratio: float) -> dict[str, Any]:
+    return {
+        "mean_kl": _around(less, 0.2 if less > 0 else -0.2),
+        "mean_kl_ratio": _around(ratio, 0.04),
+        "domains": [
+            {"name": name, "mean_kl_ratio": _around(ratio + 0.01 * place, 0.09)}
+            for place, name in enumerate(DOMAINS)
+        ],
+    }
 
 
 def _histogram() -> dict[str, Any]:

@@ -27,6 +27,7 @@ ARGUMENTS = (
 PICTURES = ["sizes", "layers", "kl", "domains"]
 CASES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "falcon": (made.made(against=True), "Pass", PICTURES),
+    "calibrated": (made.made(nearest=True), "Pass", PICTURES),
     "sample": (made.sample(), "Pass", PICTURES),
     "large": (made.large(), "Pass", PICTURES),
     "failed gate": (made.failed_gate(), "Fail", []),

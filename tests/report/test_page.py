@@ -18,6 +18,7 @@ from tests.report import made
 VOID = {"meta", "link"}
 CASES = {
     "falcon": made.made(against=True),
+    "calibrated": made.made(nearest=True),
     "sample": made.sample(),
     "failed gate": made.failed_gate(),
     "failed behaviour": made.failed_behaviour(),
@@ -104,7 +105,7 @@ def _numbers(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
         yield path
 
 
-SMALL = made.made(blocks=2, prompts=2, expected=True, against=True)
+SMALL = made.made(blocks=2, prompts=2, expected=True, against=True, nearest=True)
 SMALL["kl_histogram"] = {"edges": [0.001, 0.01, 0.1], "counts": [5, 7]}
 SMALL["kl_by_position"] = SMALL["kl_by_position"][:2]
 SMALL["answers"][0] |= {"seed": 7, "same": False, "first_difference": {"token": 1, "character": 1}}
@@ -135,6 +136,46 @@ def test_who_the_model_is_comes_from_the_manifest() -> None:
     local = words(made.made(), commit=False)
     assert "8782b5c5" not in local
     assert made.manifest()["source"]["content_sha256"] in local
+
+
+def how(calibration: dict[str, Any]) -> str:
+    """The page of an artifact that was calibrated so."""
+    identity = {**made.manifest(), "calibration": calibration}
+    page = render(identity, made.made(nearest=True), {})
+    Parsed(page)
+    return page
+
+
+def test_how_the_codes_were_chosen_comes_from_the_manifest() -> None:
+    text = how(made.calibration())
+    assert "16,384 tokens that the 16-bit model wrote itself (64 sequences, sha256 c0dec0" in text
+    assert "5 weights: transformer.h.0.mlp.dense_4h_to_h.weight (no token came" in text
+    assert "what is said of rounding from <code>manifest.json</code>" in text
+    assert "alibrated" not in words(made.made())
+    assert "manifest.json</code>; the hash" not in words(made.made())
+    plain = how({**made.calibration(), "fallbacks": {}, "kept": []})
+    assert "Not calibrated" not in plain
+    assert "left in 16 bit" not in plain
+    hostile = how({**made.calibration(), "fallbacks": {made.HOSTILE[0]: made.HOSTILE[1]}})
+    assert "<script>" not in hostile
+
+
+@pytest.mark.parametrize("path", sorted(_numbers(made.calibration()), key=str), ids=str)
+def test_every_number_of_calibration_moves_the_text(path: tuple[Any, ...]) -> None:
+    changed = made.calibration()
+    place: Any = changed
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = place[path[-1]] * 3 + 2_000_000
+    assert how(changed) != how(made.calibration())
+
+
+def test_round_to_nearest_stands_beside() -> None:
+    text = words(made.made(nearest=True))
+    assert "Compared with round to nearest" in text
+    assert "its mean KL is × 0.3797 (0.3645 to 0.3949) that of round to nearest" in text
+    assert "This artifact is closer" in text
+    assert "round to nearest" not in words(made.made(against=True)).lower()
 
 
 def test_failing_checks_come_first_and_nothing_else_is_claimed() -> None:
@@ -220,18 +261,24 @@ def test_a_checkpoint_without_tokenizer_or_blocks() -> None:
 
 
 @pytest.mark.parametrize(
+    ("part", "called"), [("against", "The other artifact"), ("nearest", "Round to nearest")]
+)
+@pytest.mark.parametrize(
     ("low", "high", "said"),
     [
-        (0.001, 0.002, "The other artifact is closer"),
+        (0.001, 0.002, " is closer"),
         (-0.002, -0.001, "This artifact is closer"),
         (-0.001, 0.001, "does not tell them apart"),
         (None, None, "not finite"),
     ],
 )
-def test_a_comparison_says_who_is_closer(low: float | None, high: float | None, said: str) -> None:
-    verification = made.made(against=True)
-    verification["against"]["difference"]["mean_kl"] = {"value": low, "low": low, "high": high}
+def test_a_comparison_says_who_is_closer(
+    part: str, called: str, low: float | None, high: float | None, said: str
+) -> None:
+    verification = made.made(against=part == "against", nearest=part == "nearest")
+    verification[part]["difference"]["mean_kl"] = {"value": low, "low": low, "high": high}
     assert said in words(verification)
+    assert (f"<strong>{called} is" in words(verification)) is (low is not None and low > 0)
 
 
 def test_a_part_that_is_missing_is_an_error_not_a_blank() -> None:

@@ -129,9 +129,14 @@ def _domain(v: dict[str, Any]) -> None:
     v["domains"][2]["mean_kl"]["high"] *= 2
 
 
+def _nearest(v: dict[str, Any]) -> None:
+    v["nearest"]["domains"][2]["mean_kl"]["low"] *= 0.5
+
+
 @pytest.mark.parametrize(
     ("change", "moved"),
     [
+        (_nearest, {"domains"}),
         (_group, {"sizes"}),
         (_layer, {"layers"}),
         (_block, {"layers"}),
@@ -144,11 +149,21 @@ def _domain(v: dict[str, Any]) -> None:
 def test_a_number_moves_its_picture(
     change: Callable[[dict[str, Any]], None], moved: set[str]
 ) -> None:
-    before = svg_elements(made.made())
-    verification = made.made()
+    before = svg_elements(made.made(nearest=True))
+    verification = made.made(nearest=True)
     change(verification)
     after = svg_elements(verification)
     assert {name for name in before if before[name] != after[name]} == moved
+
+
+def test_each_thing_compared_has_its_dots_and_its_name() -> None:
+    plain = svg_elements(made.made())["domains"]
+    assert "this artifact" not in plain
+    for nearest, against in ((True, False), (False, True), (True, True)):
+        text = svg_elements(made.made(nearest=nearest, against=against))["domains"]
+        assert ">this artifact<" in text
+        assert (">round to nearest<" in text) is nearest
+        assert (">falcon-7b-instruct-calibrated<" in text) is against
 
 
 def test_experts_share_a_row_and_the_worst_counts() -> None:

@@ -209,7 +209,8 @@ def test_a_source_with_a_licence_more_is_still_the_source(
 
 
 def test_a_manifest_that_cannot_be_followed(artifact: Path, made: Made) -> None:
-    edit_json(artifact / "manifest.json", recipe={"quantize": {"bits": 2}, "serialize": {}})
+    recipe = {"quantize": {"rounding": "nearest", "bits": 2}, "serialize": {}}
+    edit_json(artifact / "manifest.json", recipe=recipe)
     with pytest.raises(ArtifactError, match=r"recipe that this version cannot follow.*'bits'"):
         reproduce(artifact, made.model, SILENT)
     (artifact / "manifest.json").unlink()

@@ -192,6 +192,18 @@ def test_a_manifest_that_says_what_cannot_be_is_refused(
     assert build.record("verify") is None
 
 
+def test_a_rounding_that_nobody_knows_is_refused(
+    build: Build, verified: Callable[[Build], dict[str, Any]]
+) -> None:
+    """How far weights may be off depends on it."""
+    recipe = manifest_of(build)["recipe"]
+    recipe["quantize"]["rounding"] = "anything"
+    edit_json(build.export / "manifest.json", recipe=recipe)
+    agree(build)
+    with pytest.raises(ArtifactError, match="not a valid manifest at recipe/quantize/rounding"):
+        verified(build)
+
+
 def test_a_tensor_that_the_manifest_does_not_list(
     build: Build, verified: Callable[[Build], dict[str, Any]]
 ) -> None:

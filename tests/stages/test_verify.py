@@ -34,8 +34,10 @@ from pipeline.runtime.loader import load, load_tokenizer
 from pipeline.runtime.quiet import quiet_loading
 from pipeline.sample import MODEL_DIR, QUESTIONS, TEXT
 from pipeline.stages import Settings, download
-from tests.support.checkpoints import make_checkpoint
+from tests.report import made
+from tests.support.checkpoints import make_checkpoint, read_tensors
 from tests.support.examined import examine_here
+from tests.support.tamper import agree, change, swap
 from tests.support.tiny import content_of, copy_of, edit_json, flip_byte, nf4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -322,11 +324,69 @@ def test_against_another_artifact(build: Build, settings: Settings, skipped: Pat
     assert "Beside another artifact of the same source" in card
     # Another one is compared anew, and takes the place of the first.
     own = verified(build, replace(settings, against=str(build.root)))
+    one_to_one = {"value": 1.0, "low": 1.0, "high": 1.0}
     assert own["against"]["difference"] == {
         "mean_kl": {"value": 0.0, "low": 0.0, "high": 0.0},
-        "mean_kl_ratio": {"value": 1.0, "low": 1.0, "high": 1.0},
+        "mean_kl_ratio": one_to_one,
+        "domains": [
+            {"name": domain["name"], "mean_kl_ratio": one_to_one} for domain in own["domains"]
+        ],
     }
     assert own["against"]["fidelity"] == own["fidelity"]
+    assert "nearest" not in own
+
+
+# --- beside round to nearest ---
+
+
+@pytest.fixture
+def calibrated(build: Build) -> Build:
+    """A build whose manifest says that its codes were chosen in another way."""
+    path = build.export / "manifest.json"
+    recipe = json.loads(path.read_text("utf-8"))["recipe"]
+    recipe["quantize"]["rounding"] = "calibrated"
+    edit_json(path, recipe=recipe, calibration=made.calibration())
+    agree(build)
+    return build
+
+
+@pytest.mark.usefixtures("here")
+def test_beside_round_to_nearest(
+    calibrated: Build, settings: Settings, exported_falcon: Path, tmp_path: Path
+) -> None:
+    """Its codes are those of round to nearest, in truth, but for the scales of one layer."""
+    layer = "transformer.h.0.mlp.dense_h_to_4h.weight"
+    scales = read_tensors(calibrated.export)[f"{layer}.absmax"]
+    change(calibrated.export, {f"{layer}.absmax": scales.clamp(max=250) + 5})
+    agree(calibrated)
+    found = verified(calibrated, settings)
+    plain = verified(Build(copy_of(exported_falcon, tmp_path / "plain")), settings)
+    beside = found["nearest"]
+    assert (beside["fidelity"], beside["domains"]) == (plain["fidelity"], plain["domains"])
+    one, two = found["fidelity"]["mean_kl"]["value"], plain["fidelity"]["mean_kl"]["value"]
+    assert one != two
+    ratio = beside["difference"]["mean_kl_ratio"]
+    assert ratio["value"] == pytest.approx(one / two)
+    assert [part["name"] for part in beside["difference"]["domains"]] == [
+        domain["name"] for domain in found["domains"]
+    ]
+    assert "nearest" not in plain
+    # Both comparisons at once; each speaks of its own.
+    both = verified(calibrated, replace(settings, against=str(tmp_path / "plain")))
+    assert both["nearest"] == beside
+    assert both["against"]["difference"] == beside["difference"]
+
+
+@pytest.mark.usefixtures("here")
+def test_calibrated_weights_that_belong_elsewhere_are_named(
+    calibrated: Build, settings: Settings
+) -> None:
+    layers = [f"transformer.h.{number}.mlp.dense_h_to_4h" for number in range(2)]
+    swap(f"{layers[0]}.weight", f"{layers[1]}.weight")(calibrated)
+    agree(calibrated)
+    found = failed(verified(calibrated, settings))
+    assert layers[0] in found["weights near those of the source"]
+    assert layers[1] not in found["weights near those of the source"]
 
 
 def _skipping(settings: Settings) -> Settings:

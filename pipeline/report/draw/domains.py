@@ -7,21 +7,23 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from pipeline.report.draw.canvas import AFTER, BEFORE, OTHER, bare, new_figure, plain
+from pipeline.report.draw.canvas import AFTER, BEFORE, INK, OTHER, bare, new_figure, plain
 from pipeline.report.words import label
 
 
 def draw(verification: dict[str, Any]) -> Figure:
-    """A dot and its interval for each domain; a second one for the artifact compared with."""
+    """A dot and its interval for each domain; others for what the artifact is compared with."""
     domains = verification["domains"]
     names = [domain["name"] for domain in domains]
-    against = verification.get("against")
-    figure = new_figure(0.75 + 0.3 * len(domains))
+    series = [("this artifact", domains, AFTER, "o")]
+    if nearest := verification.get("nearest"):
+        series.append(("round to nearest", nearest["domains"], INK, "D"))
+    if against := verification.get("against"):
+        series.append((against["name"], against["domains"], OTHER, "s"))
+    figure = new_figure(0.75 + (0.2 + 0.1 * len(series)) * len(domains))
     axes = figure.add_subplot()
-    series = [("this artifact", domains, AFTER, "o", -0.12 if against else 0.0)]
-    if against:
-        series.append((against["name"], against["domains"], OTHER, "s", 0.12))
-    for series_name, rows, colour, marker, shift in series:
+    for place, (series_name, rows, colour, marker) in enumerate(series):
+        shift = 0.24 * (place - (len(series) - 1) / 2)
         points = [
             (names.index(row["name"]) + shift, row["mean_kl"])
             for row in rows
@@ -30,7 +32,7 @@ def draw(verification: dict[str, Any]) -> Figure:
         values = [interval["value"] for _, interval in points]
         axes.errorbar(
             values,
-            [place for place, _ in points],
+            [row for row, _ in points],
             xerr=[
                 [max(0.0, i["value"] - i["low"]) for _, i in points],
                 [max(0.0, i["high"] - i["value"]) for _, i in points],
@@ -51,6 +53,6 @@ def draw(verification: dict[str, Any]) -> Figure:
     axes.xaxis.set_major_formatter(FuncFormatter(plain))
     axes.set_xlabel("mean KL in nats per token; dashed: over all domains")
     bare(axes, grid="x")
-    if against:
-        figure.legend(loc="outside upper left", ncols=2)
+    if len(series) > 1:
+        figure.legend(loc="outside upper left", ncols=len(series))
     return figure

@@ -1,0 +1,198 @@
+"""Round to nearest beside an artifact: as if it had been built, and nothing else is touched."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.nn import Linear4bit
+
+from pipeline.blocks.streamed import StreamedModel
+from pipeline.fidelity.tokens import TokenScores
+from pipeline.job import run_stage
+from pipeline.progress import SILENT
+from pipeline.proof import distance, nearest
+from pipeline.proof.distance import Comparison
+from pipeline.proof.nearest import rounded
+from pipeline.runtime.loader import load
+from pipeline.sample import MODEL_DIR
+from pipeline.stages import Settings, download
+from tests.proof.test_distance import FIELDS, LENGTHS, sequences
+from tests.support.checkpoints import make_checkpoint, read_tensors
+from tests.support.tamper import PARTS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+KINDS: Final = ("falcon-7b", "gpt2", "opt")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Source and artifact of each kind, rounded to nearest."""
+    found = {}
+    for kind in (*KINDS, "sample"):
+        folder = tmp_path_factory.mktemp(kind)
+        source = MODEL_DIR if kind == "sample" else make_checkpoint(folder / "model", kind)
+        build, *_ = download.run(str(source), folder / "artifacts", SILENT)
+        for stage in ("quantize", "serialize"):
+            run_stage(build, stage, Settings(device="cpu"), SILENT)
+        found[kind] = source, build.export
+    return found
+
+
+def other_codes(artifact: Path) -> Any:
+    """The artifact with codes that no rounding chose: each takes the next level."""
+    model = load(artifact, device="cpu")
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            codes = module.weight.data
+            high, low = codes >> 4, codes & 15
+            codes.copy_((high + 1).clamp(max=15) << 4 | (low + 1).clamp(max=15))
+    return model
+
+
+def compared(
+    source: Path, model: Any, dtype: torch.dtype | None = None, **options: Any
+) -> tuple[TokenScores, TokenScores | None]:
+    with StreamedModel(source, "cpu", dtype) as streamed:
+        comparison = Comparison(streamed, model, **options)
+        scores = comparison.run(sequences(), lambda count: None)
+    return scores, comparison.nearest
+
+
+def same(one: TokenScores, other: TokenScores) -> bool:
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in FIELDS)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "sample"])
+def test_it_is_what_the_built_artifact_of_round_to_nearest_scores(
+    kind: str, built: dict[str, tuple[Path, Path]]
+) -> None:
+    source, artifact = built[kind]
+    expected, none = compared(source, load(artifact, device="cpu"))
+    assert none is None
+    alone, _ = compared(source, other_codes(artifact))
+    own, found = compared(source, other_codes(artifact), nearest=True)
+    assert found is not None
+    assert len(found) == sum(LENGTHS) - len(LENGTHS)
+    assert same(found, expected)
+    assert same(own, alone)  # as if nobody had passed beside it
+    assert own.kl.mean() > 2 * found.kl.mean() > 0
+
+
+def test_it_is_the_same_in_several_passes_and_again(
+    built: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, artifact = built["falcon-7b"]
+    once = compared(source, other_codes(artifact), nearest=True)
+    monkeypatch.setattr(distance, "_TOGETHER", 40)
+    passes = compared(source, other_codes(artifact), nearest=True)
+    with StreamedModel(source, "cpu") as streamed:
+        comparison = Comparison(streamed, other_codes(artifact), nearest=True)
+        first = comparison.run(sequences(), lambda count: None), comparison.nearest
+        again = comparison.run(sequences(), lambda count: None), comparison.nearest
+    for other in (passes, first, again):
+        for one, two in zip(once, other, strict=True):
+            assert one is not None
+            assert two is not None
+            assert same(one, two)
+
+
+def test_the_reference_stays_what_it_is(built: dict[str, tuple[Path, Path]]) -> None:
+    """Within a block, while it is open, and outside of them; of the twin nothing is left."""
+    source, artifact = built["opt"]
+    model = other_codes(artifact)
+    codes = {n: m.weight.data.clone() for n, m in model.named_modules() if n and _is_4bit(m)}
+    with StreamedModel(source, "cpu") as streamed:
+        twin = nearest.NearestTwin(streamed, model)
+        stem = dict(streamed.model.state_dict())
+        for block in streamed.blocks:
+            streamed.open(block)
+            before = {n: p.clone() for n, p in streamed.blocks[block].named_parameters()}
+            twin.open(block)
+            assert len(before) > 0
+            for name, parameter in streamed.blocks[block].named_parameters():
+                assert torch.equal(parameter, before[name])
+            layers = {n: m for n, m in twin.blocks[block].named_modules() if _is_4bit(m)}
+            for name, layer in layers.items():
+                assert not torch.equal(layer.weight.data, codes[f"{block}.{name}"])
+            streamed.close(block)
+            twin.close(block)
+            for name, layer in layers.items():
+                assert layer.weight is model.get_submodule(f"{block}.{name}").weight
+        for name, value in streamed.model.state_dict().items():
+            assert value.is_meta or torch.equal(value, stem[name])
+    for name, before_codes in codes.items():
+        assert torch.equal(model.get_submodule(name).weight.data, before_codes)
+    kept = {n: p for n, p in model.named_parameters() if not _is_4bit_weight(p)}
+    twins = dict(twin.model.named_parameters())
+    assert all(twins[name] is parameter for name, parameter in kept.items())  # no copies
+
+
+def _is_4bit(module: Any) -> bool:
+    return isinstance(module, Linear4bit)
+
+
+def _is_4bit_weight(parameter: Any) -> bool:
+    return type(parameter).__name__ == "Params4bit"
+
+
+def test_a_layer_that_stays_in_16_bit_stays_so(
+    tmp_path: Path, built: dict[str, tuple[Path, Path]]
+) -> None:
+    """What is 4 bit in the artifact is rounded, and nothing else."""
+    source, _ = built["falcon-7b"]
+    settings = Settings(device="cpu")
+    recipe = replace(settings.recipe.quantize, skip_modules=("h.0.mlp",))
+    settings = replace(settings, recipe=replace(settings.recipe, quantize=recipe))
+    build, *_ = download.run(str(source), tmp_path, SILENT)
+    for stage in ("quantize", "serialize"):
+        run_stage(build, stage, settings, SILENT)
+    expected, _ = compared(source, load(build.export, device="cpu"))
+    _, found = compared(source, other_codes(build.export), nearest=True)
+    assert found is not None
+    assert same(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(64, 96), (7, 45), (1, 1)])
+def test_codes_and_scales_are_those_that_bitsandbytes_makes(
+    dtype: torch.dtype, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    stock_kernel = torch.ops.bitsandbytes.quantize_4bit.default
+    codes, absmax = stock_kernel(weight, 64, "nf4", torch.uint8)
+    monkeypatch.setattr(nearest, "_PART", 128)  # several threads, and an end that is ragged
+    found, beside = rounded(weight)
+    assert torch.equal(found, codes.reshape(-1, 1))
+    state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)[1]
+    offset = absmax.mean()
+    levels = beside[".nested_quant_map"][beside[".absmax"].long()]
+    nested = beside[".nested_absmax"].repeat_interleave(256)[: len(levels)]
+    stock = torch.ops.bitsandbytes.dequantize_blockwise.default(
+        state.absmax, state.state2.absmax, state.state2.code, 256, torch.float32
+    )
+    assert levels * nested + offset == pytest.approx(stock + state.offset, rel=1e-5)
+
+
+def test_the_stored_tensors_are_those_of_the_built_artifact(
+    built: dict[str, tuple[Path, Path]],
+) -> None:
+    for kind in ("falcon-7b", "gpt2"):
+        source, artifact = built[kind]
+        tensors = read_tensors(artifact)
+        weights = [name.removesuffix(".absmax") for name in tensors if name.endswith(".absmax")]
+        weights = [name for name in weights if not name.endswith("nested")]
+        assert len(weights) == 8
+        plain = read_tensors(source)
+        for name in weights:
+            original = next(plain[n] for n in plain if name.endswith(n))
+            codes, beside = rounded(original.T if kind == "gpt2" else original)
+            assert torch.equal(codes, tensors[name])
+            for part in PARTS:
+                assert torch.equal(beside[part], tensors[name + part]), part
