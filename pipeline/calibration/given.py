@@ -47,7 +47,7 @@ class _GivenWeight:
 
     def __init__(self, path: Path, name: str, weights: int) -> None:
         self._file: Any = safe_open(path, framework="np")
-        self._codes = self._file.get_slice(f"{name}:codes")
+        self._codes: Any = self._file.get_slice(f"{name}:codes")  # type: ignore[no-untyped-call]
         self._scales = _scales(self._file, name)
         self._read = self._scales.scales()
         self._sums = np.empty((blocks_of(weights), 2), np.float64)

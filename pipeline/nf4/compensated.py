@@ -31,6 +31,7 @@ from pipeline.nf4.codebook import (
 )
 
 _SMALLEST: Final = np.float32(2.0**-126)  # the smallest normal number
+_INFINITE: Final = np.float32(np.inf)
 _ZERO: Final = np.float32(0.0)
 _ONE: Final = np.float32(1.0)
 _ZERO_LEVEL: Final = int(np.flatnonzero(SCALE_LEVELS == 0)[0])
@@ -65,7 +66,7 @@ def _start_scales(weights, first, columns, importance, shares, signs, limit, sca
             matter[i] = importance[column] if i < count else _ZERO
             column = column + 1 if column + 1 < columns else 0
             top = max(top, abs(values[i]))
-        best = np.float32(np.inf)
+        best = _INFINITE
         scales[b] = min(top, limit)
         if top < _SMALLEST:
             continue
@@ -175,7 +176,7 @@ def _round_rows(  # type: ignore[no-untyped-def]
     errors = np.zeros((rows, BLOCK_SIZE), np.float32)
     tried = np.zeros(BLOCK_SIZE, np.float32)
     trial = np.zeros(BLOCK_SIZE, np.uint8)
-    total = 0.0
+    total = np.float64(0.0)
     for place in range(per_row):
         start, block = place * BLOCK_SIZE, blocks[place]
         for r in range(rows):
@@ -185,7 +186,7 @@ def _round_rows(  # type: ignore[no-untyped-def]
                 top = max(top, abs(weights[r, i]))
             begin = _scale_code(scales[r, block], largest)
             sign = _ONE if scales[r, block] >= _ZERO else -_ONE
-            best = np.float32(np.inf)
+            best = _INFINITE
             last = -1
             for candidate in range(signs * shares.size + 1):
                 code = begin
@@ -207,7 +208,7 @@ def _round_rows(  # type: ignore[no-untyped-def]
                     chosen[r, block] = code
                     errors[r] = tried
                     codes[r, start : start + BLOCK_SIZE] = trial
-            if best == np.inf:  # no scale to speak of: the block is as good as zero
+            if best == _INFINITE:  # no scale to speak of: the block is as good as zero
                 chosen[r, block] = _ZERO_LEVEL
                 codes[r, start : start + BLOCK_SIZE] = ZERO_CODE
                 errors[r] = _ZERO
