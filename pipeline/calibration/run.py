@@ -55,7 +55,7 @@ def calibrate(
     Returns:
         Where the time went, in seconds: "whole", and, beside each other, what the parts took.
     """
-    with StreamedModel(folder, device) as streamed, _steady(device):
+    with StreamedModel(folder, device) as streamed, steady(device):
         units = _units(weights, list(streamed.blocks))
         missing = {unit for unit in units if store.facts(unit) is None}
         if not missing:
@@ -230,7 +230,7 @@ def _units(weights: Sequence[TensorPlan], blocks: Sequence[str]) -> dict[str, li
 
 
 @contextmanager
-def _steady(device: str) -> Iterator[None]:
+def steady(device: str) -> Iterator[None]:
     """One thread for each operation of torch on the CPU: how sums are cut must not depend on it."""
     before = torch.get_num_threads()
     if torch.device(device).type == "cpu":
