@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,10 @@ from pipeline.recipe import load_recipe
 from pipeline.stages import Settings, download
 from tests.support.tiny import copy_of, write_falcon, write_recipe
 
+# Here and in every process that a test starts: matrices so small wait longer for a second thread
+# than they compute. torch reads it once, when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # One fixed set of examples: a run that fails, fails again.
 settings.register_profile(
     "fixed",
@@ -24,17 +28,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("fixed")
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """torch on one thread: matrices so small wait longer for a second one than they compute."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
