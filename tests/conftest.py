@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from pipeline.job import run_build, run_stage
 from pipeline.progress import SILENT
 from pipeline.recipe import load_recipe
 from pipeline.stages import Settings, download
+from tests.support.facts import FactsHere
 from tests.support.tiny import copy_of, write_falcon, write_recipe
 
 # Here and in every process that a test starts: matrices so small wait longer for a second thread
@@ -28,6 +30,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("fixed")
+
+
+@pytest.fixture(scope="module")
+def facts_here() -> Iterator[None]:
+    """Models are asked in this process: a child imports torch each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download, "PendingFacts", FactsHere)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,8 @@ from tests.support.checkpoints import make_checkpoint
 from tests.support.examined import examine_here
 from tests.support.tiny import content_of, copy_of, edit_json, flip_byte, nf4
 
+pytestmark = pytest.mark.usefixtures("facts_here")
+
 DONE: Final = dict.fromkeys(("download", "quantize", "serialize", "verify"), "done")
 
 
