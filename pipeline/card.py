@@ -190,7 +190,7 @@ def _nearest(verification: dict[str, Any]) -> str:
     names = ("calibrated (this artifact)", "round to nearest")
     ratio = _interval(gap["mean_kl_ratio"])
     return (
-        f"Mean KL over that of the same layers rounded to nearest, as bitsandbytes does: {ratio}. "
+        f"Mean KL over that of plain NF4, every layer rounded to nearest as bitsandbytes does: {ratio}. "
         "Both take the same bytes, and were measured on the same text.\n\n"
         + _both(verification["fidelity"], other["fidelity"], names)
         + "\n\n"

@@ -99,7 +99,8 @@ class Comparison:
     Args:
         reference: the 16-bit model.
         model: the 4-bit one, whole.
-        nearest: measure round to nearest of the same layers as well.
+        nearest: measure round to nearest as well, with these modules in 4 bit, too, which the
+            artifact leaves in 16 bit for what they would lose; None not to.
 
     Attributes:
         blocks: errors by the name of the block.
@@ -109,7 +110,9 @@ class Comparison:
         nearest: after `run`, the scores of round to nearest; None if it is not measured.
     """
 
-    def __init__(self, reference: StreamedModel, model: Any, *, nearest: bool = False) -> None:
+    def __init__(
+        self, reference: StreamedModel, model: Any, *, nearest: Sequence[str] | None = None
+    ) -> None:
         self.blocks = {name: BlockError() for name in reference.blocks}
         self._reference = reference
         self._model = model
@@ -120,7 +123,7 @@ class Comparison:
         self.kept = 0
         self.changed: list[str] = []
         self.nearest: TokenScores | None = None
-        self._twin = NearestTwin(reference, model) if nearest else None
+        self._twin = None if nearest is None else NearestTwin(reference, model, nearest)
         self.outside: dict[str, LayerError] = {}
         for name, module in model.named_modules():
             if isinstance(module, Linear4bit) and not self._in_a_block(name):

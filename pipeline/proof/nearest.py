@@ -8,6 +8,7 @@ when it closes. The layers are the same, so both run through the same kernels.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from pipeline.blocks.streamed import StreamedModel
 from pipeline.nf4.codebook import NF4_LEVELS, SCALE_LEVELS
 from pipeline.nf4.layout import QUANT_STATE_SUFFIX, quant_state_text
 from pipeline.nf4.nearest import round_to_nearest
+from pipeline.runtime.cpu_layers import repair
 
 
 class NearestTwin:
@@ -28,13 +30,14 @@ class NearestTwin:
     Args:
         reference: the 16-bit model; a weight is rounded as it stands there.
         model: the 4-bit one, which has computed nothing yet.
+        kept: modules that are not 4 bit in it for what they would lose; in the twin they are.
 
     Attributes:
         model: the twin; a block of it can be run between `open` and `close`.
         blocks: of the twin, by name.
     """
 
-    def __init__(self, reference: StreamedModel, model: Any) -> None:
+    def __init__(self, reference: StreamedModel, model: Any, kept: Sequence[str] = ()) -> None:
         own = {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
         shared = [*model.parameters(), *model.buffers(), *(m.quant_state for m in own.values())]
         self.model = copy.deepcopy(model, {id(item): item for item in shared})
@@ -42,6 +45,12 @@ class NearestTwin:
         self._reference = reference
         self._own = own
         self._dtypes = {name: layer.weight.quant_state.dtype for name, layer in own.items()}
+        for name in kept:
+            layer = self.model.get_submodule(name)
+            self.model.set_submodule(name, _empty(layer))
+            own[name] = _empty(layer)  # what stands there again when the block closes
+            self._dtypes[name] = layer.weight.dtype
+        repair(self.model)
         for name in own:
             if not any(name.startswith(f"{block}.") for block in reference.blocks):
                 self._round(name)
@@ -68,6 +77,21 @@ class NearestTwin:
             layer.weight = Params4bit.from_prequantized(
                 codes, companions, device=weight.device, module=layer
             )
+
+
+def _empty(layer: Any) -> Linear4bit:
+    """A 4-bit layer for a plain one, with its bias and without a weight."""
+    shape = layer.weight.T.shape if isinstance(layer, Conv1D) else layer.weight.shape
+    found = Linear4bit(
+        shape[1],
+        shape[0],
+        bias=layer.bias is not None,
+        compute_dtype=layer.weight.dtype,
+        quant_type="nf4",
+        device="meta",
+    )
+    found.bias = layer.bias
+    return found
 
 
 def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -62,7 +62,12 @@ class Examination:
         return self._run("source", artifact, None, reporter)
 
     def ask_artifact(
-        self, artifact: Path, scores: Path, reporter: Reporter, *, nearest: bool = False
+        self,
+        artifact: Path,
+        scores: Path,
+        reporter: Reporter,
+        *,
+        nearest: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         """The 4-bit model's answers and its distance from the source, from a fresh process.
 
@@ -70,7 +75,7 @@ class Examination:
             artifact: the export folder.
             scores: where the scores of all tokens are left (.npz).
             reporter: told how far it is.
-            nearest: measure round to nearest of the same layers beside it.
+            nearest: measure round to nearest beside it, these modules in 4 bit, too; None not to.
 
         Raises:
             ArtifactError: it could not be loaded.
@@ -85,7 +90,7 @@ class Examination:
         artifact: Path,
         scores: Path | None,
         reporter: Reporter,
-        nearest: bool = False,
+        nearest: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         request = {
             "kind": kind,

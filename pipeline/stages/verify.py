@@ -169,7 +169,7 @@ def _examine(
         own, others = Path(folder) / "own.npz", Path(folder) / "others.npz"
         source = asked.ask_source(build.export, reporter)
         try:
-            nearest = manifest["recipe"]["quantize"]["rounding"] != "nearest"
+            nearest = _beside(manifest)
             artifact = asked.ask_artifact(build.export, own, reporter, nearest=nearest)
         except ArtifactError as error:
             return refused([*gates, load_gate(str(error))], recipe, versions)
@@ -179,6 +179,16 @@ def _examine(
             compared = _compare(asked, other, others, reporter)
             found["against"] = {**compared, "difference": scores_differ(own, others)}
     return found
+
+
+def _beside(manifest: dict[str, Any]) -> list[str] | None:
+    """The modules that round to nearest would have in 4 bit and this artifact has not.
+
+    None if round to nearest is what this artifact is.
+    """
+    if manifest["recipe"]["quantize"]["rounding"] == "nearest":
+        return None
+    return [module["module"] for module in manifest.get("calibration", {}).get("kept", ())]
 
 
 def _versions() -> dict[str, str]:

@@ -102,13 +102,13 @@ def test_round_to_nearest_beside_other_codes_is_the_built_artifact_on_the_gpu(sa
     from pipeline.sample import MODEL_DIR
 
     found: list[Any] = []
-    for nearest in (False, True):
+    for nearest in (None, ()):
         model = load(sample, device="cuda:0")
         embedding = model.get_input_embeddings()
         sequences = random_sequences(embedding.num_embeddings, TOKENS, None)
         layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
         assert len(layers) == 24
-        for layer in layers if nearest else ():
+        for layer in layers if nearest is not None else ():
             layer.weight.data ^= 0x11  # each code a neighbour's
         with StreamedModel(MODEL_DIR, "cuda:0", embedding.weight.dtype) as streamed:
             comparison = Comparison(streamed, model, nearest=nearest)

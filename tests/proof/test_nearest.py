@@ -15,18 +15,18 @@ from bitsandbytes.nn import Linear4bit
 from pipeline.blocks.streamed import StreamedModel
 from pipeline.fidelity.tokens import TokenScores
 from pipeline.job import run_stage
+from pipeline.nf4 import nearest
 from pipeline.progress import SILENT
-from pipeline.proof import distance, nearest
+from pipeline.proof import distance
 from pipeline.proof.distance import Comparison
-from pipeline.proof.nearest import rounded
+from pipeline.proof.nearest import NearestTwin, rounded
+from pipeline.recipe import QuantizeRecipe, Recipe
 from pipeline.runtime.loader import load
 from pipeline.sample import MODEL_DIR
 from pipeline.stages import Settings, download
 from tests.proof.test_distance import FIELDS, LENGTHS, sequences
 from tests.support.checkpoints import make_checkpoint, read_tensors
 from tests.support.tamper import PARTS
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS: Final = ("falcon-7b", "gpt2", "opt")
 
@@ -77,7 +77,7 @@ def test_it_is_what_the_built_artifact_of_round_to_nearest_scores(
     expected, none = compared(source, load(artifact, device="cpu"))
     assert none is None
     alone, _ = compared(source, other_codes(artifact))
-    own, found = compared(source, other_codes(artifact), nearest=True)
+    own, found = compared(source, other_codes(artifact), nearest=())
     assert found is not None
     assert len(found) == sum(LENGTHS) - len(LENGTHS)
     assert same(found, expected)
@@ -85,15 +85,35 @@ def test_it_is_what_the_built_artifact_of_round_to_nearest_scores(
     assert own.kl.mean() > 2 * found.kl.mean() > 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "module"),
+    [("falcon-7b", "h.0.mlp.dense_4h_to_h"), ("gpt2", "h.1.attn.c_attn")],
+)
+def test_layers_that_were_kept_are_4_bit_beside_it(
+    kind: str, module: str, built: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    source, artifact = built[kind]
+    expected, _ = compared(source, load(artifact, device="cpu"))
+    build, *_ = download.run(str(source), tmp_path, SILENT)
+    recipe = Recipe(quantize=QuantizeRecipe(skip_modules=(module,)))
+    for stage in ("quantize", "serialize"):
+        run_stage(build, stage, Settings(recipe, device="cpu"), SILENT)
+    names = [f"transformer.{module}"]
+    own, found = compared(source, load(build.export, device="cpu"), nearest=names)
+    assert found is not None
+    assert same(found, expected)
+    assert not same(own, expected)
+
+
 def test_it_is_the_same_in_several_passes_and_again(
     built: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, artifact = built["falcon-7b"]
-    once = compared(source, other_codes(artifact), nearest=True)
+    once = compared(source, other_codes(artifact), nearest=())
     monkeypatch.setattr(distance, "_TOGETHER", 40)
-    passes = compared(source, other_codes(artifact), nearest=True)
+    passes = compared(source, other_codes(artifact), nearest=())
     with StreamedModel(source, "cpu") as streamed:
-        comparison = Comparison(streamed, other_codes(artifact), nearest=True)
+        comparison = Comparison(streamed, other_codes(artifact), nearest=())
         first = comparison.run(sequences(), lambda count: None), comparison.nearest
         again = comparison.run(sequences(), lambda count: None), comparison.nearest
     for other in (passes, first, again):
@@ -109,7 +129,7 @@ def test_the_reference_stays_what_it_is(built: dict[str, tuple[Path, Path]]) -> 
     model = other_codes(artifact)
     codes = {n: m.weight.data.clone() for n, m in model.named_modules() if n and _is_4bit(m)}
     with StreamedModel(source, "cpu") as streamed:
-        twin = nearest.NearestTwin(streamed, model)
+        twin = NearestTwin(streamed, model)
         stem = dict(streamed.model.state_dict())
         for block in streamed.blocks:
             streamed.open(block)
@@ -154,7 +174,7 @@ def test_a_layer_that_stays_in_16_bit_stays_so(
     for stage in ("quantize", "serialize"):
         run_stage(build, stage, settings, SILENT)
     expected, _ = compared(source, load(build.export, device="cpu"))
-    _, found = compared(source, other_codes(build.export), nearest=True)
+    _, found = compared(source, other_codes(build.export), nearest=())
     assert found is not None
     assert same(found, expected)
 
