@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import yaml
 
-from pipeline.report.calibration import chosen, exceptions
+from pipeline.report.calibration import at_what_size, chosen, exceptions
 from pipeline.report.pictures import PICTURES, drawable
 
 _MAX_CARD_ANSWERS: Final = 4
@@ -42,7 +42,7 @@ def model_card(
         f"# {name}, NF4",
         _what(manifest),
         _sizes(verification),
-        _quality(verification),
+        _quality(manifest, verification),
         _loading(manifest),
         _making(manifest),
     ]
@@ -102,7 +102,7 @@ def _sizes(verification: dict[str, Any]) -> str:
     )
 
 
-def _quality(verification: dict[str, Any]) -> str:
+def _quality(manifest: dict[str, Any], verification: dict[str, Any]) -> str:
     checks = [
         (
             check["name"],
@@ -119,7 +119,7 @@ def _quality(verification: dict[str, Any]) -> str:
     if "fidelity" in verification:
         parts += [
             _measured(verification),
-            *([_nearest(verification)] if "nearest" in verification else []),
+            *([_nearest(manifest, verification)] if "nearest" in verification else []),
             *(
                 f"![{picture.title}]({picture.file})\n\n{picture.caption}"
                 for name, picture in drawable(verification).items()
@@ -173,7 +173,7 @@ def _measured(verification: dict[str, Any]) -> str:
     )
 
 
-def _nearest(verification: dict[str, Any]) -> str:
+def _nearest(manifest: dict[str, Any], verification: dict[str, Any]) -> str:
     other = verification["nearest"]
     gap = other["difference"]
     domains = [
@@ -189,9 +189,10 @@ def _nearest(verification: dict[str, Any]) -> str:
     ]
     names = ("calibrated (this artifact)", "round to nearest")
     ratio = _interval(gap["mean_kl_ratio"])
+    size = at_what_size(manifest)
     return (
-        f"Mean KL over that of plain NF4, every layer rounded to nearest as bitsandbytes does: {ratio}. "
-        "Both take the same bytes, and were measured on the same text.\n\n"
+        "Mean KL over that of plain NF4, every layer rounded to nearest as bitsandbytes does: "
+        f"{ratio}, {size}. Both were measured on the same text.\n\n"
         + _both(verification["fidelity"], other["fidelity"], names)
         + "\n\n"
         + _table(("mean KL", *names, "the one over the other"), domains)
@@ -273,13 +274,17 @@ def _making(manifest: dict[str, Any]) -> str:
     source = manifest["source"]
     name = source["repo"]
     options = f" --revision {source['commit']}" if source["commit"] else ""
-    recipe = ""
     calibration = manifest.get("calibration")
     if calibration:
-        recipe = '# in recipe.toml, under [quantize]: rounding = "calibrated"\n'
-        options += " --recipe recipe.toml"
+        asked = manifest["recipe"]["quantize"]
+        options += f" --calibrate {'self' if calibration['source'] == 'self' else 'FILE'}"
+        if asked.get("extra_bytes"):
+            options += f" --extra-bytes {asked['extra_bytes']}"
         rounding = "\n\n".join(map(_text, [chosen(calibration), *exceptions(calibration)]))
-        bytes_of = "`manifest.json` lists the sha256 of every file and tensor."
+        bytes_of = (
+            "From the tokens in `calibration.json` the same kind of device gives the same bytes "
+            "again (`nf4 reproduce`); `manifest.json` lists the sha256 of every file and tensor."
+        )
     else:
         rounding = "Rounding is to the nearest level, without calibration."
         bytes_of = (
@@ -287,7 +292,7 @@ def _making(manifest: dict[str, Any]) -> str:
             "the sha256 of every file and tensor."
         )
     return (
-        f"## How it was made\n\n```\n{recipe}nf4 build {name}{options}\n```\n\n"
+        f"## How it was made\n\n```\nnf4 build {name}{options}\n```\n\n"
         f"{rounding}\n\n{bytes_of} "
         "What 4 bits cost this model is in the tables above, and nothing is claimed beyond it."
     )

@@ -201,7 +201,7 @@ def test_round_to_nearest_stands_beside_what_was_calibrated() -> None:
     assert (
         text.index("Measured on") < text.index("round to nearest") < text.index("another artifact")
     )
-    assert "rounded to nearest, as bitsandbytes does: 0.3797 [0.3645, 0.3949]." in text
+    assert "as bitsandbytes does: 0.3797 [0.3645, 0.3949], at the same bytes." in text
     assert "round to nearest |" not in card(made(against=True))
 
 
@@ -217,7 +217,9 @@ def test_how_the_codes_were_chosen() -> None:
     text = making()
     assert "16,384 tokens that the 16-bit model wrote itself (64 sequences, sha256 c0dec0" in text
     assert "computed on a GPU" in text
-    assert 'rounding = "calibrated"' in text
+    assert " --calibrate self --extra-bytes 5%\n" in text
+    calibrated = {**manifest(calibrated=True), "hidden_modules": []}
+    assert "0.3949], for " in model_card(calibrated, made(nearest=True), SOURCE)
     assert "5 weights: transformer.h.0.mlp.dense_4h_to_h.weight (no token came through it)" in text
     assert "5 modules: transformer.h.0.self_attention.query_key_value (KL 0.003100, 31.52" in text
     assert text.count(" and 2 more.") == 2

@@ -18,9 +18,15 @@ def chosen(calibration: Mapping[str, Any]) -> str:
         f"Codes and scales are calibrated on {words.count(calibration['tokens'])} tokens "
         f"{_SOURCES[calibration['source']]} ({words.count(calibration['sequences'])} sequences, "
         f"sha256 {calibration['tokens_sha256'][:16]}), computed on "
-        f"{_DEVICES[calibration['device']]}. The format is that of plain NF4: the same bytes for "
-        "each layer, and the same readers."
+        f"{_DEVICES[calibration['device']]}. The format is that of plain NF4: each 4-bit "
+        "layer takes the same bytes, and the same readers load it."
     )
+
+
+def at_what_size(manifest: Mapping[str, Any]) -> str:
+    """What an artifact takes beside plain NF4."""
+    more = manifest.get("calibration", {}).get("extra_bytes", 0)
+    return f"for {words.size(more)} more" if more else "at the same bytes"
 
 
 def exceptions(calibration: Mapping[str, Any]) -> list[str]:

@@ -69,6 +69,7 @@ def manifest(
     """The identity of a model, and how its codes were chosen, as a manifest gives them."""
     return {
         **({"calibration": calibration()} if calibrated else {}),
+        "recipe": {"quantize": {"extra_bytes": "5%"} if calibrated else {}, "serialize": {}},
         "model_class": "FalconForCausalLM",
         "format": "bitsandbytes NF4, block 64, double quantization in blocks of 256",
         "source": {
