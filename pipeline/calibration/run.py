@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any, Final
 
@@ -192,7 +193,11 @@ class _Pass:
                     continue
                 with self.timed("choices"):
                     for name in names:
-                        choices[name] = self._chooser.choose(weights.pop(name), prepared)
+                        choice = self._chooser.choose(weights.pop(name), prepared)
+                        if isfinite(choice.cost):
+                            choices[name] = choice
+                        else:
+                            fallbacks[name] = "what rounding it costs is beyond float32"
                 del prepared  # before the next one takes its place
         facts = {
             "weights": sorted(choices),
