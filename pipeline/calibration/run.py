@@ -111,7 +111,7 @@ class _Pass:
             self._running: Future[None] | None = None
             try:
                 if OUTSIDE in self._missing:
-                    self._watch(OUTSIDE, self._streamed.model)
+                    self._watch(OUTSIDE, self._body())
                 lockstep = Lockstep(
                     [self._streamed.blocks], self._opened, lambda name: self._closed(name, passed)
                 )
@@ -126,9 +126,7 @@ class _Pass:
     def _tasks(self, tokens: CalibrationTokens) -> list[Callable[[], None]]:
         together = _TOGETHER[torch.device(self._device).type]
         batch = max(1, together // tokens.ids.shape[1])
-        # The head's logits are not wanted.
-        body = getattr(self._streamed.model, self._streamed.model.base_model_prefix, None)
-        run = self._streamed.model if body is None else body
+        run = self._body()
 
         def task(first: int) -> Callable[[], None]:
             ids = torch.from_numpy(tokens.ids[first : first + batch]).long().to(self._device)
@@ -139,6 +137,11 @@ class _Pass:
             return forward
 
         return [task(first) for first in range(0, len(tokens.ids), batch)]
+
+    def _body(self) -> Any:
+        """What is run: the model without its head, whose logits are not wanted."""
+        model = self._streamed.model
+        return getattr(model, model.base_model_prefix, model)
 
     def _opened(self, block: str) -> None:
         self._streamed.open(block)
