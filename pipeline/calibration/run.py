@@ -22,6 +22,7 @@ from pipeline.calibration.method import Method
 from pipeline.calibration.moments import Moments
 from pipeline.calibration.store import Store
 from pipeline.calibration.tokens import CalibrationTokens
+from pipeline.errors import RecipeError
 from pipeline.progress import Reporter
 from pipeline.selection import TensorPlan
 
@@ -53,12 +54,23 @@ def calibrate(
         reporter: told how far it is.
         method: how; the default is the recipe's.
 
+    Raises:
+        RecipeError: the tokens are of another model's vocabulary.
+
     Returns:
         Where the time went, in seconds: "whole", and, beside each other, what the parts took.
     """
     with StreamedModel(folder, device) as streamed, _steady(device):
+        known = streamed.model.get_input_embeddings().num_embeddings
+        if int(tokens.ids.max()) >= known:
+            raise RecipeError(
+                f"There is a calibration token {tokens.ids.max()}, and the model knows {known}: "
+                "its tokenizer, or these tokens, belong to another one."
+            )
         units = _units(weights, list(streamed.blocks))
-        missing = {unit for unit in units if store.facts(unit) is None}
+        missing = {
+            unit for unit, plans in units.items() if not store.done(unit, [p.name for p in plans])
+        }
         if not missing:
             return {}
         with reporter.task("calibrate", len(streamed.blocks), unit="blocks") as task:

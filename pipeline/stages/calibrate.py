@@ -39,11 +39,13 @@ class Calibration:
         kept: modules that stay in 16 bit under the byte budget, with what they lose by 4 bits (KL,
             nats per token) and what they cost (bytes).
         facts: for the record and the manifest; plain JSON.
+        identity: of all that was chosen from; the same gives the same bytes.
     """
 
     files: dict[str, Path]
     kept: list[dict[str, Any]]
     facts: dict[str, Any]
+    identity: str
 
     def rounding(self) -> Rounding:
         """The choices, for the engine; weights without one are rounded to nearest."""
@@ -174,7 +176,9 @@ def choose(
         "kept": kept,
         "extra_bytes": sum(module["bytes"] for module in kept),
     }
-    return Calibration(store.files(), kept, facts | {"seconds": seconds})
+    return Calibration(
+        store.files(), kept, facts | {"seconds": seconds}, identity=store.folder.name
+    )
 
 
 def published(build: Build, facts: dict[str, Any]) -> bytes:
