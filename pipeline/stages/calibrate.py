@@ -73,18 +73,31 @@ def key_part(build: Build, recipe: QuantizeRecipe) -> dict[str, Any]:
     return {"code": CODE_VERSION, "tokens": kept.sha256 if kept is not None and fits else None}
 
 
+def text_path(recipe: QuantizeRecipe) -> Path | None:
+    """The text to calibrate on; None if there is none.
+
+    Raises:
+        RecipeError: there should be one.
+    """
+    if recipe.calibrate in ("", "self"):
+        return None
+    path = Path(recipe.calibrate)
+    if not path.is_file():
+        raise RecipeError(
+            f"The calibration text {path} cannot be read: there is no such file. "
+            'Name another, or "self" for tokens that the model writes.'
+        )
+    return path
+
+
 def tokens_key(build: Build, recipe: QuantizeRecipe) -> str:
     """Depends on the source, on what is read, and on how much of it.
 
     Raises:
         RecipeError: the text cannot be read.
     """
-    text = None
-    if recipe.calibrate != "self":
-        path = Path(recipe.calibrate)
-        if not path.is_file():
-            raise RecipeError(f"The calibration text {path} cannot be read: there is no such file.")
-        text = digest_file(path).sha256
+    path = text_path(recipe)
+    text = None if path is None else digest_file(path).sha256
     return stage_key(
         {
             "code": CODE_VERSION,
@@ -112,7 +125,7 @@ def tokens_for(build: Build, settings: Settings, reporter: Reporter) -> Calibrat
         return kept
     tokens = make_tokens(
         build.source,
-        None if recipe.calibrate == "self" else Path(recipe.calibrate),
+        text_path(recipe),
         recipe.calibration_tokens,
         key,
         pick_device(settings.device),

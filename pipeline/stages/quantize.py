@@ -239,7 +239,9 @@ def check_memory(plan: Plan, budget: int) -> None:
 
     Raises:
         ResourceError: there is too little.
+        UsageError: the budget is.
     """
+    divide(budget, 1, 1)  # what is too small is not refused after hours of calibration
     blocks = max(blocks_of(prod(tensor.shape)) for tensor in plan.quantized)
     needed = budget + 2 * blocks * _BYTES_PER_BLOCK
     available = available_memory()

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 METHOD: Final = Method()
 WHOLE: Final = ((24, 64), (12, 192), (3, 320), (1, 128), (70, 256))
-RAGGED: Final = ((20, 48), (9, 100), (7, 65), (1, 3), (33, 130))
+RAGGED: Final = ((20, 48), (9, 100), (7, 65), (1, 3), (33, 130), (180, 100))
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
