@@ -11,7 +11,7 @@ from typing import Final
 from pipeline.build import Build, Record, State
 from pipeline.errors import BuildError, StoppedError, of_system
 from pipeline.progress import SILENT, Reporter
-from pipeline.stages import Settings, attest, download, quantize, serialize, verify
+from pipeline.stages import Settings, attest, calibrate, download, quantize, serialize, verify
 
 Runner = Callable[[Build, Settings, Reporter], Record]
 Key = Callable[[Build, Settings], str]
@@ -64,6 +64,7 @@ def run_build(
         The build folder, and the result of each stage by name.
     """
     verify.check_gpu(settings)
+    calibrate.text_path(settings.recipe.quantize)  # one that is not there is known before any byte
     build, record, ran = run_download(
         model,
         artifacts,

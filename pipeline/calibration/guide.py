@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
 from pipeline.calibration.method import Method
 from pipeline.nf4 import BLOCK_SIZE
+
+_LEAST: Final = 1e-24
+"""The mean square of inputs that are as good as zero: losses of them vanish in float32."""
 
 
 class IllConditionedError(Exception):
@@ -42,12 +46,12 @@ def guide(moment: torch.Tensor, tokens: int, method: Method) -> Guide:
     Raises:
         IllConditionedError: the moment is not finite, zero, or has no Cholesky factor.
     """
-    h = moment.double()
+    h = moment.to(torch.float64, copy=True)
     diagonal = h.diagonal().clone()
     mean = float(diagonal.mean())
     if not torch.isfinite(h).all():
         raise IllConditionedError("its inputs are not finite")
-    if mean <= 0.0:
+    if mean < _LEAST:
         raise IllConditionedError("its inputs are all zero")
     shrink = min(method.shrink, len(h) / tokens) if method.by_sample else method.shrink
     h *= 1.0 - shrink

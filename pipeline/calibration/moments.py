@@ -30,7 +30,8 @@ class Moments:
         self._seen: list[tuple[str, torch.Tensor]] = []
         self._hooks = ExitStack()
         for name, layer in layers.items():
-            self._hooks.callback(layer.register_forward_pre_hook(self._hook(name)).remove)
+            hook = layer.register_forward_pre_hook(self._hook(name), with_kwargs=True)
+            self._hooks.callback(hook.remove)
         passed = scope.register_forward_hook(lambda *_: self._seen.clear())
         self._hooks.callback(passed.remove)
 
@@ -56,8 +57,8 @@ class Moments:
         return None if total is None else total.div_(max(1, self._counts[leader]))
 
     def _hook(self, name: str) -> Any:
-        def watch(module: Any, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0]
+        def watch(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x = inputs[0] if inputs else next(iter(named.values()))
             leader = next((other for other, seen in self._seen if seen is x), name)
             # The first tokens that come decide who shares; a router may send others elsewhere.
             if self._leader.setdefault(name, leader) != name:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from pipeline.calibration.method import Method
 from pipeline.calibration.moments import Moments
 from pipeline.calibration.store import Store
 from pipeline.calibration.tokens import CalibrationTokens
+from pipeline.errors import RecipeError
 from pipeline.progress import Reporter
 from pipeline.selection import TensorPlan
 
@@ -52,12 +54,23 @@ def calibrate(
         reporter: told how far it is.
         method: how; the default is the recipe's.
 
+    Raises:
+        RecipeError: the tokens are of another model's vocabulary.
+
     Returns:
         Where the time went, in seconds: "whole", and, beside each other, what the parts took.
     """
     with StreamedModel(folder, device) as streamed, steady(device):
+        known = streamed.model.get_input_embeddings().num_embeddings
+        if int(tokens.ids.max()) >= known:
+            raise RecipeError(
+                f"There is a calibration token {tokens.ids.max()}, and the model knows {known}: "
+                "its tokenizer, or these tokens, belong to another one."
+            )
         units = _units(weights, list(streamed.blocks))
-        missing = {unit for unit in units if store.facts(unit) is None}
+        missing = {
+            unit for unit, plans in units.items() if not store.done(unit, [p.name for p in plans])
+        }
         if not missing:
             return {}
         with reporter.task("calibrate", len(streamed.blocks), unit="blocks") as task:
@@ -110,7 +123,7 @@ class _Pass:
             self._running: Future[None] | None = None
             try:
                 if OUTSIDE in self._missing:
-                    self._watch(OUTSIDE, self._streamed.model)
+                    self._watch(OUTSIDE, self._body())
                 lockstep = Lockstep(
                     [self._streamed.blocks], self._opened, lambda name: self._closed(name, passed)
                 )
@@ -125,9 +138,7 @@ class _Pass:
     def _tasks(self, tokens: CalibrationTokens) -> list[Callable[[], None]]:
         together = _TOGETHER[torch.device(self._device).type]
         batch = max(1, together // tokens.ids.shape[1])
-        # The head's logits are not wanted.
-        body = getattr(self._streamed.model, self._streamed.model.base_model_prefix, None)
-        run = self._streamed.model if body is None else body
+        run = self._body()
 
         def task(first: int) -> Callable[[], None]:
             ids = torch.from_numpy(tokens.ids[first : first + batch]).long().to(self._device)
@@ -138,6 +149,11 @@ class _Pass:
             return forward
 
         return [task(first) for first in range(0, len(tokens.ids), batch)]
+
+    def _body(self) -> Any:
+        """What is run: the model without its head, whose logits are not wanted."""
+        model = self._streamed.model
+        return getattr(model, model.base_model_prefix, model)
 
     def _opened(self, block: str) -> None:
         self._streamed.open(block)
@@ -192,7 +208,11 @@ class _Pass:
                     continue
                 with self.timed("choices"):
                     for name in names:
-                        choices[name] = self._chooser.choose(weights.pop(name), prepared)
+                        choice = self._chooser.choose(weights.pop(name), prepared)
+                        if isfinite(choice.cost):
+                            choices[name] = choice
+                        else:
+                            fallbacks[name] = "what rounding it costs is beyond float32"
                 del prepared  # before the next one takes its place
         facts = {
             "weights": sorted(choices),

@@ -17,6 +17,7 @@ from pipeline.calibration.tokens import (
     sampling_tasks,
     tokens_of_text,
 )
+from pipeline.checkpoint.files import is_tokenizer
 from pipeline.progress import Reporter
 from pipeline.runtime.loader import load_tokenizer
 
@@ -39,9 +40,11 @@ def make_tokens(
 
     Raises:
         RecipeError: the text cannot be read, or is too short.
+        CheckpointError: the model's probabilities are not finite.
     """
     with StreamedModel(source, device) as streamed:
-        tokenizer = load_tokenizer(source)
+        has_one = any(is_tokenizer(path.name) for path in source.iterdir())
+        tokenizer = load_tokenizer(source) if has_one else None
         config = streamed.model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
         length = min(LENGTH, context) if isinstance(context, int) and context > 1 else LENGTH

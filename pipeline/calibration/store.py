@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -52,9 +54,21 @@ class Store:
         try:
             with safe_open(self.path(unit), framework="np") as file:
                 found: dict[str, Any] = json.loads(file.metadata()[_FACTS])
-                return found
+                return found if found["unit"] == unit else None
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
+
+    def done(self, unit: str, weights: Collection[str]) -> bool:
+        """Whether a block's file holds what was written, and all of these weights; reads it."""
+        facts = self.facts(unit)
+        if facts is None or {*facts["weights"], *facts["fallbacks"]} != set(weights):
+            return False
+        try:
+            with safe_open(self.path(unit), framework="np") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            return bool(facts["sha256"] == _digest(tensors))
+        except (OSError, SafetensorError, KeyError):
+            return False
 
     def files(self) -> dict[str, Path]:
         """Name of a weight -> the file that holds its choice."""
@@ -90,7 +104,7 @@ class Store:
         Args:
             unit: its name.
             choices: by the name of the weight.
-            facts: plain JSON.
+            facts: plain JSON, of which "weights" and "fallbacks" name every weight of it.
         """
         tensors: dict[str, Any] = {}
         for name, choice in choices.items():
@@ -98,4 +112,13 @@ class Store:
             tensors[f"{name}:scales"] = choice.scales.codes
             tensors[f"{name}:nested"] = choice.scales.absmax
         tensors = tensors or {":nothing": np.zeros(1, np.uint8)}
-        write_bytes(self.path(unit), save(tensors, {_FACTS: json.dumps(facts, sort_keys=True)}))
+        noted = json.dumps({**facts, "unit": unit, "sha256": _digest(tensors)}, sort_keys=True)
+        write_bytes(self.path(unit), save(tensors, {_FACTS: noted}))
+
+
+def _digest(tensors: Mapping[str, NDArray[Any]]) -> str:
+    """The sha256 of tensors, one after the other by name."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(f"{name}\0".encode() + np.ascontiguousarray(tensors[name]).tobytes())
+    return total.hexdigest()

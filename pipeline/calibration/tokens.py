@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import RecipeError
+from pipeline.errors import CheckpointError, RecipeError
 
 LENGTH: Final = 256
 """Tokens of a sequence, at most."""
@@ -57,10 +57,12 @@ def parse_tokens(value: Any) -> CalibrationTokens:
         RecipeError: it is something else.
     """
     try:
-        ids = np.array(value["ids"], np.int32)
-        if ids.ndim != 2 or ids.shape[1] < 2 or ids.min() < 0:
-            raise ValueError("rows of different length, or ids below zero")
-        return CalibrationTokens(ids, str(value["source"]), str(value["key"]))
+        ids = np.array(value["ids"])
+        if ids.dtype.kind != "i" or ids.ndim != 2 or ids.shape[1] < 2:
+            raise ValueError("expected rows of whole numbers, of the same length")
+        if ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
+            raise ValueError("an id is out of range")
+        return CalibrationTokens(ids.astype(np.int32), str(value["source"]), str(value["key"]))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise RecipeError(f"These are no calibration tokens: {error}.") from error
 
@@ -155,9 +157,12 @@ def sampling_tasks(
         begins: how the sequences begin.
         length: of each.
         found: receives int32 [count, length].
+
+    Raises:
+        CheckpointError: (a function, when it is called) the probabilities are not finite.
     """
     import torch
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList
 
     # Else generate() would take from it what ends a text, or which tokens may be drawn.
     model.generation_config = GenerationConfig()
@@ -175,13 +180,27 @@ def sampling_tasks(
                 pad_token_id=0,
             )
             ids = model.generate(
-                start, attention_mask=torch.ones_like(start), generation_config=config
+                start,
+                attention_mask=torch.ones_like(start),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([_checked]),
             )
             found[number] = ids.to("cpu", torch.int32).numpy()
 
         return sample
 
     return [task(number, opening) for number, opening in enumerate(begins)]
+
+
+def _checked(ids: Any, logits: Any) -> Any:
+    """The logits as they are, if tokens can be drawn from them."""
+    if logits.float().softmax(-1).isnan().any():
+        raise CheckpointError(
+            "The 16-bit model says NaN, so it cannot write tokens to calibrate on. If a weight "
+            "holds an infinity or a NaN, `nf4 quantize` without --calibrate names it; if the model "
+            "computes beyond its precision, calibrate on a text: --calibrate FILE."
+        )
+    return logits
 
 
 def tokens_of_text(path: Path, tokenizer: Any, sequences: int, length: int) -> NDArray[np.int32]:
@@ -242,6 +261,8 @@ def _line(line: str, tokenizer: Any, where: str) -> list[int]:
             text = "\n".join(str(message["content"]) for message in value["messages"])
         else:
             text = value["text"] if "text" in value else value["prompt"]
+        if not isinstance(text, str):
+            raise TypeError(f"a {type(text).__name__} where a text should be")
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         return [*tokenizer(text, verbose=False).input_ids, *end]
     except Exception as error:  # a chat template may raise anything

@@ -152,6 +152,20 @@ def _try_scale(values, factor, start, scale, bound, errors, codes):  # type: ign
     return cost
 
 
+@njit(cache=True, nogil=True, error_model="numpy")
+def _give_up(values, factor, start, errors):  # type: ignore[no-untyped-def]
+    """Rounds 64 columns of one row to zero, and returns the cost."""
+    cost = _ZERO
+    for j in range(BLOCK_SIZE):
+        error = values[j] / factor[start + j, start + j]
+        cost += error * error
+        errors[j] = error
+        following = factor[start + j, start : start + BLOCK_SIZE]
+        for k in range(j + 1, BLOCK_SIZE):
+            values[k] -= error * following[k]
+    return cost
+
+
 @njit(cache=True, nogil=True)
 def _pass_on(weights, factor, errors, start):  # type: ignore[no-untyped-def]
     """What 64 columns lost is taken off all columns behind them."""
@@ -208,12 +222,12 @@ def _round_rows(  # type: ignore[no-untyped-def]
                     chosen[r, block] = code
                     errors[r] = tried
                     codes[r, start : start + BLOCK_SIZE] = trial
-            if best == _INFINITE:  # no scale to speak of: the block is as good as zero
+            if best == _INFINITE:  # no scale to speak of: all is lost, and passed on
                 chosen[r, block] = _ZERO_LEVEL
                 codes[r, start : start + BLOCK_SIZE] = ZERO_CODE
-                errors[r] = _ZERO
-            else:
-                total += best
+                values[:] = weights[r, start : start + BLOCK_SIZE]
+                best = _give_up(values, factor, start, errors[r])
+            total += best
         _pass_on(weights, factor, errors, start)
     return total
 
@@ -247,7 +261,7 @@ def round_rows(
         chosen: receives the scales' 8-bit codes in the matrix's order, [rows, blocks].
 
     Returns:
-        What it costs: the sum of all e_j^2.
+        What it costs: the sum of all e_j^2; not finite if that is more than float32 holds.
     """
     cost = _round_rows(weights, factor, blocks, first, scales, nested, shares, signs, codes, chosen)
     return float(cost)

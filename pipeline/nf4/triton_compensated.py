@@ -176,7 +176,6 @@ def _apply(
         line_of = factor + (start + j).to(tl.int64) * columns + start
         diagonal = tl.load(line_of + j) + tl.zeros_like(scale)
         error = tl.math.div_rn(value - scale * tl.load(levels + nearest), diagonal)
-        error = tl.where(usable, error, 0.0)
         cost += error * error
         values -= error[None, :] * tl.load(line_of + place)[:, None]
         tl.store(codes + row * columns + start + j, nearest.to(tl.uint8), mask=valid)

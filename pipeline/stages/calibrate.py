@@ -40,11 +40,13 @@ class Calibration:
         kept: modules that stay in 16 bit under the byte budget, with what they lose by 4 bits (KL,
             nats per token) and what they cost (bytes).
         facts: for the record and the manifest; plain JSON.
+        identity: of all that was chosen from; the same gives the same bytes.
     """
 
     files: dict[str, Path]
     kept: list[dict[str, Any]]
     facts: dict[str, Any]
+    identity: str
 
     def rounding(self) -> Rounding:
         """The choices, for the engine; weights without one are rounded to nearest."""
@@ -72,18 +74,31 @@ def key_part(build: Build, recipe: QuantizeRecipe) -> dict[str, Any]:
     return {"code": CODE_VERSION, "tokens": kept.sha256 if kept is not None and fits else None}
 
 
+def text_path(recipe: QuantizeRecipe) -> Path | None:
+    """The text to calibrate on; None if there is none.
+
+    Raises:
+        RecipeError: there should be one.
+    """
+    if recipe.calibrate in ("", "self"):
+        return None
+    path = Path(recipe.calibrate)
+    if not path.is_file():
+        raise RecipeError(
+            f"The calibration text {path} cannot be read: there is no such file. "
+            'Name another, or "self" for tokens that the model writes.'
+        )
+    return path
+
+
 def tokens_key(build: Build, recipe: QuantizeRecipe) -> str:
     """Depends on the source, on what is read, and on how much of it.
 
     Raises:
         RecipeError: the text cannot be read.
     """
-    text = None
-    if recipe.calibrate != "self":
-        path = Path(recipe.calibrate)
-        if not path.is_file():
-            raise RecipeError(f"The calibration text {path} cannot be read: there is no such file.")
-        text = digest_file(path).sha256
+    path = text_path(recipe)
+    text = None if path is None else digest_file(path).sha256
     return stage_key(
         {
             "code": CODE_VERSION,
@@ -111,7 +126,7 @@ def tokens_for(build: Build, settings: Settings, reporter: Reporter) -> Calibrat
         return kept
     tokens = make_tokens(
         build.source,
-        None if recipe.calibrate == "self" else Path(recipe.calibrate),
+        text_path(recipe),
         recipe.calibration_tokens,
         key,
         pick_device(settings.device),
@@ -175,7 +190,9 @@ def choose(
         "kept": kept,
         "extra_bytes": sum(module["bytes"] for module in kept),
     }
-    return Calibration(store.files(), kept, facts | {"seconds": seconds})
+    return Calibration(
+        store.files(), kept, facts | {"seconds": seconds}, identity=store.folder.name
+    )
 
 
 def _kept(

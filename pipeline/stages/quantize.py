@@ -99,12 +99,14 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
         chosen = None
         if tokens is not None:
             chosen = calibrate.choose(build, plan, tokens, settings, reporter)
-        outputs, facts = _planned(build, settings, stage, chosen, reporter)
-        if chosen is not None:
-            calibrate.clear(build)
-        return outputs, facts
+        # Choices made on another kind of device differ: no file of one stands beside the other's.
+        mark = stage if chosen is None else f"{stage}-{chosen.identity}"
+        return _planned(build, settings, mark, chosen, reporter)
 
-    return recorded(build, "quantize", stage, work, preparing)
+    record = recorded(build, "quantize", stage, work, preparing)
+    if tokens is not None:
+        calibrate.clear(build)
+    return record
 
 
 def _planned(
@@ -237,7 +239,9 @@ def check_memory(plan: Plan, budget: int) -> None:
 
     Raises:
         ResourceError: there is too little.
+        UsageError: the budget is.
     """
+    divide(budget, 1, 1)  # what is too small is not refused after hours of calibration
     blocks = max(blocks_of(prod(tensor.shape)) for tensor in plan.quantized)
     needed = budget + 2 * blocks * _BYTES_PER_BLOCK
     available = available_memory()

@@ -1,0 +1,180 @@
+"""`nf4 quantize --calibrate` as processes: killed, with other threads, on files of no use."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.build import Build
+from pipeline.progress import SILENT
+from pipeline.stages import download
+from tests.cli.test_bad_input import check_message, check_nothing_written
+from tests.support.tiny import content_of, copy_of, edit_json, environment, nf4, write_falcon
+
+LAYERS = 5
+OPTIONS = ("--calibrate", "self", "--recipe", "recipe.toml")
+RECIPE = "[quantize]\ncalibration_tokens = 1024\n"
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build of five blocks, whose matrices are large enough to be shared among threads."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    model = write_falcon(folder / "model", hidden=384, layers=LAYERS, shards=3)
+    edit_json(model / "config.json", max_position_embeddings=64)  # short texts are soon written
+    build, *_ = download.run(str(model), folder / "artifacts", SILENT)
+    return build.root
+
+
+def start(
+    build: Build, *options: str, threads: int = 1, cores: set[int] | None = None
+) -> subprocess.Popen[str]:
+    """Starts to calibrate with so many threads for torch, on some of the processors."""
+    (build.root.parent / "recipe.toml").write_text(RECIPE)
+
+    def here() -> None:
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
+
+    command = ("quantize", "--build-dir", build.root.name)
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *command, *OPTIONS, *options],
+        cwd=build.root.parent,
+        env={**environment(build.root.parent), "OMP_NUM_THREADS": str(threads)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=here,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+
+
+def weights(build: Build) -> dict[str, bytes]:
+    return {n: c for n, c in content_of(build.quantized).items() if n.endswith(".safetensors")}
+
+
+@pytest.fixture(scope="module")
+def whole(fresh: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The build after a run that nobody disturbed, on one processor."""
+    build = Build(copy_of(fresh, tmp_path_factory.mktemp("whole") / "build"))
+    finish(start(build, threads=1, cores={min(os.sched_getaffinity(0))}))
+    return build.root
+
+
+def blocks_of(build: Build) -> list[Path]:
+    return sorted(build.root.glob("calibration/*/*.safetensors"))
+
+
+MOMENTS: dict[str, Callable[[Build], bool]] = {
+    "with tokens": lambda build: (build.root / "calibration" / "tokens.json").exists(),
+    "with one block": lambda build: len(blocks_of(build)) >= 1,
+    "with three blocks": lambda build: len(blocks_of(build)) >= 3,
+    "with one shard": lambda build: any(build.quantized.glob("*.safetensors")),
+}
+
+
+def test_killed_again_and_again(fresh: Path, whole: Path, tmp_path: Path) -> None:
+    """It goes on where it stopped, with other threads each time, and ends with the same bytes."""
+    build = Build(copy_of(fresh, tmp_path / "build"))
+    tokens = build.root / "calibration" / "tokens.json"
+    kept: dict[Path, tuple[int, bytes]] = {}
+    counts = []
+    for threads, moment in enumerate(MOMENTS.values(), 1):
+        process = start(build, threads=threads)
+        end = time.monotonic() + 120
+        while process.poll() is None and not moment(build):
+            assert time.monotonic() < end
+            time.sleep(0.0005)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert build.record("quantize") is None
+        for path, state in kept.items():
+            assert (path.stat().st_mtime_ns, path.read_bytes()) == state, path.name
+        counts.append(len(blocks_of(build)))
+        kept = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tokens, *blocks_of(build))}
+    assert counts[1] >= 1
+    assert 3 <= counts[2] <= counts[3] == LAYERS
+    assert counts == sorted(counts)
+    finish(start(build, "--memory-budget", "2MiB", "--workers", "1"))
+    assert tokens.read_bytes() == (whole / "calibration" / "tokens.json").read_bytes()
+    assert weights(build) == weights(Build(whole))
+    assert [path.name for path in (build.root / "calibration").iterdir()] == ["tokens.json"]
+    assert not list(build.root.rglob("*.partial"))
+
+
+def test_more_threads_the_same_bytes(fresh: Path, whole: Path, tmp_path: Path) -> None:
+    """For the same tokens; which ones are sampled may depend on the number of threads."""
+    build = Build(copy_of(fresh, tmp_path / "build"))
+    (build.root / "calibration").mkdir()
+    tokens = Path("calibration") / "tokens.json"
+    (build.root / tokens).write_bytes((whole / tokens).read_bytes())
+    finish(start(build, threads=4))
+    assert weights(build) == weights(Build(whole))
+
+
+def text_of(content: bytes | None, name: str) -> Callable[[Path], str]:
+    def write(folder: Path) -> str:
+        if content is not None:
+            (folder / name).write_bytes(content)
+        return name
+
+    return write
+
+
+LINES = b'{"text": "' + b"x" * 300 + b'"}\n{"text": "y"\n'
+BAD_TEXTS: dict[str, tuple[Callable[[Path], str], tuple[str, ...]]] = {
+    "missing": (text_of(None, "none.txt"), (r"none\.txt cannot be read", "no such file", '"self"')),
+    "a folder": (lambda folder: str(folder), ("cannot be read",)),
+    "empty": (text_of(b"", "empty.txt"), (r"empty\.txt has 0 tokens", "at least 256")),
+    "too short": (text_of(b"x" * 255, "short.txt"), (r"short\.txt has 255 tokens", "least 256")),
+    "a broken line": (text_of(LINES, "talk.jsonl"), (r"talk\.jsonl, line 2: expected",)),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TEXTS)
+def test_a_text_of_no_use(downloaded_falcon: Path, tmp_path: Path, case: str) -> None:
+    build = Build(copy_of(downloaded_falcon, tmp_path / "build"))
+    write, patterns = BAD_TEXTS[case]
+    done = nf4("quantize", "--build-dir", build.root, "--calibrate", write(tmp_path), cwd=tmp_path)
+    check_message(done, 2, *patterns)
+    assert build.record("quantize") is None
+    assert not build.quantized.exists()
+
+
+def test_a_text_that_is_not_there_is_known_before_anything_is_fetched(
+    tiny_falcon: Path, tmp_path: Path
+) -> None:
+    done = nf4("build", tiny_falcon, "--calibrate", "none.txt", cwd=tmp_path)
+    check_message(done, 2, r"none\.txt cannot be read")
+    check_nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "patterns"),
+    [
+        (("--extra-bytes", "5%"), ("quantize.extra_bytes is '5%'", "nothing without calibration")),
+        (("--calibrate", "self", "--extra-bytes", "lots"), ("'lots'", 'percentage such as "5%"')),
+        (("--calibrate", "self", "--extra-bytes", "-5%"), ("'-5%'", "percentage")),
+        (("--calibrate", "self", "--extra-bytes", "101%"), ("'101%'", "percentage")),
+    ],
+)
+def test_options_that_make_no_sense(
+    tiny_falcon: Path, tmp_path: Path, options: tuple[str, ...], patterns: tuple[str, ...]
+) -> None:
+    done = nf4("build", tiny_falcon, *options, cwd=tmp_path)
+    check_message(done, 2, *(re.escape(pattern) for pattern in patterns))
+    check_nothing_written(tmp_path)
