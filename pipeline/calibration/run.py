@@ -21,6 +21,7 @@ from pipeline.calibration.method import Method
 from pipeline.calibration.moments import Moments
 from pipeline.calibration.store import Store
 from pipeline.calibration.tokens import CalibrationTokens
+from pipeline.errors import RecipeError
 from pipeline.progress import Reporter
 from pipeline.selection import TensorPlan
 
@@ -54,8 +55,17 @@ def calibrate(
 
     Returns:
         Where the time went, in seconds: "whole", and, beside each other, what the parts took.
+
+    Raises:
+        RecipeError: a token is none of the model's.
     """
     with StreamedModel(folder, device) as streamed, _steady(device):
+        known, largest = streamed.model.get_input_embeddings().num_embeddings, tokens.ids.max()
+        if largest >= known:
+            raise RecipeError(
+                f"Calibration token {largest} is beyond the model's {known:,}: the tokens, or the "
+                "tokenizer that made them, are another model's."
+            )
         units = _units(weights, list(streamed.blocks))
         missing = {unit for unit in units if store.facts(unit) is None}
         if not missing:

@@ -127,6 +127,7 @@ def choose(
     tokens: CalibrationTokens,
     settings: Settings,
     reporter: Reporter,
+    already_kept: list[dict[str, Any]] | None = None,
 ) -> Calibration:
     """Chooses codes and scales for everything that the plan quantizes, or goes on doing so.
 
@@ -136,6 +137,7 @@ def choose(
         tokens: what the model reads.
         settings: the device, and how much larger the artifact may be for modules kept in 16 bit.
         reporter: told how far it is, and of weights that are rounded to nearest after all.
+        already_kept: modules that are known to be kept (see `Calibration.kept`); None to find them.
     """
     from pipeline.calibration.run import calibrate
     from pipeline.calibration.store import Store
@@ -163,7 +165,7 @@ def choose(
             f"{len(fallbacks)} of {len(plan.quantized)} weights are rounded to nearest after all, "
             f"such as {first}: {fallbacks[first]}."
         )
-    kept: list[dict[str, Any]] = []
+    kept: list[dict[str, Any]] = [] if already_kept is None else already_kept
     facts = {
         "source": tokens.source,
         "sequences": len(tokens.ids),
@@ -191,7 +193,17 @@ def published(build: Build, facts: dict[str, Any]) -> bytes:
             f"{tokens_path(build)} does not hold the tokens that `quantize` used (sha256 "
             f"{facts['tokens_sha256'][:12]}…). Run `nf4 quantize` again."
         )
-    return json_bytes({**tokens.as_json(), "kept": facts["kept"]})
+    return as_file(tokens, facts["kept"])
+
+
+def as_file(tokens: CalibrationTokens, kept: list[dict[str, Any]]) -> bytes:
+    """What stands in `CALIBRATION_FILE`.
+
+    Args:
+        tokens: what was read.
+        kept: as in `Calibration`.
+    """
+    return json_bytes({**tokens.as_json(), "kept": kept})
 
 
 def clear(build: Build) -> None:
