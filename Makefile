@@ -61,8 +61,8 @@ push: venv  ## publish the artifact of MODEL as REPO_ID on the Hub (ARGS=--dry-r
 
 ##@ Work on the project
 
-test: venv  ## run the tests (ARGS go to pytest)
-	$(BIN)/python -m pytest $(ARGS)
+test: venv  ## run the tests, two files at a time (ARGS go to pytest)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: venv  ## check style and types
 	$(BIN)/ruff check .

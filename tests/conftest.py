@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,12 @@ from pipeline.job import run_build, run_stage
 from pipeline.progress import SILENT
 from pipeline.recipe import load_recipe
 from pipeline.stages import Settings, download
+from tests.support.facts import FactsHere
 from tests.support.tiny import copy_of, write_falcon, write_recipe
+
+# Here and in every process that a test starts: matrices so small wait longer for a second thread
+# than they compute. torch reads it once, when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # One fixed set of examples: a run that fails, fails again.
 settings.register_profile(
@@ -27,14 +33,11 @@ settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """torch on one thread: matrices so small wait longer for a second one than they compute."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def facts_here() -> Iterator[None]:
+    """Models are asked in this process: a child imports torch each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download, "PendingFacts", FactsHere)
+        yield
 
 
 @pytest.fixture(scope="session")

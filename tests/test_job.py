@@ -19,6 +19,8 @@ from pipeline.recipe import QuantizeRecipe, Recipe, SerializeRecipe
 from pipeline.stages import Settings, download
 from tests.support.tiny import SHARDS, content_of, copy_of, flip_byte
 
+pytestmark = pytest.mark.usefixtures("facts_here")
+
 SETTINGS = Settings(device="cpu")
 
 

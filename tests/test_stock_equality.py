@@ -36,6 +36,7 @@ from tests.support.stock import (
     save_stock,
     stock_model,
 )
+from tests.support.tiny import content_of
 
 QUANT_STATE: Final = ".quant_state.bitsandbytes__nf4"
 COMPANIONS: Final = (
@@ -284,6 +285,25 @@ def test_the_trap_stock_quantizes_nothing_in_a_falcon(
     assert {tensor.dtype for tensor in read_tensors(tmp_path).values()} == {torch.bfloat16}
     # The plan knows: everything that it quantizes is hidden from the stock loader.
     assert set(made.manifest["hidden_modules"]) == made.planned
+
+
+def test_more_threads_change_no_byte(make: Make, tmp_path: Path) -> None:
+    """Tests run torch on one thread; a user's has as many as the machine has processors."""
+    made = make("llama")
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(download, "PendingFacts", FactsHere)
+            build, *_ = download.run(str(made.checkpoint), tmp_path / "artifacts", SILENT)
+        for stage in ("quantize", "serialize"):
+            assert run_stage(build, stage, Settings(), SILENT).ran
+        found = logits(pipeline.load(build.export, device="cpu"), TOKENS)
+    finally:
+        torch.set_num_threads(before)
+    assert content_of(build.export) == content_of(made.export)
+    stock = load_stock(made.stock)
+    assert relative(found, logits(stock, TOKENS)) < logit_bound(made.case.dtype)
 
 
 def test_loading_leaves_the_voice_of_transformers_as_it_was(make: Make) -> None:

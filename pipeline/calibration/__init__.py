@@ -1,5 +1,6 @@
 """Codes and scales chosen from what a layer's inputs look like: less damage at the same bytes.
 
+    sampling.py    the model writes its tokens
     method.py      what is done, in figures
     tokens.py      the tokens that calibration reads: written by the model itself, or from a file
     moments.py     the second moment of each layer's inputs, gathered as the model runs
@@ -8,7 +9,8 @@
     choose_cuda.py the same on a CUDA device
     store.py       what was chosen, block by block, on disk: a killed run goes on where it stopped
     given.py       what was chosen, as the engine's rounding
-    sensitivity.py which layers lose most by 4 bits, for a byte budget
+    sensitivity.py what each layer loses by 4 bits, measured
+    losses.py      which layers to leave in 16 bit for a byte budget
     run.py         the pass through the model that brings all of it together
 
 What is computed follows GPTQ (arXiv:2210.17323) with scales chosen in the loop, in what the format

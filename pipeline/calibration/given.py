@@ -76,8 +76,13 @@ class _GivenWeight:
 def choices_in(files: dict[str, Path]) -> Iterator[tuple[str, NDArray[np.uint8], NestedScales]]:
     """Each weight's name, packed codes and scales."""
     for name, path in files.items():
-        file: Any = safe_open(path, framework="np")
-        yield name, file.get_tensor(f"{name}:codes"), _scales(file, name)
+        yield name, *choice_in(path, name)
+
+
+def choice_in(path: Path, name: str) -> tuple[NDArray[np.uint8], NestedScales]:
+    """A weight's packed codes and its scales."""
+    file: Any = safe_open(path, framework="np")
+    return file.get_tensor(f"{name}:codes"), _scales(file, name)
 
 
 def _scales(file: Any, name: str) -> NestedScales:

@@ -59,7 +59,7 @@ def calibrate(
     Raises:
         RecipeError: a token is none of the model's.
     """
-    with StreamedModel(folder, device) as streamed, _steady(device):
+    with StreamedModel(folder, device) as streamed, steady(device):
         known, largest = streamed.model.get_input_embeddings().num_embeddings, tokens.ids.max()
         if largest >= known:
             raise RecipeError(
@@ -240,7 +240,7 @@ def _units(weights: Sequence[TensorPlan], blocks: Sequence[str]) -> dict[str, li
 
 
 @contextmanager
-def _steady(device: str) -> Iterator[None]:
+def steady(device: str) -> Iterator[None]:
     """One thread for each operation of torch on the CPU: how sums are cut must not depend on it."""
     before = torch.get_num_threads()
     if torch.device(device).type == "cpu":

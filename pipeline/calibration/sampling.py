@@ -17,6 +17,7 @@ from pipeline.calibration.tokens import (
     sampling_tasks,
     tokens_of_text,
 )
+from pipeline.checkpoint.files import is_tokenizer
 from pipeline.progress import Reporter
 from pipeline.runtime.loader import load_tokenizer
 
@@ -41,7 +42,8 @@ def make_tokens(
         RecipeError: the text cannot be read, or is too short.
     """
     with StreamedModel(source, device) as streamed:
-        tokenizer = load_tokenizer(source)
+        has_tokenizer = any(is_tokenizer(path.name) for path in source.iterdir())
+        tokenizer = load_tokenizer(source) if has_tokenizer else None
         config = streamed.model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
         length = min(LENGTH, context) if isinstance(context, int) and context > 1 else LENGTH

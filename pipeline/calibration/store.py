@@ -13,10 +13,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from pipeline.calibration.choose import Choice
-from pipeline.checkpoint.durable import make_folder, remove_leftovers, write_bytes
+from pipeline.calibration.losses import Loss
+from pipeline.checkpoint.durable import (
+    make_folder,
+    remove_leftovers,
+    write_bytes,
+    write_json,
+)
 
 _FACTS: Final = "nf4"
 _SUFFIX: Final = ".safetensors"
+_MEASURED: Final = "sensitivity.json"
 
 
 class Store:
@@ -64,6 +71,18 @@ class Store:
             facts = self.facts(path.name.removesuffix(_SUFFIX))
             found |= (facts or {}).get("fallbacks", {})
         return dict(sorted(found.items()))
+
+    def measured(self) -> list[Loss] | None:
+        """What `keep_measured` kept, or None."""
+        try:
+            values = json.loads((self.folder / _MEASURED).read_text("utf-8"))
+            return [Loss(**value) for value in values]
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def keep_measured(self, losses: list[Loss]) -> None:
+        """Keeps what each layer loses."""
+        write_json(self.folder / _MEASURED, [loss.as_json() for loss in losses])
 
     def write(self, unit: str, choices: Mapping[str, Choice], facts: Mapping[str, Any]) -> None:
         """Keeps a block.

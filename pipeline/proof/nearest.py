@@ -8,8 +8,7 @@ when it closes. The layers are the same, so both run through the same kernels.
 from __future__ import annotations
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +17,9 @@ from numpy.typing import NDArray
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.blocks.streamed import StreamedModel
-from pipeline.nf4 import BLOCK_SIZE, cpu
 from pipeline.nf4.codebook import NF4_LEVELS, SCALE_LEVELS
-from pipeline.nf4.double_quant import double_quantize
-from pipeline.nf4.layout import QUANT_STATE_SUFFIX, blocks_of, quant_state_text
-
-_PART: Final = 2**20  # weights that one thread rounds at a time; whole blocks
+from pipeline.nf4.layout import QUANT_STATE_SUFFIX, quant_state_text
+from pipeline.nf4.nearest import round_to_nearest
 
 
 class NearestTwin:
@@ -87,19 +83,7 @@ def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]
     dtype = str(weight.dtype).removeprefix("torch.")
     unsigned = torch.uint32 if weight.itemsize == 4 else torch.uint16
     bits = weight.detach().cpu().reshape(-1).view(unsigned).numpy()
-    packed = np.empty(-(-bits.size // 2), np.uint8)
-    absmax = np.empty(blocks_of(bits.size), np.float32)
-    sums = np.empty((absmax.size, 3), np.int32)
-
-    def quantize(start: int) -> None:
-        end = min(start + _PART, bits.size)
-        blocks = slice(start // BLOCK_SIZE, blocks_of(end))
-        codes = packed[start // 2 : -(-end // 2)]
-        cpu.quantize_blocks(bits[start:end], dtype, codes, absmax[blocks], sums[blocks])
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(quantize, range(0, bits.size, _PART)))
-    nested = double_quantize(absmax)
+    packed, nested = round_to_nearest(bits, dtype)
     text = quant_state_text(tuple(weight.shape), dtype, float(nested.offset))
     companions: dict[str, NDArray[Any]] = {
         ".absmax": nested.codes,

@@ -22,6 +22,7 @@ from pipeline.selection import Plan
 from pipeline.stages import Settings
 
 if TYPE_CHECKING:
+    from pipeline.calibration.store import Store
     from pipeline.calibration.tokens import CalibrationTokens
 
 CODE_VERSION: Final = 1
@@ -165,7 +166,9 @@ def choose(
             f"{len(fallbacks)} of {len(plan.quantized)} weights are rounded to nearest after all, "
             f"such as {first}: {fallbacks[first]}."
         )
-    kept: list[dict[str, Any]] = [] if already_kept is None else already_kept
+    kept = already_kept
+    if kept is None:
+        kept = _kept(build, plan, store, tokens, settings, device, reporter)
     facts = {
         "source": tokens.source,
         "sequences": len(tokens.ids),
@@ -177,6 +180,33 @@ def choose(
         "extra_bytes": sum(module["bytes"] for module in kept),
     }
     return Calibration(store.files(), kept, facts | {"seconds": seconds})
+
+
+def _kept(
+    build: Build,
+    plan: Plan,
+    store: Store,
+    tokens: CalibrationTokens,
+    settings: Settings,
+    device: str,
+    reporter: Reporter,
+) -> list[dict[str, Any]]:
+    """The modules that the byte budget leaves in 16 bit."""
+    recipe = settings.recipe.quantize
+    if not recipe.extra_share:
+        return []
+    from pipeline.calibration.losses import within
+    from pipeline.calibration.sensitivity import measure
+
+    losses = store.measured()
+    if losses is None:
+        losses = measure(
+            build.source, plan.quantized, store.files(), tokens, device=device, reporter=reporter
+        )
+        store.keep_measured(losses)
+    stored = sum(part.nbytes for tensor in plan.quantized for part in tensor.stored)
+    kept = within(losses, int(recipe.extra_share * stored))
+    return [loss.as_json() for loss in kept]
 
 
 def published(build: Build, facts: dict[str, Any]) -> bytes:

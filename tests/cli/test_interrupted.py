@@ -18,6 +18,8 @@ from tests.support.interrupts import interrupt_at_random, interrupt_when
 from tests.support.kills import leftovers
 from tests.support.tiny import content_of, copy_of, listen_to_interrupts, nf4, write_falcon
 
+pytestmark = pytest.mark.usefixtures("facts_here")
+
 
 @pytest.fixture(scope="module")
 def downloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -18,6 +18,8 @@ from pipeline.stages import download
 from tests.support import kills
 from tests.support.tiny import content_of, copy_of, nf4, start_nf4, write_falcon
 
+pytestmark = pytest.mark.usefixtures("facts_here")
+
 SHARDS = 6
 
 

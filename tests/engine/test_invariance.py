@@ -12,6 +12,8 @@ from pipeline.progress import SILENT
 from pipeline.stages import Settings, download
 from tests.support.tiny import copy_of, write_falcon
 
+pytestmark = pytest.mark.usefixtures("facts_here")
+
 
 @pytest.fixture(scope="module")
 def downloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -26,8 +26,6 @@ from pipeline.runtime.quiet import quiet_loading
 from tests.support.checkpoints import make_checkpoint
 from tests.support.decoders import write_decoder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LENGTHS: Final = (20, 33, 7, 20)
 FIELDS: Final = ("kl", "agrees", "sure", "reference_nll", "nll")
 

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,20 +24,13 @@ from pipeline.reproduce.compare import Difference
 from pipeline.reproduce.run import reproduce
 from pipeline.stages import Settings, download
 from tests.support.checkpoints import make_checkpoint
-from tests.support.facts import FactsHere
 from tests.support.hub_client import isolated
 from tests.support.hub_server import HubServer
 from tests.support.tiny import SHARDS, copy_of, edit_json, flip_byte, nf4
 
+pytestmark = pytest.mark.usefixtures("facts_here")
+
 CUT = Settings(recipe=Recipe(serialize=SerializeRecipe("20KB")), device="cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def facts_here() -> Iterator[None]:
-    """Models are asked in this process: a child imports torch each time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(download, "PendingFacts", FactsHere)
-        yield
 
 
 def build_of(model: Path, folder: Path, settings: Settings) -> Build:

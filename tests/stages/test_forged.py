@@ -32,8 +32,6 @@ from tests.support.tamper import (
 )
 from tests.support.tiny import SHARDS, copy_of, edit_json
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 UP: Final = "transformer.h.0.mlp.dense_h_to_4h"
 NORM: Final = "transformer.h.1.input_layernorm.weight"
 WEIGHTS: Final = "weights near those of the source"

@@ -40,7 +40,7 @@ from tests.support.examined import examine_here
 from tests.support.tamper import agree, change, swap
 from tests.support.tiny import content_of, copy_of, edit_json, flip_byte, nf4
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("facts_here")
 
 DONE: Final = dict.fromkeys(("download", "quantize", "serialize", "verify"), "done")
 

@@ -1,0 +1,40 @@
+"""What layers lose by 4 bits, and which of them to leave in 16 bit for a byte budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What one layer loses.
+
+    Attributes:
+        module: its name.
+        kl: KL from the 16-bit model if only this layer is in 4 bit, nats per token.
+        bytes: what it takes more in 16 bit than in 4.
+    """
+
+    module: str
+    kl: float
+    bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def within(losses: Sequence[Loss], budget: int) -> list[Loss]:
+    """The layers to leave in 16 bit: those that lose most per byte, as long as they fit.
+
+    Args:
+        losses: of all layers.
+        budget: bytes for all of them together.
+    """
+    found: list[Loss] = []
+    for loss in sorted(losses, key=lambda loss: (-loss.kl / max(1, loss.bytes), loss.module)):
+        if loss.bytes <= budget:
+            found.append(loss)
+            budget -= loss.bytes
+    return found
