@@ -129,7 +129,7 @@ def choose_again(
                 "would lose; the source has no such module to quantize."
             )
     try:
-        return choose(build, plan, tokens, settings, reporter, kept)
+        return choose(build, plan, tokens, settings, reporter, already_kept=kept)
     except RecipeError as error:
         raise ArtifactError(f"{CALIBRATION_FILE} cannot be followed: {error}") from error
 

@@ -15,6 +15,7 @@ from pipeline.build import Build, stage_key
 from pipeline.checkpoint.digest import digest_file
 from pipeline.checkpoint.durable import json_bytes, make_folder, write_json
 from pipeline.errors import BuildError, RecipeError
+from pipeline.measure import DeviceUsage, measured_on_device
 from pipeline.nf4.rounding import NearestOnCpu, Rounding
 from pipeline.progress import Reporter
 from pipeline.recipe import QuantizeRecipe
@@ -128,7 +129,9 @@ def choose(
     tokens: CalibrationTokens,
     settings: Settings,
     reporter: Reporter,
+    *,
     already_kept: list[dict[str, Any]] | None = None,
+    sampling: DeviceUsage | None = None,
 ) -> Calibration:
     """Chooses codes and scales for everything that the plan quantizes, or goes on doing so.
 
@@ -139,6 +142,7 @@ def choose(
         settings: the device, and how much larger the artifact may be for modules kept in 16 bit.
         reporter: told how far it is, and of weights that are rounded to nearest after all.
         already_kept: modules that are known to be kept (see `Calibration.kept`); None to find them.
+        sampling: what finding the tokens took, for the record.
     """
     from pipeline.calibration.run import calibrate
     from pipeline.calibration.store import Store
@@ -156,9 +160,10 @@ def choose(
     }
     store = Store(folder(build) / stage_key(identity)[:12])
     store.open()
-    seconds = calibrate(
-        build.source, plan.quantized, tokens, store, device=device, reporter=reporter
-    )
+    with measured_on_device() as passing:
+        parts = calibrate(
+            build.source, plan.quantized, tokens, store, device=device, reporter=reporter
+        )
     fallbacks = store.fallbacks()
     if fallbacks:
         first = next(iter(fallbacks))
@@ -167,8 +172,10 @@ def choose(
             f"such as {first}: {fallbacks[first]}."
         )
     kept = already_kept
-    if kept is None:
-        kept = _kept(build, plan, store, tokens, settings, device, reporter)
+    with measured_on_device() as sensitivity:
+        if kept is None:
+            kept = _kept(build, plan, store, tokens, settings, device, reporter)
+    taken = {"sampling": sampling or DeviceUsage(), "pass": passing, "sensitivity": sensitivity}
     facts = {
         "source": tokens.source,
         "sequences": len(tokens.ids),
@@ -179,7 +186,11 @@ def choose(
         "kept": kept,
         "extra_bytes": sum(module["bytes"] for module in kept),
     }
-    return Calibration(store.files(), kept, facts | {"seconds": seconds})
+    of_the_machine = {
+        "seconds": {name: round(usage.seconds, 2) for name, usage in taken.items()} | parts,
+        "peak_device_memory_bytes": {name: usage.peak_memory for name, usage in taken.items()},
+    }
+    return Calibration(store.files(), kept, facts | of_the_machine)
 
 
 def _kept(
