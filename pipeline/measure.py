@@ -1,11 +1,11 @@
-"""Seconds and peak memory of a piece of work in this process."""
+"""Seconds and peak memory of a piece of work in this process, and on its CUDA devices."""
 
 from __future__ import annotations
 
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,41 @@ def measured() -> Iterator[Usage]:
     finally:
         usage.seconds = time.perf_counter() - start
         usage.peak_memory = peak_memory()
+
+
+@dataclass
+class DeviceUsage:
+    """What a piece of work took; filled when it ends.
+
+    Attributes:
+        seconds: wall-clock time.
+        peak_memory: the most that torch's tensors took on one CUDA device meanwhile, in bytes.
+    """
+
+    seconds: float = 0.0
+    peak_memory: int = 0
+
+
+@contextmanager
+def measured_on_device() -> Iterator[DeviceUsage]:
+    """Measures the body; may stand inside `measured`. torch is not imported for it."""
+    usage = DeviceUsage()
+    for device in _cuda_devices():
+        sys.modules["torch"].cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    try:
+        yield usage
+    finally:
+        usage.seconds = time.perf_counter() - start
+        usage.peak_memory = max(
+            map(sys.modules["torch"].cuda.max_memory_allocated, _cuda_devices()), default=0
+        )
+
+
+def _cuda_devices() -> Iterable[int]:
+    """The CUDA devices of this process; none as long as it has not used any."""
+    torch = sys.modules.get("torch")
+    return range(torch.cuda.device_count() if torch and torch.cuda.is_initialized() else 0)
 
 
 def available_memory() -> int | None:

@@ -54,18 +54,18 @@ def calibrate(
         reporter: told how far it is.
         method: how; the default is the recipe's.
 
-    Raises:
-        RecipeError: the tokens are of another model's vocabulary.
-
     Returns:
         Where the time went, in seconds: "whole", and, beside each other, what the parts took.
+
+    Raises:
+        RecipeError: a token is none of the model's.
     """
     with StreamedModel(folder, device) as streamed, steady(device):
-        known = streamed.model.get_input_embeddings().num_embeddings
-        if int(tokens.ids.max()) >= known:
+        known, largest = streamed.model.get_input_embeddings().num_embeddings, tokens.ids.max()
+        if largest >= known:
             raise RecipeError(
-                f"There is a calibration token {tokens.ids.max()}, and the model knows {known}: "
-                "its tokenizer, or these tokens, belong to another one."
+                f"Calibration token {largest} is beyond the model's {known:,}: the tokens, or the "
+                "tokenizer that made them, are another model's."
             )
         units = _units(weights, list(streamed.blocks))
         missing = {

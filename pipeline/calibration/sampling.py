@@ -43,8 +43,8 @@ def make_tokens(
         CheckpointError: the model's probabilities are not finite.
     """
     with StreamedModel(source, device) as streamed:
-        has_one = any(is_tokenizer(path.name) for path in source.iterdir())
-        tokenizer = load_tokenizer(source) if has_one else None
+        has_tokenizer = any(is_tokenizer(path.name) for path in source.iterdir())
+        tokenizer = load_tokenizer(source) if has_tokenizer else None
         config = streamed.model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
         length = min(LENGTH, context) if isinstance(context, int) and context > 1 else LENGTH

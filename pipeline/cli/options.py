@@ -117,12 +117,10 @@ def settings_options(command: Command) -> Command:
         memory_budget: str,
         **values: Any,
     ) -> Any:
-        from pipeline.errors import UsageError
         from pipeline.recipe import Recipe, load_recipe, parse_size
         from pipeline.stages import Settings
 
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-            raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N.")
+        check_device(device)
         settings = Settings(
             recipe=_calibrated(load_recipe(recipe) if recipe else Recipe(), calibrate, extra_bytes),
             device=device,
@@ -133,6 +131,14 @@ def settings_options(command: Command) -> Command:
         return command(settings=settings, **values)
 
     return wrapped
+
+
+def check_device(device: str) -> None:
+    """Refuses what no --device can mean."""
+    from pipeline.errors import UsageError
+
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N.")
 
 
 def _calibrated(recipe: Recipe, calibrate: str | None, extra_bytes: str | None) -> Recipe:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli.options import Ui, output_options
+from pipeline.cli.options import Ui, check_device, output_options
 
 if TYPE_CHECKING:
     from pipeline.reproduce.run import Reproduction
@@ -22,25 +22,44 @@ if TYPE_CHECKING:
     help="The folder that holds the source.  [default: the commit that the manifest pins]",
 )
 @click.option(
+    "--device",
+    default="auto",
+    metavar="auto|cpu|cuda[:N]",
+    help="Where calibrated codes are chosen again.  [default: the kind that the manifest says]",
+)
+@click.option(
     "--workers", default=0, type=click.IntRange(min=0), help="Threads.  [default: CPUs + 1]"
 )
 @click.option(
     "--memory-budget", default="256MiB", show_default=True, help="For the engine's buffers."
 )
 @output_options
-def command(ui: Ui, artifact: Path, source: Path | None, workers: int, memory_budget: str) -> None:
+def command(
+    ui: Ui,
+    artifact: Path,
+    source: Path | None,
+    device: str,
+    workers: int,
+    memory_budget: str,
+) -> None:
     """Derive ARTIFACT again from its pinned source, and compare every byte that it must hold.
 
     ARTIFACT is a downloaded artifact, an export folder or a build folder. The work is done on the
     CPU and nothing of the artifact is written. Exits 1 if anything differs.
+
+    Calibrated codes are chosen again from the tokens in calibration.json, on the kind of device on
+    which they were chosen. On another model of GPU or processor some of them may differ, since the
+    model's activations are what the libraries beneath compute there.
     """
     from pipeline.recipe import parse_size
     from pipeline.reproduce.run import reproduce
 
+    check_device(device)
     found = reproduce(
         artifact_folder(artifact),
         source,
         ui.reporter(),
+        device=device,
         workers=workers,
         memory_budget=parse_size(memory_budget, "--memory-budget"),
     )
@@ -71,4 +90,9 @@ def _show(found: Reproduction) -> None:
         click.echo(f"differs: {difference.file} {difference.what}{place}")
     if found.not_derived:
         click.echo(f"not derived: {', '.join(found.not_derived)}")
+    if found.differences and found.calibrated_on:
+        click.echo(
+            f"calibrated: again, on {found.calibrated_on}. Codes hang on how a device computes: on "
+            "another model of GPU or processor than the artifact's some may differ."
+        )
     click.echo(f"reproduced: {found.equal} of {found.files} files")

@@ -12,6 +12,8 @@ from pipeline.recipe import Recipe
 from pipeline.selection import Plan, TensorPlan
 
 SCHEMA_VERSION: Final = 1
+OF_THE_MACHINE: Final = frozenset({"seconds", "peak_device_memory_bytes"})
+"""Facts of a calibration that are not the same each time."""
 
 
 def build_manifest(
@@ -66,8 +68,9 @@ def build_manifest(
         ],
     }
     if calibration is not None:
-        # Seconds are the machine's; everything else is the same each time.
-        manifest["calibration"] = {n: v for n, v in calibration.items() if n != "seconds"}
+        manifest["calibration"] = {
+            name: value for name, value in calibration.items() if name not in OF_THE_MACHINE
+        }
     return manifest
 
 

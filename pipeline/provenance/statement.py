@@ -51,7 +51,7 @@ def statement(
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
                 "externalParameters": {"source": source, "recipe": manifest["recipe"]},
-                "internalParameters": {},
+                "internalParameters": _internal(manifest),
                 "resolvedDependencies": _dependencies(manifest),
             },
             "runDetails": {
@@ -60,6 +60,12 @@ def statement(
             },
         },
     }
+
+
+def _internal(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What shapes the bytes and is no wish of the user: the kind of device that calibrated."""
+    calibration = manifest.get("calibration")
+    return {} if calibration is None else {"calibration_device": calibration["device"]}
 
 
 def _dependencies(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:

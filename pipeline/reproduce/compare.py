@@ -20,6 +20,7 @@ from pipeline.nf4.layout import StoredTensor
 from pipeline.progress import Reporter
 from pipeline.reproduce.derive import Derived, run_engine
 from pipeline.stages import Settings
+from pipeline.stages.calibrate import CALIBRATION_FILE
 
 _CHUNK: Final = 4 * 2**20
 
@@ -55,7 +56,8 @@ def compare_files(
     """Holds every file of an artifact against what it must be.
 
     Args:
-        artifact: its folder; if it holds the manifest alone, that is held against what is made.
+        artifact: its folder; if it holds the manifest alone (beside the tokens of a calibrated
+            one), that is held against what is made.
         listed: size and sha256 of each file, as the manifest has them.
         derived: the weight files.
         small: the other files.
@@ -67,8 +69,10 @@ def compare_files(
     """
     expected = {name: written.digest for name, written in derived.written.items()}
     expected |= {name: FileDigest.of(content) for name, content in small.items()}
-    # A manifest without its files can be checked, too: its hashes are those of what was published.
-    manifest_alone = not any((artifact / name).exists() for name in listed)
+    # A manifest without the files that are made can be checked, too: its hashes are those of what
+    # was published.
+    made = listed.keys() - {CALIBRATION_FILE}
+    manifest_alone = not any((artifact / name).exists() for name in made)
     found: list[Difference] = []
     with reporter.task("check artifact", sum(digest.size for digest in expected.values())) as task:
         for name in sorted({*expected, *listed}):
@@ -135,6 +139,7 @@ def _locate(
         [Output(name, output.source, (owner,), layout)],
         lambda _: _opened(sink),
         lambda *_: None,
+        derived.rounding,
         settings,
     )
     return Difference(name, difference.what, wrong[0], sink.first)

@@ -13,10 +13,11 @@ from pipeline.checkpoint.source import Checkpoint
 from pipeline.engine.buffers import divide
 from pipeline.engine.run import Output, QuantizedFile, make_files
 from pipeline.engine.twins import TwinsDifferError
-from pipeline.nf4.rounding import NearestOnCpu
+from pipeline.nf4.rounding import NearestOnCpu, Rounding
 from pipeline.progress import SILENT, Reporter
 from pipeline.selection import Plan
 from pipeline.stages import Settings
+from pipeline.stages.calibrate import Calibration
 from pipeline.stages.quantize import make_plan
 
 
@@ -30,6 +31,7 @@ class Derived:
         outputs: the weight files, by name, in their order.
         written: what each of them hashes to, by name.
         relative_rmse: of each quantized weight, by name.
+        rounding: how codes and scales are chosen.
     """
 
     checkpoint: Checkpoint
@@ -37,6 +39,7 @@ class Derived:
     outputs: dict[str, Output]
     written: dict[str, WrittenFile]
     relative_rmse: dict[str, float]
+    rounding: Rounding
 
     @property
     def shards(self) -> list[Shard]:
@@ -46,7 +49,9 @@ class Derived:
         ]
 
 
-def derive(build: Build, settings: Settings, reporter: Reporter) -> Derived:
+def derive(
+    build: Build, settings: Settings, reporter: Reporter, chosen: Calibration | None = None
+) -> Derived:
     """Quantizes a build's checkpoint into hashes.
 
     Memory is that of the engine and of what came before its turn (`sink.HELD_BYTES`).
@@ -55,21 +60,26 @@ def derive(build: Build, settings: Settings, reporter: Reporter) -> Derived:
         build: whose download is done.
         settings: the recipe, the threads and the memory.
         reporter: told how far it is.
+        chosen: calibrated codes and scales; None to round to nearest.
 
     Raises:
         SourceError: the checkpoint is not usable.
     """
-    plan, checkpoint = make_plan(build, settings)
+    rounding = NearestOnCpu() if chosen is None else chosen.rounding()
+    kept = frozenset(module["module"] for module in chosen.kept) if chosen else frozenset()
+    plan, checkpoint = make_plan(build, settings, sensitive=kept)
     try:
-        return _derive(plan, checkpoint, settings, reporter)
+        return _derive(plan, checkpoint, rounding, settings, reporter)
     except TwinsDifferError as error:
         reporter.note(f"{error} Both are kept; starting again.")
     different = frozenset(t.source.name for t in plan.tensors if t.twin is not None)
-    plan, checkpoint = make_plan(build, settings, different)
-    return _derive(plan, checkpoint, settings, reporter)
+    plan, checkpoint = make_plan(build, settings, different, kept)
+    return _derive(plan, checkpoint, rounding, settings, reporter)
 
 
-def _derive(plan: Plan, checkpoint: Checkpoint, settings: Settings, reporter: Reporter) -> Derived:
+def _derive(
+    plan: Plan, checkpoint: Checkpoint, rounding: Rounding, settings: Settings, reporter: Reporter
+) -> Derived:
     outputs = plan_outputs(plan, settings.recipe.serialize.max_shard_bytes)
     found: dict[str, QuantizedFile] = {}
     run_engine(
@@ -78,6 +88,7 @@ def _derive(plan: Plan, checkpoint: Checkpoint, settings: Settings, reporter: Re
         outputs,
         lambda output: hashing(output.layout),
         found.__setitem__,
+        rounding,
         settings,
         reporter,
     )
@@ -87,6 +98,7 @@ def _derive(plan: Plan, checkpoint: Checkpoint, settings: Settings, reporter: Re
         {output.name: output for output in outputs},
         {name: file.written for name, file in found.items()},
         {name: value for file in found.values() for name, value in file.relative_rmse.items()},
+        rounding,
     )
 
 
@@ -118,11 +130,11 @@ def run_engine(
     outputs: Sequence[Output],
     opener: Callable[[Output], AbstractContextManager[Sink]],
     done: Callable[[str, QuantizedFile], None],
+    rounding: Rounding,
     settings: Settings,
     reporter: Reporter = SILENT,
 ) -> None:
-    """Makes files on the CPU, with the threads and the memory that the settings give."""
-    rounding = NearestOnCpu()
+    """Makes files, with the threads and the memory that the settings give."""
     workers = settings.workers or rounding.workers
     with reporter.task("derive", source_bytes(outputs)) as task:
         make_files(

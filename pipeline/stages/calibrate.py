@@ -15,6 +15,7 @@ from pipeline.build import Build, stage_key
 from pipeline.checkpoint.digest import digest_file
 from pipeline.checkpoint.durable import json_bytes, make_folder, write_json
 from pipeline.errors import BuildError, RecipeError
+from pipeline.measure import DeviceUsage, measured_on_device
 from pipeline.nf4.rounding import NearestOnCpu, Rounding
 from pipeline.progress import Reporter
 from pipeline.recipe import QuantizeRecipe
@@ -143,6 +144,9 @@ def choose(
     tokens: CalibrationTokens,
     settings: Settings,
     reporter: Reporter,
+    *,
+    already_kept: list[dict[str, Any]] | None = None,
+    sampling: DeviceUsage | None = None,
 ) -> Calibration:
     """Chooses codes and scales for everything that the plan quantizes, or goes on doing so.
 
@@ -152,6 +156,8 @@ def choose(
         tokens: what the model reads.
         settings: the device, and how much larger the artifact may be for modules kept in 16 bit.
         reporter: told how far it is, and of weights that are rounded to nearest after all.
+        already_kept: modules that are known to be kept (see `Calibration.kept`); None to find them.
+        sampling: what finding the tokens took, for the record.
     """
     from pipeline.calibration.run import calibrate
     from pipeline.calibration.store import Store
@@ -169,9 +175,10 @@ def choose(
     }
     store = Store(folder(build) / stage_key(identity)[:12])
     store.open()
-    seconds = calibrate(
-        build.source, plan.quantized, tokens, store, device=device, reporter=reporter
-    )
+    with measured_on_device() as passing:
+        parts = calibrate(
+            build.source, plan.quantized, tokens, store, device=device, reporter=reporter
+        )
     fallbacks = store.fallbacks()
     if fallbacks:
         first = next(iter(fallbacks))
@@ -179,7 +186,11 @@ def choose(
             f"{len(fallbacks)} of {len(plan.quantized)} weights are rounded to nearest after all, "
             f"such as {first}: {fallbacks[first]}."
         )
-    kept = _kept(build, plan, store, tokens, settings, device, reporter)
+    kept = already_kept
+    with measured_on_device() as sensitivity:
+        if kept is None:
+            kept = _kept(build, plan, store, tokens, settings, device, reporter)
+    taken = {"sampling": sampling or DeviceUsage(), "pass": passing, "sensitivity": sensitivity}
     facts = {
         "source": tokens.source,
         "sequences": len(tokens.ids),
@@ -190,9 +201,11 @@ def choose(
         "kept": kept,
         "extra_bytes": sum(module["bytes"] for module in kept),
     }
-    return Calibration(
-        store.files(), kept, facts | {"seconds": seconds}, identity=store.folder.name
-    )
+    of_the_machine = {
+        "seconds": {name: round(usage.seconds, 2) for name, usage in taken.items()} | parts,
+        "peak_device_memory_bytes": {name: usage.peak_memory for name, usage in taken.items()},
+    }
+    return Calibration(store.files(), kept, facts | of_the_machine, identity=store.folder.name)
 
 
 def _kept(
@@ -236,7 +249,17 @@ def published(build: Build, facts: dict[str, Any]) -> bytes:
             f"{tokens_path(build)} does not hold the tokens that `quantize` used (sha256 "
             f"{facts['tokens_sha256'][:12]}…). Run `nf4 quantize` again."
         )
-    return json_bytes({**tokens.as_json(), "kept": facts["kept"]})
+    return as_file(tokens, facts["kept"])
+
+
+def as_file(tokens: CalibrationTokens, kept: list[dict[str, Any]]) -> bytes:
+    """What stands in `CALIBRATION_FILE`.
+
+    Args:
+        tokens: what was read.
+        kept: as in `Calibration`.
+    """
+    return json_bytes({**tokens.as_json(), "kept": kept})
 
 
 def clear(build: Build) -> None:

@@ -19,7 +19,7 @@ from pipeline.engine.buffers import divide
 from pipeline.engine.run import QuantizedFile, quantize_files
 from pipeline.engine.twins import TwinsDifferError
 from pipeline.errors import PlanMismatchError, ResourceError
-from pipeline.measure import available_memory, measured
+from pipeline.measure import available_memory, measured, measured_on_device
 from pipeline.nf4.layout import blocks_of
 from pipeline.nf4.rounding import NearestOnCpu, Rounding
 from pipeline.progress import Reporter
@@ -91,14 +91,14 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
     check_disk(build, plan)
     check_memory(plan, settings.memory_budget)
     recipe = settings.recipe.quantize
-    with measured() as preparing:
+    with measured() as preparing, measured_on_device() as sampling:
         tokens = calibrate.tokens_for(build, settings, reporter) if recipe.calibrate else None
     stage = key(build, settings)  # tokens are part of it
 
     def work() -> tuple[dict[str, Any], dict[str, Any]]:
         chosen = None
         if tokens is not None:
-            chosen = calibrate.choose(build, plan, tokens, settings, reporter)
+            chosen = calibrate.choose(build, plan, tokens, settings, reporter, sampling=sampling)
         # Choices made on another kind of device differ: no file of one stands beside the other's.
         mark = stage if chosen is None else f"{stage}-{chosen.identity}"
         return _planned(build, settings, mark, chosen, reporter)

@@ -25,6 +25,7 @@ from pipeline.provenance.bom import bill_of_materials
 from pipeline.provenance.names import licenses, model_purl
 from pipeline.provenance.statement import SCHEMA_FILE, statement
 from pipeline.stages import Settings, verify
+from tests.report import made
 from tests.support.tiny import content_of, copy_of
 
 SETTINGS = Settings(device="cpu")
@@ -65,6 +66,15 @@ def provenance_of(build: Build) -> dict[str, Any]:
 
 def bom_of(build: Build) -> str:
     return (build.export / "bom.cdx.json").read_text("utf-8")
+
+
+def test_the_kind_of_device_that_calibrated_is_said(build: Build) -> None:
+    manifest = hub_manifest(build)
+    plain = statement(manifest, {}, {}, "", "")
+    assert plain["predicate"]["buildDefinition"]["internalParameters"] == {}
+    manifest["calibration"] = {**made.calibration(), "device": "cuda"}
+    found = statement(manifest, {}, {}, "", "")["predicate"]["buildDefinition"]
+    assert found["internalParameters"] == {"calibration_device": "cuda"}
 
 
 def test_the_statement_is_valid_for_us_and_for_in_toto(attested: Build) -> None:
