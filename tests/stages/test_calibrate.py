@@ -229,8 +229,8 @@ def test_choices_of_another_kind_of_device_do_not_mix(
     build.forget("quantize")
     original = calibrate.choose
 
-    def elsewhere(*args: Any) -> Any:
-        return replace(original(*args), identity="of another device")
+    def elsewhere(*args: Any, **options: Any) -> Any:
+        return replace(original(*args, **options), identity="of another device")
 
     monkeypatch.setattr(calibrate, "choose", elsewhere)
     run_stage(build, "quantize", SELF, SILENT)
