@@ -282,8 +282,9 @@ def _making(manifest: dict[str, Any]) -> str:
             options += f" --extra-bytes {asked['extra_bytes']}"
         rounding = "\n\n".join(map(_text, [chosen(calibration), *exceptions(calibration)]))
         bytes_of = (
-            "From the tokens in `calibration.json` the same kind of device gives the same bytes "
-            "again (`nf4 reproduce`); `manifest.json` lists the sha256 of every file and tensor."
+            "`nf4 reproduce` derives it again from the tokens in `calibration.json`, on the same "
+            "kind of device: another processor, GPU or torch may choose a few other codes. "
+            "`manifest.json` lists the sha256 of every file and tensor."
         )
     else:
         rounding = "Rounding is to the nearest level, without calibration."

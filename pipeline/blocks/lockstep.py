@@ -45,15 +45,9 @@ class Lockstep:
         self._models = models
         self._opened = opened
         self._closed = closed
-        self._cuda = sorted(
-            {
-                parameter.device.index
-                for blocks in models
-                for block in blocks.values()
-                for parameter in block.parameters()
-                if parameter.device.type == "cuda"
-            }
-        )
+        # Blocks that are closed say nothing of the device that they will be on.
+        ready = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+        self._cuda = range(torch.cuda.device_count()) if ready else range(0)
 
     def run(self, tasks: Sequence[Callable[[], None]]) -> None:
         """Runs all tasks to their ends; an error in one of them ends all.

@@ -121,23 +121,32 @@ class StreamedModel:
         if self._device.type != "cpu":
             self._free.append(buffer)
 
-    def hold_what_fits(self, spare: int) -> bool:
+    def hold_what_fits(self, spare: int, spare_if_not: int) -> bool:
         """Gives blocks their weights for good as long as there is memory.
 
         Args:
-            spare: bytes that are left for what the model computes with.
+            spare: bytes that are left for what the model computes with, if all blocks fit.
+            spare_if_not: bytes that are left if they do not.
 
         Returns:
             True if all blocks have them.
         """
-        largest = max((self.nbytes(block) for block in self.blocks), default=0)
-        room = free_memory(self._device) - spare - largest  # of which one is streamed at a time
-        for block in self.blocks:
-            room -= self.nbytes(block)
+        sizes = {name: self._size(name) for name in self.blocks}
+        free = free_memory(self._device)
+        whole = sum(sizes.values()) <= free - spare
+        # If one is streamed at a time, it stands in memory twice while it is read.
+        room = free if whole else free - spare_if_not - 2 * max(sizes.values(), default=0)
+        for name, size in sizes.items():
+            room -= size
             if room < 0:
-                return False
-            self.hold(block)
-        return True
+                break
+            self.hold(name)
+        return whole
+
+    def _size(self, block: str) -> int:
+        """Bytes of a block, in what it is read as or what it is cast to."""
+        cast: int = sum(p.numel() * p.element_size() for p in self.blocks[block].parameters())
+        return max(self.nbytes(block), cast)
 
     def take_generation_config(self) -> None:
         """Generates as the checkpoint says, if it says anything."""

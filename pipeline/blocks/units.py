@@ -22,7 +22,9 @@ def find_blocks(model: Any) -> dict[str, Any]:
             path = f"{prefix}{name}"
             if isinstance(child, nn.ModuleList):
                 for number, block in enumerate(child):
-                    if any(True for _ in block.parameters()):
+                    # A list of bare layers is none of blocks, and small.
+                    bare = not any(True for _ in block.children())
+                    if not bare and any(True for _ in block.parameters()):
                         found[f"{path}.{number}"] = block
             else:
                 visit(f"{path}.", child)

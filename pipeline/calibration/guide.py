@@ -61,13 +61,15 @@ def guide(moment: torch.Tensor, tokens: int, method: Method) -> Guide:
     # With the columns backwards, the lower factor of H is the upper one, and only that one has to
     # be inverted: H = R R^T with R upper triangular, so inverse(H) = U^T U with U = inverse(R).
     backwards = order.flip(0)
-    h = h[backwards][:, backwards]
+    h = h[backwards[:, None], backwards]
     lower, failed = torch.linalg.cholesky_ex(h)
     if int(failed):
         raise IllConditionedError("the second moment of its inputs is not positive definite")
     del h
     unit = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    factor = torch.linalg.solve_triangular(lower, unit, upper=False).float().flip(0, 1)
+    factor = torch.linalg.solve_triangular(lower, unit, upper=False)
+    del lower, unit
+    factor = factor.float().flip(0, 1)
     if not torch.isfinite(factor).all() or float(factor.diagonal().min()) <= 0.0:
         raise IllConditionedError("the second moment of its inputs is too ill-conditioned")
     return Guide(order, factor.contiguous(), importance)

@@ -151,9 +151,12 @@ class _Pass:
         return [task(first) for first in range(0, len(tokens.ids), batch)]
 
     def _body(self) -> Any:
-        """What is run: the model without its head, whose logits are not wanted."""
-        model = self._streamed.model
-        return getattr(model, model.base_model_prefix, model)
+        """What is run: the model without its head, unless a layer of the head is calibrated."""
+        model, prefix = self._streamed.model, self._streamed.model.base_model_prefix
+        outside = self._units.get(OUTSIDE, ())
+        if all(str(plan.module).startswith(f"{prefix}.") for plan in outside):
+            return getattr(model, prefix, model)
+        return model
 
     def _opened(self, block: str) -> None:
         self._streamed.open(block)

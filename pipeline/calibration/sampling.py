@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,8 +54,20 @@ def make_tokens(
             ids = tokens_of_text(text, tokenizer, sequences, length)
             return CalibrationTokens(ids, "text", key)
         with reporter.task("sample calibration tokens", sequences, unit="sequences") as task:
-            ids = _sample(streamed, tokenizer, sequences, length, device, task.advance)
+            ids = _sample(streamed, tokenizer, sequences, length, device, reporter, task.advance)
         return CalibrationTokens(ids, "self", key)
+
+
+def _cache_bytes(model: Any) -> int:
+    """What one token takes in a model's cache of keys and values, at most."""
+    config = model.config.get_text_config()
+    width = int(getattr(config, "hidden_size", 0) or 0)
+    heads = getattr(config, "num_attention_heads", None)
+    shared = getattr(config, "num_key_value_heads", None)
+    if isinstance(heads, int) and isinstance(shared, int) and heads > 0:
+        width = shared * (getattr(config, "head_dim", None) or width // heads)
+    layers = int(getattr(config, "num_hidden_layers", 0) or 0)
+    return 2 * layers * width * int(next(model.parameters()).element_size())
 
 
 def _sample(
@@ -63,10 +76,13 @@ def _sample(
     sequences: int,
     length: int,
     device: str,
-    done: Any,
+    reporter: Reporter,
+    done: Callable[[int], None],
 ) -> NDArray[np.int32]:
-    whole = streamed.hold_what_fits(_SPARE)
     begins = openings(streamed.model, tokenizer, sequences, length)
+    each = length * _cache_bytes(streamed.model)
+    largest = max(begin.count for begin in begins)
+    whole = streamed.hold_what_fits(_SPARE + largest * each, _SPARE + sequences * each)
     found: dict[int, NDArray[np.int32]] = {}
     names = list(streamed.blocks)
 
@@ -81,6 +97,10 @@ def _sample(
             Lockstep([], opened, streamed.close).run([task])
             done(begin.count)
     else:
+        reporter.note(
+            f"The model does not fit on {device}: for each of the {length} tokens of a sequence "
+            "all of it is read once. A text of yours is faster: --calibrate FILE."
+        )
         Lockstep([streamed.blocks], opened, streamed.close).run(tasks)
         done(sequences)
     return np.concatenate([found[number] for number in range(len(begins))])

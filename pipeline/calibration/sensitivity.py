@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +24,7 @@ from pipeline.calibration.given import choice_in
 from pipeline.calibration.losses import Loss
 from pipeline.calibration.run import steady
 from pipeline.calibration.tokens import CalibrationTokens
+from pipeline.errors import CheckpointError
 from pipeline.fidelity.tokens import score_tokens
 from pipeline.nf4 import BLOCK_SIZE
 from pipeline.nf4.codebook import NF4_LEVELS
@@ -33,6 +34,7 @@ from pipeline.selection import TensorPlan
 
 _TOKENS: Final = 1024
 """Of the calibration tokens: enough to tell layers apart, whose losses differ by orders."""
+_WORST: Final = 1e300  # nats; stands for what is not finite
 _TOGETHER: Final = 64  # models that pass the blocks side by side
 
 
@@ -117,13 +119,21 @@ class _Wave:
 
     def _reference(self) -> None:
         self._expected = self._logits()
+        if not self._expected.isfinite().all():
+            raise CheckpointError(
+                "The 16-bit model's predictions on its calibration tokens are not finite, so what "
+                "its layers lose cannot be measured. Look for a corrected checkpoint, or leave "
+                "--extra-bytes out."
+            )
 
     def _task(self, plan: TensorPlan) -> Callable[[], None]:
         def run() -> None:
             self._layer_of[getcurrent()] = plan.name
             own = self._logits()  # when it comes back, the 16-bit model has ended
             scores = score_tokens(self._expected, own, self._ids[:, 1:].flatten())
-            self._found[plan.name] = float(scores.kl.mean())
+            # What is not finite in 4 bit is the first to be kept in 16.
+            kl = float(scores.kl.mean())
+            self._found[plan.name] = kl if isfinite(kl) else _WORST
             self._done(1)
 
         return run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -32,19 +31,16 @@ class Store:
     """A folder with one file for each block that is done. A file is whole, or it is not there.
 
     Args:
-        folder: holds the choices of one calibration; others beside it are deleted.
+        folder: holds the choices of one calibration.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def open(self) -> None:
-        """Makes the folder, and clears away what other calibrations left beside it."""
+        """Makes the folder, and clears away what a killed run left half-written in it."""
         make_folder(self.folder)
         remove_leftovers(self.folder)
-        for other in self.folder.parent.iterdir():
-            if other.is_dir() and other != self.folder:
-                shutil.rmtree(other)
 
     def path(self, unit: str) -> Path:
         return self.folder / f"{unit}{_SUFFIX}"

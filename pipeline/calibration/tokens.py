@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import CheckpointError, RecipeError
+from pipeline.proof.text import beginning
 
 LENGTH: Final = 256
 """Tokens of a sequence, at most."""
 _TOGETHER: Final = 32  # sequences that are sampled at a time
-_OPENINGS: Final = Path(__file__).with_name("openings.txt")
+OPENINGS: Final = Path(__file__).with_name("openings.txt")
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,16 @@ def openings(model: Any, tokenizer: Any, sequences: int, length: int) -> list[Op
         starts = [(int(i),) for i in dice.integers(0, config.vocab_size, 8)]
     talks: list[tuple[int, ...]] = []
     if getattr(tokenizer, "chat_template", None):
-        for line in _OPENINGS.read_text("utf-8").splitlines():
+        for line in OPENINGS.read_text("utf-8").splitlines():
             message = [{"role": "user", "content": line}]
-            talk = tokenizer.apply_chat_template(
-                message, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-            talks += [tuple(talk)] if len(talk) <= length // 2 else []
+            try:
+                talk = tokenizer.apply_chat_template(
+                    message, add_generation_prompt=True, tokenize=True, return_dict=False
+                )
+            except Exception:  # a chat template may raise anything; texts begin without it, too
+                break
+            fits = len(talk) <= length // 2 and max(talk, default=0) < config.vocab_size
+            talks += [tuple(talk)] if talk and fits else []
     half = sequences // 2 if talks else 0
     counts = {start: n for start, n in _shared(starts, sequences - half)} | dict(
         _shared(talks, half)
@@ -235,18 +240,20 @@ def tokens_of_text(path: Path, tokenizer: Any, sequences: int, length: int) -> N
             for i in _line(line, tokenizer, f"{path}, line {number}")
         ]
     else:
-        ids = tokenizer(text, verbose=False).input_ids
-    whole = len(ids) // length
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    # Every sequence begins as the tokenizer begins a text: many models are not themselves without.
+    begin = beginning(tokenizer)[: length - 1]
+    room = length - len(begin)
+    whole = len(ids) // room
     if whole == 0:
         raise RecipeError(
-            f"The calibration text {path} has {len(ids)} tokens; expected at least {length}, "
+            f"The calibration text {path} has {len(ids)} tokens; expected at least {room}, "
             f"better {sequences * length:,}."
         )
     picked = np.linspace(0, whole - 1, min(sequences, whole)).round().astype(int)
-    rows: NDArray[np.int32] = np.array(ids[: whole * length], np.int32).reshape(whole, length)[
-        picked
-    ]
-    return rows
+    rows = np.array(ids[: whole * room], np.int32).reshape(whole, room)[picked]
+    first = np.tile(np.array(begin, np.int32), (len(rows), 1))
+    return np.concatenate([first, rows], axis=1)
 
 
 def _line(line: str, tokenizer: Any, where: str) -> list[int]:
@@ -264,7 +271,7 @@ def _line(line: str, tokenizer: Any, where: str) -> list[int]:
         if not isinstance(text, str):
             raise TypeError(f"a {type(text).__name__} where a text should be")
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        return [*tokenizer(text, verbose=False).input_ids, *end]
+        return [*tokenizer(text, add_special_tokens=False, verbose=False).input_ids, *end]
     except Exception as error:  # a chat template may raise anything
         raise RecipeError(
             f'{where}: expected an object with "messages", "text" or "prompt" ({error}).'

@@ -68,10 +68,13 @@ def build_manifest(
         ],
     }
     if calibration is not None:
-        manifest["calibration"] = {
-            name: value for name, value in calibration.items() if name not in OF_THE_MACHINE
-        }
+        manifest["calibration"] = shown(calibration)
     return manifest
+
+
+def shown(calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says of calibration: all but what the machine had to do with it."""
+    return {name: value for name, value in calibration.items() if name not in OF_THE_MACHINE}
 
 
 def _tensor(

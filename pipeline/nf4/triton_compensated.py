@@ -270,6 +270,8 @@ def round_rows(
     """
     rows, columns = weights.shape
     device = weights.device
+    if signs * len(shares) + 1 > _CANDIDATES:
+        raise ValueError(f"{signs * len(shares) + 1} scales to try; at most {_CANDIDATES}.")
     codes = torch.empty((rows, columns), dtype=torch.uint8, device=device)
     chosen = torch.empty(rows * len(blocks), dtype=torch.uint8, device=device)
     errors = torch.empty((rows, BLOCK_SIZE), dtype=torch.float32, device=device)

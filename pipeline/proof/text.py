@@ -87,7 +87,7 @@ def cut(text: Text, tokenizer: Any, tokens: int, context: int | None) -> tuple[T
     Raises:
         RecipeError: there is none.
     """
-    begin = _begin(tokenizer)
+    begin = beginning(tokenizer)
     room = max(1, min(LENGTH, context or LENGTH) - len(begin))
     share = tokens // max(1, len(text.domains))
     found = []
@@ -105,7 +105,7 @@ def cut(text: Text, tokenizer: Any, tokens: int, context: int | None) -> tuple[T
     return tuple(found)
 
 
-def _begin(tokenizer: Any) -> list[int]:
+def beginning(tokenizer: Any) -> list[int]:
     """What a tokenizer puts before a text; what it may put behind one is left out."""
     bare = tokenizer("a", add_special_tokens=False).input_ids
     whole: list[int] = tokenizer("a").input_ids

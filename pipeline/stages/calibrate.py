@@ -7,14 +7,17 @@ is quantized; and while it runs, what is chosen, block by block.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pipeline.build import Build, stage_key
 from pipeline.checkpoint.digest import digest_file
 from pipeline.checkpoint.durable import json_bytes, make_folder, write_json
-from pipeline.errors import BuildError, RecipeError
+from pipeline.errors import BuildError, PlanMismatchError, RecipeError, ResourceError
 from pipeline.measure import DeviceUsage, measured_on_device
 from pipeline.nf4.rounding import NearestOnCpu, Rounding
 from pipeline.progress import Reporter
@@ -98,6 +101,8 @@ def tokens_key(build: Build, recipe: QuantizeRecipe) -> str:
     Raises:
         RecipeError: the text cannot be read.
     """
+    from pipeline.calibration.tokens import OPENINGS
+
     path = text_path(recipe)
     text = None if path is None else digest_file(path).sha256
     return stage_key(
@@ -106,6 +111,7 @@ def tokens_key(build: Build, recipe: QuantizeRecipe) -> str:
             "source": build.need("download").facts["content_sha256"],
             "text": text,
             "tokens": recipe.calibration_tokens,
+            "openings": digest_file(OPENINGS).sha256 if path is None else None,
         }
     )
 
@@ -125,14 +131,16 @@ def tokens_for(build: Build, settings: Settings, reporter: Reporter) -> Calibrat
     kept = read_tokens(tokens_path(build))
     if kept is not None and kept.key == key:
         return kept
-    tokens = make_tokens(
-        build.source,
-        text_path(recipe),
-        recipe.calibration_tokens,
-        key,
-        pick_device(settings.device),
-        reporter,
-    )
+    device = pick_device(settings.device)
+    with enough_memory(device):
+        tokens = make_tokens(
+            build.source,
+            text_path(recipe),
+            recipe.calibration_tokens,
+            key,
+            device,
+            reporter,
+        )
     make_folder(tokens_path(build).parent)
     write_json(tokens_path(build), tokens.as_json())
     return tokens
@@ -171,15 +179,23 @@ def choose(
         "source": source,
         "tokens": tokens.sha256,
         "device": kind,
+        "torch": version("torch"),  # what it computes may change with it
         "weights": [tensor.name for tensor in plan.quantized],
     }
     store = Store(folder(build) / stage_key(identity)[:12])
     store.open()
-    with measured_on_device() as passing:
+    with enough_memory(device), measured_on_device() as passing:
         parts = calibrate(
             build.source, plan.quantized, tokens, store, device=device, reporter=reporter
         )
     fallbacks = store.fallbacks()
+    lost = {tensor.name for tensor in plan.quantized} - {*store.files(), *fallbacks}
+    if lost:
+        raise PlanMismatchError(
+            f"{len(lost)} weights, such as {min(lost)}, were neither calibrated nor said to be "
+            "rounded to nearest. This is a fault of this program: please report it with the "
+            "model's name."
+        )
     if fallbacks:
         first = next(iter(fallbacks))
         reporter.note(
@@ -187,7 +203,7 @@ def choose(
             f"such as {first}: {fallbacks[first]}."
         )
     kept = already_kept
-    with measured_on_device() as sensitivity:
+    with enough_memory(device), measured_on_device() as sensitivity:
         if kept is None:
             kept = _kept(build, plan, store, tokens, settings, device, reporter)
     taken = {"sampling": sampling or DeviceUsage(), "pass": passing, "sensitivity": sensitivity}
@@ -235,6 +251,25 @@ def _kept(
     return [loss.as_json() for loss in kept]
 
 
+@contextmanager
+def enough_memory(device: str) -> Iterator[None]:
+    """Says what can be done if a device has too little memory for the body.
+
+    Raises:
+        ResourceError: so it is.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"The memory of {device} is too small to calibrate this model "
+            f"({str(error).split('. ')[0]}). End other programs that use it, name another --device, or round to nearest (without "
+            "--calibrate). What is done is kept."
+        ) from error
+
+
 def published(build: Build, facts: dict[str, Any]) -> bytes:
     """What the artifact holds of it, so that others can do it again: tokens, and what was kept.
 
@@ -260,6 +295,11 @@ def as_file(tokens: CalibrationTokens, kept: list[dict[str, Any]]) -> bytes:
         kept: as in `Calibration`.
     """
     return json_bytes({**tokens.as_json(), "kept": kept})
+
+
+def chosen_bytes(build: Build) -> int:
+    """What choices take on the disk already."""
+    return sum(path.stat().st_size for path in folder(build).glob("*/*") if path.is_file())
 
 
 def clear(build: Build) -> None:

@@ -88,9 +88,9 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
     """
     build.check_inputs("download")
     plan, _ = make_plan(build, settings)
-    check_disk(build, plan)
-    check_memory(plan, settings.memory_budget)
     recipe = settings.recipe.quantize
+    check_disk(build, plan, choices=bool(recipe.calibrate))
+    check_memory(plan, settings.memory_budget)
     with measured() as preparing, measured_on_device() as sampling:
         tokens = calibrate.tokens_for(build, settings, reporter) if recipe.calibrate else None
     stage = key(build, settings)  # tokens are part of it
@@ -215,8 +215,13 @@ def _may_have_cuda() -> bool:
     return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
 
 
-def check_disk(build: Build, plan: Plan) -> None:
+def check_disk(build: Build, plan: Plan, *, choices: bool = False) -> None:
     """Refuses to begin what the disk cannot hold.
+
+    Args:
+        build: where.
+        plan: what will be written.
+        choices: calibrated codes and scales stand on it, too, until all is written.
 
     Raises:
         ResourceError: it is too full.
@@ -226,6 +231,9 @@ def check_disk(build: Build, plan: Plan) -> None:
         for file, layout in plan.layouts().items()
         if not (build.quantized / file).exists()
     )
+    if choices:
+        needed += sum(part.nbytes for tensor in plan.quantized for part in tensor.stored)
+        needed -= calibrate.chosen_bytes(build)
     free = shutil.disk_usage(build.root).free
     if needed > free:
         raise ResourceError(

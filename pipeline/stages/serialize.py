@@ -18,7 +18,7 @@ from pipeline.checkpoint.durable import (
 from pipeline.checkpoint.shards import Shard, name_shards, split_file, write_shard
 from pipeline.checkpoint.source import INDEX_FILE
 from pipeline.errors import BuildError, ResourceError
-from pipeline.manifest.build import build_manifest
+from pipeline.manifest.build import build_manifest, shown
 from pipeline.manifest.read import MANIFEST_FILE
 from pipeline.manifest.small_files import small_files, stored_tensors_of, weight_index
 from pipeline.progress import Reporter
@@ -33,6 +33,7 @@ CODE_VERSION: Final = 1
 def key(build: Build, settings: Settings) -> str:
     """Depends on what quantize wrote, on the small files of the source, and on [serialize]."""
     download, quantized = build.need("download"), build.need("quantize")
+    calibration = quantized.facts.get("calibration")
     small = {
         name: digest.sha256
         for name, digest in recorded_files(download).items()
@@ -45,6 +46,7 @@ def key(build: Build, settings: Settings) -> str:
             "small": small,
             "recipe": settings.recipe.as_json()["serialize"],
             "quantize_recipe": settings.recipe.as_json()["quantize"],
+            **({"calibration": shown(calibration)} if calibration else {}),
         }
     )
 
