@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from pipeline.build import Build
 from pipeline.job import run_build, run_stage
 from pipeline.progress import SILENT
-from pipeline.recipe import load_recipe
+from pipeline.recipe import QuantizeRecipe, Recipe, load_recipe
 from pipeline.stages import Settings, download
 from tests.support.facts import FactsHere
 from tests.support.tiny import copy_of, write_falcon, write_recipe
@@ -77,4 +77,23 @@ def verified(
     folder = tmp_path_factory.mktemp("verified")
     build, results = run_build(str(tiny_falcon), folder, settings, SILENT)
     assert results["verify"].record.facts["verdict"] == "pass"
+    return build.root
+
+
+@pytest.fixture(scope="session")
+def calibrated_sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole build of the sample, calibrated on 16,384 tokens of its own (see `copy_of`)."""
+    import torch
+
+    threads = torch.get_num_threads()
+    # Threads of torch that wait for a processor that others use take many times as long.
+    torch.set_num_threads(1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")  # for the processes that verify
+            settings = Settings(recipe=Recipe(QuantizeRecipe(calibrate="self")), device="cpu")
+            folder = tmp_path_factory.mktemp("calibrated-sample")
+            build, _ = run_build("sample", folder, settings, SILENT)
+    finally:
+        torch.set_num_threads(threads)
     return build.root

@@ -57,6 +57,19 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     )
 
 
+def test_a_calibrated_recipe(tmp_path: Path) -> None:
+    text = '[quantize]\ncalibrate = "self"\ncalibration_tokens = 512\nextra_bytes = "2.5 %"'
+    recipe = load_recipe(write(tmp_path, text)).quantize
+    assert recipe == QuantizeRecipe(
+        calibrate="self", calibration_tokens=512, extra_bytes="2.5 %", rounding="calibrated"
+    )
+    assert recipe.extra_share == 0.025
+    assert QuantizeRecipe().extra_share == 0
+    assert parse_recipe(Recipe(recipe).as_json(), "manifest") == Recipe(recipe)
+    text_recipe = QuantizeRecipe(calibrate="/home/me/my text.txt")
+    assert text_recipe.shaping()["calibrate"] == "text"  # not where it lies
+
+
 def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, "")) == Recipe()
 
@@ -83,6 +96,18 @@ def test_a_recipe_cannot_be_changed() -> None:
         ('[quantize]\nskip_modules = [""]', "names of modules, none of them empty"),
         ('[quantize]\nrounding = "awq"', "quantize.rounding is 'awq'; expected \"nearest\""),
         ("[quantize]\nrounding = true", "quantize.rounding is True; expected a str"),
+        ('[quantize]\nrounding = "calibrated"', "'calibrated'; expected \"nearest\", since"),
+        (
+            '[quantize]\ncalibrate = "self"\nrounding = "nearest"',
+            "'nearest'; expected \"calibrated\", since quantize.calibrate is 'self'",
+        ),
+        ("[quantize]\ncalibrate = true", "quantize.calibrate is True; expected a str"),
+        ("[quantize]\ncalibration_tokens = 255", "is 255; expected at least 256"),
+        ('[quantize]\nextra_bytes = "5%"', "nothing without calibration"),
+        ('[quantize]\ncalibrate = "self"\nextra_bytes = "5"', "'5'; expected a percentage"),
+        ('[quantize]\ncalibrate = "self"\nextra_bytes = "100.5%"', "expected a percentage"),
+        ('[quantize]\ncalibrate = "self"\nextra_bytes = "nan%"', "expected a percentage"),
+        ("[quantize]\nextra_bytes = 5", "quantize.extra_bytes is 5; expected a str"),
         ('[serialize]\nmax_shard_size = "0GB"', "serialize.max_shard_size is '0GB'; expected > 0"),
         ('[serialize]\nmax_shard_size = "5XB"', "'5XB'; expected a size such as"),
         ('[serialize]\nmax_shard_size = "-5GB"', "'-5GB'; expected a size"),
