@@ -22,8 +22,6 @@ from pipeline.nf4.dequantize import dequantize, unpack
 from pipeline.nf4.double_quant import NestedScales, double_quantize
 from tests.support.compensated import Array, order_of, prepared, reference
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 METHOD: Final = Method()
 WHOLE: Final = ((24, 64), (12, 192), (3, 320), (1, 128), (70, 256))
 RAGGED: Final = ((20, 48), (9, 100), (7, 65), (1, 3), (33, 130), (180, 100))

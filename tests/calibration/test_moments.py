@@ -13,8 +13,6 @@ from torch import nn
 from pipeline.calibration import moments as rooms
 from pipeline.calibration.moments import Moments
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Block(nn.Module):
     """q and k read the same tensor, o another, and `never` none at all."""

@@ -39,8 +39,6 @@ from tests.support.stock import linear4bit, load_stock, logits
 from tests.support.tiny import copy_of
 from tests.test_stock_equality import dequantized
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 DTYPED: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "llama-fp16": ("llama", {"dtype": "float16"}),
     "gpt2-fp32": ("gpt2", {"dtype": "float32"}),

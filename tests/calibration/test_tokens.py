@@ -26,8 +26,6 @@ from pipeline.runtime.loader import load_tokenizer
 from tests.support.checkpoints import make_checkpoint, make_model
 from tests.support.tiny import edit_json
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CHAT: Final = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -22,8 +22,6 @@ from pipeline.stages import Settings, calibrate, quantize, serialize
 from tests.support.calibrated import bytes_of, downloaded, manifest_of, quantized, settings
 from tests.support.tiny import copy_of, flip_byte, write_falcon
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BLOCKS: Final = [f"transformer.h.{number}.safetensors" for number in range(4)]
 SELF: Final = settings()
 NEAREST: Final = settings("")
