@@ -5,11 +5,11 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 _CLEAR_REFS: Final = Path("/proc/self/clear_refs")
 _MEMINFO: Final = Path("/proc/meminfo")
@@ -63,22 +63,23 @@ class DeviceUsage:
 def measured_on_device() -> Iterator[DeviceUsage]:
     """Measures the body; may stand inside `measured`. torch is not imported for it."""
     usage = DeviceUsage()
-    for device in _cuda_devices():
-        sys.modules["torch"].cuda.reset_peak_memory_stats(device)
+    if cuda := _cuda_in_use():
+        for device in range(cuda.device_count()):
+            cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     try:
         yield usage
     finally:
         usage.seconds = time.perf_counter() - start
-        usage.peak_memory = max(
-            map(sys.modules["torch"].cuda.max_memory_allocated, _cuda_devices()), default=0
-        )
+        if cuda := _cuda_in_use():
+            devices = range(cuda.device_count())
+            usage.peak_memory = max(map(cuda.max_memory_allocated, devices), default=0)
 
 
-def _cuda_devices() -> Iterable[int]:
-    """The CUDA devices of this process; none as long as it has not used any."""
+def _cuda_in_use() -> Any:
+    """`torch.cuda`, or None as long as this process has not used it."""
     torch = sys.modules.get("torch")
-    return range(torch.cuda.device_count() if torch and torch.cuda.is_initialized() else 0)
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 def available_memory() -> int | None:
