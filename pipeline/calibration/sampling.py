@@ -21,6 +21,7 @@ from pipeline.calibration.tokens import (
 from pipeline.checkpoint.files import is_tokenizer
 from pipeline.progress import Reporter
 from pipeline.runtime.loader import load_tokenizer
+from pipeline.runtime.threads import one_thread_if_small
 
 _SPARE: Final = 2 * 2**30
 """Bytes of memory that the model leaves for what it computes with."""
@@ -53,7 +54,10 @@ def make_tokens(
         if text is not None:
             ids = tokens_of_text(text, tokenizer, sequences, length)
             return CalibrationTokens(ids, "text", key)
-        with reporter.task("sample calibration tokens", sequences, unit="sequences") as task:
+        with (
+            one_thread_if_small(streamed.footprint),
+            reporter.task("sample calibration tokens", sequences, unit="sequences") as task,
+        ):
             ids = _sample(streamed, tokenizer, sequences, length, device, reporter, task.advance)
         return CalibrationTokens(ids, "self", key)
 

@@ -31,6 +31,7 @@ from pipeline.proof.text import Text, cut, random_sequences
 from pipeline.runtime.generate import Generator
 from pipeline.runtime.loader import load_tokenizer, load_with_report
 from pipeline.runtime.quiet import quiet_libraries
+from pipeline.runtime.threads import one_thread_if_small
 
 _SPARE: Final = 2 * 2**30
 """Bytes of the device's memory that the 16-bit model leaves for what it computes with."""
@@ -61,7 +62,8 @@ def _source(request: dict[str, Any]) -> dict[str, Any]:
             found: list[dict[str, Any]] = []
             if request["prompts"]:
                 streamed.take_generation_config()
-                found = _answer_streamed(request, streamed, whole)
+                with one_thread_if_small(streamed.footprint):
+                    found = _answer_streamed(request, streamed, whole)
             result: dict[str, Any] = {
                 "answers": found,
                 "costs": _costs(found, load_seconds, streamed.footprint, streamed=not whole),
@@ -85,11 +87,11 @@ def _artifact(request: dict[str, Any]) -> dict[str, Any]:
         footprint = int(model.get_memory_footprint())
     on_load = _peaks(request, loading.peak_memory)
     # Before anything is asked: on some CPUs bitsandbytes repacks a weight when it is first used.
-    with measured() as comparing:
+    with measured() as comparing, one_thread_if_small(footprint):
         result |= _distance(request, model)
     result["comparison"] = {"seconds": round(comparing.seconds, 3)}
     result["comparison"] |= _peaks(request, comparing.peak_memory)
-    with measured() as answering:
+    with measured() as answering, one_thread_if_small(footprint):
         found = _answer(request, _generator(request, model)) if request["prompts"] else []
     on_answer = _peaks(request, answering.peak_memory)
     result["answers"] = found

@@ -265,8 +265,8 @@ def enough_memory(device: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"The memory of {device} is too small to calibrate this model "
-            f"({str(error).split('. ')[0]}). End other programs that use it, name another --device, or round to nearest (without "
-            "--calibrate). What is done is kept."
+            f"({str(error).split('. ')[0]}). End other programs that use it, name another "
+            "--device, or round to nearest (without --calibrate). What is done is kept."
         ) from error
 
 

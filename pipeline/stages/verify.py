@@ -188,7 +188,9 @@ def _beside(manifest: dict[str, Any]) -> list[str] | None:
     """
     if manifest["recipe"]["quantize"]["rounding"] == "nearest":
         return None
-    return [module["module"] for module in manifest.get("calibration", {}).get("kept", ())]
+    kept = {module["module"] for module in manifest.get("calibration", {}).get("kept", ())}
+    plain = [t.get("module") for t in manifest["tensors"] if not t["quantized"]]
+    return [module for module in plain if module in kept]
 
 
 def _versions() -> dict[str, str]:

@@ -148,7 +148,7 @@ def test_a_model_that_does_not_fit_writes_the_same(
     whole = sampled(llama, 1024)
     held: list[bool] = []
 
-    def hold_nothing(self: StreamedModel, spare: int) -> bool:
+    def hold_nothing(self: StreamedModel, spare: int, spare_if_not: int) -> bool:
         held.append(False)
         return False
 

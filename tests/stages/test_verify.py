@@ -345,7 +345,7 @@ def calibrated(build: Build) -> Build:
     path = build.export / "manifest.json"
     recipe = json.loads(path.read_text("utf-8"))["recipe"]
     recipe["quantize"]["rounding"] = "calibrated"
-    edit_json(path, recipe=recipe, calibration=made.calibration())
+    edit_json(path, recipe=recipe, calibration={**made.calibration(), "kept": [], "extra_bytes": 0})
     agree(build)
     return build
 
