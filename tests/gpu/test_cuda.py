@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from pipeline.nf4 import cpu
 from pipeline.nf4.layout import blocks_of
 
 torch = pytest.importorskip("torch")
@@ -39,12 +40,12 @@ def _weights(kind: str, size: int) -> Any:
     return values
 
 
-def _run(rounding: Any, bits: NDArray[Any], dtype: str) -> tuple[NDArray[Any], ...]:
+def _run(quantize: Any, bits: NDArray[Any], dtype: str) -> tuple[NDArray[Any], ...]:
     size = bits.size
     packed = np.zeros(-(-size // 2), np.uint8)
     absmax = np.zeros(blocks_of(size), np.float32)
     sums = np.zeros((blocks_of(size), 3), np.int32)
-    assert rounding.quantize(bits, dtype, packed, absmax, sums) == -1
+    assert quantize(bits, dtype, packed, absmax, sums) == -1
     return packed, absmax, sums
 
 
@@ -52,11 +53,10 @@ def _run(rounding: Any, bits: NDArray[Any], dtype: str) -> tuple[NDArray[Any], .
 @pytest.mark.parametrize("kind", ["plain", "zeros", "huge", "subnormal", "constant"])
 def test_cuda_gives_the_bits_of_the_cpu(dtype: str, kind: str) -> None:
     from pipeline.nf4.cuda import NearestOnCuda
-    from pipeline.nf4.rounding import NearestOnCpu
 
     if dtype == "float16" and kind in ("huge", "subnormal"):
         pytest.skip("outside the range of float16")
-    on_cuda, on_cpu = NearestOnCuda(["cuda:0"]), NearestOnCpu()
+    on_cuda, on_cpu = NearestOnCuda(["cuda:0"]).quantize, cpu.quantize_blocks
     for size in SIZES:
         weights = _weights(kind, size).to(getattr(torch, dtype))
         width = torch.int32 if dtype == "float32" else torch.int16
