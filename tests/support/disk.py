@@ -26,7 +26,7 @@ SIZE: Final = 64 * 2**20
 _BLIND: Final = """
 import sys
 from pipeline.stages import quantize, serialize
-quantize.check_disk = serialize._check_disk = lambda *_: None
+quantize.check_disk = serialize._check_disk = lambda *_, **__: None
 from pipeline.cli import main
 main(sys.argv[1:])
 """
