@@ -103,6 +103,13 @@ class StreamedModel:
         on_device = buffer[: group.nbytes].to(self._device)
         self._fill(block, group.views(on_device))
 
+    def open_ahead(self, block: str) -> None:
+        """Opens a block, and begins to read the one behind it."""
+        self.open(block)
+        names = list(self.blocks)
+        for following in names[names.index(block) + 1 :][:1]:
+            self.prefetch(following)
+
     def close(self, block: str) -> None:
         """Takes a block's weights away again."""
         if block in self._held or block not in self._groups:

@@ -98,7 +98,6 @@ class _Pass:
         self._store = store
         self._device = device
         self._method = method
-        self._names = list(streamed.blocks)
         self._moments: dict[str, Moments] = {}
         self.seconds: dict[str, float] = {}
 
@@ -159,10 +158,7 @@ class _Pass:
         return model
 
     def _opened(self, block: str) -> None:
-        self._streamed.open(block)
-        following = self._names.index(block) + 1
-        if following < len(self._names):
-            self._streamed.prefetch(self._names[following])
+        self._streamed.open_ahead(block)
         if block in self._missing:
             self._watch(block, self._streamed.blocks[block])
 

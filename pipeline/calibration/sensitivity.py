@@ -95,7 +95,6 @@ class _Wave:
         self._ids = ids
         self._found = found
         self._done = done
-        self._names = list(streamed.blocks)
         self._layer_of: dict[Any, str] = {}  # the weight that is in 4 bit for a run
         self._expected: torch.Tensor
 
@@ -105,13 +104,9 @@ class _Wave:
         with ExitStack() as stack:
             for plan in self._weights:
                 self._hook(plan, stack)
-            Lockstep([self._streamed.blocks], self._opened, self._streamed.close).run(tasks)
-
-    def _opened(self, block: str) -> None:
-        self._streamed.open(block)
-        following = self._names.index(block) + 1
-        if following < len(self._names):
-            self._streamed.prefetch(self._names[following])
+            Lockstep([self._streamed.blocks], self._streamed.open_ahead, self._streamed.close).run(
+                tasks
+            )
 
     def _logits(self) -> torch.Tensor:
         found: torch.Tensor = self._streamed.model(self._ids, use_cache=False).logits[:, :-1]

@@ -183,10 +183,7 @@ class Comparison:
         ]
 
     def _opened(self, block: str) -> None:
-        self._reference.open(block)
-        following = self._names.index(block) + 1
-        if following < len(self._names):
-            self._reference.prefetch(self._names[following])
+        self._reference.open_ahead(block)
         if block not in self._looked_at:
             self._looked_at.add(block)
             for name, layer, own in self._layers(block):

@@ -87,7 +87,7 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
         PlanMismatchError: the bytes written are not the bytes planned.
     """
     build.check_inputs("download")
-    plan, _ = make_plan(build, settings)
+    plan, checkpoint = make_plan(build, settings)
     recipe = settings.recipe.quantize
     check_disk(build, plan, choices=bool(recipe.calibrate))
     check_memory(plan, settings.memory_budget)
@@ -101,7 +101,7 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
             chosen = calibrate.choose(build, plan, tokens, settings, reporter, sampling=sampling)
         # Choices made on another kind of device differ: no file of one stands beside the other's.
         mark = stage if chosen is None else f"{stage}-{chosen.identity}"
-        return _planned(build, settings, mark, chosen, reporter)
+        return _planned(build, plan, checkpoint, settings, mark, chosen, reporter)
 
     record = recorded(build, "quantize", stage, work, preparing)
     if tokens is not None:
@@ -111,14 +111,17 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
 
 def _planned(
     build: Build,
+    plan: Plan,
+    checkpoint: Checkpoint,
     settings: Settings,
     stage: str,
     chosen: calibrate.Calibration | None,
     reporter: Reporter,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Quantizes by the plan, and by another one if tied tensors turn out to differ."""
+    """Quantizes by the plan, or by another one: layers are kept, or tied tensors differ."""
     sensitive = frozenset(module["module"] for module in chosen.kept) if chosen else frozenset()
-    plan, checkpoint = make_plan(build, settings, sensitive=sensitive)
+    if sensitive:
+        plan, _ = make_plan(build, settings, sensitive=sensitive)
     try:
         return _quantize(build, plan, checkpoint, stage, settings, chosen, reporter)
     except TwinsDifferError as error:
