@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import queue
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,10 +43,15 @@ class TensorFile:
         self._abandoned = False
         self._digest: str | None = None
         self._failure: Exception | None = None
+        self._written: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
         os.ftruncate(descriptor, layout.nbytes)
         self._pwrite(memoryview(layout.header()), 0)
-        self._follower = threading.Thread(target=self._follow, name="hash file", daemon=True)
-        self._follower.start()
+        self._threads = [
+            threading.Thread(target=self._follow, name="hash file", daemon=True),
+            threading.Thread(target=self._write_out, name="write out", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def write(self, name: str, start: int, data: NDArray[Any] | bytes) -> None:
         """Writes bytes of one tensor, `start` bytes after its beginning; each byte once.
@@ -57,6 +63,7 @@ class TensorFile:
         if start + view.nbytes > place.nbytes:
             raise ValueError(f"{name}: {start + view.nbytes} bytes do not fit {place.nbytes}")
         self._pwrite(view, place.offset + start)
+        self._written.put((place.offset + start, view.nbytes))
         with self._changed:
             self._left[name] -= view.nbytes
             if self._left[name] > 0 or view.nbytes == 0:
@@ -78,7 +85,7 @@ class TensorFile:
         missing = set(self._places) - self._complete
         if missing:
             raise RuntimeError(f"{len(missing)} tensors were not written, such as {min(missing)}")
-        self._follower.join()
+        self._join()
         if self._failure is not None:
             raise self._failure
         if self._digest is None:
@@ -92,7 +99,20 @@ class TensorFile:
         with self._changed:
             self._abandoned = True
             self._changed.notify_all()
-        self._follower.join()
+        self._join()
+
+    def _join(self) -> None:
+        self._written.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _write_out(self) -> None:
+        """Has the system write while others compute, since fsync would begin with all of it.
+
+        In a thread of its own: the call waits where the disk has more than it can take.
+        """
+        while (part := self._written.get()) is not None and not self._abandoned:
+            start_writing_out(self._descriptor, *part)
 
     def _follow(self) -> None:
         try:
@@ -110,7 +130,6 @@ class TensorFile:
             if self._abandoned:
                 return
             self._hash_range(tensor.offset, tensor.nbytes, whole)
-            start_writing_out(self._descriptor, tensor.offset, tensor.nbytes)
         self._digest = whole.hexdigest()
 
     def _hash_range(self, offset: int, nbytes: int, digest: Any) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.checkpoint.sink import Sink
-from pipeline.engine.chunks import Chunk, read_chunk
+from pipeline.engine.chunks import Chunk, read_chunk, will_read
 from pipeline.engine.twins import Twin
 from pipeline.errors import CheckpointError
 from pipeline.nf4 import BLOCK_SIZE
@@ -80,15 +80,27 @@ class FileJob:
         self._open: dict[str, _Weight] = {}
         self._lock = threading.Lock()
 
-    def copy(self, chunk: Chunk, twins: Sequence[Twin] = ()) -> None:
-        """Copies a chunk of a tensor that stays as it is, and checks those dropped for it."""
+    def announce(self, chunk: Chunk, twins: Sequence[Twin] = ()) -> None:
+        """Has the system begin to read what `make` will soon ask for."""
+        will_read(self._source, chunk)
+        for twin in twins:
+            twin.announce(chunk)
+
+    def make(self, chunk: Chunk, twins: Sequence[Twin] = ()) -> None:
+        """Does with a chunk what the plan says, and checks the tensors dropped for its own."""
+        if chunk.tensor.action == "quantize":
+            self._quantize(chunk)
+        else:
+            self._copy(chunk, twins)
+        self._task.advance(chunk.nbytes)
+
+    def _copy(self, chunk: Chunk, twins: Sequence[Twin]) -> None:
         data = read_chunk(self._source, chunk, self._buffers.get("in", chunk.nbytes))
         for twin in twins:
             twin.check(data, chunk, self._buffers.get("twin", chunk.nbytes))
         self._output.write(chunk.tensor.name, chunk.start * data.itemsize, data)
-        self._task.advance(chunk.nbytes)
 
-    def quantize(self, chunk: Chunk) -> None:
+    def _quantize(self, chunk: Chunk) -> None:
         """Rounds a chunk of a weight; the last one finishes the weight."""
         plan = chunk.tensor
         weight = self._weight(plan)
@@ -105,7 +117,6 @@ class FileJob:
         self._output.write(plan.name, chunk.start // 2, packed)
         if self._finished_one(weight):
             self._finish(weight)
-        self._task.advance(chunk.nbytes)
 
     def _weight(self, plan: TensorPlan) -> _Weight:
         with self._lock:

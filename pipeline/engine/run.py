@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -190,28 +191,27 @@ class _Engine:
                 self._task,
             )
             while tensors := [tensor for tensor in output.tensors if sink.wants(tensor.stored)]:
-                self._work(self._call(job, chunk) for t in tensors for chunk in chunks[t.name])
+                self._work(job, (chunk for t in tensors for chunk in chunks[t.name]))
             written = sink.finish()
         with self._done:
             done(output.name, QuantizedFile(written, job.relative_rmse))
 
-    def _call(self, job: FileJob, chunk: Chunk) -> Call:
-        if chunk.tensor.action == "quantize":
-            return partial(job.quantize, chunk)
-        return partial(job.copy, chunk, self._twins.get(chunk.tensor.source.name, ()))
-
-    def _work(self, calls: Iterator[Call]) -> None:
-        """Has calls done by the workers, few ahead of what is done; the first error ends it."""
-        pending: set[Future[None]] = set()
+    def _work(self, job: FileJob, chunks: Iterator[Chunk]) -> None:
+        """Has chunks done by the workers, few ahead of what is done; the first error ends it."""
+        room = threading.Semaphore(2 * self._budget.workers)
+        pending: deque[Future[None]] = deque()
         try:
-            for call in calls:
+            for chunk in chunks:
+                room.acquire()
+                while pending and pending[0].done():
+                    pending.popleft().result()
                 if self.stop.is_set():
                     raise _StoppedError
-                pending.add(self._pool.submit(call))
-                if len(pending) >= 2 * self._budget.workers:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        future.result()
+                twins = self._twins.get(chunk.tensor.source.name, ())
+                job.announce(chunk, twins)
+                future = self._pool.submit(job.make, chunk, twins)
+                future.add_done_callback(lambda _: room.release())
+                pending.append(future)
             for future in pending:
                 future.result()
         finally:

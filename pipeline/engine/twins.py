@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engine.chunks import Chunk, read_range
+from pipeline.engine.chunks import Chunk, read_range, will_read
 from pipeline.errors import SourceError
 from pipeline.selection import TensorPlan
 
@@ -36,6 +36,10 @@ class Twin:
 
     tensor: TensorPlan
     descriptor: int
+
+    def announce(self, chunk: Chunk) -> None:
+        """Has the system begin to read what `check` will compare a chunk with."""
+        will_read(self.descriptor, chunk, self.tensor.source.header.offset)
 
     def check(self, data: NDArray[Any], chunk: Chunk, buffer: NDArray[np.uint8]) -> None:
         """Holds a chunk of the other tensor against the same place of this one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,8 +98,9 @@ class NearestWeight:
 
     def __init__(self, rounder: ChunkRounder, weights: int) -> None:
         self._rounder = rounder
-        self._absmax = np.empty(blocks_of(weights), np.float32)
-        self._sums = np.empty((blocks_of(weights), 3), np.int32)
+        blocks = blocks_of(weights)
+        self._absmax = _mapped(blocks, np.float32)
+        self._sums = _mapped(3 * blocks, np.int32).reshape(blocks, 3)
 
     def chunk(self, bits: NDArray[Any], dtype: str, start: int, packed: NDArray[np.uint8]) -> int:
         """See `WeightRounding`."""
@@ -116,3 +118,14 @@ class NearestWeight:
 def relative_rmse(error: float, energy: float) -> float:
     """The root of the error's share of the energy, in four digits: what the sums can promise."""
     return float(f"{sqrt(error / energy):.4g}") if energy else 0.0
+
+
+def _mapped(count: int, dtype: type[np.generic]) -> NDArray[Any]:
+    """Zeros that go back to the system when they are let go.
+
+    What a thread takes from its heap the heap keeps, and which thread begins a large weight is a
+    matter of chance: the peak memory would be, too.
+    """
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    nbytes = max(count * np.dtype(dtype).itemsize, 1)
+    return np.frombuffer(mmap.mmap(-1, nbytes, flags=private), dtype, count)
