@@ -98,8 +98,10 @@ def _scale(weights, absmax, ragged, x):  # type: ignore[no-untyped-def]
     whole = absmax.size - 1 if ragged else absmax.size
     for b in range(whole):
         inverse = _ONE / max(absmax[b], _SMALLEST)
-        for i in range(b * BLOCK_SIZE, (b + 1) * BLOCK_SIZE):
-            x[i] = weights[i] * inverse
+        block = weights[b * BLOCK_SIZE : (b + 1) * BLOCK_SIZE]
+        scaled = x[b * BLOCK_SIZE : (b + 1) * BLOCK_SIZE]
+        for i in range(BLOCK_SIZE):
+            scaled[i] = block[i] * inverse
     if ragged:
         absmax[whole] = max(absmax[whole], _SMALLEST)
         for i in range(whole * BLOCK_SIZE, (whole + 1) * BLOCK_SIZE):
@@ -127,25 +129,22 @@ def _pack(codes, packed):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _sum_up(x, codes, levels, fixed, sums):  # type: ignore[no-untyped-def]
+def _sum_up(x, codes, levels, sums):  # type: ignore[no-untyped-def]
     """Sums of d^2, d * level and level^2 per block in fixed point, where d = x - level."""
-    errors, steps = fixed[0], fixed[1]
     for i in range(x.size):
         levels[i] = NF4_LEVELS[codes[i]]
-    for i in range(x.size):
-        errors[i] = np.int32(np.floor((x[i] - levels[i]) * _ERROR_UNIT + _HALF))
-    for i in range(x.size):
-        steps[i] = np.int32(np.floor(levels[i] * _LEVEL_UNIT + _HALF))
     for b in range(len(sums)):
-        d = errors[b * BLOCK_SIZE : (b + 1) * BLOCK_SIZE]
-        v = steps[b * BLOCK_SIZE : (b + 1) * BLOCK_SIZE]
+        values = x[b * BLOCK_SIZE : (b + 1) * BLOCK_SIZE]
+        chosen = levels[b * BLOCK_SIZE : (b + 1) * BLOCK_SIZE]
         own = np.int32(0)
         cross = np.int32(0)
         level = np.int32(0)
         for i in range(BLOCK_SIZE):
-            own = np.int32(own + d[i] * d[i])
-            cross = np.int32(cross + d[i] * v[i])
-            level = np.int32(level + v[i] * v[i])
+            d = np.int32(np.floor((values[i] - chosen[i]) * _ERROR_UNIT + _HALF))
+            v = np.int32(np.floor(chosen[i] * _LEVEL_UNIT + _HALF))
+            own = np.int32(own + d * d)
+            cross = np.int32(cross + d * v)
+            level = np.int32(level + v * v)
         sums[b, 0] = own
         sums[b, 1] = cross
         sums[b, 2] = level
@@ -160,7 +159,6 @@ def _quantize(bits, half, packed, absmax, sums):  # type: ignore[no-untyped-def]
     x = np.zeros(_TILE, np.float32)
     codes = np.zeros(_TILE, np.int32)
     levels = np.zeros(_TILE, np.float32)
-    fixed = np.zeros((2, _TILE), np.int32)
     pairs = np.zeros(_TILE // 2, np.uint8)
     for first in range(0, absmax.size, _TILE_BLOCKS):
         blocks = min(_TILE_BLOCKS, absmax.size - first)
@@ -183,7 +181,7 @@ def _quantize(bits, half, packed, absmax, sums):  # type: ignore[no-untyped-def]
         _choose(x[:padded], codes)
         _pack(codes, pairs[: padded // 2])
         place[:] = pairs[: place.size]
-        _sum_up(x[:padded], codes, levels, fixed, sums[first : first + blocks])
+        _sum_up(x[:padded], codes, levels, sums[first : first + blocks])
     return -1
 
 
