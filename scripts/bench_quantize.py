@@ -3,13 +3,15 @@
 Each contender runs in a process of its own, so that its peak memory is its own. "stock" is
 transformers' from_pretrained with NF4 and double quantization, with the Falcon patch without which
 it quantizes nothing, then save_pretrained. "ours" is the stages quantize and serialize, hashes and
-double quantization included; "ours-cpu" the same without a GPU. "limit" reads the same files side
-by side. Times are the work's own; imports stand beside them. Cold runs need root, since they drop
-the page cache.
+double quantization included; "ours-cpu" the same without a GPU. "read" reads the same files side by
+side; "limit" does so and meanwhile writes as many bytes as ours, synced; "hash" is the sha256 of
+that many bytes, file beside file, each of which is one stream. Times are the work's own; imports
+stand beside them. Cold runs need root, since they drop the page cache.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -21,12 +23,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import click
 
+from pipeline.checkpoint.durable import start_writing_out
+
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+_PART = 32 * 2**20
+_SIZES = "sizes.json"  # of the output files; in the build folder
 
 
 @click.group(invoke_without_command=True)
@@ -34,7 +41,7 @@ _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 @click.option("--shards", default=2, show_default=True, help="Files of the checkpoint.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--device", default="auto", show_default=True)
-@click.option("--contenders", default="stock,ours,limit", show_default=True)
+@click.option("--contenders", default="stock,ours,read,limit,hash", show_default=True)
 @click.option("--cold/--warm", default=False, help="Drop the page cache before each run.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where checkpoints are made.")
 @click.option("--json", "as_json", type=click.Path(path_type=Path), help="Also write all figures.")
@@ -77,10 +84,7 @@ def _rounds(
     source: Path, work: Path, contenders: list[str], rounds: int, device: str, cold: bool
 ) -> dict[str, list[dict[str, float]]]:
     build = work / f"build-{source.name}"
-    if any(name.startswith("ours") for name in contenders):
-        _child("prepare", source, build, device)
-    else:
-        build.mkdir()
+    _child("prepare", source, build, device)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for number in range(rounds):
         for name in contenders:
@@ -90,10 +94,9 @@ def _rounds(
             if cold:
                 _DROP_CACHES.write_text("3")
             elif number == 0:
-                _child("limit", source, out, device)  # fills the page cache
-            found[name].append(
-                _child(name, source, build if name.startswith("ours") else out, device)
-            )
+                _child("read", source, out, device)  # fills the page cache
+            place = out if name == "stock" else build
+            found[name].append(_child(name, source, place, device))
     shutil.rmtree(build)
     return found
 
@@ -124,7 +127,7 @@ def _show(depth: int, cold: bool, runs: dict[str, list[dict[str, float]]]) -> No
             f"{m['imports']:.2f} | {m['process']:.2f} | {m['cpu']:.2f} | "
             f"{m['host'] / 1e9:.2f} | {m['gpu'] / 1e9:.3f} |"
         )
-    for other in ("stock", "limit"):
+    for other in ("stock", "read", "limit", "hash"):
         if other in medians and "ours" in medians:
             work = [a["work"] / b["work"] for a, b in zip(runs[other], runs["ours"], strict=True)]
             whole = [
@@ -152,7 +155,9 @@ def child(name: str, source: Path, out: Path, device: str) -> None:
         "stock": _stock,
         "ours": _ours,
         "ours-cpu": _ours_cpu,
+        "read": _read,
         "limit": _limit,
+        "hash": _hash,
     }
     result = runners[name](source, out, device)
     usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -162,11 +167,15 @@ def child(name: str, source: Path, out: Path, device: str) -> None:
 
 
 def _prepare(source: Path, out: Path, device: str) -> dict[str, float]:
+    from pipeline.build import Build
     from pipeline.progress import SILENT
-    from pipeline.stages import download
+    from pipeline.stages import Settings, download, quantize
 
     download.run(str(source), out.parent, SILENT, build_dir=out)
-    return {"work": 0.0, "imports": 0.0, "gpu": 0.0}
+    plan, _ = quantize.make_plan(Build(out), Settings())
+    sizes = {file: layout.nbytes for file, layout in plan.layouts().items()}
+    (out / _SIZES).write_text(json.dumps(sizes))
+    return _took(0.0)
 
 
 def _ours(source: Path, out: Path, device: str) -> dict[str, float]:
@@ -241,24 +250,79 @@ def _gpu_peak() -> float:
     return float(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0.0
 
 
-def _limit(source: Path, out: Path, device: str) -> dict[str, float]:
+def _took(seconds: float) -> dict[str, float]:
+    return {"work": seconds, "imports": 0.0, "gpu": 0.0}
+
+
+def _read(source: Path, out: Path, device: str) -> dict[str, float]:
     """Reads all weight files side by side, eight parts at a time."""
-    files = sorted(source.glob("*.safetensors"))
-    out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with ThreadPoolExecutor(8) as pool:
-        for path in files:
-            size = path.stat().st_size
-            list(pool.map(_read_part, [(path, o) for o in range(0, size, 32 * 2**20)]))
-    read = time.perf_counter() - start
-    return {"work": read, "imports": 0.0, "gpu": 0.0}
+        list(pool.map(_read_part, _parts(source)))
+    return _took(time.perf_counter() - start)
+
+
+def _limit(source: Path, out: Path, device: str) -> dict[str, float]:
+    """Reads as `_read` does, and writes what ours would have written by then; synced at the end."""
+    total = sum(path.stat().st_size for path in _weight_files(source))
+    share = sum(json.loads((out / _SIZES).read_text()).values()) / total
+    content = memoryview(os.urandom(int(_PART * share)))
+    target = out / "limit"
+    start = time.perf_counter()
+    descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+
+    def both(numbered: tuple[int, tuple[Path, int]]) -> None:
+        number, part = numbered
+        _read_part(part)
+        offset, view = number * len(content), content
+        while view:
+            count = os.pwrite(descriptor, view, offset)
+            view, offset = view[count:], offset + count
+        written_out.submit(start_writing_out, descriptor, number * len(content), len(content))
+
+    with ThreadPoolExecutor(1) as written_out, ThreadPoolExecutor(8) as pool:
+        list(pool.map(both, enumerate(_parts(source))))
+    os.fsync(descriptor)
+    os.close(descriptor)
+    took = time.perf_counter() - start
+    target.unlink()
+    return _took(took)
+
+
+def _hash(source: Path, out: Path, device: str) -> dict[str, float]:
+    """The sha256 of as many bytes as each output file has, from memory."""
+    sizes = json.loads((out / _SIZES).read_text()).values()
+    content = os.urandom(_PART)
+
+    def one(size: int) -> None:
+        digest = hashlib.sha256()
+        for offset in range(0, size, _PART):
+            digest.update(memoryview(content)[: size - offset])
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(one, sizes))
+    return _took(time.perf_counter() - start)
+
+
+def _weight_files(source: Path) -> list[Path]:
+    return sorted(source.glob("*.safetensors"))
+
+
+def _parts(source: Path) -> list[tuple[Path, int]]:
+    """All weight files in parts, a part of each file in turn."""
+    files = [
+        [(path, offset) for offset in range(0, path.stat().st_size, _PART)]
+        for path in _weight_files(source)
+    ]
+    return [part for turn in zip_longest(*files) for part in turn if part is not None]
 
 
 def _read_part(part: tuple[Path, int]) -> None:
     path, offset = part
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
-        left = 32 * 2**20
+        left = _PART
         buffer = bytearray(4 * 2**20)
         while left and (count := file.readinto(memoryview(buffer)[: min(left, len(buffer))])):
             left -= count
