@@ -1,8 +1,10 @@
 """One output file: complete or absent, written at known places by any thread, hashed on the way.
 
-A thread follows the front of what is written and hashes the file from its first byte; each tensor
-is hashed by the thread that completes it. Both read the bytes back, so what is hashed is what other
-programs will see.
+The parts of a tensor come in nearly the order of its bytes. Its front is where the first byte is
+missing: up to there a thread of the file's own hashes the file, from its first byte on, and one of
+the threads that write hashes the tensor. The file's bytes are read back for it, so its hash is of
+what other programs will see; a tensor's come from the processor's cache where they can, which is
+half as fast again.
 """
 
 from __future__ import annotations
@@ -21,11 +23,42 @@ from numpy.typing import NDArray
 
 from pipeline.checkpoint.digest import FileDigest
 from pipeline.checkpoint.durable import replacing, start_writing_out
+from pipeline.checkpoint.header import HeaderTensor
 from pipeline.checkpoint.layout import FileLayout
 from pipeline.checkpoint.sink import WrittenFile
 from pipeline.nf4.layout import StoredTensor
 
 _HASH_WINDOW: Final = 16 * 2**20
+
+
+class _Tensor:
+    """How far a tensor is.
+
+    Attributes:
+        place: where it stands in the file.
+        front: bytes that are written without a gap, from its beginning on.
+        hashed: bytes that are in `digest`.
+        digest: of what is hashed so far.
+        hashing: a thread is at it.
+    """
+
+    def __init__(self, place: HeaderTensor) -> None:
+        self.place = place
+        self.front = 0
+        self.hashed = 0
+        self.digest = hashlib.sha256()
+        self.hashing = False
+        self._ahead: dict[int, int] = {}  # start -> end of parts behind a gap
+
+    def wrote(self, start: int, end: int) -> None:
+        """A part is written, anywhere."""
+        self._ahead[start] = end
+        while self.front in self._ahead:
+            self.front = self._ahead.pop(self.front)
+
+    @property
+    def complete(self) -> bool:
+        return self.front == self.place.nbytes
 
 
 class TensorFile:
@@ -35,10 +68,7 @@ class TensorFile:
         self.finished = False
         self._descriptor = descriptor
         self._layout = layout
-        self._places = {tensor.name: tensor for tensor in layout.tensors}
-        self._left = {tensor.name: tensor.nbytes for tensor in layout.tensors}
-        self._complete = {t.name for t in layout.tensors if t.nbytes == 0}
-        self._sha256 = {name: hashlib.sha256().hexdigest() for name in self._complete}
+        self._tensors = {place.name: _Tensor(place) for place in layout.tensors}
         self._changed = threading.Condition()
         self._abandoned = False
         self._digest: str | None = None
@@ -56,33 +86,36 @@ class TensorFile:
     def write(self, name: str, start: int, data: NDArray[Any] | bytes) -> None:
         """Writes bytes of one tensor, `start` bytes after its beginning; each byte once.
 
-        Safe from any thread. The call that completes a tensor also hashes it.
+        Safe from any thread. The call may also hash the tensor as far as it is written.
         """
         view = memoryview(data if isinstance(data, bytes) else data.data).cast("B")
-        place = self._places[name]
-        if start + view.nbytes > place.nbytes:
-            raise ValueError(f"{name}: {start + view.nbytes} bytes do not fit {place.nbytes}")
+        tensor = self._tensors[name]
+        place, end = tensor.place, start + view.nbytes
+        if end > place.nbytes:
+            raise ValueError(f"{name}: {end} bytes do not fit {place.nbytes}")
+        if view.nbytes == 0:
+            return
         self._pwrite(view, place.offset + start)
         self._written.put((place.offset + start, view.nbytes))
         with self._changed:
-            self._left[name] -= view.nbytes
-            if self._left[name] > 0 or view.nbytes == 0:
+            tensor.wrote(start, end)
+            self._changed.notify()
+            if tensor.hashing:
                 return
-            self._complete.add(name)
-            self._changed.notify_all()
-        digest = hashlib.sha256()
-        self._hash_range(place.offset, place.nbytes, digest)
-        with self._changed:
-            self._sha256[name] = digest.hexdigest()
+            tensor.hashing = True
+        if tensor.hashed == start:
+            tensor.digest.update(view)
+            tensor.hashed = end
+        self._hash_tensor(tensor)
 
     def wants(self, tensors: Sequence[StoredTensor]) -> bool:
         """True if any of these tensors is not written yet."""
         with self._changed:
-            return any(tensor.name not in self._complete for tensor in tensors)
+            return not all(self._tensors[tensor.name].complete for tensor in tensors)
 
     def finish(self) -> WrittenFile:
         """Waits for the hashes, once every tensor is written."""
-        missing = set(self._places) - self._complete
+        missing = [name for name, tensor in self._tensors.items() if not tensor.complete]
         if missing:
             raise RuntimeError(f"{len(missing)} tensors were not written, such as {min(missing)}")
         self._join()
@@ -92,13 +125,14 @@ class TensorFile:
             raise RuntimeError("the file was abandoned before it was finished")
         self.finished = True
         digest = FileDigest(self._layout.nbytes, self._digest)
-        return WrittenFile(digest, self._layout.tensors, dict(self._sha256))
+        hashes = {name: tensor.digest.hexdigest() for name, tensor in self._tensors.items()}
+        return WrittenFile(digest, self._layout.tensors, hashes)
 
     def abandon(self) -> None:
         """Stops hashing; the file will not be kept."""
         with self._changed:
             self._abandoned = True
-            self._changed.notify_all()
+            self._changed.notify()
         self._join()
 
     def _join(self) -> None:
@@ -123,14 +157,29 @@ class TensorFile:
     def _hash_file(self) -> None:
         whole = hashlib.sha256()
         self._hash_range(0, self._layout.data_start, whole)
-        for tensor in self._layout.tensors:
-            with self._changed:
-                while tensor.name not in self._complete and not self._abandoned:
-                    self._changed.wait()
-            if self._abandoned:
-                return
-            self._hash_range(tensor.offset, tensor.nbytes, whole)
+        for tensor in self._tensors.values():
+            hashed = 0
+            while hashed < tensor.place.nbytes:
+                with self._changed:
+                    while tensor.front == hashed and not self._abandoned:
+                        self._changed.wait()
+                    front = tensor.front
+                if self._abandoned:
+                    return
+                self._hash_range(tensor.place.offset + hashed, front - hashed, whole)
+                hashed = front
         self._digest = whole.hexdigest()
+
+    def _hash_tensor(self, tensor: _Tensor) -> None:
+        """Hashes a tensor to its front, wherever that is by then; one thread at a time."""
+        while True:
+            with self._changed:
+                start, front = tensor.hashed, tensor.front
+                if start == front or self._abandoned:
+                    tensor.hashing = False
+                    return
+            self._hash_range(tensor.place.offset + start, front - start, tensor.digest)
+            tensor.hashed = front
 
     def _hash_range(self, offset: int, nbytes: int, digest: Any) -> None:
         """Hashes bytes of the file through a small window that is mapped into memory.

@@ -57,6 +57,14 @@ class Twin:
         if same:
             offset = own.offset + chunk.start * data.itemsize
             read_range(self.descriptor, buffer, offset, self.tensor)
-            same = np.array_equal(data, buffer.view(data.dtype))
+            same = _equal(data.view(np.uint8), buffer)
         if not same:
             raise TwinsDifferError(self.tensor.source.name)
+
+
+def _equal(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> bool:
+    """Whether bytes are the same; eight at a time, since numpy compares element by element."""
+    wide = one.size // 8 * 8
+    return np.array_equal(one[:wide].view(np.uint64), other[:wide].view(np.uint64)) and (
+        np.array_equal(one[wide:], other[wide:])
+    )

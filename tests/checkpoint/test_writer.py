@@ -5,10 +5,15 @@ from __future__ import annotations
 import hashlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from pipeline.checkpoint.digest import digest_file, digest_tensors
@@ -40,6 +45,30 @@ def test_parts_written_by_many_threads_in_any_order(tmp_path: Path) -> None:
     assert written.sha256 == {n: hashlib.sha256(d).hexdigest() for n, d in content.items()}
     assert (written.digest, written.sha256) == digest_tensors(path, written.tensors)
     assert written.tensors == read_header(path)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+    cuts=st.lists(st.integers(1, 39), max_size=12),
+    dice=st.randoms(use_true_random=False),
+)
+def test_any_partition_in_any_order(sizes: list[int], cuts: list[int], dice: Random) -> None:
+    """Gaps of any kind: what stands behind one is hashed once it is closed."""
+    content = {f"t{i}": dice.randbytes(size) for i, size in enumerate(sizes)}
+    parts = []
+    for name, data in content.items():
+        places = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+        parts += [(name, start, data[start:end]) for start, end in pairwise(places)]
+    dice.shuffle(parts)
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "m.safetensors")
+        with writing(path, layout_of({n: len(d) for n, d in content.items()})) as output:
+            for part in parts:
+                output.write(*part)
+            written = output.finish()
+        assert written.digest == digest_file(path)
+        assert {n: a.tobytes() for n, a in load_file(path).items()} == content
+    assert written.sha256 == {n: hashlib.sha256(d).hexdigest() for n, d in content.items()}
 
 
 def test_arrays_of_any_dtype_and_empty_tensors(tmp_path: Path) -> None:
