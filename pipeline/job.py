@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from pipeline.build import Build, Record, State
-from pipeline.errors import BuildError, StoppedError, of_system
+from pipeline.errors import BuildError, RecipeError, StoppedError, of_system
 from pipeline.progress import SILENT, Reporter
+from pipeline.recipe import TABLES, parse_recipe
 from pipeline.stages import Settings, attest, calibrate, download, quantize, serialize, verify
 
 Runner = Callable[[Build, Settings, Reporter], Record]
@@ -112,7 +113,30 @@ def run_stage(build: Build, stage: str, settings: Settings, reporter: Reporter) 
         if stage == "verify":
             verify.check_gpu(settings)
     with faults(stage, build), build.locked():
+        settings = as_built(build, settings, before=stage)
         return ensure(build, stage, settings, reporter)
+
+
+def as_built(build: Build, settings: Settings, before: str | None = None) -> Settings:
+    """Settings with the recipe that a build was made with, where no other was given.
+
+    So that `nf4 serialize` and `nf4 status` need not be told again what `nf4 build` was told.
+
+    Args:
+        build: whose records hold the tables.
+        settings: what was given.
+        before: the stage that comes next; its own table and those behind it stay as they are.
+            None for every table.
+    """
+    recipe = settings.recipe
+    for name in TABLES:
+        if name == before:
+            break
+        record = build.record(name)
+        if name not in settings.given and record is not None and "recipe" in record.facts:
+            table = parse_recipe({name: record.facts["recipe"]}, f"the record of {name}")
+            recipe = replace(recipe, **{name: getattr(table, name)})
+    return replace(settings, recipe=recipe)
 
 
 def ensure(build: Build, stage: str, settings: Settings, reporter: Reporter) -> StageResult:
@@ -156,19 +180,30 @@ def _kept(build: Build | None) -> str:
 
 
 def states(build: Build, settings: Settings, reporter: Reporter = SILENT) -> dict[str, State]:
-    """The state of every stage of a build, and why. None is done after one that is not."""
+    """The state of every stage of a build, and why. None is done after one that is not.
+
+    Tables of the recipe that were not given are those that the build was made with.
+    """
     found: dict[str, State] = {}
     record = build.record("download")
     found["download"] = (
         build.state("download", record.key, reporter) if record else State("missing", "not run yet")
     )
     previous = "download"
+    settings = as_built(build, settings)
     for stage, (key, _) in RUNNERS.items():
         if found[previous].status == "done":
-            found[stage] = build.state(stage, key(build, settings), reporter)
+            found[stage] = _state(build, stage, key, settings, reporter)
         elif build.record(stage) is None:
             found[stage] = State("missing", "not run yet")
         else:
             found[stage] = State("stale", f"{previous} is {found[previous].status}")
         previous = stage
     return found
+
+
+def _state(build: Build, stage: str, key: Key, settings: Settings, reporter: Reporter) -> State:
+    try:
+        return build.state(stage, key(build, settings), reporter)
+    except RecipeError as error:  # a text that it names is gone
+        return State("stale", str(error))

@@ -185,6 +185,21 @@ class Recipe:
         plain: dict[str, Any] = _plain(asdict(self))
         return plain | {"quantize": self.quantize.shaping()}
 
+    def table(self, name: str) -> dict[str, Any]:
+        """One table as plain values, all of it, as `parse_recipe` reads it."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        table: dict[str, Any] = plain[name]
+        return table
+
+
+_TABLES: Final[dict[str, Any]] = {
+    "quantize": QuantizeRecipe,
+    "serialize": SerializeRecipe,
+    "verify": VerifyRecipe,
+}
+TABLES: Final = tuple(_TABLES)
+"""Of a recipe, in the order of the stages that they are named for."""
+
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
@@ -198,13 +213,21 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: no such file, not TOML, an unknown key, a wrong type or a value out of range.
     """
+    return parse_recipe(read_tables(path), str(path))
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """The tables of a recipe file; what stands in them is not looked at.
+
+    Raises:
+        RecipeError: no such file, or not TOML.
+    """
     try:
-        tables = tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"The recipe {path} is not valid TOML: {error}.") from error
-    return parse_recipe(tables, str(path))
 
 
 def parse_recipe(tables: dict[str, Any], where: str) -> Recipe:
@@ -213,10 +236,9 @@ def parse_recipe(tables: dict[str, Any], where: str) -> Recipe:
     Raises:
         RecipeError: an unknown key, a wrong type or a value out of range.
     """
-    kinds = {"quantize": QuantizeRecipe, "serialize": SerializeRecipe, "verify": VerifyRecipe}
-    _reject_unknown(tables, kinds, f"{where}: tables")
+    _reject_unknown(tables, _TABLES, f"{where}: tables")
     parts: dict[str, Any] = {}
-    for name, kind in kinds.items():
+    for name, kind in _TABLES.items():
         table = tables.get(name, {})
         if not isinstance(table, dict):
             raise RecipeError(f"{where}: {name} is {table!r}; expected a table [{name}].")

@@ -30,6 +30,7 @@ from typing import Any
 import click
 
 from pipeline.checkpoint.durable import start_writing_out
+from pipeline.measure import peak_memory
 
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 _PART = 32 * 2**20
@@ -162,7 +163,7 @@ def child(name: str, source: Path, out: Path, device: str) -> None:
     result = runners[name](source, out, device)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     result["cpu"] = usage.ru_utime + usage.ru_stime
-    result["host"] = usage.ru_maxrss * 1024
+    result["host"] = peak_memory()  # ru_maxrss would count what the parent held when it forked
     click.echo(json.dumps(result))
 
 
@@ -266,10 +267,12 @@ def _limit(source: Path, out: Path, device: str) -> dict[str, float]:
     """Reads as `_read` does, and writes what ours would have written by then; synced at the end."""
     total = sum(path.stat().st_size for path in _weight_files(source))
     share = sum(json.loads((out / _SIZES).read_text()).values()) / total
-    content = memoryview(os.urandom(int(_PART * share)))
+    content = memoryview(os.urandom(int(_PART * share) // 4096 * 4096))
+    parts = _parts(source)
     target = out / "limit"
     start = time.perf_counter()
     descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    os.ftruncate(descriptor, len(parts) * len(content))
 
     def both(numbered: tuple[int, tuple[Path, int]]) -> None:
         number, part = numbered
@@ -281,7 +284,7 @@ def _limit(source: Path, out: Path, device: str) -> dict[str, float]:
         written_out.submit(start_writing_out, descriptor, number * len(content), len(content))
 
     with ThreadPoolExecutor(1) as written_out, ThreadPoolExecutor(8) as pool:
-        list(pool.map(both, enumerate(_parts(source))))
+        list(pool.map(both, enumerate(parts)))
     os.fsync(descriptor)
     os.close(descriptor)
     took = time.perf_counter() - start

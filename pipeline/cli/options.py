@@ -117,12 +117,14 @@ def settings_options(command: Command) -> Command:
         memory_budget: str,
         **values: Any,
     ) -> Any:
-        from pipeline.recipe import Recipe, load_recipe, parse_size
+        from pipeline.recipe import parse_recipe, parse_size, read_tables
         from pipeline.stages import Settings
 
         check_device(device)
+        tables = read_tables(recipe) if recipe else {}
         settings = Settings(
-            recipe=_calibrated(load_recipe(recipe) if recipe else Recipe(), calibrate, extra_bytes),
+            recipe=_calibrated(parse_recipe(tables, str(recipe)), calibrate, extra_bytes),
+            given=frozenset(tables) | ({"quantize"} if calibrate or extra_bytes else set()),
             device=device,
             require_gpu=require_gpu,
             workers=workers,

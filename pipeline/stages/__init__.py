@@ -20,7 +20,7 @@ from typing import Any
 from pipeline.build import Build, Record
 from pipeline.engine.buffers import DEFAULT_BUDGET
 from pipeline.measure import Usage, measured
-from pipeline.recipe import Recipe
+from pipeline.recipe import TABLES, Recipe
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Settings:
 
     Attributes:
         recipe: everything that shapes bytes and verdict.
+        given: those of its tables that hold for an existing build, too; of the others it is known
+            what the build was made with.
         device: "auto", "cpu", "cuda" or "cuda:N".
         require_gpu: verifying without a GPU is a failure.
         workers: threads that quantize; 0 for as many as keep the device busy.
@@ -38,6 +40,7 @@ class Settings:
     """
 
     recipe: Recipe = field(default_factory=Recipe)
+    given: frozenset[str] = frozenset(TABLES)
     device: str = "auto"
     require_gpu: bool = False
     workers: int = 0

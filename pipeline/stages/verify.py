@@ -125,7 +125,8 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
             (build.export / name).unlink(missing_ok=True)  # of an earlier run that found more
         for name, content in files.items():
             write_bytes(build.export / name, content)
-        return {f"export/{name}": digest_file(build.export / name) for name in files}, found
+        outputs = {f"export/{name}": digest_file(build.export / name) for name in files}
+        return outputs, found | {"recipe": settings.recipe.table("verify")}
 
     def peak(facts: dict[str, Any]) -> int:
         parts = [*facts.get("models", {}).values(), facts.get("comparison", {})]

@@ -208,6 +208,34 @@ def test_status_for_people(built: Built) -> None:
     ]
 
 
+def test_a_recipe_need_not_be_told_twice(built: Built, tmp_path: Path) -> None:
+    """What `build` was told holds for the stages behind it, until something else is said."""
+    build = built.again(tmp_path)
+    folder = ("--build-dir", build.root, "--json")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[quantize]\nskip_modules = ["h.0.mlp"]\n')
+    for stage in ("quantize", "serialize"):
+        told = ("--recipe", recipe) if stage == "quantize" else ("--max-shard-size", "50KB")
+        done = nf4(stage, *told, *folder, cwd=tmp_path)
+        assert (done.status, done.value["ran"]) == (0, True), done.err
+    kept = json.loads((build.export / "manifest.json").read_text())["recipe"]
+    assert kept["quantize"]["skip_modules"] == ["h.0.mlp"]
+    assert kept["serialize"]["max_shard_size"] == "50KB"
+
+    def states(*told: str | Path) -> list[str]:
+        done = nf4("status", *told, *folder, cwd=tmp_path)
+        return [stage["status"] for stage in done.value[str(build.root)].values()]
+
+    assert states() == ["done", "done", "done", "missing", "missing"]
+    recipe.write_text("[serialize]\n")
+    assert states("--recipe", recipe)[:3] == ["done", "done", "stale"]
+    recipe.write_text("[quantize]\n")
+    assert states("--recipe", recipe)[:3] == ["done", "stale", "stale"]
+    done = nf4("serialize", "--recipe", recipe, *folder, cwd=tmp_path)
+    assert done.status == 1
+    assert "what `quantize` wrote is stale" in done.err
+
+
 def test_status_where_there_is_nothing(tmp_path: Path) -> None:
     done = nf4("status", cwd=tmp_path)
     assert done.status == 0
