@@ -20,7 +20,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -51,6 +51,7 @@ class Record:
         seconds: wall-clock time of the work.
         peak_memory: bytes.
         finished: when, in UTC, as ISO 8601; empty until it is written.
+        recipe: the table of the recipe that is named for the stage; empty if there is none.
     """
 
     stage: str
@@ -60,6 +61,7 @@ class Record:
     seconds: float
     peak_memory: int
     finished: str = ""
+    recipe: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class Build:
                 float(value["seconds"]),
                 int(value["peak_memory_bytes"]),
                 str(value["finished"]),
+                dict(value.get("recipe", {})),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
@@ -170,6 +173,7 @@ class Build:
                 "seconds": round(record.seconds, 3),
                 "peak_memory_bytes": record.peak_memory,
                 "finished": record.finished or datetime.now(UTC).isoformat(timespec="seconds"),
+                "recipe": record.recipe,
                 "facts": record.facts,
             },
         )

@@ -133,8 +133,8 @@ def as_built(build: Build, settings: Settings, before: str | None = None) -> Set
         if name == before:
             break
         record = build.record(name)
-        if name not in settings.given and record is not None and "recipe" in record.facts:
-            table = parse_recipe({name: record.facts["recipe"]}, f"the record of {name}")
+        if name not in settings.given and record is not None and record.recipe:
+            table = parse_recipe({name: record.recipe}, f"the record of {name}")
             recipe = replace(recipe, **{name: getattr(table, name)})
     return replace(settings, recipe=recipe)
 

@@ -54,6 +54,8 @@ def recorded(
     stage: str,
     key: str,
     work: Callable[[], tuple[dict[str, Any], dict[str, Any]]],
+    *,
+    recipe: dict[str, Any] | None = None,
     before: Usage | None = None,
     child_peak: Callable[[dict[str, Any]], int] = lambda facts: 0,
 ) -> Record:
@@ -64,6 +66,7 @@ def recorded(
         stage: which.
         key: of the record.
         work: does it; returns the outputs (path -> digest) and the facts.
+        recipe: its table, as plain values; None if it has none.
         before: what was spent before the key was known; it counts, too.
         child_peak: the peak memory of processes that the work started, from its facts.
     """
@@ -78,6 +81,7 @@ def recorded(
         facts,
         earlier.seconds + usage.seconds,
         max(earlier.peak_memory, usage.peak_memory, child_peak(facts)),
+        recipe=recipe or {},
     )
     build.write_record(record)
     return record

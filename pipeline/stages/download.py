@@ -133,7 +133,7 @@ def run(
                 "converted_from": digests_json(source.converted_from or {}),
             }
 
-        return build, recorded(build, "download", key, work, finding), True
+        return build, recorded(build, "download", key, work, before=finding), True
 
 
 @contextmanager

@@ -101,10 +101,10 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
             chosen = calibrate.choose(build, plan, tokens, settings, reporter, sampling=sampling)
         # Choices made on another kind of device differ: no file of one stands beside the other's.
         mark = stage if chosen is None else f"{stage}-{chosen.identity}"
-        outputs, facts = _planned(build, plan, checkpoint, settings, mark, chosen, reporter)
-        return outputs, facts | {"recipe": settings.recipe.table("quantize")}
+        return _planned(build, plan, checkpoint, settings, mark, chosen, reporter)
 
-    record = recorded(build, "quantize", stage, work, preparing)
+    table = settings.recipe.table("quantize")
+    record = recorded(build, "quantize", stage, work, recipe=table, before=preparing)
     if tokens is not None:
         calibrate.clear(build)
     return record

@@ -96,13 +96,10 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
             build.forget("attest")
             build.forget("verify")
         outputs = {f"export/{name}": digest for name, digest in files.items()}
-        return outputs, {
-            "totals": manifest["totals"],
-            "hidden_modules": list(plan.hidden_modules),
-            "recipe": settings.recipe.table("serialize"),
-        }
+        return outputs, {"totals": manifest["totals"], "hidden_modules": list(plan.hidden_modules)}
 
-    return recorded(build, "serialize", key(build, settings), work)
+    table = settings.recipe.table("serialize")
+    return recorded(build, "serialize", key(build, settings), work, recipe=table)
 
 
 def _weights(

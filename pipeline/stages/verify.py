@@ -125,14 +125,14 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
             (build.export / name).unlink(missing_ok=True)  # of an earlier run that found more
         for name, content in files.items():
             write_bytes(build.export / name, content)
-        outputs = {f"export/{name}": digest_file(build.export / name) for name in files}
-        return outputs, found | {"recipe": settings.recipe.table("verify")}
+        return {f"export/{name}": digest_file(build.export / name) for name in files}, found
 
     def peak(facts: dict[str, Any]) -> int:
         parts = [*facts.get("models", {}).values(), facts.get("comparison", {})]
         return max((part.get("peak_memory_bytes", 0) for part in parts), default=0)
 
-    return recorded(build, "verify", stage, work, child_peak=peak)
+    table = settings.recipe.table("verify")
+    return recorded(build, "verify", stage, work, recipe=table, child_peak=peak)
 
 
 def _documents(build: Build, manifest: dict[str, Any], found: dict[str, Any]) -> dict[str, bytes]:
