@@ -113,7 +113,7 @@ def of_system(error: OSError | MemoryError, doing: str) -> PipelineError:
         error: what it said.
         doing: what was going on, such as "quantize".
     """
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
         return ResourceError(
             f"{doing}: memory ran out. Give it a smaller --memory-budget, or end other programs, "
             "then run the same command again."

@@ -134,7 +134,10 @@ def as_built(build: Build, settings: Settings, before: str | None = None) -> Set
             break
         record = build.record(name)
         if name not in settings.given and record is not None and record.recipe:
-            table = parse_recipe({name: record.recipe}, f"the record of {name}")
+            try:
+                table = parse_recipe({name: record.recipe}, f"the record of {name}")
+            except RecipeError:  # of another version; the key will say that the stage is stale
+                continue
             recipe = replace(recipe, **{name: getattr(table, name)})
     return replace(settings, recipe=recipe)
 
@@ -144,8 +147,20 @@ def ensure(build: Build, stage: str, settings: Settings, reporter: Reporter) -> 
     key, run = RUNNERS[stage]
     with faults(stage, build):
         if build.state(stage, key(build, settings), reporter).status == "done":
-            return StageResult(build.need(stage), ran=False)
+            return StageResult(_told_anew(build, build.need(stage), settings), ran=False)
         return StageResult(run(build, settings, reporter), ran=True)
+
+
+def _told_anew(build: Build, record: Record, settings: Settings) -> Record:
+    """The record of a finished stage, with the table that led to it this time.
+
+    The same text may lie elsewhere by now, and older records have no table.
+    """
+    table = settings.recipe.table(record.stage) if record.stage in TABLES else {}
+    if record.recipe != table:
+        record = replace(record, recipe=table)
+        build.write_record(record)
+    return record
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from typing import Any, Final
 
 from pipeline.errors import RecipeError
 
+_PATHS: Final = {"calibrate", "prompts", "eval_text"}  # of files, unless empty or "self"
 _UNITS: Final = {
     "": 1,
     "KB": 10**3,
@@ -186,9 +187,12 @@ class Recipe:
         return plain | {"quantize": self.quantize.shaping()}
 
     def table(self, name: str) -> dict[str, Any]:
-        """One table as plain values, all of it, as `parse_recipe` reads it."""
+        """One table as plain values, all of it, as `parse_recipe` reads it from anywhere."""
         plain: dict[str, Any] = _plain(asdict(self))
         table: dict[str, Any] = plain[name]
+        for key in _PATHS & set(table):
+            if table[key] not in ("", "self"):
+                table[key] = str(Path(table[key]).absolute())
         return table
 
 

@@ -16,8 +16,9 @@ from pipeline.checkpoint.header import HeaderTensor
 from pipeline.checkpoint.layout import FileLayout
 from pipeline.nf4.layout import StoredTensor
 
-HELD_BYTES: Final = 64 * 2**20
-"""What a `HashingSink` holds back at most: bytes that came before their turn."""
+HELD_BYTES: Final = 128 * 2**20
+"""What a `HashingSink` holds back at most: bytes that came before their turn. Enough for a chunk of
+each of thirty threads."""
 
 
 @dataclass(frozen=True)

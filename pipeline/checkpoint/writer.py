@@ -123,6 +123,8 @@ class TensorFile:
             raise self._failure
         if self._digest is None:
             raise RuntimeError("the file was abandoned before it was finished")
+        if any(tensor.hashed != tensor.place.nbytes for tensor in self._tensors.values()):
+            raise RuntimeError("a tensor was not hashed to its end: a call of `write` failed")
         self.finished = True
         digest = FileDigest(self._layout.nbytes, self._digest)
         hashes = {name: tensor.digest.hexdigest() for name, tensor in self._tensors.items()}

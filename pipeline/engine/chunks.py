@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from math import gcd, prod
 from typing import Any
@@ -75,19 +76,21 @@ def read_chunk(descriptor: int, chunk: Chunk, buffer: NDArray[np.uint8]) -> NDAr
 def will_read(descriptor: int, chunk: Chunk, offset: int | None = None) -> None:
     """Tells the system that a chunk will be read soon, so that the disk is never without work.
 
-    A hint: where there is no such call, or the chunk is not one run of bytes, nothing happens.
+    A hint: where there is no such call, or it is refused, or the chunk is not one run of bytes,
+    nothing happens.
 
     Args:
         descriptor: of the open file.
         chunk: what will be read.
         offset: in the file of the tensor it belongs to, if that is not the chunk's own.
     """
-    if not hasattr(os, "posix_fadvise") or chunk.tensor.transposed:
-        return
+    if not hasattr(os, "posix_fadvise") or chunk.tensor.transposed or chunk.nbytes == 0:
+        return  # no bytes would mean all bytes
     header = chunk.tensor.source.header
     start = header.offset if offset is None else offset
     start += chunk.start * DTYPE_BYTES[header.dtype]
-    os.posix_fadvise(descriptor, start, chunk.nbytes, os.POSIX_FADV_WILLNEED)
+    with suppress(OSError):
+        os.posix_fadvise(descriptor, start, chunk.nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def read_range(descriptor: int, view: NDArray[np.uint8], offset: int, tensor: TensorPlan) -> None:

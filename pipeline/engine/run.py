@@ -199,18 +199,27 @@ class _Engine:
     def _work(self, job: FileJob, chunks: Iterator[Chunk]) -> None:
         """Has chunks done by the workers, few ahead of what is done; the first error ends it."""
         room = threading.Semaphore(2 * self._budget.workers)
+        failed = threading.Event()
         pending: deque[Future[None]] = deque()
+
+        def finished(future: Future[None]) -> None:
+            if not future.cancelled() and future.exception() is not None:
+                failed.set()
+            room.release()
+
         try:
             for chunk in chunks:
                 room.acquire()
                 while pending and pending[0].done():
                     pending.popleft().result()
+                if failed.is_set():
+                    break
                 if self.stop.is_set():
                     raise _StoppedError
                 twins = self._twins.get(chunk.tensor.source.name, ())
                 job.announce(chunk, twins)
                 future = self._pool.submit(job.make, chunk, twins)
-                future.add_done_callback(lambda _: room.release())
+                future.add_done_callback(finished)
                 pending.append(future)
             for future in pending:
                 future.result()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any, Protocol
@@ -130,5 +131,6 @@ def _mapped(count: int, dtype: type[np.generic]) -> NDArray[Any]:
     nbytes = max(count * np.dtype(dtype).itemsize, 1)
     mapping = mmap.mmap(-1, nbytes, flags=private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        mapping.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel without them
+            mapping.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(mapping, dtype, count)

@@ -236,6 +236,43 @@ def test_a_recipe_need_not_be_told_twice(built: Built, tmp_path: Path) -> None:
     assert "what `quantize` wrote is stale" in done.err
 
 
+def test_files_that_a_recipe_names_are_found_from_anywhere(built: Built, tmp_path: Path) -> None:
+    build = built.again(tmp_path)
+    folder = ("--build-dir", build.root, "--json")
+    here, there = tmp_path / "here", tmp_path / "there"
+    for place, text in ((here, "2 + 2 ="), (there, "3 + 3 =")):
+        place.mkdir()
+        (place / "p.jsonl").write_text(json.dumps({"prompt": text}) + "\n")
+    recipe = ("--recipe", built.recipe)
+    assert nf4("verify", *recipe, "--prompts", "p.jsonl", *folder, cwd=here).value["ran"]
+
+    def verify_now() -> dict[str, str]:
+        done = nf4("status", *folder, cwd=there)
+        assert done.status == 0, done.err
+        found: dict[str, str] = done.value[str(build.root)]["verify"]
+        return found
+
+    assert verify_now()["status"] == "done"
+    (here / "p.jsonl").rename(here / "q.jsonl")
+    assert verify_now()["status"] == "stale"
+    assert f"{here}/p.jsonl cannot be read" in verify_now()["why"]
+    # Told where it is now, the stage is still valid, and the build remembers it.
+    again = ("verify", *recipe, "--prompts", here / "q.jsonl", *folder)
+    assert not nf4(*again, cwd=there).value["ran"]
+    assert verify_now()["status"] == "done"
+
+
+@pytest.mark.parametrize("table", [{"of_another_version": 1}, {"skip_modules": 3}, None, []])
+def test_a_recorded_recipe_that_cannot_be_read(table: object, built: Built, tmp_path: Path) -> None:
+    """It counts as none: no command fails for it."""
+    build = built.again(tmp_path)
+    path = build.root / "records" / "quantize.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"recipe": table}))
+    assert set(states_of(built, build).values()) <= {"done", "missing", "stale"}
+    done = nf4("attest", "--build-dir", build.root, cwd=tmp_path)
+    assert done.status == 0, done.err
+
+
 def test_status_where_there_is_nothing(tmp_path: Path) -> None:
     done = nf4("status", cwd=tmp_path)
     assert done.status == 0

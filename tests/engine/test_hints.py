@@ -1,0 +1,47 @@
+"""What the engine only suggests to the system may be refused."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from pipeline.errors import of_system
+from pipeline.job import run_stage
+from pipeline.progress import SILENT
+from pipeline.stages import Settings, download
+from tests.support.tiny import write_falcon
+
+pytestmark = pytest.mark.usefixtures("facts_here")
+
+
+def refuse(*_: object) -> NoReturn:
+    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+
+class SmallPagesOnly(mmap.mmap):
+    """As a kernel without huge pages maps memory."""
+
+    def madvise(self, *_: int) -> None:
+        refuse()
+
+
+def test_refused_hints_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_falcon(tmp_path / "model")
+    settings = Settings(device="cpu")
+    expected, *_ = download.run(str(model), tmp_path / "a", SILENT)
+    run_stage(expected, "quantize", settings, SILENT)
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    monkeypatch.setattr(mmap, "mmap", SmallPagesOnly)
+    build, *_ = download.run(str(model), tmp_path / "b", SILENT)
+    record = run_stage(build, "quantize", settings, SILENT).record
+    assert record.outputs == expected.need("quantize").outputs
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")])
+def test_memory_that_runs_out_is_not_the_disk(error: OSError | MemoryError) -> None:
+    assert "--memory-budget" in str(of_system(error, "quantize"))
