@@ -29,7 +29,7 @@ from typing import Any
 
 import click
 
-from pipeline.checkpoint.durable import start_writing_out
+from pipeline.checkpoint.durable import start_writing_out, write_at
 from pipeline.measure import peak_memory
 
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
@@ -277,11 +277,9 @@ def _limit(source: Path, out: Path, device: str) -> dict[str, float]:
     def both(numbered: tuple[int, tuple[Path, int]]) -> None:
         number, part = numbered
         _read_part(part)
-        offset, view = number * len(content), content
-        while view:
-            count = os.pwrite(descriptor, view, offset)
-            view, offset = view[count:], offset + count
-        written_out.submit(start_writing_out, descriptor, number * len(content), len(content))
+        offset = number * len(content)
+        write_at(descriptor, content, offset)
+        written_out.submit(start_writing_out, descriptor, offset, len(content))
 
     with ThreadPoolExecutor(1) as written_out, ThreadPoolExecutor(8) as pool:
         list(pool.map(both, enumerate(parts)))

@@ -103,12 +103,20 @@ class StreamedModel:
         on_device = buffer[: group.nbytes].to(self._device)
         self._fill(block, group.views(on_device))
 
-    def open_ahead(self, block: str) -> None:
-        """Opens a block, and begins to read the one behind it."""
+    def open_ahead(self, block: str, *, again: bool = False) -> None:
+        """Opens a block, and begins to read the one behind it.
+
+        Args:
+            block: its path.
+            again: the first one follows the last, since all blocks are passed more than once.
+        """
         self.open(block)
         names = list(self.blocks)
-        for following in names[names.index(block) + 1 :][:1]:
-            self.prefetch(following)
+        following = names.index(block) + 1
+        if again:
+            following %= len(names)
+        if following < len(names):
+            self.prefetch(names[following])
 
     def close(self, block: str) -> None:
         """Takes a block's weights away again."""

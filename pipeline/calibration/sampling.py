@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -88,12 +89,7 @@ def _sample(
     largest = max(begin.count for begin in begins)
     whole = streamed.hold_what_fits(_SPARE + largest * each, _SPARE + sequences * each)
     found: dict[int, NDArray[np.int32]] = {}
-    names = list(streamed.blocks)
-
-    def opened(block: str) -> None:
-        streamed.open(block)
-        streamed.prefetch(names[(names.index(block) + 1) % len(names)])
-
+    opened = partial(streamed.open_ahead, again=True)
     tasks = sampling_tasks(streamed.model, device, begins, length, found)
     if whole:
         # One after the other: each is done, and known to be, before the next one begins.

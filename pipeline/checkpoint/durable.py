@@ -122,6 +122,13 @@ def start_writing_out(descriptor: int, offset: int, nbytes: int) -> None:
         _sync_file_range(descriptor, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
 
 
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """Writes all of `data` at a place of a file; one call of the system may take less."""
+    while data:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
+
+
 def sync_folder(folder: Path) -> None:
     """Makes the names in a folder survive a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -134,9 +141,7 @@ def sync_folder(folder: Path) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a small file, complete or not at all."""
     with replacing(path) as descriptor:
-        view = memoryview(content)
-        while view:
-            view = view[os.write(descriptor, view) :]
+        write_at(descriptor, memoryview(content), 0)
 
 
 def json_bytes(value: Any) -> bytes:
@@ -160,10 +165,10 @@ def link_or_copy(source: Path, target: Path) -> bool:
         target.hardlink_to(source)
     except OSError:
         with replacing(target) as descriptor, source.open("rb") as file:
+            offset = 0
             while chunk := file.read(8 * 2**20):
-                view = memoryview(chunk)
-                while view:
-                    view = view[os.write(descriptor, view) :]
+                write_at(descriptor, memoryview(chunk), offset)
+                offset += len(chunk)
         return False
     sync_folder(target.parent)
     return True

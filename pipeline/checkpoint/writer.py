@@ -22,7 +22,7 @@ from typing import Any, Final
 from numpy.typing import NDArray
 
 from pipeline.checkpoint.digest import FileDigest
-from pipeline.checkpoint.durable import replacing, start_writing_out
+from pipeline.checkpoint.durable import replacing, start_writing_out, write_at
 from pipeline.checkpoint.header import HeaderTensor
 from pipeline.checkpoint.layout import FileLayout
 from pipeline.checkpoint.sink import WrittenFile
@@ -75,7 +75,7 @@ class TensorFile:
         self._failure: Exception | None = None
         self._written: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
         os.ftruncate(descriptor, layout.nbytes)
-        self._pwrite(memoryview(layout.header()), 0)
+        write_at(descriptor, memoryview(layout.header()), 0)
         self._threads = [
             threading.Thread(target=self._follow, name="hash file", daemon=True),
             threading.Thread(target=self._write_out, name="write out", daemon=True),
@@ -95,7 +95,7 @@ class TensorFile:
             raise ValueError(f"{name}: {end} bytes do not fit {place.nbytes}")
         if view.nbytes == 0:
             return
-        self._pwrite(view, place.offset + start)
+        write_at(self._descriptor, view, place.offset + start)
         self._written.put((place.offset + start, view.nbytes))
         with self._changed:
             tensor.wrote(start, end)
@@ -199,11 +199,6 @@ class TensorFile:
                 with memoryview(window)[offset - base :] as view:
                     digest.update(view)
             offset += count
-
-    def _pwrite(self, view: memoryview, offset: int) -> None:
-        while view:
-            count = os.pwrite(self._descriptor, view, offset)
-            view, offset = view[count:], offset + count
 
 
 @contextmanager

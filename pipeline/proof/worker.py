@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -203,20 +204,16 @@ def _answer_streamed(request: dict[str, Any], streamed: Any, whole: bool) -> lis
     if whole:
         return _answer(request, generator)
     asked = _questions(request)
-    names = list(streamed.blocks)
+    last = list(streamed.blocks)[-1]
     _say(task="answer in 16 bit, streamed", total=request["max_new_tokens"], unit="tokens")
-
-    def opened(block: str) -> None:
-        streamed.open(block)
-        streamed.prefetch(names[(names.index(block) + 1) % len(names)])
 
     def closed(block: str) -> None:
         streamed.close(block)
-        if block == names[-1]:
+        if block == last:
             _say(advance=1)
 
     found: dict[int, dict[str, Any]] = {}
-    lockstep = Lockstep([streamed.blocks], opened, closed)
+    lockstep = Lockstep([streamed.blocks], partial(streamed.open_ahead, again=True), closed)
     lockstep.run(asking.tasks(generator, asked, request["max_new_tokens"], found))
     # All of them were held at every block, so the time of any one says nothing.
     return [

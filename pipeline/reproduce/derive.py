@@ -17,7 +17,7 @@ from pipeline.nf4.rounding import NearestOnCpu, Rounding
 from pipeline.progress import SILENT, Reporter
 from pipeline.selection import Plan
 from pipeline.stages import Settings
-from pipeline.stages.calibrate import Calibration
+from pipeline.stages.calibrate import Calibration, kept_modules
 from pipeline.stages.quantize import make_plan
 
 
@@ -66,7 +66,7 @@ def derive(
         SourceError: the checkpoint is not usable.
     """
     rounding = NearestOnCpu() if chosen is None else chosen.rounding()
-    kept = frozenset(module["module"] for module in chosen.kept) if chosen else frozenset()
+    kept = kept_modules(chosen.kept if chosen else ())
     plan, checkpoint = make_plan(build, settings, sensitive=kept)
     try:
         return _derive(plan, checkpoint, rounding, settings, reporter)

@@ -7,7 +7,7 @@ is quantized; and while it runs, what is chosen, block by block.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -285,6 +285,11 @@ def published(build: Build, facts: dict[str, Any]) -> bytes:
             f"{facts['tokens_sha256'][:12]}…). Run `nf4 quantize` again."
         )
     return as_file(tokens, facts["kept"])
+
+
+def kept_modules(kept: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+    """The modules of `Calibration.kept`, or of the same list in a record."""
+    return frozenset(module["module"] for module in kept)
 
 
 def as_file(tokens: CalibrationTokens, kept: list[dict[str, Any]]) -> bytes:

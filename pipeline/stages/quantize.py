@@ -120,7 +120,7 @@ def _planned(
     reporter: Reporter,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Quantizes by the plan, or by another one: layers are kept, or tied tensors differ."""
-    sensitive = frozenset(module["module"] for module in chosen.kept) if chosen else frozenset()
+    sensitive = calibrate.kept_modules(chosen.kept if chosen else ())
     if sensitive:
         plan, _ = make_plan(build, settings, sensitive=sensitive)
     try:

@@ -70,9 +70,7 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
         build,
         settings,
         frozenset(record.facts["different_twins"]),
-        frozenset(module["module"] for module in calibration["kept"])
-        if calibration
-        else frozenset(),
+        calibrate.kept_modules(calibration["kept"] if calibration else ()),
     )
     model_class = recorded_facts(build.need("download")).class_name
 
