@@ -18,30 +18,29 @@ from typing import Any, Final
 import click
 import numpy as np
 import torch
+from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.calibration.block_store import Store
+from nf4_pipeline.calibration.calibration_pass import calibrate
+from nf4_pipeline.calibration.tokens import CalibrationTokens
+from nf4_pipeline.fidelity.bootstrap import Resampling, mean
+from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
+from nf4_pipeline.gptq.config import Method
+from nf4_pipeline.gptq.precomputed import choices_in
+from nf4_pipeline.nf4 import cpu
+from nf4_pipeline.nf4.dequantize import dequantize
+from nf4_pipeline.nf4.double_quant import double_quantize
+from nf4_pipeline.nf4.layout import blocks_of
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.recipe import Recipe
+from nf4_pipeline.runtime.loader import load_tokenizer
+from nf4_pipeline.sample import TEXT
+from nf4_pipeline.selection import TensorPlan
+from nf4_pipeline.stages import Settings
+from nf4_pipeline.stages.calibrate import tokens_for
+from nf4_pipeline.stages.quantize import make_plan
+from nf4_pipeline.verification.eval_text import TokenSequence, cut, read_text
 from transformers.pytorch_utils import Conv1D
-
-from pipeline.blocks.streamed import StreamedModel
-from pipeline.build import Build
-from pipeline.calibration.given import choices_in
-from pipeline.calibration.method import Method
-from pipeline.calibration.run import calibrate
-from pipeline.calibration.store import Store
-from pipeline.calibration.tokens import CalibrationTokens
-from pipeline.fidelity.bootstrap import Resampling, mean
-from pipeline.fidelity.tokens import TokenScores, score_tokens
-from pipeline.nf4 import cpu
-from pipeline.nf4.dequantize import dequantize
-from pipeline.nf4.double_quant import double_quantize
-from pipeline.nf4.layout import blocks_of
-from pipeline.progress import SILENT
-from pipeline.proof.text import TokenSequence, cut, read_text
-from pipeline.recipe import Recipe
-from pipeline.runtime.loader import load_tokenizer
-from pipeline.sample import TEXT
-from pipeline.selection import TensorPlan
-from pipeline.stages import Settings
-from pipeline.stages.calibrate import tokens_for
-from pipeline.stages.quantize import make_plan
 
 _ONE: Final = np.ones(1, np.float32)
 VARIANTS: Final = {

@@ -137,7 +137,7 @@ def _row(cells: Any) -> None:
 
 def _nf4(*arguments: object) -> None:
     """Runs a command; its progress goes to stderr."""
-    command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
+    command = [sys.executable, "-m", "nf4_pipeline", *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise click.ClickException(f"{' '.join(command)} ended with {done.returncode}")

@@ -28,9 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-
-from pipeline.checkpoint.durable import start_writing_out, write_at
-from pipeline.measure import peak_memory
+from nf4_pipeline.checkpoint.atomic import start_writing_out, write_at
+from nf4_pipeline.resource_usage import peak_memory
 
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 _PART = 32 * 2**20
@@ -168,9 +167,9 @@ def child(name: str, source: Path, out: Path, device: str) -> None:
 
 
 def _prepare(source: Path, out: Path, device: str) -> dict[str, float]:
-    from pipeline.build import Build
-    from pipeline.progress import SILENT
-    from pipeline.stages import Settings, download, quantize
+    from nf4_pipeline.build_folder import Build
+    from nf4_pipeline.progress import SILENT
+    from nf4_pipeline.stages import Settings, download, quantize
 
     download.run(str(source), out.parent, SILENT, build_dir=out)
     plan, _ = quantize.make_plan(Build(out), Settings())
@@ -182,10 +181,9 @@ def _prepare(source: Path, out: Path, device: str) -> dict[str, float]:
 def _ours(source: Path, out: Path, device: str) -> dict[str, float]:
     start = time.perf_counter()
     import numpy as np
-
-    from pipeline.build import Build
-    from pipeline.progress import SILENT
-    from pipeline.stages import Settings, quantize, serialize
+    from nf4_pipeline.build_folder import Build
+    from nf4_pipeline.progress import SILENT
+    from nf4_pipeline.stages import Settings, quantize, serialize
 
     build = Build(out)
     for stage in ("quantize", "serialize"):

@@ -76,7 +76,7 @@ def _show(depth: int, limit: str, found: dict[str, Any]) -> None:
 
 def _nf4(*arguments: object, may_fail: bool = False) -> None:
     """Runs a command; a verdict of "fail" is a finding here, and not an error."""
-    command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
+    command = [sys.executable, "-m", "nf4_pipeline", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0 and not may_fail:
         raise click.ClickException(f"{' '.join(command)}\n{done.stderr}")

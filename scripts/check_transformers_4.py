@@ -3,7 +3,7 @@
 transformers 4.57.6 quantizes and loads a Falcon without any help. This script sets it up in a
 virtual environment of its own, with the torch and the bitsandbytes that run here, loads the
 artifact there with a plain `AutoModelForCausalLM.from_pretrained`, and holds the logits and the
-count of 4-bit layers against those of `pipeline.load` here. Both sides run on the CPU.
+count of 4-bit layers against those of `nf4_pipeline.load` here. Both sides run on the CPU.
 
     python scripts/check_transformers_4.py artifacts/<build>/export
 
@@ -136,14 +136,13 @@ def look_there(python: Path, artifact: Path, prompts: Sequence[str]) -> Found:
 
 
 def look_here(artifact: Path, prompts: Sequence[str]) -> tuple[Found, float]:
-    """Loads the artifact with `pipeline.load`; also measures what rounding does to its logits."""
+    """Loads the artifact with `nf4_pipeline.load`; and measures what rounding does to its logits."""
+    import nf4_pipeline
     import torch
     from bitsandbytes.nn import Linear4bit
 
-    import pipeline
-
-    tokenizer = pipeline.load_tokenizer(artifact)
-    model = pipeline.load(artifact, device="cpu")
+    tokenizer = nf4_pipeline.load_tokenizer(artifact)
+    model = nf4_pipeline.load(artifact, device="cpu")
     versions = {name: metadata.version(name) for name in SHOWN}
     found = Found(versions=versions, **observe(model, tokenizer, prompts))
 
@@ -201,7 +200,7 @@ def _holds(python: Path, wanted: dict[str, str | None]) -> bool:
 
 def planned_layers(artifact: Path) -> list[str]:
     """The modules that the manifest says are quantized."""
-    from pipeline.manifest.read import read_manifest
+    from nf4_pipeline.manifest.read import read_manifest
 
     tensors = read_manifest(artifact)["tensors"]
     return [tensor["module"] for tensor in tensors if tensor["quantized"]]
@@ -209,7 +208,7 @@ def planned_layers(artifact: Path) -> list[str]:
 
 def table(here: Found, there: Found, planned: int, apart: float, bound: float) -> str:
     """The comparison, as text."""
-    rows = [("", "stock transformers 4", "pipeline.load")]
+    rows = [("", "stock transformers 4", "nf4_pipeline.load")]
     rows += [(name, there.versions[name], here.versions[name]) for name in SHOWN]
     rows += [
         ("4-bit layers", str(len(there.layers)), str(len(here.layers))),

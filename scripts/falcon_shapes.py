@@ -12,10 +12,9 @@ from typing import Any
 
 import click
 import numpy as np
-
-from pipeline.checkpoint.layout import plan_layout
-from pipeline.checkpoint.writer import TensorFile, writing
-from pipeline.nf4.layout import StoredTensor
+from nf4_pipeline.checkpoint.layout import plan_layout
+from nf4_pipeline.checkpoint.writer import TensorFile, writing
+from nf4_pipeline.nf4.layout import StoredTensor
 
 HIDDEN, HEADS, VOCAB = 4544, 71, 65024
 HEAD_DIM = HIDDEN // HEADS

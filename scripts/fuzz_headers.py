@@ -26,9 +26,9 @@ def fuzz(folder: Path) -> None:
     import atheris
 
     # Only what is imported here for the first time is watched.
-    with atheris.instrument_imports(include=["pipeline.checkpoint"]):
-        from pipeline.checkpoint.header import read_header
-    from pipeline.errors import CheckpointError
+    with atheris.instrument_imports(include=["nf4_pipeline.checkpoint"]):
+        from nf4_pipeline.checkpoint.header import read_header
+    from nf4_pipeline.errors import CheckpointError
 
     path = folder / "fuzz.safetensors"
 

@@ -15,10 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pipeline.job import run_build
-from pipeline.progress import SILENT
-from pipeline.recipe import load_recipe
-from pipeline.stages import Settings
+from nf4_pipeline.job import run_build
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.recipe import load_recipe
+from nf4_pipeline.stages import Settings
+
 from tests.support.hub_faults import all_cases, messages, run_cases, table
 from tests.support.tiny import write_falcon, write_recipe
 

@@ -110,7 +110,7 @@ def _download(endpoint: str, place: Path) -> tuple[dict[str, Any], dict[str, byt
     """What `nf4 download --json` says, and the files that it got."""
     place.mkdir()
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline", "download", REPO, "--json"],
+        [sys.executable, "-m", "nf4_pipeline", "download", REPO, "--json"],
         cwd=place,
         env=isolated(place / "hf", endpoint),
         capture_output=True,

@@ -26,10 +26,11 @@ from typing import Final
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pipeline.build import Build
-from pipeline.job import run_stage
-from pipeline.progress import SILENT
-from pipeline.stages import Settings, download
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.job import run_stage
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.stages import Settings, download
+
 from tests.support import disk, headers, kills, tamper
 from tests.support.interrupts import interrupt_at_random
 from tests.support.signed import make_keys
@@ -116,8 +117,8 @@ def _also_taken_by_the_library(options: argparse.Namespace, path: Path) -> str:
 
 def run_signatures(options: argparse.Namespace, folder: Path) -> int:
     """Changes to a signed artifact, each of which must be refused."""
-    from pipeline.errors import SignatureError
-    from pipeline.provenance.signing import check, sign
+    from nf4_pipeline.errors import SignatureError
+    from nf4_pipeline.provenance.signing import check, sign
 
     build = Build(downloaded(folder, hidden=64, layers=2, shards=2))
     for stage in ("quantize", "serialize"):

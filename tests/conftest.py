@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.job import run_build, run_stage
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.recipe import QuantizeRecipe, Recipe, load_recipe
+from nf4_pipeline.stages import Settings, download
 
-from pipeline.build import Build
-from pipeline.job import run_build, run_stage
-from pipeline.progress import SILENT
-from pipeline.recipe import QuantizeRecipe, Recipe, load_recipe
-from pipeline.stages import Settings, download
 from tests.support.facts import FactsHere
 from tests.support.tiny import copy_of, write_falcon, write_recipe
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+import nf4_pipeline
 import pytest
 import torch
+from nf4_pipeline.job import run_stage
+from nf4_pipeline.manifest.read import read_manifest
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.stages import Settings, download
 
-import pipeline
-from pipeline.job import run_stage
-from pipeline.manifest.read import read_manifest
-from pipeline.progress import SILENT
-from pipeline.stages import Settings, download
 from tests.support.decoders import DECODERS, write_decoder
 from tests.support.facts import FactsHere
 from tests.support.stock import linear4bit, logits
@@ -38,7 +38,7 @@ def test_a_decoder_is_built_loaded_and_computes(
     assert planned
     assert sum("merged" in reason for reason in reasons) == MERGED.get(name, 0)
     assert sum("directly" in reason for reason in reasons) == EXPOSED.get(name, 0)
-    loaded = pipeline.load(build.export, device="cpu")
+    loaded = nf4_pipeline.load(build.export, device="cpu")
     assert linear4bit(loaded) == planned
     found, exact = logits(loaded, TOKENS), logits(model, TOKENS)
     # NF4 moves the logits of these random models by 0.08 to 0.23; unrelated ones by about 1.4.

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import nf4_pipeline
 import pytest
 import torch
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.sample import MODEL_DIR
 
-import pipeline
-from pipeline.build import Build
-from pipeline.sample import MODEL_DIR
 from tests.support.calibrated import downloaded, manifest_of, quantized, settings
 from tests.support.checkpoints import read_tensors
 from tests.support.stock import linear4bit, load_stock, logits
@@ -62,7 +62,7 @@ def test_the_artifact_says_so(calibrated_sample: Path) -> None:
 
 def test_patched_stock_reads_what_we_read(calibrated_sample: Path) -> None:
     export = calibrated_sample / "export"
-    stock, ours = load_stock(export), pipeline.load(export, device="cpu")
+    stock, ours = load_stock(export), nf4_pipeline.load(export, device="cpu")
     planned = {
         t["module"] for t in manifest_of(Build(calibrated_sample))["tensors"] if "module" in t
     }

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import pytest
+from nf4_pipeline.report.model_card import front_matter, model_card
 
-from pipeline.card import front_matter, model_card
 from tests.report.made import (
     calibration,
     failed_gate,

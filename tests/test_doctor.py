@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from nf4_pipeline import doctor
 
-from pipeline import doctor
 from tests.support.tiny import nf4
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nf4_pipeline.errors import SourceError
+from nf4_pipeline.job import run_stage
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.stages import Settings, download
 
-from pipeline.errors import SourceError
-from pipeline.job import run_stage
-from pipeline.progress import SILENT
-from pipeline.stages import Settings, download
 from tests.support.facts import FactsHere
 from tests.support.tiny import INDEX, SHARDS, copy_of, edit_json, write_falcon
 
@@ -411,7 +411,7 @@ def test_a_config_that_takes_all_processors_is_ended(tmp_path: Path) -> None:
 
     model = write_falcon(tmp_path / "model", layers=1, shards=1)
     program = (
-        "import sys; from pipeline.model import worker, skeleton\n"
+        "import sys; from nf4_pipeline.model import worker, skeleton\n"
         "worker.MAX_SECONDS = 1\n"
         "def forever(config):\n"
         "    while True: pass\n"

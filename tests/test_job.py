@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.errors import PipelineError
+from nf4_pipeline.job import run_stage, states
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.recipe import QuantizeRecipe, Recipe, SerializeRecipe
+from nf4_pipeline.stages import Settings, download
 from safetensors.torch import load_file
 
-from pipeline.build import Build
-from pipeline.errors import PipelineError
-from pipeline.job import run_stage, states
-from pipeline.progress import SILENT
-from pipeline.recipe import QuantizeRecipe, Recipe, SerializeRecipe
-from pipeline.stages import Settings, download
 from tests.support.tiny import SHARDS, content_of, copy_of, flip_byte
 
 pytestmark = pytest.mark.usefixtures("facts_here")

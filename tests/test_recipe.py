@@ -6,9 +6,8 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-
-from pipeline.errors import RecipeError
-from pipeline.recipe import (
+from nf4_pipeline.errors import RecipeError
+from nf4_pipeline.recipe import (
     QuantizeRecipe,
     Recipe,
     SerializeRecipe,

@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.errors import AccessError, PipelineError, ResourceError, of_system
+from nf4_pipeline.job import run_stage
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.recipe import Recipe, SerializeRecipe
+from nf4_pipeline.stages import Settings, download, serialize
 
-from pipeline.build import Build
-from pipeline.errors import AccessError, PipelineError, ResourceError, of_system
-from pipeline.job import run_stage
-from pipeline.progress import SILENT
-from pipeline.recipe import Recipe, SerializeRecipe
-from pipeline.stages import Settings, download, serialize
 from tests.support import disk
 from tests.support.kills import content, leftovers
 from tests.support.tiny import copy_of, nf4
@@ -90,12 +90,12 @@ def test_another_user_without_rights(downloaded_falcon: Path, small: Path, tmp_p
     program = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from pipeline.build import Build\n"
-        "from pipeline.job import run_stage\n"
-        "from pipeline.progress import SILENT\n"
-        "from pipeline.stages import Settings\n"
+        "from nf4_pipeline.build_folder import Build\n"
+        "from nf4_pipeline.job import run_stage\n"
+        "from nf4_pipeline.progress import SILENT\n"
+        "from nf4_pipeline.stages import Settings\n"
         "import os; os.setgid(65534); os.setuid(65534)\n"
-        "from pipeline.errors import AccessError\n"
+        "from nf4_pipeline.errors import AccessError\n"
         "try: run_stage(Build(Path(sys.argv[1])), 'quantize', Settings(device='cpu'), SILENT)\n"
         "except AccessError as error: print(error)\n"
     )
@@ -114,7 +114,7 @@ def test_another_user_without_rights(downloaded_falcon: Path, small: Path, tmp_p
 def test_a_limit_of_the_session(downloaded_falcon: Path, tmp_path: Path) -> None:
     """`ulimit -f`: a file may not become as large as it must."""
     build = Build(copy_of(downloaded_falcon, tmp_path / "build"))
-    command = f'ulimit -f 20; exec "{sys.executable}" -m pipeline quantize --build-dir "$1"'
+    command = f'ulimit -f 20; exec "{sys.executable}" -m nf4_pipeline quantize --build-dir "$1"'
     done = subprocess.run(
         ["bash", "-c", command, "bash", str(build.root)],
         capture_output=True,

@@ -6,13 +6,12 @@ from dataclasses import replace
 from math import prod
 
 import pytest
-
-from pipeline.checkpoint.header import DTYPE_BYTES, HeaderTensor
-from pipeline.checkpoint.source import SourceTensor
-from pipeline.errors import ArchitectureError, CheckpointError, RecipeError
-from pipeline.model.facts import LinearFact, ModelFacts
-from pipeline.recipe import QuantizeRecipe
-from pipeline.selection import Plan, select, skips
+from nf4_pipeline.checkpoint.header import DTYPE_BYTES, HeaderTensor
+from nf4_pipeline.checkpoint.source import SourceTensor
+from nf4_pipeline.errors import ArchitectureError, CheckpointError, RecipeError
+from nf4_pipeline.model.architecture import LinearFact, ModelFacts
+from nf4_pipeline.recipe import QuantizeRecipe
+from nf4_pipeline.selection import Plan, select, skips
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "model.embed.weight": (100, 8),

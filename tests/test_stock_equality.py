@@ -14,18 +14,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+import nf4_pipeline
 import pytest
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
+from nf4_pipeline.job import run_stage
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.stages import Settings, download
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.falcon import modeling_falcon
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging as transformers_logging
 
-import pipeline
-from pipeline.job import run_stage
-from pipeline.progress import SILENT
-from pipeline.stages import Settings, download
 from tests.support.checkpoints import FALCONS, HEAD, KINDS, make_checkpoint, read_tensors
 from tests.support.facts import FactsHere
 from tests.support.stock import (
@@ -229,7 +229,7 @@ def test_stock_transformers_accepts_the_quantization_config(make: Make, name: st
 @every_case
 def test_load_gives_the_stock_model(make: Make, name: str) -> None:
     made = make(name)
-    model, stock = pipeline.load(made.export, device="cpu"), load_stock(made.stock)
+    model, stock = nf4_pipeline.load(made.export, device="cpu"), load_stock(made.stock)
     assert linear4bit(model) == made.planned == linear4bit(stock)
     assert model.dtype == stock.dtype == getattr(torch, made.case.dtype)
     apart = relative(logits(model, TOKENS), logits(stock, TOKENS))
@@ -239,7 +239,7 @@ def test_load_gives_the_stock_model(make: Make, name: str) -> None:
 @every_case
 def test_load_quantizes_a_plain_checkpoint_alike(make: Make, name: str) -> None:
     made = make(name)
-    model = pipeline.load(made.checkpoint, device="cpu")
+    model = nf4_pipeline.load(made.checkpoint, device="cpu")
     assert linear4bit(model) == made.planned
     # The scales are stock's here: bitsandbytes quantizes while transformers loads.
     stock = stock_model(made.checkpoint, made.case.dtype)
@@ -251,7 +251,7 @@ def test_unpatched_stock_loads_the_artifact(make: Make, name: str) -> None:
     made = make(name)
     stock = load_stock(made.export, patched=False)
     assert linear4bit(stock) == made.planned
-    expected = logits(pipeline.load(made.export, device="cpu"), TOKENS)
+    expected = logits(nf4_pipeline.load(made.export, device="cpu"), TOKENS)
     assert torch.equal(logits(stock, TOKENS), expected)
 
 
@@ -260,7 +260,7 @@ def test_patched_stock_loads_the_artifact(make: Make, name: str) -> None:
     made = make(name)
     stock = load_stock(made.export)
     assert linear4bit(stock) == made.planned
-    expected = logits(pipeline.load(made.export, device="cpu"), TOKENS)
+    expected = logits(nf4_pipeline.load(made.export, device="cpu"), TOKENS)
     assert torch.equal(logits(stock, TOKENS), expected)
 
 
@@ -298,7 +298,7 @@ def test_more_threads_change_no_byte(make: Make, tmp_path: Path) -> None:
             build, *_ = download.run(str(made.checkpoint), tmp_path / "artifacts", SILENT)
         for stage in ("quantize", "serialize"):
             assert run_stage(build, stage, Settings(), SILENT).ran
-        found = logits(pipeline.load(build.export, device="cpu"), TOKENS)
+        found = logits(nf4_pipeline.load(build.export, device="cpu"), TOKENS)
     finally:
         torch.set_num_threads(before)
     assert content_of(build.export) == content_of(made.export)
@@ -307,12 +307,12 @@ def test_more_threads_change_no_byte(make: Make, tmp_path: Path) -> None:
 
 
 def test_loading_leaves_the_voice_of_transformers_as_it_was(make: Make) -> None:
-    """A process that used `pipeline.load` must still hear what stock transformers warns of."""
+    """A process that used `nf4_pipeline.load` must still hear what stock transformers warns of."""
     made = make("falcon-whole")
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_warning()
     try:
-        pipeline.load(made.export, device="cpu")
+        nf4_pipeline.load(made.export, device="cpu")
         assert transformers_logging.get_verbosity() == logging.WARNING
         assert transformers_logging.is_progress_bar_enabled()
     finally:
@@ -325,7 +325,7 @@ def test_the_trap_stock_cannot_load_a_falcon_artifact(make: Make, name: str) -> 
     quantizer = AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]
     with pytest.raises(RuntimeError, match="mismatch"):
         AutoModelForCausalLM.from_pretrained(made.export, dtype="auto")
-    assert linear4bit(pipeline.load(made.export, device="cpu")) == made.planned
+    assert linear4bit(nf4_pipeline.load(made.export, device="cpu")) == made.planned
     # What `load` does to transformers ends with it.
     assert AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] is quantizer
     with pytest.raises(RuntimeError, match="mismatch"):
@@ -345,7 +345,7 @@ def test_a_loaded_model_computes_what_the_artifact_means(make: Make, name: str) 
     """On a CPU, whatever the shapes: the logits of a plain model with the dequantized weights."""
     made = make(name)
     tensors = read_tensors(made.export)
-    plain = pipeline.load(made.checkpoint, device="cpu", quantize=False)
+    plain = nf4_pipeline.load(made.checkpoint, device="cpu", quantize=False)
     with torch.no_grad():
         for entry in made.manifest["tensors"]:
             if entry["quantized"]:
@@ -354,6 +354,6 @@ def test_a_loaded_model_computes_what_the_artifact_means(make: Make, name: str) 
                     weight.T if entry["transposed"] else weight
                 )
     expected = logits(plain, TOKENS)
-    found = logits(pipeline.load(made.export, device="cpu"), TOKENS, portable=False)
+    found = logits(nf4_pipeline.load(made.export, device="cpu"), TOKENS, portable=False)
     # Scales may be rounded to bf16 on the way: one step more than between two artifacts.
     assert relative(found, expected) < 2 * logit_bound(made.case.dtype)

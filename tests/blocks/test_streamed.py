@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from nf4_pipeline.blocks.find_blocks import find_blocks
+from nf4_pipeline.blocks.lockstep import Lockstep
+from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.errors import CheckpointError
+from nf4_pipeline.runtime.quiet import quiet_loading
 from transformers import AutoModelForCausalLM
 
-from pipeline.blocks.lockstep import Lockstep
-from pipeline.blocks.streamed import StreamedModel
-from pipeline.blocks.units import find_blocks
-from pipeline.errors import CheckpointError
-from pipeline.runtime.quiet import quiet_loading
 from tests.support.checkpoints import KINDS, make_checkpoint
 from tests.support.decoders import DECODERS, write_decoder
 from tests.support.tiny import copy_of

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
+from nf4_pipeline.gptq import kernels_cpu as compensated
+from nf4_pipeline.gptq.config import Method
+from nf4_pipeline.gptq.hessian import Guide, guide
+from nf4_pipeline.gptq.quantizer import Choice, ChooserOnCpu, pack
+from nf4_pipeline.nf4.codebook import NF4_LEVELS, SCALE_LEVELS
+from nf4_pipeline.nf4.dequantize import dequantize, unpack
+from nf4_pipeline.nf4.double_quant import NestedScales, double_quantize
 from numpy.typing import NDArray
 
-from pipeline.calibration.choose import Choice, ChooserOnCpu, pack
-from pipeline.calibration.guide import Guide, guide
-from pipeline.calibration.method import Method
-from pipeline.nf4 import compensated
-from pipeline.nf4.codebook import NF4_LEVELS, SCALE_LEVELS
-from pipeline.nf4.dequantize import dequantize, unpack
-from pipeline.nf4.double_quant import NestedScales, double_quantize
 from tests.support.compensated import Array, order_of, prepared, reference
 
 METHOD: Final = Method()

@@ -7,9 +7,9 @@ from typing import Final
 
 import pytest
 import torch
+from nf4_pipeline.gptq.config import Method
+from nf4_pipeline.gptq.hessian import IllConditionedError, guide
 
-from pipeline.calibration.guide import IllConditionedError, guide
-from pipeline.calibration.method import Method
 from tests.calibration.test_choose import moment_of
 from tests.support.compensated import prepared
 

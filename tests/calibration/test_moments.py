@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from nf4_pipeline.gptq import hessian_accumulator as rooms
+from nf4_pipeline.gptq.hessian_accumulator import Moments
 from torch import nn
-
-from pipeline.calibration import moments as rooms
-from pipeline.calibration.moments import Moments
 
 
 class Block(nn.Module):

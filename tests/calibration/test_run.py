@@ -9,21 +9,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+import nf4_pipeline
 import numpy as np
 import pytest
 import torch
+from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.calibration import calibration_pass as passes
+from nf4_pipeline.calibration.tokens import parse_tokens
+from nf4_pipeline.checkpoint.source import read_json
+from nf4_pipeline.gptq.hessian_accumulator import Moments
+from nf4_pipeline.job import run_stage
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.recipe import SerializeRecipe
 from safetensors.torch import load_file, save_file
 
-import pipeline
-from pipeline.blocks.streamed import StreamedModel
-from pipeline.build import Build
-from pipeline.calibration import run as passes
-from pipeline.calibration.moments import Moments
-from pipeline.calibration.tokens import parse_tokens
-from pipeline.checkpoint.source import read_json
-from pipeline.job import run_stage
-from pipeline.progress import SILENT
-from pipeline.recipe import SerializeRecipe
 from tests.support.calibrated import (
     Listener,
     downloaded,
@@ -165,7 +165,7 @@ def test_layers_give_what_the_16_bit_ones_give(make: Make, name: str) -> None:
 def test_unpatched_stock_reads_what_we_read(make: Make, name: str) -> None:
     pair = make(name)
     stock = load_stock(pair.build.export, patched=False)
-    ours = pipeline.load(pair.build.export, device="cpu")
+    ours = nf4_pipeline.load(pair.build.export, device="cpu")
     planned = {t["module"] for t in manifest_of(pair.build)["tensors"] if t["quantized"]}
     assert linear4bit(stock) == linear4bit(ours) == planned
     tokens = tokens_of(pair.build)[:2, :12]
@@ -176,7 +176,7 @@ def test_unpatched_stock_reads_what_we_read(make: Make, name: str) -> None:
 def test_patched_stock_reads_what_we_read(make: Make, name: str) -> None:
     pair = make(name)
     tokens = tokens_of(pair.build)[:2, :12]
-    ours = pipeline.load(pair.build.export, device="cpu")
+    ours = nf4_pipeline.load(pair.build.export, device="cpu")
     assert torch.equal(logits(load_stock(pair.build.export), tokens), logits(ours, tokens))
 
 
@@ -264,7 +264,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
         tensors["model.layers.1.mlp.down_proj.weight"][3, 70] = float("nan")
 
     build = changed(tmp_path, spoil)
-    with pytest.raises(pipeline.PipelineError, match=r"layers\.1\.mlp\.down_proj.*NaN"):
+    with pytest.raises(nf4_pipeline.PipelineError, match=r"layers\.1\.mlp\.down_proj.*NaN"):
         run_stage(build, "quantize", settings(tmp_path / "text.txt"), SILENT)
     assert build.record("quantize") is None
 
@@ -331,5 +331,5 @@ def test_tokens_of_another_vocabulary(make: Make, tmp_path: Path) -> None:
     tokens = read_json(path)
     tokens["ids"][0][0] = 257
     path.write_text(json.dumps(tokens))
-    with pytest.raises(pipeline.PipelineError, match="token 257 is beyond the model's 257"):
+    with pytest.raises(nf4_pipeline.PipelineError, match="token 257 is beyond the model's 257"):
         run_stage(build, "quantize", settings(), SILENT)

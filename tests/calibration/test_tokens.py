@@ -10,19 +10,19 @@ from typing import Any, Final
 import numpy as np
 import pytest
 import torch
-
-from pipeline.blocks.streamed import StreamedModel
-from pipeline.calibration.sampling import make_tokens
-from pipeline.calibration.tokens import (
+from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.calibration.sampling import make_tokens
+from nf4_pipeline.calibration.tokens import (
     CalibrationTokens,
     openings,
     parse_tokens,
     read_tokens,
     tokens_of_text,
 )
-from pipeline.errors import CheckpointError, RecipeError
-from pipeline.progress import SILENT
-from pipeline.runtime.loader import load_tokenizer
+from nf4_pipeline.errors import CheckpointError, RecipeError
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.runtime.loader import load_tokenizer
+
 from tests.support.checkpoints import make_checkpoint, make_model
 from tests.support.tiny import edit_json
 

@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from pipeline.checkpoint import durable
-from pipeline.checkpoint.durable import (
+from nf4_pipeline.checkpoint import atomic as durable
+from nf4_pipeline.checkpoint.atomic import (
     json_bytes,
     link_or_copy,
     remove_leftovers,
@@ -82,7 +81,7 @@ def test_a_killed_writer_leaves_the_old_file_and_a_leftover_that_is_removed(tmp_
     write_bytes(path, b"old")
     program = (
         "import os, signal, sys; from pathlib import Path;"
-        "from pipeline.checkpoint.durable import replacing\n"
+        "from nf4_pipeline.checkpoint.atomic import replacing\n"
         "with replacing(Path(sys.argv[1])) as descriptor:\n"
         "    os.write(descriptor, b'half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-
-from pipeline.checkpoint.header import (
+from nf4_pipeline.checkpoint.header import (
     DTYPE_BYTES,
     MAX_HEADER_BYTES,
     HeaderTensor,
     header_bytes,
     read_header,
 )
-from pipeline.errors import CheckpointError
+from nf4_pipeline.errors import CheckpointError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 TORCH = {
     "F64": torch.float64,

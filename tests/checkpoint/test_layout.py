@@ -10,12 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
+from nf4_pipeline.checkpoint.header import DTYPE_BYTES, read_header
+from nf4_pipeline.checkpoint.layout import plan_layout
+from nf4_pipeline.checkpoint.writer import writing
+from nf4_pipeline.nf4.layout import QUANT_STATE_SUFFIX, StoredTensor, stored_tensors
 from safetensors.torch import load_file
-
-from pipeline.checkpoint.header import DTYPE_BYTES, read_header
-from pipeline.checkpoint.layout import plan_layout
-from pipeline.checkpoint.writer import writing
-from pipeline.nf4.layout import QUANT_STATE_SUFFIX, StoredTensor, stored_tensors
 
 
 def kept(name: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor:

@@ -14,16 +14,16 @@ from tests.support.headers import campaign, large
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from pipeline.measure import peak_memory
+from nf4_pipeline.resource_usage import peak_memory
 from tests.support.headers import Outcome, feed, large, pack
 outcome, before = Outcome(), peak_memory()
 text = large()[sys.argv[1]]
 path = Path(sys.argv[2])
 path.write_bytes(pack(text, b""))
 del text
-from pipeline.checkpoint.header import read_header
-from pipeline.errors import CheckpointError
-from pipeline.measure import measured
+from nf4_pipeline.checkpoint.header import read_header
+from nf4_pipeline.errors import CheckpointError
+from nf4_pipeline.resource_usage import measured
 with measured() as usage:
     try:
         read_header(path)

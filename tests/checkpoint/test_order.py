@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from nf4_pipeline.build_folder import Build, Record
 
-from pipeline.build import Build, Record
 from tests.support.syscalls import Event, traced
 from tests.support.tiny import copy_of, environment, nf4
 
@@ -19,7 +19,15 @@ RECORDS = "records"
 
 def trace(build: Build, stage: str, *options: str) -> list[Event]:
     """Runs a stage; gives what it did to the build folder, in order."""
-    command = [sys.executable, "-m", "pipeline", stage, "--build-dir", str(build.root), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "nf4_pipeline",
+        stage,
+        "--build-dir",
+        str(build.root),
+        *options,
+    ]
     log = build.root.parent / "trace.txt"
     events = traced(command, log, environment(build.root.parent))
     return [event for event in events if event.path.is_relative_to(build.root)]

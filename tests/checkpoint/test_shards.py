@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from nf4_pipeline.checkpoint.digest import digest_file
+from nf4_pipeline.checkpoint.shards import Piece, name_shards, split_file, write_shard
+from nf4_pipeline.nf4.layout import stored_tensors
+from nf4_pipeline.progress import SILENT
 from safetensors.torch import load_file, save_file
-
-from pipeline.checkpoint.digest import digest_file
-from pipeline.checkpoint.shards import Piece, name_shards, split_file, write_shard
-from pipeline.nf4.layout import stored_tensors
-from pipeline.progress import SILENT
 
 KINDS = {"U8": torch.uint8, "F32": torch.float32}
 

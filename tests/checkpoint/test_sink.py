@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from pipeline.checkpoint.layout import plan_layout
-from pipeline.checkpoint.sink import HashingSink
-from pipeline.checkpoint.writer import writing
-from pipeline.nf4.layout import StoredTensor
+from nf4_pipeline.checkpoint.layout import plan_layout
+from nf4_pipeline.checkpoint.sink import HashingSink
+from nf4_pipeline.checkpoint.writer import writing
+from nf4_pipeline.nf4.layout import StoredTensor
 
 STEP = 700
 

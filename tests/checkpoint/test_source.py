@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from nf4_pipeline.checkpoint.source import INDEX_FILE, SINGLE_FILE, open_checkpoint, read_json
+from nf4_pipeline.errors import CheckpointError, SourceError
 from safetensors.torch import save_file
-
-from pipeline.checkpoint.source import INDEX_FILE, SINGLE_FILE, open_checkpoint, read_json
-from pipeline.errors import CheckpointError, SourceError
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 

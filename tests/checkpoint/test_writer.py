@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nf4_pipeline.checkpoint.digest import digest_file, digest_tensors
+from nf4_pipeline.checkpoint.header import read_header
+from nf4_pipeline.checkpoint.layout import FileLayout, plan_layout
+from nf4_pipeline.checkpoint.writer import writing
+from nf4_pipeline.nf4.layout import StoredTensor
 from safetensors.numpy import load_file
-
-from pipeline.checkpoint.digest import digest_file, digest_tensors
-from pipeline.checkpoint.header import read_header
-from pipeline.checkpoint.layout import FileLayout, plan_layout
-from pipeline.checkpoint.writer import writing
-from pipeline.nf4.layout import StoredTensor
 
 
 def layout_of(sizes: dict[str, int]) -> FileLayout:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.stages import download
 from safetensors.torch import load_file, save_file
 
-from pipeline.build import Build
-from pipeline.progress import SILENT
-from pipeline.stages import download
 from tests.support.tiny import INDEX, SHARDS, Done, copy_of, edit_json, nf4
 
 WEIGHT = "transformer.h.0.mlp.dense_h_to_4h.weight"

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.stages import download
 
-from pipeline.build import Build
-from pipeline.progress import SILENT
-from pipeline.stages import download
 from tests.cli.test_bad_input import check_message, check_nothing_written
 from tests.support.tiny import content_of, copy_of, edit_json, environment, nf4, write_falcon
 
@@ -46,7 +46,7 @@ def start(
 
     command = ("quantize", "--build-dir", build.root.name)
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline", *command, *OPTIONS, *options],
+        [sys.executable, "-m", "nf4_pipeline", *command, *OPTIONS, *options],
         cwd=build.root.parent,
         env={**environment(build.root.parent), "OMP_NUM_THREADS": str(threads)},
         stdin=subprocess.DEVNULL,

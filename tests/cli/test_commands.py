@@ -9,11 +9,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import nf4_pipeline
 import pytest
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.cli import COMMANDS
 
-import pipeline
-from pipeline.build import Build
-from pipeline.cli import COMMANDS
 from tests.support.tiny import (
     SHARDS,
     Done,
@@ -33,7 +33,7 @@ PROGRESS = re.compile(
 HELP_OF_ALL = """
 import json, sys
 from click.testing import CliRunner
-from pipeline.cli import COMMANDS, cli
+from nf4_pipeline.cli import COMMANDS, cli
 texts = {name: CliRunner().invoke(cli, [name, "--help"]).output for name in COMMANDS}
 print(json.dumps({"texts": texts, "modules": sorted(sys.modules)}))
 """
@@ -88,7 +88,7 @@ def states_of(built: Built, build: Build) -> dict[str, str]:
 
 def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "pipeline", "--help"],
+        [sys.executable, "-X", "importtime", "-m", "nf4_pipeline", "--help"],
         capture_output=True,
         text=True,
         check=True,
@@ -340,7 +340,7 @@ def test_a_prompt_is_answered_greedily(built: Built) -> None:
     assert done.value["prompt"] == "Hello"
     assert done.value["device"] == "cpu"
     assert 1 <= done.value["tokens"] <= 8
-    assert [answer] == pipeline.prompt(
+    assert [answer] == nf4_pipeline.prompt(
         "Hello", built.build.root, max_new_tokens=8, temperature=0, seed=99, device="cpu"
     )
 
@@ -353,7 +353,7 @@ def test_draws_with_a_seed_are_the_same_twice(built: Built) -> None:
     answers = []
     for seed in (3, 3, 4):
         answers.append(
-            pipeline.prompt(
+            nf4_pipeline.prompt(
                 "Hello",
                 built.build.root,
                 max_new_tokens=8,
@@ -379,7 +379,7 @@ def test_a_prompt_with_values_that_mean_nothing(built: Built) -> None:
 def test_a_locked_build_says_so(built: Built, tmp_path: Path) -> None:
     build = built.again(tmp_path)
     program = (
-        "import sys, pathlib; from pipeline.build import Build\n"
+        "import sys, pathlib; from nf4_pipeline.build_folder import Build\n"
         "with Build(pathlib.Path(sys.argv[1])).locked():\n"
         "    print('locked', flush=True); sys.stdin.read()\n"
     )

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nf4_pipeline.build_folder import Build
 
-from pipeline.build import Build
 from tests.support import hub_uploads
 from tests.support.hub_client import isolated
 from tests.support.hub_faults import TOKEN
@@ -41,7 +41,7 @@ class Shell:
 
     def start(self, *args: str | Path, **variables: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "pipeline", *map(str, args)],
+            [sys.executable, "-m", "nf4_pipeline", *map(str, args)],
             cwd=self.folder,
             env=self.environment | variables,
             stdout=subprocess.PIPE,

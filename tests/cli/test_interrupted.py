@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.stages import download
 
-from pipeline.build import Build
-from pipeline.progress import SILENT
-from pipeline.stages import download
 from tests.support.interrupts import interrupt_at_random, interrupt_when
 from tests.support.kills import leftovers
 from tests.support.tiny import content_of, copy_of, listen_to_interrupts, nf4, write_falcon
@@ -73,7 +73,7 @@ def test_at_any_moment_of_a_build(downloaded: Path, tmp_path: Path) -> None:
 
 PROGRAM = """
 import signal, sys, time
-from pipeline import cli
+from nf4_pipeline import cli
 class Deaf:
     def __getattr__(self, name):
         print("ready", flush=True)

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.checkpoint.header import read_header
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.stages import download
 
-from pipeline.build import Build
-from pipeline.checkpoint.header import read_header
-from pipeline.progress import SILENT
-from pipeline.stages import download
 from tests.support import kills
 from tests.support.tiny import content_of, copy_of, nf4, start_nf4, write_falcon
 

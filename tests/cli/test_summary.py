@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from nf4_pipeline.cli.summary import show_checks
 
-from pipeline.cli.summary import show_checks
 from tests.report.made import made, nulls
 
 

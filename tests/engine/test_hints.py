@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from nf4_pipeline.errors import of_system
+from nf4_pipeline.job import run_stage
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.stages import Settings, download
 
-from pipeline.errors import of_system
-from pipeline.job import run_stage
-from pipeline.progress import SILENT
-from pipeline.stages import Settings, download
 from tests.support.tiny import write_falcon
 
 pytestmark = pytest.mark.usefixtures("facts_here")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.job import run_stage
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.stages import Settings, download
 
-from pipeline.build import Build
-from pipeline.job import run_stage
-from pipeline.progress import SILENT
-from pipeline.stages import Settings, download
 from tests.support.tiny import copy_of, write_falcon
 
 pytestmark = pytest.mark.usefixtures("facts_here")

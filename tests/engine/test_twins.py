@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nf4_pipeline.checkpoint.header import read_header
+from nf4_pipeline.checkpoint.source import SourceTensor
+from nf4_pipeline.engine.chunks import cut, read_chunk
+from nf4_pipeline.engine.tied import Twin, TwinsDifferError
+from nf4_pipeline.selection import TensorPlan
 from safetensors.numpy import save_file
-
-from pipeline.checkpoint.header import read_header
-from pipeline.checkpoint.source import SourceTensor
-from pipeline.engine.chunks import cut, read_chunk
-from pipeline.engine.twins import Twin, TwinsDifferError
-from pipeline.selection import TensorPlan
 
 
 def check(folder: Path, head: np.ndarray, embedding: np.ndarray) -> None:

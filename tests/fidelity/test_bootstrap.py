@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-
-from pipeline.fidelity.bootstrap import (
+from nf4_pipeline.fidelity.bootstrap import (
     CONFIDENCE,
     RESAMPLES,
     SEGMENT,
@@ -24,6 +22,7 @@ from pipeline.fidelity.bootstrap import (
     quantile,
     share,
 )
+from numpy.typing import NDArray
 
 LENGTHS: Final = (130, 64, 7, 200)
 

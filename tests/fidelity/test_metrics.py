@@ -14,9 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-
-from pipeline.fidelity.metrics import (
+from nf4_pipeline.fidelity.metrics import (
     Fidelity,
     by_domain,
     by_position,
@@ -25,8 +23,9 @@ from pipeline.fidelity.metrics import (
     histogram,
     is_right,
 )
-from pipeline.fidelity.tokens import TokenScores
-from pipeline.proof.verification import SCHEMA
+from nf4_pipeline.fidelity.token_scores import TokenScores
+from nf4_pipeline.verification.document import SCHEMA
+from numpy.typing import NDArray
 
 FIGURES: Final = (
     "mean_kl",

@@ -10,8 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-from pipeline.fidelity.tokens import TokenScores, score_tokens
+from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
 
 INF: Final = float("inf")
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)

@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import Final
 
 import pytest
-
-from pipeline.fidelity.bootstrap import Interval
-from pipeline.fidelity.metrics import Fidelity
-from pipeline.fidelity.verdict import Check, accuracy_check, fidelity_checks, verdict
-from pipeline.recipe import VerifyRecipe
+from nf4_pipeline.fidelity.bootstrap import Interval
+from nf4_pipeline.fidelity.metrics import Fidelity
+from nf4_pipeline.fidelity.verdict import Check, accuracy_check, fidelity_checks, verdict
+from nf4_pipeline.recipe import VerifyRecipe
 
 RECIPE: Final = VerifyRecipe(
     max_mean_kl=0.1, min_sure_agreement=0.8, max_perplexity_ratio=1.2, max_accuracy_drop=0.25

@@ -16,14 +16,13 @@ from typing import Any, Final
 
 import numpy as np
 import pytest
-
-from pipeline.build import Build
-from pipeline.checkpoint.durable import make_folder
-from pipeline.job import run_build, run_stage
-from pipeline.progress import SILENT
-from pipeline.recipe import QuantizeRecipe, Recipe
-from pipeline.stages import Settings, download
-from pipeline.stages.calibrate import tokens_path
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.checkpoint.atomic import make_folder
+from nf4_pipeline.job import run_build, run_stage
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.recipe import QuantizeRecipe, Recipe
+from nf4_pipeline.stages import Settings, download
+from nf4_pipeline.stages.calibrate import tokens_path
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -70,10 +69,10 @@ def _inputs(columns: int, device: str) -> tuple[Any, int]:
 @pytest.mark.parametrize(("rows", "columns", "dtype"), SHAPES)
 def test_cuda_chooses_what_the_cpu_chooses(rows: int, columns: int, dtype: str, signs: int) -> None:
     """For the same guide, bit for bit: codes, scales, and what they cost."""
-    from pipeline.calibration.choose import ChooserOnCpu
-    from pipeline.calibration.choose_cuda import ChooserOnCuda
-    from pipeline.calibration.guide import Guide, guide
-    from pipeline.calibration.method import Method
+    from nf4_pipeline.gptq.config import Method
+    from nf4_pipeline.gptq.hessian import Guide, guide
+    from nf4_pipeline.gptq.quantizer import ChooserOnCpu
+    from nf4_pipeline.gptq.quantizer_cuda import ChooserOnCuda
 
     method = Method(signs=signs)
     weight = _weight(rows, columns, dtype)
@@ -93,9 +92,9 @@ def test_cuda_chooses_what_the_cpu_chooses(rows: int, columns: int, dtype: str, 
 
 def _calibrated(rows: int, columns: int, dtype: str) -> Any:
     """Codes and scales of a weight, as an artifact would hold them."""
-    from pipeline.calibration.choose import ChooserOnCpu
-    from pipeline.calibration.guide import guide
-    from pipeline.calibration.method import Method
+    from nf4_pipeline.gptq.config import Method
+    from nf4_pipeline.gptq.hessian import guide
+    from nf4_pipeline.gptq.quantizer import ChooserOnCpu
 
     prepared = guide(*_inputs(columns, "cpu"), Method())
     with ThreadPoolExecutor(4) as pool, torch.inference_mode():
@@ -119,9 +118,8 @@ def _stock(
     """
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Params4bit
-
-    from pipeline.nf4.codebook import NF4_LEVELS, SCALE_LEVELS
-    from pipeline.nf4.layout import QUANT_STATE_SUFFIX, quant_state_text
+    from nf4_pipeline.nf4.codebook import NF4_LEVELS, SCALE_LEVELS
+    from nf4_pipeline.nf4.layout import QUANT_STATE_SUFFIX, quant_state_text
 
     packed = torch.from_numpy(choice.packed.copy())[:, None]
     if not nested:
@@ -156,8 +154,7 @@ def test_negative_scales_are_dequantized_alike(
     rows: int, columns: int, dtype: str, nested: bool
 ) -> None:
     from bitsandbytes.functional import dequantize_4bit
-
-    from pipeline.nf4.dequantize import dequantize
+    from nf4_pipeline.nf4.dequantize import dequantize
 
     choice = _calibrated(rows, columns, dtype)
     ours = dequantize(choice.packed, choice.scales.scales(), (rows, columns))
@@ -181,8 +178,7 @@ def test_negative_scales_are_multiplied_right(
 ) -> None:
     """One row takes bitsandbytes' fused kernel, many may be multiplied after dequantizing."""
     from bitsandbytes import matmul_4bit
-
-    from pipeline.nf4.dequantize import dequantize
+    from nf4_pipeline.nf4.dequantize import dequantize
 
     choice = _calibrated(rows, columns, dtype)
     weight = torch.from_numpy(
@@ -230,9 +226,8 @@ def _again(first: Build, folder: Path, device: str) -> Build:
 
 def _codes(build: Build) -> tuple[Any, Any]:
     """All codes of an artifact, one each, and all 8-bit scales."""
+    from nf4_pipeline.nf4.dequantize import unpack
     from safetensors.torch import load_file
-
-    from pipeline.nf4.dequantize import unpack
 
     manifest = json.loads((build.export / "manifest.json").read_text())
     files: dict[str, Any] = {}
@@ -281,7 +276,7 @@ def test_the_command_derives_it_again_here(calibrated: Build, tmp_path: Path) ->
     published = tmp_path / "published"
     shutil.copytree(calibrated.export, published)
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline", "reproduce", "-q", "--json", str(published)],
+        [sys.executable, "-m", "nf4_pipeline", "reproduce", "-q", "--json", str(published)],
         env=dict(os.environ),
         capture_output=True,
         text=True,

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from nf4_pipeline.nf4 import cpu
+from nf4_pipeline.nf4.layout import blocks_of
 from numpy.typing import NDArray
-
-from pipeline.nf4 import cpu
-from pipeline.nf4.layout import blocks_of
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -52,7 +51,7 @@ def _run(quantize: Any, bits: NDArray[Any], dtype: str) -> tuple[NDArray[Any], .
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("kind", ["plain", "zeros", "huge", "subnormal", "constant"])
 def test_cuda_gives_the_bits_of_the_cpu(dtype: str, kind: str) -> None:
-    from pipeline.nf4.cuda import NearestOnCuda
+    from nf4_pipeline.nf4.cuda import NearestOnCuda
 
     if dtype == "float16" and kind in ("huge", "subnormal"):
         pytest.skip("outside the range of float16")
@@ -72,7 +71,7 @@ def test_cuda_gives_the_bits_of_the_cpu(dtype: str, kind: str) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_cuda_finds_what_is_not_finite(value: float) -> None:
-    from pipeline.nf4.cuda import NearestOnCuda
+    from nf4_pipeline.nf4.cuda import NearestOnCuda
 
     weights = _weights("plain", 64 * 10)
     weights[64 * 7 + 3] = value
@@ -88,9 +87,9 @@ def test_cuda_finds_what_is_not_finite(value: float) -> None:
 
 
 def test_a_build_has_the_same_hashes_on_cpu_and_cuda_and_passes_there(tmp_path: Path) -> None:
-    from pipeline.job import run_build
-    from pipeline.progress import SILENT
-    from pipeline.stages import Settings
+    from nf4_pipeline.job import run_build
+    from nf4_pipeline.progress import SILENT
+    from nf4_pipeline.stages import Settings
 
     settings = Settings(device="cuda", require_gpu=True)
     build, results = run_build("sample", tmp_path / "cuda", settings, SILENT)

@@ -24,9 +24,9 @@ TOKENS = 2048
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build of the sample up to serialize."""
-    from pipeline.job import run_stage
-    from pipeline.progress import SILENT
-    from pipeline.stages import Settings, download
+    from nf4_pipeline.job import run_stage
+    from nf4_pipeline.progress import SILENT
+    from nf4_pipeline.stages import Settings, download
 
     build, *_ = download.run("sample", tmp_path_factory.mktemp("sample"), SILENT)
     for stage in ("quantize", "serialize"):
@@ -35,10 +35,11 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_sample_is_verified_on_the_gpu(sample: Path, tmp_path: Path) -> None:
-    from pipeline.build import Build
-    from pipeline.job import run_stage
-    from pipeline.progress import SILENT
-    from pipeline.stages import Settings
+    from nf4_pipeline.build_folder import Build
+    from nf4_pipeline.job import run_stage
+    from nf4_pipeline.progress import SILENT
+    from nf4_pipeline.stages import Settings
+
     from tests.support.tiny import copy_of
 
     build = Build(copy_of(sample, tmp_path / "build"))
@@ -58,15 +59,14 @@ def test_the_sample_is_verified_on_the_gpu(sample: Path, tmp_path: Path) -> None
 
 
 def test_block_by_block_is_whole_on_the_gpu(sample: Path) -> None:
+    from nf4_pipeline.blocks.streamed import StreamedModel
+    from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
+    from nf4_pipeline.runtime.loader import load, load_tokenizer
+    from nf4_pipeline.runtime.quiet import quiet_loading
+    from nf4_pipeline.sample import MODEL_DIR, TEXT
+    from nf4_pipeline.verification.compare import Comparison
+    from nf4_pipeline.verification.eval_text import Text, cut
     from transformers import AutoModelForCausalLM
-
-    from pipeline.blocks.streamed import StreamedModel
-    from pipeline.fidelity.tokens import TokenScores, score_tokens
-    from pipeline.proof.distance import Comparison
-    from pipeline.proof.text import Text, cut
-    from pipeline.runtime.loader import load, load_tokenizer
-    from pipeline.runtime.quiet import quiet_loading
-    from pipeline.sample import MODEL_DIR, TEXT
 
     model = load(sample, device="cuda:0")
     dtype = model.get_input_embeddings().weight.dtype
@@ -94,12 +94,11 @@ def test_block_by_block_is_whole_on_the_gpu(sample: Path) -> None:
 
 def test_round_to_nearest_beside_other_codes_is_the_built_artifact_on_the_gpu(sample: Path) -> None:
     from bitsandbytes.nn import Linear4bit
-
-    from pipeline.blocks.streamed import StreamedModel
-    from pipeline.proof.distance import Comparison
-    from pipeline.proof.text import random_sequences
-    from pipeline.runtime.loader import load
-    from pipeline.sample import MODEL_DIR
+    from nf4_pipeline.blocks.streamed import StreamedModel
+    from nf4_pipeline.runtime.loader import load
+    from nf4_pipeline.sample import MODEL_DIR
+    from nf4_pipeline.verification.compare import Comparison
+    from nf4_pipeline.verification.eval_text import random_sequences
 
     found: list[Any] = []
     for nearest in (None, ()):
@@ -120,13 +119,12 @@ def test_round_to_nearest_beside_other_codes_is_the_built_artifact_on_the_gpu(sa
 
 
 def test_a_model_is_at_no_distance_from_itself_on_the_gpu() -> None:
+    from nf4_pipeline.blocks.streamed import StreamedModel
+    from nf4_pipeline.runtime.quiet import quiet_loading
+    from nf4_pipeline.sample import MODEL_DIR
+    from nf4_pipeline.verification.compare import Comparison
+    from nf4_pipeline.verification.eval_text import random_sequences
     from transformers import AutoModelForCausalLM
-
-    from pipeline.blocks.streamed import StreamedModel
-    from pipeline.proof.distance import Comparison
-    from pipeline.proof.text import random_sequences
-    from pipeline.runtime.quiet import quiet_loading
-    from pipeline.sample import MODEL_DIR
 
     with StreamedModel(MODEL_DIR, "cuda:0") as streamed:
         dtype = streamed.model.get_input_embeddings().weight.dtype
@@ -142,11 +140,11 @@ def test_a_model_is_at_no_distance_from_itself_on_the_gpu() -> None:
 
 
 def test_streamed_answers_are_those_of_the_whole_model_on_the_gpu(sample: Path) -> None:
-    from pipeline.progress import SILENT
-    from pipeline.proof.prompts import read_prompts
-    from pipeline.proof.run import Examination
-    from pipeline.proof.text import Text
-    from pipeline.sample import MODEL_DIR, QUESTIONS
+    from nf4_pipeline.progress import SILENT
+    from nf4_pipeline.sample import MODEL_DIR, QUESTIONS
+    from nf4_pipeline.verification.eval_text import Text
+    from nf4_pipeline.verification.launch import Examination
+    from nf4_pipeline.verification.prompts import read_prompts
 
     whole = Examination(
         source=MODEL_DIR,

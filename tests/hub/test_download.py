@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from nf4_pipeline.errors import HubError, ResourceError
+from nf4_pipeline.hub import RemoteFile, RemoteModel, client, file_digests, wanted_files
+from nf4_pipeline.hub.errors import Request
 
-from pipeline.errors import HubError, ResourceError
-from pipeline.hub import RemoteFile, RemoteModel, client, file_digests, wanted_files
-from pipeline.hub.explain import Request
 from tests.support.hub_client import Run, run
 from tests.support.hub_server import Fault, HubServer
 from tests.support.hub_store import Repo, git_sha1

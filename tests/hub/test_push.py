@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nf4_pipeline.build_folder import Build
 
-from pipeline.build import Build
 from tests.support.hub_faults import TOKEN
 from tests.support.hub_server import Fault, HubServer
 from tests.support.hub_store import Repo
@@ -132,7 +132,7 @@ def record_file(build: Build, path: Path) -> None:
     """Lets verify have written a file, or not."""
     from dataclasses import replace
 
-    from pipeline.checkpoint.digest import digest_file
+    from nf4_pipeline.checkpoint.digest import digest_file
 
     name = path.relative_to(build.root).as_posix()
     record = build.need("verify")

@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nf4_pipeline
 import pytest
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.job import run_build
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.recipe import Recipe, load_recipe
+from nf4_pipeline.stages import Settings
 
-import pipeline
-from pipeline.build import Build
-from pipeline.job import run_build
-from pipeline.progress import SILENT
-from pipeline.recipe import Recipe, load_recipe
-from pipeline.stages import Settings
 from tests.support.hub_client import isolated
 from tests.support.hub_server import HubServer
 from tests.support.hub_worker import Worker
@@ -80,7 +80,7 @@ def test_round_trip(
         if path != ".gitattributes" and not path.startswith(".cache/")
     }
     assert there == content_of(build.export)
-    (answer,) = pipeline.prompt("Tell me a story.", fetched, max_new_tokens=5, device="cpu")
+    (answer,) = nf4_pipeline.prompt("Tell me a story.", fetched, max_new_tokens=5, device="cpu")
     assert isinstance(answer, str)
-    expected = pipeline.prompt("Tell me a story.", build.export, max_new_tokens=5, device="cpu")
+    expected = nf4_pipeline.prompt("Tell me a story.", build.export, max_new_tokens=5, device="cpu")
     assert [answer] == expected

@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 
 import pytest
+from nf4_pipeline.build_folder import Build
 
-from pipeline.build import Build
 from tests.support.hub_faults import TOKEN
 from tests.support.hub_server import HubServer, XetStore
 from tests.support.hub_worker import Worker

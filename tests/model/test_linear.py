@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from nf4_pipeline.model.linear import is_plain_linear
 from torch import nn
 from transformers import FalconConfig, Llama4TextConfig, PhimoeConfig
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
 from transformers.models.falcon.modeling_falcon import FalconForCausalLM, FalconLinear
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
-
-from pipeline.model.linear import is_plain_linear
 
 
 class Doubled(nn.Linear):

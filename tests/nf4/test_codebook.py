@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from bitsandbytes import functional as stock
-
-from pipeline.nf4.codebook import (
+from nf4_pipeline.nf4.codebook import (
     NF4_LEVELS,
     NF4_MIDPOINTS,
     SCALE_LEVELS,

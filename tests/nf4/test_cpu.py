@@ -12,11 +12,10 @@ from bitsandbytes import functional as stock
 from hypothesis import example, given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
+from nf4_pipeline.nf4 import cpu
+from nf4_pipeline.nf4.codebook import NF4_MIDPOINTS, ZERO_CODE
+from nf4_pipeline.nf4.dequantize import dequantize, unpack
 from numpy.typing import NDArray
-
-from pipeline.nf4 import cpu
-from pipeline.nf4.codebook import NF4_MIDPOINTS, ZERO_CODE
-from pipeline.nf4.dequantize import dequantize, unpack
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SIZES = (1, 2, 3, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 4095, 4096, 4097)

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes import functional as stock
-
-from pipeline.nf4.dequantize import dequantize, unpack
+from nf4_pipeline.nf4.dequantize import dequantize, unpack
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 63), (4, 16), (5, 13), (64, 64), (33, 127)])

@@ -9,11 +9,10 @@ from bitsandbytes import functional as stock
 from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
+from nf4_pipeline.nf4.codebook import SCALE_LEVELS, SCALE_MIDPOINTS
+from nf4_pipeline.nf4.dequantize import dequantize
+from nf4_pipeline.nf4.double_quant import NestedScales, double_quantize
 from numpy.typing import NDArray
-
-from pipeline.nf4.codebook import SCALE_LEVELS, SCALE_MIDPOINTS
-from pipeline.nf4.dequantize import dequantize
-from pipeline.nf4.double_quant import NestedScales, double_quantize
 
 Scales = NDArray[np.float32]
 

@@ -11,8 +11,7 @@ from bitsandbytes import functional as stock
 from hypothesis import example, given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
-
-from pipeline.nf4.layout import (
+from nf4_pipeline.nf4.layout import (
     QUANT_STATE_SUFFIX,
     blocks_of,
     quant_state_text,

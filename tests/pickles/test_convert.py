@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from nf4_pipeline.checkpoint.digest import digest_file
+from nf4_pipeline.errors import SourceError, UsageError
+from nf4_pipeline.pickles.convert import convert
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.stages import download
 from safetensors.torch import load_file
 
-from pipeline.checkpoint.digest import digest_file
-from pipeline.errors import SourceError, UsageError
-from pipeline.pickles.convert import convert
-from pipeline.progress import SILENT
-from pipeline.stages import download
 from tests.support.hub_client import ROOT, isolated
 from tests.support.hub_server import HubServer
 from tests.support.tiny import INDEX, SHARDS, copy_of
@@ -82,7 +82,7 @@ def test_a_folder_of_pickles_becomes_a_build(
 def test_a_hub_model_of_pickles(pickled: Path, tiny_falcon: Path, tmp_path: Path) -> None:
     with HubServer() as hub:
         hub.store.add("org/pickled", pickled)
-        command = [sys.executable, "-m", "pipeline", "download", "org/pickled", "--json"]
+        command = [sys.executable, "-m", "nf4_pipeline", "download", "org/pickled", "--json"]
         runs = [
             subprocess.run(
                 [*command, *options],
@@ -156,7 +156,13 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         path = tmp_path / f"{count}.bin"
         torch.save({f"w{i}": torch.full((4 * 2**20,), float(i)) for i in range(count)}, path)
         done = subprocess.run(
-            [sys.executable, "-m", "pipeline.pickles.worker", path, tmp_path / "out.safetensors"],
+            [
+                sys.executable,
+                "-m",
+                "nf4_pipeline.pickles.worker",
+                path,
+                tmp_path / "out.safetensors",
+            ],
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+from nf4_pipeline.errors import SourceError
+from nf4_pipeline.pickles.scan import scan
 
-from pipeline.errors import SourceError
-from pipeline.pickles.scan import scan
 from tests.support.hub_client import ROOT
 
 
@@ -173,7 +173,7 @@ def test_the_process_behind_the_scan_runs_nothing_either(
     path, canary = saved(tmp_path), tmp_path / "canary"
     make(path, canary)
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.pickles.worker", path, tmp_path / "model.safetensors"],
+        [sys.executable, "-m", "nf4_pipeline.pickles.worker", path, tmp_path / "model.safetensors"],
         cwd=ROOT,
         capture_output=True,
         text=True,

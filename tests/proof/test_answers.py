@@ -8,9 +8,9 @@ from typing import Any, Final
 import pytest
 import torch
 import transformers
-
-from pipeline.errors import RecipeError
-from pipeline.proof.answers import (
+from nf4_pipeline.errors import RecipeError
+from nf4_pipeline.runtime.generate import Generator, Sampling
+from nf4_pipeline.verification.generation import (
     SEED,
     Question,
     answer,
@@ -19,8 +19,8 @@ from pipeline.proof.answers import (
     questions,
     tasks,
 )
-from pipeline.proof.prompts import REFERENCE, Prompt, read_prompts
-from pipeline.runtime.generate import Generator, Sampling
+from nf4_pipeline.verification.prompts import REFERENCE, Prompt, read_prompts
+
 from tests.support.checkpoints import VOCABULARY, write_tokenizer
 
 HELLO: Final = Question(Prompt("Hello there"), None)

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
+from nf4_pipeline.runtime.bnb_cpu_fixes import dequantized
+from nf4_pipeline.runtime.loader import load
+from nf4_pipeline.runtime.quiet import quiet_loading
+from nf4_pipeline.verification import compare as distance
+from nf4_pipeline.verification.compare import Comparison
+from nf4_pipeline.verification.eval_text import TokenSequence
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.blocks.streamed import StreamedModel
-from pipeline.fidelity.tokens import TokenScores, score_tokens
-from pipeline.proof import distance
-from pipeline.proof.distance import Comparison
-from pipeline.proof.text import TokenSequence
-from pipeline.runtime.cpu_layers import dequantized
-from pipeline.runtime.loader import load
-from pipeline.runtime.quiet import quiet_loading
 from tests.support.checkpoints import make_checkpoint
 from tests.support.decoders import write_decoder
 

@@ -11,18 +11,18 @@ from typing import Any, Final
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
-from pipeline.build import Build
-from pipeline.checkpoint.digest import FileDigest
-from pipeline.fidelity.verdict import Check
-from pipeline.proof.gates import (
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.checkpoint.digest import FileDigest
+from nf4_pipeline.fidelity.verdict import Check
+from nf4_pipeline.verification.checks import (
     file_gates,
     load_gate,
     manifest_gate,
     reload_gates,
     weights_gate,
 )
+from safetensors.torch import load_file, save_file
+
 from tests.support.tamper import leave_in_16_bit, shuffle_codes, swap, zero_scale, zero_scale_byte
 from tests.support.tiny import SHARDS, copy_of, edit_json, flip_byte
 

@@ -11,19 +11,19 @@ import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit
+from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.fidelity.token_scores import TokenScores
+from nf4_pipeline.job import run_stage
+from nf4_pipeline.nf4 import rtn as nearest
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.recipe import QuantizeRecipe, Recipe
+from nf4_pipeline.runtime.loader import load
+from nf4_pipeline.sample import MODEL_DIR
+from nf4_pipeline.stages import Settings, download
+from nf4_pipeline.verification import compare as distance
+from nf4_pipeline.verification.compare import Comparison
+from nf4_pipeline.verification.rtn_baseline import NearestTwin, rounded
 
-from pipeline.blocks.streamed import StreamedModel
-from pipeline.fidelity.tokens import TokenScores
-from pipeline.job import run_stage
-from pipeline.nf4 import nearest
-from pipeline.progress import SILENT
-from pipeline.proof import distance
-from pipeline.proof.distance import Comparison
-from pipeline.proof.nearest import NearestTwin, rounded
-from pipeline.recipe import QuantizeRecipe, Recipe
-from pipeline.runtime.loader import load
-from pipeline.sample import MODEL_DIR
-from pipeline.stages import Settings, download
 from tests.proof.test_distance import FIELDS, LENGTHS, sequences
 from tests.support.checkpoints import make_checkpoint, read_tensors
 from tests.support.tamper import PARTS

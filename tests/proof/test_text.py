@@ -11,10 +11,8 @@ import pytest
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers.processors import TemplateProcessing
-
-from pipeline.errors import RecipeError
-from pipeline.proof.text import (
+from nf4_pipeline.errors import RecipeError
+from nf4_pipeline.verification.eval_text import (
     BUILT_IN,
     LENGTH,
     RANDOM,
@@ -25,6 +23,8 @@ from pipeline.proof.text import (
     random_sequences,
     read_text,
 )
+from tokenizers.processors import TemplateProcessing
+
 from tests.support.checkpoints import write_tokenizer
 
 # Every 26 letters make one token each, so a position in a text can be read from its token.

@@ -16,13 +16,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Final
 
+import nf4_pipeline.verification
 import pytest
+from nf4_pipeline.sample import QUESTIONS
 
-import pipeline.proof
-from pipeline.sample import QUESTIONS
 from tests.sample.test_corpus import corpus
 
-TEXTS: Final = Path(pipeline.proof.__file__).with_name("texts")
+TEXTS: Final = Path(nf4_pipeline.verification.__file__).with_name("texts")
 DOMAINS: Final = ("prose", "dialogue", "instructions", "code", "arithmetic")
 
 SNIPPET: Final = re.compile(r"^(?:#|//|--) file: (\S+)\n", re.MULTILINE)

@@ -10,13 +10,12 @@ from typing import Any, Final
 import jsonschema
 import numpy as np
 import pytest
-
-from pipeline.fidelity.metrics import by_domain, by_position, compare, histogram
-from pipeline.fidelity.tokens import TokenScores
-from pipeline.fidelity.verdict import Check
-from pipeline.proof.prompts import Prompt
-from pipeline.proof.verification import SCHEMA, SCHEMA_VERSION, examined, refused
-from pipeline.recipe import VerifyRecipe
+from nf4_pipeline.fidelity.metrics import by_domain, by_position, compare, histogram
+from nf4_pipeline.fidelity.token_scores import TokenScores
+from nf4_pipeline.fidelity.verdict import Check
+from nf4_pipeline.recipe import VerifyRecipe
+from nf4_pipeline.verification.document import SCHEMA, SCHEMA_VERSION, examined, refused
+from nf4_pipeline.verification.prompts import Prompt
 
 GATE: Final = Check("files as in the manifest", True, "6 files hash right", "6 files")
 VERSIONS: Final = {"nf4-pipeline": "0.1.0", "torch": "2.13.0"}

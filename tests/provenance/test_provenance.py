@@ -13,18 +13,18 @@ import jsonschema
 import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
+from nf4_pipeline.build_folder import Build, Record
+from nf4_pipeline.checkpoint.atomic import write_bytes, write_json
+from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
+from nf4_pipeline.errors import BuildError
+from nf4_pipeline.job import RUNNERS, run_stage, states
+from nf4_pipeline.manifest.read import read_manifest
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.provenance.bom import bill_of_materials
+from nf4_pipeline.provenance.identifiers import licenses, model_purl
+from nf4_pipeline.provenance.statement import SCHEMA_FILE, statement
+from nf4_pipeline.stages import Settings, verify
 
-from pipeline.build import Build, Record
-from pipeline.checkpoint.digest import FileDigest, digest_file
-from pipeline.checkpoint.durable import write_bytes, write_json
-from pipeline.errors import BuildError
-from pipeline.job import RUNNERS, run_stage, states
-from pipeline.manifest.read import read_manifest
-from pipeline.progress import SILENT
-from pipeline.provenance.bom import bill_of_materials
-from pipeline.provenance.names import licenses, model_purl
-from pipeline.provenance.statement import SCHEMA_FILE, statement
-from pipeline.stages import Settings, verify
 from tests.report import made
 from tests.support.tiny import content_of, copy_of
 

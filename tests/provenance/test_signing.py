@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.errors import ArtifactError, SignatureError, UsageError
+from nf4_pipeline.job import run_stage
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.provenance.signing import SIGNATURE_FILE, check, sign
+from nf4_pipeline.stages import Settings
 
-from pipeline.build import Build
-from pipeline.errors import ArtifactError, SignatureError, UsageError
-from pipeline.job import run_stage
-from pipeline.progress import SILENT
-from pipeline.provenance.signing import SIGNATURE_FILE, check, sign
-from pipeline.stages import Settings
 from tests.support.signed import TAMPERINGS, make_keys, tamper
 from tests.support.tiny import content_of, copy_of, nf4
 
@@ -133,7 +133,7 @@ def test_the_commands(signed: Signed, tmp_path: Path) -> None:
 def test_without_the_package_the_way_out_is_named(signed: Signed) -> None:
     program = (
         "import sys; sys.modules['model_signing'] = None\n"
-        "from pipeline.cli import main; main(sys.argv[1:])"
+        "from nf4_pipeline.cli import main; main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", program, "check", signed.artifact, "--key", signed.public]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)

@@ -6,8 +6,7 @@ from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
-
-from pipeline.report.answers import Excerpt, by_prompt, excerpt
+from nf4_pipeline.report.answers import Excerpt, by_prompt, excerpt
 
 
 def test_a_short_answer_is_shown_whole() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nf4_pipeline.report.page import report_page
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from pipeline.report.page import report_page
 from tests.report import made
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")

@@ -10,9 +10,9 @@ from typing import Any
 
 import jsonschema
 import pytest
+from nf4_pipeline.report.page import render, report_page
+from nf4_pipeline.verification.document import SCHEMA
 
-from pipeline.proof.verification import SCHEMA
-from pipeline.report.page import render, report_page
 from tests.report import made
 
 VOID = {"meta", "link"}

@@ -13,9 +13,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from nf4_pipeline.report.pictures import pictures, svg_elements
 from PIL import Image
 
-from pipeline.report.pictures import pictures, svg_elements
 from tests.report import made
 
 REPOSITORY = Path(__file__).parents[2]
@@ -167,7 +167,7 @@ def test_each_thing_compared_has_its_dots_and_its_name() -> None:
 
 
 def test_experts_share_a_row_and_the_worst_counts() -> None:
-    from pipeline.report.draw.layers import _grid
+    from nf4_pipeline.report.draw.layers import _grid
 
     names = [f"mlp.experts.{i}.down_proj" for i in range(64)]
     blocks: list[dict[str, Any]] = [
@@ -186,7 +186,7 @@ def test_matplotlib_is_imported_to_draw_and_says_nothing(tmp_path: Path) -> None
     """On a machine where it has never run, and where it cannot keep what it finds out."""
     (tmp_path / "file").touch()
     code = (
-        "import sys, pipeline.report.page, pipeline.report.pictures as p\n"
+        "import sys, nf4_pipeline.report.page, nf4_pipeline.report.pictures as p\n"
         "assert not {'matplotlib', 'jinja2'} & set(sys.modules)\n"
         "from tests.report import made\n"
         "assert p.pictures(made.manifest(), made.sample())\n"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from pipeline.report.words import (
+from nf4_pipeline.report.formatting import (
     binary_size,
     bounds,
     count,

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.checkpoint.digest import digest_file
+from nf4_pipeline.checkpoint.header import read_header
+from nf4_pipeline.errors import ArtifactError, ResourceError, UsageError
+from nf4_pipeline.job import run_stage
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.recipe import QuantizeRecipe, Recipe, SerializeRecipe
+from nf4_pipeline.reproduce.reproduce import reproduce
+from nf4_pipeline.stages import Settings, download
 
-from pipeline.build import Build
-from pipeline.checkpoint.digest import digest_file
-from pipeline.checkpoint.header import read_header
-from pipeline.errors import ArtifactError, ResourceError, UsageError
-from pipeline.job import run_stage
-from pipeline.progress import SILENT
-from pipeline.recipe import QuantizeRecipe, Recipe, SerializeRecipe
-from pipeline.reproduce.run import reproduce
-from pipeline.stages import Settings, download
 from tests.support.facts import FactsHere
 from tests.support.tiny import copy_of, flip_byte, nf4
 
@@ -154,7 +154,7 @@ def test_what_was_kept_must_be_what_the_manifest_says(artifact: Path, tiny_falco
 
 
 def test_tokens_that_the_model_does_not_know(artifact: Path, tiny_falcon: Path) -> None:
-    from pipeline.calibration.tokens import parse_tokens
+    from nf4_pipeline.calibration.tokens import parse_tokens
 
     path, manifest = artifact / "calibration.json", artifact / "manifest.json"
     edited(path, lambda value: value["ids"][0].__setitem__(3, 70_000))

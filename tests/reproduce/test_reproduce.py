@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.checkpoint import sink
+from nf4_pipeline.checkpoint.header import read_header
+from nf4_pipeline.errors import ArtifactError, SourceError, UsageError
+from nf4_pipeline.job import run_stage
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.recipe import QuantizeRecipe, Recipe, SerializeRecipe
+from nf4_pipeline.reproduce.compare import Difference
+from nf4_pipeline.reproduce.reproduce import reproduce
+from nf4_pipeline.stages import Settings, download
 
-from pipeline.build import Build
-from pipeline.checkpoint import sink
-from pipeline.checkpoint.header import read_header
-from pipeline.errors import ArtifactError, SourceError, UsageError
-from pipeline.job import run_stage
-from pipeline.progress import SILENT
-from pipeline.recipe import QuantizeRecipe, Recipe, SerializeRecipe
-from pipeline.reproduce.compare import Difference
-from pipeline.reproduce.run import reproduce
-from pipeline.stages import Settings, download
 from tests.support.checkpoints import make_checkpoint
 from tests.support.hub_client import isolated
 from tests.support.hub_server import HubServer
@@ -251,7 +251,7 @@ def test_a_published_artifact_from_the_hub(made: Made, tmp_path: Path) -> None:
         recipe.write_text('[serialize]\nmax_shard_size = "20KB"\n')
 
         def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
-            command = [sys.executable, "-m", "pipeline", *map(str, args)]
+            command = [sys.executable, "-m", "nf4_pipeline", *map(str, args)]
             return subprocess.run(
                 command, env=home, cwd=tmp_path, capture_output=True, text=True, check=False
             )

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from nf4_pipeline.errors import ArtifactError, UsageError
+from nf4_pipeline.runtime.generate import Generator, Sampling
 from tokenizers.processors import TemplateProcessing
 
-from pipeline.errors import ArtifactError, UsageError
-from pipeline.runtime.generate import Generator, Sampling
 from tests.support.checkpoints import write_tokenizer
 
 

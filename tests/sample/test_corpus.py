@@ -16,8 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-from pipeline.sample import QUESTIONS
+from nf4_pipeline.sample import QUESTIONS
 
 
 def load_grammar() -> ModuleType:

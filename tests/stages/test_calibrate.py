@@ -12,13 +12,13 @@ from typing import Any, Final
 
 import pytest
 import torch
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.errors import BuildError, UsageError
+from nf4_pipeline.job import run_stage, states
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.recipe import QuantizeRecipe, Recipe
+from nf4_pipeline.stages import Settings, calibrate, quantize, serialize
 
-from pipeline.build import Build
-from pipeline.errors import BuildError, UsageError
-from pipeline.job import run_stage, states
-from pipeline.progress import SILENT
-from pipeline.recipe import QuantizeRecipe, Recipe
-from pipeline.stages import Settings, calibrate, quantize, serialize
 from tests.support.calibrated import bytes_of, downloaded, manifest_of, quantized, settings
 from tests.support.tiny import copy_of, flip_byte, write_falcon
 

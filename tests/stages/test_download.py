@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from nf4_pipeline.errors import UsageError
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.stages import download
 
-from pipeline.errors import UsageError
-from pipeline.progress import SILENT
-from pipeline.stages import download
 from tests.support.tiny import content_of, copy_of
 
 

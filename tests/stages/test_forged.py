@@ -9,14 +9,14 @@ from typing import Any, Final
 
 import pytest
 import torch
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.errors import ArtifactError
+from nf4_pipeline.job import run_stage
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.recipe import load_recipe
+from nf4_pipeline.stages import Settings
 from safetensors.torch import load_file, save_file
 
-from pipeline.build import Build
-from pipeline.errors import ArtifactError
-from pipeline.job import run_stage
-from pipeline.progress import SILENT
-from pipeline.recipe import load_recipe
-from pipeline.stages import Settings
 from tests.support.checkpoints import read_tensors
 from tests.support.examined import examine_here
 from tests.support.tamper import (

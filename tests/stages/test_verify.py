@@ -16,24 +16,24 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.cli import main
+from nf4_pipeline.errors import ArtifactError, RecipeError, UsageError, VerificationError
+from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
+from nf4_pipeline.job import run_stage, states
+from nf4_pipeline.progress import SILENT, Task
+from nf4_pipeline.recipe import load_recipe
+from nf4_pipeline.runtime.loader import load, load_tokenizer
+from nf4_pipeline.runtime.quiet import quiet_loading
+from nf4_pipeline.sample import MODEL_DIR, QUESTIONS, TEXT
+from nf4_pipeline.stages import Settings, download
+from nf4_pipeline.verification import worker
+from nf4_pipeline.verification.document import SCHEMA
+from nf4_pipeline.verification.eval_text import Text, cut
+from nf4_pipeline.verification.launch import Examination
+from nf4_pipeline.verification.prompts import Prompt
 
-from pipeline.blocks.streamed import StreamedModel
-from pipeline.build import Build
-from pipeline.cli import main
-from pipeline.errors import ArtifactError, RecipeError, UsageError, VerificationError
-from pipeline.fidelity.tokens import TokenScores, score_tokens
-from pipeline.job import run_stage, states
-from pipeline.progress import SILENT, Task
-from pipeline.proof import worker
-from pipeline.proof.prompts import Prompt
-from pipeline.proof.run import Examination
-from pipeline.proof.text import Text, cut
-from pipeline.proof.verification import SCHEMA
-from pipeline.recipe import load_recipe
-from pipeline.runtime.loader import load, load_tokenizer
-from pipeline.runtime.quiet import quiet_loading
-from pipeline.sample import MODEL_DIR, QUESTIONS, TEXT
-from pipeline.stages import Settings, download
 from tests.report import made
 from tests.support.checkpoints import make_checkpoint, read_tensors
 from tests.support.examined import examine_here
@@ -578,7 +578,7 @@ def _workers() -> list[int]:
     for children in Path("/proc/self/task").glob("*/children"):
         for pid in children.read_text().split():
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            found += [int(pid)] if b"pipeline.proof.worker" in command else []
+            found += [int(pid)] if b"nf4_pipeline.verification.worker" in command else []
     return found
 
 

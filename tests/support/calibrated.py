@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.job import StageResult, run_stage
+from nf4_pipeline.manifest.read import read_manifest
+from nf4_pipeline.nf4.dequantize import dequantize
+from nf4_pipeline.nf4.double_quant import NestedScales
+from nf4_pipeline.nf4.layout import QUANT_STATE_SUFFIX
+from nf4_pipeline.progress import SILENT, Reporter
+from nf4_pipeline.recipe import QuantizeRecipe, Recipe
+from nf4_pipeline.stages import Settings, download
 
-from pipeline.build import Build
-from pipeline.job import StageResult, run_stage
-from pipeline.manifest.read import read_manifest
-from pipeline.nf4.dequantize import dequantize
-from pipeline.nf4.double_quant import NestedScales
-from pipeline.nf4.layout import QUANT_STATE_SUFFIX
-from pipeline.progress import SILENT, Reporter
-from pipeline.recipe import QuantizeRecipe, Recipe
-from pipeline.stages import Settings, download
 from tests.support.facts import FactsHere
 
 FEW = 1024

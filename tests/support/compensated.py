@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from nf4_pipeline.nf4.codebook import NF4_LEVELS, SCALE_LEVELS
 from numpy.typing import NDArray
-
-from pipeline.nf4.codebook import NF4_LEVELS, SCALE_LEVELS
 
 Array = NDArray[np.float64]
 LEVELS: Final[Array] = NF4_LEVELS.astype(np.float64)

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from pipeline.build import Build
+from nf4_pipeline.build_folder import Build
+
 from tests.support.kills import Content, content, false_records, leftovers
 from tests.support.tiny import Done, environment
 
@@ -25,12 +26,12 @@ SIZE: Final = 64 * 2**20
 # Without the look at the free space that some stages take before they begin.
 _BLIND: Final = """
 import sys
-from pipeline.stages import quantize, serialize
+from nf4_pipeline.stages import quantize, serialize
 quantize.check_disk = serialize._check_disk = lambda *_, **__: None
-from pipeline.cli import main
+from nf4_pipeline.cli import main
 main(sys.argv[1:])
 """
-_SEEING: Final = "import sys; from pipeline.cli import main; main(sys.argv[1:])"
+_SEEING: Final = "import sys; from nf4_pipeline.cli import main; main(sys.argv[1:])"
 
 
 @dataclass

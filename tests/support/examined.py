@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from pipeline.progress import Reporter
-from pipeline.proof import run, worker
-from pipeline.stages import verify
+from nf4_pipeline.progress import Reporter
+from nf4_pipeline.stages import verify
+from nf4_pipeline.verification import launch as run
+from nf4_pipeline.verification import worker
 
 
 def examine_here(monkeypatch: pytest.MonkeyPatch, *, documents: bool = False) -> None:

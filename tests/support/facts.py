@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pipeline.checkpoint.source import open_checkpoint
-from pipeline.model.config import read_config
-from pipeline.model.facts import ModelFacts
-from pipeline.model.skeleton import model_facts
+from nf4_pipeline.checkpoint.source import open_checkpoint
+from nf4_pipeline.model.architecture import ModelFacts
+from nf4_pipeline.model.config import read_config
+from nf4_pipeline.model.meta_model import model_facts
 
 
 class FactsHere:
-    """`pipeline.model.ask.PendingFacts` without its child process."""
+    """`nf4_pipeline.model.probe.PendingFacts` without its child process."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.checkpoint.header import read_header
-from pipeline.errors import CheckpointError
-from pipeline.measure import peak_memory
+from nf4_pipeline.checkpoint.header import read_header
+from nf4_pipeline.errors import CheckpointError
+from nf4_pipeline.resource_usage import peak_memory
 
 _NUMBERS: Final = (0, 1, -1, 2, 7, 8, 255, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 10**30)
 _TEXTS: Final = (

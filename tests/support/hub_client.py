@@ -1,4 +1,4 @@
-"""Runs `pipeline.hub` as a user's process would: a new interpreter with its own environment.
+"""Runs `nf4_pipeline.hub` as a user's process would: a new interpreter with its own environment.
 
 The client reads HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE when it is imported, so each run is one
 process. Nothing of the caller's HF settings, tokens, proxies or cache reaches it.
@@ -110,10 +110,10 @@ class _Recorder:
 
 
 def _main(order: dict[str, Any]) -> dict[str, Any]:
-    from pipeline import hub
-    from pipeline.errors import PipelineError
+    from nf4_pipeline import hub
+    from nf4_pipeline.errors import PipelineError
 
-    assert "huggingface_hub" not in sys.modules, "importing pipeline.hub must stay cheap"
+    assert "huggingface_hub" not in sys.modules, "importing nf4_pipeline.hub must stay cheap"
     reporter, sleeps = _Recorder(), list[float]()
     found: dict[str, Any] = {"error": "", "message": "", "commit": "", "offline": False}
     found |= {"listed": {}, "folder": "", "sha256": {}}

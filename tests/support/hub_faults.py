@@ -18,7 +18,8 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any, Final
 
-import pipeline.errors
+import nf4_pipeline.errors
+
 from tests.support import hub_uploads
 from tests.support.hub_server import Fault, HubServer
 from tests.support.hub_store import Repo
@@ -191,7 +192,7 @@ def _run(case: Case, hub: HubServer, worker: Worker, build: Path, place: Path) -
         outcome, problems = _push(case, hub, worker, build, place)
     seconds = time.monotonic() - start
     if outcome.error:
-        kind = getattr(pipeline.errors, outcome.error, None)
+        kind = getattr(nf4_pipeline.errors, outcome.error, None)
         if kind is None:
             problems.append(f"an error without a type: {outcome.error}")
         if not _REMEDY.search(outcome.message):

@@ -91,7 +91,7 @@ class _Trial:
 
     def start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "pipeline", *self.arguments],
+            [sys.executable, "-m", "nf4_pipeline", *self.arguments],
             cwd=self.folder,
             env=isolated(self.folder / "hf", self.hub.url, HF_TOKEN=TOKEN),
             stdout=subprocess.PIPE,

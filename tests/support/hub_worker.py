@@ -62,7 +62,7 @@ class Worker:
         return self._process.pid
 
     def push(self, build: Path, repo_id: str, **options: Any) -> Outcome:
-        """Pushes the export of a build; `options` are those of `pipeline.stages.push.Target`."""
+        """Pushes the export of a build; `options` are those of `stages.push.Target`."""
         return self._do({"do": "push", "build": str(build), "repo_id": repo_id, **options})
 
     def download(self, repo_id: str, revision: str | None = None) -> Outcome:
@@ -80,17 +80,17 @@ class Worker:
 
 
 def _push(order: Mapping[str, Any]) -> dict[str, Any]:
-    from pipeline.build import Build
-    from pipeline.progress import SILENT
-    from pipeline.stages.push import Target, run
+    from nf4_pipeline.build_folder import Build
+    from nf4_pipeline.progress import SILENT
+    from nf4_pipeline.stages.push import Target, run
 
     options = {name: value for name, value in order.items() if name not in ("do", "build")}
     return run(Build(Path(order["build"])), Target(**options), SILENT).facts
 
 
 def _download(order: Mapping[str, Any], sleeps: list[float]) -> dict[str, Any]:
-    from pipeline import hub
-    from pipeline.progress import SILENT
+    from nf4_pipeline import hub
+    from nf4_pipeline.progress import SILENT
 
     model = hub.resolve(order["repo_id"], order["revision"], sleep=sleeps.append)
     fetched = hub.fetch(model, model.files, SILENT, sleep=sleeps.append)
@@ -98,7 +98,7 @@ def _download(order: Mapping[str, Any], sleeps: list[float]) -> dict[str, Any]:
 
 
 def _main() -> None:
-    from pipeline.errors import PipelineError
+    from nf4_pipeline.errors import PipelineError
 
     for line in sys.stdin:
         order, sleeps = json.loads(line), list[float]()

@@ -17,7 +17,7 @@ from tests.support.tiny import environment, listen_to_interrupts, start_nf4
 # While Python itself still starts, Ctrl-C ends any program by a traceback.
 _READY: Final = """
 import sys
-from pipeline.cli import main
+from nf4_pipeline.cli import main
 print("ready", flush=True)
 main(sys.argv[1:])
 """

@@ -17,8 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from pipeline.build import Build
-from pipeline.checkpoint.digest import digest_file
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.checkpoint.digest import digest_file
+
 from tests.support.tiny import nf4, start_nf4
 
 STAGES: Final = ("quantize", "serialize")

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from nf4_pipeline.runtime.bnb_cpu_fixes import repair
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.falcon import modeling_falcon
-
-from pipeline.runtime.cpu_layers import repair
 
 
 @contextmanager

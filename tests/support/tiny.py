@@ -164,9 +164,9 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def start_nf4(*args: str | Path, cwd: Path) -> subprocess.Popen[str]:
-    """Starts `python -m pipeline ARGS` in a folder."""
+    """Starts `python -m nf4_pipeline ARGS` in a folder."""
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline", *map(str, args)],
+        [sys.executable, "-m", "nf4_pipeline", *map(str, args)],
         cwd=cwd,
         env=environment(cwd),
         stdin=subprocess.DEVNULL,
@@ -183,7 +183,7 @@ def listen_to_interrupts() -> None:
 
 
 def nf4(*args: str | Path, cwd: Path, timeout: float = 120) -> Done:
-    """Runs `python -m pipeline ARGS` in a folder until it ends."""
+    """Runs `python -m nf4_pipeline ARGS` in a folder until it ends."""
     process = start_nf4(*args, cwd=cwd)
     try:
         out, err = process.communicate(timeout=timeout)

@@ -1,6 +1,0 @@
-"""python -m pipeline: the same as the command `nf4`."""
-
-from pipeline.cli import main
-
-if __name__ == "__main__":
-    main()

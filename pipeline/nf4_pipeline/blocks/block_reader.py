@@ -1,0 +1,129 @@
+"""The tensors of a block, read side by side into one buffer, ahead of time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final
+
+import torch
+
+from nf4_pipeline.checkpoint.source import Checkpoint, SourceTensor
+from nf4_pipeline.errors import CheckpointError
+
+_ALIGN: Final = 256  # of a tensor in the buffer; CUDA's kernels like it
+_PART: Final = 16 * 2**20  # bytes that one thread reads at a time
+_READERS: Final = 8
+
+_DTYPES: Final = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that are read together, and where in a buffer each one goes."""
+
+    tensors: tuple[SourceTensor, ...]
+    offsets: tuple[int, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, tensors: Sequence[SourceTensor]) -> Group:
+        offsets, end = [], 0
+        for tensor in tensors:
+            offsets.append(end)
+            end += -(-tensor.header.nbytes // _ALIGN) * _ALIGN
+        return cls(tuple(tensors), tuple(offsets), end)
+
+    def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Checkpoint name -> tensor, without a copy.
+
+        Args:
+            buffer: uint8, at least `nbytes` long, on any device.
+
+        Raises:
+            CheckpointError: a dtype that no causal LM computes with.
+        """
+        found = {}
+        for tensor, offset in zip(self.tensors, self.offsets, strict=True):
+            header = tensor.header
+            if header.dtype not in _DTYPES:
+                raise CheckpointError(
+                    f"{tensor.name!r} in {tensor.file} is {header.dtype}, which a 16-bit model "
+                    f"does not hold; expected one of {', '.join(_DTYPES)}."
+                )
+            part = buffer[offset : offset + header.nbytes]
+            found[tensor.name] = part.view(_DTYPES[header.dtype]).reshape(header.shape)
+        return found
+
+
+class Reader:
+    """Reads groups of tensors from the files of a checkpoint; a context manager.
+
+    Args:
+        checkpoint: where the tensors are.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._stack = ExitStack()
+        self._parts = self._stack.enter_context(ThreadPoolExecutor(_READERS, "read"))
+        self._descriptors: dict[str, int] = {}
+        for file in checkpoint.files:
+            descriptor = os.open(checkpoint.path(file), os.O_RDONLY)
+            self._stack.callback(os.close, descriptor)
+            self._descriptors[file] = descriptor
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def start(self, group: Group, buffer: torch.Tensor) -> list[Future[None]]:
+        """Begins to read a group.
+
+        Args:
+            group: what to read.
+            buffer: uint8 on the CPU, at least `group.nbytes` long.
+
+        Returns:
+            One future for each part; the group is there when all are done.
+        """
+        pending = []
+        view = buffer.numpy().data if buffer.numel() else memoryview(b"")
+        for tensor, offset in zip(group.tensors, group.offsets, strict=True):
+            for start in range(0, tensor.header.nbytes, _PART):
+                count = min(_PART, tensor.header.nbytes - start)
+                part = view[offset + start : offset + start + count]
+                pending.append(self._parts.submit(self._read, tensor, start, part))
+        return pending
+
+    def _read(self, tensor: SourceTensor, start: int, part: Any) -> None:
+        offset = tensor.header.offset + start
+        while part:
+            count = os.preadv(self._descriptors[tensor.file], [part], offset)
+            if count == 0:
+                raise CheckpointError(
+                    f"{tensor.file} ended in the middle of {tensor.name!r}: it became shorter "
+                    "while it was read. Download the checkpoint again."
+                )
+            part, offset = part[count:], offset + count

@@ -1,0 +1,178 @@
+"""Which layers lose most by 4 bits, measured one by one, and which to leave in 16 bit for a budget.
+
+Every layer in turn is the only one in 4 bit: the model then reads some of the calibration tokens,
+and its predictions are held against those of the 16-bit one. All of these models pass each block
+together, so the weights are read once, and each layer is dequantized when its own model comes by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from math import isfinite, prod
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from greenlet import getcurrent
+from transformers.pytorch_utils import Conv1D
+
+from nf4_pipeline.blocks.lockstep import Lockstep
+from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.calibration.allocation import Loss
+from nf4_pipeline.calibration.calibration_pass import steady
+from nf4_pipeline.calibration.tokens import CalibrationTokens
+from nf4_pipeline.errors import CheckpointError
+from nf4_pipeline.fidelity.token_scores import score_tokens
+from nf4_pipeline.gptq.precomputed import choice_in
+from nf4_pipeline.nf4 import BLOCK_SIZE
+from nf4_pipeline.nf4.codebook import NF4_LEVELS
+from nf4_pipeline.nf4.rtn import round_to_nearest
+from nf4_pipeline.progress import Reporter
+from nf4_pipeline.selection import TensorPlan
+
+_TOKENS: Final = 1024
+"""Of the calibration tokens: enough to tell layers apart, whose losses differ by orders."""
+_WORST: Final = 1e300  # nats; stands for what is not finite
+_TOGETHER: Final = 64  # models that pass the blocks side by side
+
+
+def measure(
+    folder: Path,
+    weights: Sequence[TensorPlan],
+    files: Mapping[str, Path],
+    tokens: CalibrationTokens,
+    *,
+    device: str,
+    reporter: Reporter,
+) -> list[Loss]:
+    """Measures what each layer loses.
+
+    Args:
+        folder: the 16-bit checkpoint.
+        weights: what is quantized.
+        files: name of a weight -> the file with its choice; others are rounded to nearest.
+        tokens: of the calibration.
+        device: "cpu" or "cuda:N".
+        reporter: told how far it is.
+    """
+    ids = torch.from_numpy(tokens.ids[: max(1, _TOKENS // tokens.ids.shape[1])]).long()
+    found: dict[str, float] = {}
+    with (
+        steady(device),
+        StreamedModel(folder, device) as streamed,
+        reporter.task("measure each layer", len(weights), unit="layers") as task,
+    ):
+        for first in range(0, len(weights), _TOGETHER):
+            wave = weights[first : first + _TOGETHER]
+            _Wave(streamed, wave, files, ids.to(device), found, task.advance).run()
+    return [
+        Loss(
+            str(plan.module),
+            float(f"{found[plan.name]:.4g}"),
+            plan.source.header.nbytes - sum(part.nbytes for part in plan.stored),
+        )
+        for plan in weights
+    ]
+
+
+class _Wave:
+    """Some models, each with one layer in 4 bit, and the 16-bit one beside them."""
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        weights: Sequence[TensorPlan],
+        files: Mapping[str, Path],
+        ids: torch.Tensor,
+        found: dict[str, float],
+        done: Callable[[int], None],
+    ) -> None:
+        self._streamed = streamed
+        self._weights = weights
+        self._files = files
+        self._ids = ids
+        self._found = found
+        self._done = done
+        self._layer_of: dict[Any, str] = {}  # the weight that is in 4 bit for a run
+        self._expected: torch.Tensor
+
+    def run(self) -> None:
+        """Measures them all; the 16-bit model is the first to end."""
+        tasks = [self._reference, *(self._task(plan) for plan in self._weights)]
+        with ExitStack() as stack:
+            for plan in self._weights:
+                self._hook(plan, stack)
+            Lockstep([self._streamed.blocks], self._streamed.open_ahead, self._streamed.close).run(
+                tasks
+            )
+
+    def _logits(self) -> torch.Tensor:
+        found: torch.Tensor = self._streamed.model(self._ids, use_cache=False).logits[:, :-1]
+        return found.flatten(0, 1)
+
+    def _reference(self) -> None:
+        self._expected = self._logits()
+        if not self._expected.isfinite().all():
+            raise CheckpointError(
+                "The 16-bit model's predictions on its calibration tokens are not finite, so what "
+                "its layers lose cannot be measured. Look for a corrected checkpoint, or leave "
+                "--extra-bytes out."
+            )
+
+    def _task(self, plan: TensorPlan) -> Callable[[], None]:
+        def run() -> None:
+            self._layer_of[getcurrent()] = plan.name
+            own = self._logits()  # when it comes back, the 16-bit model has ended
+            scores = score_tokens(self._expected, own, self._ids[:, 1:].flatten())
+            # What is not finite in 4 bit is the first to be kept in 16.
+            kl = float(scores.kl.mean())
+            self._found[plan.name] = kl if isfinite(kl) else _WORST
+            self._done(1)
+
+        return run
+
+    def _hook(self, plan: TensorPlan, stack: ExitStack) -> None:
+        """While its own model passes a layer, the weight is the one that 4 bits would give."""
+        layer = self._streamed.model.get_submodule(str(plan.module))
+        exact: list[torch.nn.Parameter] = []
+
+        def before(module: Any, inputs: Any) -> None:
+            if self._layer_of.get(getcurrent()) == plan.name:
+                exact.append(module.weight)
+                rounded = self._rounded(plan, module)
+                module.weight = torch.nn.Parameter(rounded, requires_grad=False)
+
+        def after(module: Any, inputs: Any, output: Any) -> None:
+            if exact:
+                module.weight = exact.pop()
+
+        stack.callback(layer.register_forward_pre_hook(before).remove)
+        stack.callback(layer.register_forward_hook(after).remove)
+
+    def _rounded(self, plan: TensorPlan, module: Any) -> torch.Tensor:
+        weight = module.weight
+        if plan.name in self._files:
+            packed, nested = choice_in(self._files[plan.name], plan.name)
+        else:
+            flat = (weight.T if isinstance(module, Conv1D) else weight).detach().cpu().contiguous()
+            unsigned = torch.uint32 if flat.itemsize == 4 else torch.uint16
+            bits = flat.reshape(-1).view(unsigned).numpy()
+            packed, nested = round_to_nearest(bits, str(flat.dtype).removeprefix("torch."))
+        values = dequantized(packed, nested.scales(), plan.shape, weight.device).to(weight.dtype)
+        return values.T if isinstance(module, Conv1D) else values
+
+
+def dequantized(
+    packed: np.ndarray[Any, np.dtype[np.uint8]],
+    scales: np.ndarray[Any, np.dtype[np.float32]],
+    shape: tuple[int, ...],
+    device: torch.device,
+) -> torch.Tensor:
+    """`nf4_pipeline.nf4.dequantize` on a device, float32 [rows, columns]."""
+    pairs = torch.from_numpy(packed).to(device)
+    codes = torch.stack([pairs >> 4, pairs & 15], dim=1).reshape(-1)[: prod(shape)]
+    values = torch.from_numpy(NF4_LEVELS.copy()).to(device)[codes.int()]
+    each = torch.from_numpy(scales).to(device).repeat_interleave(BLOCK_SIZE)[: prod(shape)]
+    return (values * each).reshape(shape)

@@ -1,0 +1,278 @@
+"""The tokens that calibration reads: written by the model itself, or taken from a file.
+
+A model's own text beats documents: it is what the model will see when it is used, it needs no data
+set, and none leaks into the weights. Tokens are kept as ids, so a calibration can be repeated
+whatever the machine that sampled them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nf4_pipeline.errors import CheckpointError, RecipeError
+from nf4_pipeline.verification.eval_text import beginning
+
+LENGTH: Final = 256
+"""Tokens of a sequence, at most."""
+_TOGETHER: Final = 32  # sequences that are sampled at a time
+OPENINGS: Final = Path(__file__).with_name("openings.txt")
+
+
+@dataclass(frozen=True)
+class CalibrationTokens:
+    """What calibration reads.
+
+    Attributes:
+        ids: int32 [sequences, length].
+        source: "self" or "text".
+        key: of what they were made from.
+    """
+
+    ids: NDArray[np.int32]
+    source: str
+    key: str
+
+    @property
+    def sha256(self) -> str:
+        """Of the ids and their shape."""
+        shape = "x".join(str(size) for size in self.ids.shape)
+        return hashlib.sha256(shape.encode() + self.ids.astype("<i4").tobytes()).hexdigest()
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON; `parse_tokens` is the way back."""
+        return {"key": self.key, "source": self.source, "ids": self.ids.tolist()}
+
+
+def parse_tokens(value: Any) -> CalibrationTokens:
+    """The way back from JSON.
+
+    Raises:
+        RecipeError: it is something else.
+    """
+    try:
+        ids = np.array(value["ids"])
+        if ids.dtype.kind != "i" or ids.ndim != 2 or ids.shape[1] < 2:
+            raise ValueError("expected rows of whole numbers, of the same length")
+        if ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
+            raise ValueError("an id is out of range")
+        return CalibrationTokens(ids.astype(np.int32), str(value["source"]), str(value["key"]))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise RecipeError(f"These are no calibration tokens: {error}.") from error
+
+
+def read_tokens(path: Path) -> CalibrationTokens | None:
+    """What an earlier run kept, or None."""
+    try:
+        return parse_tokens(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, RecipeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Sequences that begin alike.
+
+    Attributes:
+        ids: what they begin with.
+        count: how many.
+        seed: of the draws.
+    """
+
+    ids: tuple[int, ...]
+    count: int
+    seed: int
+
+
+def openings(model: Any, tokenizer: Any, sequences: int, length: int) -> list[Opening]:
+    """How a model's own texts begin: as a text does, after the end of one, or as a conversation.
+
+    Args:
+        model: its config says which tokens begin and end a text, if the tokenizer does not.
+        tokenizer: None if there is none.
+        sequences: how many are wanted.
+        length: of a sequence; what leaves no room in it is not used.
+    """
+    config = model.config.get_text_config()
+    starts: list[tuple[int, ...]] = []
+    for name in ("eos_token_id", "bos_token_id"):
+        found = getattr(tokenizer, name, None)
+        found = getattr(config, name, None) if found is None else found
+        found = found[0] if isinstance(found, list) else found
+        if isinstance(found, int) and 0 <= found < config.vocab_size:
+            starts.append((found,))
+    if not starts:
+        dice = np.random.default_rng(0)
+        starts = [(int(i),) for i in dice.integers(0, config.vocab_size, 8)]
+    talks: list[tuple[int, ...]] = []
+    if getattr(tokenizer, "chat_template", None):
+        for line in OPENINGS.read_text("utf-8").splitlines():
+            message = [{"role": "user", "content": line}]
+            try:
+                talk = tokenizer.apply_chat_template(
+                    message, add_generation_prompt=True, tokenize=True, return_dict=False
+                )
+            except Exception:  # a chat template may raise anything; texts begin without it, too
+                break
+            fits = len(talk) <= length // 2 and max(talk, default=0) < config.vocab_size
+            talks += [tuple(talk)] if talk and fits else []
+    half = sequences // 2 if talks else 0
+    counts = {start: n for start, n in _shared(starts, sequences - half)} | dict(
+        _shared(talks, half)
+    )
+    found_openings: list[Opening] = []
+    for ids, count in counts.items():
+        for first in range(0, count, _TOGETHER):
+            size = min(_TOGETHER, count - first)
+            found_openings.append(Opening(ids, size, len(found_openings)))
+    return found_openings
+
+
+def _shared(starts: Sequence[tuple[int, ...]], count: int) -> list[tuple[tuple[int, ...], int]]:
+    """Shares a number of sequences among different beginnings, those in front first."""
+    distinct = list(dict.fromkeys(starts))
+    return [
+        (start, count // len(distinct) + (i < count % len(distinct)))
+        for i, start in enumerate(distinct)
+    ]
+
+
+def sampling_tasks(
+    model: Any,
+    device: Any,
+    begins: Sequence[Opening],
+    length: int,
+    found: dict[int, NDArray[np.int32]],
+) -> list[Callable[[], None]]:
+    """One function for each opening; it leaves its sequences in `found`, by the opening's number.
+
+    Tokens are drawn from the model's own probabilities (temperature 1, nothing cut off), and a text
+    that ends is followed by whatever the model thinks comes next.
+
+    Args:
+        model: the 16-bit model.
+        device: where its inputs go.
+        begins: how the sequences begin.
+        length: of each.
+        found: receives int32 [count, length].
+
+    Raises:
+        CheckpointError: (a function, when it is called) the probabilities are not finite.
+    """
+    import torch
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    # Else generate() would take from it what ends a text, or which tokens may be drawn.
+    model.generation_config = GenerationConfig()
+
+    def task(number: int, opening: Opening) -> Callable[[], None]:
+        def sample() -> None:
+            torch.manual_seed(opening.seed)
+            start = torch.tensor([opening.ids] * opening.count, device=device)
+            config = GenerationConfig(
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=length - len(opening.ids),
+                pad_token_id=0,
+            )
+            ids = model.generate(
+                start,
+                attention_mask=torch.ones_like(start),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([_checked]),
+            )
+            found[number] = ids.to("cpu", torch.int32).numpy()
+
+        return sample
+
+    return [task(number, opening) for number, opening in enumerate(begins)]
+
+
+def _checked(ids: Any, logits: Any) -> Any:
+    """The logits as they are, if tokens can be drawn from them."""
+    if logits.float().softmax(-1).isnan().any():
+        raise CheckpointError(
+            "The 16-bit model says NaN, so it cannot write tokens to calibrate on. If a weight "
+            "holds an infinity or a NaN, `nf4 quantize` without --calibrate names it; if the model "
+            "computes beyond its precision, calibrate on a text: --calibrate FILE."
+        )
+    return logits
+
+
+def tokens_of_text(path: Path, tokenizer: Any, sequences: int, length: int) -> NDArray[np.int32]:
+    """Sequences from a file, spread evenly over it.
+
+    Args:
+        path: a text, or JSONL with "messages", "text" or "prompt" in each line.
+        tokenizer: of the model.
+        sequences: how many are wanted; fewer if the file is short.
+        length: of each.
+
+    Returns:
+        int32 [sequences, length].
+
+    Raises:
+        RecipeError: the file cannot be read, or holds less than one sequence.
+    """
+    if tokenizer is None:
+        raise RecipeError(
+            f"Calibrating on {path.name} needs a tokenizer, and this checkpoint has none. "
+            "Let the model write its own tokens: --calibrate self."
+        )
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The calibration text {path} cannot be read: {error}.") from error
+    if path.suffix in (".jsonl", ".ndjson"):
+        ids = [
+            i
+            for number, line in enumerate(text.split("\n"), 1)
+            if line.strip()
+            for i in _line(line, tokenizer, f"{path}, line {number}")
+        ]
+    else:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    # Every sequence begins as the tokenizer begins a text: many models are not themselves without.
+    begin = beginning(tokenizer)[: length - 1]
+    room = length - len(begin)
+    whole = len(ids) // room
+    if whole == 0:
+        raise RecipeError(
+            f"The calibration text {path} has {len(ids)} tokens; expected at least {room}, "
+            f"better {sequences * length:,}."
+        )
+    picked = np.linspace(0, whole - 1, min(sequences, whole)).round().astype(int)
+    rows = np.array(ids[: whole * room], np.int32).reshape(whole, room)[picked]
+    first = np.tile(np.array(begin, np.int32), (len(rows), 1))
+    return np.concatenate([first, rows], axis=1)
+
+
+def _line(line: str, tokenizer: Any, where: str) -> list[int]:
+    try:
+        value = json.loads(line)
+        if isinstance(value.get("messages"), list) and getattr(tokenizer, "chat_template", None):
+            ids: list[int] = tokenizer.apply_chat_template(
+                value["messages"], tokenize=True, return_dict=False
+            )
+            return ids
+        if isinstance(value.get("messages"), list):
+            text = "\n".join(str(message["content"]) for message in value["messages"])
+        else:
+            text = value["text"] if "text" in value else value["prompt"]
+        if not isinstance(text, str):
+            raise TypeError(f"a {type(text).__name__} where a text should be")
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        return [*tokenizer(text, add_special_tokens=False, verbose=False).input_ids, *end]
+    except Exception as error:  # a chat template may raise anything
+        raise RecipeError(
+            f'{where}: expected an object with "messages", "text" or "prompt" ({error}).'
+        ) from error

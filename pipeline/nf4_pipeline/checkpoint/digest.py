@@ -1,0 +1,101 @@
+"""sha256 of files, and of the tensors in them, in one reading."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from nf4_pipeline.checkpoint.header import HeaderTensor
+from nf4_pipeline.progress import Task
+
+_CHUNK: Final = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """A file's size and sha256 (hex)."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, content: bytes) -> FileDigest:
+        """Of a file that holds just these bytes."""
+        return cls(len(content), hashlib.sha256(content).hexdigest())
+
+    def as_json(self) -> dict[str, object]:
+        return {"size": self.size, "sha256": self.sha256}
+
+
+def digest_file(path: Path, task: Task | None = None) -> FileDigest:
+    """Hashes a whole file."""
+    whole = hashlib.sha256()
+    size = 0
+    buffer = bytearray(_CHUNK)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            whole.update(view[:count])
+            size += count
+            if task:
+                task.advance(count)
+    return FileDigest(size, whole.hexdigest())
+
+
+def digest_files(paths: Mapping[str, Path], task: Task) -> dict[str, FileDigest]:
+    """Hashes files, several at a time; an error or an interrupt ends all of them at once."""
+    stop = threading.Event()
+
+    class Watched:
+        def advance(self, amount: int) -> None:
+            if stop.is_set():
+                raise InterruptedError
+            task.advance(amount)
+
+    with ThreadPoolExecutor() as pool:
+        try:
+            digests = [pool.submit(digest_file, path, Watched()) for path in paths.values()]
+            return {name: one.result() for name, one in zip(paths, digests, strict=True)}
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def digest_tensors(
+    path: Path, tensors: Sequence[HeaderTensor]
+) -> tuple[FileDigest, dict[str, str]]:
+    """Hashes a safetensors file and each of its tensors, reading every byte once.
+
+    Args:
+        path: the file.
+        tensors: all of its tensors, in the order of their bytes.
+
+    Returns:
+        The file's digest, and the sha256 of each tensor's bytes by name.
+    """
+    whole = hashlib.sha256()
+    by_name: dict[str, str] = {}
+    buffer = bytearray(_CHUNK)
+    view = memoryview(buffer)
+    size = path.stat().st_size
+    with path.open("rb", buffering=0) as file:
+        data_start = tensors[0].offset if tensors else size
+        whole.update(file.read(data_start))
+        for tensor in tensors:
+            one = hashlib.sha256()
+            left = tensor.nbytes
+            while left:
+                count = file.readinto(view[: min(left, _CHUNK)])
+                if not count:
+                    raise OSError(f"{path} became shorter while it was read")
+                whole.update(view[:count])
+                one.update(view[:count])
+                left -= count
+            by_name[tensor.name] = one.hexdigest()
+    return FileDigest(size, whole.hexdigest()), by_name

@@ -1,0 +1,90 @@
+"""A folder of strangers, before anything in it is believed: links, sizes, small files."""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Final
+
+from nf4_pipeline.checkpoint.files import is_wanted
+from nf4_pipeline.checkpoint.source import read_json
+from nf4_pipeline.errors import CheckpointError
+
+_MIB: Final = 2**20
+_SIZE_LIMITS: Final = (
+    ("config.json", 4 * _MIB),
+    ("generation_config.json", _MIB),
+    ("*.index.json", 32 * _MIB),
+    ("tokenizer_config.json", 32 * _MIB),
+    ("special_tokens_map.json", 32 * _MIB),
+    ("added_tokens.json", 32 * _MIB),
+    ("chat_template.*", 4 * _MIB),
+    ("additional_chat_templates/*", 4 * _MIB),
+    ("*.md", 16 * _MIB),
+    ("LICENSE*", 16 * _MIB),
+    ("NOTICE*", 16 * _MIB),
+    ("*", 256 * _MIB),
+)
+"""Bytes that a file beside the weights may have; the largest real tokenizers have 35 MB."""
+
+_OBJECTS: Final = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+"""Small files that must be JSON objects; the libraries that read them presume it."""
+
+
+def check_folder(folder: Path) -> None:
+    """Looks at every file of a checkpoint folder that would be taken, without reading weights.
+
+    Raises:
+        CheckpointError: a file is a link to somewhere else, is too large, or is not what its name
+            says.
+    """
+    for path in sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")]):
+        name = path.relative_to(folder).as_posix()
+        if not is_wanted(name):
+            continue
+        _check_link(folder, name)
+        if not name.endswith(".safetensors"):
+            check_size(path, name)
+        if name in _OBJECTS:
+            read_json(path)
+
+
+def check_size(path: Path, name: str) -> None:
+    """Refuses a small file that is larger than any real one of its name.
+
+    Raises:
+        CheckpointError: so it is, or it is no file.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file. Copy or download the checkpoint again.")
+    limit = next(size for pattern, size in _SIZE_LIMITS if fnmatchcase(name, pattern))
+    size = path.stat().st_size
+    if size > limit:
+        raise CheckpointError(
+            f"{path} has {size:,} bytes; no real {name} has more than {limit:,}. "
+            "Download the file again."
+        )
+
+
+def _check_link(folder: Path, name: str) -> None:
+    """A link may stay in its folder, or lead from a snapshot of the Hub cache to its blobs.
+
+    Any other could carry a private file of this machine into what is published.
+    """
+    path = folder / name
+    real, home = path.resolve(), folder.resolve()
+    if real.is_relative_to(home):
+        return
+    is_snapshot = home.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", home.name)
+    if is_snapshot and real.is_relative_to(home.parents[1] / "blobs"):
+        return
+    raise CheckpointError(
+        f"{path} is a link out of its folder, to {real}. Name the folder that holds the file "
+        "itself, or copy it there."
+    )

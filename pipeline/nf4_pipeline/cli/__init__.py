@@ -1,0 +1,138 @@
+"""The command line: one file per command; parse, call, print. Nothing else in the project prints.
+
+A command's file is imported only when the command is named, and what is heavy only inside its call,
+so `nf4 --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, Final
+
+import click
+
+from nf4_pipeline import __version__
+from nf4_pipeline.errors import PipelineError, StoppedError, of_system
+
+COMMANDS: Final = {
+    "build": "download, quantize, serialize, verify and attest; skips what is done and still valid",
+    "download": "pin, fetch and hash a checkpoint",
+    "quantize": "turn linear layers into NF4 codes",
+    "serialize": "write the publishable folder and its manifest",
+    "verify": "reload the artifact and hold it against the 16-bit model",
+    "attest": "write provenance and a bill of materials into a verified artifact",
+    "push": "publish a verified export to the Hub, and prove what the Hub holds",
+    "prompt": "generate text with an artifact",
+    "inspect": "what is inside an artifact",
+    "reproduce": "derive an artifact again from its source and compare every byte",
+    "sign": "sign every file of an artifact with a key of yours",
+    "check": "check that an artifact holds exactly what was signed",
+    "status": "the stages of a build: done, stale, missing, and why",
+    "doctor": "what this machine has, and known traps on it",
+}
+
+
+class _LazyGroup(click.Group):
+    """Knows its commands by name, and imports one when it is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"nf4_pipeline.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="nf4")
+def cli() -> None:
+    """Quantize a Hugging Face causal LM to bitsandbytes NF4, prove what it is worth, publish it.
+
+    Start with:  nf4 build sample   or   nf4 build tiiuae/falcon-7b-instruct
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command line and exits: 0 good, 1 the job failed, 2 wrong usage, 130 stopped."""
+    with _interruptible():
+        try:
+            status: Any = cli.main(args=args, prog_name="nf4", standalone_mode=False)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            _say_stopped(_STOPPED)
+            sys.exit(130)
+        except StoppedError as error:
+            _say_stopped(str(error))
+            sys.exit(130)
+        except PipelineError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(error.exit_code)
+        except BrokenPipeError:
+            sys.stderr.close()
+            sys.exit(1)
+        except (OSError, MemoryError) as error:
+            click.echo(f"Error: {of_system(error, 'nf4')}", err=True)
+            sys.exit(1)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+_STOPPED: Final = "Stopped. What is finished is kept; run the same command again to continue there."
+_PATIENCE: Final = 1.5
+"""Seconds in which an interrupted command may end by itself. Ending it then harms nothing: every
+file that counts is complete or absent at any moment."""
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends a command soon, whatever it waits for; a second one ends it at once."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a job in the background
+    if ignored or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal asked
+        if asked:
+            _end_now()
+        asked = True
+        timer = threading.Timer(_PATIENCE, _end_now)
+        timer.daemon = True
+        timer.start()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if not asked:  # the work is over; what is left are milliseconds of the interpreter's end
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _end_now() -> None:
+    _say_stopped(_STOPPED)
+    os._exit(130)
+
+
+_said: list[str] = []
+
+
+def _say_stopped(text: str) -> None:
+    """Says once that, and with what left, the command was stopped."""
+    if not _said:
+        _said.append(text)
+        print(f"\n{text}", file=sys.stderr, flush=True)

@@ -1,0 +1,33 @@
+"""nf4 check ARTIFACT"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nf4_pipeline.cli.options import Ui, output_options
+from nf4_pipeline.cli.reproduce import artifact_folder
+
+
+@click.command("check")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--key",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="PEM file of the signer's public key.",
+)
+@output_options
+def command(ui: Ui, artifact: Path, key: Path) -> None:
+    """Check that ARTIFACT holds exactly what was signed with a key.
+
+    A file that changed, is missing, or was added is refused, with exit code 1. The public key must
+    come from the signer, not from the artifact.
+    """
+    from nf4_pipeline.provenance.signing import check
+
+    folder = artifact_folder(artifact)
+    count = check(folder, key)
+    value = {"artifact": str(folder), "signed": True, "files": count}
+    ui.result(value, lambda: click.echo(f"signed with that key: {count} files, none else"))

@@ -1,0 +1,68 @@
+"""nf4 inspect ARTIFACT"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nf4_pipeline.cli.options import Ui, output_options
+
+
+@click.command("inspect")
+@click.argument("artifact")
+@click.option("--tensors", is_flag=True, help="Also list every tensor.")
+@output_options
+def command(ui: Ui, artifact: str, tensors: bool) -> None:
+    """Say what is inside ARTIFACT: sizes, bits per weight, what was left unquantized and why.
+
+    ARTIFACT is an export folder or a build folder.
+    """
+    from nf4_pipeline.manifest.read import read_manifest
+    from nf4_pipeline.runtime.artifact import find_model
+
+    folder = Path(find_model(artifact))
+    manifest = read_manifest(folder)
+    ui.result(manifest, lambda: _show(folder, manifest, tensors))
+
+
+def _show(folder: Path, manifest: dict[str, Any], tensors: bool) -> None:
+    from nf4_pipeline.cli.summary import size
+
+    totals, source = manifest["totals"], manifest["source"]
+    pinned = source["commit"] or f"content {source['content_sha256'][:12]}"
+    click.echo(f"{folder}")
+    click.echo(f"  model        {manifest['model_class']} from {source['repo']} at {pinned}")
+    click.echo(f"  format       {manifest['format']}")
+    click.echo(f"  original     {size(totals['original_bytes'])}")
+    click.echo(f"  artifact     {size(totals['artifact_bytes'])}, {totals['ratio']:.1%} of it")
+    click.echo(
+        f"  bits         {totals['bits_per_weight']:.3f} per weight, "
+        f"{totals['bits_per_quantized_weight']:.3f} per quantized weight"
+    )
+    counts = totals["tensors"]
+    click.echo(
+        f"  tensors      {counts['quantized']} quantized, {counts['kept']} kept, "
+        f"{counts['dropped']} dropped"
+    )
+    click.echo("  not quantized:")
+    for reason, nbytes in totals["kept_bytes_by_reason"].items():
+        click.echo(f"    {size(nbytes):<28} {reason}")
+    for dropped in manifest["dropped"]:
+        click.echo(f"  dropped      {dropped['name']}: {dropped['reason']}")
+    errors = [t["relative_rmse"] for t in manifest["tensors"] if t["quantized"]]
+    click.echo(f"  weight error {min(errors):.4f} to {max(errors):.4f} relative RMSE per tensor")
+    if manifest["hidden_modules"]:
+        click.echo(
+            f"  loading      {len(manifest['hidden_modules'])} modules are of a class that stock "
+            "transformers >= 5.5 passes over; use nf4_pipeline.load (see README.md)"
+        )
+    if tensors:
+        for tensor in manifest["tensors"]:
+            what = (
+                f"nf4, error {tensor['relative_rmse']:.4f}"
+                if tensor["quantized"]
+                else (f"{tensor['dtype']}, {tensor['reason']}")
+            )
+            click.echo(f"  {tensor['bytes']:>14,}  {tensor['name']}  {tensor['shape']}  {what}")

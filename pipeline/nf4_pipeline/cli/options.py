@@ -1,0 +1,247 @@
+"""Options that commands share, and how they become settings."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+if TYPE_CHECKING:
+    from nf4_pipeline.build_folder import Build
+    from nf4_pipeline.progress import Reporter
+    from nf4_pipeline.recipe import Recipe
+    from nf4_pipeline.stages import Settings
+
+ARTIFACTS: Final = Path("artifacts")
+
+Command = Callable[..., Any]
+
+
+def output_options(command: Command) -> Command:
+    """--json, -q and -v; the command gets a `ui`."""
+
+    @click.option("--json", "as_json", is_flag=True, help="One JSON result on stdout.")
+    @click.option("-q", "--quiet", is_flag=True, help="No progress.")
+    @click.option("-v", "--verbose", is_flag=True, help="Also what libraries underneath log.")
+    @wraps(command)
+    def wrapped(as_json: bool, quiet: bool, verbose: bool, **values: Any) -> Any:
+        if not verbose:
+            from nf4_pipeline.runtime.quiet import quiet_libraries
+
+            quiet_libraries()
+        return command(ui=Ui(as_json, quiet), **values)
+
+    return wrapped
+
+
+def build_dir_option(command: Command) -> Command:
+    """--build-dir."""
+    return click.option(
+        "--build-dir",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="The build folder.  [default: artifacts/<org>--<name>@<sha12>/]",
+    )(command)
+
+
+def source_options(command: Command) -> Command:
+    """--revision, --offline and --allow-pickle, as the `source` that `download.run` takes."""
+
+    @click.option("--revision", help="Branch, tag or commit of a Hub model.  [default: main]")
+    @click.option(
+        "--offline", is_flag=True, help="Take a Hub model as it is cached; says which commit."
+    )
+    @click.option(
+        "--allow-pickle",
+        is_flag=True,
+        help="Also pytorch_model*.bin: scanned, then converted in a process of its own.",
+    )
+    @wraps(command)
+    def wrapped(revision: str | None, offline: bool, allow_pickle: bool, **values: Any) -> Any:
+        source = {"revision": revision, "offline": offline, "allow_pickle": allow_pickle}
+        return command(source=source, **values)
+
+    return wrapped
+
+
+def settings_options(command: Command) -> Command:
+    """What shapes a build and how it is made; the command gets `settings`."""
+
+    @click.option(
+        "--recipe",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="TOML file with everything that shapes bytes and verdict.",
+    )
+    @click.option(
+        "--calibrate",
+        metavar="self|FILE",
+        help="Choose codes and scales from the model's activations: on tokens that it writes "
+        "itself, or on a text or JSONL file. Slower, and much closer to the 16-bit model.",
+    )
+    @click.option(
+        "--extra-bytes",
+        metavar="PERCENT",
+        help="With --calibrate: leave the layers that lose most in 16 bit, for so many more bytes.",
+    )
+    @click.option(
+        "--device",
+        default="auto",
+        metavar="auto|cpu|cuda[:N]",
+        show_default=True,
+        help='"cuda" quantizes on all GPUs of the host, and verifies on the first.',
+    )
+    @click.option("--require-gpu", is_flag=True, help="Verifying without a GPU is a failure.")
+    @click.option(
+        "--workers",
+        default=0,
+        type=click.IntRange(min=0),
+        help="Threads that quantize.  [default: CPUs + 1, or 8 a GPU]",
+    )
+    @click.option(
+        "--memory-budget", default="256MiB", show_default=True, help="For the engine's buffers."
+    )
+    @wraps(command)
+    def wrapped(
+        recipe: Path | None,
+        calibrate: str | None,
+        extra_bytes: str | None,
+        device: str,
+        require_gpu: bool,
+        workers: int,
+        memory_budget: str,
+        **values: Any,
+    ) -> Any:
+        from nf4_pipeline.recipe import parse_recipe, parse_size, read_tables
+        from nf4_pipeline.stages import Settings
+
+        check_device(device)
+        tables = read_tables(recipe) if recipe else {}
+        settings = Settings(
+            recipe=_calibrated(parse_recipe(tables, str(recipe)), calibrate, extra_bytes),
+            given=frozenset(tables) | ({"quantize"} if calibrate or extra_bytes else set()),
+            device=device,
+            require_gpu=require_gpu,
+            workers=workers,
+            memory_budget=parse_size(memory_budget, "--memory-budget"),
+        )
+        return command(settings=settings, **values)
+
+    return wrapped
+
+
+def check_device(device: str) -> None:
+    """Refuses what no --device can mean."""
+    from nf4_pipeline.errors import UsageError
+
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N.")
+
+
+def _calibrated(recipe: Recipe, calibrate: str | None, extra_bytes: str | None) -> Recipe:
+    """A recipe with what the options say instead of what it said."""
+    asked = {"calibrate": calibrate, "extra_bytes": extra_bytes}
+    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    if not changes:
+        return recipe
+    return replace(recipe, quantize=replace(recipe.quantize, **changes, rounding=""))
+
+
+class Ui:
+    """Where a command's words go: results to stdout, everything else to stderr."""
+
+    def __init__(self, as_json: bool, quiet: bool) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+
+    def reporter(self) -> Reporter:
+        from nf4_pipeline.cli.reporting import make_reporter
+        from nf4_pipeline.progress import SILENT
+
+        return SILENT if self.quiet else make_reporter()
+
+    def result(self, value: Any, show: Callable[[], None]) -> None:
+        """Prints the result: as JSON if that was asked for, else as `show` does."""
+        if self.as_json:
+            click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+        else:
+            show()
+
+
+def existing_build(model: str | None, build_dir: Path | None) -> Build:
+    """The build that a stage command means.
+
+    Args:
+        model: as it was given to `nf4 build`, or None for the newest build.
+        build_dir: the folder itself, which wins.
+    """
+    from nf4_pipeline.build_folder import Build, find_builds
+    from nf4_pipeline.errors import BuildError
+
+    if build_dir is not None:
+        if not (build_dir / "records").is_dir():
+            raise BuildError(f"{build_dir} is no build: it has no records. Start one: nf4 build.")
+        return Build(build_dir)
+    if model is not None:
+        folder = Path(model)
+        if folder.name == "export":
+            folder = folder.parent
+        if (folder / "records").is_dir():
+            return Build(folder)
+    builds = find_builds(ARTIFACTS)
+    if model is not None:
+        builds = [build for build in builds if _is_of(build, model)]
+    if not builds:
+        what = f"of {model} " if model else ""
+        raise BuildError(
+            f"There is no build {what}under {ARTIFACTS}/. Start one: nf4 build {model or 'sample'}."
+        )
+    return builds[0]
+
+
+def _is_of(build: Build, model: str) -> bool:
+    record = build.record("download")
+    if record is None:
+        return False
+    if record.facts.get("is_sample"):
+        return model == "sample"
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        link = build.source / "config.json"
+        return link.resolve() == (folder / "config.json").resolve()
+    return bool(record.facts.get("repo") == model)
+
+
+def run_one_stage(
+    stage: str, ui: Ui, settings: Settings, model: str | None, build_dir: Path | None
+) -> Any:
+    """What the stage commands have in common; returns the stage's record."""
+    from nf4_pipeline.job import run_stage
+
+    build = existing_build(model, build_dir)
+    result = run_stage(build, stage, settings, ui.reporter())
+    value = {
+        "build": str(build.root),
+        "stage": stage,
+        "ran": result.ran,
+        "seconds": result.record.seconds,
+        "peak_memory_bytes": result.record.peak_memory,
+        "outputs": {name: d.as_json() for name, d in result.record.outputs.items()},
+    }
+    for name in ("verdict", "checks", "fidelity", "domains", "accuracy", "against"):
+        if name in result.record.facts:
+            value[name] = result.record.facts[name]
+
+    def show() -> None:
+        done = f"in {result.record.seconds:.1f} s" if result.ran else "was done, still valid"
+        total = sum(digest.size for digest in result.record.outputs.values())
+        click.echo(f"{stage}: {done}; {len(result.record.outputs)} files, {total:,} bytes")
+        click.echo(f"build:  {shlex.quote(str(build.root))}")
+
+    ui.result(value, show)
+    return result.record

@@ -1,0 +1,60 @@
+"""nf4 prompt ARTIFACT TEXT"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from nf4_pipeline.cli.options import Ui, output_options
+
+
+@click.command("prompt")
+@click.argument("artifact")
+@click.argument("text")
+@click.option("--max-length", type=int, help="Prompt and answer together, in tokens.")
+@click.option("--max-new-tokens", type=int, help="Of the answer.  [default: 128]")
+@click.option("--top-k", type=int, help="Draw from the k likeliest tokens.")
+@click.option("--top-p", type=float, help="Draw from the likeliest tokens of this probability.")
+@click.option("--temperature", type=float, help="Of the draws; 0 is greedy.")
+@click.option("--num-return-sequences", type=int, default=1, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--raw", is_flag=True, help="Do not use the model's chat template.")
+@click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]", show_default=True)
+@output_options
+def command(ui: Ui, artifact: str, text: str, raw: bool, device: str, **values: Any) -> None:
+    """Answer TEXT with ARTIFACT.
+
+    ARTIFACT is an export, a build, a plain checkpoint (quantized while loading), a Hub id, or
+    "sample". Answers are greedy unless --top-k, --top-p, --temperature or several answers ask for
+    chance.
+    """
+    from nf4_pipeline.runtime.generate import Generator, Sampling
+
+    sampling = Sampling(**values)
+    generator = Generator.open(artifact, device=device)
+    streams = not ui.as_json and sampling.num_return_sequences == 1
+    streamer = _streamer(generator.tokenizer) if streams else None
+    answers = generator.answer(text, sampling, chat=not raw, streamer=streamer)
+    value = {
+        "prompt": text,
+        "answers": [answer.text for answer in answers],
+        "tokens": sum(answer.tokens for answer in answers),
+        "seconds": round(answers[0].seconds, 3),
+        "device": str(generator.model.device),
+    }
+
+    def show() -> None:
+        if streams:
+            return
+        for number, answer in enumerate(answers, start=1):
+            click.echo(f"[{number}] {answer.text.strip()}")
+
+    ui.result(value, show)
+
+
+def _streamer(tokenizer: Any) -> Any:
+    """Shows words as they come."""
+    from transformers import TextStreamer
+
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,118 @@
+"""nf4 push"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nf4_pipeline.cli.options import Command, Ui, build_dir_option, existing_build, output_options
+
+if TYPE_CHECKING:
+    from nf4_pipeline.stages.push import Upload
+
+
+def _client_bars(command: Command) -> Command:
+    """Lets the Hub client show how far an upload is, where somebody watches.
+
+    Only it knows, whichever way the bytes go; it reads the variable once, when it is imported.
+    """
+
+    @wraps(command)
+    def wrapped(quiet: bool, **values: Any) -> Any:
+        if sys.stderr.isatty() and not quiet:
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+        return command(quiet=quiet, **values)
+
+    return wrapped
+
+
+@click.command("push")
+@click.argument("model", required=False)
+@click.option("--repo-id", required=True, metavar="ORG/NAME", help="The Hub repo to publish to.")
+@click.option(
+    "--public/--private",
+    default=None,
+    help="Visibility of the repo if it has to be created.  [default: --private]",
+)
+@click.option("--create-pr", is_flag=True, help="Propose the change as a pull request.")
+@click.option("--force", is_flag=True, help="Also over what somebody else pushed meanwhile.")
+@click.option(
+    "--allow-unverified",
+    is_flag=True,
+    help='Also if the verdict is "fail"; the card on the Hub will say so.',
+)
+@click.option(
+    "--dry-run", is_flag=True, help="List files, sizes, target and card; the Hub is not asked."
+)
+@build_dir_option
+@_client_bars
+@output_options
+def command(
+    ui: Ui,
+    model: str | None,
+    repo_id: str,
+    public: bool | None,
+    create_pr: bool,
+    force: bool,
+    allow_unverified: bool,
+    dry_run: bool,
+    build_dir: Path | None,
+) -> None:
+    """Publish a verified export to the Hub in one commit, and prove what the Hub holds.
+
+    MODEL is as it was given to `nf4 build`; without it the newest build is meant. The token comes
+    from HF_TOKEN or `hf auth login`. Running it again with nothing changed commits nothing.
+    """
+    from nf4_pipeline.errors import UsageError
+    from nf4_pipeline.runtime.artifact import is_hub_id
+    from nf4_pipeline.stages.push import Target, plan_upload, run
+
+    if not is_hub_id(repo_id):
+        raise UsageError(f"--repo-id {repo_id}: expected ORG/NAME.")
+    private = None if public is None else not public
+    target = Target(repo_id, private, create_pr, force, allow_unverified)
+    build = existing_build(model, build_dir)
+    if dry_run:
+        upload = plan_upload(build, target, ui.reporter())
+        ui.result(upload.as_json(), lambda: _show_plan(upload))
+    else:
+        facts = run(build, target, ui.reporter()).facts
+        ui.result(facts, lambda: _show_push(facts))
+
+
+def _show_plan(upload: Upload) -> None:
+    target = upload.target
+    visibility = "public" if target.private is False else "private"
+    how = " as a pull request" if target.pull_request else ""
+    click.echo(f"would upload to {target.repo_id}{how} ({visibility} if it has to be created):")
+    for name, digest in upload.files.items():
+        click.echo(f"  {digest.size:>14,}  {digest.sha256[:12]}  {name}")
+    click.echo(f"  {upload.total_bytes:>14,}  bytes in {len(upload.files)} files")
+    click.echo(f"verdict: {upload.verdict}; the Hub was not asked. Its card, README.md, would be:")
+    for line in upload.card.splitlines():
+        click.echo(f"  | {line}".rstrip())
+
+
+def _show_push(facts: dict[str, Any]) -> None:
+    visibility = "private" if facts["private"] else "public"
+    new = ", new" if facts["created"] else ""
+    done = "pushed to" if facts["committed"] else "nothing to do:"
+    click.echo(f"{done} {facts['repo_id']} ({visibility}{new}), {facts['branch']}")
+    if facts["pull_request"]:
+        click.echo(f"pull request  {facts['pull_request_url']}")
+    made = "" if facts["committed"] else "  (was there; nothing was committed)"
+    click.echo(f"commit        {facts['url']}{made}")
+    click.echo(
+        f"proof         the Hub lists the expected checksum for all {len(facts['files'])} files, "
+        f"{facts['total_bytes']:,} bytes"
+    )
+    others = [path for path in facts["proof"]["others"] if path != ".gitattributes"]
+    if others:
+        click.echo(f"left alone    {', '.join(others[:4])}{', …' if others[4:] else ''}")
+    if facts["allow_unverified"]:
+        click.echo('warning       its verdict is not "pass", and the card on the Hub says so')

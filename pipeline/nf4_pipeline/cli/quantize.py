@@ -1,0 +1,83 @@
+"""nf4 quantize"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nf4_pipeline.cli.options import (
+    Ui,
+    build_dir_option,
+    existing_build,
+    output_options,
+    run_one_stage,
+    settings_options,
+)
+
+if TYPE_CHECKING:
+    from nf4_pipeline.selection import Plan
+    from nf4_pipeline.stages import Settings
+
+
+@click.command("quantize")
+@click.argument("model", required=False)
+@click.option("--dry-run", is_flag=True, help="Print the plan; read and write no weights.")
+@build_dir_option
+@settings_options
+@output_options
+def command(
+    ui: Ui, settings: Settings, model: str | None, dry_run: bool, build_dir: Path | None
+) -> None:
+    """Turn the linear layers of a downloaded checkpoint into NF4 codes.
+
+    MODEL is what the build was started with; without it, the newest build is meant.
+    """
+    if not dry_run:
+        run_one_stage("quantize", ui, settings, model, build_dir)
+        return
+    from nf4_pipeline.stages.quantize import check_disk, make_plan
+
+    build = existing_build(model, build_dir)
+    plan, _ = make_plan(build, settings)
+    check_disk(build, plan)
+    ui.result(_plan_json(plan), lambda: _show(plan))
+
+
+def _plan_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "files": {file: layout.nbytes for file, layout in plan.layouts().items()},
+        "skip_modules": list(plan.skip_modules),
+        "hidden_modules": list(plan.hidden_modules),
+        "tensors": [
+            {
+                "name": tensor.name,
+                "source_name": tensor.source.name,
+                "file": tensor.source.file,
+                "action": tensor.action,
+                "reason": tensor.reason,
+                "shape": list(tensor.shape),
+                "source_bytes": tensor.source.header.nbytes,
+                "bytes": sum(stored.nbytes for stored in tensor.stored),
+            }
+            for tensor in plan.tensors
+        ],
+    }
+
+
+def _show(plan: Plan) -> None:
+    from nf4_pipeline.cli.summary import size
+
+    for action, verb in (("quantize", "quantized"), ("keep", "kept"), ("drop", "dropped")):
+        groups: dict[str, list[int]] = {}
+        for tensor in plan.tensors:
+            if tensor.action == action:
+                groups.setdefault(tensor.reason, []).append(tensor.source.header.nbytes)
+        for reason, sizes in sorted(groups.items()):
+            click.echo(f"  {verb:<10} {len(sizes):>5} tensors  {size(sum(sizes)):<28} {reason}")
+    click.echo("  files, to the byte:")
+    for file, layout in plan.layouts().items():
+        click.echo(f"  {layout.nbytes:>18,}  {file}")
+    total = sum(layout.nbytes for layout in plan.layouts().values())
+    click.echo(f"  {total:>18,}  in all")

@@ -1,0 +1,98 @@
+"""nf4 reproduce ARTIFACT"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nf4_pipeline.cli.options import Ui, check_device, output_options
+
+if TYPE_CHECKING:
+    from nf4_pipeline.reproduce.reproduce import Reproduction
+
+
+@click.command("reproduce")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The folder that holds the source.  [default: the commit that the manifest pins]",
+)
+@click.option(
+    "--device",
+    default="auto",
+    metavar="auto|cpu|cuda[:N]",
+    help="Where calibrated codes are chosen again.  [default: the kind that the manifest says]",
+)
+@click.option(
+    "--workers", default=0, type=click.IntRange(min=0), help="Threads.  [default: CPUs + 1]"
+)
+@click.option(
+    "--memory-budget", default="256MiB", show_default=True, help="For the engine's buffers."
+)
+@output_options
+def command(
+    ui: Ui,
+    artifact: Path,
+    source: Path | None,
+    device: str,
+    workers: int,
+    memory_budget: str,
+) -> None:
+    """Derive ARTIFACT again from its pinned source, and compare every byte that it must hold.
+
+    ARTIFACT is a downloaded artifact, an export folder or a build folder. The work is done on the
+    CPU and nothing of the artifact is written. Exits 1 if anything differs.
+
+    Calibrated codes are chosen again from the tokens in calibration.json, on the kind of device on
+    which they were chosen. On another model of GPU or processor some of them may differ, since the
+    model's activations are what the libraries beneath compute there.
+    """
+    from nf4_pipeline.recipe import parse_size
+    from nf4_pipeline.reproduce.reproduce import reproduce
+
+    check_device(device)
+    found = reproduce(
+        artifact_folder(artifact),
+        source,
+        ui.reporter(),
+        device=device,
+        workers=workers,
+        memory_budget=parse_size(memory_budget, "--memory-budget"),
+    )
+    ui.result(found.as_json(), lambda: _show(found))
+    if found.differences:
+        sys.exit(1)
+
+
+def artifact_folder(path: Path) -> Path:
+    """The artifact that is meant by a path: the folder itself, or the export of a build."""
+    from nf4_pipeline.errors import UsageError
+
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such folder. Name an artifact, or a build.")
+    return path / "export" if (path / "records").is_dir() else path
+
+
+def _show(found: Reproduction) -> None:
+    source = found.source
+    pinned = source["commit"] or f"content {source['content_sha256'][:12]}"
+    click.echo(f"source: {source['repo']} at {pinned}")
+    for difference in found.differences:
+        place = ""
+        if difference.tensor is not None:
+            place += f", first in {difference.tensor}"
+        if difference.offset is not None:
+            place += f" at byte {difference.offset:,}"
+        click.echo(f"differs: {difference.file} {difference.what}{place}")
+    if found.not_derived:
+        click.echo(f"not derived: {', '.join(found.not_derived)}")
+    if found.differences and found.calibrated_on:
+        click.echo(
+            f"calibrated: again, on {found.calibrated_on}. Codes hang on how a device computes: on "
+            "another model of GPU or processor than the artifact's some may differ."
+        )
+    click.echo(f"reproduced: {found.equal} of {found.files} files")

@@ -1,0 +1,36 @@
+"""nf4 sign ARTIFACT"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nf4_pipeline.cli.options import Ui, output_options
+from nf4_pipeline.cli.reproduce import artifact_folder
+
+
+@click.command("sign")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--key",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="PEM file of an elliptic curve private key.",
+)
+@click.option(
+    "--password",
+    envvar="NF4_KEY_PASSWORD",
+    help="Of the key, if it has one; better in NF4_KEY_PASSWORD, which other users cannot list.",
+)
+@output_options
+def command(ui: Ui, artifact: Path, key: Path, password: str | None) -> None:
+    """Sign every file of ARTIFACT with a key of yours (OpenSSF model signing, offline).
+
+    The signature goes into the artifact as model.sig; sign last, when all else is in it. Make a
+    key with `openssl ecparam -name prime256v1 -genkey -noout -out key.pem`.
+    """
+    from nf4_pipeline.provenance.signing import sign
+
+    signature = sign(artifact_folder(artifact), key, password)
+    ui.result({"signature": str(signature)}, lambda: click.echo(f"signed: {signature}"))

@@ -1,0 +1,152 @@
+"""One output file: what happens to each of its chunks, and what is known at the end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nf4_pipeline.checkpoint.sink import Sink
+from nf4_pipeline.engine.chunks import Chunk, read_chunk, will_read
+from nf4_pipeline.engine.tied import Twin
+from nf4_pipeline.errors import CheckpointError
+from nf4_pipeline.nf4 import BLOCK_SIZE
+from nf4_pipeline.nf4.codebook import NF4_LEVELS, SCALE_LEVELS
+from nf4_pipeline.nf4.layout import QUANT_STATE_SUFFIX, quant_state_text
+from nf4_pipeline.nf4.rounding import Rounding, WeightRounding
+from nf4_pipeline.progress import Task
+from nf4_pipeline.selection import FLOAT_DTYPES, TensorPlan
+
+
+class ThreadBuffers(threading.local):
+    """Buffers of one worker, kept from chunk to chunk and from file to file."""
+
+    def __init__(self, rounding: Rounding, chunk_bytes: int) -> None:
+        self._rounding = rounding
+        self._chunk_bytes = chunk_bytes
+        self._buffers: dict[str, NDArray[np.uint8]] = {}
+
+    def get(self, purpose: str, nbytes: int, share: int = 1) -> NDArray[np.uint8]:
+        """At least `nbytes` for a purpose; usually `1 / share` of a chunk."""
+        buffer = self._buffers.get(purpose)
+        if buffer is None or buffer.size < nbytes:
+            buffer = self._rounding.buffer(max(nbytes, self._chunk_bytes // share))
+            self._buffers[purpose] = buffer
+        return buffer[:nbytes]
+
+
+@dataclass
+class _Weight:
+    """A weight that is being quantized, shared by the workers that hold its chunks."""
+
+    plan: TensorPlan
+    rounding: WeightRounding
+    left: int
+
+
+class FileJob:
+    """Makes the bytes of one output file, chunk by chunk, from any thread.
+
+    Args:
+        source: descriptor of the open checkpoint file.
+        output: takes the bytes of the file.
+        chunks_of: number of chunks of each weight, by name.
+        rounding: chooses codes and scales.
+        buffers: of the calling thread.
+        task: advanced by the source bytes that are done.
+    """
+
+    def __init__(
+        self,
+        source: int,
+        output: Sink,
+        chunks_of: dict[str, int],
+        rounding: Rounding,
+        buffers: ThreadBuffers,
+        task: Task,
+    ) -> None:
+        self.relative_rmse: dict[str, float] = {}
+        self._source = source
+        self._output = output
+        self._chunks_of = chunks_of
+        self._rounding = rounding
+        self._buffers = buffers
+        self._task = task
+        self._open: dict[str, _Weight] = {}
+        self._lock = threading.Lock()
+
+    def announce(self, chunk: Chunk, twins: Sequence[Twin] = ()) -> None:
+        """Has the system begin to read what `make` will soon ask for."""
+        will_read(self._source, chunk)
+        for twin in twins:
+            twin.announce(chunk)
+
+    def make(self, chunk: Chunk, twins: Sequence[Twin] = ()) -> None:
+        """Does with a chunk what the plan says, and checks the tensors dropped for its own."""
+        if chunk.tensor.action == "quantize":
+            self._quantize(chunk)
+        else:
+            self._copy(chunk, twins)
+        self._task.advance(chunk.nbytes)
+
+    def _copy(self, chunk: Chunk, twins: Sequence[Twin]) -> None:
+        data = read_chunk(self._source, chunk, self._buffers.get("in", chunk.nbytes))
+        for twin in twins:
+            twin.check(data, chunk, self._buffers.get("twin", chunk.nbytes))
+        self._output.write(chunk.tensor.name, chunk.start * data.itemsize, data)
+
+    def _quantize(self, chunk: Chunk) -> None:
+        """Rounds a chunk of a weight; the last one finishes the weight."""
+        plan = chunk.tensor
+        weight = self._weight(plan)
+        bits = read_chunk(self._source, chunk, self._buffers.get("in", chunk.nbytes))
+        packed = self._buffers.get("codes", -(-chunk.count // 2), share=4)
+        dtype = FLOAT_DTYPES[plan.source.header.dtype]
+        bad = weight.rounding.chunk(bits, dtype, chunk.start, packed)
+        if bad >= 0:
+            raise CheckpointError(
+                f"{plan.source.name!r} in {plan.source.file} holds an infinity or a NaN (weights "
+                f"{chunk.start + bad * BLOCK_SIZE} and on). Such a checkpoint cannot be quantized; "
+                "look for a corrected revision."
+            )
+        self._output.write(plan.name, chunk.start // 2, packed)
+        if self._finished_one(weight):
+            self._finish(weight)
+
+    def _weight(self, plan: TensorPlan) -> _Weight:
+        with self._lock:
+            if plan.name not in self._open:
+                rounding = self._rounding.begin(plan.name, prod(plan.shape))
+                self._open[plan.name] = _Weight(plan, rounding, self._chunks_of[plan.name])
+            return self._open[plan.name]
+
+    def _finished_one(self, weight: _Weight) -> bool:
+        with self._lock:
+            weight.left -= 1
+            if weight.left == 0:
+                del self._open[weight.plan.name]
+            return weight.left == 0
+
+    def _finish(self, weight: _Weight) -> None:
+        """All codes are chosen: the scales and the other companions are written."""
+        plan, name = weight.plan, weight.plan.name
+        rounded = weight.rounding.finish()
+        nested = rounded.scales
+        dtype = FLOAT_DTYPES[plan.source.header.dtype]
+        text = quant_state_text(plan.shape, dtype, float(nested.offset))
+        companions: dict[str, NDArray[Any] | bytes] = {
+            ".absmax": nested.codes,
+            ".quant_map": NF4_LEVELS,
+            ".nested_absmax": nested.absmax,
+            ".nested_quant_map": SCALE_LEVELS,
+            QUANT_STATE_SUFFIX: text,
+        }
+        for suffix, data in companions.items():
+            self._output.write(name + suffix, 0, data)
+        with self._lock:
+            self.relative_rmse[name] = rounded.relative_rmse

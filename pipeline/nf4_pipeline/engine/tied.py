@@ -1,0 +1,70 @@
+"""Tied tensors that a checkpoint stores twice: held against each other as one of them is copied.
+
+The plan drops the second one on the word of the config. If they differ after all, the work stops
+and the plan is made anew with both kept; that costs a second run, and happens to hardly any model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nf4_pipeline.engine.chunks import Chunk, read_range, will_read
+from nf4_pipeline.errors import SourceError
+from nf4_pipeline.selection import TensorPlan
+
+
+class TwinsDifferError(SourceError):
+    """A tensor that was to be dropped does not equal its twin."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name!r} does not equal the tensor to which it is tied.")
+        self.name = name
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A tensor that is dropped because it equals another.
+
+    Attributes:
+        tensor: its plan.
+        descriptor: of the open file that holds it.
+    """
+
+    tensor: TensorPlan
+    descriptor: int
+
+    def announce(self, chunk: Chunk) -> None:
+        """Has the system begin to read what `check` will compare a chunk with."""
+        will_read(self.descriptor, chunk, self.tensor.source.header.offset)
+
+    def check(self, data: NDArray[Any], chunk: Chunk, buffer: NDArray[np.uint8]) -> None:
+        """Holds a chunk of the other tensor against the same place of this one.
+
+        Args:
+            data: the chunk's elements.
+            chunk: what they are.
+            buffer: as long as they are; receives this tensor's.
+
+        Raises:
+            TwinsDifferError: they differ.
+        """
+        own, other = self.tensor.source.header, chunk.tensor.source.header
+        same = (own.dtype, own.shape) == (other.dtype, other.shape)
+        if same:
+            offset = own.offset + chunk.start * data.itemsize
+            read_range(self.descriptor, buffer, offset, self.tensor)
+            same = _equal(data.view(np.uint8), buffer)
+        if not same:
+            raise TwinsDifferError(self.tensor.source.name)
+
+
+def _equal(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> bool:
+    """Whether bytes are the same; eight at a time, since numpy compares element by element."""
+    wide = one.size // 8 * 8
+    return np.array_equal(one[:wide].view(np.uint64), other[:wide].view(np.uint64)) and (
+        np.array_equal(one[wide:], other[wide:])
+    )

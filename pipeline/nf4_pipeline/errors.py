@@ -1,0 +1,141 @@
+"""Every failure that a user can meet, as a tree.
+
+    PipelineError                 one clear message, exit code 1, no traceback
+    ├── UsageError                the command cannot mean anything: exit code 2
+    │   └── RecipeError           a recipe file or option is not valid
+    ├── SourceError               the checkpoint that goes in is not usable
+    │   ├── CheckpointError       a file is missing, truncated or malformed
+    │   ├── AlreadyQuantizedError the checkpoint is quantized already
+    │   └── ArchitectureError     no causal LM, or nothing in it that could be quantized
+    ├── HubError                  the Hub refused, is unreachable, or sent wrong bytes
+    │   ├── NotFoundError         no such repo or revision, as far as the token can see
+    │   └── ConflictError         somebody else changed the repo in the meantime
+    ├── BuildError                a build folder lacks a stage, or another process holds it
+    ├── ArtifactError             an exported artifact is not what its manifest says
+    │   └── SignatureError        it is not signed, or not what was signed
+    ├── PlanMismatchError         the bytes written differ from the bytes predicted
+    ├── ResourceError             not enough disk, memory, or no such device
+    │   └── AccessError           a file or a folder cannot be read or written
+    ├── VerificationError         the verdict is "fail"
+    └── StoppedError              the user stopped it: exit code 130
+
+A message says what happened, where, what was expected and what was found, and what to do next.
+Only the command line turns an error into text and an exit code (`cli/__init__.py`).
+"""
+
+from __future__ import annotations
+
+import errno
+
+
+class PipelineError(Exception):
+    """An expected failure: its text is complete and is all that the user sees."""
+
+    exit_code = 1
+
+
+class UsageError(PipelineError):
+    """The command, an option or a name cannot mean anything."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe has an unknown key or a value out of range."""
+
+
+class SourceError(PipelineError):
+    """The checkpoint that goes in cannot be used."""
+
+
+class CheckpointError(SourceError):
+    """A checkpoint file is missing, truncated or malformed."""
+
+
+class AlreadyQuantizedError(SourceError):
+    """The checkpoint carries a quantization config; quantizing it again would lose twice."""
+
+
+class ArchitectureError(SourceError):
+    """transformers has no causal LM for this config, or it has no layer to quantize."""
+
+
+class HubError(PipelineError):
+    """The Hub refused a request, could not be reached, or sent bytes that hash wrong."""
+
+
+class NotFoundError(HubError):
+    """The Hub knows no such repo or revision, or does not show it to this token."""
+
+
+class ConflictError(HubError):
+    """A push would go over what somebody else pushed."""
+
+
+class BuildError(PipelineError):
+    """A build folder lacks what the stage needs, or is in use by another process."""
+
+
+class ArtifactError(PipelineError):
+    """An artifact does not hold what its manifest says."""
+
+
+class SignatureError(ArtifactError):
+    """An artifact is not signed, or holds other files than those that were signed."""
+
+
+class PlanMismatchError(PipelineError):
+    """The bytes that were written differ from the bytes that the plan predicted."""
+
+
+class ResourceError(PipelineError):
+    """The machine lacks the disk, the memory or the device that the job needs."""
+
+
+class AccessError(ResourceError):
+    """A file or a folder cannot be read or written: permissions, a read-only or a failing disk."""
+
+
+class StoppedError(PipelineError):
+    """The user stopped the work; the text says what is kept, and how to go on."""
+
+    exit_code = 130
+
+
+class VerificationError(PipelineError):
+    """The artifact was measured and its verdict is "fail"."""
+
+
+def of_system(error: OSError | MemoryError, doing: str) -> PipelineError:
+    """What the system refused, as an error of ours.
+
+    Args:
+        error: what it said.
+        doing: what was going on, such as "quantize".
+    """
+    if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
+        return ResourceError(
+            f"{doing}: memory ran out. Give it a smaller --memory-budget, or end other programs, "
+            "then run the same command again."
+        )
+    where = f"{error.filename}: " if error.filename else ""
+    what = error.strerror or str(error) or type(error).__name__
+    again = "then run the same command again; nothing is half-written, and what is finished is kept"
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return ResourceError(f"{doing}: {where}the disk is full ({what}). Make space, {again}.")
+        case errno.EFBIG:
+            return ResourceError(
+                f"{doing}: {where}{what}. This disk, or a limit of this session (ulimit -f), takes "
+                "no file of that size; name a --build-dir elsewhere."
+            )
+        case errno.EROFS | errno.EACCES | errno.EPERM:
+            return AccessError(
+                f"{doing}: {where}{what}. Give this user the right to it, or name another "
+                f"--build-dir, {again}."
+            )
+        case errno.ENOENT | errno.ENOTDIR | errno.ESTALE:
+            return AccessError(
+                f"{doing}: {where}{what}. It was moved or deleted: bring it back, {again}."
+            )
+    return AccessError(f"{doing}: {where}{what}. Look at the disk, {again}.")

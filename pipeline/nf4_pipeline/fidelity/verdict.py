@@ -1,0 +1,81 @@
+"""Measurements and thresholds -> checks -> a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from nf4_pipeline.fidelity.metrics import Fidelity
+from nf4_pipeline.recipe import VerifyRecipe
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that must hold.
+
+    Attributes:
+        name: what is checked.
+        passed: whether it holds.
+        found: what was measured, in words.
+        expected: what must be, in words.
+    """
+
+    name: str
+    passed: bool
+    found: str
+    expected: str
+
+    def as_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def fidelity_checks(fidelity: Fidelity, recipe: VerifyRecipe) -> list[Check]:
+    """Holds the distance from the 16-bit model against the recipe's limits."""
+    kl, agreement = fidelity.mean_kl, fidelity.sure_agreement
+    ratio = fidelity.perplexity_ratio
+    sure = f"{agreement.value:.1%} of {fidelity.sure_tokens} tokens"
+    if not fidelity.sure_tokens:
+        sure = "it is sure of none"
+    return [
+        Check(
+            "mean KL from the 16-bit model",
+            kl.value <= recipe.max_mean_kl,
+            f"{kl.value:.4f} [{kl.low:.4f}, {kl.high:.4f}] nats per token over "
+            f"{fidelity.tokens} tokens",
+            f"at most {recipe.max_mean_kl:g}",
+        ),
+        Check(
+            "same next token where the 16-bit model is sure",
+            agreement.value >= recipe.min_sure_agreement,
+            f"{sure} ({fidelity.top1_agreement.value:.1%} of all {fidelity.tokens})",
+            f"at least {recipe.min_sure_agreement:.0%}",
+        ),
+        Check(
+            "perplexity in 4 bit over 16 bit",
+            ratio.value <= recipe.max_perplexity_ratio,
+            f"{ratio.value:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]: "
+            f"{fidelity.perplexity_4bit.value:.3f} over {fidelity.perplexity_16bit.value:.3f}",
+            f"at most {recipe.max_perplexity_ratio:g}",
+        ),
+    ]
+
+
+def accuracy_check(
+    reference_right: Sequence[bool], right: Sequence[bool], recipe: VerifyRecipe
+) -> Check | None:
+    """Holds the right answers of both models against each other; None without expected answers."""
+    asked = len(right)
+    if not asked:
+        return None
+    lost = (sum(reference_right) - sum(right)) / asked
+    return Check(
+        "right answers",
+        lost <= recipe.max_accuracy_drop,
+        f"{sum(right)} of {asked} in 4 bit, {sum(reference_right)} of {asked} in 16 bit",
+        f"at most {recipe.max_accuracy_drop:.0%} of the questions lost",
+    )
+
+
+def verdict(checks: Sequence[Check]) -> str:
+    """ "pass" if every check passed."""
+    return "pass" if all(check.passed for check in checks) else "fail"

@@ -1,0 +1,297 @@
+"""`nf4_pipeline.gptq.kernels_cpu` on a CUDA device: the same steps in the same order, bit for bit.
+
+Nothing is fused, sums go from the first to the last, and divisions are rounded to nearest, so a
+guide that is the same gives the same codes as on a CPU. One program of `_choose` takes one row and
+tries all scales of its block side by side, each in a thread of its own.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import triton
+import triton.language as tl
+from nf4_pipeline.nf4 import BLOCK_SIZE
+from nf4_pipeline.nf4.codebook import NF4_LEVELS, NF4_MIDPOINTS, SCALE_LEVELS, SCALE_MIDPOINTS
+
+_CANDIDATES: Final = 64
+_ROWS: Final = 64
+_WIDE: Final = 128
+
+
+@triton.jit
+def _code(x, midpoints):
+    """The number of NF4 midpoints below x, by bisection."""
+    code = tl.where(x > tl.load(midpoints + 7), 8, 0)
+    code += tl.where(x > tl.load(midpoints + code + 3), 4, 0)
+    code += tl.where(x > tl.load(midpoints + code + 1), 2, 0)
+    code += tl.where(x > tl.load(midpoints + code), 1, 0)
+    return code
+
+
+@triton.jit
+def _scale_code(scale, nested, midpoints):
+    """The nearest of the 256 levels, but never the level zero."""
+    x = tl.math.div_rn(scale, tl.maximum(nested, 1.1754943508222875e-38))
+    low = tl.zeros_like(x).to(tl.int32)
+    for step in tl.static_range(8):
+        half = 128 >> step
+        low += tl.where(tl.load(midpoints + low + half - 1) < x, half, 0)
+    return tl.where(low == 127, tl.where(scale >= 0, 128, 126), low)
+
+
+@triton.jit
+def _start(
+    weights,
+    importance,
+    shares,
+    midpoints,
+    levels,
+    scales,
+    blocks,
+    columns,
+    limit,
+    COUNT: tl.constexpr,
+    SIGNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    block = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = block < blocks
+    first = block.to(tl.int64) * 64
+    column = (first % columns).to(tl.int32)
+    top = tl.zeros([ROWS], tl.float32)
+    for i in range(64):
+        top = tl.maximum(
+            top, tl.abs(tl.load(weights + first + i, mask=valid, other=0.0).to(tl.float32))
+        )
+    best = tl.full([ROWS], float("inf"), tl.float32)
+    chosen = tl.minimum(top, limit)
+    for candidate in range(SIGNS * COUNT):
+        scale = tl.minimum(top * tl.load(shares + candidate % COUNT), limit)
+        scale = tl.where(candidate >= COUNT, -scale, scale)
+        inverse = tl.math.div_rn(1.0, scale)
+        total = tl.zeros([ROWS], tl.float32)
+        for i in range(64):
+            value = tl.load(weights + first + i, mask=valid, other=0.0).to(tl.float32)
+            off = value - scale * tl.load(levels + _code(value * inverse, midpoints))
+            total += tl.load(importance + column + i, mask=valid, other=0.0) * off * off
+        better = (total < best) & (top >= 1.1754943508222875e-38)
+        best = tl.where(better, total, best)
+        chosen = tl.where(better, scale, chosen)
+    tl.store(scales + block, chosen, mask=valid)
+
+
+@triton.jit
+def _choose(
+    weights,
+    factor,
+    nested,
+    scales,
+    shares,
+    midpoints,
+    levels,
+    scale_midpoints,
+    scale_levels,
+    chosen,
+    columns,
+    per_row,
+    start,
+    block,
+    COUNT: tl.constexpr,
+    SIGNS: tl.constexpr,
+    TRIED: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, 64)
+    candidate = tl.arange(0, TRIED)
+    number = row * per_row + block
+    largest = tl.load(nested + number // 256)
+    own = tl.load(scales + number)
+    line = tl.load(weights + row * columns + start + place)
+    top = tl.max(tl.abs(line), axis=0)
+    sign = tl.where(own >= 0, 1.0, -1.0)
+    share = tl.load(shares + (candidate - 1 + COUNT) % COUNT)
+    wanted = tl.where(candidate <= COUNT, sign, -sign) * share * top
+    wanted = tl.where(candidate == 0, own, wanted)
+    codes = _scale_code(wanted, largest, scale_midpoints)
+    scale = tl.load(scale_levels + codes) * largest
+    usable = (tl.abs(scale) >= 1.1754943508222875e-38) & (candidate <= SIGNS * COUNT)
+    scale = tl.where(usable, scale, 1.0)
+    inverse = tl.math.div_rn(1.0, scale)
+    # Columns of the block run along the first axis, so that each thread has all of one trial.
+    values = tl.load(weights + row * columns + start + place[:, None] + 0 * candidate[None, :])
+    cost = tl.zeros([TRIED], tl.float32)
+    for j in range(64):
+        value = tl.sum(tl.where(place[:, None] == j, values, 0.0), axis=0)
+        level = tl.load(levels + _code(value * inverse, midpoints))
+        line_of = factor + (start + j).to(tl.int64) * columns + start
+        error = tl.math.div_rn(value - scale * level, tl.load(line_of + j) + tl.zeros_like(scale))
+        cost += error * error
+        values -= error[None, :] * tl.load(line_of + place)[:, None]
+    cost = tl.where(usable, cost, float("inf"))
+    least = tl.min(cost, axis=0)
+    found = tl.argmin(cost, axis=0, tie_break_left=True)
+    code = tl.sum(tl.where(candidate == found, codes, 0), axis=0)
+    tl.store(chosen + number, tl.where(least < float("inf"), code, 127).to(tl.uint8))
+
+
+@triton.jit
+def _apply(
+    weights,
+    factor,
+    nested,
+    chosen,
+    midpoints,
+    levels,
+    scale_levels,
+    codes,
+    errors,
+    costs,
+    rows,
+    columns,
+    per_row,
+    start,
+    block,
+    ROWS: tl.constexpr,
+):
+    place = tl.arange(0, 64)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    valid = row < rows
+    number = row * per_row + block
+    code = tl.load(chosen + number, mask=valid, other=127).to(tl.int32)
+    scale = tl.load(scale_levels + code) * tl.load(nested + number // 256, mask=valid, other=0.0)
+    usable = tl.abs(scale) >= 1.1754943508222875e-38
+    scale = tl.where(usable, scale, 1.0)
+    inverse = tl.math.div_rn(1.0, scale)
+    values = tl.load(
+        weights + row[None, :] * columns + start + place[:, None], mask=valid[None, :], other=0.0
+    )
+    cost = tl.zeros([ROWS], tl.float32)
+    for j in range(64):
+        value = tl.sum(tl.where(place[:, None] == j, values, 0.0), axis=0)
+        nearest = tl.where(usable, _code(value * inverse, midpoints), 7)
+        line_of = factor + (start + j).to(tl.int64) * columns + start
+        diagonal = tl.load(line_of + j) + tl.zeros_like(scale)
+        error = tl.math.div_rn(value - scale * tl.load(levels + nearest), diagonal)
+        cost += error * error
+        values -= error[None, :] * tl.load(line_of + place)[:, None]
+        tl.store(codes + row * columns + start + j, nearest.to(tl.uint8), mask=valid)
+        tl.store(errors + row * 64 + j, error, mask=valid)
+    tl.store(costs + row, tl.load(costs + row, mask=valid) + cost, mask=valid)
+
+
+@triton.jit
+def _pass_on(weights, factor, errors, rows, columns, start, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = start + 64 + tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    valid, inside = row < rows, column < columns
+    mask = valid[:, None] & inside[None, :]
+    place = weights + row[:, None] * columns + column[None, :]
+    values = tl.load(place, mask=mask, other=0.0)
+    for j in range(0, 64, 4):
+        taken = errors + row * 64 + j
+        line = factor + (start + j).to(tl.int64) * columns + column
+        total = (
+            tl.load(taken, mask=valid, other=0.0)[:, None]
+            * tl.load(line, mask=inside, other=0.0)[None, :]
+        )
+        for other in tl.static_range(1, 4):
+            e = tl.load(taken + other, mask=valid, other=0.0)
+            f = tl.load(line + other * columns, mask=inside, other=0.0)
+            total += e[:, None] * f[None, :]
+        values -= total
+    tl.store(place, values, mask=mask)
+
+
+class Tables:
+    """Levels and midpoints on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.levels = torch.from_numpy(NF4_LEVELS).to(device)
+        self.midpoints = torch.from_numpy(NF4_MIDPOINTS).to(device)
+        self.scale_levels = torch.from_numpy(SCALE_LEVELS).to(device)
+        self.scale_midpoints = torch.from_numpy(SCALE_MIDPOINTS).to(device)
+
+
+def start_scales(
+    weight: Any, importance: Any, shares: Any, signs: int, limit: float, tables: Tables
+) -> Any:
+    """See `nf4_pipeline.gptq.kernels_cpu.start_scales`.
+
+    Args:
+        weight: [rows, columns] of any float dtype, columns a multiple of 64.
+        importance: float32 [columns].
+        shares: float32 [shares].
+        signs: 1 or 2.
+        limit: the largest scale.
+        tables: on the weight's device.
+
+    Returns:
+        float32 [rows * columns / 64].
+    """
+    blocks = weight.numel() // BLOCK_SIZE
+    scales = torch.empty(blocks, dtype=torch.float32, device=weight.device)
+    _start[(triton.cdiv(blocks, _WIDE),)](
+        weight, importance, shares, tables.midpoints, tables.levels, scales, blocks,
+        weight.shape[1], limit, COUNT=len(shares), SIGNS=signs, ROWS=_WIDE,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return scales
+
+
+def round_rows(
+    weights: Any,
+    factor: Any,
+    blocks: list[int],
+    scales: Any,
+    nested: Any,
+    shares: Any,
+    signs: int,
+    tables: Tables,
+) -> tuple[Any, Any, Any]:
+    """See `nf4_pipeline.gptq.kernels_cpu.round_rows`; here the rows are all of a matrix.
+
+    Args:
+        weights: float32 [rows, columns], columns in the order of the factor; destroyed.
+        factor: float32 [columns, columns].
+        blocks: which block stands at each place.
+        scales: float32 [rows * blocks].
+        nested: float32.
+        shares: float32 [shares], at most 31 of them.
+        signs: 1 or 2.
+        tables: on the device.
+
+    Returns:
+        codes uint8 [rows, columns] in the order of the factor, the scales' codes uint8
+        [rows * blocks] in the matrix's order, and the cost of each row, float32.
+    """
+    rows, columns = weights.shape
+    device = weights.device
+    if signs * len(shares) + 1 > _CANDIDATES:
+        raise ValueError(f"{signs * len(shares) + 1} scales to try; at most {_CANDIDATES}.")
+    codes = torch.empty((rows, columns), dtype=torch.uint8, device=device)
+    chosen = torch.empty(rows * len(blocks), dtype=torch.uint8, device=device)
+    errors = torch.empty((rows, BLOCK_SIZE), dtype=torch.float32, device=device)
+    costs = torch.zeros(rows, dtype=torch.float32, device=device)
+    common = {"enable_fp_fusion": False}
+    for place, block in enumerate(blocks):
+        start = place * BLOCK_SIZE
+        _choose[(rows,)](
+            weights, factor, nested, scales, shares, tables.midpoints, tables.levels,
+            tables.scale_midpoints, tables.scale_levels, chosen, columns, len(blocks), start,
+            block, COUNT=len(shares), SIGNS=signs, TRIED=_CANDIDATES, num_warps=2, **common,
+        )  # fmt: skip
+        _apply[(triton.cdiv(rows, _ROWS),)](
+            weights, factor, nested, chosen, tables.midpoints, tables.levels, tables.scale_levels,
+            codes, errors, costs, rows, columns, len(blocks), start, block,
+            ROWS=_ROWS, num_warps=2, **common,
+        )  # fmt: skip
+        behind = columns - start - BLOCK_SIZE
+        if behind:
+            _pass_on[(triton.cdiv(behind, _WIDE), triton.cdiv(rows, _ROWS))](
+                weights, factor, errors, rows, columns, start,
+                ROWS=_ROWS, WIDE=_WIDE, num_warps=8, **common,
+            )  # fmt: skip
+    return codes, chosen, costs

@@ -1,0 +1,57 @@
+"""The Hugging Face Hub, both ways: pinned downloads, and pushes that are proved.
+
+    resolve(repo) ──► RemoteModel ──► wanted_files(model) ──► fetch(model, files) ──► Fetched
+    lookup.py         remote.py       remote.py               download.py
+
+    publish(files, order) ──► Published                             upload.py, local.py
+
+    client.py   every call of huggingface_hub: quiet, patient to a limit, tried again
+    explain.py  its errors: may they pass, and one message each that says what to do
+    cache.py    the Hub cache on disk: blobs/<hash>, snapshots/<commit>/<path>, refs/<revision>
+
+Only this package imports huggingface_hub, and only inside functions: the import takes a while, and
+reads HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE once.
+
+The client does the transfers. What it leaves open is closed here (seen with 2.4.0; each case has a
+test in `tests/hub`):
+
+- a look-up that fails falls back to an old commit when one is cached: `resolve` never does
+- a connection reset or a 5xx ends a look-up or a blob at once: both are tried again
+- wrong bytes of the right length are taken: every file is hashed against what the Hub lists
+- a disk that is too small gets a warning, and is filled: `fetch` refuses before the first blob
+- a killed download leaves its half file for ever: `fetch` removes those that nobody writes to
+- listings, uploads and commits wait for ever for an answer: every session gets a timeout
+- a failed commit is not tried again, and one whose answer is lost would be made twice with a pull
+  request: `publish` looks at the repo first
+- with Xet, `upload_folder` may make several commits: `publish` makes one
+"""
+
+from nf4_pipeline.hub.download import Fetched, fetch, file_digests
+from nf4_pipeline.hub.local import LocalFile
+from nf4_pipeline.hub.lookup import resolve
+from nf4_pipeline.hub.remote import RemoteFile, RemoteModel, wanted_files
+from nf4_pipeline.hub.upload import (
+    Earlier,
+    Order,
+    Published,
+    commit_url,
+    publish,
+    pull_request_url,
+)
+
+__all__ = [
+    "Earlier",
+    "Fetched",
+    "LocalFile",
+    "Order",
+    "Published",
+    "RemoteFile",
+    "RemoteModel",
+    "commit_url",
+    "fetch",
+    "file_digests",
+    "publish",
+    "pull_request_url",
+    "resolve",
+    "wanted_files",
+]

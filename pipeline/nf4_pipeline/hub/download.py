@@ -1,0 +1,195 @@
+"""Brings files into the Hub cache, and lets none pass that is not what the Hub lists."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from nf4_pipeline.errors import HubError, ResourceError
+from nf4_pipeline.hub import cache, client
+from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
+from nf4_pipeline.progress import Reporter, Task
+
+T = TypeVar("T")
+
+_WORKERS = 4  # files at a time
+_CHUNK = 4 << 20  # bytes hashed at a time
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A snapshot folder in the Hub cache, and the sha256 of each file asked for, by its path."""
+
+    folder: Path
+    sha256: dict[str, str]
+
+
+def fetch(
+    model: RemoteModel,
+    files: Sequence[RemoteFile],
+    reporter: Reporter,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Fetched:
+    """Brings `files` into the user's Hub cache at the pinned commit and hashes every one of them.
+
+    A file with wrong bytes, one that was cached before included, is fetched again once. Only when
+    all are there and right does the cache's ref of `model.revision` move to this commit.
+
+    Args:
+        model: from `resolve`.
+        files: what to fetch of it, as a rule `wanted_files(model)`.
+        reporter: gets two tasks in bytes, "download" and "check".
+        sleep: waits between tries, in seconds.
+
+    Raises:
+        HubError: a file cannot be had, or had wrong bytes twice (it is then out of the cache).
+        ResourceError: the disk has no room for what is missing.
+    """
+    folder = cache.snapshot(model.repo_id, model.commit)
+    if not model.offline:
+        cache.purge_leftovers(model.repo_id)
+    _check_disk(model, files)
+    if model.offline:
+        reporter.note(f"offline: {model.repo_id} at commit {model.commit}, as cached in {folder}")
+
+    def download(file: RemoteFile, gauge: _Gauge) -> None:
+        if not model.offline and not (folder / file.path).exists():
+            client.download(model, file.path, gauge, sleep)
+
+    def check(file: RemoteFile, gauge: _Gauge) -> str:
+        return _checked(model, file, folder / file.path, gauge, reporter, sleep)
+
+    with client.quiet():
+        _in_threads("download", download, files, reporter)
+        hashes = _in_threads("check", check, files, reporter)
+    cache.remember(model)
+    return Fetched(folder, {file.path: sha for file, sha in zip(files, hashes, strict=True)})
+
+
+def _check_disk(model: RemoteModel, files: Sequence[RemoteFile]) -> None:
+    folder = cache.storage(model.repo_id)
+    missing = sum(file.size for file in files if not cache.is_cached(model, file))
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    if missing > free:
+        raise ResourceError(
+            f"{folder}: the download needs {missing:,} bytes, and {free:,} are free. "
+            "Make room, or set HF_HOME to a folder on a larger disk."
+        )
+
+
+def _checked(
+    model: RemoteModel,
+    file: RemoteFile,
+    path: Path,
+    gauge: _Gauge,
+    reporter: Reporter,
+    sleep: Callable[[float], None],
+) -> str:
+    """Gives the sha256 of a file that is what the Hub lists; if it is not, fetches it once more."""
+    sha256, wrong = _compare(path, file, gauge)
+    if wrong and model.offline:
+        raise HubError(
+            f"{path}: {wrong}. The cached file is damaged: run once without HF_HUB_OFFLINE."
+        )
+    if wrong:
+        reporter.note(f"{file.path}: {wrong}; fetching it again")
+        client.download(model, file.path, gauge, sleep, force=True)
+        sha256, wrong = _compare(path, file, gauge)
+    if wrong:
+        cache.discard(path)
+        raise HubError(
+            f"{file.path} of {model.repo_id}@{model.commit[:12]} came wrong twice: {wrong}. The "
+            "cache keeps none of it. Look for a proxy or mirror that alters files, or try later."
+        )
+    return sha256
+
+
+def _compare(path: Path, file: RemoteFile, gauge: _Gauge) -> tuple[str, str | None]:
+    """Gives a file's sha256 and, unless it is what the Hub lists, what differs."""
+    gauge.restart()
+    if not path.exists():
+        return "", f"expected {file.size:,} bytes, got no file"
+    if (size := path.stat().st_size) != file.size:
+        return "", f"expected {file.size:,} bytes, got {size:,}"
+    sha256, git_sha1 = file_digests(path, git=file.git_sha1 is not None, advance=gauge.advance)
+    if file.sha256 not in (None, sha256):
+        return sha256, f"expected sha256 {file.sha256}, got {sha256}"
+    if file.git_sha1 != git_sha1:
+        return sha256, f"expected git sha1 {file.git_sha1}, got {git_sha1}"
+    return sha256, None
+
+
+def file_digests(
+    path: Path, *, git: bool = False, advance: Callable[[int], None] = lambda _: None
+) -> tuple[str, str | None]:
+    """Hashes a file in one pass: sha256 and, with `git`, the sha1 of its git blob (both hex)."""
+    sha256 = hashlib.sha256()
+    sha1 = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False) if git else None
+    with path.open("rb", buffering=0) as stream:
+        while chunk := stream.read(_CHUNK):
+            sha256.update(chunk)
+            if sha1:
+                sha1.update(chunk)
+            advance(len(chunk))
+    return sha256.hexdigest(), sha1.hexdigest() if sha1 else None
+
+
+class _Stopped(Exception):
+    """Another file failed, or the user interrupted: this one's work ends."""
+
+
+class _Gauge:
+    """One file's part of a task: never goes back when a try starts again, nor beyond its size."""
+
+    def __init__(self, task: Task, size: int, stop: threading.Event) -> None:
+        self._task, self._size, self._stop = task, size, stop
+        self._now = self._shown = 0
+
+    def restart(self, at: int = 0) -> None:
+        self._now = at
+
+    def advance(self, amount: int) -> None:
+        if self._stop.is_set():
+            raise _Stopped
+        self._now = min(self._now + amount, self._size)
+        if self._now > self._shown:
+            self._task.advance(self._now - self._shown)
+            self._shown = self._now
+
+
+def _in_threads(
+    title: str,
+    work: Callable[[RemoteFile, _Gauge], T],
+    files: Sequence[RemoteFile],
+    reporter: Reporter,
+) -> list[T]:
+    """Works on a few files at a time; the first failure, or an interrupt, ends the others too."""
+    stop = threading.Event()
+    with reporter.task(title, sum(file.size for file in files)) as task:
+
+        def one(file: RemoteFile) -> T:
+            gauge = _Gauge(task, file.size, stop)
+            result = work(file, gauge)
+            gauge.advance(file.size)
+            return result
+
+        pool = ThreadPoolExecutor(_WORKERS)
+        try:
+            futures = [pool.submit(one, file) for file in files]
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            return [future.result() for future in futures]
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -1,0 +1,193 @@
+"""What a failed call of the client means: may it pass, and what should the user do about it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from dataclasses import dataclass
+
+from nf4_pipeline.errors import ConflictError, HubError, NotFoundError, PipelineError, ResourceError
+from nf4_pipeline.hub import cache
+
+# Names, because the client's HTTP library is httpx up to 1.x and httpx2 since; RuntimeError is what
+# its transfer library for Xet repos raises.
+_PASSING = {
+    "ConnectionError",
+    "NetworkError",
+    "RemoteProtocolError",
+    "RuntimeError",
+    "TimeoutException",
+}
+_NO_ANSWER = {"ConnectionError", "TransportError"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call is about, for its messages: "{doing}: …".
+
+    `writes` says that it needs write access, `commits` that it changes a branch.
+    """
+
+    repo_id: str
+    revision: str
+    doing: str
+    writes: bool = False
+    commits: bool = False
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What calls of the client raise; KeyError and TypeError if an answer is not of its form."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The first base is the HTTPError of the client's HTTP library.
+    library = HfHubHTTPError.__bases__[:1]
+    return (*library, OSError, ValueError, RuntimeError, LookupError, TypeError)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same call may go well in a moment."""
+    from huggingface_hub import errors
+
+    error = _root(error)
+    if isinstance(error, errors.HfHubHTTPError):
+        status = error.response.status_code
+        # What a signed address refuses, a newly signed one may give. 422: bytes came wrong.
+        expired = status in (400, 401, 403) and _is_elsewhere(_url(error))
+        return status in (408, 422, 429) or status >= 500 or expired
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        return False  # the client itself has tried this one for half a minute
+    if isinstance(error, json.JSONDecodeError):
+        return True  # the page of a proxy, or half an answer
+    return bool(_kinds(error) & _PASSING) or "Consistency check failed" in str(error)
+
+
+def was_not_answered(error: BaseException) -> bool:
+    """Whether the Hub stayed silent, so that it may still be at work on the request."""
+    return "TimeoutException" in _kinds(_root(error))
+
+
+def explained(error: BaseException, request: Request) -> PipelineError:
+    """Says what went wrong and what to do about it, in one message."""
+    from huggingface_hub import constants, errors, get_token
+
+    error = _root(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return ResourceError(
+            f"{request.doing}: the disk is full. Make room, or set HF_HOME to a larger disk."
+        )
+    repo_id, endpoint = request.repo_id, constants.ENDPOINT
+    token = get_token()
+    access = "the token that is set has no access to it" if token else "no token is set"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    kind: type[HubError] = HubError
+    if isinstance(error, errors.GatedRepoError):
+        text = (
+            f"{repo_id} is gated, and {access}: accept the licence at {endpoint}/{repo_id} "
+            "and set HF_TOKEN to a token of that account."
+        )
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        kind = NotFoundError
+        text = (
+            f"{repo_id} was not found at {endpoint}, or it is private and {access}: "
+            "check the name, or set HF_TOKEN."
+        )
+    elif isinstance(error, errors.RevisionNotFoundError):
+        kind = NotFoundError
+        text = (
+            f"{repo_id} has no revision {request.revision!r}: "
+            f"give a branch, a tag or a commit that {endpoint}/{repo_id} has."
+        )
+    elif isinstance(error, errors.OfflineModeIsEnabled):
+        text = f"{request.doing}: HF_HUB_OFFLINE is set. Unset it: this needs the Hub."
+    elif token and not (token.isascii() and token.isprintable()):
+        text = f"{request.doing}: HF_TOKEN has characters that no token has: copy it again."
+    elif status == 401 and token and not _is_elsewhere(_url(error)):
+        text = f"{request.doing}: {endpoint} does not accept the token that is set: renew HF_TOKEN."
+    elif status == 401 and not token:
+        text = f"{request.doing}: {endpoint} asks for a token, and none is set: set HF_TOKEN."
+    else:
+        kind = ConflictError if status == 412 and request.commits else HubError
+        text = f"{request.doing}: {_fault(error, status, endpoint, token)}. "
+        text += _remedy(status, request, error)
+    return kind(without_secrets(text, token))
+
+
+def _remedy(status: int | None, request: Request, error: BaseException) -> str:
+    commit = None if request.writes else cache.cached_commit(request.repo_id, request.revision)
+    offline = f"; --offline or HF_HUB_OFFLINE=1 uses the cached commit {commit}." if commit else "."
+    if status == 403 and request.writes:
+        return f"Use a token that may write to {request.repo_id}, and check the name."
+    if status == 403:
+        return f"Check that your token may read {request.repo_id}{offline}"
+    if status == 404:
+        return f"Check HF_ENDPOINT: a Hub should have this address{offline}"
+    if status == 409:
+        return f"Another operation on it is under way: try again in a minute{offline}"
+    if status == 412 and request.commits:
+        return (
+            f"Somebody else changed {request.repo_id} meanwhile. Look at what they did, then run "
+            "this again with --force to put the export over it."
+        )
+    if status == 429:
+        return f"It asks for fewer requests: try again in some minutes{offline}"
+    if request.commits and was_not_answered(error):
+        return (
+            "It may have been done all the same. Run the same command again in a minute: it looks "
+            "at the repo first, and does nothing twice."
+        )
+    if status is None and "Invalid metadata" in str(error):
+        return "Correct the card (README.md of the source), and run `nf4 verify` again."
+    return f"Try again later{offline}"
+
+
+def _root(error: BaseException) -> BaseException:
+    """What lies under the client's own wrapping, such as "Error while uploading x to the Hub."."""
+    from huggingface_hub import errors
+
+    wrappers = (errors.LocalEntryNotFoundError, ValueError, RuntimeError)
+    while isinstance(error, wrappers) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _kinds(error: BaseException) -> set[str]:
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+def _url(error: BaseException) -> str:
+    """The address that was asked."""
+    return str(getattr(getattr(error, "response", None), "url", ""))
+
+
+def _is_elsewhere(url: str) -> bool:
+    """Whether an address is not the Hub's own: its CDN's, its store's."""
+    from huggingface_hub import constants
+
+    return not url.startswith(constants.ENDPOINT.rstrip("/") + "/")
+
+
+def _fault(error: BaseException, status: int | None, endpoint: str, token: str | None) -> str:
+    words = getattr(error, "server_message", None) if status else str(error)
+    first = without_secrets(words or "", token).strip().partition("\n")[0][:200].rstrip(".")
+    if status:
+        return f"{endpoint} answered {status}" + (f" ({first})" if first else "")
+    if "Consistency check failed" in first:
+        return f"{endpoint} sent more or fewer bytes than it announced"
+    if isinstance(error, LookupError | TypeError):
+        return f"{endpoint} answered in a form that the client cannot read ({error!r})"
+    if was_not_answered(error):
+        return f"{endpoint} stopped answering ({type(error).__name__})"
+    what = (
+        f"{endpoint} cannot be reached" if _kinds(error) & _NO_ANSWER else "the Hub client failed"
+    )
+    return f"{what} ({type(error).__name__}{': ' + first if first else ''})"
+
+
+def without_secrets(text: str, token: str | None) -> str:
+    """Takes tokens, and what addresses carry besides their path, out of a text."""
+    if token:
+        text = text.replace(token, "***")
+    text = re.sub(r"(?<=//)[^/@\s]+@", "", text)
+    text = re.sub(r"\bhf_\w{8,}", "***", text)
+    return re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", text)

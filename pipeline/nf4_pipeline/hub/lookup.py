@@ -1,0 +1,72 @@
+"""Which commit, and what is in it: asked of the Hub, or of the cache when offline."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+
+from nf4_pipeline.errors import HubError, UsageError
+from nf4_pipeline.hub import cache, client
+from nf4_pipeline.hub.errors import Request
+from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
+
+
+def resolve(
+    repo_id: str,
+    revision: str | None = None,
+    *,
+    offline: bool | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> RemoteModel:
+    """Pins `revision` (default: main) to a commit and lists its files with sizes and hashes.
+
+    With `offline` (default: HF_HUB_OFFLINE) the local cache answers, and the result says so.
+    Without it the Hub does, or nobody: what the cache happens to hold is never taken instead.
+
+    Args:
+        repo_id: `ORG/NAME`.
+        revision: branch, tag, or commit.
+        offline: whether the cache answers.
+        sleep: waits between tries, in seconds.
+
+    Raises:
+        NotFoundError: no such repo or revision, or no access.
+        HubError: the Hub refuses or does not answer, or offline and nothing cached.
+        UsageError: `repo_id` cannot be the name of a repo.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise UsageError(f"{repo_id!r} is no Hub model id: expected ORG/NAME") from None
+    revision = revision or constants.DEFAULT_REVISION
+    if constants.HF_HUB_OFFLINE if offline is None else offline:
+        return cache.cached_model(repo_id, revision)
+
+    api = HfApi(library_name=client.LIBRARY)
+    request = Request(repo_id, revision, f"looking up {repo_id}@{revision}")
+    with client.quiet():
+        info = client.attempt(lambda: api.model_info(repo_id, revision=revision), request, sleep)
+        commit = info.sha or ""
+        if not re.fullmatch("[0-9a-f]{40}", commit):
+            raise HubError(f"{request.doing}: expected a commit of 40 hex digits, got {commit!r}")
+        tree = client.attempt(
+            lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)),
+            request,
+            sleep,
+            delays=client.ONCE_MORE,
+        )
+    files = [
+        RemoteFile(entry.path, entry.lfs.size, entry.lfs.sha256, None)
+        if entry.lfs
+        else RemoteFile(entry.path, entry.size, None, entry.blob_id)
+        for entry in tree
+        if isinstance(entry, RepoFile)
+    ]
+    listed = tuple(sorted(files, key=lambda f: f.path))
+    return RemoteModel(repo_id, commit, listed, revision, private=bool(info.private))

@@ -1,0 +1,66 @@
+"""What a model repo lists, and which of its files the pipeline reads. Pure: no network, no disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from nf4_pipeline.checkpoint.files import PICKLE_FILE, WEIGHT_FILE, is_wanted
+from nf4_pipeline.errors import HubError
+
+_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file of a model repo: `size` in bytes, and the hash that the Hub lists for it.
+
+    LFS files list a sha256, the others the sha1 of their git blob. A cached file may have neither.
+    """
+
+    path: str
+    size: int
+    sha256: str | None
+    git_sha1: str | None
+
+
+@dataclass(frozen=True)
+class RemoteModel:
+    """A model repo at one commit.
+
+    `revision` is the branch, tag or commit that was asked for. `offline` says that commit and files
+    are those of the local cache, and that the Hub was not asked. `private` is as the Hub says.
+    """
+
+    repo_id: str
+    commit: str
+    files: tuple[RemoteFile, ...]
+    revision: str | None = None
+    offline: bool = False
+    private: bool = False
+
+
+def wanted_files(model: RemoteModel, *, allow_pickle: bool = False) -> tuple[RemoteFile, ...]:
+    """Picks what the pipeline reads: safetensors weights, configs, tokenizer, licence, model card.
+
+    Never code; a pickle only with `allow_pickle`, and only where there are no safetensors.
+
+    Raises:
+        HubError: the repo has no weights that may be read.
+    """
+    if not any(WEIGHT_FILE.fullmatch(file.path) for file in model.files):
+        pickles = {file.path for file in model.files if PICKLE_FILE.fullmatch(file.path)}
+        if pickles and allow_pickle:
+            return tuple(f for f in model.files if f.path in pickles or is_wanted(f.path))
+        others = [f.path for f in model.files if _matches(f.path, _OTHER_WEIGHTS)]
+        found = ", ".join(others[:3]) + (", …" if others[3:] else "") if others else "none at all"
+        raise HubError(
+            f"{model.repo_id}@{model.commit[:12]} has no model*.safetensors; its weights: {found}. "
+            "Only safetensors are read, because opening a pickle can run code: choose a repo or a "
+            f"revision that has them{', or see --allow-pickle' if pickles else ''}."
+        )
+    return tuple(file for file in model.files if is_wanted(file.path))
+
+
+def _matches(path: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(path, pattern) for pattern in patterns)

@@ -1,0 +1,385 @@
+"""Puts files into a model repo in one commit, or one pull request, and proves that they are there.
+
+    look ──► create? ──► compare ──► send the bytes ──► commit ──► compare again: the proof
+
+Sending bytes changes nothing that anybody sees; the one commit does, so a repo holds either all of
+an export or none of it. That is why `create_commit` is used: where Xet is on, `upload_folder` may
+cut a folder into several commits, and does so after a failure (docs/decisions/0006-one-commit.md).
+
+A commit whose answer is lost may have been made. So nothing is committed without looking at the
+repo first, and each commit names the parent that was seen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, TypeVar
+
+from nf4_pipeline.errors import ConflictError, HubError, NotFoundError
+from nf4_pipeline.hub import client, local
+from nf4_pipeline.hub import errors as explain
+from nf4_pipeline.hub.errors import Request
+from nf4_pipeline.hub.local import LocalFile
+from nf4_pipeline.hub.lookup import resolve
+from nf4_pipeline.hub.remote import RemoteModel
+from nf4_pipeline.progress import Reporter
+
+T = TypeVar("T")
+
+MAIN = "main"
+_FORCED_TRIES = 3  # commits over other people's, if they keep on pushing
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier push left: the head that it made of a branch, and its files' checksums."""
+
+    branch: str
+    commit: str
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Order:
+    """Where files go, and how.
+
+    Attributes:
+        repo_id: ORG/NAME.
+        title: of the commit, and of the pull request, by which it is found again.
+        description: the rest of the commit's message.
+        private: visibility of the repo; None for private if it is created, else as it is.
+        pull_request: propose the change instead of making it.
+        force: also over what somebody else pushed since the earlier push.
+        earlier: what an earlier push left in this repo.
+    """
+
+    repo_id: str
+    title: str
+    description: str = ""
+    private: bool | None = None
+    pull_request: bool = False
+    force: bool = False
+    earlier: Earlier | None = None
+
+
+@dataclass(frozen=True)
+class Published:
+    """What came of it.
+
+    Attributes:
+        commit: the commit that holds the files.
+        branch: main, or refs/pr/N.
+        parent: the commit before it, if one was made now.
+        pull_request: its number, if it is one.
+        private: visibility of the repo.
+        created: the repo was made now.
+        proof: what the Hub lists for each file beside what was expected.
+    """
+
+    commit: str
+    branch: str
+    parent: str | None
+    pull_request: int | None
+    private: bool
+    created: bool
+    proof: dict[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A commit, and the branch that it was made on."""
+
+    commit: str
+    branch: str
+
+    @property
+    def number(self) -> int | None:
+        """Of the pull request, if that is what the branch belongs to."""
+        return None if self.branch == MAIN else int(self.branch.rpartition("/")[2])
+
+
+def publish(
+    files: Mapping[str, LocalFile],
+    order: Order,
+    reporter: Reporter,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Published:
+    """Makes a model repo hold `files`, and proves it; commits nothing if it does already.
+
+    Args:
+        files: what it shall hold, by path. Other files in it stay, weights of other builds aside.
+        order: where and how.
+        reporter: told what happens.
+        sleep: waits between tries, in seconds.
+
+    Raises:
+        ConflictError: somebody else pushed; the order does not say `force`.
+        HubError: no token, no right to write, no answer, or the Hub lists other checksums than
+            those of the files.
+    """
+    with client.quiet():
+        return _Push(files, order, reporter, sleep).run()
+
+
+class _Push:
+    """One `publish`: what it was given, and the client."""
+
+    def __init__(
+        self,
+        files: Mapping[str, LocalFile],
+        order: Order,
+        reporter: Reporter,
+        sleep: Callable[[float], None],
+    ) -> None:
+        from huggingface_hub import HfApi
+
+        self._api = HfApi(library_name=client.LIBRARY)
+        self._files, self._order, self._reporter, self._sleep = files, order, reporter, sleep
+        self._repo_id = order.repo_id
+
+    def run(self) -> Published:
+        self._check_token()
+        remote, created = self._find_or_create()
+        self._check_visibility(remote)
+        number = self._own_pull_request() if self._order.pull_request else None
+        if number is not None:
+            remote = self._look(_branch(number))
+        made = _Head(remote.commit, remote.revision or MAIN)
+        parent = None
+        if self._todo(remote):
+            parent = remote.commit
+            made = self._change(remote, number)
+        return Published(
+            commit=made.commit,
+            branch=made.branch,
+            parent=parent,
+            pull_request=made.number,
+            private=remote.private,
+            created=created,
+            proof=self._prove(made.commit),
+        )
+
+    # What is there.
+
+    def _check_token(self) -> None:
+        from huggingface_hub import constants, get_token
+
+        if constants.HF_HUB_OFFLINE:
+            raise HubError("HF_HUB_OFFLINE is set, and a push needs the Hub. Unset it.")
+        if get_token() is None:
+            raise HubError(
+                f"Pushing to {self._repo_id} needs a token, and none is set. Make one with write "
+                f"access at {constants.ENDPOINT}/settings/tokens, then `hf auth login` or HF_TOKEN."
+            )
+
+    def _look(self, revision: str = MAIN) -> RemoteModel:
+        return resolve(self._repo_id, revision, offline=False, sleep=self._sleep)
+
+    def _todo(self, remote: RemoteModel) -> local.Changes:
+        earlier = self._order.earlier
+        return local.changes(remote, self._files, earlier.files if earlier else {})
+
+    def _find_or_create(self) -> tuple[RemoteModel, bool]:
+        try:
+            return self._look(), False
+        except NotFoundError:
+            pass
+        private = self._order.private is not False
+        try:
+            self._attempt(
+                lambda: self._api.create_repo(self._repo_id, private=private, exist_ok=True),
+                f"creating {self._repo_id}",
+            )
+        except HubError as error:
+            return self._unless_missing(error), False
+        return self._look(), True
+
+    def _unless_missing(self, error: HubError) -> RemoteModel:
+        """The repo, if it is there although creating it failed."""
+        try:
+            return self._look()
+        except HubError:
+            raise error from None
+
+    def _check_visibility(self, remote: RemoteModel) -> None:
+        from huggingface_hub import constants
+
+        if self._order.private not in (None, remote.private):
+            asked, found = ("private", "public") if self._order.private else ("public", "private")
+            raise HubError(
+                f"{self._repo_id} exists and is {found}; --{asked} was asked. Change it at "
+                f"{constants.ENDPOINT}/{self._repo_id}/settings, or leave the option out."
+            )
+
+    def _own_pull_request(self) -> int | None:
+        """The open pull request that an earlier push made, by its author and title."""
+        me = self._attempt(lambda: self._api.whoami()["name"], "asking whose token this is")
+        found = self._attempt(
+            lambda: list(
+                self._api.get_repo_discussions(
+                    self._repo_id, author=me, discussion_type="pull_request"
+                )
+            ),
+            f"listing the pull requests of {self._repo_id}",
+        )
+        own = [
+            request.num
+            for request in found
+            if request.is_pull_request
+            and request.author == me
+            and request.title == self._order.title
+            and request.status in ("open", "draft")
+        ]
+        return max(own, default=None)
+
+    # What changes it.
+
+    def _change(self, remote: RemoteModel, number: int | None) -> _Head:
+        """Sends what differs and commits it."""
+        if not self._order.force:
+            self._refuse_to_overwrite(remote)
+            return self._commit(remote, self._send(remote, number), number)
+        for _ in range(_FORCED_TRIES):
+            try:
+                return self._commit(remote, self._send(remote, number), number)
+            except ConflictError as error:
+                last = error
+                remote = self._look(remote.revision or MAIN)
+                if not self._todo(remote):
+                    return _Head(remote.commit, remote.revision or MAIN)
+        raise last
+
+    def _refuse_to_overwrite(self, remote: RemoteModel) -> None:
+        earlier = self._order.earlier
+        if earlier and earlier.branch == remote.revision and earlier.commit != remote.commit:
+            raise ConflictError(
+                f"Somebody else changed {self._repo_id}: the last push from this build made commit "
+                f"{earlier.commit[:12]}, and {earlier.branch} is at {remote.commit[:12]} now. Look "
+                "at what they did, then run this again with --force to put the export over it."
+            )
+
+    def _send(self, remote: RemoteModel, number: int | None) -> list[Any]:
+        """Uploads the bytes of large files; gives the operations of the commit."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        todo = self._todo(remote)
+        sizes = sum(self._files[path].size for path in todo.put)
+        self._reporter.note(f"uploading {len(todo.put)} files, {sizes:,} bytes, to {self._repo_id}")
+        puts = [
+            CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
+            for path in todo.put
+            for content in [self._files[path].content]
+        ]
+        self._attempt(
+            lambda: self._api.preupload_lfs_files(
+                self._repo_id,
+                puts,
+                revision=remote.revision,
+                create_pr=self._opens(number),
+                free_memory=False,
+                gitignore_content="",  # a .gitignore in the repo must not leave files out
+            ),
+            f"uploading to {self._repo_id}",
+            delays=client.ONCE_MORE,
+        )
+        return [*(CommitOperationDelete(path) for path in todo.delete), *puts]
+
+    def _commit(self, remote: RemoteModel, operations: list[Any], number: int | None) -> _Head:
+        """Makes the one commit; after any fault, looks whether it was made before going on."""
+        branch, opens = remote.revision or MAIN, self._opens(number)
+        tries = count()
+
+        def made() -> _Head | None:
+            """The branch, if it holds the files although the commit was not acknowledged."""
+            opened = self._own_pull_request() if opens else number
+            if opens and opened is None:
+                return None
+            now = self._look(_branch(opened) if opened is not None else branch)
+            return None if self._todo(now) else _Head(now.commit, now.revision or MAIN)
+
+        def once() -> _Head:
+            if next(tries) and (there := made()):
+                return there
+            info = self._api.create_commit(
+                self._repo_id,
+                operations,
+                commit_message=self._order.title,
+                commit_description=self._order.description,
+                revision=branch,
+                create_pr=opens,
+                parent_commit=remote.commit,
+            )
+            return _Head(info.oid, (info.pr_revision or branch) if opens else branch)
+
+        def passing(error: BaseException) -> bool:
+            # A pull request that is opened late has no parent to fail on: better none than two.
+            return explain.may_pass(error) and not (opens and explain.was_not_answered(error))
+
+        try:
+            doing = f"committing to {self._repo_id}"
+            return self._attempt(once, doing, commits=True, passing=passing)
+        except HubError as error:
+            try:
+                there = made()
+            except HubError:
+                there = None
+            if there is None:
+                raise error from None
+            return there
+
+    def _opens(self, number: int | None) -> bool:
+        return self._order.pull_request and number is None
+
+    # What is there now.
+
+    def _prove(self, commit: str) -> dict[str, Any]:
+        """Asks the Hub what it holds at the commit.
+
+        Raises:
+            HubError: it is not what was sent.
+        """
+        remote = self._look(commit)
+        wrong = self._todo(remote)
+        found = local.proof(remote, self._files)
+        if wrong:
+            path = (*wrong.put, *wrong.delete)[0]
+            entry = found["files"].get(path)
+            what = (
+                f"expected {entry['algorithm']} {entry['expected']}, found {entry['found']}"
+                if entry
+                else "expected no such file"
+            )
+            total = len(wrong.put) + len(wrong.delete)
+            raise HubError(
+                f"{self._repo_id} at {commit[:12]} does not hold what was sent: {total} files "
+                f"differ, first {path}: {what}. Do not use that commit; run the same command again."
+            )
+        return found
+
+    def _attempt(
+        self, call: Callable[[], T], doing: str, *, commits: bool = False, **options: Any
+    ) -> T:
+        request = Request(self._repo_id, MAIN, doing, writes=True, commits=commits)
+        return client.attempt(call, request, self._sleep, **options)
+
+
+def _branch(number: int) -> str:
+    return f"refs/pr/{number}"
+
+
+def commit_url(repo_id: str, commit: str) -> str:
+    """Where people can look at a commit."""
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{repo_id}/commit/{commit}"
+
+
+def pull_request_url(repo_id: str, number: int) -> str:
+    """Where people can look at a pull request."""
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{repo_id}/discussions/{number}"

@@ -1,0 +1,41 @@
+"""An artifact's manifest, checked against the schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from nf4_pipeline.checkpoint.source import read_json
+from nf4_pipeline.errors import ArtifactError, CheckpointError
+
+MANIFEST_FILE: Final = "manifest.json"
+SCHEMA_FILE: Final = Path(__file__).with_name("manifest.schema.json")
+
+
+def read_manifest(artifact: Path) -> dict[str, Any]:
+    """Reads and validates `manifest.json` of an artifact.
+
+    Raises:
+        ArtifactError: it is missing, or not a manifest; the text says where it departs from the
+            schema.
+    """
+    import jsonschema
+
+    path = artifact / MANIFEST_FILE
+    if not path.is_file():
+        raise ArtifactError(
+            f"{artifact} has no {MANIFEST_FILE}, so it is not an artifact of this pipeline. "
+            "Name the export/ folder of a build."
+        )
+    try:
+        manifest = read_json(path)
+        jsonschema.validate(manifest, json.loads(SCHEMA_FILE.read_text("utf-8")))
+    except CheckpointError as error:
+        raise ArtifactError(str(error)) from error
+    except jsonschema.ValidationError as error:
+        where = "/".join(str(part) for part in error.absolute_path) or "top level"
+        raise ArtifactError(
+            f"{path} is not a valid manifest at {where}: {error.message}"
+        ) from error
+    return manifest

@@ -1,0 +1,111 @@
+"""config.json of a checkpoint: read as strangers' data, turned into a transformers config.
+
+`auto_map` points at Python files in the repository. They are never run and never come along; a
+config that transformers itself does not know is refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from nf4_pipeline.checkpoint.source import read_json
+from nf4_pipeline.errors import AlreadyQuantizedError, ArchitectureError, SourceError
+
+CONFIG_FILE: Final = "config.json"
+
+_CAUSAL_SUFFIXES: Final = ("ForCausalLM", "LMHeadModel")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checkpoint's config.json, as it stands.
+
+    Raises:
+        SourceError: there is none: the folder is no Hugging Face checkpoint.
+        CheckpointError: it is no JSON object.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise SourceError(
+            f"{folder} has no {CONFIG_FILE}, so it is not a Hugging Face checkpoint. "
+            "Name a folder that `save_pretrained` wrote, or a model id on the Hub."
+        )
+    return read_json(path)
+
+
+def check_not_quantized(config: dict[str, Any], where: Path) -> None:
+    """Refuses a checkpoint that says it is quantized.
+
+    Raises:
+        AlreadyQuantizedError: it does.
+    """
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = (
+            quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else ""
+        )
+        raise AlreadyQuantizedError(
+            f"{where} is already quantized (quant_method {method!r} in {CONFIG_FILE}). "
+            "Start from the 16-bit checkpoint that it was made from."
+        )
+
+
+def without_remote_code(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without its pointers to custom code and without a quantization config."""
+    dropped = {"auto_map", "custom_pipelines", "quantization_config"}
+    return {key: value for key, value in config.items() if key not in dropped}
+
+
+def _with_floats(value: Any) -> Any:
+    """transformers writes numbers that JSON lacks as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(item) for key, item in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
+
+
+def words_of(error: Exception) -> str:
+    """What an exception of a library says, in one line of bearable length."""
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
+def causal_lm_config(config: dict[str, Any], where: Path) -> Any:
+    """A transformers config object for a causal LM.
+
+    Args:
+        config: the JSON object.
+        where: the folder, for messages.
+
+    Raises:
+        ArchitectureError: transformers does not know the model type, or has no causal LM for it.
+    """
+    import transformers
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise ArchitectureError(
+            f"{where / CONFIG_FILE} has model_type {model_type!r}, which transformers "
+            f"{transformers.__version__} does not know. Code that comes with a checkpoint is never "
+            "run; a newer transformers may know it."
+        )
+    names = config.get("architectures") or []
+    if names and not any(str(name).endswith(_CAUSAL_SUFFIXES) for name in names):
+        raise ArchitectureError(
+            f"{where} holds a {names[0]}, which is not a causal LM; only models that generate "
+            "text from left to right can be quantized here."
+        )
+    try:
+        built = CONFIG_MAPPING[model_type].from_dict(_with_floats(without_remote_code(config)))
+    except Exception as error:  # a config class may reject values in any way it likes
+        raise ArchitectureError(
+            f"{where / CONFIG_FILE} is not a valid {model_type} config: {words_of(error)}"
+        ) from error
+    if type(built) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ArchitectureError(
+            f"{where} is a {model_type} model, and transformers {transformers.__version__} has no "
+            "causal LM for it; only models that generate text from left to right can be "
+            "quantized here."
+        )
+    return built

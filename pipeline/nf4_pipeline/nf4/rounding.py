@@ -1,0 +1,136 @@
+"""The seam: how codes and scales are chosen. Reader, writer and layout know nothing else of it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nf4_pipeline.nf4 import BLOCK_SIZE, cpu
+from nf4_pipeline.nf4.double_quant import NestedScales, double_quantize
+from nf4_pipeline.nf4.layout import blocks_of
+
+ChunkRounder = Callable[
+    [NDArray[Any], str, NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32]], int
+]
+"""Rounds whole blocks to nearest; see `nf4_pipeline.nf4.cpu.quantize_blocks`."""
+
+
+@dataclass(frozen=True)
+class RoundedWeight:
+    """What is known of a weight once all its codes are chosen.
+
+    Attributes:
+        scales: as they are stored.
+        relative_rmse: sqrt(sum (w - w')^2 / sum w^2), where w' is what readers compute in float32.
+    """
+
+    scales: NestedScales
+    relative_rmse: float
+
+
+class WeightRounding(Protocol):
+    """One weight while its chunks come and go, in any order, from several threads at once."""
+
+    def chunk(self, bits: NDArray[Any], dtype: str, start: int, packed: NDArray[np.uint8]) -> int:
+        """Chooses the codes of one chunk of whole blocks.
+
+        Args:
+            bits: the weights' bits, [n]: uint16 for "bfloat16" and "float16", uint32 for "float32".
+            dtype: what the bits mean.
+            start: the place of the first of them in the weight; a multiple of 64.
+            packed: receives two codes a byte, [ceil(n / 2)].
+
+        Returns:
+            -1, or the first block of the chunk that holds an infinity or a NaN.
+        """
+
+    def finish(self) -> RoundedWeight:
+        """Called once, after the last chunk."""
+
+
+class Rounding(Protocol):
+    """Chooses a code for each weight and a scale for each block of 64.
+
+    Attributes:
+        workers: how many threads keep it busy.
+        max_chunk_bytes: beyond which a chunk only costs memory.
+    """
+
+    workers: int
+    max_chunk_bytes: int
+
+    def buffer(self, nbytes: int) -> NDArray[np.uint8]:
+        """Memory to read a chunk into, or to leave codes in: wherever this rounding likes it."""
+
+    def begin(self, name: str, weights: int) -> WeightRounding:
+        """Begins a weight of that many elements; `name` is what it is called in the output."""
+
+
+class NearestOnCpu:
+    """Round to nearest with the block's absolute maximum as its scale, as bitsandbytes does."""
+
+    def __init__(self) -> None:
+        # One more than the processors, so that one can wait for the disk.
+        self.workers = len(os.sched_getaffinity(0)) + 1
+        self.max_chunk_bytes = 4 * 2**20  # fewer steps in Python; more leaves the cache
+
+    def buffer(self, nbytes: int) -> NDArray[np.uint8]:
+        return np.empty(nbytes, np.uint8)
+
+    def begin(self, name: str, weights: int) -> WeightRounding:
+        return NearestWeight(cpu.quantize_blocks, weights)
+
+
+class NearestWeight:
+    """A weight that is rounded to nearest.
+
+    Args:
+        rounder: rounds a chunk, wherever that is done.
+        weights: how many the weight has.
+    """
+
+    def __init__(self, rounder: ChunkRounder, weights: int) -> None:
+        self._rounder = rounder
+        blocks = blocks_of(weights)
+        self._absmax = _mapped(blocks, np.float32)
+        self._sums = _mapped(3 * blocks, np.int32).reshape(blocks, 3)
+
+    def chunk(self, bits: NDArray[Any], dtype: str, start: int, packed: NDArray[np.uint8]) -> int:
+        """See `WeightRounding`."""
+        first = start // BLOCK_SIZE
+        blocks = slice(first, first + blocks_of(bits.size))
+        return self._rounder(bits, dtype, packed, self._absmax[blocks], self._sums[blocks])
+
+    def finish(self) -> RoundedWeight:
+        """All blocks are rounded: the scales are rounded in turn."""
+        nested = double_quantize(self._absmax)
+        error, energy = cpu.squared_error(self._absmax, self._sums, nested.scales())
+        return RoundedWeight(nested, relative_rmse(error, energy))
+
+
+def relative_rmse(error: float, energy: float) -> float:
+    """The root of the error's share of the energy, in four digits: what the sums can promise."""
+    return float(f"{sqrt(error / energy):.4g}") if energy else 0.0
+
+
+def _mapped(count: int, dtype: type[np.generic]) -> NDArray[Any]:
+    """Zeros that go back to the system when they are let go.
+
+    What a thread takes from its heap the heap keeps, and which thread begins a large weight is a
+    matter of chance: the peak memory would be, too.
+    """
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    nbytes = max(count * np.dtype(dtype).itemsize, 1)
+    mapping = mmap.mmap(-1, nbytes, flags=private)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(mapping, dtype, count)

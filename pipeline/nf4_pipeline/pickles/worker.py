@@ -1,0 +1,92 @@
+"""`python -m nf4_pipeline.pickles.worker SOURCE TARGET`: a pickle -> a safetensors file, as JSON.
+
+torch maps the source and rebuilds nothing but tensors (`weights_only`); each is copied in pieces,
+and its pages are given back before the next, so memory does not grow with the file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from nf4_pipeline.checkpoint.layout import plan_layout
+from nf4_pipeline.checkpoint.writer import TensorFile, writing
+from nf4_pipeline.nf4.layout import StoredTensor
+from nf4_pipeline.resource_usage import peak_memory
+
+_CHUNK: Final = 8 * 2**20
+_MADV_DONTNEED: Final = 4  # madvise(2)
+
+_DTYPES: Final = {
+    "torch.bfloat16": "BF16",
+    "torch.bool": "BOOL",
+    "torch.float16": "F16",
+    "torch.float32": "F32",
+    "torch.float64": "F64",
+    "torch.int16": "I16",
+    "torch.int32": "I32",
+    "torch.int64": "I64",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+}
+
+
+def main() -> None:
+    """Converts the file named on the command line; answers with its digest and tensors."""
+    source, target = map(Path, sys.argv[1:])
+    try:
+        answer = _convert(source, target)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        answer = {"error": f"{type(error).__name__}: {lines[0][:300]}"}
+    json.dump(answer, sys.stdout)
+
+
+def _convert(source: Path, target: Path) -> dict[str, Any]:
+    import torch
+
+    loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(loaded, Mapping):
+        raise TypeError(f"it holds a {type(loaded).__name__}, expected tensors by name")
+    for name, tensor in loaded.items():
+        plain = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
+        if not isinstance(name, str) or not plain or str(tensor.dtype) not in _DTYPES:
+            raise TypeError(f"{str(name)[:80]!r} is no plain tensor")
+    layout = plan_layout(
+        StoredTensor(name, _DTYPES[str(tensor.dtype)], tuple(tensor.shape), tensor.nbytes)
+        for name, tensor in loaded.items()
+    )
+    with writing(target, layout) as output:
+        for name, tensor in loaded.items():
+            _copy(output, name, tensor)
+        written = output.finish()
+    return {
+        **written.digest.as_json(),
+        "tensors": {tensor.name: tensor.nbytes for tensor in written.tensors},
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def _copy(output: TensorFile, name: str, tensor: Any) -> None:
+    import torch
+
+    storage = tensor.untyped_storage()
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    for start in range(0, data.nbytes, _CHUNK):
+        output.write(name, start, data[start : start + _CHUNK])
+    # The mapping is private and was not written to: what is dropped here is read again if needed.
+    page = mmap.PAGESIZE
+    first = -(-storage.data_ptr() // page) * page
+    last = (storage.data_ptr() + storage.nbytes()) // page * page
+    if last > first:
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What models, licenses and tools are called in provenance and bills of materials."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from platform import python_version
+from typing import Any, Final
+from urllib.parse import quote
+
+from nf4_pipeline import __version__
+
+_TOOLS: Final = ("numpy", "numba", "safetensors", "torch", "transformers", "bitsandbytes")
+
+_SPDX: Final = {
+    name.lower(): name
+    for name in (
+        "AGPL-3.0 Apache-2.0 Artistic-2.0 BSD-2-Clause BSD-3-Clause BSL-1.0 CC-BY-2.0 CC-BY-3.0 "
+        "CC-BY-4.0 CC-BY-NC-2.0 CC-BY-NC-3.0 CC-BY-NC-4.0 CC-BY-NC-ND-3.0 CC-BY-NC-ND-4.0 "
+        "CC-BY-NC-SA-2.0 CC-BY-NC-SA-3.0 CC-BY-NC-SA-4.0 CC-BY-ND-4.0 CC-BY-SA-3.0 CC-BY-SA-4.0 "
+        "CC0-1.0 ECL-2.0 EPL-2.0 EUPL-1.1 EUPL-1.2 GPL-2.0 GPL-3.0 ISC LGPL-2.1 LGPL-3.0 MIT "
+        "MPL-2.0 MS-PL NCSA ODbL-1.0 OSL-3.0 PDDL-1.0 Unlicense WTFPL Zlib"
+    ).split()
+}
+"""Licenses that both the Hub and SPDX know, which differ in their letters' case alone."""
+
+
+def model_purl(repo: str, commit: str | None) -> str | None:
+    """The package URL of a Hub model at a commit; None for a local folder."""
+    return None if commit is None else f"pkg:huggingface/{quote(repo)}@{commit}"
+
+
+def licenses(card: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the front matter of a model's card says of its license, as CycloneDX has it.
+
+    Inherited, never invented: without a word in the card the list is empty.
+    """
+    named = card.get("license")
+    found = []
+    for item in named if isinstance(named, list) else [named]:
+        if not isinstance(item, str) or not item.strip():
+            continue
+        known = _SPDX.get(item.strip().lower())
+        if known is not None:
+            found.append({"license": {"id": known}})
+            continue
+        name = card.get("license_name") if item == "other" else item
+        license_: dict[str, Any] = {"name": str(name or item)}
+        link = card.get("license_link")
+        if isinstance(link, str) and link.startswith("https://") and link.isprintable():
+            license_["url"] = quote(link, safe=":/?#[]@!$&'()*+,;=%~-._")
+        found.append({"license": license_})
+    return found
+
+
+def tool_versions() -> dict[str, str]:
+    """The versions of what shapes an artifact's bytes or reads them back."""
+    found = {"nf4-pipeline": __version__, "python": python_version()}
+    for name in _TOOLS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

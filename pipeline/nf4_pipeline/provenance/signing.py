@@ -1,0 +1,150 @@
+"""OpenSSF model signing with a key file: one signature over every file of an artifact.
+
+Which files count is fixed here, so that nothing can be added to a signed artifact unseen: all but
+the signature itself, and what git and the Hub client put beside a download.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, Final
+
+from nf4_pipeline.checkpoint.atomic import write_bytes
+from nf4_pipeline.errors import ArtifactError, SignatureError, UsageError
+from nf4_pipeline.manifest.read import MANIFEST_FILE
+
+SIGNATURE_FILE: Final = "model.sig"
+
+_OTHER: Final = re.compile(r"Hash mismatch for \\\\?'(.+?)\\\\?': Expected")
+_ADDED: Final = re.compile(r"Extra files found in model '.*?': ([^'\"\]]+)")
+_MISSING: Final = re.compile(r"Missing files in model '.*?': ([^'\"\]]+)")
+
+NOT_SIGNED: Final = (SIGNATURE_FILE, ".git", ".gitattributes", ".cache/huggingface")
+"""Paths in an artifact that no signature covers. No loader reads any of them."""
+
+
+def sign(artifact: Path, private_key: Path, password: str | None = None) -> Path:
+    """Signs every file of an artifact, and leaves the signature among them.
+
+    Args:
+        artifact: its folder.
+        private_key: PEM file of an elliptic curve key (P-256, P-384 or P-521).
+        password: of the key, if it has one.
+
+    Returns:
+        The signature's path.
+
+    Raises:
+        UsageError: model-signing is not installed, or the key cannot be used.
+        ArtifactError: the folder is no artifact, or holds a symbolic link.
+    """
+    signing, _, hashing = _library()
+    if not (artifact / MANIFEST_FILE).is_file():
+        raise ArtifactError(
+            f"{artifact} has no {MANIFEST_FILE}, so it is not an artifact of this pipeline. "
+            "Name the export/ folder of a build."
+        )
+    _refuse_links(artifact)
+    config = signing.Config().set_hashing_config(_hashing_config(hashing))
+    try:
+        secret = password.encode() if password else None
+        config.use_elliptic_key_signer(private_key=private_key, password=secret)
+    except Exception as error:  # of the key's format, its password, or its curve
+        raise UsageError(
+            f"{private_key} is no private key that can sign ({_words(error)}); expected a PEM file "
+            "of an elliptic curve key. Make one: openssl ecparam -name prime256v1 -genkey -noout "
+            f"-out {private_key}"
+        ) from error
+    with tempfile.TemporaryDirectory(prefix="nf4-sign-") as folder:
+        fresh = Path(folder) / SIGNATURE_FILE
+        config.sign(artifact, fresh)
+        write_bytes(artifact / SIGNATURE_FILE, fresh.read_bytes())
+    return artifact / SIGNATURE_FILE
+
+
+def check(artifact: Path, public_key: Path) -> int:
+    """Checks that every file of an artifact is what was signed, and that there is no other.
+
+    Args:
+        artifact: its folder, with the signature in it.
+        public_key: PEM file of the signer's public key.
+
+    Returns:
+        How many files the signature covers.
+
+    Raises:
+        SignatureError: it is not.
+        UsageError: model-signing is not installed, or the key cannot be used.
+    """
+    _, verifying, hashing = _library()
+    _refuse_links(artifact)
+    path = artifact / SIGNATURE_FILE
+    if not path.is_file() or path.is_symlink():
+        raise SignatureError(
+            f"{artifact} has no signature: expected {SIGNATURE_FILE} in it. Sign it: nf4 sign."
+        )
+    config = verifying.Config().set_hashing_config(_hashing_config(hashing))
+    try:
+        config.use_elliptic_key_verifier(public_key=public_key)
+    except Exception as error:
+        raise UsageError(
+            f"{public_key} is no public key that can check a signature ({_words(error)}); expected "
+            "a PEM file. Take it from the private key: openssl ec -in key.pem -pubout"
+        ) from error
+    try:
+        with redirect_stdout(io.StringIO()):  # the library prints about old formats
+            config.verify(artifact, path)
+    except Exception as error:  # what a stranger's signature makes the library raise is open
+        raise SignatureError(
+            f"{artifact} is not what was signed with that key: {_words(error)}. Do not use it; "
+            "get it again from where its maker published it."
+        ) from error
+    return len(_signed_files(artifact))
+
+
+def _hashing_config(hashing: Any) -> Any:
+    config = hashing.Config().use_file_serialization(hashing_algorithm="sha256")
+    return config.set_ignored_paths(paths=NOT_SIGNED, ignore_git_paths=False)
+
+
+def _signed_files(artifact: Path) -> list[Path]:
+    ignored = [artifact / name for name in NOT_SIGNED]
+    return [
+        path
+        for path in artifact.rglob("*")
+        if path.is_file() and not any(path.is_relative_to(other) for other in ignored)
+    ]
+
+
+def _refuse_links(artifact: Path) -> None:
+    """What a link points at can change while the artifact does not."""
+    for path in artifact.rglob("*"):
+        if path.is_symlink():
+            raise SignatureError(
+                f"{path} is a symbolic link, which no signature covers. Download the artifact into "
+                "a folder of its own: hf download ORG/NAME --local-dir DIR."
+            )
+
+
+def _library() -> tuple[Any, Any, Any]:
+    try:
+        from model_signing import hashing, signing, verifying
+    except ImportError as error:
+        raise UsageError(
+            "Signatures need the package model-signing, which is not installed: "
+            "pip install 'nf4-pipeline[sign]'"
+        ) from error
+    return signing, verifying, hashing
+
+
+def _words(error: Exception) -> str:
+    """What the library says; of files that differ, their names without the digests."""
+    text = " ".join(str(error).split())
+    said = [f"{name} has other bytes" for name in _OTHER.findall(text)]
+    said += [f"{names} was added" for names in _ADDED.findall(text)]
+    said += [f"{names} is missing" for names in _MISSING.findall(text)]
+    return "; ".join(said) or text.rstrip(".") or type(error).__name__

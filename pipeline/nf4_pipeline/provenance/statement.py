@@ -1,0 +1,91 @@
+"""An in-toto statement with SLSA build provenance v1: what was made from what. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from nf4_pipeline.checkpoint.digest import FileDigest
+from nf4_pipeline.provenance.identifiers import model_purl
+
+STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE: Final = "https://slsa.dev/provenance/v1"
+
+BUILD_TYPE: Final = "pkg:pypi/nf4-pipeline?build_type=v1#docs/provenance.md"
+"""What the parameters mean: docs/provenance.md of this package."""
+
+BUILDER: Final = "pkg:pypi/nf4-pipeline?builder=local#docs/provenance.md"
+"""Whoever ran the program, on a machine that nobody vouches for: SLSA Build L1 at most."""
+
+SCHEMA_FILE: Final = Path(__file__).with_name("provenance.schema.json")
+
+
+def statement(
+    manifest: Mapping[str, Any],
+    subjects: Mapping[str, FileDigest],
+    tools: Mapping[str, str],
+    started: str,
+    finished: str,
+) -> dict[str, Any]:
+    """Puts the statement together.
+
+    Args:
+        manifest: of the artifact.
+        subjects: every file that is vouched for, by its path in the artifact.
+        tools: name -> version of what was used.
+        started: when quantizing began, as RFC 3339 in UTC.
+        finished: when the artifact was verified, the same.
+    """
+    source = {name: manifest["source"][name] for name in ("repo", "commit", "content_sha256")}
+    return {
+        "_type": STATEMENT_TYPE,
+        "subject": [
+            {"name": name, "digest": {"sha256": digest.sha256}}
+            for name, digest in sorted(subjects.items())
+        ],
+        "predicateType": PREDICATE_TYPE,
+        "predicate": {
+            "buildDefinition": {
+                "buildType": BUILD_TYPE,
+                "externalParameters": {"source": source, "recipe": manifest["recipe"]},
+                "internalParameters": _internal(manifest),
+                "resolvedDependencies": _dependencies(manifest),
+            },
+            "runDetails": {
+                "builder": {"id": BUILDER, "version": dict(tools)},
+                "metadata": {"startedOn": started, "finishedOn": finished},
+            },
+        },
+    }
+
+
+def _internal(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What shapes the bytes and is no wish of the user: the kind of device that calibrated."""
+    calibration = manifest.get("calibration")
+    return {} if calibration is None else {"calibration_device": calibration["device"]}
+
+
+def _dependencies(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The model at its commit, each of its files, and the recipe."""
+    source = manifest["source"]
+    purl = model_purl(source["repo"], source["commit"])
+    found: list[dict[str, Any]] = []
+    if purl is not None:
+        found.append({"uri": purl, "digest": {"gitCommit": source["commit"]}})
+    for name, entry in sorted(source["files"].items()):
+        file: dict[str, Any] = {"name": name, "digest": {"sha256": entry["sha256"]}}
+        if purl is not None:
+            file["uri"] = f"{purl}#{name}"
+        found.append(file)
+    recipe = json.dumps(manifest["recipe"], sort_keys=True, separators=(",", ":")).encode()
+    found.append(
+        {
+            "name": "recipe",
+            "digest": {"sha256": hashlib.sha256(recipe).hexdigest()},
+            "mediaType": "application/json",
+        }
+    )
+    return found

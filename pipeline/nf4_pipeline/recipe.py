@@ -1,0 +1,295 @@
+"""What to build: everything that shapes the bytes or the verdict, frozen, validated, hashed.
+
+A recipe is a TOML file with up to three tables, named for the stage that reads them:
+
+    [quantize]
+    skip_modules = ["h.31.mlp"]      # left in 16 bit, besides the output head
+
+    [serialize]
+    max_shard_size = "5GB"
+
+    [verify]
+    max_mean_kl = 0.5
+
+Each stage's key hashes only its own table, so a new threshold does not quantize again.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+from nf4_pipeline.errors import RecipeError
+
+_PATHS: Final = {"calibrate", "prompts", "eval_text"}  # of files, unless empty or "self"
+_UNITS: Final = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+
+
+@dataclass(frozen=True)
+class QuantizeRecipe:
+    """How weights become codes.
+
+    Attributes:
+        skip_modules: modules that stay in 16 bit, besides the output head (see `selection.skips`).
+        calibrate: what calibration reads: "self" for tokens that the model writes, or a file of
+            text or JSONL; empty to round to nearest.
+        calibration_tokens: how many, at most. KL still falls from 2,000 to 16,000.
+        extra_bytes: how much larger the linear layers may become by leaving those that lose most
+            in 16 bit, such as "5%"; needs calibration.
+        rounding: how codes and scales are chosen; "nearest" is what bitsandbytes does, and
+            "calibrated" follows from `calibrate`.
+    """
+
+    skip_modules: tuple[str, ...] = ()
+    calibrate: str = ""
+    calibration_tokens: int = 16_384
+    extra_bytes: str = ""
+    rounding: str = ""
+
+    def __post_init__(self) -> None:
+        rounding = "calibrated" if self.calibrate else "nearest"
+        _require(
+            self.rounding in ("", rounding),
+            "quantize.rounding",
+            self.rounding,
+            f'"{rounding}", since quantize.calibrate is {self.calibrate!r}',
+        )
+        object.__setattr__(self, "rounding", rounding)
+        _require(
+            self.calibration_tokens >= 256,
+            "quantize.calibration_tokens",
+            self.calibration_tokens,
+            "at least 256",
+        )
+        share = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", self.extra_bytes)
+        _require(
+            not self.extra_bytes or (share is not None and float(share[1]) <= 100),
+            "quantize.extra_bytes",
+            self.extra_bytes,
+            'a percentage such as "5%"',
+        )
+        _require(
+            not self.extra_bytes or bool(self.calibrate),
+            "quantize.extra_bytes",
+            self.extra_bytes,
+            "nothing without calibration: what layers lose is measured on its tokens",
+        )
+        _require(
+            all(part for part in self.skip_modules),
+            "quantize.skip_modules",
+            list(self.skip_modules),
+            "names of modules, none of them empty",
+        )
+
+    @property
+    def extra_share(self) -> float:
+        """Of the bytes of the 4-bit layers."""
+        return float(self.extra_bytes.rstrip(" %") or 0) / 100
+
+    def shaping(self) -> dict[str, Any]:
+        """Plain JSON of what shapes the bytes; where a text lies is not part of it."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        if not self.calibrate:
+            for name in ("calibrate", "calibration_tokens", "extra_bytes"):
+                del plain[name]
+        elif self.calibrate != "self":
+            plain["calibrate"] = "text"
+        return plain
+
+
+@dataclass(frozen=True)
+class SerializeRecipe:
+    """How the artifact is cut into files.
+
+    Attributes:
+        max_shard_size: of one weight file, such as "5GB" or "500MB".
+    """
+
+    max_shard_size: str = "5GB"
+
+    def __post_init__(self) -> None:
+        _require(self.max_shard_bytes > 0, "serialize.max_shard_size", self.max_shard_size, "> 0")
+
+    @property
+    def max_shard_bytes(self) -> int:
+        return parse_size(self.max_shard_size, "serialize.max_shard_size")
+
+
+@dataclass(frozen=True)
+class VerifyRecipe:
+    """What the artifact is asked, and when the verdict is "fail".
+
+    Attributes:
+        prompts: a JSONL file of prompts; empty for those that come with the package.
+        max_new_tokens: of each answer.
+        eval_text: a text file on which both models are compared; empty for the text that comes with
+            the package.
+        eval_tokens: how many tokens of it, at most. 8,192 bring the interval of the mean KL to some
+            10 % of it.
+        max_mean_kl: nats per token. NF4 costs 0.02 to 0.1 on models of some billion weights and
+            0.28 on one of 135 million; above 0.5 something is broken rather than coarse.
+        min_sure_agreement: share of the tokens on which the 16-bit model's first choice is at least
+            twice as likely as its second, for which 4 bits must make the same choice. A model of
+            135 million weights keeps 0.73 of all tokens; of the sure ones a model that is still the
+            same keeps nearly all.
+        max_perplexity_ratio: perplexity in 4 bit over that in 16 bit. A model of 135 million
+            weights loses 30 %, one of some billions 1 to 5 %.
+        max_accuracy_drop: share of the prompts with an expected answer that the 16-bit model gets
+            right and that 4 bits may lose. NF4 loses 1 to 3 %; 10 % of 50 prompts is beyond chance.
+    """
+
+    prompts: str = ""
+    max_new_tokens: int = 48
+    eval_text: str = ""
+    eval_tokens: int = 8192
+    max_mean_kl: float = 0.5
+    min_sure_agreement: float = 0.8
+    max_perplexity_ratio: float = 1.5
+    max_accuracy_drop: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens > 0, "verify.max_new_tokens", self.max_new_tokens, "> 0")
+        _require(self.eval_tokens > 1, "verify.eval_tokens", self.eval_tokens, "> 1")
+        _require(self.max_mean_kl > 0, "verify.max_mean_kl", self.max_mean_kl, "> 0")
+        _require(
+            self.max_perplexity_ratio >= 1,
+            "verify.max_perplexity_ratio",
+            self.max_perplexity_ratio,
+            "at least 1",
+        )
+        for name in ("min_sure_agreement", "max_accuracy_drop"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"verify.{name}", value, "from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The whole recipe, one part per stage."""
+
+    quantize: QuantizeRecipe = field(default_factory=QuantizeRecipe)
+    serialize: SerializeRecipe = field(default_factory=SerializeRecipe)
+    verify: VerifyRecipe = field(default_factory=VerifyRecipe)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values, in the order of the fields."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain | {"quantize": self.quantize.shaping()}
+
+    def table(self, name: str) -> dict[str, Any]:
+        """One table as plain values, all of it, as `parse_recipe` reads it from anywhere."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        table: dict[str, Any] = plain[name]
+        for key in _PATHS & set(table):
+            if table[key] not in ("", "self"):
+                table[key] = str(Path(table[key]).absolute())
+        return table
+
+
+_TABLES: Final[dict[str, Any]] = {
+    "quantize": QuantizeRecipe,
+    "serialize": SerializeRecipe,
+    "verify": VerifyRecipe,
+}
+TABLES: Final = tuple(_TABLES)
+"""Of a recipe, in the order of the stages that they are named for."""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Reads a recipe file.
+
+    Raises:
+        RecipeError: no such file, not TOML, an unknown key, a wrong type or a value out of range.
+    """
+    return parse_recipe(read_tables(path), str(path))
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """The tables of a recipe file; what stands in them is not looked at.
+
+    Raises:
+        RecipeError: no such file, or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe {path} is not valid TOML: {error}.") from error
+
+
+def parse_recipe(tables: dict[str, Any], where: str) -> Recipe:
+    """Turns plain values (of TOML, or of a manifest) into a recipe.
+
+    Raises:
+        RecipeError: an unknown key, a wrong type or a value out of range.
+    """
+    _reject_unknown(tables, _TABLES, f"{where}: tables")
+    parts: dict[str, Any] = {}
+    for name, kind in _TABLES.items():
+        table = tables.get(name, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"{where}: {name} is {table!r}; expected a table [{name}].")
+        defaults = {item.name: getattr(kind(), item.name) for item in fields(kind)}
+        _reject_unknown(table, defaults, f"{where}: keys of [{name}]")
+        values = {
+            key: _typed(value, defaults[key], f"{where}: {name}.{key}")
+            for key, value in table.items()
+        }
+        try:
+            parts[name] = kind(**values)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from error
+    return Recipe(**parts)
+
+
+def _reject_unknown(found: dict[str, Any], known: dict[str, Any], where: str) -> None:
+    unknown = sorted(set(found) - set(known))
+    if unknown:
+        raise RecipeError(f"{where}: {unknown[0]!r} is unknown; expected {', '.join(known)}.")
+
+
+def _typed(value: Any, default: Any, where: str) -> Any:
+    if isinstance(default, tuple):
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise RecipeError(f"{where} is {value!r}; expected a list of strings.")
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        raise RecipeError(f"{where} is {value!r}; expected a {type(default).__name__}.")
+    return value
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise RecipeError(f"{name} is {value!r}; expected {expected}.")
+
+
+def parse_size(text: str, name: str) -> int:
+    """Bytes from a text such as "5GB", "256MiB" or "1000".
+
+    Raises:
+        RecipeError: it is no size; the text names `name`.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgG]?[iI]?[bB]?)\s*", text)
+    unit = match[2].upper() if match else ""
+    if match is None or unit not in _UNITS:
+        raise RecipeError(f'{name} is {text!r}; expected a size such as "5GB" or "500MiB".')
+    return int(float(match[1]) * _UNITS[unit])

@@ -1,0 +1,82 @@
+"""KL divergence per token: how it is distributed, and whether it grows along the sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from nf4_pipeline.report.draw.canvas import (
+    AFTER,
+    BARS,
+    BEFORE,
+    INK,
+    PAPER,
+    SMALL,
+    bare,
+    new_figure,
+    plain,
+)
+from nf4_pipeline.report.formatting import number
+
+
+def draw(verification: dict[str, Any]) -> Figure:
+    """The histogram on the left, the mean along the position on the right."""
+    figure = new_figure(3.1)
+    left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
+    _histogram(left, verification["kl_histogram"], verification["fidelity"])
+    _positions(right, verification["kl_by_position"], verification["fidelity"])
+    return figure
+
+
+def _histogram(axes: Axes, histogram: dict[str, Any], fidelity: dict[str, Any]) -> None:
+    edges, counts = np.array(histogram["edges"]), np.array(histogram["counts"])
+    axes.set_xscale("log")
+    axes.stairs(counts, edges, fill=True, color=BARS)
+    top = float(counts.max(initial=1))
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(0, top * 1.36)
+    marks = {"median": "median_kl", "mean": "mean_kl", "p99": "p99_kl"}
+    found = [(fidelity[key]["value"], name) for name, key in marks.items()]
+    found = sorted((value, name) for value, name in found if value is not None)
+    # From left to right in steps down, so that no line runs through the label of another.
+    for height, (value, name) in zip((1.28, 1.18, 1.08), found, strict=False):
+        at = float(np.clip(value, edges[0], edges[-1]))
+        axes.plot([at, at], [0, top * height], color=INK, linewidth=0.9, solid_capstyle="butt")
+        right = np.log(at / edges[0]) > 0.8 * np.log(edges[-1] / edges[0])
+        axes.annotate(
+            f"{name} {number(value, 3)}",
+            (at, top * height),
+            (-4 if right else 4, 0),
+            textcoords="offset points",
+            ha="right" if right else "left",
+            va="center",
+            fontsize=SMALL,
+            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
+        )
+    axes.set_title("tokens by their KL")
+    axes.set_xlabel("KL in nats (log scale)")
+    axes.xaxis.set_major_locator(LogLocator(numticks=8))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(plain))
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    bare(axes, grid="y")
+
+
+def _positions(axes: Axes, positions: list[dict[str, Any]], fidelity: dict[str, Any]) -> None:
+    edges = [p["first"] for p in positions] + [p["last"] + 1 for p in positions[-1:]]
+    means = [np.nan if p["mean_kl"] is None else p["mean_kl"] for p in positions]
+    axes.stairs(means, edges or [0], color=AFTER, linewidth=1.6, baseline=None)
+    overall = fidelity["mean_kl"]["value"]
+    if overall is not None:
+        axes.axhline(overall, color=BEFORE, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.set_ylim(bottom=0)
+    axes.set_title("mean KL along the sequence")
+    axes.set_xlabel("position of the token; dashed: mean over all")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_formatter(FuncFormatter(plain))
+    bare(axes, grid="y")

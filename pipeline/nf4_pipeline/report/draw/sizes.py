@@ -1,0 +1,64 @@
+"""Where the bytes go: each group of weights in 16 bit and in the artifact."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from matplotlib.figure import Figure
+
+from nf4_pipeline.report.draw.canvas import AFTER, BEFORE, MUTED, SMALL, bare, new_figure
+from nf4_pipeline.report.formatting import label, size
+
+_NAMED: Final = 8  # groups that get a row of their own, at most
+_LEAST: Final = 0.005  # of all bytes, to get one
+_ROW: Final = 0.58  # inches
+_BAR: Final = 0.22  # of a row
+
+
+def draw(verification: dict[str, Any]) -> Figure:
+    """One row for all tensors, one for each of the biggest groups, one for the rest."""
+    rows = _rows(verification["sizes"])
+    figure = new_figure(0.05 + _ROW * len(rows))
+    axes = figure.add_subplot()
+    largest = max(max(before, after) for _, _, before, after in rows) or 1
+    for row, (name, note, before, after) in enumerate(rows):
+        axes.annotate(name, (0, row), (0, -1), textcoords="offset points", va="top").set_fontweight(
+            "normal" if row else "bold"
+        )
+        bars = ((0.43, before, BEFORE, size(before)), (0.67, after, AFTER, note or size(after)))
+        for at, value, colour, words in bars:
+            axes.barh(row + at, value, height=_BAR, color=colour)
+            axes.annotate(
+                words, (value, row + at), (4, 0), textcoords="offset points", va="center"
+            ).set(color=MUTED, fontsize=SMALL)
+    axes.set_xlim(0, largest * 1.14)
+    axes.set_ylim(len(rows) - 0.15, 0)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines["bottom"].set_visible(False)
+    bare(axes)
+    axes.legend(axes.patches[:2], ["16 bit", "4-bit artifact"], loc="lower right")
+    return figure
+
+
+def _rows(sizes: dict[str, Any]) -> list[tuple[str, str, int, int]]:
+    """Name, what to say instead of the bytes after, bytes before, bytes after."""
+    groups = sorted(sizes["groups"], key=lambda group: (-group["before"], group["name"]))
+    least = sizes["original_bytes"] * _LEAST
+    named = [group for group in groups if group["before"] >= least][:_NAMED]
+    rest = groups[len(named) :]
+    rows = [("all tensors", "", sizes["original_bytes"], sizes["artifact_bytes"])]
+    for group in named:
+        name = label(group["name"], 70)
+        rows.append((name, _note(group), group["before"], group["after"]))
+    if rest:
+        before, after = (sum(group[key] for group in rest) for key in ("before", "after"))
+        groups_word = "other group" if len(rest) == 1 else "other groups"
+        rows.append((f"{len(rest)} {groups_word}", "", before, after))
+    return rows
+
+
+def _note(group: dict[str, Any]) -> str:
+    if group["quantized"]:
+        return ""
+    return f"{size(group['after'])}, not quantized" if group["after"] else "left out"

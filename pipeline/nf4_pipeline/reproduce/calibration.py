@@ -1,0 +1,147 @@
+"""Calibrated codes chosen again, from the tokens that an artifact holds.
+
+The tokens, and which modules stay in 16 bit, are taken as they stand: that a model wrote the tokens
+is not proven, only that codes and scales follow from them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.checkpoint.digest import digest_file
+from nf4_pipeline.checkpoint.source import read_json
+from nf4_pipeline.errors import (
+    ArtifactError,
+    CheckpointError,
+    RecipeError,
+    ResourceError,
+    UsageError,
+)
+from nf4_pipeline.manifest.read import MANIFEST_FILE
+from nf4_pipeline.progress import Reporter
+from nf4_pipeline.stages import Settings
+from nf4_pipeline.stages.calibrate import CALIBRATION_FILE, Calibration, choose
+from nf4_pipeline.stages.quantize import make_plan
+
+if TYPE_CHECKING:
+    from nf4_pipeline.calibration.tokens import CalibrationTokens
+
+
+def frozen_tokens(artifact: Path, manifest: dict[str, Any]) -> CalibrationTokens:
+    """The tokens that an artifact was calibrated on, held against its manifest.
+
+    Args:
+        artifact: its folder.
+        manifest: its manifest, whose recipe says that it is calibrated.
+
+    Raises:
+        ArtifactError: the file that holds them is missing, or is not the one that was used.
+    """
+    from nf4_pipeline.calibration.tokens import parse_tokens
+
+    listed = manifest["files"].get(CALIBRATION_FILE)
+    if listed is None or "calibration" not in manifest:
+        raise ArtifactError(
+            f"{artifact / MANIFEST_FILE} says that codes are calibrated, but not from what: "
+            f'expected "calibration", and {CALIBRATION_FILE} among "files". Take the manifest from '
+            "where the artifact was published."
+        )
+    path = artifact / CALIBRATION_FILE
+    if not path.is_file():
+        raise ArtifactError(
+            f"{artifact} has no {CALIBRATION_FILE}. Its codes are calibrated, and can be chosen "
+            "again only from the tokens in that file: put it beside the manifest "
+            f"({listed['size']:,} bytes, sha256 {listed['sha256']})."
+        )
+    found = digest_file(path)
+    if found.as_json() != listed:
+        raise ArtifactError(
+            f"{path} is not the file that the manifest lists: expected {listed['size']:,} bytes "
+            f"with sha256 {listed['sha256']}, found {found.size:,} bytes with sha256 "
+            f"{found.sha256}. Download it again."
+        )
+    try:
+        tokens = parse_tokens(read_json(path))
+    except (CheckpointError, RecipeError) as error:
+        raise ArtifactError(f"{path} cannot be followed: {error}") from error
+    expected = manifest["calibration"]["tokens_sha256"]
+    if tokens.sha256 != expected:
+        raise ArtifactError(
+            f"{path} holds other tokens than the manifest says: expected sha256 {expected}, found "
+            f"{tokens.sha256}. Download both files again."
+        )
+    return tokens
+
+
+def device_for(manifest: dict[str, Any], asked: str) -> str:
+    """The device on which codes are chosen again: of the kind on which they were chosen.
+
+    Args:
+        manifest: of a calibrated artifact.
+        asked: "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        UsageError: it is of another kind.
+        ResourceError: this machine has none.
+    """
+    from nf4_pipeline.runtime.loader import pick_device
+
+    kind = manifest["calibration"]["device"]
+    why = (
+        f'The artifact was calibrated on a device of the kind "{kind}", and calibrated bytes are '
+        "the same only on the same kind"
+    )
+    if asked != "auto" and asked.partition(":")[0] != kind:
+        raise UsageError(f"--device {asked}: {why}. Leave --device out, or say --device {kind}.")
+    wanted = kind if asked == "auto" else asked
+    try:
+        return pick_device(wanted)
+    except ResourceError as error:
+        raise ResourceError(
+            f"{why}, but this machine has no device {wanted}. Run `nf4 reproduce` on a machine "
+            "that has one, best of the model that made the artifact."
+        ) from error
+
+
+def choose_again(
+    build: Build,
+    manifest: dict[str, Any],
+    tokens: CalibrationTokens,
+    settings: Settings,
+    reporter: Reporter,
+) -> Calibration:
+    """Chooses codes and scales as the artifact's were chosen; what is chosen stands in the build.
+
+    Args:
+        build: whose download is done.
+        manifest: of the artifact; says which modules stay in 16 bit.
+        tokens: what the model reads.
+        settings: the recipe and the device.
+        reporter: told how far it is.
+
+    Raises:
+        ArtifactError: a module that is said to stay in 16 bit is none that could be quantized, or
+            the tokens are not this model's.
+    """
+    plan, _ = make_plan(build, settings)
+    kept = manifest["calibration"]["kept"]
+    modules = {tensor.module for tensor in plan.quantized}
+    for module in kept:
+        if module["module"] not in modules:
+            raise ArtifactError(
+                f"{MANIFEST_FILE} says that {module['module']!r} was left in 16 bit for what it "
+                "would lose; the source has no such module to quantize."
+            )
+    try:
+        return choose(build, plan, tokens, settings, reporter, already_kept=kept)
+    except RecipeError as error:
+        raise ArtifactError(f"{CALIBRATION_FILE} cannot be followed: {error}") from error
+
+
+def name_of(device: str) -> str:
+    """What a device is called: the model of a GPU, or "cpu"."""
+    import torch
+
+    return "cpu" if device == "cpu" else torch.cuda.get_device_name(device)

@@ -1,0 +1,65 @@
+"""What a name means where a model is wanted: an artifact, a build, a plain checkpoint, a Hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nf4_pipeline.build_folder import find_builds
+from nf4_pipeline.checkpoint.source import read_json
+from nf4_pipeline.errors import ArtifactError, UsageError
+
+ARTIFACTS = Path("artifacts")
+
+
+def find_model(name: str | Path | None) -> str:
+    """The folder (or Hub id) that transformers can load for a name.
+
+    Args:
+        name: an artifact folder, a build folder (its export is meant), a plain checkpoint folder,
+            "sample", a Hub id, or None for the export of the newest build under ./artifacts.
+
+    Raises:
+        UsageError: the name is a path that does not exist, or None and there is no build.
+        ArtifactError: a build folder that has no export yet.
+    """
+    if name is None:
+        exports = [b.export for b in find_builds(ARTIFACTS) if is_model(b.export)]
+        if not exports:
+            raise UsageError(
+                f"No artifact was named, and {ARTIFACTS}/ holds no finished build. "
+                "Name one, or make one: nf4 build sample."
+            )
+        return str(exports[0])
+    path = Path(name).expanduser()
+    if is_model(path):
+        return str(path)
+    if (path / "records").is_dir():
+        export = path / "export"
+        if is_model(export):
+            return str(export)
+        raise ArtifactError(f"{path} is a build without an export. Finish it: nf4 build.")
+    if str(name) == "sample":
+        from nf4_pipeline.sample import MODEL_DIR
+
+        return str(MODEL_DIR)
+    if path.exists():
+        raise ArtifactError(f"{path} holds no model: there is no config.json in it.")
+    if is_hub_id(str(name)):
+        return str(name)
+    raise UsageError(f"{name}: no such folder, and not a Hub id of the form ORG/NAME.")
+
+
+def is_model(path: Path) -> bool:
+    """True for a folder with a config.json."""
+    return (path / "config.json").is_file()
+
+
+def is_hub_id(name: str) -> bool:
+    """True for text of the form ORG/NAME that is no path."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+
+
+def is_quantized(folder: str) -> bool:
+    """True if the config.json of a folder says that its weights are quantized."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and bool(read_json(path).get("quantization_config"))

@@ -1,0 +1,316 @@
+"""Which tensors are quantized, which stay, which are dropped, and why. Pure: facts in, plan out.
+
+The plan decides from what a module computes, never from what a stock quantizer would do, and it
+knows every output tensor and its bytes before anything is read (`checkpoint/layout.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from nf4_pipeline.checkpoint.layout import FileLayout, plan_layout
+from nf4_pipeline.checkpoint.source import SourceTensor
+from nf4_pipeline.errors import ArchitectureError, CheckpointError, RecipeError
+from nf4_pipeline.model.architecture import LinearFact, ModelFacts
+from nf4_pipeline.nf4.layout import StoredTensor, stored_tensors
+from nf4_pipeline.recipe import QuantizeRecipe
+
+FLOAT_DTYPES: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+"""Source dtypes that can be quantized, and what readers call them."""
+
+Action = Literal["quantize", "keep", "drop"]
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What happens to one tensor of the checkpoint.
+
+    Attributes:
+        source: where it is.
+        name: its name in the output.
+        action: quantize, keep (copied exactly) or drop.
+        reason: why, in words for people.
+        module: the module that it is the weight of, if that module multiplies by it.
+        transposed: the source stores [in, out]; the output is [out, in].
+        twin: a tensor that it must equal to be dropped.
+        merged: transformers merges it with others on loading, so it cannot be 4 bit.
+    """
+
+    source: SourceTensor
+    name: str
+    action: Action
+    reason: str
+    module: str | None = None
+    transposed: bool = False
+    twin: str | None = None
+    merged: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In the output."""
+        shape = self.source.header.shape
+        return shape[::-1] if self.transposed else shape
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """The output tensors that stand for it: six, one or none."""
+        header = self.source.header
+        if self.action == "quantize":
+            return stored_tensors(self.name, self.shape, FLOAT_DTYPES[header.dtype])
+        if self.action == "keep":
+            return (StoredTensor(self.name, header.dtype, header.shape, header.nbytes),)
+        return ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to every tensor of a checkpoint, file by file.
+
+    Attributes:
+        tensors: all of them, in the order of the source.
+        skip_modules: what readers must be told to leave alone (config.json).
+        hidden_modules: quantized modules that a stock loader of transformers >= 5.5 passes over.
+        different_twins: tied tensors that differ, so that both are kept.
+    """
+
+    tensors: tuple[TensorPlan, ...]
+    skip_modules: tuple[str, ...]
+    hidden_modules: tuple[str, ...]
+    different_twins: tuple[str, ...]
+
+    @property
+    def quantized(self) -> tuple[TensorPlan, ...]:
+        return self.by_action("quantize")
+
+    def by_action(self, action: Action) -> tuple[TensorPlan, ...]:
+        return tuple(tensor for tensor in self.tensors if tensor.action == action)
+
+    def files(self) -> dict[str, tuple[TensorPlan, ...]]:
+        """The tensors of each source file that has any left in the output."""
+        grouped: dict[str, list[TensorPlan]] = {}
+        for tensor in self.tensors:
+            if tensor.action != "drop":
+                grouped.setdefault(tensor.source.file, []).append(tensor)
+        return {file: tuple(tensors) for file, tensors in grouped.items()}
+
+    def layouts(self) -> dict[str, FileLayout]:
+        """The layout of each file in quantized/."""
+        return {
+            file: plan_layout(stored for tensor in tensors for stored in tensor.stored)
+            for file, tensors in self.files().items()
+        }
+
+
+def select(
+    tensors: Sequence[SourceTensor],
+    facts: ModelFacts,
+    recipe: QuantizeRecipe,
+    *,
+    different_twins: frozenset[str] = frozenset(),
+    sensitive: frozenset[str] = frozenset(),
+) -> Plan:
+    """Decides what happens to each tensor.
+
+    Args:
+        tensors: of the checkpoint.
+        facts: of its architecture.
+        recipe: which modules to skip besides the output head.
+        different_twins: names of tied tensors that were found to differ from their twin; they are
+            kept.
+        sensitive: modules that were found to lose most by 4 bits; they are kept.
+
+    Raises:
+        CheckpointError: a tensor that the model needs is missing or has another shape.
+        ArchitectureError: there is nothing to quantize.
+        RecipeError: a skip pattern names no layer.
+    """
+    _check_patterns(recipe, facts)
+    by_model_name = {
+        model_name: tensor.name
+        for tensor in tensors
+        if (model_name := facts.names.get(tensor.name)) is not None
+    }
+    _check_complete(facts, set(by_model_name))
+    plans = {tensor.name: _decide(tensor, facts, recipe, sensitive) for tensor in tensors}
+    for tensor in tensors:
+        canonical = facts.tied.get(facts.names.get(tensor.name) or "", "")
+        twin = by_model_name.get(canonical)
+        # Only a tensor that is copied can be held against its twin while the work goes on.
+        if twin and plans[twin].action == "keep" and tensor.name not in different_twins:
+            why = f"equals {twin}, to which it is tied"
+            name = plans[tensor.name].name
+            plans[tensor.name] = TensorPlan(tensor, name, "drop", why, twin=twin)
+    decided = tuple(plans.values())
+    _check_distinct(decided)
+    if not any(plan.action == "quantize" for plan in decided):
+        raise ArchitectureError(
+            f"This {facts.class_name} has no linear layer that could be quantized "
+            f"({len(decided)} tensors: {_count_reasons(decided)}). Nothing was written."
+        )
+    return Plan(
+        tensors=decided,
+        different_twins=tuple(sorted(different_twins)),
+        skip_modules=_skip_modules(decided, facts),
+        hidden_modules=tuple(
+            plan.module
+            for plan in decided
+            if plan.action == "quantize"
+            and plan.module is not None
+            and not facts.linears[f"{plan.module}.weight"].stock
+        ),
+    )
+
+
+def _check_patterns(recipe: QuantizeRecipe, facts: ModelFacts) -> None:
+    """A pattern with a slip in it would otherwise quantize what was to be left alone."""
+    modules = [linear.module for linear in facts.linears.values()]
+    for pattern in recipe.skip_modules:
+        if modules and not any(skips(pattern, module) for module in modules):
+            raise RecipeError(
+                f"quantize.skip_modules: {pattern!r} names no linear layer of this "
+                f"{facts.class_name}; its layers are called like {modules[0]!r}."
+            )
+
+
+def _decide(
+    tensor: SourceTensor, facts: ModelFacts, recipe: QuantizeRecipe, sensitive: frozenset[str]
+) -> TensorPlan:
+    model_name = facts.names.get(tensor.name)
+    if tensor.name in facts.merged:
+        why = "merged with others on loading, which 4-bit weights cannot be"
+        return TensorPlan(tensor, tensor.name, "keep", why, _container(tensor.name), merged=True)
+    if model_name is None:
+        known = tensor.name in facts.ignorable
+        why = (
+            "a buffer that the model computes itself" if known else "the model has no place for it"
+        )
+        return TensorPlan(tensor, tensor.name, "drop", why)
+    name = _stored_name(tensor.name, model_name)
+    _check_shape(tensor, facts.shapes[model_name])
+    linear = facts.linears.get(model_name)
+    if linear is None:
+        return TensorPlan(tensor, name, "keep", _kind_of(tensor))
+    why_not = _why_not(tensor, linear, facts, recipe)
+    if not why_not and linear.module in sensitive:
+        why_not = "loses most by 4 bits"
+    if why_not:
+        return TensorPlan(tensor, name, "keep", why_not, module=linear.module)
+    return TensorPlan(
+        tensor,
+        name,
+        "quantize",
+        "linear layer",
+        module=linear.module,
+        transposed=linear.kind == "conv1d",
+    )
+
+
+def _stored_name(source_name: str, model_name: str) -> str:
+    """Stock saving adds or drops the base model's prefix, but keeps the Hub's names otherwise."""
+    shorter, longer = sorted((source_name, model_name), key=len)
+    return model_name if longer.endswith("." + shorter) else source_name
+
+
+def _why_not(
+    tensor: SourceTensor, linear: LinearFact, facts: ModelFacts, recipe: QuantizeRecipe
+) -> str | None:
+    """Why a linear layer stays in its source precision, or None if it is quantized."""
+    if linear.module in facts.head_modules:
+        return "output head"
+    if any(skips(pattern, linear.module) for pattern in recipe.skip_modules):
+        return "skipped by the recipe"
+    if any(part in linear.module.split(".") for part in facts.fp32_modules):
+        return "kept in float32 by its architecture"
+    if linear.kind == "exposed":
+        return "the model multiplies by its weight directly"
+    if linear.kind == "other":
+        return f"{linear.class_name} is not a plain linear map"
+    if tensor.header.dtype not in FLOAT_DTYPES:
+        return f"dtype {tensor.header.dtype} cannot be quantized"
+    return None
+
+
+def skips(pattern: str, module: str) -> bool:
+    """True if a skip pattern names a module: whole, as an ancestor, or as a trailing part.
+
+    The pattern "lm_head" names "lm_head"; "h.0.mlp" names "transformer.h.0.mlp.dense"; "mlp" names
+    every module below any mlp. `*` stands for one part of a name.
+    """
+    parts = r"\.".join(re.escape(part).replace(r"\*", r"[^.]+") for part in pattern.split("."))
+    return re.search(rf"(?:^|\.){parts}(?:\.|$)", module) is not None
+
+
+def _container(name: str) -> str:
+    """The module that readers must leave alone for a merged tensor: its list of experts, if any."""
+    parts = name.split(".")
+    if "experts" in parts:
+        return ".".join(parts[: parts.index("experts") + 1])
+    return name.rpartition(".")[0]
+
+
+def _kind_of(tensor: SourceTensor) -> str:
+    name = tensor.name.lower()
+    if name.endswith(".bias") and "norm" not in name and "ln_" not in name:
+        return "bias"
+    if "norm" in name or "ln_" in name or ".ln" in name:
+        return "normalization"
+    if "emb" in name or "wte" in name or "wpe" in name:
+        return "embedding"
+    return "not the weight of a linear layer"
+
+
+def _skip_modules(plans: Iterable[TensorPlan], facts: ModelFacts) -> tuple[str, ...]:
+    """Modules that a reader would take for 4-bit if config.json did not name them."""
+    kept = {plan.module for plan in plans if plan.action == "keep" and plan.module}
+    return tuple(sorted(kept | facts.head_modules))
+
+
+def _check_complete(facts: ModelFacts, present: set[str]) -> None:
+    """Every parameter must be there, or another that it shares its values with."""
+    families: dict[str, set[str]] = {}
+    for alias, canonical in facts.tied.items():
+        families.setdefault(canonical, {canonical}).add(alias)
+    shared = {name: family for family in families.values() for name in family}
+    missing = sorted(
+        name
+        for name in facts.shapes
+        if name not in facts.optional and not shared.get(name, {name}) & present
+    )
+    if missing:
+        raise CheckpointError(
+            f"The checkpoint lacks {len(missing)} tensors that a {facts.class_name} needs, "
+            f"first {missing[0]!r}. transformers would fill them with random numbers. "
+            "Download the checkpoint again."
+        )
+
+
+def _check_distinct(plans: Sequence[TensorPlan]) -> None:
+    """Two tensors of a checkpoint can mean the same place in the model, under two names."""
+    owners: dict[str, TensorPlan] = {}
+    for plan in plans:
+        for stored in plan.stored:
+            other = owners.setdefault(stored.name, plan)
+            if other is not plan:
+                raise CheckpointError(
+                    f"{plan.source.name!r} in {plan.source.file} and {other.source.name!r} in "
+                    f"{other.source.file} both become {stored.name!r}; expected one of them. "
+                    "Download the checkpoint again."
+                )
+
+
+def _check_shape(tensor: SourceTensor, expected: tuple[int, ...]) -> None:
+    if tensor.header.shape != expected:
+        raise CheckpointError(
+            f"{tensor.name!r} in {tensor.file} has the shape {tensor.header.shape}; the model of "
+            f"config.json has {expected}. The weights and the config do not belong together."
+        )
+
+
+def _count_reasons(plans: Sequence[TensorPlan]) -> str:
+    counts: dict[str, int] = {}
+    for plan in plans:
+        counts[plan.reason] = counts.get(plan.reason, 0) + 1
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))

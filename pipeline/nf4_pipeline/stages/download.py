@@ -1,0 +1,326 @@
+"""A name -> a pinned, hashed checkpoint in source/, which holds links and no copies."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from nf4_pipeline.build_folder import Build, Record, digests_json, stage_key
+from nf4_pipeline.checkpoint.atomic import make_folder, sync_folder
+from nf4_pipeline.checkpoint.digest import FileDigest, digest_files
+from nf4_pipeline.checkpoint.files import PICKLE_FILE, is_wanted
+from nf4_pipeline.checkpoint.source import has_weights, open_checkpoint
+from nf4_pipeline.checkpoint.untrusted import check_folder
+from nf4_pipeline.errors import BuildError, UsageError
+from nf4_pipeline.model.architecture import ModelFacts
+from nf4_pipeline.model.config import check_not_quantized, read_config
+from nf4_pipeline.model.config_limits import check_plausible
+from nf4_pipeline.model.probe import PendingFacts, transformers_version
+from nf4_pipeline.progress import Reporter
+from nf4_pipeline.resource_usage import measured, peak_memory_of_children
+from nf4_pipeline.runtime.artifact import is_hub_id
+from nf4_pipeline.stages import recorded
+
+CODE_VERSION: Final = 1
+SAMPLE: Final = "sample"
+
+_LOCK_PATIENCE: Final = 5.0  # seconds
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that was found, checked and hashed.
+
+    Attributes:
+        folder: where its files are.
+        repo: Hub id, or the name of the local folder.
+        commit: 40 hex digits for a Hub model, else None.
+        files: digest of each file that is taken.
+        model: what transformers says of its architecture.
+        is_sample: it is the model that comes with the package.
+        converted_from: what was found, if the weights were pickles; `files` are what was made.
+    """
+
+    folder: Path
+    repo: str
+    commit: str | None
+    files: Mapping[str, FileDigest]
+    model: ModelFacts
+    is_sample: bool = False
+    converted_from: Mapping[str, FileDigest] | None = None
+
+    @property
+    def content_sha256(self) -> str:
+        """One hash over all files: sha256 of the sorted lines `sha256  name`."""
+        return _content_sha256(self.files)
+
+    @property
+    def slug(self) -> str:
+        """The name of its build folder: `<org>--<name>@<12 digits>`."""
+        return _slug(self.repo, self.commit, self.converted_from or self.files)
+
+    def identity(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        return {"repo": self.repo, "commit": self.commit, "content_sha256": self.content_sha256}
+
+
+def run(
+    model: str,
+    artifacts: Path,
+    reporter: Reporter,
+    *,
+    revision: str | None = None,
+    build_dir: Path | None = None,
+    offline: bool = False,
+    allow_pickle: bool = False,
+) -> tuple[Build, Record, bool]:
+    """Finds, checks and hashes a checkpoint, and makes or refreshes its build folder.
+
+    Args:
+        model: Hub id, local folder, or "sample".
+        artifacts: the folder that holds builds.
+        reporter: told how far it is.
+        revision: of a Hub model; a branch, a tag or a commit.
+        build_dir: the build folder, if not the default one.
+        offline: take a Hub model as it is cached; HF_HUB_OFFLINE says so, too.
+        allow_pickle: convert weights that are pickles, where there are no others.
+
+    Returns:
+        The build folder, the record, and whether anything had to be done.
+
+    Raises:
+        SourceError: the checkpoint is not usable; nothing was written.
+        HubError: the Hub could not be asked, or sent wrong bytes.
+    """
+    asked = _Asked(revision, offline, allow_pickle, lambda slug: build_dir or artifacts / slug)
+    with measured() as finding:
+        source = _find(model, asked, reporter)
+    finding.peak_memory = max(finding.peak_memory, peak_memory_of_children())
+    build = Build(build_dir or artifacts / source.slug)
+    _refuse_foreign_folders(build, source)
+    key = stage_key(
+        {
+            "code": CODE_VERSION,
+            "source": source.identity(),
+            "at": str(source.folder),
+            "transformers": transformers_version(),
+        }
+    )
+
+    def standing() -> Record | None:
+        record = build.record("download")
+        same = record is not None and record.key == key and _links_stand(build, source)
+        return record if same else None
+
+    if record := standing():
+        return build, record, False
+    with _locked_soon(build):
+        if record := standing():
+            return build, record, False
+
+        def work() -> tuple[dict[str, Any], dict[str, Any]]:
+            _link(build, source)
+            outputs = {f"source/{name}": digest for name, digest in source.files.items()}
+            return outputs, {
+                **source.identity(),
+                "is_sample": source.is_sample,
+                "model": source.model.as_json(),
+                "converted_from": digests_json(source.converted_from or {}),
+            }
+
+        return build, recorded(build, "download", key, work, before=finding), True
+
+
+@contextmanager
+def _locked_soon(build: Build) -> Iterator[None]:
+    """Holds the build folder; another download of the same model has it for a moment only."""
+    end = time.monotonic() + _LOCK_PATIENCE
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(build.locked())
+                break
+            except BuildError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.05)
+        yield
+
+
+def recorded_facts(record: Record) -> ModelFacts:
+    """What transformers said of the architecture when the checkpoint was downloaded."""
+    return ModelFacts.from_json(record.facts["model"])
+
+
+def recorded_files(record: Record) -> dict[str, FileDigest]:
+    """The source files of a download record, by name."""
+    return {path.removeprefix("source/"): digest for path, digest in record.outputs.items()}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """How a checkpoint is to be found; `root` gives the build folder for a slug."""
+
+    revision: str | None
+    offline: bool
+    allow_pickle: bool
+    root: Callable[[str], Path]
+
+
+def _find(model: str, asked: _Asked, reporter: Reporter) -> Source:
+    path = Path(model).expanduser()
+    if path.is_dir():
+        _refuse_revision(model, asked)
+        return _local(path.resolve(), path.resolve().name, asked, reporter)
+    if model == SAMPLE:
+        _refuse_revision(model, asked)
+        from nf4_pipeline.sample import MODEL_DIR
+
+        return _local(MODEL_DIR.resolve(), "nf4-pipeline/sample", asked, reporter, is_sample=True)
+    if is_hub_id(model):
+        return _hub(model, asked, reporter)
+    raise UsageError(f"{model}: no such folder, and not a Hub id of the form ORG/NAME.")
+
+
+def _refuse_revision(model: str, asked: _Asked) -> None:
+    if asked.revision is not None:
+        raise UsageError(f"--revision {asked.revision} means nothing for {model}, a local folder.")
+
+
+def _local(
+    folder: Path, repo: str, asked: _Asked, reporter: Reporter, *, is_sample: bool = False
+) -> Source:
+    pickles = asked.allow_pickle and not has_weights(folder) and _pickles_in(folder)
+    if pickles:
+        files = _hashed({**_small_files_in(folder), **pickles}, reporter)
+        return _converted(folder, repo, None, files, asked, reporter)
+    _check(folder)
+    pending = PendingFacts(folder)
+    try:
+        files = _hashed(_wanted_in(folder), reporter)
+    except BaseException:
+        pending.cancel()
+        raise
+    facts = pending.wait()
+    return Source(folder, repo, None, files, facts, is_sample)
+
+
+def _hashed(paths: Mapping[str, Path], reporter: Reporter) -> dict[str, FileDigest]:
+    total = sum(path.stat().st_size for path in paths.values())
+    with reporter.task("hash source", total) as task:
+        return digest_files(paths, task)
+
+
+def _hub(repo: str, asked: _Asked, reporter: Reporter) -> Source:
+    from nf4_pipeline import hub
+
+    model = hub.resolve(repo, asked.revision, offline=asked.offline or None)
+    wanted = hub.wanted_files(model, allow_pickle=asked.allow_pickle)
+    fetched = hub.fetch(model, wanted, reporter)
+    files = {
+        name: FileDigest((fetched.folder / name).stat().st_size, sha256)
+        for name, sha256 in fetched.sha256.items()
+    }
+    if any(PICKLE_FILE.fullmatch(name) for name in files):
+        return _converted(fetched.folder, repo, model.commit, files, asked, reporter)
+    _check(fetched.folder)
+    return Source(fetched.folder, repo, model.commit, files, PendingFacts(fetched.folder).wait())
+
+
+def _converted(
+    folder: Path,
+    repo: str,
+    commit: str | None,
+    files: Mapping[str, FileDigest],
+    asked: _Asked,
+    reporter: Reporter,
+) -> Source:
+    """A checkpoint of pickles, as safetensors in converted/ of the build folder."""
+    from nf4_pipeline.pickles.convert import convert
+
+    check_folder(folder)
+    check_not_quantized(read_config(folder), folder)
+    build = Build(asked.root(_slug(repo, commit, files)))
+    target = build.root.resolve() / "converted"
+    with _locked_soon(build):
+        made = convert(folder, files, target, reporter)
+    _check(target)
+    facts = PendingFacts(target).wait()
+    return Source(target, repo, commit, made, facts, converted_from=files)
+
+
+def _content_sha256(files: Mapping[str, FileDigest]) -> str:
+    lines = sorted(f"{digest.sha256}  {name}\n" for name, digest in files.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _slug(repo: str, commit: str | None, files: Mapping[str, FileDigest]) -> str:
+    return f"{repo.replace('/', '--')}@{(commit or _content_sha256(files))[:12]}"
+
+
+def _check(folder: Path) -> None:
+    """Everything that can be known without reading weights or asking transformers."""
+    check_folder(folder)
+    config = read_config(folder)
+    check_not_quantized(config, folder)
+    check_plausible(config, open_checkpoint(folder))
+
+
+def _wanted_in(folder: Path) -> dict[str, Path]:
+    weights = set(open_checkpoint(folder).files)
+    return {name: folder / name for name in sorted({*weights, *_small_files_in(folder)})}
+
+
+def _small_files_in(folder: Path) -> dict[str, Path]:
+    """What is taken beside the weights."""
+    paths = [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]
+    names = sorted(path.relative_to(folder).as_posix() for path in paths if path.is_file())
+    return {
+        name: folder / name
+        for name in names
+        if is_wanted(name) and not name.endswith(".safetensors")
+    }
+
+
+def _pickles_in(folder: Path) -> dict[str, Path]:
+    paths = sorted(folder.glob("pytorch_model*.bin"))
+    return {path.name: path for path in paths if PICKLE_FILE.fullmatch(path.name)}
+
+
+def _refuse_foreign_folders(build: Build, source: Source) -> None:
+    """A build empties its folders; they must be its own, and the source must not be among them.
+
+    Raises:
+        UsageError: the build folder holds something that no build left there.
+    """
+    own = [build.source, build.quantized, build.export]
+    inside = [folder for folder in own if source.folder.is_relative_to(folder.resolve())]
+    foreign = [] if (build.root / "records").is_dir() else [f for f in own if f.exists()]
+    if inside or foreign:
+        raise UsageError(
+            f"{build.root} cannot be the build folder: {(inside + foreign)[0]} is there already "
+            "and is not part of a build. Name another --build-dir."
+        )
+
+
+def _links_stand(build: Build, source: Source) -> bool:
+    return all(
+        (build.source / name).resolve() == (source.folder / name).resolve() for name in source.files
+    )
+
+
+def _link(build: Build, source: Source) -> None:
+    for old in sorted(build.source.rglob("*"), reverse=True):
+        if old.is_symlink():
+            old.unlink()
+    for name in source.files:
+        link = build.source / name
+        make_folder(link.parent)
+        link.symlink_to((source.folder / name).resolve())
+    for folder in {(build.source / name).parent for name in source.files}:
+        sync_folder(folder)

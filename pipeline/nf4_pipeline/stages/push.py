@@ -1,0 +1,257 @@
+"""export/ -> the Hub, after checking that it is what was verified; the record holds the proof."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from nf4_pipeline import __version__
+from nf4_pipeline.build_folder import Build, Record, stage_key
+from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
+from nf4_pipeline.checkpoint.source import read_json
+from nf4_pipeline.errors import ArtifactError, VerificationError
+from nf4_pipeline.manifest.read import read_manifest
+from nf4_pipeline.progress import SILENT, Reporter
+from nf4_pipeline.provenance.signing import SIGNATURE_FILE
+from nf4_pipeline.resource_usage import measured
+
+if TYPE_CHECKING:
+    from nf4_pipeline.hub import Earlier, LocalFile, Published
+
+CODE_VERSION: Final = 1
+STAGE: Final = "push"
+CARD_FILE: Final = "README.md"
+PROVENANCE_FILE: Final = "provenance.json"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a push goes, and how.
+
+    Attributes:
+        repo_id: ORG/NAME.
+        private: visibility of the repo; None for private if it is made, else as it is.
+        pull_request: propose the change instead of making it.
+        force: also over what somebody else pushed.
+        allow_unverified: also an export whose verdict is "fail"; its card will say so.
+    """
+
+    repo_id: str
+    private: bool | None = None
+    pull_request: bool = False
+    force: bool = False
+    allow_unverified: bool = False
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What a push puts on the Hub.
+
+    Attributes:
+        target: where.
+        source: the repo that the artifact was made from.
+        verdict: of verify.
+        card: the model card as it will be there.
+        folder: where the other files are.
+        files: name -> digest of what will be there.
+    """
+
+    target: Target
+    source: str
+    verdict: str
+    card: str
+    folder: Path
+    files: dict[str, FileDigest]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(digest.size for digest in self.files.values())
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "repo_id": self.target.repo_id,
+            "private": self.target.private is not False,
+            "pull_request": self.target.pull_request,
+            "verdict": self.verdict,
+            "total_bytes": self.total_bytes,
+            "files": {name: digest.as_json() for name, digest in self.files.items()},
+            "card": self.card,
+        }
+
+    def local_files(self) -> dict[str, LocalFile]:
+        """The files as the Hub room takes them."""
+        from nf4_pipeline.hub import LocalFile
+
+        files = {
+            name: LocalFile(self.folder / name, digest.size, digest.sha256)
+            for name, digest in self.files.items()
+        }
+        return files | {CARD_FILE: LocalFile.of_bytes(self.card.encode())}
+
+
+def plan_upload(build: Build, target: Target, reporter: Reporter = SILENT) -> Upload:
+    """Lists what would be uploaded, after checking that it is what was verified.
+
+    Raises:
+        BuildError: verify is not done.
+        VerificationError: the verdict is not "pass", and the target does not allow that.
+        ArtifactError: a file changed, came or went since it was verified.
+    """
+    verified = build.need("verify")
+    verdict = verified.facts["verdict"]
+    if verdict != "pass" and not target.allow_unverified:
+        raise VerificationError(
+            f'{build.export} has the verdict "{verdict}"; only an artifact that passed is '
+            "published. See verification.json in it for the checks that failed. "
+            "--allow-unverified publishes it all the same, with a warning at the head of its card."
+        )
+    manifest = read_manifest(build.export)
+    files = _checked_files(build, manifest, reporter)
+    card = (build.export / CARD_FILE).read_text("utf-8")
+    if verdict != "pass":
+        failed = [check["name"] for check in verified.facts["checks"] if not check["passed"]]
+        card = with_warning(card, verdict, failed)
+        content = card.encode()
+        from nf4_pipeline.hub import LocalFile
+
+        files[CARD_FILE] = FileDigest(len(content), LocalFile.of_bytes(content).sha256)
+    return Upload(target, manifest["source"]["repo"], verdict, card, build.export, files)
+
+
+def run(build: Build, target: Target, reporter: Reporter) -> Record:
+    """Publishes an export, proves what the Hub holds, and records both.
+
+    Raises:
+        BuildError: verify is not done, or another process works here.
+        VerificationError: the verdict is not "pass", and the target does not allow that.
+        ArtifactError: the export is not what was verified.
+        ConflictError: somebody else pushed to the repo; the target does not say `force`.
+        HubError: the Hub refuses, does not answer, or does not hold what was sent.
+    """
+    from nf4_pipeline import hub
+
+    with build.locked():
+        with measured() as usage:
+            upload = plan_upload(build, target, reporter)
+            order = hub.Order(
+                repo_id=target.repo_id,
+                title=f"NF4 artifact of {upload.source}",
+                description=f"Made and verified by nf4-pipeline {__version__}.",
+                private=target.private,
+                pull_request=target.pull_request,
+                force=target.force,
+                earlier=_earlier(build, target.repo_id),
+            )
+            facts = _facts(upload, hub.publish(upload.local_files(), order, reporter))
+        # An earlier record stands until this one replaces it: it says what the Hub held last.
+        key = stage_key({"code": CODE_VERSION, "repo": target.repo_id, "files": facts["files"]})
+        record = Record(STAGE, key, {}, facts, usage.seconds, usage.peak_memory)
+        build.write_record(record)
+    return record
+
+
+def _facts(upload: Upload, published: Published) -> dict[str, Any]:
+    """What the record says, and `nf4 push --json`."""
+    from nf4_pipeline import hub
+
+    repo_id, number = upload.target.repo_id, published.pull_request
+    return {
+        "repo_id": repo_id,
+        "commit": published.commit,
+        "url": hub.commit_url(repo_id, published.commit),
+        "branch": published.branch,
+        "parent": published.parent,
+        "committed": published.parent is not None,
+        "created": published.created,
+        "private": published.private,
+        "pull_request": number,
+        "pull_request_url": hub.pull_request_url(repo_id, number) if number else None,
+        "verdict": upload.verdict,
+        "allow_unverified": upload.verdict != "pass",
+        "files": {name: digest.as_json() for name, digest in upload.files.items()},
+        "total_bytes": upload.total_bytes,
+        "proof": published.proof,
+    }
+
+
+def with_warning(card: str, verdict: str, failed: list[str]) -> str:
+    """A model card that says, before anything else, that its artifact did not pass."""
+    checks = f" Checks that failed: {', '.join(failed)}." if failed else ""
+    warning = (
+        f'> [!WARNING]\n> **This artifact did not pass verification: its verdict is "{verdict}".**'
+        f"{checks} It was published with `--allow-unverified`; `verification.json` says what was "
+        "measured."
+    )
+    if card.startswith("---\n"):
+        head, mark, rest = card[4:].partition("\n---\n")
+        if mark:
+            return f"---\n{head}{mark}\n{warning}\n{rest}"
+    return f"{warning}\n\n{card}"
+
+
+def _checked_files(
+    build: Build, manifest: dict[str, Any], reporter: Reporter
+) -> dict[str, FileDigest]:
+    """Every file of the export, each as the manifest and the records have it."""
+    listed = manifest["files"].items()
+    expected = {name: FileDigest(entry["size"], entry["sha256"]) for name, entry in listed}
+    expected |= _recorded_files(build)
+    signature = build.export / SIGNATURE_FILE
+    if signature.is_file():  # it signs what is checked here, and nothing signs it
+        expected[SIGNATURE_FILE] = digest_file(signature)
+    paths = {
+        path.relative_to(build.export).as_posix(): path
+        for path in sorted(build.export.rglob("*"))
+        if path.is_file()
+    }
+    found = {}
+    with reporter.task("check export", sum(path.stat().st_size for path in paths.values())) as task:
+        for name in sorted(expected.keys() | paths.keys()):
+            if name in paths and name in expected:
+                found[name] = digest_file(paths[name], task)
+            if found.get(name) != expected.get(name) or name not in found:
+                what = "is missing" if name not in paths else "is not what was verified"
+                raise ArtifactError(
+                    f"{build.export / name} {what}. Run `nf4 build` (or `nf4 serialize` and "
+                    "`nf4 verify`) again."
+                )
+    _check_provenance(build, found)
+    return found
+
+
+def _check_provenance(build: Build, found: dict[str, FileDigest]) -> None:
+    """A statement of an earlier run may speak of files that verify has written anew since."""
+    if PROVENANCE_FILE not in found:
+        return
+    subjects = read_json(build.export / PROVENANCE_FILE)["subject"]
+    for subject in subjects:
+        digest = found.get(subject["name"])
+        if digest is None or digest.sha256 != subject["digest"]["sha256"]:
+            raise ArtifactError(
+                f"{build.export / PROVENANCE_FILE} speaks of another {subject['name']} than the "
+                "one that is there. Run `nf4 attest` again."
+            )
+
+
+def _recorded_files(build: Build) -> dict[str, FileDigest]:
+    """What the stages say that they left in the export: manifest, verification, card, pictures."""
+    found: dict[str, FileDigest] = {}
+    for path in sorted((build.root / "records").glob("*.json")):
+        record = build.record(path.stem)
+        for name, digest in record.outputs.items() if record else ():
+            if name.startswith("export/"):
+                found[name.removeprefix("export/")] = digest
+    return found
+
+
+def _earlier(build: Build, repo_id: str) -> Earlier | None:
+    """What an earlier push from this build left in that repo."""
+    from nf4_pipeline.hub import Earlier, commit_url
+
+    record = build.record(STAGE)
+    # The address tells apart repos of one name on two Hubs, too.
+    if record is None or record.facts["url"] != commit_url(repo_id, record.facts["commit"]):
+        return None
+    files = {name: entry["found"] for name, entry in record.facts["proof"]["files"].items()}
+    return Earlier(record.facts["branch"], record.facts["commit"], files)

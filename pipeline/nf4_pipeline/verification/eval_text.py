@@ -1,0 +1,137 @@
+"""The text on which the two models are compared, cut into sequences of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nf4_pipeline.errors import RecipeError
+
+TEXTS: Final = Path(__file__).with_name("texts")
+BUILT_IN: Final = "built in"
+RANDOM: Final = "random token ids"
+LENGTH: Final = 512
+"""Tokens in a sequence, at most: enough for a model to use what it has read."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is read, by domain.
+
+    Attributes:
+        name: where it is from.
+        domains: name of a domain -> text.
+    """
+
+    name: str
+    domains: Mapping[str, str]
+
+    @property
+    def sha256(self) -> str | None:
+        """Of all of it; None if there is no text."""
+        if not self.domains:
+            return None
+        joined = "\0".join(f"{name}\0{text}" for name, text in self.domains.items())
+        return hashlib.sha256(joined.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """Tokens that a model reads in one go.
+
+    Attributes:
+        domain: where they are from.
+        ids: int64 [tokens].
+    """
+
+    domain: str
+    ids: NDArray[np.int64]
+
+
+def read_text(path: Path | None) -> Text:
+    """The user's text, or the one that comes with the package.
+
+    Raises:
+        RecipeError: the file cannot be read, or is empty.
+    """
+    if path is None:
+        files = sorted(TEXTS.glob("*.txt"))
+        return Text(BUILT_IN, {file.stem: file.read_text("utf-8") for file in files})
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The text {path} cannot be read: {error}.") from error
+    if not text.strip():
+        raise RecipeError(f"The text {path} is empty. Name one with some thousand words.")
+    return Text(path.name, {path.stem: text})
+
+
+def cut(text: Text, tokenizer: Any, tokens: int, context: int | None) -> tuple[TokenSequence, ...]:
+    """Cuts a text into sequences of about equal length, the same number of tokens a domain.
+
+    Args:
+        text: what is read.
+        tokenizer: of the model.
+        tokens: how many are wanted in all; fewer if the text has fewer.
+        context: how many the model takes at once.
+
+    Returns:
+        Sequences of at least two tokens. Each begins as the tokenizer begins a text.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    begin = beginning(tokenizer)
+    room = max(1, min(LENGTH, context or LENGTH) - len(begin))
+    share = tokens // max(1, len(text.domains))
+    found = []
+    for domain, words in text.domains.items():
+        ids = tokenizer(words, add_special_tokens=False, verbose=False).input_ids
+        for window in _windows(np.asarray(ids, np.int64), share, room):
+            whole = np.concatenate([np.asarray(begin, np.int64), window])
+            found += [TokenSequence(domain, whole)] if len(whole) > 1 else []
+    if not found:
+        raise RecipeError(
+            f"{tokens} tokens of the text {text.name} make no sequence of two tokens in any of its "
+            f"{len(text.domains)} domains. Ask for more (--eval-tokens), or name a longer text "
+            "(--eval-text)."
+        )
+    return tuple(found)
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before a text; what it may put behind one is left out."""
+    bare = tokenizer("a", add_special_tokens=False).input_ids
+    whole: list[int] = tokenizer("a").input_ids
+    starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return whole[: next(starts, 0)]
+
+
+def _windows(ids: NDArray[np.int64], wanted: int, room: int) -> list[NDArray[np.int64]]:
+    """Windows of at most `room` tokens, spread evenly over a text, `wanted` tokens in all."""
+    wanted = min(wanted, len(ids))
+    count = max(1, -(-wanted // room))
+    parts = np.array_split(ids, count)
+    size, larger = divmod(wanted, count)
+    return [part[: size + (i < larger)] for i, part in enumerate(parts)]
+
+
+def random_sequences(
+    vocabulary: int, tokens: int, context: int | None
+) -> tuple[TokenSequence, ...]:
+    """Token ids by chance, for a model without a tokenizer; the same ones each time."""
+    length = max(2, min(LENGTH, context or LENGTH, tokens))
+    dice = np.random.default_rng(0)
+    ids = dice.integers(0, vocabulary, (max(1, tokens // length), length), dtype=np.int64)
+    return tuple(TokenSequence(RANDOM, row) for row in ids)
+
+
+def as_lists(sequences: Sequence[TokenSequence]) -> list[dict[str, Any]]:
+    """Plain JSON, for another process."""
+    return [{"domain": s.domain, "ids": s.ids.tolist()} for s in sequences]

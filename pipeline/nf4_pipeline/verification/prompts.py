@@ -1,0 +1,62 @@
+"""The questions that both models are asked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from nf4_pipeline.errors import RecipeError
+
+REFERENCE: Final = Path(__file__).with_name("reference.jsonl")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question.
+
+    Attributes:
+        prompt: the text.
+        expect: the one right answer, if there is one.
+        chat: put the text into the model's chat template, if it has one.
+    """
+
+    prompt: str
+    expect: str | None = None
+    chat: bool = False
+
+
+def read_prompts(path: Path) -> tuple[Prompt, ...]:
+    """Reads a JSONL file: one object a line with "prompt", and "expect" or "chat" if wanted.
+
+    Raises:
+        RecipeError: no such file, or a line that is something else; the text names the line.
+    """
+    try:
+        lines = path.read_text("utf-8").split("\n")  # splitlines() also splits inside of texts
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The prompts {path} cannot be read: {error}.") from error
+    prompts = tuple(
+        _parse(line, f"{path}, line {number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    )
+    if not prompts:
+        raise RecipeError(f"The prompts {path} are empty; expected one JSON object a line.")
+    return prompts
+
+
+def _parse(line: str, where: str) -> Prompt:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise RecipeError(f"{where}: not valid JSON ({error}).") from error
+    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+        raise RecipeError(f'{where}: expected an object with a text under "prompt".')
+    if not value["prompt"].strip():
+        raise RecipeError(f"{where}: the prompt is empty.")
+    expect, chat = value.get("expect"), value.get("chat", False)
+    if not isinstance(expect, str | None) or not isinstance(chat, bool):
+        raise RecipeError(f'{where}: "expect" must be a text, "chat" true or false.')
+    return Prompt(value["prompt"], expect, chat)

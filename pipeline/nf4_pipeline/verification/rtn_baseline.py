@@ -1,0 +1,122 @@
+"""Plain round to nearest beside an artifact that chose its codes in another way.
+
+It needs no second artifact: a twin of the 4-bit model shares everything with it but the codes and
+scales of its 4-bit layers, which are made from the 16-bit weights when a block opens and dropped
+when it closes. The layers are the same, so both run through the same kernels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from numpy.typing import NDArray
+from transformers.pytorch_utils import Conv1D
+
+from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.nf4.codebook import NF4_LEVELS, SCALE_LEVELS
+from nf4_pipeline.nf4.layout import QUANT_STATE_SUFFIX, quant_state_text
+from nf4_pipeline.nf4.rtn import round_to_nearest
+from nf4_pipeline.runtime.bnb_cpu_fixes import repair
+
+
+class NearestTwin:
+    """The 4-bit model as round to nearest would have made it.
+
+    Args:
+        reference: the 16-bit model; a weight is rounded as it stands there.
+        model: the 4-bit one, which has computed nothing yet.
+        kept: modules that are not 4 bit in it for what they would lose; in the twin they are.
+
+    Attributes:
+        model: the twin; a block of it can be run between `open` and `close`.
+        blocks: of the twin, by name.
+    """
+
+    def __init__(self, reference: StreamedModel, model: Any, kept: Sequence[str] = ()) -> None:
+        own = {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+        shared = [*model.parameters(), *model.buffers(), *(m.quant_state for m in own.values())]
+        self.model = copy.deepcopy(model, {id(item): item for item in shared})
+        self.blocks = {name: self.model.get_submodule(name) for name in reference.blocks}
+        self._reference = reference
+        self._own = own
+        self._dtypes = {name: layer.weight.quant_state.dtype for name, layer in own.items()}
+        for name in kept:
+            layer = self.model.get_submodule(name)
+            self.model.set_submodule(name, _empty(layer))
+            own[name] = _empty(layer)  # what stands there again when the block closes
+            self._dtypes[name] = layer.weight.dtype
+        repair(self.model)
+        for name in own:
+            if not any(name.startswith(f"{block}.") for block in reference.blocks):
+                self._round(name)
+
+    def open(self, block: str) -> None:
+        """Rounds the weights of a block that is open in the reference."""
+        for name in self._layers(block):
+            self._round(name)
+
+    def close(self, block: str) -> None:
+        """Drops them again."""
+        for name in self._layers(block):
+            own, layer = self._own[name], self.model.get_submodule(name)
+            layer.weight, layer.quant_state = own.weight, own.quant_state
+
+    def _layers(self, block: str) -> list[str]:
+        return [name for name in self._own if name.startswith(f"{block}.")]
+
+    def _round(self, name: str) -> None:
+        source, layer = self._reference.model.get_submodule(name), self.model.get_submodule(name)
+        weight = source.weight.T if isinstance(source, Conv1D) else source.weight
+        if weight.isfinite().all():  # else no model gives a number, whatever the codes
+            codes, companions = rounded(weight.to(self._dtypes[name]))
+            layer.weight = Params4bit.from_prequantized(
+                codes, companions, device=weight.device, module=layer
+            )
+
+
+def _empty(layer: Any) -> Linear4bit:
+    """A 4-bit layer for a plain one, with its bias and without a weight."""
+    shape = layer.weight.T.shape if isinstance(layer, Conv1D) else layer.weight.shape
+    found = Linear4bit(
+        shape[1],
+        shape[0],
+        bias=layer.bias is not None,
+        compute_dtype=layer.weight.dtype,
+        quant_type="nf4",
+        device="meta",
+    )
+    found.bias = layer.bias
+    return found
+
+
+def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What an artifact of round to nearest stores of a weight.
+
+    Args:
+        weight: bfloat16, float16 or float32, [out_features, in_features], all finite.
+
+    Returns:
+        Packed codes, uint8 [ceil(n / 2), 1], and the five tensors beside them by their suffix, on
+        the CPU.
+    """
+    dtype = str(weight.dtype).removeprefix("torch.")
+    unsigned = torch.uint32 if weight.itemsize == 4 else torch.uint16
+    bits = weight.detach().cpu().reshape(-1).view(unsigned).numpy()
+    packed, nested = round_to_nearest(bits, dtype)
+    text = quant_state_text(tuple(weight.shape), dtype, float(nested.offset))
+    companions: dict[str, NDArray[Any]] = {
+        ".absmax": nested.codes,
+        ".quant_map": NF4_LEVELS,
+        ".nested_absmax": nested.absmax,
+        ".nested_quant_map": SCALE_LEVELS,
+        QUANT_STATE_SUFFIX: np.frombuffer(text, np.uint8).copy(),
+    }
+    return (
+        torch.from_numpy(packed)[:, None],
+        {suffix: torch.from_numpy(part.copy()) for suffix, part in companions.items()},
+    )
