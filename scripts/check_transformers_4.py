@@ -136,7 +136,7 @@ def look_there(python: Path, artifact: Path, prompts: Sequence[str]) -> Found:
 
 
 def look_here(artifact: Path, prompts: Sequence[str]) -> tuple[Found, float]:
-    """Loads the artifact with `nf4_pipeline.load`; and measures what rounding does to its logits."""
+    """Loads the artifact with `nf4_pipeline.load`; measures what rounding does to its logits."""
     import nf4_pipeline
     import torch
     from bitsandbytes.nn import Linear4bit

@@ -14,7 +14,7 @@ from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe, load_recipe
 from nf4_pipeline.stages import Settings, download
 
-from tests.support.facts import FactsHere
+from tests.support.architecture import FactsHere
 from tests.support.tiny import copy_of, write_falcon, write_recipe
 
 # Here and in every process that a test starts: matrices so small wait longer for a second thread

@@ -13,8 +13,8 @@ from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.stages import Settings, download
 
+from tests.support.architecture import FactsHere
 from tests.support.decoders import DECODERS, write_decoder
-from tests.support.facts import FactsHere
 from tests.support.stock import linear4bit, logits
 
 TOKENS: Final = (torch.arange(24) * 9 % 250).reshape(2, 12)

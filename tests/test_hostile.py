@@ -14,7 +14,7 @@ from nf4_pipeline.job import run_stage
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.stages import Settings, download
 
-from tests.support.facts import FactsHere
+from tests.support.architecture import FactsHere
 from tests.support.tiny import INDEX, SHARDS, copy_of, edit_json, write_falcon
 
 Damage = Callable[[Path], object]

@@ -26,8 +26,8 @@ from transformers.models.falcon import modeling_falcon
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from tests.support.architecture import FactsHere
 from tests.support.checkpoints import FALCONS, HEAD, KINDS, make_checkpoint, read_tensors
-from tests.support.facts import FactsHere
 from tests.support.stock import (
     falcon_patch,
     linear4bit,

@@ -20,7 +20,7 @@ from nf4_pipeline.recipe import QuantizeRecipe, Recipe, SerializeRecipe
 from nf4_pipeline.reproduce.reproduce import reproduce
 from nf4_pipeline.stages import Settings, download
 
-from tests.support.facts import FactsHere
+from tests.support.architecture import FactsHere
 from tests.support.tiny import copy_of, flip_byte, nf4
 
 

@@ -18,7 +18,6 @@ from nf4_pipeline.stages import Settings
 from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import read_tensors
-from tests.support.examined import examine_here
 from tests.support.tamper import (
     PARTS,
     Forgery,
@@ -31,6 +30,7 @@ from tests.support.tamper import (
     zero_scale_byte,
 )
 from tests.support.tiny import SHARDS, copy_of, edit_json
+from tests.support.verified import examine_here
 
 UP: Final = "transformer.h.0.mlp.dense_h_to_4h"
 NORM: Final = "transformer.h.1.input_layernorm.weight"

@@ -36,9 +36,9 @@ from nf4_pipeline.verification.prompts import Prompt
 
 from tests.report import made
 from tests.support.checkpoints import make_checkpoint, read_tensors
-from tests.support.examined import examine_here
 from tests.support.tamper import agree, change, swap
 from tests.support.tiny import content_of, copy_of, edit_json, flip_byte, nf4
+from tests.support.verified import examine_here
 
 pytestmark = pytest.mark.usefixtures("facts_here")
 

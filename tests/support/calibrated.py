@@ -19,7 +19,7 @@ from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe
 from nf4_pipeline.stages import Settings, download
 
-from tests.support.facts import FactsHere
+from tests.support.architecture import FactsHere
 
 FEW = 1024
 """Tokens that are enough for models so small."""

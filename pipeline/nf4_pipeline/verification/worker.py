@@ -1,8 +1,8 @@
 """A fresh process that loads one model and does what is asked of it.
 
 `python -m nf4_pipeline.verification.worker REQUEST.json`: reads it, writes the result beside it,
-and says on stdout, one JSON line at a time, how far it is. Being a process of its own, it starts from what is
-on disk alone, and its peak memory is its own.
+and says on stdout, one JSON line at a time, how far it is. Being a process of its own, it starts
+from what is on disk alone, and its peak memory is its own.
 
 - "source": the 16-bit checkpoint answers prompts. What does not fit the device is streamed.
 - "artifact": the 4-bit one is loaded as anybody loads it, counted, answers the same prompts, and is

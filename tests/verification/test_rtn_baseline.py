@@ -20,13 +20,13 @@ from nf4_pipeline.recipe import QuantizeRecipe, Recipe
 from nf4_pipeline.runtime.loader import load
 from nf4_pipeline.sample import MODEL_DIR
 from nf4_pipeline.stages import Settings, download
-from nf4_pipeline.verification import compare as distance
+from nf4_pipeline.verification import compare
 from nf4_pipeline.verification.compare import Comparison
 from nf4_pipeline.verification.rtn_baseline import NearestTwin, rounded
 
-from tests.proof.test_distance import FIELDS, LENGTHS, sequences
 from tests.support.checkpoints import make_checkpoint, read_tensors
 from tests.support.tamper import PARTS
+from tests.verification.test_compare import FIELDS, LENGTHS, sequences
 
 KINDS: Final = ("falcon-7b", "gpt2", "opt")
 
@@ -110,7 +110,7 @@ def test_it_is_the_same_in_several_passes_and_again(
 ) -> None:
     source, artifact = built["falcon-7b"]
     once = compared(source, other_codes(artifact), nearest=())
-    monkeypatch.setattr(distance, "_TOGETHER", 40)
+    monkeypatch.setattr(compare, "_TOGETHER", 40)
     passes = compared(source, other_codes(artifact), nearest=())
     with StreamedModel(source, "cpu") as streamed:
         comparison = Comparison(streamed, other_codes(artifact), nearest=())

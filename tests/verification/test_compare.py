@@ -17,7 +17,7 @@ from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
 from nf4_pipeline.runtime.bnb_cpu_fixes import dequantized
 from nf4_pipeline.runtime.loader import load
 from nf4_pipeline.runtime.quiet import quiet_loading
-from nf4_pipeline.verification import compare as distance
+from nf4_pipeline.verification import compare
 from nf4_pipeline.verification.compare import Comparison
 from nf4_pipeline.verification.eval_text import TokenSequence
 from transformers import AutoModelForCausalLM
@@ -105,7 +105,7 @@ def test_a_text_that_is_read_in_several_passes(
     folder = make_checkpoint(tmp_path / "llama", "llama")
     model = in_4_bit(folder)
     once, scores = compared(folder, model, sequences())
-    monkeypatch.setattr(distance, "_TOGETHER", 40)
+    monkeypatch.setattr(compare, "_TOGETHER", 40)
     again, passes = compared(folder, in_4_bit(folder), sequences())
     assert_same(passes, scores)
     for name, block in once.blocks.items():

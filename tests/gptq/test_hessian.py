@@ -10,7 +10,7 @@ import torch
 from nf4_pipeline.gptq.config import Method
 from nf4_pipeline.gptq.hessian import IllConditionedError, guide
 
-from tests.calibration.test_choose import moment_of
+from tests.gptq.test_quantizer import moment_of
 from tests.support.compensated import prepared
 
 METHOD: Final = Method()
