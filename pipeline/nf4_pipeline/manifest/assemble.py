@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any, Final
 
-from nf4_pipeline.build_folder import digests_json
-from nf4_pipeline.checkpoint.digest import FileDigest
+from nf4_pipeline.checkpoint.digest import FileDigest, digests_json
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.selection import Plan, TensorPlan
 
