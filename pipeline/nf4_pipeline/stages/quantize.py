@@ -9,9 +9,9 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from nf4_pipeline.build_folder import Build, Record, stage_key
+from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.checkpoint.atomic import make_folder, write_json
-from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
+from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, json_sha256
 from nf4_pipeline.checkpoint.layout import FileLayout
 from nf4_pipeline.checkpoint.shards import tensor_facts
 from nf4_pipeline.checkpoint.source import Checkpoint, open_checkpoint
@@ -45,7 +45,7 @@ def key(build: Build, settings: Settings) -> str:
     parts = {"code": CODE_VERSION, "files": shaping, "recipe": recipe.shaping()}
     if recipe.calibrate:
         parts["calibration"] = calibrate.key_part(build, recipe)
-    return stage_key(parts)
+    return json_sha256(parts)
 
 
 def make_plan(
