@@ -110,8 +110,8 @@ class FileJob:
         if block is not None:
             raise CheckpointError(
                 f"{plan.source.name!r} in {plan.source.file} holds an infinity or a NaN (weights "
-                f"{chunk.start + block * BLOCK_SIZE} and on). Such a checkpoint cannot be quantized; "
-                "look for a corrected revision."
+                f"{chunk.start + block * BLOCK_SIZE} and on). Such a checkpoint cannot be "
+                "quantized; look for a corrected revision."
             )
         self._output.write(plan.name, packed_bytes(chunk.start), packed)
         if self._finished_one(weight):
