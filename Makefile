@@ -73,10 +73,10 @@ format: venv  ## put the code into the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: venv  ## run every scripts/bench_*.py
-	@set -- scripts/bench_*.py; \
+bench: venv  ## run every scripts/bench/bench_*.py
+	@set -- scripts/bench/bench_*.py; \
 	if [ ! -f "$$1" ]; then \
-	  echo "Error: there is no scripts/bench_*.py yet, so nothing was measured." >&2; exit 1; \
+	  echo "Error: there is no scripts/bench/bench_*.py yet, so nothing was measured." >&2; exit 1; \
 	fi; \
 	for script in "$$@"; do \
 	  echo "$(BIN)/python $$script $(ARGS)"; \
