@@ -61,7 +61,7 @@ class Lockstep:
             try:
                 active = [run for run in runs if self._goes_on(run)]
                 while active:
-                    name = active[0].door
+                    name = active[0].barrier
                     here = [run for run in active if run.barrier == name]
                     self._opened(name)
                     ended = [run for run in here if not self._goes_on(run)]
