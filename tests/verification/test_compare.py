@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
 from nf4_pipeline.runtime.bnb_cpu_fixes import dequantized
 from nf4_pipeline.runtime.loader import load

@@ -11,7 +11,7 @@ import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit
-from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.fidelity.token_scores import TokenScores
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.nf4 import rtn as nearest

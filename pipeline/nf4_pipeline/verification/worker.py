@@ -25,7 +25,7 @@ import numpy as np
 
 from nf4_pipeline.errors import PipelineError
 from nf4_pipeline.fidelity.metrics import by_domain, by_position, compare, difference, histogram
-from nf4_pipeline.resource_usage import available_memory, measured, peak_memory
+from nf4_pipeline.resource_usage import measured
 from nf4_pipeline.runtime.generate import Generator
 from nf4_pipeline.runtime.loader import load_tokenizer, load_with_report
 from nf4_pipeline.runtime.quiet import quiet_libraries
@@ -53,12 +53,12 @@ def main() -> None:
 
 def _source(request: dict[str, Any]) -> dict[str, Any]:
     """The 16-bit model's answers, and what they cost."""
-    from nf4_pipeline.blocks.streamed import StreamedModel
+    from nf4_pipeline.blocks.streamed_model import StreamedModel
 
     with measured() as usage:
         start = time.perf_counter()
         with StreamedModel(Path(request["source"]), request["device"]) as streamed:
-            whole = _hold_what_fits(request, streamed)
+            whole = streamed.hold_what_fits(_SPARE, limit=request["device_memory"])
             load_seconds = time.perf_counter() - start
             found: list[dict[str, Any]] = []
             if request["prompts"]:
@@ -103,7 +103,7 @@ def _artifact(request: dict[str, Any]) -> dict[str, Any]:
 
 def _distance(request: dict[str, Any], model: Any) -> dict[str, Any]:
     """How far the model is from its source; leaves the scores of all tokens in a file."""
-    from nf4_pipeline.blocks.streamed import StreamedModel
+    from nf4_pipeline.blocks.streamed_model import StreamedModel
     from nf4_pipeline.verification.compare import Comparison
 
     generator = Generator(model, _tokenizer(request))
@@ -182,18 +182,6 @@ def _answer(request: dict[str, Any], generator: Generator) -> list[dict[str, Any
         found.append(asking.answer(generator, question, request["max_new_tokens"]))
         _say(advance=1)
     return found
-
-
-def _hold_what_fits(request: dict[str, Any], streamed: Any) -> bool:
-    """Gives blocks their weights for good as long as there is memory; True if all have them."""
-    largest = max((streamed.nbytes(block) for block in streamed.blocks), default=0)
-    room = _free_memory(request) - _SPARE - largest  # of which one is streamed at a time
-    for block in streamed.blocks:
-        room -= streamed.nbytes(block)
-        if room < 0:
-            return False
-        streamed.hold(block)
-    return True
 
 
 def _answer_streamed(request: dict[str, Any], streamed: Any, whole: bool) -> list[dict[str, Any]]:
@@ -292,18 +280,6 @@ def _limit_device_memory(request: dict[str, Any]) -> None:
     if limit and device != "cpu":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
-
-
-def _free_memory(request: dict[str, Any]) -> int:
-    """Bytes of the device that may still be taken."""
-    import torch
-
-    limit, device = request["device_memory"], request["device"]
-    if device == "cpu":
-        free, taken = available_memory() or 0, peak_memory()
-    else:
-        (free, _), taken = torch.cuda.mem_get_info(device), torch.cuda.memory_allocated(device)
-    return min(free, limit - taken) if limit else free
 
 
 def _device(model: Any) -> dict[str, str]:
