@@ -64,10 +64,11 @@ push: venv  ## publish the artifact of MODEL as REPO_ID on the Hub (ARGS=--dry-r
 test: venv  ## run the tests, two files at a time (ARGS go to pytest)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-lint: venv  ## check style and types
+lint: venv  ## check style, types, and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: venv  ## put the code into the project's style
 	$(BIN)/ruff check --fix .
@@ -85,7 +86,7 @@ bench: venv  ## run every scripts/bench/bench_*.py
 
 clean:  ## delete caches and every build under artifacts/ (keeps .venv; asks nothing)
 	find artifacts -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find pipeline scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## show this list
