@@ -36,7 +36,8 @@ def pool() -> Iterator[Executor]:
 
 
 def codes_of(result: QuantizedWeight, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    return unpack(result.packed, int(np.prod(shape))).reshape(shape)
+    codes: NDArray[np.uint8] = unpack(result.packed, int(np.prod(shape))).reshape(shape)
+    return codes
 
 
 def read(result: QuantizedWeight, shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -13,9 +13,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 from nf4_pipeline.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from nf4_pipeline.nf4.bisection import nearest_code, nearest_scale_code
 from nf4_pipeline.nf4.codebook import (
     NF4_LEVELS,
-    NF4_MIDPOINTS,
     SCALE_LEVELS,
     SCALE_MIDPOINTS,
     ZERO_CODE,
@@ -26,20 +26,6 @@ _INFINITE: Final = np.float32(np.inf)
 _ZERO: Final = np.float32(0.0)
 _ONE: Final = np.float32(1.0)
 _ZERO_LEVEL: Final = int(np.flatnonzero(SCALE_LEVELS == 0)[0])
-_M0, _M1, _M2, _M3, _M4, _M5, _M6, _M7 = NF4_MIDPOINTS[:8]
-_M8, _M9, _M10, _M11, _M12, _M13, _M14 = NF4_MIDPOINTS[8:]
-
-
-@njit(cache=True, nogil=True, inline="always")
-def _code(value):  # type: ignore[no-untyped-def]
-    """The number of midpoints below a value, by bisection."""
-    b3 = value > _M7
-    b2 = value > (_M11 if b3 else _M3)
-    b1 = value > ((_M13 if b2 else _M9) if b3 else (_M5 if b2 else _M1))
-    upper = (_M14 if b1 else _M12) if b2 else (_M10 if b1 else _M8)
-    lower = (_M6 if b1 else _M4) if b2 else (_M2 if b1 else _M0)
-    b0 = value > (upper if b3 else lower)
-    return np.int32(b3) << 3 | np.int32(b2) << 2 | np.int32(b1) << 1 | np.int32(b0)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -67,7 +53,7 @@ def _start_scales(weights, first, columns, diagonal, candidates, signs, limit, s
                 scale = -scale
             inverse = _ONE / scale
             for i in range(BLOCK_SIZE):
-                off = values[i] - scale * NF4_LEVELS[_code(values[i] * inverse)]
+                off = values[i] - scale * NF4_LEVELS[nearest_code(values[i] * inverse)]
                 errors[i] = weighting[i] * off * off
             total = _ZERO
             for i in range(BLOCK_SIZE):
@@ -112,16 +98,10 @@ def nested_absmax(scales: NDArray[np.float32]) -> NDArray[np.float32]:
 def _scale_code(scale, nested):  # type: ignore[no-untyped-def]
     """The stored level that is nearest to a scale, but never the level zero."""
     x = scale / max(nested, _SMALLEST)
-    low, high = 0, SCALE_MIDPOINTS.size
-    while low < high:
-        middle = (low + high) // 2
-        if SCALE_MIDPOINTS[middle] < x:
-            low = middle + 1
-        else:
-            high = middle
-    if low == _ZERO_LEVEL:
-        low = _ZERO_LEVEL + 1 if scale >= _ZERO else _ZERO_LEVEL - 1
-    return low
+    code = nearest_scale_code(x, 0, SCALE_MIDPOINTS.size)
+    if code == _ZERO_LEVEL:
+        code = _ZERO_LEVEL + 1 if scale >= _ZERO else _ZERO_LEVEL - 1
+    return code
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -130,7 +110,7 @@ def _try_scale(values, factor, start, scale, bound, errors, codes):  # type: ign
     inverse = _ONE / scale
     cost = _ZERO
     for j in range(BLOCK_SIZE):
-        code = _code(values[j] * inverse)
+        code = nearest_code(values[j] * inverse)
         error = (values[j] - scale * NF4_LEVELS[code]) / factor[start + j, start + j]
         cost += error * error
         if cost >= bound:
@@ -271,7 +251,7 @@ def _round_ragged(weights, factor, order, first, scales, codes):  # type: ignore
             kept = _ZERO
             code = np.int32(ZERO_CODE)
             if abs(scale) >= _SMALLEST:
-                code = _code(values[j] / scale)
+                code = nearest_code(values[j] / scale)
                 kept = scale * NF4_LEVELS[code]
             error = (values[j] - kept) / factor[j, j]
             codes[r, j] = code
