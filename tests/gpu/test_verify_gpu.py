@@ -1,6 +1,7 @@
 """On a CUDA device: the sample is verified there, in little memory, as on whole models.
 
-Run by `scripts/gpu_checks.py` on a machine that has one; the results stand in docs/performance.md.
+Run by `scripts/campaigns/gpu_checks.py` on a machine that has one; the results stand in
+docs/performance.md.
 """
 
 from __future__ import annotations

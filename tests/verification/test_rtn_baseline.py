@@ -25,8 +25,8 @@ from nf4_pipeline.verification.compare import Comparison
 from nf4_pipeline.verification.rtn_baseline import NearestTwin, rounded
 
 from tests.support.checkpoints import make_checkpoint, read_tensors
+from tests.support.sequences import FIELDS, LENGTHS, sequences
 from tests.support.tamper import PARTS
-from tests.verification.test_compare import FIELDS, LENGTHS, sequences
 
 KINDS: Final = ("falcon-7b", "gpt2", "opt")
 

@@ -5,7 +5,7 @@ virtual environment of its own, with the torch and the bitsandbytes that run her
 artifact there with a plain `AutoModelForCausalLM.from_pretrained`, and holds the logits and the
 count of 4-bit layers against those of `nf4_pipeline.load` here. Both sides run on the CPU.
 
-    python scripts/check_transformers_4.py artifacts/<build>/export
+    python scripts/campaigns/check_transformers_4.py artifacts/<build>/export
 
 The bound. Two correct programs that round to bf16 (or fp16) after every step agree with exact
 arithmetic to within some distance, but not with each other to the last bit: transformers 4 and 5
@@ -202,8 +202,7 @@ def planned_layers(artifact: Path) -> list[str]:
     """The modules that the manifest says are quantized."""
     from nf4_pipeline.manifest.read import read_manifest
 
-    tensors = read_manifest(artifact)["tensors"]
-    return [tensor["module"] for tensor in tensors if tensor["quantized"]]
+    return sorted(read_manifest(artifact).quantized_modules)
 
 
 def table(here: Found, there: Found, planned: int, apart: float, bound: float) -> str:
