@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Literal
 
+from nf4_pipeline.documents import Document
 from nf4_pipeline.fidelity.metrics import Fidelity
 from nf4_pipeline.recipe import VerifyRecipe
 
 
-@dataclass(frozen=True)
-class Check:
+@dataclass(frozen=True, slots=True)
+class Check(Document):
     """One thing that must hold.
 
     Attributes:
@@ -25,9 +27,6 @@ class Check:
     found: str
     expected: str
 
-    def as_json(self) -> dict[str, object]:
-        return asdict(self)
-
 
 def fidelity_checks(fidelity: Fidelity, recipe: VerifyRecipe) -> list[Check]:
     """Holds the distance from the 16-bit model against the recipe's limits."""
@@ -40,8 +39,7 @@ def fidelity_checks(fidelity: Fidelity, recipe: VerifyRecipe) -> list[Check]:
         Check(
             "mean KL from the 16-bit model",
             kl.value <= recipe.max_mean_kl,
-            f"{kl.value:.4f} [{kl.low:.4f}, {kl.high:.4f}] nats per token over "
-            f"{fidelity.tokens} tokens",
+            f"{kl:.4f} nats per token over {fidelity.tokens} tokens",
             f"at most {recipe.max_mean_kl:g}",
         ),
         Check(
@@ -53,8 +51,8 @@ def fidelity_checks(fidelity: Fidelity, recipe: VerifyRecipe) -> list[Check]:
         Check(
             "perplexity in 4 bit over 16 bit",
             ratio.value <= recipe.max_perplexity_ratio,
-            f"{ratio.value:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]: "
-            f"{fidelity.perplexity_4bit.value:.3f} over {fidelity.perplexity_16bit.value:.3f}",
+            f"{ratio:.4f}: {fidelity.perplexity_4bit.value:.3f} over "
+            f"{fidelity.perplexity_16bit.value:.3f}",
             f"at most {recipe.max_perplexity_ratio:g}",
         ),
     ]
@@ -76,6 +74,9 @@ def accuracy_check(
     )
 
 
-def verdict(checks: Sequence[Check]) -> str:
+Verdict = Literal["pass", "fail"]
+
+
+def verdict(checks: Sequence[Check]) -> Verdict:
     """ "pass" if every check passed."""
     return "pass" if all(check.passed for check in checks) else "fail"
