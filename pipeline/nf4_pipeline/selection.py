@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from nf4_pipeline.checkpoint.layout import FileLayout, plan_layout
+from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.source import SourceTensor
 from nf4_pipeline.errors import ArchitectureError, CheckpointError, RecipeError
 from nf4_pipeline.model.architecture import LinearFact, ModelFacts
-from nf4_pipeline.nf4.layout import StoredTensor, stored_tensors
+from nf4_pipeline.nf4.stored_weight import stored_tensors
 from nf4_pipeline.recipe import QuantizeRecipe
 
 FLOAT_DTYPES: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}

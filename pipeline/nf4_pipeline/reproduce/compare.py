@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, digest_tensors
-from nf4_pipeline.checkpoint.layout import FileLayout
+from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor
 from nf4_pipeline.checkpoint.sink import WrittenFile
 from nf4_pipeline.engine.scheduler import Output
-from nf4_pipeline.nf4.layout import StoredTensor
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.reproduce.derive import Derived, run_engine
 from nf4_pipeline.stages import Settings

@@ -19,7 +19,7 @@ from nf4_pipeline.engine.buffers import divide
 from nf4_pipeline.engine.scheduler import QuantizedFile, quantize_files
 from nf4_pipeline.engine.tied import TwinsDifferError
 from nf4_pipeline.errors import PlanMismatchError, ResourceError
-from nf4_pipeline.nf4.layout import blocks_of
+from nf4_pipeline.nf4.packing import blocks_of
 from nf4_pipeline.nf4.rounding import NearestOnCpu, Rounding
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.resource_usage import available_memory, measured, measured_on_device

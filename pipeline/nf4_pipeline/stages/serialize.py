@@ -76,7 +76,7 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
 
     def work() -> tuple[dict[str, Any], dict[str, Any]]:
         with replacing_folder(build.export) as folder:
-            shards = _weights(build, record, settings, folder, reporter)
+            shards = _weights(build, record, plan, settings, folder, reporter)
             files = {shard.name: shard.digest for shard in shards}
             names = recorded_files(build.need("download"))
             small = small_files(build.source, names, plan, model_class)
@@ -101,14 +101,15 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
 
 
 def _weights(
-    build: Build, record: Record, settings: Settings, folder: Path, reporter: Reporter
+    build: Build, record: Record, plan: Plan, settings: Settings, folder: Path, reporter: Reporter
 ) -> list[Shard]:
     """The weight files: each quantized file as it is, or cut where it is too large."""
     limit = settings.recipe.serialize.max_shard_bytes
+    groups = {file: [t.stored for t in tensors] for file, tensors in plan.files().items()}
     pieces = [
         piece
         for file in record.facts["files"]
-        for piece in split_file(build.quantized / file, limit)
+        for piece in split_file(build.quantized / file, limit, groups[file])
     ]
     names = name_shards(len(pieces))
     shards = []
