@@ -11,6 +11,9 @@ from nf4_pipeline.fidelity.metrics import Fidelity
 from nf4_pipeline.recipe import VerifyRecipe
 
 
+Verdict = Literal["pass", "fail"]
+
+
 @dataclass(frozen=True, slots=True)
 class Check(Document):
     """One thing that must hold.
@@ -58,23 +61,21 @@ def fidelity_checks(fidelity: Fidelity, recipe: VerifyRecipe) -> list[Check]:
     ]
 
 
-def accuracy_check(
-    reference_right: Sequence[bool], right: Sequence[bool], recipe: VerifyRecipe
-) -> Check | None:
-    """Holds the right answers of both models against each other; None without expected answers."""
-    asked = len(right)
-    if not asked:
-        return None
-    lost = (sum(reference_right) - sum(right)) / asked
+def accuracy_check(asked: int, right_16bit: int, right_4bit: int, recipe: VerifyRecipe) -> Check:
+    """Holds the right answers of both models against each other.
+
+    Args:
+        asked: questions with one right answer; at least one.
+        right_16bit: how many the reference answered so.
+        right_4bit: how many the model did.
+        recipe: the limits.
+    """
     return Check(
         "right answers",
-        lost <= recipe.max_accuracy_drop,
-        f"{sum(right)} of {asked} in 4 bit, {sum(reference_right)} of {asked} in 16 bit",
+        (right_16bit - right_4bit) / asked <= recipe.max_accuracy_drop,
+        f"{right_4bit} of {asked} in 4 bit, {right_16bit} of {asked} in 16 bit",
         f"at most {recipe.max_accuracy_drop:.0%} of the questions lost",
     )
-
-
-Verdict = Literal["pass", "fail"]
 
 
 def verdict(checks: Sequence[Check]) -> Verdict:
