@@ -167,7 +167,7 @@ class Build:
                 "stage": record.stage,
                 "key": record.key,
                 "outputs": {
-                    path: {**digest.as_json(), "mtime_ns": (self.root / path).stat().st_mtime_ns}
+                    path: {**digest.to_json(), "mtime_ns": (self.root / path).stat().st_mtime_ns}
                     for path, digest in sorted(record.outputs.items())
                 },
                 "seconds": round(record.seconds, 3),
@@ -240,7 +240,7 @@ def stage_key(parts: Mapping[str, Any]) -> str:
 
 def digests_json(digests: Mapping[str, FileDigest]) -> dict[str, object]:
     """Digests as plain JSON, by name."""
-    return {name: digest.as_json() for name, digest in sorted(digests.items())}
+    return {name: digest.to_json() for name, digest in sorted(digests.items())}
 
 
 def find_builds(artifacts: Path) -> list[Build]:

@@ -44,8 +44,7 @@ def quantized(build: Build, options: Settings, reporter: Reporter = SILENT) -> S
 
 
 def manifest_of(build: Build) -> dict[str, Any]:
-    found: dict[str, Any] = read_manifest(build.export)
-    return found
+    return read_manifest(build.export).to_json()
 
 
 def bytes_of(build: Build) -> dict[str, bytes]:

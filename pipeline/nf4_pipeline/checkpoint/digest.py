@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Final
 
 from nf4_pipeline.checkpoint.header import HeaderTensor
+from nf4_pipeline.documents import Document
 from nf4_pipeline.progress import Task
 
 _CHUNK: Final = 4 * 2**20
 
 
-@dataclass(frozen=True)
-class FileDigest:
+@dataclass(frozen=True, slots=True)
+class FileDigest(Document):
     """A file's size and sha256 (hex)."""
 
     size: int
@@ -27,9 +28,6 @@ class FileDigest:
     def of(cls, content: bytes) -> FileDigest:
         """Of a file that holds just these bytes."""
         return cls(len(content), hashlib.sha256(content).hexdigest())
-
-    def as_json(self) -> dict[str, object]:
-        return {"size": self.size, "sha256": self.sha256}
 
 
 def digest_file(path: Path, task: Task | None = None) -> FileDigest:

@@ -65,7 +65,7 @@ def _convert(source: Path, target: Path) -> dict[str, Any]:
             _copy(output, name, tensor)
         written = output.finish()
     return {
-        **written.digest.as_json(),
+        **written.digest.to_json(),
         "tensors": {tensor.name: tensor.nbytes for tensor in written.tensors},
         "peak_memory_bytes": peak_memory(),
     }

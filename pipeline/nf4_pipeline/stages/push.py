@@ -75,7 +75,7 @@ class Upload:
             "pull_request": self.target.pull_request,
             "verdict": self.verdict,
             "total_bytes": self.total_bytes,
-            "files": {name: digest.as_json() for name, digest in self.files.items()},
+            "files": {name: digest.to_json() for name, digest in self.files.items()},
             "card": self.card,
         }
 
@@ -106,7 +106,7 @@ def plan_upload(build: Build, target: Target, reporter: Reporter = SILENT) -> Up
             "published. See verification.json in it for the checks that failed. "
             "--allow-unverified publishes it all the same, with a warning at the head of its card."
         )
-    manifest = read_manifest(build.export)
+    manifest = read_manifest(build.export).to_json()
     files = _checked_files(build, manifest, reporter)
     card = (build.export / CARD_FILE).read_text("utf-8")
     if verdict != "pass":
@@ -169,7 +169,7 @@ def _facts(upload: Upload, published: Published) -> dict[str, Any]:
         "pull_request_url": hub.pull_request_url(repo_id, number) if number else None,
         "verdict": upload.verdict,
         "allow_unverified": upload.verdict != "pass",
-        "files": {name: digest.as_json() for name, digest in upload.files.items()},
+        "files": {name: digest.to_json() for name, digest in upload.files.items()},
         "total_bytes": upload.total_bytes,
         "proof": published.proof,
     }
