@@ -265,9 +265,7 @@ def difference(
     )
 
 
-def _ratio(
-    draws: Resampling, first: NDArray[np.float64], second: NDArray[np.float64]
-) -> Interval:
+def _ratio(draws: Resampling, first: NDArray[np.float64], second: NDArray[np.float64]) -> Interval:
     """The mean of the one over the mean of the other, and its interval."""
     one, other = mean(first), mean(second)
 

@@ -10,7 +10,6 @@ from nf4_pipeline.documents import Document
 from nf4_pipeline.fidelity.metrics import Fidelity
 from nf4_pipeline.recipe import VerifyRecipe
 
-
 Verdict = Literal["pass", "fail"]
 
 
