@@ -289,7 +289,7 @@ class Verification(Document):
         versions: of everything that a figure may depend on, by name.
     """
 
-    schema_version: int
+    schema_version: Literal[3]
     verdict: Verdict
     thresholds: Thresholds
     checks: tuple[Check, ...]
