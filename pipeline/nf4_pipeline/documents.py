@@ -22,7 +22,6 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
@@ -126,8 +125,18 @@ class _Entry:
     read: Callable[[Any], Any]
 
 
-@cache
-def _entries(cls: type[Document]) -> tuple[_Entry, ...]:
+_entries_of: dict[type, tuple[_Entry, ...]] = {}
+
+
+def _entries(cls: type) -> tuple[_Entry, ...]:
+    """The fields of a document, their hints looked up once per class."""
+    known = _entries_of.get(cls)
+    if known is None:
+        known = _entries_of[cls] = _look_up(cls)
+    return known
+
+
+def _look_up(cls: type) -> tuple[_Entry, ...]:
     hints = get_type_hints(cls)
     return tuple(
         _Entry(
@@ -138,11 +147,13 @@ def _entries(cls: type[Document]) -> tuple[_Entry, ...]:
             expected=_expected(hints[item.name]),
             read=_reader(hints[item.name]),
         )
-        for item in fields(cls)  # type: ignore[arg-type]  # subclasses are dataclasses
+        for item in fields(cls)
     )
 
 
 def _plain(value: Any) -> Any:
+    if type(value) in _SCALARS:
+        return value
     if isinstance(value, Document):
         return value.to_json()
     if isinstance(value, tuple | list):

@@ -129,7 +129,7 @@ def test_other_tokens_are_refused(artifact: Path, tiny_falcon: Path) -> None:
         reproduce(artifact, tiny_falcon, SILENT)
 
     def list_again() -> None:
-        digest = digest_file(path).as_json()
+        digest = digest_file(path).to_json()
         edited(manifest, lambda value: value["files"].update({"calibration.json": digest}))
 
     list_again()
@@ -144,7 +144,7 @@ def test_other_tokens_are_refused(artifact: Path, tiny_falcon: Path) -> None:
 def test_what_was_kept_must_be_what_the_manifest_says(artifact: Path, tiny_falcon: Path) -> None:
     path, manifest = artifact / "calibration.json", artifact / "manifest.json"
     edited(path, lambda value: value.update(kept=[]))
-    digest = digest_file(path).as_json()
+    digest = digest_file(path).to_json()
     edited(manifest, lambda value: value["files"].update({"calibration.json": digest}))
     found = reproduce(artifact, tiny_falcon, SILENT)
     assert [d.file for d in found.differences] == ["calibration.json", "manifest.json"]
@@ -158,7 +158,7 @@ def test_tokens_that_the_model_does_not_know(artifact: Path, tiny_falcon: Path) 
 
     path, manifest = artifact / "calibration.json", artifact / "manifest.json"
     edited(path, lambda value: value["ids"][0].__setitem__(3, 70_000))
-    digest = digest_file(path).as_json()
+    digest = digest_file(path).to_json()
     sha256 = parse_tokens(json.loads(path.read_text())).sha256
     edited(manifest, lambda value: value["files"].update({"calibration.json": digest}))
     edited(manifest, lambda value: value["calibration"].update(tokens_sha256=sha256))

@@ -231,7 +231,7 @@ def run_one_stage(
         "ran": result.ran,
         "seconds": result.record.seconds,
         "peak_memory_bytes": result.record.peak_memory,
-        "outputs": {name: d.as_json() for name, d in result.record.outputs.items()},
+        "outputs": {name: d.to_json() for name, d in result.record.outputs.items()},
     }
     for name in ("verdict", "checks", "fidelity", "domains", "accuracy", "against"):
         if name in result.record.facts:

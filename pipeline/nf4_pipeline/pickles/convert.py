@@ -47,7 +47,7 @@ def convert(
     small = {name: digest for name, digest in files.items() if not _replaced(name)}
     origin = {
         "code": CODE_VERSION,
-        "files": {name: digest.as_json() for name, digest in sorted(files.items())},
+        "files": {name: digest.to_json() for name, digest in sorted(files.items())},
     }
     if done := _standing(target, origin):
         return {**done, **small}
@@ -72,7 +72,7 @@ def convert(
         digests[INDEX_FILE] = digest_file(target / INDEX_FILE)
     for name in small:
         write_bytes(target / name, (source / name).read_bytes())
-    made = {name: digest.as_json() for name, digest in sorted(digests.items())}
+    made = {name: digest.to_json() for name, digest in sorted(digests.items())}
     write_json(target / NOTE_FILE, {"from": origin, "made": made})
     return {**digests, **small}
 
