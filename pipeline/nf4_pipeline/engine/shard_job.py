@@ -19,7 +19,7 @@ from nf4_pipeline.nf4.packing import packed_bytes
 from nf4_pipeline.nf4.rounding import Rounding, WeightRounding
 from nf4_pipeline.nf4.stored_weight import companions
 from nf4_pipeline.progress import Task
-from nf4_pipeline.selection import FLOAT_DTYPES, TensorPlan
+from nf4_pipeline.selection import QUANTIZABLE_DTYPES, TensorPlan
 
 
 class ThreadBuffers(threading.local):
@@ -105,7 +105,7 @@ class FileJob:
         weight = self._weight(plan)
         bits = read_chunk(self._source, chunk, self._buffers.get("in", chunk.nbytes))
         packed = self._buffers.get("codes", packed_bytes(chunk.count), share=4)
-        dtype = FLOAT_DTYPES[plan.source.header.dtype]
+        dtype = QUANTIZABLE_DTYPES[plan.source.header.dtype]
         block = weight.rounding.quantize_chunk(bits, dtype, chunk.start, packed)
         if block is not None:
             raise CheckpointError(
@@ -134,7 +134,7 @@ class FileJob:
     def _finish(self, weight: _Weight) -> None:
         """All codes are chosen: the scales and the other companions are written."""
         plan, rounded = weight.plan, weight.rounding.finish()
-        dtype = FLOAT_DTYPES[plan.source.header.dtype]
+        dtype = QUANTIZABLE_DTYPES[plan.source.header.dtype]
         for name, data in companions(plan.name, plan.shape, dtype, rounded.scales).items():
             self._output.write(name, 0, data)
         with self._lock:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from nf4_pipeline.build_folder import Build, Record, digests_json, stage_key
+from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.checkpoint.atomic import make_folder, sync_folder
-from nf4_pipeline.checkpoint.digest import FileDigest, digest_files
+from nf4_pipeline.checkpoint.digest import FileDigest, digest_files, digests_json, json_sha256
 from nf4_pipeline.checkpoint.files import PICKLE_FILE, is_wanted
 from nf4_pipeline.checkpoint.source import has_weights, open_checkpoint
 from nf4_pipeline.checkpoint.untrusted import check_folder
@@ -103,7 +103,7 @@ def run(
     finding.peak_memory = max(finding.peak_memory, peak_memory_of_children())
     build = Build(build_dir or artifacts / source.slug)
     _refuse_foreign_folders(build, source)
-    key = stage_key(
+    key = json_sha256(
         {
             "code": CODE_VERSION,
             "source": source.identity(),

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from nf4_pipeline import __version__
-from nf4_pipeline.build_folder import Build, Record, stage_key
-from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
+from nf4_pipeline.build_folder import Build, Record
+from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, json_sha256
 from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.errors import ArtifactError, VerificationError
 from nf4_pipeline.manifest.read import read_manifest
@@ -145,7 +145,7 @@ def run(build: Build, target: Target, reporter: Reporter) -> Record:
             )
             facts = _facts(upload, hub.publish(upload.local_files(), order, reporter))
         # An earlier record stands until this one replaces it: it says what the Hub held last.
-        key = stage_key({"code": CODE_VERSION, "repo": target.repo_id, "files": facts["files"]})
+        key = json_sha256({"code": CODE_VERSION, "repo": target.repo_id, "files": facts["files"]})
         record = Record(STAGE, key, {}, facts, usage.seconds, usage.peak_memory)
         build.write_record(record)
     return record

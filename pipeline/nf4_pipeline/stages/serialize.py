@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from nf4_pipeline.build_folder import Build, Record, stage_key
+from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.checkpoint.atomic import (
     json_bytes,
     link_or_copy,
     replacing_folder,
     write_bytes,
 )
-from nf4_pipeline.checkpoint.digest import FileDigest
+from nf4_pipeline.checkpoint.digest import FileDigest, json_sha256
 from nf4_pipeline.checkpoint.shards import Shard, name_shards, split_file, write_shard
 from nf4_pipeline.checkpoint.source import INDEX_FILE
 from nf4_pipeline.errors import BuildError, ResourceError
@@ -40,7 +40,7 @@ def key(build: Build, settings: Settings) -> str:
         for name, digest in recorded_files(download).items()
         if not name.endswith(".safetensors")
     }
-    return stage_key(
+    return json_sha256(
         {
             "code": CODE_VERSION,
             "quantized": {name: digest.sha256 for name, digest in quantized.outputs.items()},

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from nf4_pipeline import __version__
-from nf4_pipeline.build_folder import Build, Record, stage_key
+from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.checkpoint.atomic import json_bytes, write_bytes
-from nf4_pipeline.checkpoint.digest import digest_file
+from nf4_pipeline.checkpoint.digest import digest_file, json_sha256
 from nf4_pipeline.checkpoint.files import is_tokenizer
 from nf4_pipeline.errors import ArtifactError, RecipeError, ResourceError
 from nf4_pipeline.manifest.manifest import Manifest
@@ -63,7 +63,7 @@ def _key(build: Build, settings: Settings, against: str | None) -> str:
     download, serialized = build.need("download"), build.need("serialize")
     recipe = {**settings.recipe.as_json()["verify"]}
     del recipe["prompts"], recipe["eval_text"]  # what the files hold matters, not where they are
-    return stage_key(
+    return json_sha256(
         {
             "code": CODE_VERSION,
             "source": download.facts["content_sha256"],
