@@ -34,7 +34,7 @@ from nf4_pipeline.verification.eval_text import Text, cut
 from nf4_pipeline.verification.launch import Examination
 from nf4_pipeline.verification.prompts import Prompt
 
-from tests.report import made
+from tests.support import made
 from tests.support.checkpoints import make_checkpoint, read_tensors
 from tests.support.tamper import agree, change, swap
 from tests.support.tiny import content_of, copy_of, edit_json, flip_byte, nf4
