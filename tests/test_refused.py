@@ -19,8 +19,8 @@ from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe, SerializeRecipe
 from nf4_pipeline.stages import Settings, download, serialize
 
-from tests.support import disk
-from tests.support.kills import content, leftovers
+from tests.campaigns import disk
+from tests.support.folder_state import content, leftovers
 from tests.support.tiny import copy_of, nf4
 
 pytestmark = pytest.mark.usefixtures("facts_here")

@@ -16,7 +16,7 @@ from nf4_pipeline.build_folder import Build
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.stages import download
 
-from tests.cli.test_bad_input import check_message, check_nothing_written
+from tests.support.failures import check_message, check_nothing_written
 from tests.support.tiny import content_of, copy_of, edit_json, environment, nf4, write_falcon
 
 LAYERS = 4

@@ -15,7 +15,7 @@ from nf4_pipeline.checkpoint.header import read_header
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.stages import download
 
-from tests.support import kills
+from tests.campaigns import kills
 from tests.support.tiny import content_of, copy_of, nf4, start_nf4, write_falcon
 
 pytestmark = pytest.mark.usefixtures("facts_here")

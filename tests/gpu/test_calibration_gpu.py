@@ -69,19 +69,19 @@ def _inputs(columns: int, device: str) -> tuple[Any, int]:
 @pytest.mark.parametrize(("rows", "columns", "dtype"), SHAPES)
 def test_cuda_chooses_what_the_cpu_chooses(rows: int, columns: int, dtype: str, signs: int) -> None:
     """For the same guide, bit for bit: codes, scales, and what they cost."""
-    from nf4_pipeline.gptq.config import Method
-    from nf4_pipeline.gptq.hessian import Guide, guide
-    from nf4_pipeline.gptq.quantizer import ChooserOnCpu
-    from nf4_pipeline.gptq.quantizer_cuda import ChooserOnCuda
+    from nf4_pipeline.gptq.config import GptqConfig
+    from nf4_pipeline.gptq.hessian import factorize
+    from nf4_pipeline.gptq.quantizer import GptqOnCpu
+    from nf4_pipeline.gptq.quantizer_cuda import GptqOnCuda
 
-    method = Method(signs=signs)
+    config = GptqConfig(negative_scales=signs == 2)
     weight = _weight(rows, columns, dtype)
-    moment, tokens = _inputs(columns, DEVICE)
-    on_device = guide(moment, tokens, method)
-    on_host = Guide(on_device.order.cpu(), on_device.factor.cpu(), on_device.importance.cpu())
+    hessian, tokens = _inputs(columns, DEVICE)
+    on_device = factorize(hessian, tokens, config)
+    on_host = on_device.cpu()
     with ThreadPoolExecutor(4) as pool, torch.inference_mode():
-        found = ChooserOnCuda(method, DEVICE, pool).choose(weight.to(DEVICE), on_device)
-        expected = ChooserOnCpu(method, pool).choose(weight, on_host)
+        found = GptqOnCuda(config, DEVICE, pool).quantize(weight.to(DEVICE), on_device)
+        expected = GptqOnCpu(config, pool).quantize(weight, on_host)
     assert np.count_nonzero(found.packed != expected.packed) == 0
     assert np.count_nonzero(found.scales.codes != expected.scales.codes) == 0
     assert found.scales.absmax.tobytes() == expected.scales.absmax.tobytes()
@@ -92,25 +92,25 @@ def test_cuda_chooses_what_the_cpu_chooses(rows: int, columns: int, dtype: str, 
 
 def _calibrated(rows: int, columns: int, dtype: str) -> Any:
     """Codes and scales of a weight, as an artifact would hold them."""
-    from nf4_pipeline.gptq.config import Method
-    from nf4_pipeline.gptq.hessian import guide
-    from nf4_pipeline.gptq.quantizer import ChooserOnCpu
+    from nf4_pipeline.gptq.config import GptqConfig
+    from nf4_pipeline.gptq.hessian import factorize
+    from nf4_pipeline.gptq.quantizer import GptqOnCpu
 
-    prepared = guide(*_inputs(columns, "cpu"), Method())
+    prepared = factorize(*_inputs(columns, "cpu"), GptqConfig())
     with ThreadPoolExecutor(4) as pool, torch.inference_mode():
-        choice = ChooserOnCpu(Method(), pool).choose(_weight(rows, columns, dtype), prepared)
-    negative = float((choice.scales.scales() < 0).mean())
+        result = GptqOnCpu(GptqConfig(), pool).quantize(_weight(rows, columns, dtype), prepared)
+    negative = float((result.scales.scales() < 0).mean())
     assert 0.2 < negative < 0.8
-    return choice
+    return result
 
 
 def _stock(
-    choice: Any, shape: tuple[int, ...], dtype: str, device: str, *, nested: bool = True
+    result: Any, shape: tuple[int, ...], dtype: str, device: str, *, nested: bool = True
 ) -> tuple[Any, Any]:
     """What bitsandbytes makes of it: packed codes and their state on a device.
 
     Args:
-        choice: codes and scales.
+        result: codes and scales.
         shape: of the weight; on a CPU, bitsandbytes reads rows of whole blocks alone right.
         dtype: of the weight.
         device: where.
@@ -121,9 +121,9 @@ def _stock(
     from nf4_pipeline.nf4.codebook import NF4_LEVELS
     from nf4_pipeline.nf4.stored_weight import companions
 
-    packed = torch.from_numpy(choice.packed.copy())[:, None]
+    packed = torch.from_numpy(result.packed.copy())[:, None]
     if not nested:
-        scales = torch.from_numpy(choice.scales.scales().copy()).to(device)
+        scales = torch.from_numpy(result.scales.scales().copy()).to(device)
         state = QuantState(
             absmax=scales,
             shape=torch.Size(shape),
@@ -133,7 +133,7 @@ def _stock(
             dtype=getattr(torch, dtype),
         )
         return packed.to(device), state
-    parts = companions("", shape, dtype, choice.scales)
+    parts = companions("", shape, dtype, result.scales)
     beside = {suffix: torch.from_numpy(part.copy()) for suffix, part in parts.items()}
     parameter = Params4bit.from_prequantized(packed, beside, device=device)
     return parameter.data, parameter.quant_state
@@ -149,12 +149,12 @@ def test_negative_scales_are_dequantized_alike(
     from bitsandbytes.functional import dequantize_4bit
     from nf4_pipeline.nf4.dequantize import dequantize
 
-    choice = _calibrated(rows, columns, dtype)
-    ours = dequantize(choice.packed, choice.scales.scales(), (rows, columns))
+    result = _calibrated(rows, columns, dtype)
+    ours = dequantize(result.packed, result.scales.scales(), (rows, columns))
     expected = torch.from_numpy(ours).to(getattr(torch, dtype))
     flat = (1, rows * columns)
     for device, shape in ((DEVICE, (rows, columns)), ("cpu", flat)):
-        packed, state = _stock(choice, shape, dtype, device, nested=nested)
+        packed, state = _stock(result, shape, dtype, device, nested=nested)
         found = dequantize_4bit(packed, state).cpu().reshape(rows, columns)
         assert found.dtype == expected.dtype
         assert torch.equal(found, expected), device
@@ -173,13 +173,13 @@ def test_negative_scales_are_multiplied_right(
     from bitsandbytes import matmul_4bit
     from nf4_pipeline.nf4.dequantize import dequantize
 
-    choice = _calibrated(rows, columns, dtype)
+    result = _calibrated(rows, columns, dtype)
     weight = torch.from_numpy(
-        dequantize(choice.packed, choice.scales.scales(), (rows, columns))
+        dequantize(result.packed, result.scales.scales(), (rows, columns))
     ).double()
     dice = torch.Generator().manual_seed(batch)
     x = torch.randn(batch, columns, generator=dice).to(getattr(torch, dtype))
-    packed, state = _stock(choice, (rows, columns), dtype, DEVICE, nested=nested)
+    packed, state = _stock(result, (rows, columns), dtype, DEVICE, nested=nested)
     with torch.inference_mode():
         found = matmul_4bit(x.to(DEVICE), packed.t(), quant_state=state).cpu()
     assert found.dtype == x.dtype
@@ -190,7 +190,7 @@ def test_negative_scales_are_multiplied_right(
     off = (found.double() - expected).abs() / (unit * (expected.abs() + 4 * size) + 1e-12)
     assert float(off.max()) < 1.0
     # The measure can tell: a sign that is lost is far beyond it.
-    absolute = dequantize(choice.packed, np.abs(choice.scales.scales()), (rows, columns))
+    absolute = dequantize(result.packed, np.abs(result.scales.scales()), (rows, columns))
     lost = (x.double() @ torch.from_numpy(absolute).double().T - expected).abs()
     assert float((lost / (unit * (expected.abs() + 4 * size) + 1e-12)).median()) > 5.0
 

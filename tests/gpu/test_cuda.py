@@ -1,6 +1,7 @@
 """On a CUDA device: the same bytes as on the CPU, and a build that is verified there.
 
-Run by `scripts/gpu_checks.py` on a machine that has one; the results stand in docs/performance.md.
+Run by `scripts/campaigns/gpu_checks.py` on a machine that has one; the results stand in
+docs/performance.md.
 """
 
 from __future__ import annotations

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from nf4_pipeline.build_folder import Build
 
-from tests.support.hub_faults import TOKEN
-from tests.support.hub_server import Fault, HubServer
+from tests.support.hub_server import TOKEN, Fault, HubServer
 from tests.support.hub_store import Repo
 from tests.support.hub_worker import Outcome, Worker
 from tests.support.tiny import content_of, copy_of

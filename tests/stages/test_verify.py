@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.cli import main
 from nf4_pipeline.errors import ArtifactError, RecipeError, UsageError, VerificationError

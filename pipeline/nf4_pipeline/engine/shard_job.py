@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from nf4_pipeline.checkpoint.sink import Sink
 from nf4_pipeline.engine.chunks import Chunk, read_chunk, will_read
-from nf4_pipeline.engine.tied import Twin
+from nf4_pipeline.engine.tied import TiedTensor
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.nf4.packing import packed_bytes
@@ -48,7 +48,7 @@ class _Weight:
     left: int
 
 
-class FileJob:
+class ShardJob:
     """Makes the bytes of one output file, chunk by chunk, from any thread.
 
     Args:
@@ -79,24 +79,24 @@ class FileJob:
         self._open: dict[str, _Weight] = {}
         self._lock = threading.Lock()
 
-    def announce(self, chunk: Chunk, twins: Sequence[Twin] = ()) -> None:
+    def announce(self, chunk: Chunk, tied: Sequence[TiedTensor] = ()) -> None:
         """Has the system begin to read what `make` will soon ask for."""
         will_read(self._source, chunk)
-        for twin in twins:
-            twin.announce(chunk)
+        for other in tied:
+            other.announce(chunk)
 
-    def make(self, chunk: Chunk, twins: Sequence[Twin] = ()) -> None:
+    def make(self, chunk: Chunk, tied: Sequence[TiedTensor] = ()) -> None:
         """Does with a chunk what the plan says, and checks the tensors dropped for its own."""
         if chunk.tensor.action == "quantize":
             self._quantize(chunk)
         else:
-            self._copy(chunk, twins)
+            self._copy(chunk, tied)
         self._task.advance(chunk.nbytes)
 
-    def _copy(self, chunk: Chunk, twins: Sequence[Twin]) -> None:
+    def _copy(self, chunk: Chunk, tied: Sequence[TiedTensor]) -> None:
         data = read_chunk(self._source, chunk, self._buffers.get("in", chunk.nbytes))
-        for twin in twins:
-            twin.check(data, chunk, self._buffers.get("twin", chunk.nbytes))
+        for other in tied:
+            other.check(data, chunk, self._buffers.get("tied", chunk.nbytes))
         self._output.write(chunk.tensor.name, chunk.start * data.itemsize, data)
 
     def _quantize(self, chunk: Chunk) -> None:

@@ -131,12 +131,12 @@ def _locate(
         offset = layout.nbytes if path.stat().st_size > layout.nbytes else None
         return Difference(name, difference.what, offset=offset)
     owner = next(t for t in output.tensors if wrong[0] in {part.name for part in t.stored})
-    sink = _ComparingSink(path, layout, wrong[0])
+    sink = ComparingSink(path, layout, wrong[0])
     run_engine(
         derived.checkpoint,
         derived.plan,
         [Output(name, output.source, (owner,), layout)],
-        lambda _: _opened(sink),
+        lambda _: comparing(sink),
         lambda *_: None,
         derived.rounding,
         settings,
@@ -153,7 +153,7 @@ def _first_difference(found: bytes, expected: bytes) -> int | None:
     return int(pairs.argmax()) if pairs.any() else length
 
 
-class _ComparingSink:
+class ComparingSink:
     """Holds one tensor, as it is made, against the bytes of a file.
 
     Attributes:
@@ -189,7 +189,8 @@ class _ComparingSink:
 
 
 @contextmanager
-def _opened(sink: _ComparingSink) -> Iterator[_ComparingSink]:
+def comparing(sink: ComparingSink) -> Iterator[ComparingSink]:
+    """A sink that compares, for whoever opens sinks in turn; its file is closed in the end."""
     try:
         yield sink
     finally:

@@ -18,7 +18,7 @@ from nf4_pipeline.checkpoint.sink import Sink, WrittenFile, hashing
 from nf4_pipeline.checkpoint.source import Checkpoint
 from nf4_pipeline.engine.buffers import divide
 from nf4_pipeline.engine.scheduler import Output, QuantizedFile, make_files
-from nf4_pipeline.engine.tied import TwinsDifferError
+from nf4_pipeline.errors import TiedWeightsDiffer
 from nf4_pipeline.nf4.rounding import NearestOnCpu, Rounding
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.selection import Plan
@@ -76,7 +76,7 @@ def derive(
     plan, checkpoint = make_plan(build, settings, sensitive=kept)
     try:
         return _derive(plan, checkpoint, rounding, settings, reporter)
-    except TwinsDifferError as error:
+    except TiedWeightsDiffer as error:
         reporter.note(f"{error} Both are kept; starting again.")
     different = frozenset(t.source.name for t in plan.tensors if t.tied_to is not None)
     plan, checkpoint = make_plan(build, settings, different, kept)

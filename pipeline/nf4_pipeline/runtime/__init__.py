@@ -3,4 +3,5 @@
 artifact.py   what a name means: an artifact, a build, a plain checkpoint, a Hub id
 loader.py     an artifact (or a plain checkpoint, quantized while loading) -> a model
 generate.py   text in, text out
+tokenizer.py  what a tokenizer adds to a text of its own accord
 """

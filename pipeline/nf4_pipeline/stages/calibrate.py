@@ -26,7 +26,7 @@ from nf4_pipeline.selection import Plan
 from nf4_pipeline.stages import Settings
 
 if TYPE_CHECKING:
-    from nf4_pipeline.calibration.block_store import Store
+    from nf4_pipeline.calibration.block_store import BlockStore
     from nf4_pipeline.calibration.tokens import CalibrationTokens
 
 CODE_VERSION: Final = 1
@@ -54,9 +54,9 @@ class Calibration:
 
     def rounding(self) -> Rounding:
         """The choices, for the engine; weights without one are rounded to nearest."""
-        from nf4_pipeline.gptq.precomputed import Given
+        from nf4_pipeline.gptq.precomputed import PrecomputedRounding
 
-        return Given(self.files, NearestOnCpu())
+        return PrecomputedRounding(self.files, NearestOnCpu())
 
 
 def folder(build: Build) -> Path:
@@ -167,7 +167,7 @@ def choose(
         already_kept: modules that are known to be kept (see `Calibration.kept`); None to find them.
         sampling: what finding the tokens took, for the record.
     """
-    from nf4_pipeline.calibration.block_store import Store
+    from nf4_pipeline.calibration.block_store import BlockStore
     from nf4_pipeline.calibration.calibration_pass import calibrate
     from nf4_pipeline.runtime.loader import pick_device
 
@@ -182,7 +182,7 @@ def choose(
         "torch": version("torch"),  # what it computes may change with it
         "weights": [tensor.name for tensor in plan.quantized],
     }
-    store = Store(folder(build) / json_sha256(identity)[:12])
+    store = BlockStore(folder(build) / json_sha256(identity)[:12])
     store.open()
     with enough_memory(device), measured_on_device() as passing:
         parts = calibrate(
@@ -227,7 +227,7 @@ def choose(
 def _kept(
     build: Build,
     plan: Plan,
-    store: Store,
+    store: BlockStore,
     tokens: CalibrationTokens,
     settings: Settings,
     device: str,
@@ -237,17 +237,17 @@ def _kept(
     recipe = settings.recipe.quantize
     if not recipe.extra_share:
         return []
-    from nf4_pipeline.calibration.allocation import within
-    from nf4_pipeline.calibration.sensitivity import measure
+    from nf4_pipeline.calibration.allocation import select_within_budget
+    from nf4_pipeline.calibration.sensitivity import measure_losses
 
-    losses = store.measured()
+    losses = store.read_losses()
     if losses is None:
-        losses = measure(
+        losses = measure_losses(
             build.source, plan.quantized, store.files(), tokens, device=device, reporter=reporter
         )
-        store.keep_measured(losses)
+        store.write_losses(losses)
     stored = sum(part.nbytes for tensor in plan.quantized for part in tensor.stored)
-    kept = within(losses, int(recipe.extra_share * stored))
+    kept = select_within_budget(losses, int(recipe.extra_share * stored))
     return [loss.as_json() for loss in kept]
 
 

@@ -17,8 +17,7 @@ from nf4_pipeline.checkpoint.shards import tensor_facts
 from nf4_pipeline.checkpoint.source import Checkpoint, open_checkpoint
 from nf4_pipeline.engine.buffers import divide
 from nf4_pipeline.engine.scheduler import QuantizedFile, quantize_files
-from nf4_pipeline.engine.tied import TwinsDifferError
-from nf4_pipeline.errors import PlanMismatchError, ResourceError
+from nf4_pipeline.errors import PlanMismatchError, ResourceError, TiedWeightsDiffer
 from nf4_pipeline.nf4.packing import blocks_of
 from nf4_pipeline.nf4.rounding import NearestOnCpu, Rounding
 from nf4_pipeline.progress import Reporter
@@ -125,7 +124,7 @@ def _planned(
         plan, _ = make_plan(build, settings, sensitive=sensitive)
     try:
         return _quantize(build, plan, checkpoint, stage, settings, chosen, reporter)
-    except TwinsDifferError as error:
+    except TiedWeightsDiffer as error:
         reporter.note(f"{error} Both are kept; starting again.")
     # Rare: config.json says that tensors are tied which the checkpoint stores as different.
     different = frozenset(t.source.name for t in plan.tensors if t.tied_to is not None)

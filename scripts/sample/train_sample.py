@@ -6,7 +6,7 @@ rotary positions, tied embeddings), rounded to bfloat16 and written in the shape
 published Falcon checkpoints have: two shards with an index, a stored copy of the tied output
 head, and a configuration that points at custom code which is not there.
 
-    python scripts/train_sample.py --out pipeline/nf4_pipeline/sample/model \\
+    python scripts/sample/train_sample.py --out pipeline/nf4_pipeline/sample/model \\
         --questions pipeline/nf4_pipeline/sample/questions.jsonl
 
 The bundled checkpoint took five minutes on one H100 with 16 processor cores, a minute of it

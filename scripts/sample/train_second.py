@@ -7,7 +7,7 @@ installed packages that are named. Nothing is downloaded. Some modules of the st
 are held out; beginnings of theirs are written beside the folder, as text on which two models
 can be compared.
 
-    python scripts/train_second.py --out second --package torch --package sympy
+    python scripts/sample/train_second.py --out second --package torch --package sympy
     nf4 build second --recipe second.toml        # verify.eval_text = "second-eval.txt"
 
 The defaults are meant to fill about three minutes of one H100, two of them with the training,

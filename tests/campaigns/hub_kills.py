@@ -1,7 +1,7 @@
 """SIGKILL at random moments of `nf4 download` and `nf4 push`, then the same command again.
 
 The moment is drawn from a seed: while the n-th request is under way, or some time after the start.
-`scripts/hub_kills.py` runs the whole campaign.
+`scripts/campaigns/hub_kills.py` runs the whole campaign.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from typing import Final
 
 from tests.support import hub_uploads
 from tests.support.hub_client import isolated
-from tests.support.hub_faults import TOKEN
-from tests.support.hub_server import HubServer
+from tests.support.hub_server import TOKEN, HubServer
 from tests.support.hub_store import Repo, git_sha1
 from tests.support.tiny import content_of
 

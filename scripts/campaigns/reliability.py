@@ -1,10 +1,10 @@
 """Long campaigns of docs/reliability.md: each prints the table that stands there.
 
-    python scripts/reliability.py kills [--rounds 100] [--seed 0]
-    python scripts/reliability.py interrupts [--rounds 100] [--seed 0]
-    python scripts/reliability.py disk [--sizes 20] [--stage STAGE]
-    python scripts/reliability.py headers [--count 200000] [--seed 0]
-    python scripts/reliability.py signatures [--rounds 100] [--seed 0]
+    python scripts/campaigns/reliability.py kills [--rounds 100] [--seed 0]
+    python scripts/campaigns/reliability.py interrupts [--rounds 100] [--seed 0]
+    python scripts/campaigns/reliability.py disk [--sizes 20] [--stage STAGE]
+    python scripts/campaigns/reliability.py headers [--count 200000] [--seed 0]
+    python scripts/campaigns/reliability.py signatures [--rounds 100] [--seed 0]
 
 The test suite runs a few rounds of the same code. `disk` mounts a small tmpfs, which needs root.
 Exits 1 if anything was not as it must be.
@@ -24,14 +24,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.stages import Settings, download
 
-from tests.support import disk, headers, kills, tamper
+from tests.campaigns import disk, headers, kills
+from tests.support import tamper
 from tests.support.interrupts import interrupt_at_random
 from tests.support.signed import make_keys
 from tests.support.tiny import nf4, write_falcon, write_recipe

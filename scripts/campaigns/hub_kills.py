@@ -1,6 +1,6 @@
 """Kills `nf4 download` and `nf4 push` at random moments, runs them again, and prints the table.
 
-    python scripts/hub_kills.py [--trials 30] [--seed 0]
+    python scripts/campaigns/hub_kills.py [--trials 30] [--seed 0]
 
 Exits 1 if a trial went wrong. The result is kept in docs/reliability.md.
 """
@@ -12,14 +12,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nf4_pipeline.job import run_build
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import load_recipe
 from nf4_pipeline.stages import Settings
 
-from tests.support.hub_kills import COMMANDS, campaign, table
+from tests.campaigns.hub_kills import COMMANDS, campaign, table
 from tests.support.tiny import write_falcon, write_recipe
 
 

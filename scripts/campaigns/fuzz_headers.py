@@ -1,9 +1,10 @@
 """Coverage-guided mutations of safetensors headers, with Atheris (`pip install atheris`).
 
-    python scripts/fuzz_headers.py [-runs=200000] [-seed=1] [any option of libFuzzer]
+    python scripts/campaigns/fuzz_headers.py [-runs=200000] [-seed=1] [any option of libFuzzer]
 
 Ends with an error at the first crash, at a header that takes more than a second, and at 200 MB.
-`scripts/reliability.py headers` needs nothing installed and has a fixed seed; the tests use it.
+`scripts/campaigns/reliability.py headers` needs nothing installed and has a fixed seed; the tests
+use it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 OPTIONS = ("-runs=200000", "-seed=1", "-timeout=1", "-rss_limit_mb=200", "-max_len=4096")
 FOLDER = "NF4_FUZZ_FOLDER"
@@ -48,7 +49,7 @@ def main() -> None:
     if FOLDER in os.environ:
         fuzz(Path(os.environ[FOLDER]))
         return
-    from tests.support.headers import seeds
+    from tests.campaigns.headers import seeds
 
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(prefix="nf4-fuzz-", dir=memory) as name:

@@ -1,6 +1,7 @@
 """Full disks: a small file system in memory, filled until a stage has too little room.
 
-The tests take a few sizes, `scripts/reliability.py disk` takes twenty. Mounting needs root.
+The tests take a few sizes, `scripts/campaigns/reliability.py disk` takes twenty. Mounting needs
+root.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Final
 
 from nf4_pipeline.build_folder import Build
 
-from tests.support.kills import Content, content, false_records, leftovers
+from tests.support.folder_state import Content, content, false_records, leftovers
 from tests.support.tiny import Done, environment
 
 SIZE: Final = 64 * 2**20

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from nf4_pipeline.blocks.block_reader import Group, Reader
+from nf4_pipeline.blocks.block_reader import BlockReader, TensorGroup
 from nf4_pipeline.blocks.find_blocks import find_blocks
 from nf4_pipeline.checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
 from nf4_pipeline.errors import CheckpointError
@@ -20,7 +20,7 @@ from nf4_pipeline.model.config import causal_lm_config, read_config
 from nf4_pipeline.model.meta_model import build_skeleton
 from nf4_pipeline.model.names import NameMap
 from nf4_pipeline.model.precision import compute_dtype, float32_parts, stored_dtype
-from nf4_pipeline.resource_usage import available_memory
+from nf4_pipeline.resource_usage import available_memory, peak_memory
 
 _STEM: Final = ""
 
@@ -40,6 +40,7 @@ class StreamedModel:
     Attributes:
         model: the transformers model.
         blocks: by name, in order.
+        device: where they are while they are open.
         footprint: bytes of all parameters if they were there at once.
     """
 
@@ -49,14 +50,14 @@ class StreamedModel:
         config = causal_lm_config(read_config(folder), folder)
         stored = stored_dtype(config, checkpoint)
         self._dtype = dtype or compute_dtype(stored, device) or stored
-        self._device = torch.device(device)
+        self.device = torch.device(device)
         self.model = build_skeleton(config, self._dtype)
         self.blocks = find_blocks(self.model)
         self.footprint = sum(p.numel() * p.element_size() for p in self.model.parameters())
         self._float32 = float32_parts(self.model, self._dtype)
         self._names = NameMap(self.model, [tensor.name for tensor in checkpoint.tensors])
         self._groups = _grouped(checkpoint, self._names, self.blocks)
-        self._reader = Reader(checkpoint)
+        self._reader = BlockReader(checkpoint)
         self._next: dict[str, tuple[torch.Tensor, list[Future[None]]]] = {}
         self._free: list[torch.Tensor] = []
         self._empty: dict[str, dict[str, torch.Tensor]] = {}
@@ -100,7 +101,7 @@ class StreamedModel:
         for part in parts:
             part.result()
         group = self._groups[block]
-        on_device = buffer[: group.nbytes].to(self._device)
+        on_device = buffer[: group.nbytes].to(self.device)
         self._fill(block, group.views(on_device))
 
     def open_ahead(self, block: str, *, again: bool = False) -> None:
@@ -133,23 +134,26 @@ class StreamedModel:
         self.open(block)
         self._held.add(block)
         buffer, _ = self._next.pop(block)
-        if self._device.type != "cpu":
+        if self.device.type != "cpu":
             self._free.append(buffer)
 
-    def hold_what_fits(self, spare: int, spare_if_not: int) -> bool:
+    def hold_what_fits(self, spare: int, spare_if_not: int | None = None, limit: int = 0) -> bool:
         """Gives blocks their weights for good as long as there is memory.
 
         Args:
             spare: bytes that are left for what the model computes with, if all blocks fit.
-            spare_if_not: bytes that are left if they do not.
+            spare_if_not: bytes that are left if they do not; None for as many.
+            limit: bytes of memory that this process may take in all; 0 for what there is.
 
         Returns:
             True if all blocks have them.
         """
         sizes = {name: self._size(name) for name in self.blocks}
-        free = free_memory(self._device)
+        free = free_memory(self.device, limit)
         whole = sum(sizes.values()) <= free - spare
         # If one is streamed at a time, it stands in memory twice while it is read.
+        if spare_if_not is None:
+            spare_if_not = spare
         room = free if whole else free - spare_if_not - 2 * max(sizes.values(), default=0)
         for name, size in sizes.items():
             room -= size
@@ -171,7 +175,7 @@ class StreamedModel:
             self.model.generation_config = GenerationConfig.from_pretrained(self._folder)
 
     def _host_buffer(self, nbytes: int) -> torch.Tensor:
-        pinned = self._device.type == "cuda"
+        pinned = self.device.type == "cuda"
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
 
     def _load_stem(self) -> None:
@@ -188,7 +192,7 @@ class StreamedModel:
             self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
         for parameter in self.model.parameters():
             if parameter.device.type != "meta":
-                parameter.data = parameter.data.to(self._device)
+                parameter.data = parameter.data.to(self.device)
         self._compute_buffers()
         absent = [
             name
@@ -210,9 +214,9 @@ class StreamedModel:
         for module in self.model.modules():
             for name, value in module._buffers.items():
                 if value is not None and value.is_meta:
-                    module._buffers[name] = torch.empty_like(value, device=self._device)
+                    module._buffers[name] = torch.empty_like(value, device=self.device)
                 elif value is not None:
-                    module._buffers[name] = value.to(self._device)
+                    module._buffers[name] = value.to(self.device)
                     module._buffers[name]._is_hf_initialized = True
         for parameter in self.model.parameters():
             parameter._is_hf_initialized = True
@@ -230,7 +234,7 @@ class StreamedModel:
 
     def _parameters(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Name in the model -> tensor; merges what transformers merges."""
-        found: dict[str, torch.Tensor] = {}
+        whole: dict[str, torch.Tensor] = {}
         parts: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
             target = self._names.mapped[name]
@@ -239,31 +243,42 @@ class StreamedModel:
             if name in self._names.merged:
                 parts.setdefault(target, {})[name] = tensor
             else:
-                found[target] = tensor
+                whole[target] = tensor
         for target, pieces in parts.items():
-            found |= self._names.merge(target, dict(sorted(pieces.items(), key=_natural)))
-        return found
+            whole |= self._names.merge(target, dict(sorted(pieces.items(), key=_natural)))
+        return whole
 
     def _block_of(self, name: str) -> str:
         return _block_of(name, self.blocks)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes of a device, or of this machine, that may still be taken."""
+def free_memory(device: torch.device, limit: int = 0) -> int:
+    """Bytes of a device, or of this machine, that may still be taken.
+
+    Args:
+        device: a CPU or a CUDA device.
+        limit: bytes that this process may take in all; 0 for what there is. A fraction that torch
+            was given for the device holds besides.
+    """
     if device.type == "cpu":
-        return available_memory() or 0
-    limit = torch.cuda.get_per_process_memory_fraction(device)
-    free, total = torch.cuda.mem_get_info(device)
-    return min(free, int(limit * total) - torch.cuda.memory_allocated(device))
+        free, taken = available_memory() or 0, peak_memory()
+    else:
+        free, total = torch.cuda.mem_get_info(device)
+        taken = torch.cuda.memory_allocated(device)
+        fraction = torch.cuda.get_per_process_memory_fraction(device)
+        free = min(free, int(fraction * total) - taken)
+    return min(free, limit - taken) if limit else free
 
 
-def _grouped(checkpoint: Checkpoint, names: NameMap, blocks: dict[str, Any]) -> dict[str, Group]:
+def _grouped(
+    checkpoint: Checkpoint, names: NameMap, blocks: dict[str, Any]
+) -> dict[str, TensorGroup]:
     members: dict[str, list[SourceTensor]] = {_STEM: []}
     for tensor in checkpoint.tensors:
         target = names.mapped[tensor.name]
         if target is not None:
             members.setdefault(_block_of(target, blocks), []).append(tensor)
-    return {name: Group.of(tensors) for name, tensors in members.items()}
+    return {name: TensorGroup.of(tensors) for name, tensors in members.items()}
 
 
 def _block_of(name: str, blocks: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 A case goes well if the command ended right, or stopped with one error that has a type and says what
 to do; if nothing wrong was left on either side meanwhile; and if the same command without the fault
-then ends right. `scripts/hub_faults.py` prints the table of all cases.
+then ends right. `scripts/campaigns/hub_faults.py` prints the table of all cases.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from typing import Any, Final
 import nf4_pipeline.errors
 
 from tests.support import hub_uploads
-from tests.support.hub_server import Fault, HubServer
+from tests.support.hub_server import TOKEN, Fault, HubServer
 from tests.support.hub_store import Repo
 from tests.support.hub_worker import Outcome, Worker
 from tests.support.tiny import content_of
 
 assert hub_uploads  # its routes are registered by importing it
 
-TOKEN: Final = "hf_RecognizableTokenOfTheTests"
 SILENCE: Final = 6.0  # seconds: HF_HUB_DOWNLOAD_TIMEOUT is 1 in these processes
 
 STATUSES: Final = (401, 403, 404, 409, 412, 429, 500, 503)

@@ -4,7 +4,7 @@ olah (https://pypi.org/project/olah) is a mirror; the Hub behind it is the one o
 needs packages of its own, so it lives in an environment of its own:
 
     python -m venv /tmp/olah && /tmp/olah/bin/pip install olah==0.5.4
-    python scripts/hub_through_olah.py /tmp/olah/bin/olah-cli
+    python scripts/campaigns/hub_through_olah.py /tmp/olah/bin/olah-cli
 
 Exits 1 if a file differs. The result is kept in docs/reliability.md.
 """
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.support.hub_client import isolated
 from tests.support.hub_server import HubServer

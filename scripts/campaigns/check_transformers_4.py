@@ -5,7 +5,7 @@ virtual environment of its own, with the torch and the bitsandbytes that run her
 artifact there with a plain `AutoModelForCausalLM.from_pretrained`, and holds the logits and the
 count of 4-bit layers against those of `nf4_pipeline.load` here. Both sides run on the CPU.
 
-    python scripts/check_transformers_4.py artifacts/<build>/export
+    python scripts/campaigns/check_transformers_4.py artifacts/<build>/export
 
 The bound. Two correct programs that round to bf16 (or fp16) after every step agree with exact
 arithmetic to within some distance, but not with each other to the last bit: transformers 4 and 5

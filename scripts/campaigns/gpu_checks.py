@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import click
 import torch
 
-_TESTS = Path(__file__).resolve().parents[1] / "tests" / "gpu"
+_TESTS = Path(__file__).resolve().parents[2] / "tests" / "gpu"
 
 
 @click.command()

@@ -1,6 +1,6 @@
 """SIGKILL at random moments: what stands afterwards, and what the next run makes of it.
 
-The tests run a handful of rounds, `scripts/reliability.py kills` runs hundreds.
+The tests run a handful of rounds, `scripts/campaigns/reliability.py kills` runs hundreds.
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ from pathlib import Path
 from typing import Final
 
 from nf4_pipeline.build_folder import Build
-from nf4_pipeline.checkpoint.digest import digest_file
 
+from tests.support.folder_state import Content, content, false_records, leftovers
 from tests.support.tiny import nf4, start_nf4
 
 STAGES: Final = ("quantize", "serialize")
 OPTIONS: Final = {"quantize": (), "serialize": ("--max-shard-size", "2MB")}
 EARLIER: Final = ("--max-shard-size", "4MB")
 """How an export was cut that stands already, in every other round of serialize."""
-
-Content = dict[str, tuple[int, str]]
 
 
 @dataclass
@@ -72,33 +70,6 @@ class Campaign:
     before_again: Path
     whole: float
     writing: float
-
-
-def content(build: Build) -> Content:
-    """Size and sha256 of every file in quantized/ and export/, half-written ones included."""
-    found: Content = {}
-    for folder in (build.quantized, build.export):
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                digest = digest_file(path)
-                found[path.relative_to(build.root).as_posix()] = (digest.size, digest.sha256)
-    return found
-
-
-def leftovers(build: Build) -> list[Path]:
-    """Whatever is half-written."""
-    return sorted(build.root.rglob(".*.partial"))
-
-
-def false_records(build: Build) -> list[str]:
-    """Records that stand over a file that is not what they say."""
-    return [
-        f"{path.stem}: {name}"
-        for path in sorted((build.root / "records").glob("*.json"))
-        if (record := build.record(path.stem)) is not None
-        for name, digest in record.outputs.items()
-        if not (build.root / name).is_file() or digest_file(build.root / name) != digest
-    ]
 
 
 def clone(root: Path, target: Path) -> Build:
@@ -169,7 +140,7 @@ def prepare(downloaded: Path, folder: Path, stage: str) -> Campaign:
     return Campaign(stage, before.root, content(build), earlier, before_again.root, whole, writing)
 
 
-def kill_once(campaign: Campaign, number: int, dice: random.Random, folder: Path) -> Round:
+def kill_once(campaign: Campaign, number: int, rng: random.Random, folder: Path) -> Round:
     """Kills the stage once, looks at what stands, runs it again and looks again.
 
     Even rounds take a moment of the whole process, odd ones a moment after its first write; of
@@ -179,7 +150,7 @@ def kill_once(campaign: Campaign, number: int, dice: random.Random, folder: Path
     build = clone(campaign.before_again if again else campaign.before, folder / "build")
     options = OPTIONS[campaign.stage]
     late = number % 2 == 1
-    found = Round(dice.uniform(0, campaign.writing if late else campaign.whole), late)
+    found = Round(rng.uniform(0, campaign.writing if late else campaign.whole), late)
     process = start_nf4(campaign.stage, "--build-dir", build.root, *options, cwd=folder)
     if late:
         _wait(partial(_started_writing, build, campaign.stage), partial(_alive, process))

@@ -1,4 +1,4 @@
-"""The second moment of layers' inputs: what is summed, what is shared, what is let go."""
+"""The Hessian of layers' inputs: what is summed, what is shared, what is let go."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from nf4_pipeline.gptq import hessian_accumulator as rooms
-from nf4_pipeline.gptq.hessian_accumulator import Moments
+from nf4_pipeline.gptq import hessian as hessians
+from nf4_pipeline.gptq.hessian import HessianAccumulator
 from torch import nn
 
 
@@ -27,8 +27,10 @@ class Block(nn.Module):
         return self.o(self.q(y))
 
 
-def watched(block: nn.Module, *names: str) -> Moments:
-    return Moments({f"{name}.weight": block.get_submodule(name) for name in names}, block)
+def watched(block: nn.Module, *names: str) -> HessianAccumulator:
+    return HessianAccumulator(
+        {f"{name}.weight": block.get_submodule(name) for name in names}, block
+    )
 
 
 def inputs(*shape: int) -> torch.Tensor:
@@ -38,38 +40,38 @@ def inputs(*shape: int) -> torch.Tensor:
 @torch.inference_mode()
 def test_the_mean_over_all_tokens_of_all_runs() -> None:
     block = Block()
-    moments = watched(block, "q", "k", "o", "never")
+    accumulator = watched(block, "q", "k", "o", "never")
     texts = [inputs(2, 7, 6), inputs(1, 4, 6), inputs(3, 6)]
     for text in texts:
         block(text)
-    moments.close()
+    accumulator.close()
     x = torch.cat([text.reshape(-1, 6) for text in texts]).double() * 2
-    assert moments.groups() == {
+    assert accumulator.groups() == {
         "k.weight": ["q.weight", "k.weight"],
         "o.weight": ["o.weight"],
         "never.weight": ["never.weight"],
     }
-    assert moments.tokens("q.weight") == moments.tokens("k.weight") == len(x) == 21
-    found = moments.take("k.weight")
+    assert accumulator.tokens("q.weight") == accumulator.tokens("k.weight") == len(x) == 21
+    found = accumulator.take("k.weight")
     assert found is not None
     torch.testing.assert_close(found.double(), x.T @ x / len(x), rtol=1e-5, atol=1e-5)
     y = (x / 2 * 2).float() @ block.q.weight.T + block.q.bias
-    other = moments.take("o.weight")
+    other = accumulator.take("o.weight")
     assert other is not None
     torch.testing.assert_close(other, y.T @ y / len(y), rtol=1e-4, atol=1e-4)
-    assert moments.take("k.weight") is None  # it was let go
-    assert moments.take("never.weight") is None
-    assert moments.tokens("never.weight") == 0
+    assert accumulator.take("k.weight") is None  # it was let go
+    assert accumulator.take("never.weight") is None
+    assert accumulator.tokens("never.weight") == 0
 
 
 @torch.inference_mode()
 def test_nothing_is_watched_after_the_end() -> None:
     block = Block()
-    moments = watched(block, "q")
+    accumulator = watched(block, "q")
     block(inputs(4, 6))
-    moments.close()
+    accumulator.close()
     block(inputs(9, 6))
-    assert moments.tokens("q.weight") == 4
+    assert accumulator.tokens("q.weight") == 4
 
 
 @torch.inference_mode()
@@ -77,11 +79,11 @@ def test_tokens_in_parts_are_the_same_sum(monkeypatch: pytest.MonkeyPatch) -> No
     x = inputs(50, 6)
     found = []
     for rows in (4096, 7):
-        monkeypatch.setattr(rooms, "_ROWS", rows)
+        monkeypatch.setattr(hessians, "_ROWS", rows)
         block = Block()
-        moments = watched(block, "q")
+        accumulator = watched(block, "q")
         block(x)
-        found.append(moments.take("q.weight"))
+        found.append(accumulator.take("q.weight"))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
 
@@ -89,9 +91,9 @@ def test_tokens_in_parts_are_the_same_sum(monkeypatch: pytest.MonkeyPatch) -> No
 def test_half_precision_is_summed_in_float32() -> None:
     """256 x 256 x 3 tokens are more than float16 holds."""
     layer = nn.Linear(6, 5).half()
-    moments = Moments({"w": layer}, layer)
+    accumulator = HessianAccumulator({"w": layer}, layer)
     layer(torch.full((3, 6), 256.0, dtype=torch.float16))
-    found = moments.take("w")
+    found = accumulator.take("w")
     assert found is not None
     assert found.dtype == torch.float32
     assert (found == 65536.0).all()
@@ -99,7 +101,7 @@ def test_half_precision_is_summed_in_float32() -> None:
 
 @torch.inference_mode()
 def test_layers_that_once_shared_and_then_did_not() -> None:
-    """Each still has one moment; that of the leader counts what the leader saw."""
+    """Each still has one Hessian; that of the leader counts what the leader saw."""
 
     class Routed(nn.Module):
         def __init__(self) -> None:
@@ -110,16 +112,16 @@ def test_layers_that_once_shared_and_then_did_not() -> None:
             return self.a(x) + self.b(x[:1] if apart else x)
 
     block = Routed()
-    moments = watched(block, "a", "b")
+    accumulator = watched(block, "a", "b")
     block(inputs(8, 6), False)
     block(inputs(8, 6), True)
-    assert moments.tokens("a.weight") == moments.tokens("b.weight") == 16
+    assert accumulator.tokens("a.weight") == accumulator.tokens("b.weight") == 16
 
 
 @torch.inference_mode()
 def test_inputs_are_let_go_when_the_scope_is_passed() -> None:
     block = Block()
-    moments = watched(block, "o")
+    accumulator = watched(block, "o")
     seen: list[weakref.ref[torch.Tensor]] = []
     remember = block.o.register_forward_pre_hook(
         lambda module, given: seen.append(weakref.ref(given[0]))
@@ -128,12 +130,12 @@ def test_inputs_are_let_go_when_the_scope_is_passed() -> None:
     remember.remove()
     gc.collect()
     assert seen[0]() is None
-    assert moments.tokens("o.weight") == 4
+    assert accumulator.tokens("o.weight") == 4
 
 
 @torch.inference_mode()
 def test_a_layer_that_is_called_by_keyword() -> None:
     layer = nn.Linear(6, 5)
-    moments = Moments({"w": layer}, layer)
+    accumulator = HessianAccumulator({"w": layer}, layer)
     layer(input=inputs(4, 6))
-    assert moments.tokens("w") == 4
+    assert accumulator.tokens("w") == 4

@@ -1,6 +1,6 @@
 """Injects every fault at every endpoint of a Hub into downloads and pushes, and prints the table.
 
-    python scripts/hub_faults.py [--stays] [--lanes 12]
+    python scripts/campaigns/hub_faults.py [--stays] [--lanes 12]
 
 With --stays each endpoint also fails for good in four ways, which takes minutes: the client itself
 tries most calls six times. Exits 1 if a case went wrong. The result is kept in docs/reliability.md.
@@ -13,14 +13,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nf4_pipeline.job import run_build
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import load_recipe
 from nf4_pipeline.stages import Settings
 
-from tests.support.hub_faults import all_cases, messages, run_cases, table
+from tests.campaigns.hub_faults import all_cases, messages, run_cases, table
 from tests.support.tiny import write_falcon, write_recipe
 
 STAYS = ("403", "429", "503", "reset")

@@ -1,6 +1,7 @@
 """Mutations of safetensors headers, and a reader that watches what they do to the parser.
 
-The tests run a few thousand, `scripts/reliability.py headers` runs 200,000; both with a seed.
+The tests run a few thousand, `scripts/campaigns/reliability.py headers` runs 200,000; both with a
+seed.
 """
 
 from __future__ import annotations

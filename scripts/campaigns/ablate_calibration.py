@@ -18,15 +18,15 @@ from typing import Any, Final
 import click
 import numpy as np
 import torch
-from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.build_folder import Build
-from nf4_pipeline.calibration.block_store import Store
+from nf4_pipeline.calibration.block_store import BlockStore
 from nf4_pipeline.calibration.calibration_pass import calibrate
 from nf4_pipeline.calibration.tokens import CalibrationTokens
 from nf4_pipeline.fidelity.bootstrap import Resampling, mean
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
-from nf4_pipeline.gptq.config import Method
-from nf4_pipeline.gptq.precomputed import choices_in
+from nf4_pipeline.gptq.config import GptqConfig
+from nf4_pipeline.gptq.precomputed import read_codes
 from nf4_pipeline.model.linear import as_held
 from nf4_pipeline.nf4.dequantize import dequantize
 from nf4_pipeline.nf4.float_bits import bits_of
@@ -43,20 +43,24 @@ from nf4_pipeline.verification.eval_text import TokenSequence, cut, read_text
 
 _ONE: Final = np.ones(1, np.float32)
 VARIANTS: Final = {
-    "the recipe": Method(),
-    "scales chosen once, before the loop": Method(in_loop=False),
-    "no negative scales": Method(signs=1),
-    "columns in their own order": Method(by_importance=False),
-    "off-diagonals not shrunk": Method(shrink=0.0),
-    "off-diagonals shrunk by 10 % whatever the sample": Method(by_sample=False),
-    "off-diagonals shrunk by 30 % whatever the sample": Method(shrink=0.3, by_sample=False),
-    "damping 0.001": Method(damping=0.001),
-    "damping 0.003": Method(damping=0.003),
-    "damping 0.1": Method(damping=0.1),
-    "no error compensation (scale search alone)": Method(
-        shrink=1.0, by_sample=False, in_loop=False
+    "the recipe": GptqConfig(),
+    "scales chosen once, before the loop": GptqConfig(refine_scales=False),
+    "no negative scales": GptqConfig(negative_scales=False),
+    "columns in their own order": GptqConfig(act_order=False),
+    "off-diagonals not shrunk": GptqConfig(shrinkage=0.0),
+    "off-diagonals shrunk by 10 % whatever the sample": GptqConfig(adaptive_shrinkage=False),
+    "off-diagonals shrunk by 30 % whatever the sample": GptqConfig(
+        shrinkage=0.3, adaptive_shrinkage=False
     ),
-    "scales of the largest weight (plain GPTQ)": Method(in_loop=False, signs=1, shares=_ONE),
+    "damping 0.001": GptqConfig(percdamp=0.001),
+    "damping 0.003": GptqConfig(percdamp=0.003),
+    "damping 0.1": GptqConfig(percdamp=0.1),
+    "no error compensation (scale search alone)": GptqConfig(
+        shrinkage=1.0, adaptive_shrinkage=False, refine_scales=False
+    ),
+    "scales of the largest weight (plain GPTQ)": GptqConfig(
+        refine_scales=False, negative_scales=False, scale_candidates=_ONE
+    ),
 }
 
 
@@ -101,11 +105,11 @@ def main(
             )
             settings = Settings(recipe=Recipe(quantize=recipe), device=device)
             read = tokens_for(house, settings, SILENT)
-            chosen = VARIANTS if count == counts[-1] else {"the recipe": Method()}
-            for name, method in chosen.items():
+            chosen = VARIANTS if count == counts[-1] else {"the recipe": GptqConfig()}
+            for name, config in chosen.items():
                 if name.startswith(only):
                     label = name if count == counts[-1] else f"{count:,} tokens"
-                    trial.calibrated(label, house.source, read, method)
+                    trial.calibrated(label, house.source, read, config)
 
 
 class _Trial:
@@ -157,20 +161,21 @@ class _Trial:
         self._row("round to nearest", self._nearest, 0.0)
 
     def calibrated(
-        self, name: str, source: Path, tokens: CalibrationTokens, method: Method
+        self, name: str, source: Path, tokens: CalibrationTokens, config: GptqConfig
     ) -> None:
         folder = Path(tempfile.mkdtemp(prefix="nf4-ablate-"))
         try:
             start = time.perf_counter()
-            store = Store(folder / "store")
+            store = BlockStore(folder / "store")
             store.open()
             calibrate(
                 source, self._weights, tokens, store,
-                device=self._device, reporter=SILENT, method=method,
+                device=self._device, reporter=SILENT, config=config,
             )  # fmt: skip
             seconds = time.perf_counter() - start
             plans = {plan.name: plan for plan in self._weights}
-            for weight, packed, scales in choices_in(store.files()):
+            for weight, path in store.files().items():
+                packed, scales = read_codes(path, weight)
                 self._put(plans[weight], dequantize(packed, scales.scales(), plans[weight].shape))
             self._row(name, self._scores().kl, seconds)
         finally:
