@@ -27,7 +27,7 @@ from nf4_pipeline.provenance.identifiers import licenses, model_purl
 from nf4_pipeline.provenance.statement import SCHEMA_FILE, statement
 from nf4_pipeline.stages import Settings, verify
 
-from tests.report import made
+from tests.support import made
 from tests.support.tiny import content_of, copy_of
 
 SETTINGS = Settings(device="cpu")

@@ -1,10 +1,22 @@
-"""Verifications made up for the report's tests: the shapes that real ones have, at no cost."""
+"""Verifications made up for tests: the shapes that real ones have, at no cost.
+
+They are the JSON of verification.json, so that a test can change one number and see what moves;
+`parse_verification` makes the document of it.
+"""
 
 from __future__ import annotations
 
 import math
 import random
 from typing import Any
+
+from nf4_pipeline.manifest.manifest import (
+    CalibrationSummary,
+    Manifest,
+    Source,
+    TensorCounts,
+    Totals,
+)
 
 FALCON_LAYERS = {
     "self_attention.query_key_value": 4672 * 4544,
@@ -64,20 +76,52 @@ HOSTILE = (
 
 
 def manifest(
-    repo: str = "tiiuae/falcon-7b-instruct", *, commit: bool = True, calibrated: bool = False
-) -> dict[str, Any]:
-    """The identity of a model, and how its codes were chosen, as a manifest gives them."""
-    return {
-        **({"calibration": calibration()} if calibrated else {}),
-        "recipe": {"quantize": {"extra_bytes": "5%"} if calibrated else {}, "serialize": {}},
-        "model_class": "FalconForCausalLM",
-        "format": "bitsandbytes NF4, block 64, double quantization in blocks of 256",
-        "source": {
-            "repo": repo,
-            "commit": "8782b5c5d8c9290412416618f36a133653e85285" if commit else None,
-            "content_sha256": "4f2d" * 16,
-        },
-    }
+    repo: str = "tiiuae/falcon-7b-instruct",
+    *,
+    commit: bool = True,
+    calibrated: dict[str, Any] | None = None,
+) -> Manifest:
+    """The identity of a model, and how its codes were chosen, and nothing of its tensors.
+
+    Args:
+        repo: of the source.
+        commit: whether the source has one.
+        calibrated: what it says of calibrated codes; None if they were rounded to nearest.
+    """
+    rounding = "nearest" if calibrated is None else "calibrated"
+    extra = {} if calibrated is None else {"extra_bytes": "5%"}
+    return Manifest(
+        schema_version=1,
+        format="bitsandbytes NF4, block 64, double quantization in blocks of 256",
+        model_class="FalconForCausalLM",
+        source=Source(
+            repo=repo,
+            commit="8782b5c5d8c9290412416618f36a133653e85285" if commit else None,
+            content_sha256="4f2d" * 16,
+            files={},
+        ),
+        recipe={"quantize": {"rounding": rounding, **extra}, "serialize": {}},
+        totals=Totals(
+            original_bytes=0,
+            artifact_bytes=0,
+            quantized_bytes=0,
+            kept_bytes=0,
+            dropped_bytes=0,
+            ratio=1.0,
+            weights=0,
+            quantized_weights=0,
+            bits_per_weight=16.0,
+            bits_per_quantized_weight=4.127,
+            tensors=TensorCounts(quantized=0, kept=0, dropped=0),
+            kept_bytes_by_reason={},
+        ),
+        files={},
+        skip_modules=(),
+        hidden_modules=(),
+        tensors=(),
+        dropped=(),
+        calibration=None if calibrated is None else CalibrationSummary.from_json(calibrated),
+    )
 
 
 def calibration() -> dict[str, Any]:
