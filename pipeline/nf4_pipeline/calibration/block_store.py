@@ -92,7 +92,7 @@ class Store:
 
     def keep_measured(self, losses: list[Loss]) -> None:
         """Keeps what each layer loses."""
-        write_json(self.folder / _MEASURED, [loss.as_json() for loss in losses])
+        write_json(self.folder / _MEASURED, [loss.to_json() for loss in losses])
 
     def write(self, unit: str, choices: Mapping[str, Choice], facts: Mapping[str, Any]) -> None:
         """Keeps a block.

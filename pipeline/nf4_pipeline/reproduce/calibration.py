@@ -9,7 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nf4_pipeline.build_folder import Build
+from nf4_pipeline.calibration.allocation import Loss
+from nf4_pipeline.calibration.calibrator import CalibratedChoice, Calibrator
+from nf4_pipeline.calibration.facts import CALIBRATION_FILE
 from nf4_pipeline.checkpoint.digest import digest_file
 from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.errors import (
@@ -21,9 +23,7 @@ from nf4_pipeline.errors import (
 )
 from nf4_pipeline.manifest.read import MANIFEST_FILE
 from nf4_pipeline.progress import Reporter
-from nf4_pipeline.stages import Settings
-from nf4_pipeline.stages.calibrate import CALIBRATION_FILE, Calibration, choose
-from nf4_pipeline.stages.quantize import make_plan
+from nf4_pipeline.selection import Plan
 
 if TYPE_CHECKING:
     from nf4_pipeline.calibration.tokens import CalibrationTokens
@@ -55,12 +55,12 @@ def frozen_tokens(artifact: Path, manifest: dict[str, Any]) -> CalibrationTokens
             "again only from the tokens in that file: put it beside the manifest "
             f"({listed['size']:,} bytes, sha256 {listed['sha256']})."
         )
-    found = digest_file(path)
-    if found.to_json() != listed:
+    digest = digest_file(path)
+    if digest.to_json() != listed:
         raise ArtifactError(
             f"{path} is not the file that the manifest lists: expected {listed['size']:,} bytes "
-            f"with sha256 {listed['sha256']}, found {found.size:,} bytes with sha256 "
-            f"{found.sha256}. Download it again."
+            f"with sha256 {listed['sha256']}, found {digest.size:,} bytes with sha256 "
+            f"{digest.sha256}. Download it again."
         )
     try:
         tokens = parse_tokens(read_json(path))
@@ -83,8 +83,8 @@ def device_for(manifest: dict[str, Any], asked: str) -> str:
         asked: "auto", "cpu", "cuda" or "cuda:N".
 
     Raises:
-        UsageError: it is of another kind.
-        ResourceError: this machine has none.
+        UsageError: the device that was asked for is of another kind.
+        ResourceError: this machine has no such device.
     """
     from nf4_pipeline.runtime.loader import pick_device
 
@@ -106,42 +106,41 @@ def device_for(manifest: dict[str, Any], asked: str) -> str:
 
 
 def choose_again(
-    build: Build,
+    calibrator: Calibrator,
+    plan: Plan,
     manifest: dict[str, Any],
     tokens: CalibrationTokens,
-    settings: Settings,
     reporter: Reporter,
-) -> Calibration:
-    """Chooses codes and scales as the artifact's were chosen; what is chosen stands in the build.
+) -> CalibratedChoice:
+    """Chooses codes and scales as the artifact's were chosen.
 
     Args:
-        build: whose download is done.
+        calibrator: of the source; what is chosen stands in its folder.
+        plan: before modules are kept for what they lose.
         manifest: of the artifact; says which modules stay in 16 bit.
         tokens: what the model reads.
-        settings: the recipe and the device.
         reporter: told how far it is.
 
     Raises:
         ArtifactError: a module that is said to stay in 16 bit is none that could be quantized, or
             the tokens are not this model's.
     """
-    plan, _ = make_plan(build, settings)
-    kept = manifest["calibration"]["kept"]
+    kept = [Loss.from_json(module) for module in manifest["calibration"]["kept"]]
     modules = {tensor.module for tensor in plan.quantized}
-    for module in kept:
-        if module["module"] not in modules:
+    for loss in kept:
+        if loss.module not in modules:
             raise ArtifactError(
-                f"{MANIFEST_FILE} says that {module['module']!r} was left in 16 bit for what it "
+                f"{MANIFEST_FILE} says that {loss.module!r} was left in 16 bit for what it "
                 "would lose; the source has no such module to quantize."
             )
     try:
-        return choose(build, plan, tokens, settings, reporter, already_kept=kept)
+        return calibrator.choose(plan, tokens, reporter, kept=kept)
     except RecipeError as error:
         raise ArtifactError(f"{CALIBRATION_FILE} cannot be followed: {error}") from error
 
 
-def name_of(device: str) -> str:
-    """What a device is called: the model of a GPU, or "cpu"."""
+def device_name(device: str) -> str:
+    """What people call a device: the model of a GPU, or "cpu"."""
     import torch
 
     return "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
