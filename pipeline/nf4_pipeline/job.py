@@ -137,7 +137,7 @@ def complete_recipe(
     """
     if isinstance(recipe, Recipe):
         return recipe
-    records = {kind.stage: build.record(kind) for kind in KINDS if kind.stage in TABLES}
+    records = {name: build.record(KINDS[name]) for name in TABLES}
     return recipe.completed({name: r.recipe for name, r in records.items() if r}, before)
 
 
@@ -200,7 +200,7 @@ def translate_errors(doing: str, build: Build | None = None) -> Iterator[None]:
 def _say_what_is_kept(build: Build | None) -> str:
     if build is None:
         return "What was fetched is kept. Run the same command again to continue there."
-    done = [k.stage for k in KINDS if k.stage != "push" and build.record(k) is not None]
+    done = [stage for stage, kind in KINDS.items() if build.record(kind) and stage != "push"]
     kept = ", ".join(done) or "nothing"
     files = count_finished_files(build)
     if "quantize" not in done and files:

@@ -193,7 +193,7 @@ VERIFY: Final = RecordKind("verify", VerifyFacts)
 ATTEST: Final = RecordKind("attest", AttestFacts)
 PUSH: Final = RecordKind("push", PushFacts)
 
-KINDS: Final[tuple[RecordKind[Facts], ...]] = (
+_ALL: Final[tuple[RecordKind[Facts], ...]] = (
     DOWNLOAD,
     QUANTIZE,
     SERIALIZE,
@@ -201,3 +201,5 @@ KINDS: Final[tuple[RecordKind[Facts], ...]] = (
     ATTEST,
     PUSH,
 )
+KINDS: Final[dict[str, RecordKind[Facts]]] = {kind.stage: kind for kind in _ALL}
+"""By the stage's name, in the order of the stages."""

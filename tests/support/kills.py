@@ -19,6 +19,7 @@ from typing import Final
 
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.checkpoint.digest import digest_file
+from nf4_pipeline.records import KINDS
 
 from tests.support.tiny import nf4, start_nf4
 
@@ -95,7 +96,7 @@ def false_records(build: Build) -> list[str]:
     return [
         f"{path.stem}: {name}"
         for path in sorted((build.root / "records").glob("*.json"))
-        if (record := build.record(path.stem)) is not None
+        if (record := build.record(KINDS[path.stem])) is not None
         for name, digest in record.outputs.items()
         if not (build.root / name).is_file() or digest_file(build.root / name) != digest
     ]
@@ -126,7 +127,7 @@ def _started_writing(build: Build, stage: str) -> bool:
 
 
 def _recorded(build: Build, stage: str) -> bool:
-    return build.record(stage) is not None
+    return build.record(KINDS[stage]) is not None
 
 
 def _alive(process: subprocess.Popen[str]) -> bool:
@@ -221,7 +222,7 @@ def _look(campaign: Campaign, build: Build, found: Round, again: bool, *, killed
         whole = [_export(campaign.expected), _export(campaign.earlier) if again else {}]
         if export not in whole:
             found.faults.append("half an export stands")
-    record = build.record(campaign.stage)
+    record = build.record(KINDS[campaign.stage])
     if not killed or (record is not None and not half and stands == campaign.expected):
         found.reached = "after"
     elif half or (weights and not again) or (again and record is None):

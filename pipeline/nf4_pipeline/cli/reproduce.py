@@ -61,7 +61,7 @@ def command(
         workers=workers,
         memory_budget=parse_size(memory_budget, "--memory-budget"),
     )
-    result = reproduce(artifact_folder(artifact), source, machine, ui.reporter())
+    result = reproduce(artifact_folder(artifact), source, ui.reporter(), machine)
     ui.result(result.as_json(), lambda: _show(result))
     if result.differences:
         sys.exit(1)

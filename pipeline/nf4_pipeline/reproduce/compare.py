@@ -91,12 +91,9 @@ def compare_files(
     for name in sorted(path.name for path in artifact.glob("*.safetensors")):
         if name not in expected and name not in listed:
             differences.append(Difference(name, "the source does not make it"))
-    if (
-        differences
-        and (artifact / differences[0].file).is_file()
-        and differences[0].file in expected
-    ):
-        differences[0] = _locate(artifact, differences[0], derived, small)
+    first = differences[0] if differences else None
+    if first and (artifact / first.file).is_file() and first.file in expected:
+        differences[0] = _locate(artifact, first, derived, small)
     return differences
 
 

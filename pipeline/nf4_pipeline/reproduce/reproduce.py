@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from nf4_pipeline.calibration.calibrator import Calibrator, calibration_file
 from nf4_pipeline.calibration.facts import CALIBRATION_FILE
@@ -30,6 +30,8 @@ from nf4_pipeline.reproduce.compare import Difference, compare_files
 from nf4_pipeline.reproduce.derive import Derivation
 from nf4_pipeline.reproduce.source import open_source
 from nf4_pipeline.resource_usage import measured
+
+_MACHINE: Final = Machine()
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Reproduction:
 
 
 def reproduce(
-    artifact: Path, source: Path | None, machine: Machine, reporter: Reporter
+    artifact: Path, source: Path | None, reporter: Reporter, machine: Machine = _MACHINE
 ) -> Reproduction:
     """Derives an artifact again from its source, and compares every file.
 
@@ -84,9 +86,9 @@ def reproduce(
     Args:
         artifact: a folder with a manifest, such as a download of a published one.
         source: the folder that holds the checkpoint; None for the commit that the manifest pins.
+        reporter: told how far it is.
         machine: threads, memory, and where calibrated codes are chosen; its device "auto" means
             what the manifest says.
-        reporter: told how far it is.
 
     Raises:
         ArtifactError: there is no manifest, or not one that can be followed; or no calibration.json

@@ -236,7 +236,7 @@ def _check_provenance(build: Build, found: dict[str, FileDigest]) -> None:
 def _recorded_files(build: Build) -> dict[str, FileDigest]:
     """What the stages say that they left in the export: manifest, verification, card, pictures."""
     files: dict[str, FileDigest] = {}
-    for kind in KINDS:
+    for kind in KINDS.values():
         record = build.record(kind)
         files |= record.outputs_in("export") if record else {}
     return files

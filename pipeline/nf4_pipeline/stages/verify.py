@@ -82,10 +82,8 @@ class Verify:
     def _key(self, against: str | None) -> str:
         download, serialized = self.build.need(DOWNLOAD), self.build.need(SERIALIZE)
         recipe = {**self.recipe.as_json()["verify"]}
-        del (
-            recipe["prompts"],
-            recipe["eval_text"],
-        )  # what the files hold matters, not where they lie
+        # What the files hold matters, not where they lie.
+        del recipe["prompts"], recipe["eval_text"]
         return json_sha256(
             {
                 "code": CODE_VERSION,
