@@ -18,7 +18,7 @@ from nf4_pipeline.errors import BuildError, UsageError
 from nf4_pipeline.job import run_stage, states
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe
-from nf4_pipeline.records import QUANTIZE
+from nf4_pipeline.records import QUANTIZE, SERIALIZE
 from nf4_pipeline.stages import quantize
 from nf4_pipeline.stages.quantize import Quantize
 
@@ -278,6 +278,7 @@ def test_tokens_that_changed_are_another_calibration(done: Path, tmp_path: Path)
     value = json.loads(path.read_bytes())
     value["ids"][0][5] = (value["ids"][0][5] + 1) % 256
     path.write_text(json.dumps(value))
+    build.forget(SERIALIZE)
     with pytest.raises(BuildError, match="stale"):
         run_stage(build, "serialize", SELF, CPU, SILENT)
     assert quantized(build, SELF).ran
