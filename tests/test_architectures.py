@@ -33,7 +33,7 @@ def test_a_decoder_is_built_loaded_and_computes(
     for stage in ("quantize", "serialize"):
         run_stage(build, stage, Recipe(), CPU, SILENT)
 
-    manifest = read_manifest(build.export)
+    manifest = read_manifest(build.export).to_json()
     planned = {tensor["module"] for tensor in manifest["tensors"] if tensor["quantized"]}
     reasons = [tensor["reason"] for tensor in manifest["tensors"]]
     assert planned

@@ -18,9 +18,9 @@ from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe, SerializeRecipe
 from nf4_pipeline.records import QUANTIZE
 
-from tests.support import disk
+from tests.campaigns import disk
+from tests.support.folder_state import content, leftovers
 from tests.support.jobs import CPU, download
-from tests.support.kills import content, leftovers
 from tests.support.tiny import copy_of, nf4
 
 pytestmark = pytest.mark.usefixtures("facts_here")

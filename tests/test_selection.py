@@ -74,7 +74,7 @@ def test_the_ordinary_case() -> None:
 
 
 def test_a_head_that_differs_from_its_twin_is_kept() -> None:
-    plan = select(TENSORS, FACTS, QuantizeRecipe(), different_twins=frozenset({"head.weight"}))
+    plan = select(TENSORS, FACTS, QuantizeRecipe(), untied=frozenset({"head.weight"}))
     assert reasons(plan)["head.weight"] == ("keep", "output head")
 
 

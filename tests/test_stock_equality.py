@@ -17,7 +17,6 @@ from typing import Any, Final
 import nf4_pipeline
 import pytest
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.machine import Machine
 from nf4_pipeline.progress import SILENT
@@ -31,6 +30,8 @@ from tests.support.architecture import FactsHere
 from tests.support.checkpoints import FALCONS, HEAD, KINDS, make_checkpoint, read_tensors
 from tests.support.jobs import download
 from tests.support.stock import (
+    QUANT_STATE,
+    dequantize_stock,
     falcon_patch,
     linear4bit,
     load_stock,
@@ -39,15 +40,6 @@ from tests.support.stock import (
     stock_model,
 )
 from tests.support.tiny import content_of
-
-QUANT_STATE: Final = ".quant_state.bitsandbytes__nf4"
-COMPANIONS: Final = (
-    ".absmax",
-    ".quant_map",
-    ".nested_absmax",
-    ".nested_quant_map",
-    QUANT_STATE,
-)
 
 # Two texts of twelve tokens, all different.
 TOKENS: Final = (torch.arange(24) * 9 % 257).reshape(2, 12)
@@ -141,18 +133,6 @@ def quant_state(tensors: dict[str, torch.Tensor], weight: str) -> dict[str, Any]
     return value
 
 
-def dequantized(tensors: dict[str, torch.Tensor], weight: str) -> torch.Tensor:
-    """A weight as bitsandbytes reads it from its six stored tensors."""
-    companions = {weight + suffix: tensors[weight + suffix] for suffix in COMPANIONS}
-    state = QuantState.from_dict(companions, device=torch.device("cpu"))
-    shape = state.shape
-    # As one long row: bitsandbytes 0.50.2 takes the wrong scales on a CPU for rows that are no
-    # whole number of blocks.
-    state.shape = torch.Size([shape.numel()])
-    found: torch.Tensor = dequantize_4bit(tensors[weight], state)
-    return found.reshape(shape)
-
-
 def logit_bound(dtype: str) -> float:
     """How far, relatively, logits may lie apart whose scales differ by single 8-bit steps.
 
@@ -187,7 +167,9 @@ def test_artifact_holds_what_stock_writes(make: Make, name: str) -> None:
         nested = f"{weight}.nested_absmax"
         # They are differences to that mean, and carry its rounding.
         torch.testing.assert_close(ours[nested], stock[nested], rtol=1e-6, atol=1e-6 * offset)
-        assert relative(dequantized(ours, weight), dequantized(stock, weight)) < 1e-3, weight
+        assert relative(dequantize_stock(ours, weight), dequantize_stock(stock, weight)) < 1e-3, (
+            weight
+        )
 
 
 @every_case
@@ -200,7 +182,7 @@ def test_artifact_is_near_its_source(make: Make, name: str) -> None:
         seen.add(entry["source_name"])
         if entry["quantized"]:
             original = original.T if entry["transposed"] else original
-            error = relative(dequantized(ours, entry["name"]), original)
+            error = relative(dequantize_stock(ours, entry["name"]), original)
             # Normally distributed weights lose 9 % to NF4; blocks that are zero lose nothing.
             assert 0.06 < error < 0.11, entry["name"]
             assert entry["relative_rmse"] == pytest.approx(error, rel=0.01), entry["name"]
@@ -351,7 +333,7 @@ def test_a_loaded_model_computes_what_the_artifact_means(make: Make, name: str) 
     with torch.no_grad():
         for entry in made.manifest["tensors"]:
             if entry["quantized"]:
-                weight = dequantized(tensors, entry["name"])
+                weight = dequantize_stock(tensors, entry["name"])
                 plain.get_parameter(entry["name"]).copy_(
                     weight.T if entry["transposed"] else weight
                 )

@@ -17,12 +17,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Generic, Literal, Protocol, Self, TypeVar
+from typing import Any, Final, Generic, Literal, Protocol, TypeVar
 
 from nf4_pipeline.checkpoint.atomic import (
     make_folder,
@@ -44,9 +44,6 @@ class Facts(Protocol):
 
     def to_json(self) -> dict[str, Any]: ...
 
-    @classmethod
-    def from_json(cls, value: Any) -> Self: ...
-
 
 F = TypeVar("F", bound=Facts)
 F_co = TypeVar("F_co", bound=Facts, covariant=True)
@@ -58,11 +55,11 @@ class RecordKind(Generic[F_co]):
 
     Attributes:
         stage: the stage's name, as the command's.
-        facts: the type of its facts.
+        parse: JSON -> its facts.
     """
 
     stage: str
-    facts: type[F_co]
+    parse: Callable[[Any], F_co]
 
 
 @dataclass(frozen=True)
@@ -156,7 +153,7 @@ class Build:
                 kind,
                 value["key"],
                 outputs,
-                kind.facts.from_json(value["facts"]),
+                kind.parse(value["facts"]),
                 float(value["seconds"]),
                 int(value["peak_memory_bytes"]),
                 str(value["finished"]),

@@ -17,8 +17,11 @@ from typing import Any, Final
 from nf4_pipeline.build_folder import Facts, RecordKind
 from nf4_pipeline.calibration.facts import CalibrationFacts
 from nf4_pipeline.checkpoint.digest import FileDigest
+from nf4_pipeline.checkpoint.shards import TensorFacts
 from nf4_pipeline.documents import Document, key, optional
+from nf4_pipeline.manifest.manifest import Totals
 from nf4_pipeline.model.architecture import ModelFacts
+from nf4_pipeline.verification.document import Verification, parse_verification
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +68,14 @@ class FileFacts(Document):
         key: of what was quantized, so that no file of another run is taken for one of this.
         size: of the file, in bytes.
         sha256: of the file.
-        tensors: name -> {"dtype", "shape", "bytes", "sha256"}.
+        tensors: that it holds, by name.
         relative_rmse: of each quantized weight, by name.
     """
 
     key: str = field(metadata=key("stage"))
     size: int
     sha256: str
-    tensors: dict[str, Any]
+    tensors: Mapping[str, TensorFacts]
     relative_rmse: Mapping[str, float]
 
     @property
@@ -88,7 +91,7 @@ class QuantizeFacts(Document):
         predicted_bytes: of all files, known before the first was written.
         skip_modules: what readers must be told to leave alone.
         hidden_modules: quantized modules that a stock loader of transformers >= 5.5 passes over.
-        different_twins: tied tensors that differ, so that both are kept.
+        untied: tied tensors that differ, so that both are kept.
         files: name in quantized/ -> its facts.
         calibration: how codes and scales were chosen; None if rounded to nearest.
     """
@@ -96,7 +99,7 @@ class QuantizeFacts(Document):
     predicted_bytes: int
     skip_modules: tuple[str, ...]
     hidden_modules: tuple[str, ...]
-    different_twins: tuple[str, ...]
+    untied: tuple[str, ...] = field(metadata=key("different_twins"))
     files: Mapping[str, FileFacts]
     calibration: CalibrationFacts | None = optional()
 
@@ -124,22 +127,8 @@ class SerializeFacts(Document):
         hidden_modules: as in `QuantizeFacts`.
     """
 
-    totals: dict[str, Any]
+    totals: Totals
     hidden_modules: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class VerifyFacts:
-    """verification.json, as it was written."""
-
-    document: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        return self.document
-
-    @classmethod
-    def from_json(cls, value: Any) -> VerifyFacts:
-        return cls(dict(value))
 
 
 @dataclass(frozen=True)
@@ -186,12 +175,12 @@ class PushFacts(Document):
     proof: dict[str, Any]
 
 
-DOWNLOAD: Final = RecordKind("download", DownloadFacts)
-QUANTIZE: Final = RecordKind("quantize", QuantizeFacts)
-SERIALIZE: Final = RecordKind("serialize", SerializeFacts)
-VERIFY: Final = RecordKind("verify", VerifyFacts)
-ATTEST: Final = RecordKind("attest", AttestFacts)
-PUSH: Final = RecordKind("push", PushFacts)
+DOWNLOAD: Final = RecordKind("download", DownloadFacts.from_json)
+QUANTIZE: Final = RecordKind("quantize", QuantizeFacts.from_json)
+SERIALIZE: Final = RecordKind("serialize", SerializeFacts.from_json)
+VERIFY: Final[RecordKind[Verification]] = RecordKind("verify", parse_verification)
+ATTEST: Final = RecordKind("attest", AttestFacts.from_json)
+PUSH: Final = RecordKind("push", PushFacts.from_json)
 
 _ALL: Final[tuple[RecordKind[Facts], ...]] = (
     DOWNLOAD,

@@ -13,12 +13,12 @@ import nf4_pipeline
 import numpy as np
 import pytest
 import torch
-from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.calibration import calibration_pass as passes
 from nf4_pipeline.calibration.tokens import parse_tokens
 from nf4_pipeline.checkpoint.source import read_json
-from nf4_pipeline.gptq.hessian_accumulator import Moments
+from nf4_pipeline.gptq.hessian import HessianAccumulator
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import SerializeRecipe
@@ -37,9 +37,8 @@ from tests.support.calibrated import (
 from tests.support.checkpoints import FALCONS, KINDS, make_checkpoint, read_tensors
 from tests.support.decoders import write_decoder
 from tests.support.jobs import CPU
-from tests.support.stock import linear4bit, load_stock, logits
+from tests.support.stock import dequantize_stock, linear4bit, load_stock, logits
 from tests.support.tiny import copy_of
-from tests.test_stock_equality import dequantized
 
 DTYPED: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "llama-fp16": ("llama", {"dtype": "float16"}),
@@ -117,7 +116,7 @@ def test_an_artifact_of_the_same_form(make: Make, name: str) -> None:
         shape = tuple(entry["shape"])
         weight = read_back(ours, key, shape)
         # What bitsandbytes reads, in the dtype of the source.
-        stock = dequantized(ours, key)
+        stock = dequantize_stock(ours, key)
         assert torch.equal(stock, torch.from_numpy(weight).to(stock.dtype)), key
         exact = source[entry["source_name"]].double().numpy()
         exact = exact.T if entry["transposed"] else exact
@@ -312,12 +311,12 @@ def test_layers_outside_the_blocks_hold_nothing(
     """project_in and project_out of OPT: inputs are let go as soon as a run has passed."""
     held: list[int] = []
 
-    class Watched(Moments):
+    class Watched(HessianAccumulator):
         def close(self) -> None:
             held.append(len(self._seen))
             super().close()
 
-    monkeypatch.setattr(passes, "Moments", Watched)
+    monkeypatch.setattr(passes, "HessianAccumulator", Watched)
     build = downloaded(make_checkpoint(tmp_path / "model", "opt"), tmp_path)
     quantized(build, settings(tokens=8192))
     assert set(held) == {0}

@@ -15,7 +15,7 @@ import pytest
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.records import QUANTIZE
 
-from tests.cli.test_bad_input import check_message, check_nothing_written
+from tests.support.failures import check_message, check_nothing_written
 from tests.support.jobs import download
 from tests.support.tiny import content_of, copy_of, edit_json, environment, nf4, write_falcon
 

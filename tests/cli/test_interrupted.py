@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from nf4_pipeline.build_folder import Build
 
+from tests.support.folder_state import leftovers
 from tests.support.interrupts import interrupt_at_random, interrupt_when
 from tests.support.jobs import download
-from tests.support.kills import leftovers
 from tests.support.tiny import content_of, copy_of, listen_to_interrupts, nf4, write_falcon
 
 pytestmark = pytest.mark.usefixtures("facts_here")

@@ -14,7 +14,7 @@ from nf4_pipeline.build_folder import Build
 from nf4_pipeline.checkpoint.header import read_header
 from nf4_pipeline.records import QUANTIZE
 
-from tests.support import kills
+from tests.campaigns import kills
 from tests.support.jobs import download
 from tests.support.tiny import content_of, copy_of, nf4, start_nf4, write_falcon
 

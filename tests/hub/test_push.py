@@ -10,8 +10,7 @@ import pytest
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.records import ATTEST, PUSH, VERIFY
 
-from tests.support.hub_faults import TOKEN
-from tests.support.hub_server import Fault, HubServer
+from tests.support.hub_server import TOKEN, Fault, HubServer
 from tests.support.hub_store import Repo
 from tests.support.hub_worker import Outcome, Worker
 from tests.support.tiny import content_of, copy_of
@@ -198,7 +197,7 @@ def fail_verification(build: Build) -> None:
     record = build.need(VERIFY)
     document = record.facts.to_json()
     checks = [{**document["checks"][0], "passed": False}, *document["checks"][1:]]
-    failed = VERIFY.facts.from_json(document | {"verdict": "fail", "checks": checks})
+    failed = VERIFY.parse(document | {"verdict": "fail", "checks": checks})
     build.write_record(replace(record, facts=failed))
 
 

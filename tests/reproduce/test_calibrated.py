@@ -84,7 +84,7 @@ def test_it_is_not_round_to_nearest_that_is_derived(
     build, *_ = download(tiny_falcon, tmp_path / "nearest")
     run_stage(build, "quantize", Recipe(), CPU, SILENT)
     nearest = {
-        name: tensor["sha256"]
+        name: tensor.sha256
         for file in build.need(QUANTIZE).facts.files.values()
         for name, tensor in file.tensors.items()
     }

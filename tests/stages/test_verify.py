@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.cli import main
 from nf4_pipeline.errors import ArtifactError, RecipeError, UsageError, VerificationError
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
 from nf4_pipeline.job import run_stage, states
+from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.progress import SILENT, Task
 from nf4_pipeline.recipe import Recipe, load_recipe
 from nf4_pipeline.records import VERIFY
 from nf4_pipeline.runtime.loader import load, load_tokenizer
-from nf4_pipeline.runtime.quiet import quiet_loading
 from nf4_pipeline.sample import MODEL_DIR, QUESTIONS, TEXT
 from nf4_pipeline.verification import worker
 from nf4_pipeline.verification.document import SCHEMA
@@ -34,7 +34,7 @@ from nf4_pipeline.verification.eval_text import Text, cut
 from nf4_pipeline.verification.launch import Examination
 from nf4_pipeline.verification.prompts import Prompt
 
-from tests.report import made
+from tests.support import made
 from tests.support.checkpoints import make_checkpoint, read_tensors
 from tests.support.jobs import CPU, download
 from tests.support.tamper import agree, change, swap
@@ -269,17 +269,17 @@ def test_streamed_answers_are_those_of_the_whole_model(
     room = first + max(first, second)
     monkeypatch.setattr(worker, "_free_memory", lambda request: worker._SPARE + room)
     found.append(asked_of(folder).ask_source(folder, SILENT))
-    assert not whole["costs"]["streamed"]
-    assert whole["costs"]["tokens_per_second"] > 0
+    assert not whole.costs.streamed
+    assert whole.costs.tokens_per_second > 0
     for streamed in found:
-        assert streamed["costs"]["streamed"]
-        assert len(whole["answers"]) == len(streamed["answers"]) == 5
-        for one, other in zip(whole["answers"], streamed["answers"], strict=True):
-            assert (other["ids"], other["text"]) == (one["ids"], one["text"])
+        assert streamed.costs.streamed
+        assert len(whole.answers) == len(streamed.answers) == 5
+        for one, other in zip(whole.answers, streamed.answers, strict=True):
+            assert (other.ids, other.text) == (one.ids, one.text)
         # All prompts were answered together, so no time belongs to one of them.
-        assert streamed["costs"]["tokens_per_second"] is None
-        assert streamed["costs"]["first_token_seconds"] is None
-        assert streamed["costs"]["footprint_bytes"] == whole["costs"]["footprint_bytes"]
+        assert streamed.costs.tokens_per_second is None
+        assert streamed.costs.first_token_seconds is None
+        assert streamed.costs.footprint_bytes == whole.costs.footprint_bytes
 
 
 # --- against another artifact ---

@@ -10,7 +10,7 @@ import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit
-from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.fidelity.token_scores import TokenScores
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.nf4 import rtn as nearest
@@ -24,8 +24,8 @@ from nf4_pipeline.verification.rtn_baseline import NearestTwin, rounded
 
 from tests.support.checkpoints import make_checkpoint, read_tensors
 from tests.support.jobs import CPU, download
+from tests.support.sequences import FIELDS, LENGTHS, sequences
 from tests.support.tamper import PARTS
-from tests.verification.test_compare import FIELDS, LENGTHS, sequences
 
 KINDS: Final = ("falcon-7b", "gpt2", "opt")
 

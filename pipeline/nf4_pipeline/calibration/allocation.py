@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-from nf4_pipeline.documents import Document
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
-class Loss(Document):
+class LayerLoss:
     """What one layer loses.
 
     Attributes:
@@ -22,17 +21,20 @@ class Loss(Document):
     kl: float
     bytes: int
 
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
 
-def within(losses: Sequence[Loss], budget: int) -> list[Loss]:
+
+def select_within_budget(losses: Sequence[LayerLoss], budget: int) -> list[LayerLoss]:
     """The layers to leave in 16 bit: those that lose most per byte, as long as they fit.
 
     Args:
         losses: of all layers.
         budget: bytes for all of them together.
     """
-    found: list[Loss] = []
+    selected: list[LayerLoss] = []
     for loss in sorted(losses, key=lambda loss: (-loss.kl / max(1, loss.bytes), loss.module)):
         if loss.bytes <= budget:
-            found.append(loss)
+            selected.append(loss)
             budget -= loss.bytes
-    return found
+    return selected

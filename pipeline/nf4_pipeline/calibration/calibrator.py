@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
-from nf4_pipeline.calibration.allocation import Loss
 from nf4_pipeline.calibration.facts import CalibrationFacts
 from nf4_pipeline.checkpoint.atomic import json_bytes, make_folder, write_json
 from nf4_pipeline.checkpoint.digest import digest_file, json_sha256
 from nf4_pipeline.errors import BuildError, PlanMismatchError, RecipeError, ResourceError
+from nf4_pipeline.manifest.manifest import KeptModule
 from nf4_pipeline.nf4.rounding import NearestOnCpu, Rounding
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.recipe import QuantizeRecipe
@@ -26,7 +26,7 @@ from nf4_pipeline.resource_usage import DeviceUsage, measured_on_device
 from nf4_pipeline.selection import Plan
 
 if TYPE_CHECKING:
-    from nf4_pipeline.calibration.block_store import Store
+    from nf4_pipeline.calibration.block_store import BlockStore
     from nf4_pipeline.calibration.tokens import CalibrationTokens
 
 CODE_VERSION: Final = 1
@@ -49,9 +49,9 @@ class CalibratedChoice:
 
     def rounding(self) -> Rounding:
         """The choices, for the engine; weights without one are rounded to nearest."""
-        from nf4_pipeline.gptq.precomputed import Given
+        from nf4_pipeline.gptq.precomputed import PrecomputedRounding
 
-        return Given(self.files, NearestOnCpu())
+        return PrecomputedRounding(self.files, NearestOnCpu())
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Calibrator:
         tokens: CalibrationTokens,
         reporter: Reporter,
         *,
-        kept: Sequence[Loss] | None = None,
+        kept: Sequence[KeptModule] | None = None,
         sampling: DeviceUsage | None = None,
     ) -> CalibratedChoice:
         """Chooses codes and scales for everything that a plan quantizes, or goes on doing so.
@@ -157,7 +157,7 @@ class Calibrator:
             RecipeError: the tokens are none of this model's.
             PlanMismatchError: a weight got neither codes nor a reason why it has none.
         """
-        from nf4_pipeline.calibration.block_store import Store
+        from nf4_pipeline.calibration.block_store import BlockStore
         from nf4_pipeline.calibration.calibration_pass import calibrate
         from nf4_pipeline.runtime.loader import pick_device
 
@@ -171,7 +171,7 @@ class Calibrator:
             "torch": version("torch"),  # what it computes may change with it
             "weights": [tensor.name for tensor in plan.quantized],
         }
-        store = Store(self.folder / json_sha256(identity)[:12])
+        store = BlockStore(self.folder / json_sha256(identity)[:12])
         store.open()
         with _enough_memory(device), measured_on_device() as passing:
             parts = calibrate(
@@ -190,14 +190,14 @@ class Calibrator:
                 kept = self._sensitive(plan, store, tokens, device, reporter)
         taken = {"sampling": sampling or DeviceUsage(), "pass": passing, "sensitivity": sensitivity}
         facts = CalibrationFacts(
-            source=tokens.source,
+            source=cast("Any", tokens.source),
             sequences=len(tokens.ids),
             tokens=int(tokens.ids.size),
             tokens_sha256=tokens.sha256,
-            device=kind,
+            device=cast("Any", kind),
             fallbacks=fallbacks,
             kept=tuple(kept),
-            extra_bytes=sum(loss.bytes for loss in kept),
+            extra_bytes=sum(module.bytes for module in kept),
             seconds={name: round(usage.seconds, 2) for name, usage in taken.items()} | parts,
             peak_device_memory_bytes={name: usage.peak_memory for name, usage in taken.items()},
         )
@@ -206,25 +206,26 @@ class Calibrator:
     def _sensitive(
         self,
         plan: Plan,
-        store: Store,
+        store: BlockStore,
         tokens: CalibrationTokens,
         device: str,
         reporter: Reporter,
-    ) -> Sequence[Loss]:
+    ) -> Sequence[KeptModule]:
         """The modules that the byte budget leaves in 16 bit."""
         if not self.recipe.extra_share:
             return ()
-        from nf4_pipeline.calibration.allocation import within
-        from nf4_pipeline.calibration.sensitivity import measure
+        from nf4_pipeline.calibration.allocation import select_within_budget
+        from nf4_pipeline.calibration.sensitivity import measure_losses
 
-        losses = store.measured()
+        losses = store.read_losses()
         if losses is None:
-            losses = measure(
+            losses = measure_losses(
                 self.source, plan.quantized, store.files(), tokens, device=device, reporter=reporter
             )
-            store.keep_measured(losses)
+            store.write_losses(losses)
         stored = sum(part.nbytes for tensor in plan.quantized for part in tensor.stored)
-        return within(losses, int(self.recipe.extra_share * stored))
+        selected = select_within_budget(losses, int(self.recipe.extra_share * stored))
+        return [KeptModule(module=loss.module, kl=loss.kl, bytes=loss.bytes) for loss in selected]
 
     def chosen_bytes(self) -> int:
         """What choices take on the disk already."""
@@ -274,10 +275,10 @@ def published_tokens(folder: Path, facts: CalibrationFacts) -> bytes:
 
 def calibration_file(tokens: CalibrationTokens, facts: CalibrationFacts) -> bytes:
     """The content of calibration.json: the tokens, and the modules that were kept."""
-    return json_bytes({**tokens.as_json(), "kept": [loss.to_json() for loss in facts.kept]})
+    return json_bytes({**tokens.as_json(), "kept": [module.to_json() for module in facts.kept]})
 
 
-def _check_complete(plan: Plan, store: Store, fallbacks: dict[str, str]) -> None:
+def _check_complete(plan: Plan, store: BlockStore, fallbacks: dict[str, str]) -> None:
     lost = {tensor.name for tensor in plan.quantized} - {*store.files(), *fallbacks}
     if lost:
         raise PlanMismatchError(

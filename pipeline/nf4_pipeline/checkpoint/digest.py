@@ -18,7 +18,7 @@ from nf4_pipeline.progress import Task
 _CHUNK: Final = 4 * 2**20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileDigest(Document):
     """A file's size and sha256 (hex)."""
 

@@ -35,7 +35,7 @@ def output_options(command: Command) -> Command:
     @wraps(command)
     def wrapped(as_json: bool, quiet: bool, verbose: bool, **values: Any) -> Any:
         if not verbose:
-            from nf4_pipeline.runtime.quiet import quiet_libraries
+            from nf4_pipeline.library_output import quiet_libraries
 
             quiet_libraries()
         return command(ui=Ui(as_json, quiet), **values)
@@ -245,7 +245,7 @@ def run_one_stage(
 ) -> Record[Any]:
     """Runs one stage of an existing build and says what came of it; returns its record."""
     from nf4_pipeline.job import run_stage
-    from nf4_pipeline.records import VerifyFacts
+    from nf4_pipeline.verification.document import Verification
 
     result = run_stage(build, name, recipe, machine, ui.reporter(), against=against)
     record = result.record
@@ -257,7 +257,7 @@ def run_one_stage(
         "peak_memory_bytes": record.peak_memory,
         "outputs": {name: digest.to_json() for name, digest in record.outputs.items()},
     }
-    if isinstance(record.facts, VerifyFacts):
+    if isinstance(record.facts, Verification):
         document = record.facts.to_json()
         value |= {name: document[name] for name in _VERIFIED if name in document}
 

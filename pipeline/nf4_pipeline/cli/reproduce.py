@@ -78,8 +78,8 @@ def artifact_folder(path: Path) -> Path:
 
 def _show(result: Reproduction) -> None:
     source = result.source
-    pinned = source["commit"] or f"content {source['content_sha256'][:12]}"
-    click.echo(f"source: {source['repo']} at {pinned}")
+    pinned = source.commit or f"content {source.content_sha256[:12]}"
+    click.echo(f"source: {source.repo} at {pinned}")
     for difference in result.differences:
         place = ""
         if difference.tensor is not None:

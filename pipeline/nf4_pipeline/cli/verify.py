@@ -82,8 +82,8 @@ def command(
         machine = replace(machine, device_memory=parse_size(device_memory, "--device-memory"))
     build = existing_build(model, build_dir)
     record = run_one_stage("verify", ui, build, recipe, machine, against=against)
-    document = record.facts.to_json()
+    verification = record.facts
     if not ui.as_json:
-        show_checks(document)
-    if document["verdict"] != "pass":
+        show_checks(verification)
+    if verification.verdict != "pass":
         sys.exit(1)

@@ -13,7 +13,7 @@ from typing import TypeVar
 from nf4_pipeline.checkpoint.source import Checkpoint
 from nf4_pipeline.engine.buffers import divide
 from nf4_pipeline.engine.scheduler import Opener, Output, QuantizedFile, make_files
-from nf4_pipeline.engine.tied import TwinsDifferError
+from nf4_pipeline.errors import TiedWeightsDiffer
 from nf4_pipeline.machine import Machine
 from nf4_pipeline.model.architecture import ModelFacts
 from nf4_pipeline.nf4.rounding import Rounding
@@ -41,13 +41,13 @@ class CheckpointPlanner:
     def plan(
         self,
         *,
-        different_tied: frozenset[str] = frozenset(),
+        untied: frozenset[str] = frozenset(),
         sensitive: frozenset[str] = frozenset(),
     ) -> Plan:
         """The plan.
 
         Args:
-            different_tied: tied tensors that are known to differ from their twin.
+            untied: tied tensors that are known to differ from what they are tied to.
             sensitive: modules that stay in 16 bit for what they would lose.
 
         Raises:
@@ -57,7 +57,7 @@ class CheckpointPlanner:
             self.checkpoint.tensors,
             self.architecture,
             self.recipe,
-            different_twins=different_tied,
+            untied=untied,
             sensitive=sensitive,
         )
 
@@ -76,10 +76,10 @@ class CheckpointPlanner:
         plan = self.plan(sensitive=sensitive)
         try:
             return work(plan)
-        except TwinsDifferError as error:
+        except TiedWeightsDiffer as error:
             reporter.note(f"{error} Both are kept; starting again.")
-        different = frozenset(t.source.name for t in plan.tensors if t.twin is not None)
-        return work(self.plan(different_tied=different, sensitive=sensitive))
+        different = frozenset(t.source.name for t in plan.tensors if t.tied_to is not None)
+        return work(self.plan(untied=different, sensitive=sensitive))
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class QuantizationRun:
 
         Raises:
             CheckpointError: a weight is not finite, or a file became shorter while it was read.
-            TwinsDifferError: a tensor was to be dropped and does not equal its twin.
+            TiedWeightsDiffer: a tensor was to be dropped and does not equal its twin.
         """
         total = sum(t.source.header.nbytes for output in outputs for t in output.tensors)
         with reporter.task(title, total) as task:

@@ -7,34 +7,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nf4_pipeline.checkpoint.atomic import json_bytes
 from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.checkpoint.shards import Shard
 from nf4_pipeline.checkpoint.source import INDEX_FILE
 from nf4_pipeline.manifest.assemble import build_manifest
+from nf4_pipeline.manifest.manifest import CalibrationSummary, Manifest, Source
 from nf4_pipeline.manifest.read import MANIFEST_FILE
 from nf4_pipeline.manifest.small_files import small_files, stored_tensors_of, weight_index
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.selection import Plan
-
-
-@dataclass(frozen=True)
-class SourceFacts:
-    """What an artifact is made from.
-
-    Attributes:
-        folder: of the checkpoint.
-        identity: repo, commit (or None) and content hash.
-        files: every file that was taken from it.
-        model_class: the causal LM class.
-    """
-
-    folder: Path
-    identity: Mapping[str, Any]
-    files: Mapping[str, FileDigest]
-    model_class: str
 
 
 @dataclass(frozen=True)
@@ -52,7 +35,7 @@ class Weights:
     plan: Plan
     shards: Sequence[Shard]
     relative_rmse: Mapping[str, float]
-    calibration: tuple[Mapping[str, Any], dict[str, bytes]] | None = None
+    calibration: tuple[CalibrationSummary, dict[str, bytes]] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,18 +50,22 @@ class ArtifactFiles:
 
     small: dict[str, bytes]
     digests: dict[str, FileDigest]
-    manifest: dict[str, Any]
+    manifest: Manifest
 
 
-def assemble_files(source: SourceFacts, recipe: Recipe, weights: Weights) -> ArtifactFiles:
+def assemble_files(
+    folder: Path, source: Source, model_class: str, recipe: Recipe, weights: Weights
+) -> ArtifactFiles:
     """Puts together everything beside the weights.
 
     Args:
-        source: what the artifact is made from.
+        folder: of the checkpoint that the artifact is made from.
+        source: what the manifest says of that checkpoint.
+        model_class: the causal LM class.
         recipe: what was asked for; the part that shapes the artifact goes into the manifest.
         weights: as they were written, or as they would be.
     """
-    small = small_files(source.folder, source.files, weights.plan, source.model_class)
+    small = small_files(folder, source.files, weights.plan, model_class)
     if len(weights.shards) > 1:
         small[INDEX_FILE] = json_bytes(weight_index(weights.shards))
     calibration = None
@@ -88,16 +75,15 @@ def assemble_files(source: SourceFacts, recipe: Recipe, weights: Weights) -> Art
     digests = {shard.name: shard.digest for shard in weights.shards}
     digests |= {name: FileDigest.of(content) for name, content in small.items()}
     manifest = build_manifest(
-        source=source.identity,
-        source_files=source.files,
+        source=source,
         recipe=recipe,
         plan=weights.plan,
         stored=stored_tensors_of(weights.shards),
         relative_rmse=weights.relative_rmse,
         files=digests,
-        model_class=source.model_class,
+        model_class=model_class,
         calibration=calibration,
     )
-    small[MANIFEST_FILE] = json_bytes(manifest)
+    small[MANIFEST_FILE] = json_bytes(manifest.to_json())
     digests[MANIFEST_FILE] = FileDigest.of(small[MANIFEST_FILE])
     return ArtifactFiles(small, digests, manifest)

@@ -58,3 +58,25 @@ def _computes_linear(kind: Any, bias: bool) -> bool:
         and found.shape == expected.shape
         and torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
     )
+
+
+def weight_out_in(module: Any) -> Any:
+    """The weight of a linear layer as [out_features, in_features], whatever its class.
+
+    Args:
+        module: an nn.Linear, a plain subclass, or transformers' Conv1D, which holds [in, out].
+
+    Returns:
+        A torch tensor that shares the layer's memory.
+    """
+    return as_held(module, module.weight)
+
+
+def as_held(module: Any, weight: Any) -> Any:
+    """A weight [out_features, in_features] in the shape in which a layer holds its own; see above.
+
+    The way back is the same: what a layer holds, as [out_features, in_features].
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    return weight.T if isinstance(module, Conv1D) else weight

@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from nf4_pipeline.checkpoint.layout import plan_layout
+from nf4_pipeline.checkpoint.layout import StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.writer import TensorFile, writing
-from nf4_pipeline.nf4.layout import StoredTensor
 from nf4_pipeline.resource_usage import peak_memory
 
 _CHUNK: Final = 8 * 2**20

@@ -7,9 +7,8 @@ is not proven, only that codes and scales follow from them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nf4_pipeline.calibration.allocation import Loss
 from nf4_pipeline.calibration.calibrator import CalibratedChoice, Calibrator
 from nf4_pipeline.calibration.facts import CALIBRATION_FILE
 from nf4_pipeline.checkpoint.digest import digest_file
@@ -21,6 +20,7 @@ from nf4_pipeline.errors import (
     ResourceError,
     UsageError,
 )
+from nf4_pipeline.manifest.manifest import CalibrationSummary, Manifest
 from nf4_pipeline.manifest.read import MANIFEST_FILE
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.selection import Plan
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from nf4_pipeline.calibration.tokens import CalibrationTokens
 
 
-def frozen_tokens(artifact: Path, manifest: dict[str, Any]) -> CalibrationTokens:
+def frozen_tokens(artifact: Path, manifest: Manifest) -> CalibrationTokens:
     """The tokens that an artifact was calibrated on, held against its manifest.
 
     Args:
@@ -41,8 +41,8 @@ def frozen_tokens(artifact: Path, manifest: dict[str, Any]) -> CalibrationTokens
     """
     from nf4_pipeline.calibration.tokens import parse_tokens
 
-    listed = manifest["files"].get(CALIBRATION_FILE)
-    if listed is None or "calibration" not in manifest:
+    listed = manifest.files.get(CALIBRATION_FILE)
+    if listed is None or manifest.calibration is None:
         raise ArtifactError(
             f"{artifact / MANIFEST_FILE} says that codes are calibrated, but not from what: "
             f'expected "calibration", and {CALIBRATION_FILE} among "files". Take the manifest from '
@@ -53,20 +53,20 @@ def frozen_tokens(artifact: Path, manifest: dict[str, Any]) -> CalibrationTokens
         raise ArtifactError(
             f"{artifact} has no {CALIBRATION_FILE}. Its codes are calibrated, and can be chosen "
             "again only from the tokens in that file: put it beside the manifest "
-            f"({listed['size']:,} bytes, sha256 {listed['sha256']})."
+            f"({listed.size:,} bytes, sha256 {listed.sha256})."
         )
     digest = digest_file(path)
-    if digest.to_json() != listed:
+    if digest != listed:
         raise ArtifactError(
-            f"{path} is not the file that the manifest lists: expected {listed['size']:,} bytes "
-            f"with sha256 {listed['sha256']}, found {digest.size:,} bytes with sha256 "
+            f"{path} is not the file that the manifest lists: expected {listed.size:,} bytes "
+            f"with sha256 {listed.sha256}, found {digest.size:,} bytes with sha256 "
             f"{digest.sha256}. Download it again."
         )
     try:
         tokens = parse_tokens(read_json(path))
     except (CheckpointError, RecipeError) as error:
         raise ArtifactError(f"{path} cannot be followed: {error}") from error
-    expected = manifest["calibration"]["tokens_sha256"]
+    expected = manifest.calibration.tokens_sha256
     if tokens.sha256 != expected:
         raise ArtifactError(
             f"{path} holds other tokens than the manifest says: expected sha256 {expected}, found "
@@ -75,11 +75,11 @@ def frozen_tokens(artifact: Path, manifest: dict[str, Any]) -> CalibrationTokens
     return tokens
 
 
-def device_for(manifest: dict[str, Any], asked: str) -> str:
+def device_for(calibration: CalibrationSummary, asked: str) -> str:
     """The device on which codes are chosen again: of the kind on which they were chosen.
 
     Args:
-        manifest: of a calibrated artifact.
+        calibration: of the artifact.
         asked: "auto", "cpu", "cuda" or "cuda:N".
 
     Raises:
@@ -88,7 +88,7 @@ def device_for(manifest: dict[str, Any], asked: str) -> str:
     """
     from nf4_pipeline.runtime.loader import pick_device
 
-    kind = manifest["calibration"]["device"]
+    kind = calibration.device
     why = (
         f'The artifact was calibrated on a device of the kind "{kind}", and calibrated bytes are '
         "the same only on the same kind"
@@ -108,7 +108,7 @@ def device_for(manifest: dict[str, Any], asked: str) -> str:
 def choose_again(
     calibrator: Calibrator,
     plan: Plan,
-    manifest: dict[str, Any],
+    calibration: CalibrationSummary,
     tokens: CalibrationTokens,
     reporter: Reporter,
 ) -> CalibratedChoice:
@@ -117,7 +117,7 @@ def choose_again(
     Args:
         calibrator: of the source; what is chosen stands in its folder.
         plan: before modules are kept for what they lose.
-        manifest: of the artifact; says which modules stay in 16 bit.
+        calibration: of the artifact; says which modules stay in 16 bit.
         tokens: what the model reads.
         reporter: told how far it is.
 
@@ -125,16 +125,15 @@ def choose_again(
         ArtifactError: a module that is said to stay in 16 bit is none that could be quantized, or
             the tokens are not this model's.
     """
-    kept = [Loss.from_json(module) for module in manifest["calibration"]["kept"]]
     modules = {tensor.module for tensor in plan.quantized}
-    for loss in kept:
-        if loss.module not in modules:
+    for module in calibration.kept:
+        if module.module not in modules:
             raise ArtifactError(
-                f"{MANIFEST_FILE} says that {loss.module!r} was left in 16 bit for what it "
+                f"{MANIFEST_FILE} says that {module.module!r} was left in 16 bit for what it "
                 "would lose; the source has no such module to quantize."
             )
     try:
-        return calibrator.choose(plan, tokens, reporter, kept=kept)
+        return calibrator.choose(plan, tokens, reporter, kept=calibration.kept)
     except RecipeError as error:
         raise ArtifactError(f"{CALIBRATION_FILE} cannot be followed: {error}") from error
 

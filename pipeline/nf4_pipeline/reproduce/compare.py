@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from nf4_pipeline.calibration.facts import CALIBRATION_FILE
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, digest_tensors
-from nf4_pipeline.checkpoint.layout import FileLayout
+from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor
 from nf4_pipeline.checkpoint.sink import WrittenFile
 from nf4_pipeline.engine.scheduler import Output
-from nf4_pipeline.nf4.layout import StoredTensor
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.reproduce.derive import Derived
 
@@ -46,7 +45,7 @@ class Difference:
 
 def compare_files(
     artifact: Path,
-    listed: Mapping[str, Any],
+    listed: Mapping[str, FileDigest],
     derived: Derived,
     small: Mapping[str, bytes],
     reporter: Reporter,
@@ -77,16 +76,16 @@ def compare_files(
             if name not in expected:
                 differences.append(Difference(name, "the source does not make it"))
             elif manifest_alone and name in listed:
-                if listed[name] != expected[name].to_json():
-                    wanted = FileDigest(listed[name]["size"], listed[name]["sha256"])
-                    differences.append(Difference(name, _sizes_or_hashes(wanted, expected[name])))
+                if listed[name] != expected[name]:
+                    what = _sizes_or_hashes(listed[name], expected[name])
+                    differences.append(Difference(name, what))
             elif not path.is_file():
                 differences.append(Difference(name, "is missing"))
             elif (digest := digest_file(path, task)) != expected[name]:
                 differences.append(Difference(name, _sizes_or_hashes(digest, expected[name])))
-            elif name in listed and listed[name] != digest.to_json():
+            elif name in listed and listed[name] != digest:
                 differences.append(
-                    Difference(name, f"is right, but the manifest lists {listed[name]['sha256']}")
+                    Difference(name, f"is right, but the manifest lists {listed[name].sha256}")
                 )
     for name in sorted(path.name for path in artifact.glob("*.safetensors")):
         if name not in expected and name not in listed:
@@ -129,11 +128,11 @@ def _locate(
         offset = layout.nbytes if path.stat().st_size > layout.nbytes else None
         return Difference(name, difference.what, offset=offset)
     owner = next(t for t in output.tensors if wrong[0] in {part.name for part in t.stored})
-    sink = _ComparingSink(path, layout, wrong[0])
+    sink = ComparingSink(path, layout, wrong[0])
     derived.run.make(
         "derive",
         [Output(name, output.source, (owner,), layout)],
-        lambda _: _opened(sink),
+        lambda _: comparing(sink),
         lambda *_: None,
         SILENT,
     )
@@ -149,7 +148,7 @@ def _first_difference(actual: bytes, expected: bytes) -> int | None:
     return int(pairs.argmax()) if pairs.any() else length
 
 
-class _ComparingSink:
+class ComparingSink:
     """Holds one tensor, as it is made, against the bytes of a file.
 
     Attributes:
@@ -185,7 +184,8 @@ class _ComparingSink:
 
 
 @contextmanager
-def _opened(sink: _ComparingSink) -> Iterator[_ComparingSink]:
+def comparing(sink: ComparingSink) -> Iterator[ComparingSink]:
+    """A sink that compares, for whoever opens sinks in turn; its file is closed in the end."""
     try:
         yield sink
     finally:

@@ -102,7 +102,8 @@ def plan_outputs(plan: Plan, limit: int) -> list[Output]:
     pieces = []
     for file, layout in plan.layouts().items():
         tensors = plan.files()[file]
-        groups = split_tensors(layout.tensors, layout.nbytes, limit)
+        together = [tensor.stored for tensor in tensors]
+        groups = split_tensors(layout.tensors, layout.nbytes, limit, together)
         if len(groups) == 1:
             pieces.append((file, tensors, layout))
             continue

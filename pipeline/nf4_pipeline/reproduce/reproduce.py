@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from nf4_pipeline.calibration.calibrator import Calibrator, calibration_file
-from nf4_pipeline.calibration.facts import CALIBRATION_FILE
-from nf4_pipeline.checkpoint.digest import FileDigest
+from nf4_pipeline.calibration.facts import CALIBRATION_FILE, public_calibration
 from nf4_pipeline.checkpoint.source import open_checkpoint
 from nf4_pipeline.engine.quantize_checkpoint import CheckpointPlanner
 from nf4_pipeline.errors import ArtifactError, RecipeError
 from nf4_pipeline.machine import Machine
-from nf4_pipeline.manifest.artifact_files import SourceFacts, Weights, assemble_files
+from nf4_pipeline.manifest.artifact_files import Weights, assemble_files
+from nf4_pipeline.manifest.manifest import Manifest, Source
 from nf4_pipeline.manifest.read import MANIFEST_FILE, read_manifest
 from nf4_pipeline.nf4.rounding import NearestOnCpu
 from nf4_pipeline.progress import Reporter
@@ -39,7 +38,7 @@ class Reproduction:
     """What came of deriving an artifact again.
 
     Attributes:
-        source: repo, commit and content hash of the checkpoint.
+        source: the checkpoint.
         files: how many files the source makes.
         differences: the files that are not what the source makes; the first one says which byte.
         not_derived: files in the folder that no source makes, such as the model card.
@@ -48,7 +47,7 @@ class Reproduction:
         peak_memory: bytes.
     """
 
-    source: dict[str, Any]
+    source: Source
     files: int
     differences: list[Difference]
     not_derived: list[str]
@@ -64,7 +63,11 @@ class Reproduction:
     def as_json(self) -> dict[str, Any]:
         return {
             "reproduced": not self.differences,
-            "source": self.source,
+            "source": {
+                "repo": self.source.repo,
+                "commit": self.source.commit,
+                "content_sha256": self.source.content_sha256,
+            },
             "files": self.files,
             "equal": self.equal,
             "differences": [difference.as_json() for difference in self.differences],
@@ -100,9 +103,11 @@ def reproduce(
     """
     manifest = read_manifest(artifact)
     recipe = _recipe(manifest, artifact)
-    identity = {name: manifest["source"][name] for name in ("repo", "commit", "content_sha256")}
     tokens = frozen_tokens(artifact, manifest) if recipe.quantize.calibrate else None
-    device = "cpu" if tokens is None else device_for(manifest, machine.device)
+    summary = manifest.calibration
+    device = "cpu"
+    if tokens is not None and summary is not None:
+        device = device_for(summary, machine.device)
     with measured() as usage, tempfile.TemporaryDirectory(prefix="nf4-reproduce-") as scratch:
         pinned = open_source(manifest, source, Path(scratch), reporter)
         facts = pinned.record.facts
@@ -110,7 +115,7 @@ def reproduce(
             open_checkpoint(pinned.folder), facts.architecture, recipe.quantize
         )
         choice = None
-        if tokens is not None:
+        if tokens is not None and summary is not None:
             calibrator = Calibrator(
                 pinned.folder,
                 facts.content_sha256,
@@ -118,7 +123,7 @@ def reproduce(
                 recipe.quantize,
                 device,
             )
-            choice = choose_again(calibrator, planner.plan(), manifest, tokens, reporter)
+            choice = choose_again(calibrator, planner.plan(), summary, tokens, reporter)
         derived = Derivation(
             planner,
             NearestOnCpu() if choice is None else choice.rounding(),
@@ -129,22 +134,19 @@ def reproduce(
         calibration = None
         if choice is not None and tokens is not None:
             content = calibration_file(tokens, choice.facts)
-            calibration = choice.facts.public_json(), {CALIBRATION_FILE: content}
+            calibration = public_calibration(choice.facts), {CALIBRATION_FILE: content}
         small = assemble_files(
-            SourceFacts(
-                pinned.folder,
-                identity,
-                _listed_digests(manifest["source"]["files"]),
-                facts.architecture.class_name,
-            ),
+            pinned.folder,
+            manifest.source,
+            facts.architecture.class_name,
             recipe,
             Weights(derived.run.plan, derived.shards, derived.relative_rmse, calibration),
         ).small
-        listed = manifest["files"]
+        listed = manifest.files
         differences = compare_files(artifact, listed, derived, small, reporter)
     made = {*derived.outputs, *small}
     return Reproduction(
-        identity,
+        manifest.source,
         len({*made, *listed, *(difference.file for difference in differences)}),
         differences,
         sorted(
@@ -161,13 +163,9 @@ def reproduce(
     )
 
 
-def _listed_digests(files: Mapping[str, Any]) -> dict[str, FileDigest]:
-    return {name: FileDigest(entry["size"], entry["sha256"]) for name, entry in files.items()}
-
-
-def _recipe(manifest: dict[str, Any], artifact: Path) -> Recipe:
+def _recipe(manifest: Manifest, artifact: Path) -> Recipe:
     try:
-        return parse_recipe(manifest["recipe"], MANIFEST_FILE)
+        return parse_recipe(manifest.recipe, MANIFEST_FILE)
     except RecipeError as error:
         raise ArtifactError(
             f"{artifact / MANIFEST_FILE} holds a recipe that this version cannot follow: {error}"

@@ -11,6 +11,7 @@ from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, json_sha256
 from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.errors import ArtifactError, VerificationError
+from nf4_pipeline.manifest.manifest import Manifest
 from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.provenance.signing import SIGNATURE_FILE
@@ -98,8 +99,8 @@ class Push:
             ArtifactError: a file changed, came or went since it was verified.
         """
         export = self.build.export
-        verified = self.build.need(VERIFY).facts.document
-        verdict = verified["verdict"]
+        verified = self.build.need(VERIFY).facts
+        verdict = verified.verdict
         if verdict != "pass" and not self.allow_unverified:
             raise VerificationError(
                 f'{export} has the verdict "{verdict}"; only an artifact that passed is '
@@ -111,10 +112,10 @@ class Push:
         files = _checked_files(self.build, manifest, self.reporter)
         card = (export / CARD_FILE).read_text("utf-8")
         if verdict != "pass":
-            failed = [check["name"] for check in verified["checks"] if not check["passed"]]
-            card = with_warning(card, verdict, failed)
+            names = [check.name for check in verified.failed_checks]
+            card = with_warning(card, verdict, names)
             files[CARD_FILE] = FileDigest.of(card.encode())
-        return Upload(self.target, manifest["source"]["repo"], verdict, card, export, files)
+        return Upload(self.target, manifest.source.repo, verdict, card, export, files)
 
     def run(self) -> Record[PushFacts]:
         """Does the work.
@@ -189,13 +190,9 @@ def with_warning(card: str, verdict: str, failed: list[str]) -> str:
     return f"{warning}\n\n{card}"
 
 
-def _checked_files(
-    build: Build, manifest: dict[str, Any], reporter: Reporter
-) -> dict[str, FileDigest]:
+def _checked_files(build: Build, manifest: Manifest, reporter: Reporter) -> dict[str, FileDigest]:
     """Every file of the export, each as the manifest and the records have it."""
-    listed = manifest["files"].items()
-    expected = {name: FileDigest(entry["size"], entry["sha256"]) for name, entry in listed}
-    expected |= _recorded_files(build)
+    expected = {**manifest.files, **_recorded_files(build)}
     signature = build.export / SIGNATURE_FILE
     if signature.is_file():  # it signs what is checked here, and nothing signs it
         expected[SIGNATURE_FILE] = digest_file(signature)

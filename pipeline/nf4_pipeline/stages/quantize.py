@@ -24,7 +24,7 @@ from nf4_pipeline.engine.quantize_checkpoint import CheckpointPlanner, Quantizat
 from nf4_pipeline.engine.scheduler import Output, QuantizedFile
 from nf4_pipeline.errors import PlanMismatchError, ResourceError
 from nf4_pipeline.machine import Machine
-from nf4_pipeline.nf4.layout import blocks_of
+from nf4_pipeline.nf4.packing import blocks_of
 from nf4_pipeline.nf4.rounding import NearestOnCpu, Rounding
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.recipe import Recipe
@@ -168,7 +168,7 @@ class Quantize:
                 predicted_bytes=sum(layout.nbytes for layout in plan.layouts().values()),
                 skip_modules=plan.skip_modules,
                 hidden_modules=plan.hidden_modules,
-                different_twins=plan.different_twins,
+                untied=plan.untied,
                 files=self._make_files(run, key),
                 calibration=None if choice is None else choice.facts,
             )

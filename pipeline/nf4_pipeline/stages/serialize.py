@@ -9,14 +9,15 @@ from typing import ClassVar, Final
 
 from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.calibration.calibrator import published_tokens
-from nf4_pipeline.calibration.facts import CALIBRATION_FILE
+from nf4_pipeline.calibration.facts import CALIBRATION_FILE, public_calibration
 from nf4_pipeline.checkpoint.atomic import link_or_copy, replacing_folder, write_bytes
 from nf4_pipeline.checkpoint.digest import json_sha256
 from nf4_pipeline.checkpoint.shards import Shard, name_shards, split_file, write_shard
 from nf4_pipeline.checkpoint.source import open_checkpoint
 from nf4_pipeline.engine.quantize_checkpoint import CheckpointPlanner
 from nf4_pipeline.errors import ResourceError
-from nf4_pipeline.manifest.artifact_files import SourceFacts, Weights, assemble_files
+from nf4_pipeline.manifest.artifact_files import Weights, assemble_files
+from nf4_pipeline.manifest.manifest import Source
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import (
@@ -51,23 +52,22 @@ class Serialize:
             BuildError: download or quantize is not done.
         """
         download, quantized = self.build.need(DOWNLOAD), self.build.need(QUANTIZE)
-        calibration = quantized.facts.calibration
         small = {
             name: digest.sha256
             for name, digest in download.outputs_in("source").items()
             if not name.endswith(".safetensors")
         }
         recipe = self.recipe.as_json()
-        return json_sha256(
-            {
-                "code": CODE_VERSION,
-                "quantized": {name: digest.sha256 for name, digest in quantized.outputs.items()},
-                "small": small,
-                "recipe": recipe["serialize"],
-                "quantize_recipe": recipe["quantize"],
-                **({"calibration": calibration.public_json()} if calibration else {}),
-            }
-        )
+        parts = {
+            "code": CODE_VERSION,
+            "quantized": {name: digest.sha256 for name, digest in quantized.outputs.items()},
+            "small": small,
+            "recipe": recipe["serialize"],
+            "quantize_recipe": recipe["quantize"],
+        }
+        if (calibration := quantized.facts.calibration) is not None:
+            parts["calibration"] = public_calibration(calibration).to_json()
+        return json_sha256(parts)
 
     def run(self) -> Record[SerializeFacts]:
         """Does the work.
@@ -82,21 +82,17 @@ class Serialize:
         plan = CheckpointPlanner(
             open_checkpoint(self.build.source), download.facts.architecture, self.recipe.quantize
         ).plan(
-            different_tied=frozenset(quantized.facts.different_twins),
+            untied=frozenset(quantized.facts.untied),
             sensitive=quantized.facts.kept_modules,
         )
-        source = SourceFacts(
-            self.build.source,
-            download.facts.identity,
-            download.outputs_in("source"),
-            download.facts.architecture.class_name,
-        )
+        source = Source(**download.facts.identity, files=download.outputs_in("source"))
+        model_class = download.facts.architecture.class_name
 
         def work() -> Outcome[SerializeFacts]:
             with replacing_folder(self.build.export) as folder:
-                shards = self._place_weights(quantized.facts, folder)
+                shards = self._place_weights(plan, quantized.facts, folder)
                 weights = self._weights(plan, shards, quantized.facts)
-                files = assemble_files(source, self.recipe, weights)
+                files = assemble_files(self.build.source, source, model_class, self.recipe, weights)
                 for name, content in files.small.items():
                     write_bytes(folder / name, content)
                 # The earlier export goes now, and with it what was measured of it.
@@ -104,7 +100,7 @@ class Serialize:
                 self.build.forget(VERIFY)
             outputs = {f"export/{name}": digest for name, digest in files.digests.items()}
             return outputs, SerializeFacts(
-                totals=files.manifest["totals"], hidden_modules=plan.hidden_modules
+                totals=files.manifest.totals, hidden_modules=plan.hidden_modules
             )
 
         table = self.recipe.table("serialize")
@@ -114,16 +110,17 @@ class Serialize:
         calibration = None
         if (facts := quantized.calibration) is not None:
             tokens = published_tokens(self.build.calibration, facts)
-            calibration = facts.public_json(), {CALIBRATION_FILE: tokens}
+            calibration = public_calibration(facts), {CALIBRATION_FILE: tokens}
         return Weights(plan, shards, quantized.relative_rmse, calibration)
 
-    def _place_weights(self, quantized: QuantizeFacts, folder: Path) -> list[Shard]:
+    def _place_weights(self, plan: Plan, quantized: QuantizeFacts, folder: Path) -> list[Shard]:
         """The weight files: each quantized file as it is, or cut where it is too large."""
         limit = self.recipe.serialize.max_shard_bytes
+        groups = {file: [t.stored for t in tensors] for file, tensors in plan.files().items()}
         pieces = [
             piece
             for file in quantized.files
-            for piece in split_file(self.build.quantized / file, limit)
+            for piece in split_file(self.build.quantized / file, limit, groups[file])
         ]
         names = name_shards(len(pieces))
         shards = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -16,20 +16,23 @@ from nf4_pipeline.checkpoint.digest import digest_file, json_sha256
 from nf4_pipeline.checkpoint.files import is_tokenizer
 from nf4_pipeline.errors import ArtifactError, RecipeError, ResourceError
 from nf4_pipeline.machine import Machine
+from nf4_pipeline.manifest.manifest import Manifest
 from nf4_pipeline.manifest.read import MANIFEST_FILE, read_manifest
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.recipe import Recipe
-from nf4_pipeline.records import DOWNLOAD, SERIALIZE, VERIFY, VerifyFacts
+from nf4_pipeline.records import DOWNLOAD, SERIALIZE, VERIFY
 from nf4_pipeline.report import model_card as card
 from nf4_pipeline.report.page import report_page
 from nf4_pipeline.report.pictures import PICTURES, pictures
 from nf4_pipeline.runtime.artifact import find_model
 from nf4_pipeline.runtime.loader import pick_device
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
-from nf4_pipeline.verification.checks import file_gates, load_gate, manifest_gate
-from nf4_pipeline.verification.document import examined, refused
+from nf4_pipeline.verification.assemble import assemble_measured, assemble_stopped
+from nf4_pipeline.verification.check_files import check_files, check_manifest
+from nf4_pipeline.verification.check_model import report_unloadable
+from nf4_pipeline.verification.document import Against, MeasuredVerification, Verification
 from nf4_pipeline.verification.eval_text import RANDOM, Text, read_text
-from nf4_pipeline.verification.launch import Examination, scores_differ
+from nf4_pipeline.verification.launch import Examination, compare_scores
 from nf4_pipeline.verification.prompts import REFERENCE, Prompt, read_prompts
 
 CODE_VERSION: Final = 3
@@ -75,8 +78,9 @@ class Verify:
             RecipeError: the prompts or the text cannot be read.
         """
         against = self._manifest_of_other()
-        if against is None and (record := self.build.record(VERIFY)) is not None:
-            against = record.facts.document.get("against", {}).get("manifest_sha256")
+        record = self.build.record(VERIFY) if against is None else None
+        if record and isinstance(record.facts, MeasuredVerification) and record.facts.against:
+            against = record.facts.against.manifest_sha256
         return self._key(against)
 
     def _key(self, against: str | None) -> str:
@@ -120,7 +124,7 @@ class Verify:
             return QUESTIONS
         return REFERENCE
 
-    def run(self) -> Record[VerifyFacts]:
+    def run(self) -> Record[Verification]:
         """Does the work.
 
         Raises:
@@ -136,42 +140,37 @@ class Verify:
         if self.against is not None:
             _check_other(manifest, _artifact(self.against), self.reporter)
 
-        def work() -> Outcome[VerifyFacts]:
-            document = self._examine(manifest)
-            files = self._documents(manifest, document)
+        def work() -> Outcome[Verification]:
+            verification = self._verify(manifest)
+            files = self._documents(manifest, verification)
             for name in _WRITTEN - set(files):
                 (self.build.export / name).unlink(missing_ok=True)  # of a run that had more to say
             for name, content in files.items():
                 write_bytes(self.build.export / name, content)
             outputs = {f"export/{name}": digest_file(self.build.export / name) for name in files}
-            return outputs, VerifyFacts(document)
-
-        def peak(facts: VerifyFacts) -> int:
-            document = facts.document
-            parts = [*document.get("models", {}).values(), document.get("comparison", {})]
-            return max((part.get("peak_memory_bytes", 0) for part in parts), default=0)
+            return outputs, verification
 
         table = self.recipe.table("verify")
-        return run_recorded(self.build, self.kind, key, work, recipe=table, child_peak=peak)
+        return run_recorded(self.build, self.kind, key, work, recipe=table, child_peak=_peak_memory)
 
-    def _documents(self, manifest: dict[str, Any], document: dict[str, Any]) -> dict[str, bytes]:
-        """What came of it, for machines and for people, by file name."""
+    def _documents(self, manifest: Manifest, verification: Verification) -> dict[str, bytes]:
+        """The verification, for machines and for people, by file name."""
         return {
-            VERIFICATION_FILE: json_bytes(document),
-            **pictures(manifest, document),
-            REPORT_FILE: report_page(manifest, document).encode(),
-            CARD_FILE: card.model_card(manifest, document, self._source_metadata()).encode(),
+            VERIFICATION_FILE: json_bytes(verification.to_json()),
+            **pictures(manifest, verification),
+            REPORT_FILE: report_page(manifest, verification).encode(),
+            CARD_FILE: card.model_card(manifest, verification, self._source_metadata()).encode(),
         }
 
-    def _examine(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Gates, then both models; left out if a gate fails, since nothing would be learned."""
+    def _verify(self, manifest: Manifest) -> Verification:
+        """The files, then both models; if a file is wrong, nothing is learned of the models."""
         recipe, export = self.recipe.verify, self.build.export
         versions = _versions()
         recorded_manifest = self.build.need(SERIALIZE).outputs_in("export")[MANIFEST_FILE]
-        gates = [manifest_gate(digest_file(export / MANIFEST_FILE), recorded_manifest)]
-        gates += file_gates(export, manifest, self.reporter)
-        if not all(gate.passed for gate in gates):
-            return refused(gates, recipe, versions)
+        checks = [check_manifest(digest_file(export / MANIFEST_FILE), recorded_manifest)]
+        checks += check_files(export, manifest, self.reporter)
+        if not all(check.passed for check in checks):
+            return assemble_stopped(checks, recipe, versions)
         prompts = self._prompts()
         asked = Examination(
             source=self.build.source,
@@ -189,13 +188,14 @@ class Verify:
                 nearest = _modules_kept_by_budget(manifest)
                 artifact = asked.ask_artifact(export, own, self.reporter, nearest=nearest)
             except ArtifactError as error:
-                return refused([*gates, load_gate(str(error))], recipe, versions)
-            document = examined(manifest, gates, prompts, source, artifact, recipe, versions)
+                return assemble_stopped([*checks, report_unloadable(str(error))], recipe, versions)
+            verification = assemble_measured(
+                manifest, checks, prompts, source, artifact, recipe, versions
+            )
             if self.against is not None:
-                other = _artifact(self.against)
-                compared = _compare(asked, other, others, self.reporter)
-                document["against"] = {**compared, "difference": scores_differ(own, others)}
-        return document
+                against = _compare(asked, _artifact(self.against), own, others, self.reporter)
+                verification = replace(verification, against=against)
+        return verification
 
     def _prompts(self) -> tuple[Prompt, ...]:
         if self._has_tokenizer():
@@ -240,15 +240,24 @@ def check_gpu(machine: Machine) -> None:
         )
 
 
-def _modules_kept_by_budget(manifest: dict[str, Any]) -> list[str] | None:
+def _peak_memory(verification: Verification) -> int:
+    """Of the processes that loaded the models."""
+    if not isinstance(verification, MeasuredVerification):
+        return 0
+    models, comparison = verification.models, verification.comparison
+    parts = (models.in_16_bit, models.in_4_bit, comparison)
+    return max(part.peak_memory_bytes for part in parts)
+
+
+def _modules_kept_by_budget(manifest: Manifest) -> list[str] | None:
     """The modules that round to nearest would have in 4 bit and this artifact has not.
 
     None if round to nearest is what this artifact is.
     """
-    if manifest["recipe"]["quantize"]["rounding"] == "nearest":
+    if manifest.rounding == "nearest":
         return None
-    kept = {module["module"] for module in manifest.get("calibration", {}).get("kept", ())}
-    plain = [t.get("module") for t in manifest["tensors"] if not t["quantized"]]
+    kept = {entry.module for entry in manifest.calibration.kept} if manifest.calibration else set()
+    plain = [tensor.module for tensor in manifest.tensors if not tensor.quantized]
     return [module for module in plain if module in kept]
 
 
@@ -258,32 +267,43 @@ def _versions() -> dict[str, str]:
     return {"nf4-pipeline": __version__, "python": platform.python_version(), **used}
 
 
-def _check_other(manifest: dict[str, Any], other: Path, reporter: Reporter) -> None:
+def _check_other(manifest: Manifest, other: Path, reporter: Reporter) -> None:
     """Refuses an artifact that cannot be compared with, before any work is done."""
     theirs = read_manifest(other)
-    if theirs["source"]["content_sha256"] != manifest["source"]["content_sha256"]:
+    if theirs.source.content_sha256 != manifest.source.content_sha256:
         raise ArtifactError(
-            f"{other} was made from another source ({theirs['source']['repo']}, content "
-            f"{theirs['source']['content_sha256'][:12]}…) than this artifact "
-            f"({manifest['source']['content_sha256'][:12]}…). Only artifacts of one source can be "
+            f"{other} was made from another source ({theirs.source.repo}, content "
+            f"{theirs.source.content_sha256[:12]}…) than this artifact "
+            f"({manifest.source.content_sha256[:12]}…). Only artifacts of one source can be "
             "compared."
         )
-    failed = [gate for gate in file_gates(other, theirs, reporter) if not gate.passed]
+    failed = [check for check in check_files(other, theirs, reporter) if not check.passed]
     if failed:
         raise ArtifactError(f"{other} is not what its manifest says: {failed[0].found}.")
 
 
-def _compare(asked: Examination, other: Path, scores: Path, reporter: Reporter) -> dict[str, Any]:
-    """Another artifact of the same source on the same text."""
+def _compare(
+    asked: Examination, other: Path, own_scores: Path, scores: Path, reporter: Reporter
+) -> Against:
+    """Another artifact of the same source on the same text.
+
+    Args:
+        asked: of this artifact.
+        other: the export folder of the other.
+        own_scores: that this artifact left.
+        scores: where those of the other are left.
+        reporter: told how far it is.
+    """
     theirs = read_manifest(other)
-    answer = asked.without_prompts().ask_artifact(other, scores, reporter)
-    return {
-        "name": other.parent.name if other.name == "export" else other.name,
-        "manifest_sha256": digest_file(other / MANIFEST_FILE).sha256,
-        "rounding": theirs["recipe"]["quantize"]["rounding"],
-        "fidelity": answer["fidelity"],
-        "domains": answer["domains"],
-    }
+    reply = asked.without_prompts().ask_artifact(other, scores, reporter)
+    return Against(
+        name=other.parent.name if other.name == "export" else other.name,
+        manifest_sha256=digest_file(other / MANIFEST_FILE).sha256,
+        rounding=theirs.rounding,
+        fidelity=reply.fidelity,
+        domains=reply.domains,
+        difference=compare_scores(own_scores, scores),
+    )
 
 
 def _artifact(name: str) -> Path:
