@@ -11,6 +11,7 @@ The house, from the top floor down; a room imports only from rooms below it (`ma
     reproduce/         an artifact derived again from its source, every byte compared
     doctor.py          what this machine has, and known traps on it
     stages/            download, quantize, serialize, verify, attest, push
+    records.py         what each stage leaves for the others to know
     build_folder.py    where stages leave their files and their records
     report/            the model card, the report's page and its pictures
     calibration/       codes and scales chosen from what a layer's inputs look like
@@ -27,6 +28,7 @@ The house, from the top floor down; a room imports only from rooms below it (`ma
     pickles/           weights in pickles, made safetensors without running them
     fidelity/          metrics: how far the 4-bit model is from the 16-bit one
     recipe.py          what shapes the bytes
+    machine.py         what the machine gives: device, workers, memory
     nf4/               the format: arithmetic, and the six tensors of a weight
     processes/         child processes, by one protocol
     checkpoint/        safetensors bytes on disk

@@ -78,14 +78,21 @@ def quantization_config(dtype: str, plan: Plan) -> dict[str, Any]:
 def weight_index(shards: Sequence[Shard]) -> dict[str, Any]:
     """model.safetensors.index.json of an artifact with several weight files."""
     weight_map = {name: shard.name for shard in shards for name in shard.tensors}
-    total = sum(part["bytes"] for shard in shards for part in shard.tensors.values())
+    total = sum(part.bytes for shard in shards for part in shard.tensors.values())
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def stored_tensors_of(shards: Sequence[Shard]) -> dict[str, StoredTensorEntry]:
     """What the manifest says of each stored tensor of some shards, by name."""
     return {
-        name: StoredTensorEntry.from_json({"name": name, "file": shard.name, **part})
+        name: StoredTensorEntry(
+            name=name,
+            file=shard.name,
+            dtype=part.dtype,
+            shape=part.shape,
+            bytes=part.bytes,
+            sha256=part.sha256,
+        )
         for shard in shards
         for name, part in shard.tensors.items()
     }
