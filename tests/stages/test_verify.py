@@ -41,7 +41,7 @@ from tests.support.tamper import agree, change, swap
 from tests.support.tiny import content_of, copy_of, edit_json, flip_byte, nf4
 from tests.support.verified import examine_here
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 DONE: Final = dict.fromkeys(("download", "quantize", "serialize", "verify"), "done")
 
@@ -270,7 +270,7 @@ def test_streamed_answers_are_those_of_the_whole_model(
     monkeypatch.setattr(worker, "_free_memory", lambda request: worker._SPARE + room)
     found.append(asked_of(folder).ask_source(folder, SILENT))
     assert not whole.costs.streamed
-    assert whole.costs.tokens_per_second > 0
+    assert (whole.costs.tokens_per_second or 0) > 0
     for streamed in found:
         assert streamed.costs.streamed
         assert len(whole.answers) == len(streamed.answers) == 5
