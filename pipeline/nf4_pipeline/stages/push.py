@@ -171,7 +171,7 @@ def _facts(upload: Upload, published: Published) -> dict[str, Any]:
         "allow_unverified": upload.verdict != "pass",
         "files": {name: digest.to_json() for name, digest in upload.files.items()},
         "total_bytes": upload.total_bytes,
-        "proof": published.proof,
+        "proof": published.proof.to_json(),
     }
 
 
