@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tests.support.jobs import CPU, download
 from tests.support.tiny import SHARDS, content_of, copy_of, flip_byte
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 RECIPE = Recipe()
 

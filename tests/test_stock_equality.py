@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 import torch
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.machine import Machine
+from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -26,7 +28,6 @@ from transformers.models.falcon import modeling_falcon
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from tests.support.architecture import FactsHere
 from tests.support.checkpoints import FALCONS, HEAD, KINDS, make_checkpoint, read_tensors
 from tests.support.jobs import download
 from tests.support.stock import (
@@ -108,9 +109,8 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         checkpoint = make_checkpoint(
             root / "checkpoint", case.kind, dtype=case.dtype, **case.options
         )
-        with pytest.MonkeyPatch.context() as patch:
-            if name != "falcon-7b":  # which takes the seconds that a child process takes
-                patch.setattr("nf4_pipeline.stages.download.PendingFacts", FactsHere)
+        # One of them takes the seconds that a child process takes.
+        with nullcontext() if name == "falcon-7b" else in_process():
             build, *_ = download(checkpoint, root / "artifacts")
         for stage in ("quantize", "serialize"):
             assert run_stage(build, stage, Recipe(), Machine(), SILENT).ran
@@ -277,8 +277,7 @@ def test_more_threads_change_no_byte(make: Make, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("nf4_pipeline.stages.download.PendingFacts", FactsHere)
+        with in_process():
             build, *_ = download(made.checkpoint, tmp_path / "artifacts")
         for stage in ("quantize", "serialize"):
             assert run_stage(build, stage, Recipe(), Machine(), SILENT).ran

@@ -19,8 +19,9 @@ from nf4_pipeline.calibration.facts import CalibrationFacts
 from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.checkpoint.shards import TensorFacts
 from nf4_pipeline.documents import Document, key, optional
+from nf4_pipeline.hub.local import Proof
 from nf4_pipeline.manifest.manifest import Totals
-from nf4_pipeline.model.architecture import ModelFacts
+from nf4_pipeline.model.architecture import Architecture
 from nf4_pipeline.verification.document import Verification, parse_verification
 
 
@@ -33,7 +34,7 @@ class DownloadFacts(Document):
         commit: 40 hex digits for a Hub model, else None.
         content_sha256: one hash over all files.
         is_sample: it is the model that comes with the package.
-        model: the architecture, as JSON (see `architecture`).
+        model: what transformers said of its architecture when it was downloaded.
         converted_from: the pickles that its weights were, by name; else empty.
     """
 
@@ -41,13 +42,8 @@ class DownloadFacts(Document):
     commit: str | None
     content_sha256: str
     is_sample: bool
-    model: dict[str, Any]
+    model: Architecture
     converted_from: Mapping[str, FileDigest]
-
-    @property
-    def architecture(self) -> ModelFacts:
-        """What transformers said of the architecture when the checkpoint was downloaded."""
-        return ModelFacts.from_json(self.model)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -172,7 +168,7 @@ class PushFacts(Document):
     allow_unverified: bool
     files: Mapping[str, FileDigest]
     total_bytes: int
-    proof: dict[str, Any]
+    proof: Proof
 
 
 DOWNLOAD: Final = RecordKind("download", DownloadFacts.from_json)

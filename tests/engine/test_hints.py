@@ -18,7 +18,7 @@ from nf4_pipeline.records import QUANTIZE
 from tests.support.jobs import CPU, download
 from tests.support.tiny import write_falcon
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 
 def refuse(*_: object) -> NoReturn:

@@ -15,7 +15,7 @@ from nf4_pipeline.records import QUANTIZE
 from tests.support.jobs import download
 from tests.support.tiny import copy_of, write_falcon
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 
 @pytest.fixture(scope="module")

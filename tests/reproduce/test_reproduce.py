@@ -30,7 +30,7 @@ from tests.support.hub_server import HubServer
 from tests.support.jobs import CPU, download
 from tests.support.tiny import SHARDS, copy_of, edit_json, flip_byte, nf4
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 CUT = Recipe(serialize=SerializeRecipe("20KB"))
 

@@ -31,7 +31,9 @@ from tests.support.tamper import (
     zero_scale_byte,
 )
 from tests.support.tiny import SHARDS, copy_of, edit_json
-from tests.support.verified import examine_here
+from tests.support.verified import skip_documents
+
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 UP: Final = "transformer.h.0.mlp.dense_h_to_4h"
 NORM: Final = "transformer.h.1.input_layernorm.weight"
@@ -61,7 +63,7 @@ def recipe(quick_recipe: Path) -> Recipe:
 @pytest.fixture
 def verified(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> Callable[[Build], dict[str, Any]]:
     """Runs the stage, in this process; gives what stands in verification.json."""
-    examine_here(monkeypatch)
+    skip_documents(monkeypatch)
 
     def verify(build: Build) -> dict[str, Any]:
         record = run_stage(build, "verify", recipe, CPU, SILENT).record

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,19 +13,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.cli import main
-from nf4_pipeline.errors import ArtifactError, RecipeError, UsageError, VerificationError
+from nf4_pipeline.errors import ArtifactError, RecipeError, UsageError
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
 from nf4_pipeline.job import run_stage, states
 from nf4_pipeline.library_output import quiet_loading
-from nf4_pipeline.progress import SILENT, Task
+from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe, load_recipe
 from nf4_pipeline.records import VERIFY
 from nf4_pipeline.runtime.loader import load, load_tokenizer
 from nf4_pipeline.sample import MODEL_DIR, QUESTIONS, TEXT
-from nf4_pipeline.verification import worker
 from nf4_pipeline.verification.document import SCHEMA
 from nf4_pipeline.verification.eval_text import Text, cut
 from nf4_pipeline.verification.launch import Examination
@@ -39,9 +34,9 @@ from tests.support.checkpoints import make_checkpoint, read_tensors
 from tests.support.jobs import CPU, download
 from tests.support.tamper import agree, change, swap
 from tests.support.tiny import content_of, copy_of, edit_json, flip_byte, nf4
-from tests.support.verified import examine_here
+from tests.support.verified import skip_documents
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 DONE: Final = dict.fromkeys(("download", "quantize", "serialize", "verify"), "done")
 
@@ -57,8 +52,8 @@ def build(exported_falcon: Path, tmp_path: Path) -> Build:
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    examine_here(monkeypatch)
+def without_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_documents(monkeypatch)
 
 
 def with_verify(recipe: Recipe, **changes: Any) -> Recipe:
@@ -101,7 +96,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build.root
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("without_documents")
 def test_the_sample_passes_and_its_figures_are_those_of_both_models_whole(
     sample: Path, tmp_path: Path
 ) -> None:
@@ -148,7 +143,7 @@ def test_the_sample_passes_and_its_figures_are_those_of_both_models_whole(
         assert len(block["modules"]) == 4
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("without_documents")
 def test_without_a_tokenizer_the_models_are_compared_on_token_ids(
     tiny_falcon: Path, tmp_path: Path, recipe: Recipe
 ) -> None:
@@ -193,7 +188,7 @@ def distant(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build.root
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("without_documents")
 def test_expected_answers_count(distant: Path, tmp_path: Path, recipe: Recipe) -> None:
     build = Build(copy_of(distant, tmp_path / "build"))
     asked = [{"prompt": f"{word} and", "expect": "?"} for word in ("one", "two", "three", "four")]
@@ -234,7 +229,7 @@ def _line(text: str) -> str:
     return lines[0].strip().rstrip(".").strip() if lines else ""
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("without_documents")
 def test_the_limits_are_those_of_the_recipe(build: Build, recipe: Recipe) -> None:
     found = verified(build, with_verify(recipe, max_mean_kl=1e-9))
     assert list(failed(found)) == ["mean KL from the 16-bit model"]
@@ -256,30 +251,21 @@ def asked_of(folder: Path) -> Examination:
 
 
 @pytest.mark.parametrize("kind", ["falcon-7b", "llama"])
-@pytest.mark.usefixtures("here")
-def test_streamed_answers_are_those_of_the_whole_model(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_streamed_answers_are_those_of_the_whole_model(kind: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / kind, kind)
-    with StreamedModel(folder, "cpu") as model:
-        first, second = (model.nbytes(block) for block in model.blocks)
     whole = asked_of(folder).ask_source(folder, SILENT)
-    found = [replace(asked_of(folder), device_memory=1).ask_source(folder, SILENT)]
-    # Room for one block to stay and one to be streamed.
-    room = first + max(first, second)
-    monkeypatch.setattr(worker, "_free_memory", lambda request: worker._SPARE + room)
-    found.append(asked_of(folder).ask_source(folder, SILENT))
+    streamed = replace(asked_of(folder), device_memory=1).ask_source(folder, SILENT)
     assert not whole.costs.streamed
+    assert whole.costs.tokens_per_second is not None
     assert whole.costs.tokens_per_second > 0
-    for streamed in found:
-        assert streamed.costs.streamed
-        assert len(whole.answers) == len(streamed.answers) == 5
-        for one, other in zip(whole.answers, streamed.answers, strict=True):
-            assert (other.ids, other.text) == (one.ids, one.text)
-        # All prompts were answered together, so no time belongs to one of them.
-        assert streamed.costs.tokens_per_second is None
-        assert streamed.costs.first_token_seconds is None
-        assert streamed.costs.footprint_bytes == whole.costs.footprint_bytes
+    assert streamed.costs.streamed
+    assert len(whole.answers) == len(streamed.answers) == 5
+    for one, other in zip(whole.answers, streamed.answers, strict=True):
+        assert (other.ids, other.text) == (one.ids, one.text)
+    # All prompts were answered together, so no time belongs to one of them.
+    assert streamed.costs.tokens_per_second is None
+    assert streamed.costs.first_token_seconds is None
+    assert streamed.costs.footprint_bytes == whole.costs.footprint_bytes
 
 
 # --- against another artifact ---
@@ -296,7 +282,7 @@ def skipped(downloaded_falcon: Path, tmp_path_factory: pytest.TempPathFactory) -
     return build.root
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("without_documents")
 def test_against_another_artifact(build: Build, recipe: Recipe, skipped: Path) -> None:
     found = verified(build, recipe, skipped)
     assert found["verdict"] == "pass"
@@ -347,7 +333,7 @@ def calibrated(build: Build) -> Build:
     return build
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("without_documents")
 def test_beside_round_to_nearest(
     calibrated: Build, recipe: Recipe, exported_falcon: Path, tmp_path: Path
 ) -> None:
@@ -374,7 +360,7 @@ def test_beside_round_to_nearest(
     assert both["against"]["difference"] == beside["difference"]
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("without_documents")
 def test_calibrated_weights_that_belong_elsewhere_are_named(
     calibrated: Build, recipe: Recipe
 ) -> None:
@@ -405,7 +391,7 @@ def no_manifest(other: Build) -> None:
     (other.export / "manifest.json").unlink()
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("without_documents")
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -470,7 +456,7 @@ WRONG: Final[dict[str, tuple[tuple[str, ...], str]]] = {
 }
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("without_documents")
 @pytest.mark.parametrize("case", WRONG)
 def test_options_that_cannot_mean_anything(
     build: Build,
@@ -548,55 +534,7 @@ def test_a_forged_file_ends_the_command_with_1(
     assert f"{shard.name} has other bytes" in (build.export / "report.html").read_text("utf-8")
 
 
-# --- killed ---
-
-
-class _Killer:
-    """A reporter that kills the worker as soon as it says that it does a certain thing."""
-
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self.killed: list[int] = []
-
-    def task(self, title: str, total: int, *, unit: str = "bytes") -> AbstractContextManager[Task]:
-        if title == self._title:
-            (pid,) = _workers()
-            os.kill(pid, signal.SIGKILL)
-            self.killed.append(pid)
-        return SILENT.task(title, total, unit=unit)
-
-    def note(self, text: str) -> None:
-        """Nothing is expected to be said."""
-
-
-def _workers() -> list[int]:
-    """The pids of workers that this process started and that run."""
-    found = []
-    for children in Path("/proc/self/task").glob("*/children"):
-        for pid in children.read_text().split():
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            found += [int(pid)] if b"nf4_pipeline.verification.worker" in command else []
-    return found
-
-
-def test_a_worker_that_is_killed(
-    build: Build, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = content_of(build.export), content_of(build.root / "records")
-    killer = _Killer("compare block by block")
-    with pytest.raises(VerificationError) as raised:
-        run_stage(build, "verify", recipe, CPU, killer)
-    assert len(killer.killed) == 1
-    assert f"The process that runs {build.export} ended with status -9" in str(raised.value)
-    assert "usually means that memory ran out" in str(raised.value)
-    assert _workers() == []
-    assert (content_of(build.export), content_of(build.root / "records")) == before
-    examine_here(monkeypatch)
-    assert verified(build, recipe)["verdict"] == "pass"
-    assert status_of(build, recipe) == DONE
-
-
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("without_documents")
 def test_too_little_text_is_no_fault_of_the_artifact(build: Build, recipe: Recipe) -> None:
     with pytest.raises(RecipeError, match="Ask for more"):
         run_stage(build, "verify", with_verify(recipe, eval_tokens=3), CPU, SILENT)

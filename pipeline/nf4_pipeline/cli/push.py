@@ -113,7 +113,7 @@ def _show_push(facts: PushFacts) -> None:
         f"proof         the Hub lists the expected checksum for all {len(facts.files)} files, "
         f"{facts.total_bytes:,} bytes"
     )
-    others = [path for path in facts.proof["others"] if path != ".gitattributes"]
+    others = [path for path in facts.proof.others if path != ".gitattributes"]
     if others:
         click.echo(f"left alone    {', '.join(others[:4])}{', …' if others[4:] else ''}")
     if facts.allow_unverified:

@@ -15,7 +15,7 @@ from nf4_pipeline.engine.buffers import divide
 from nf4_pipeline.engine.scheduler import Opener, Output, QuantizedFile, make_files
 from nf4_pipeline.errors import TiedWeightsDiffer
 from nf4_pipeline.machine import Machine
-from nf4_pipeline.model.architecture import ModelFacts
+from nf4_pipeline.model.architecture import Architecture
 from nf4_pipeline.nf4.rounding import Rounding
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.recipe import QuantizeRecipe
@@ -35,7 +35,7 @@ class CheckpointPlanner:
     """
 
     checkpoint: Checkpoint
-    architecture: ModelFacts
+    architecture: Architecture
     recipe: QuantizeRecipe
 
     def plan(

@@ -6,7 +6,7 @@
     publish(files, target, message) ──► Published                   upload.py, local.py
 
     client.py   every call of huggingface_hub: quiet, patient to a limit, tried again
-    explain.py  its errors: may they pass, and one message each that says what to do
+    errors.py   its errors: may they pass, and one message each that says what to do
     cache.py    the Hub cache on disk: blobs/<hash>, snapshots/<commit>/<path>, refs/<revision>
 
 Only this package imports huggingface_hub, and only inside functions: the import takes a while, and

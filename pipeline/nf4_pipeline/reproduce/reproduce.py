@@ -111,9 +111,7 @@ def reproduce(
     with measured() as usage, tempfile.TemporaryDirectory(prefix="nf4-reproduce-") as scratch:
         pinned = open_source(manifest, source, Path(scratch), reporter)
         facts = pinned.record.facts
-        planner = CheckpointPlanner(
-            open_checkpoint(pinned.folder), facts.architecture, recipe.quantize
-        )
+        planner = CheckpointPlanner(open_checkpoint(pinned.folder), facts.model, recipe.quantize)
         choice = None
         if tokens is not None and summary is not None:
             calibrator = Calibrator(
@@ -138,7 +136,7 @@ def reproduce(
         small = assemble_files(
             pinned.folder,
             manifest.source,
-            facts.architecture.class_name,
+            facts.model.class_name,
             recipe,
             Weights(derived.run.plan, derived.shards, derived.relative_rmse, calibration),
         ).small

@@ -17,10 +17,10 @@ from nf4_pipeline.checkpoint.files import PICKLE_FILE, is_wanted
 from nf4_pipeline.checkpoint.source import has_weights, open_checkpoint
 from nf4_pipeline.checkpoint.untrusted import check_folder
 from nf4_pipeline.errors import BuildError, UsageError
-from nf4_pipeline.model.architecture import ModelFacts
+from nf4_pipeline.model.architecture import Architecture
 from nf4_pipeline.model.config import check_not_quantized, read_config
-from nf4_pipeline.model.config_limits import check_plausible
-from nf4_pipeline.model.probe import PendingFacts, transformers_version
+from nf4_pipeline.model.config_limits import check_config_limits
+from nf4_pipeline.model.probe import Probe, transformers_version
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.records import DOWNLOAD, DownloadFacts
 from nf4_pipeline.resource_usage import measured, peak_memory_of_children
@@ -52,7 +52,7 @@ class Source:
     repo: str
     commit: str | None
     files: Mapping[str, FileDigest]
-    model: ModelFacts
+    model: Architecture
     is_sample: bool = False
     converted_from: Mapping[str, FileDigest] | None = None
 
@@ -68,7 +68,7 @@ class Source:
             commit=self.commit,
             content_sha256=_content_sha256(self.files),
             is_sample=self.is_sample,
-            model=self.model.as_json(),
+            model=self.model,
             converted_from=dict(sorted((self.converted_from or {}).items())),
         )
 
@@ -187,13 +187,13 @@ class Download:
             files = self._hash({**_small_files_in(folder), **pickles})
             return self._convert(folder, repo, None, files)
         _check(folder)
-        pending = PendingFacts(folder)
+        probe = Probe(folder)
         try:
             files = self._hash(_wanted_in(folder))
         except BaseException:
-            pending.cancel()
+            probe.cancel()
             raise
-        return Source(folder, repo, None, files, pending.wait(), is_sample)
+        return Source(folder, repo, None, files, probe.wait(), is_sample)
 
     def _hash(self, paths: Mapping[str, Path]) -> dict[str, FileDigest]:
         total = sum(path.stat().st_size for path in paths.values())
@@ -215,7 +215,7 @@ class Download:
         if any(PICKLE_FILE.fullmatch(name) for name in files):
             return self._convert(folder, repo, model.commit, files)
         _check(folder)
-        return Source(folder, repo, model.commit, files, PendingFacts(folder).wait())
+        return Source(folder, repo, model.commit, files, Probe(folder).wait())
 
     def _convert(
         self, folder: Path, repo: str, commit: str | None, files: Mapping[str, FileDigest]
@@ -230,7 +230,7 @@ class Download:
         with _locked_soon(build):
             made = convert(folder, files, target, self.reporter)
         _check(target)
-        return Source(target, repo, commit, made, PendingFacts(target).wait(), converted_from=files)
+        return Source(target, repo, commit, made, Probe(target).wait(), converted_from=files)
 
 
 @contextmanager
@@ -264,7 +264,7 @@ def _check(folder: Path) -> None:
     check_folder(folder)
     config = read_config(folder)
     check_not_quantized(config, folder)
-    check_plausible(config, open_checkpoint(folder))
+    check_config_limits(config, open_checkpoint(folder))
 
 
 def _wanted_in(folder: Path) -> dict[str, Path]:

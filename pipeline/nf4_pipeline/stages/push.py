@@ -247,5 +247,5 @@ def _earlier(build: Build, repo_id: str) -> Earlier | None:
     # The address tells apart repos of one name on two Hubs, too.
     if record is None or record.facts.url != commit_url(repo_id, record.facts.commit):
         return None
-    files = {name: entry["found"] for name, entry in record.facts.proof["files"].items()}
+    files = {name: entry.found for name, entry in record.facts.proof.files.items() if entry.found}
     return Earlier(record.facts.branch, record.facts.commit, files)

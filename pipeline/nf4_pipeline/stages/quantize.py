@@ -139,7 +139,7 @@ class Quantize:
     def _planner(self) -> CheckpointPlanner:
         return CheckpointPlanner(
             open_checkpoint(self.build.source),
-            self.build.need(DOWNLOAD).facts.architecture,
+            self.build.need(DOWNLOAD).facts.model,
             self.recipe.quantize,
         )
 

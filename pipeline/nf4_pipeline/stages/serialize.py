@@ -80,13 +80,13 @@ class Serialize:
         self.build.check_inputs(QUANTIZE)
         download, quantized = self.build.need(DOWNLOAD), self.build.need(QUANTIZE)
         plan = CheckpointPlanner(
-            open_checkpoint(self.build.source), download.facts.architecture, self.recipe.quantize
+            open_checkpoint(self.build.source), download.facts.model, self.recipe.quantize
         ).plan(
             untied=frozenset(quantized.facts.untied),
             sensitive=quantized.facts.kept_modules,
         )
         source = Source(**download.facts.identity, files=download.outputs_in("source"))
-        model_class = download.facts.architecture.class_name
+        model_class = download.facts.model.class_name
 
         def work() -> Outcome[SerializeFacts]:
             with replacing_folder(self.build.export) as folder:
