@@ -17,7 +17,7 @@ from nf4_pipeline.manifest.read import MANIFEST_FILE, SCHEMA_FILE, read_manifest
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.stages import Settings
 
-from tests.report import made
+from tests.support import made
 from tests.support.schemas import differences
 from tests.support.tiny import copy_of
 
