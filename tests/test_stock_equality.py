@@ -19,15 +19,17 @@ import nf4_pipeline
 import pytest
 import torch
 from nf4_pipeline.job import run_stage
+from nf4_pipeline.machine import Machine
 from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.progress import SILENT
-from nf4_pipeline.stages import Settings, download
+from nf4_pipeline.recipe import Recipe
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.falcon import modeling_falcon
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from tests.support.checkpoints import FALCONS, HEAD, KINDS, make_checkpoint, read_tensors
+from tests.support.jobs import download
 from tests.support.stock import (
     QUANT_STATE,
     dequantize_stock,
@@ -109,9 +111,9 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         )
         # One of them takes the seconds that a child process takes.
         with nullcontext() if name == "falcon-7b" else in_process():
-            build, *_ = download.run(str(checkpoint), root / "artifacts", SILENT)
+            build, *_ = download(checkpoint, root / "artifacts")
         for stage in ("quantize", "serialize"):
-            assert run_stage(build, stage, Settings(), SILENT).ran
+            assert run_stage(build, stage, Recipe(), Machine(), SILENT).ran
         return Made(
             case, checkpoint, save_stock(checkpoint, root / "stock", case.dtype), build.export
         )
@@ -276,9 +278,9 @@ def test_more_threads_change_no_byte(make: Make, tmp_path: Path) -> None:
     torch.set_num_threads(4)
     try:
         with in_process():
-            build, *_ = download.run(str(made.checkpoint), tmp_path / "artifacts", SILENT)
+            build, *_ = download(made.checkpoint, tmp_path / "artifacts")
         for stage in ("quantize", "serialize"):
-            assert run_stage(build, stage, Settings(), SILENT).ran
+            assert run_stage(build, stage, Recipe(), Machine(), SILENT).ran
         found = logits(nf4_pipeline.load(build.export, device="cpu"), TOKENS)
     finally:
         torch.set_num_threads(before)

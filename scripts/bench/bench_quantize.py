@@ -168,11 +168,14 @@ def child(name: str, source: Path, out: Path, device: str) -> None:
 
 def _prepare(source: Path, out: Path, device: str) -> dict[str, float]:
     from nf4_pipeline.build_folder import Build
+    from nf4_pipeline.machine import Machine
     from nf4_pipeline.progress import SILENT
-    from nf4_pipeline.stages import Settings, download, quantize
+    from nf4_pipeline.recipe import Recipe
+    from nf4_pipeline.stages.download import Download, DownloadRequest
+    from nf4_pipeline.stages.quantize import Quantize
 
-    download.run(str(source), out.parent, SILENT, build_dir=out)
-    plan, _ = quantize.make_plan(Build(out), Settings())
+    Download(DownloadRequest(str(source), build_dir=out), SILENT).run()
+    plan = Quantize(Build(out), Recipe(), Machine()).plan()
     sizes = {file: layout.nbytes for file, layout in plan.layouts().items()}
     (out / _SIZES).write_text(json.dumps(sizes))
     return _took(0.0)
@@ -182,23 +185,25 @@ def _ours(source: Path, out: Path, device: str) -> dict[str, float]:
     start = time.perf_counter()
     import numpy as np
     from nf4_pipeline.build_folder import Build
-    from nf4_pipeline.progress import SILENT
-    from nf4_pipeline.stages import Settings, quantize, serialize
+    from nf4_pipeline.machine import Machine
+    from nf4_pipeline.recipe import Recipe
+    from nf4_pipeline.records import QUANTIZE, SERIALIZE
+    from nf4_pipeline.stages.quantize import Quantize, rounding_for
+    from nf4_pipeline.stages.serialize import Serialize
 
     build = Build(out)
-    for stage in ("quantize", "serialize"):
-        build.forget(stage)
+    for kind in (QUANTIZE, SERIALIZE):
+        build.forget(kind)
     for folder in (build.quantized, build.export):
         shutil.rmtree(folder, ignore_errors=True)
-    settings = Settings(device=device)
     # Loads the kernels (and CUDA, if it is used) as importing would.
-    rounding = quantize.rounding_for(device)
+    rounding = rounding_for(device)
     bits, packed = np.ones(64, np.uint16), np.zeros(32, np.uint8)
     rounding.start_weight("warm", 64).quantize_chunk(bits, "bfloat16", 0, packed)
     imported = time.perf_counter()
-    quantize.run(build, settings, SILENT)
+    Quantize(build, Recipe(), Machine(device=device)).run()
     quantized = time.perf_counter()
-    serialize.run(build, settings, SILENT)
+    Serialize(build, Recipe()).run()
     end = time.perf_counter()
     return {
         "work": end - imported,

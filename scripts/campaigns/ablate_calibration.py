@@ -22,23 +22,24 @@ from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.calibration.block_store import BlockStore
 from nf4_pipeline.calibration.calibration_pass import calibrate
+from nf4_pipeline.calibration.calibrator import Calibrator
 from nf4_pipeline.calibration.tokens import CalibrationTokens
 from nf4_pipeline.fidelity.bootstrap import Resampling, mean
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
 from nf4_pipeline.gptq.config import GptqConfig
 from nf4_pipeline.gptq.precomputed import read_codes
+from nf4_pipeline.machine import Machine
 from nf4_pipeline.model.linear import as_held
 from nf4_pipeline.nf4.dequantize import dequantize
 from nf4_pipeline.nf4.float_bits import bits_of
 from nf4_pipeline.nf4.rtn import round_to_nearest
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe
+from nf4_pipeline.records import DOWNLOAD
 from nf4_pipeline.runtime.loader import load_tokenizer
 from nf4_pipeline.sample import TEXT
 from nf4_pipeline.selection import TensorPlan
-from nf4_pipeline.stages import Settings
-from nf4_pipeline.stages.calibrate import tokens_for
-from nf4_pipeline.stages.quantize import make_plan
+from nf4_pipeline.stages.quantize import Quantize
 from nf4_pipeline.verification.eval_text import TokenSequence, cut, read_text
 
 _ONE: Final = np.ones(1, np.float32)
@@ -83,11 +84,11 @@ def main(
 ) -> None:
     """Print the table of a build."""
     house = Build(build)
-    plan, _ = make_plan(house, Settings())
-    weights = plan.quantized
+    weights = Quantize(house, Recipe(), Machine()).plan().quantized
+    facts = house.need(DOWNLOAD).facts
     tokenizer = load_tokenizer(house.source)
     text = read_text(eval_text)
-    if eval_text is None and house.need("download").facts["is_sample"]:
+    if eval_text is None and facts.is_sample:
         text = read_text(TEXT)
     counts = [int(count) for count in tokens.split(",")]
     with StreamedModel(house.source, device) as streamed:
@@ -98,13 +99,14 @@ def main(
         trial.nearest()
         for count in counts:
             recipe = replace(
-                Settings().recipe.quantize,
+                Recipe().quantize,
                 calibrate=str(from_text or "self"),
                 calibration_tokens=count,
                 rounding="",
             )
-            settings = Settings(recipe=Recipe(quantize=recipe), device=device)
-            read = tokens_for(house, settings, SILENT)
+            read = Calibrator(
+                house.source, facts.content_sha256, house.calibration, recipe, device
+            ).tokens(SILENT)
             chosen = VARIANTS if count == counts[-1] else {"the recipe": GptqConfig()}
             for name, config in chosen.items():
                 if name.startswith(only):

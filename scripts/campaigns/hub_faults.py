@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from nf4_pipeline.job import run_build
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import load_recipe
-from nf4_pipeline.stages import Settings
+from nf4_pipeline.stages.download import DownloadRequest
 
 from tests.campaigns.hub_faults import all_cases, messages, run_cases, table
+from tests.support.jobs import CPU
 from tests.support.tiny import write_falcon, write_recipe
 
 STAYS = ("403", "429", "503", "reset")
@@ -35,8 +36,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = write_falcon(folder / "tiny-falcon")
-        settings = Settings(recipe=load_recipe(write_recipe(folder / "recipe")), device="cpu")
-        build, _ = run_build(str(model), folder / "artifacts", settings, SILENT)
+        recipe = load_recipe(write_recipe(folder / "recipe"))
+        build, _ = run_build(DownloadRequest(str(model), folder / "artifacts"), recipe, CPU, SILENT)
         cases = all_cases(stays=STAYS if args.stays else ())
         results = run_cases(cases, build.root, folder / "work", lanes=args.lanes)
     print(table(results))

@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from nf4_pipeline.job import run_build
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import load_recipe
-from nf4_pipeline.stages import Settings
+from nf4_pipeline.stages.download import DownloadRequest
 
 from tests.campaigns.hub_kills import COMMANDS, campaign, table
+from tests.support.jobs import CPU
 from tests.support.tiny import write_falcon, write_recipe
 
 
@@ -33,8 +34,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = write_falcon(folder / "tiny-falcon")
-        settings = Settings(recipe=load_recipe(write_recipe(folder / "recipe")), device="cpu")
-        build, _ = run_build(str(model), folder / "artifacts", settings, SILENT)
+        recipe = load_recipe(write_recipe(folder / "recipe"))
+        build, _ = run_build(DownloadRequest(str(model), folder / "artifacts"), recipe, CPU, SILENT)
         for command in COMMANDS:
             source = model if command == "download" else build.root
             place = folder / command.replace(" ", "")

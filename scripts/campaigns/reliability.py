@@ -29,11 +29,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.progress import SILENT
-from nf4_pipeline.stages import Settings, download
+from nf4_pipeline.recipe import Recipe
 
 from tests.campaigns import disk, headers, kills
 from tests.support import tamper
 from tests.support.interrupts import interrupt_at_random
+from tests.support.jobs import CPU, download
 from tests.support.signed import make_keys
 from tests.support.tiny import nf4, write_falcon, write_recipe
 
@@ -41,7 +42,7 @@ from tests.support.tiny import nf4, write_falcon, write_recipe
 def downloaded(folder: Path, *, hidden: int = 768, layers: int = 6, shards: int = 6) -> Path:
     """A build of a random Falcon of several shards, in which only `download` is done."""
     model = write_falcon(folder / "model", hidden=hidden, layers=layers, shards=shards)
-    build, *_ = download.run(str(model), folder / "artifacts", SILENT)
+    build, *_ = download(model, folder / "artifacts")
     return build.root
 
 
@@ -123,7 +124,7 @@ def run_signatures(options: argparse.Namespace, folder: Path) -> int:
 
     build = Build(downloaded(folder, hidden=64, layers=2, shards=2))
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, Settings(device="cpu"), SILENT)
+        run_stage(build, stage, Recipe(), CPU, SILENT)
     private, public = make_keys(folder, "key")
     sign(build.export, private)
     faults: list[str] = []

@@ -27,8 +27,9 @@ SIZE: Final = 64 * 2**20
 # Without the look at the free space that some stages take before they begin.
 _BLIND: Final = """
 import sys
-from nf4_pipeline.stages import quantize, serialize
-quantize.check_disk = serialize._check_disk = lambda *_, **__: None
+from nf4_pipeline.stages.quantize import Quantize
+from nf4_pipeline.stages.serialize import Serialize
+Quantize.check_disk = Serialize.check_disk = lambda *_, **__: None
 from nf4_pipeline.cli import main
 main(sys.argv[1:])
 """

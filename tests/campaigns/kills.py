@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from nf4_pipeline.build_folder import Build
+from nf4_pipeline.records import KINDS
 
 from tests.support.folder_state import Content, content, false_records, leftovers
 from tests.support.tiny import nf4, start_nf4
@@ -97,7 +98,7 @@ def _started_writing(build: Build, stage: str) -> bool:
 
 
 def _recorded(build: Build, stage: str) -> bool:
-    return build.record(stage) is not None
+    return build.record(KINDS[stage]) is not None
 
 
 def _alive(process: subprocess.Popen[str]) -> bool:
@@ -192,7 +193,7 @@ def _look(campaign: Campaign, build: Build, found: Round, again: bool, *, killed
         whole = [_export(campaign.expected), _export(campaign.earlier) if again else {}]
         if export not in whole:
             found.faults.append("half an export stands")
-    record = build.record(campaign.stage)
+    record = build.record(KINDS[campaign.stage])
     if not killed or (record is not None and not half and stands == campaign.expected):
         found.reached = "after"
     elif half or (weights and not again) or (again and record is None):

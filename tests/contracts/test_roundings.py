@@ -141,5 +141,6 @@ def test_buffers_hold_what_was_asked_for(rounding: Rounding) -> None:
     assert rounding.max_chunk_bytes >= 2**20
     for nbytes in (0, 1, 4097):
         buffer = rounding.buffer(nbytes)
-        assert (buffer.dtype, buffer.shape) == (np.uint8, (nbytes,))
+        assert buffer.dtype == np.uint8
+        assert buffer.shape == (nbytes,)
         assert buffer.flags.writeable

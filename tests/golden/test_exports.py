@@ -37,7 +37,7 @@ SHAPES: Final[dict[str, Callable[[Path], Any] | None]] = {
 OPTIONS: Final = {"llama": ["--max-shard-size", "200KB"]}
 
 
-@pytest.mark.usefixtures("facts_here")
+@pytest.mark.usefixtures("workers_here")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_export_has_the_bytes_that_it_had(shape: str, tmp_path: Path) -> None:
     make = SHAPES[shape]

@@ -17,12 +17,16 @@ from typing import Any, Final
 import numpy as np
 import pytest
 from nf4_pipeline.build_folder import Build
+from nf4_pipeline.calibration.calibrator import TOKENS_FILE
 from nf4_pipeline.checkpoint.atomic import make_folder
 from nf4_pipeline.job import run_build, run_stage
+from nf4_pipeline.machine import Machine
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe
-from nf4_pipeline.stages import Settings, download
-from nf4_pipeline.stages.calibrate import tokens_path
+from nf4_pipeline.records import QUANTIZE, VERIFY
+from nf4_pipeline.stages.download import DownloadRequest
+
+from tests.support.jobs import download
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -201,19 +205,19 @@ RECIPE: Final = Recipe(quantize=QuantizeRecipe(calibrate="self"))
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Build:
     """The sample, calibrated on tokens of its own and verified, all of it on the device."""
-    settings = Settings(recipe=RECIPE, device=DEVICE, require_gpu=DEVICE != "cpu")
-    build, _ = run_build("sample", tmp_path_factory.mktemp("calibrated"), settings, SILENT)
+    machine = Machine(device=DEVICE, require_gpu=DEVICE != "cpu")
+    request = DownloadRequest("sample", tmp_path_factory.mktemp("calibrated"))
+    build, _ = run_build(request, RECIPE, machine, SILENT)
     return build
 
 
 def _again(first: Build, folder: Path, device: str) -> Build:
     """Another build of the sample from the tokens of the first one, up to serialize."""
-    build, *_ = download.run("sample", folder, SILENT)
-    make_folder(tokens_path(build).parent)
-    shutil.copy(tokens_path(first), tokens_path(build))
-    settings = Settings(recipe=RECIPE, device=device)
+    build, *_ = download("sample", folder)
+    make_folder(build.calibration)
+    shutil.copy(first.calibration / TOKENS_FILE, build.calibration)
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, settings, SILENT)
+        run_stage(build, stage, RECIPE, Machine(device=device), SILENT)
     return build
 
 
@@ -236,9 +240,9 @@ def _codes(build: Build) -> tuple[Any, Any]:
 def test_the_sample_is_much_closer_than_round_to_nearest(
     calibrated: Build, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = calibrated.need("verify")
-    assert [check for check in record.facts["checks"] if not check["passed"]] == []
-    assert record.facts["verdict"] == "pass"
+    record = calibrated.need(VERIFY)
+    assert [check for check in record.facts.to_json()["checks"] if not check["passed"]] == []
+    assert record.facts.to_json()["verdict"] == "pass"
     found = json.loads((calibrated.export / "verification.json").read_text())
     ratio = found["nearest"]["difference"]["mean_kl_ratio"]
     with capsys.disabled():
@@ -249,7 +253,7 @@ def test_the_sample_is_much_closer_than_round_to_nearest(
     assert manifest["calibration"]["device"] == torch.device(DEVICE).type
     assert manifest["calibration"]["fallbacks"] == {}
     assert manifest["calibration"]["source"] == "self"
-    facts = calibrated.need("quantize").facts["calibration"]
+    facts = calibrated.need(QUANTIZE).facts.to_json()["calibration"]
     assert facts["seconds"]["sampling"] > 0.0
     assert facts["seconds"]["pass"] >= facts["seconds"]["whole"] > 0.0
     # A model of 10 MB: what it takes are activations, guides and workspaces.

@@ -12,6 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from nf4_pipeline.machine import Machine
+from nf4_pipeline.recipe import Recipe
+
+from tests.support.jobs import download
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -27,11 +31,10 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build of the sample up to serialize."""
     from nf4_pipeline.job import run_stage
     from nf4_pipeline.progress import SILENT
-    from nf4_pipeline.stages import Settings, download
 
-    build, *_ = download.run("sample", tmp_path_factory.mktemp("sample"), SILENT)
+    build, *_ = download("sample", tmp_path_factory.mktemp("sample"))
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, Settings(device="cuda"), SILENT)
+        run_stage(build, stage, Recipe(), Machine(device="cuda"), SILENT)
     return build.root
 
 
@@ -39,13 +42,12 @@ def test_the_sample_is_verified_on_the_gpu(sample: Path, tmp_path: Path) -> None
     from nf4_pipeline.build_folder import Build
     from nf4_pipeline.job import run_stage
     from nf4_pipeline.progress import SILENT
-    from nf4_pipeline.stages import Settings
 
     from tests.support.tiny import copy_of
 
     build = Build(copy_of(sample, tmp_path / "build"))
-    settings = Settings(device="cuda", require_gpu=True)
-    found = run_stage(build, "verify", settings, SILENT).record.facts
+    machine = Machine(device="cuda", require_gpu=True)
+    found = run_stage(build, "verify", Recipe(), machine, SILENT).record.facts.to_json()
     assert [check for check in found["checks"] if not check["passed"]] == []
     assert found["verdict"] == "pass"
     assert found["device"]["kind"] == "cuda"

@@ -14,8 +14,8 @@ from nf4_pipeline.job import run_stage
 from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.progress import SILENT, Task
 from nf4_pipeline.recipe import load_recipe
-from nf4_pipeline.stages import Settings
 
+from tests.support.jobs import CPU
 from tests.support.tiny import content_of, copy_of
 
 
@@ -51,15 +51,15 @@ def test_a_worker_that_is_killed_leaves_what_was_there(
     exported_falcon: Path, quick_recipe: Path, tmp_path: Path
 ) -> None:
     build = Build(copy_of(exported_falcon, tmp_path / "build"))
-    settings = Settings(recipe=load_recipe(quick_recipe), device="cpu")
+    recipe = load_recipe(quick_recipe)
     before = content_of(build.export), content_of(build.root / "records")
     killer = _Killer("compare block by block")
     with pytest.raises(VerificationError) as raised:
-        run_stage(build, "verify", settings, killer)
+        run_stage(build, "verify", recipe, CPU, killer)
     assert len(killer.killed) == 1
     assert f"The process that runs {build.export} ended with status -9" in str(raised.value)
     assert "usually means that memory ran out" in str(raised.value)
     assert _workers() == []
     assert (content_of(build.export), content_of(build.root / "records")) == before
     with in_process():
-        assert run_stage(build, "verify", settings, SILENT).record.facts["verdict"] == "pass"
+        assert run_stage(build, "verify", recipe, CPU, SILENT).record.facts["verdict"] == "pass"

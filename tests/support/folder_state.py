@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
+from nf4_pipeline.records import KINDS
 
 Content = dict[str, FileDigest]
 
@@ -30,7 +31,7 @@ def false_records(build: Build) -> list[str]:
     return [
         f"{path.stem}: {name}"
         for path in sorted((build.root / "records").glob("*.json"))
-        if (record := build.record(path.stem)) is not None
+        if (record := build.record(KINDS[path.stem])) is not None
         for name, digest in record.outputs.items()
         if not (build.root / name).is_file() or digest_file(build.root / name) != digest
     ]

@@ -43,7 +43,8 @@ def make_tokens(
         reporter: told how far it is.
 
     Raises:
-        RecipeError: the text cannot be read, or is too short.
+        RecipeError: the text cannot be read, holds less than one sequence, or there is no
+            tokenizer for it.
         CheckpointError: the model's probabilities are not finite.
     """
     with StreamedModel(source, device) as streamed:

@@ -92,7 +92,8 @@ def quantize_files(
         task: advanced by the source bytes that are done.
 
     Raises:
-        CheckpointError: a weight is not finite, or a file became shorter while it was read.
+        CheckpointError: a weight holds an infinity or a NaN, or a file cannot be read or became
+            shorter while it was read.
         TiedWeightsDiffer: a tensor was to be dropped and does not equal the one it is tied to.
     """
     files = plan.files()
@@ -132,7 +133,8 @@ def make_files(
         task: advanced by the source bytes that are done.
 
     Raises:
-        CheckpointError: a weight is not finite, or a file became shorter while it was read.
+        CheckpointError: a weight holds an infinity or a NaN, or a file cannot be read or became
+            shorter while it was read.
         TiedWeightsDiffer: a tensor was to be dropped and does not equal the one it is tied to.
     """
     engine = _Engine(checkpoint, plan, rounding, budget, task)

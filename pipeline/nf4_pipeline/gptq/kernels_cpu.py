@@ -223,7 +223,7 @@ def round_rows(
         factor: U, upper triangular, float32 [columns, columns].
         blocks: which block of the row stands at each place of that order, int64 [columns / 64].
         first: the number of the first of these rows in the matrix.
-        scales: what `start_scales` found, blocks in the matrix's order, float32 [rows, blocks].
+        scales: what `start_scales` chose, blocks in the matrix's order, float32 [rows, blocks].
         nested: of the whole matrix, see `nested_absmax`.
         candidates: scales that are tried besides, as shares of the largest weight that is left
             in a block; float32.
