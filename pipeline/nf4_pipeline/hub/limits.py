@@ -124,6 +124,28 @@ def for_upload() -> Allowance:
     return Allowance(rate=8 << 10, most=4 * LARGEST_REPLY, patience=2.5 * _PATIENCE)
 
 
+_LARGEST_HEAD = 512 << 10  # bytes before the body of an answer, what was read of that included
+
+
+@contextmanager
+def headers() -> Iterator[None]:
+    """Limits what this thread reads before an answer has its headers: they may be without end."""
+    _own.head = 0
+    try:
+        yield
+    finally:
+        _own.head = None
+
+
+def _count_head(amount: int) -> None:
+    head = getattr(_own, "head", None)
+    if head is None:
+        return
+    _own.head = head + amount
+    if _own.head > _LARGEST_HEAD:
+        raise ReplyError(f"sent more than {_LARGEST_HEAD:,} bytes of headers")
+
+
 _own = threading.local()
 _running: list[Allowance] = []
 
@@ -189,6 +211,7 @@ class PacedStream:
                 seconds = 0.0
         self._is_asked = False
         allowance.moved(len(data), seconds, received=True)
+        _count_head(len(data))
         return data
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:

@@ -35,6 +35,8 @@ _DROPPED: Final = ("set-cookie", "x-hf-warning", "ratelimit", "ratelimit-policy"
 _ETAGS: Final = ("x-linked-etag", "etag")
 _READ_ONLY: Final = ("GET", "HEAD")
 _MOST_HEADERS: Final = 200
+_MOST_PIECES: Final = 10_000
+_SMALLEST_PIECE: Final = 1_024  # bytes, on average, beyond those: each costs some 20 µs
 _INFLATED_AT_A_TIME: Final = 1 << 20  # bytes
 
 _one_by_one = threading.Lock()
@@ -114,7 +116,8 @@ class _Guard:
         allowance.ask()
         home = endpoint()
         _bind(request, home)
-        response = self._inner.handle_request(request)
+        with limits.headers():
+            response = self._inner.handle_request(request)
         try:
             return _Answer(request, response, allowance, home).checked()
         except BaseException:
@@ -148,6 +151,7 @@ class _Answer:
         self, request: Any, response: Any, allowance: Allowance, home: replies.Origin
     ) -> None:
         self._request, self._response, self._allowance = request, response, allowance
+        self._stream = response.stream
         self._home = home
         self._is_own = _origin(request.url) == home
         root = _LIBRARY.URL(constants.ENDPOINT).path.rstrip("/")
@@ -206,6 +210,8 @@ class _Answer:
             headers.pop("location", None)
             return
         try:
+            if not (location.isascii() and location.isprintable()):
+                raise ValueError(location)
             target = str(self._request.url.join(location))
         except Exception:  # whatever the library's own parser finds
             raise ReplyError(f"led to {shown(location)}, which is no address") from None
@@ -336,7 +342,7 @@ class _Answer:
             body += chunk
             if len(body) > most:
                 raise ReplyError(f"answered with more than {most:,} bytes")
-        self._response.stream.close()
+        self._stream.close()
         return bytes(body)
 
     def _file(self) -> Any:
@@ -348,7 +354,7 @@ class _Answer:
         announced = replies.number(headers.get("content-length"), 1 << 60)
         if announced is not None and announced > size and "location" not in headers:
             raise ReplyError(f"listed {size:,} bytes, and announces {announced:,}")
-        self._response.stream = _stream(self._limited(size), self._response.stream.close)
+        self._response.stream = _stream(self._limited(size), self._stream.close)
         return self._response
 
     def _limited(self, size: int) -> Iterator[bytes]:
@@ -360,8 +366,13 @@ class _Answer:
             yield chunk
 
     def _chunks(self) -> Iterator[bytes]:
+        amount = 0
         try:
-            yield from self._response.stream
+            for pieces, chunk in enumerate(self._stream):
+                amount += len(chunk)
+                if pieces > _MOST_PIECES + amount // _SMALLEST_PIECE:
+                    raise ReplyError(f"cut {amount:,} bytes into {pieces:,} pieces")
+                yield chunk
         except _LIBRARY.HTTPError:
             self._allowance.broke_off()
             raise
