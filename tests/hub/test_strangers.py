@@ -74,7 +74,7 @@ def victim(stranger: Stranger, process: Victim) -> Iterator[Victim]:
 
 def outside(world: Path, victim: Victim) -> dict[str, bytes]:
     """Every file that is not in the cache."""
-    found = {}
+    found: dict[str, bytes] = {}
     for folder, _, names in os.walk(world):
         if not Path(folder).is_relative_to(victim.cache):
             found |= {f"{folder}/{name}": (Path(folder) / name).read_bytes() for name in names}
@@ -443,7 +443,19 @@ def test_xet_facts_that_lead_elsewhere(
 # 5. What has no hash.
 
 
-NO_HASH = [None, "", "a" * 39, "a" * 41, "z" * 40, 7, [], {}, True, "../../../x", "A" * 40]
+NO_HASH: list[object] = [
+    None,
+    "",
+    "a" * 39,
+    "a" * 41,
+    "z" * 40,
+    7,
+    [],
+    {},
+    True,
+    "../../../x",
+    "A" * 40,
+]
 
 
 def without(stranger: Stranger, path: str, value: object) -> Twist:
@@ -508,6 +520,9 @@ def bomb() -> Iterator[bytes]:
     yield packer.flush()
 
 
+TINY = b"1\r\n \r\n" * 999  # chunks of one byte
+LISTS = b"[" + b"[]," * 5_000_000 + b"[]]"
+
 ENDLESS: dict[str, tuple[str, str, Change]] = {
     "look-up, body": ("GET", LOOK_UP, lambda r: replace(r, body=repeat(b" " * 65536))),
     "listing, body": ("GET", TREE, lambda r: replace(r, body=chain([b"["], repeat(b" " * 65536)))),
@@ -515,7 +530,7 @@ ENDLESS: dict[str, tuple[str, str, Change]] = {
         "GET", TREE,
         lambda r: replace(r, body=chain([b"["], repeat(b'{"type":"file","path":"a"},' * 999))),
     ),
-    "listing, empty lists": ("GET", TREE, lambda r: replace(r, body=b"[" + b"[]," * 5_000_000 + b"[]]")),
+    "listing, empty lists": ("GET", TREE, lambda r: replace(r, body=LISTS)),
     "look-up, gzip": (
         "GET", LOOK_UP, lambda r: replace(r.with_header("Content-Encoding", "gzip"), body=bomb())
     ),
@@ -571,7 +586,7 @@ ENDLESS: dict[str, tuple[str, str, Change]] = {
         "GET", LOOK_UP,
         lambda r: Reply(
             raw=chain(
-                [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"], repeat(b"1\r\n \r\n" * 999)
+                [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"], repeat(TINY)
             )
         ),
     ),
@@ -751,11 +766,14 @@ def test_a_wait_that_is_asked_for(
 
 
 FORMS: list[bytes | object] = [
-    b"", b"null", b"[]", b"{}", b"7", b'"text"', b"true", b"NaN", b"[NaN]", b"{", b"\xff\xfe", b"<html>",
-    b"[" * 100_000, b'{"a":' * 50_000, b"[1" + b"0" * 5_000 + b"]", b'{"sha": ' + b"9" * 4_000 + b"}",
+    b"", b"null", b"[]", b"{}", b"7", b'"text"', b"true", b"NaN", b"[NaN]", b"{", b"\xff\xfe",
+    b"<html>",
+    b"[" * 100_000, b'{"a":' * 50_000, b"[1" + b"0" * 5_000 + b"]",
+    b'{"sha": ' + b"9" * 4_000 + b"}",
     b"[null]", b"[7]", b'["config.json"]', b"[[]]", b"[{}]", b'[{"type": "file"}]', b"\x00" * 99,
     b'[{"type": "link", "path": "a"}]', b'{"error": [[]], "errors": 7}', b'{"errors": [7, null]}',
-    b"\xef\xbb\xbf{}", b'{"sha": "' + b"c" * 40 + b'", "private": "yes"}', b"1e999", b"-", b'"\\ud800"',
+    b"\xef\xbb\xbf{}", b'{"sha": "' + b"c" * 40 + b'", "private": "yes"}', b"1e999", b"-",
+    b'"\\ud800"',
 ]  # fmt: skip
 
 
@@ -820,8 +838,10 @@ def test_places_to_send_files_to_of_another_form(
     "header",
     [
         {"chunk_size": 0}, {"chunk_size": "0"}, {"chunk_size": -1}, {"chunk_size": "²"},
-        {"chunk_size": "9" * 4_000}, {"chunk_size": 1.5}, {"chunk_size": None}, {"chunk_size": True},
-        {"chunk_size": "1"}, {"chunk_size": 1, "1": "http://[", "²": "x"}, {"chunk_size": 99, "1": 7},
+        {"chunk_size": "9" * 4_000}, {"chunk_size": 1.5}, {"chunk_size": None},
+        {"chunk_size": True},
+        {"chunk_size": "1"}, {"chunk_size": 1, "1": "http://[", "²": "x"},
+        {"chunk_size": 99, "1": 7},
         {"chunk_size": 99, "1": "file:///etc/passwd"}, {"chunk_size": 99, "00001": "http://a@b/"},
     ],
 )  # fmt: skip

@@ -22,6 +22,7 @@ from typing import Final
 from nf4_pipeline.errors import HubError
 from nf4_pipeline.hub import replies
 from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
+from nf4_pipeline.printable import printable
 
 _LARGEST_TREE: Final = 64 << 20  # bytes of a listing that the client keeps
 
@@ -54,7 +55,7 @@ def _leads_out(path: Path, folders: Sequence[Path]) -> bool:
 
 def _refuse(path: Path) -> HubError:
     return HubError(
-        f"{replies.printable(str(path))} is a link that leads out of the Hub cache. Remove it, or "
+        f"{printable(str(path))} is a link that leads out of the Hub cache. Remove it, or "
         "set HF_HOME to a cache of your own; a cache on another disk is named by HF_HOME, too."
     )
 
@@ -104,7 +105,7 @@ def check_file(path: Path) -> None:
     if _leads_out(path, (own, root / "blobs")):
         raise _refuse(path)
     if path.exists() and not path.is_file():
-        raise HubError(f"{replies.printable(str(path))} is no plain file. Remove it.")
+        raise HubError(f"{printable(str(path))} is no plain file. Remove it.")
 
 
 def _drop_odd_listing(path: Path) -> None:
@@ -172,7 +173,7 @@ def _cached_file(path: Path, name: str) -> RemoteFile:
     try:
         replies.check_name(name)
     except replies.ReplyError as error:
-        raise HubError(f"{replies.printable(str(path.parent))}: the cache {error}") from None
+        raise HubError(f"{printable(str(path.parent))}: the cache {error}") from None
     check_file(path)
     blob = path.readlink() if path.is_symlink() else Path()
     hashed = blob.name if blob.parent.name == "blobs" else ""

@@ -95,7 +95,7 @@ class _Guard:
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
-        pool = getattr(inner, "_pool", None)
+        pool: Any = getattr(inner, "_pool", None)
         if hasattr(pool, "_network_backend"):  # not of a transport that is the user's own
             pool._network_backend = PacedBackend(pool._network_backend)
 

@@ -39,7 +39,7 @@ def install() -> None:
     original = getattr(_xet, "get_xet_session", None)
     if original is None or isinstance(original, _Sessions):
         return
-    _xet.get_xet_session = _Sessions(original)  # type: ignore[assignment]
+    _xet.get_xet_session = _Sessions(original)
 
 
 class _Sessions:
