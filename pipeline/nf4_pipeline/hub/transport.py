@@ -354,24 +354,21 @@ class _Answer:
         announced = replies.number(headers.get("content-length"), 1 << 60)
         if announced is not None and announced > size and "location" not in headers:
             raise ReplyError(f"listed {size:,} bytes, and announces {announced:,}")
-        self._response.stream = _stream(self._limited(size), self._stream.close)
+        self._response.stream = _stream(self._chunks(size), self._stream.close)
         return self._response
 
-    def _limited(self, size: int) -> Iterator[bytes]:
-        came = 0
-        for chunk in self._chunks():
-            came += len(chunk)
-            if came > size:
-                raise ReplyError(f"listed {size:,} bytes, and sends more")
-            yield chunk
-
-    def _chunks(self) -> Iterator[bytes]:
-        amount = 0
+    def _chunks(self, size: int | None = None) -> Iterator[bytes]:
+        """The body as it comes, up to `size` bytes."""
+        came = pieces = 0
+        most = sys.maxsize if size is None else size
         try:
-            for pieces, chunk in enumerate(self._stream):
-                amount += len(chunk)
-                if pieces > _MOST_PIECES + amount // _SMALLEST_PIECE:
-                    raise ReplyError(f"cut {amount:,} bytes into {pieces:,} pieces")
+            for chunk in self._stream:
+                came += len(chunk)
+                pieces += 1
+                if came > most:
+                    raise ReplyError(f"listed {most:,} bytes, and sends more")
+                if pieces > _MOST_PIECES + came // _SMALLEST_PIECE:
+                    raise ReplyError(f"cut {came:,} bytes into {pieces:,} pieces")
                 yield chunk
         except _LIBRARY.HTTPError:
             self._allowance.broke_off()
