@@ -27,10 +27,10 @@ from nf4_pipeline.fidelity.bootstrap import Resampling, mean
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
 from nf4_pipeline.gptq.config import Method
 from nf4_pipeline.gptq.precomputed import choices_in
-from nf4_pipeline.nf4 import cpu
+from nf4_pipeline.model.linear import as_held
 from nf4_pipeline.nf4.dequantize import dequantize
-from nf4_pipeline.nf4.double_quant import double_quantize
-from nf4_pipeline.nf4.layout import blocks_of
+from nf4_pipeline.nf4.float_bits import bits_of
+from nf4_pipeline.nf4.rtn import round_to_nearest
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.runtime.loader import load_tokenizer
@@ -40,7 +40,6 @@ from nf4_pipeline.stages import Settings
 from nf4_pipeline.stages.calibrate import tokens_for
 from nf4_pipeline.stages.quantize import make_plan
 from nf4_pipeline.verification.eval_text import TokenSequence, cut, read_text
-from transformers.pytorch_utils import Conv1D
 
 _ONE: Final = np.ones(1, np.float32)
 VARIANTS: Final = {
@@ -148,18 +147,12 @@ class _Trial:
     def _put(self, plan: TensorPlan, values: np.ndarray[Any, np.dtype[np.float32]]) -> None:
         layer, exact = self._layer(plan), self._exact[plan.name]
         weight = torch.from_numpy(values).to(exact)
-        layer.weight.data = weight.T if isinstance(layer, Conv1D) else weight
+        layer.weight.data = as_held(layer, weight)
 
     def nearest(self) -> None:
         for plan in self._weights:
-            exact = self._exact[plan.name].float().cpu()
-            flat = (exact.T if plan.transposed else exact).contiguous().numpy().reshape(-1)
-            packed = np.empty(-(-flat.size // 2), np.uint8)
-            absmax = np.empty(blocks_of(flat.size), np.float32)
-            cpu.quantize_blocks(
-                flat.view(np.uint32), "float32", packed, absmax, np.empty((absmax.size, 3), "i4")
-            )
-            self._put(plan, dequantize(packed, double_quantize(absmax).scales(), plan.shape))
+            exact = as_held(self._layer(plan), self._exact[plan.name].float())
+            self._put(plan, round_to_nearest(bits_of(exact), "float32").dequantize())
         self._nearest = self._scores().kl
         self._row("round to nearest", self._nearest, 0.0)
 

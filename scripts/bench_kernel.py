@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import click
 import numpy as np
 from nf4_pipeline.nf4 import BLOCK_SIZE, cpu
-from nf4_pipeline.nf4.layout import blocks_of
+from nf4_pipeline.nf4.packing import blocks_of
 
 _CHUNK = 2**20  # weights a thread takes at a time: 2 MiB of bfloat16
 

@@ -194,7 +194,7 @@ def _ours(source: Path, out: Path, device: str) -> dict[str, float]:
     # Loads the kernels (and CUDA, if it is used) as importing would.
     rounding = quantize.rounding_for(device)
     bits, packed = np.ones(64, np.uint16), np.zeros(32, np.uint8)
-    rounding.begin("warm", 64).chunk(bits, "bfloat16", 0, packed)
+    rounding.start_weight("warm", 64).quantize_chunk(bits, "bfloat16", 0, packed)
     imported = time.perf_counter()
     quantize.run(build, settings, SILENT)
     quantized = time.perf_counter()

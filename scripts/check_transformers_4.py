@@ -202,8 +202,7 @@ def planned_layers(artifact: Path) -> list[str]:
     """The modules that the manifest says are quantized."""
     from nf4_pipeline.manifest.read import read_manifest
 
-    tensors = read_manifest(artifact)["tensors"]
-    return [tensor["module"] for tensor in tensors if tensor["quantized"]]
+    return sorted(read_manifest(artifact).quantized_modules)
 
 
 def table(here: Found, there: Found, planned: int, apart: float, bound: float) -> str:

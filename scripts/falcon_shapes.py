@@ -12,9 +12,8 @@ from typing import Any
 
 import click
 import numpy as np
-from nf4_pipeline.checkpoint.layout import plan_layout
+from nf4_pipeline.checkpoint.layout import StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.writer import TensorFile, writing
-from nf4_pipeline.nf4.layout import StoredTensor
 
 HIDDEN, HEADS, VOCAB = 4544, 71, 65024
 HEAD_DIM = HIDDEN // HEADS

@@ -15,10 +15,9 @@ would have now, and its outputs still hash as recorded; a record that cannot be 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -35,6 +34,7 @@ from nf4_pipeline.checkpoint.atomic import (
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
 from nf4_pipeline.errors import BuildError
 from nf4_pipeline.progress import SILENT, Reporter
+from nf4_pipeline.runtime.artifact import build_roots
 
 RECORD_VERSION: Final = 1
 
@@ -167,7 +167,7 @@ class Build:
                 "stage": record.stage,
                 "key": record.key,
                 "outputs": {
-                    path: {**digest.as_json(), "mtime_ns": (self.root / path).stat().st_mtime_ns}
+                    path: {**digest.to_json(), "mtime_ns": (self.root / path).stat().st_mtime_ns}
                     for path, digest in sorted(record.outputs.items())
                 },
                 "seconds": round(record.seconds, 3),
@@ -232,23 +232,6 @@ class Build:
             os.close(descriptor)
 
 
-def stage_key(parts: Mapping[str, Any]) -> str:
-    """The hash of everything that shapes a stage's outputs; `parts` is plain JSON."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def digests_json(digests: Mapping[str, FileDigest]) -> dict[str, object]:
-    """Digests as plain JSON, by name."""
-    return {name: digest.as_json() for name, digest in sorted(digests.items())}
-
-
 def find_builds(artifacts: Path) -> list[Build]:
     """All builds under a folder, the one worked on last first."""
-    if not artifacts.is_dir():
-        return []
-    roots = [path.parent for path in artifacts.glob("*/records") if path.is_dir()]
-    return [
-        Build(root)
-        for root in sorted(roots, key=lambda r: (r / "records").stat().st_mtime, reverse=True)
-    ]
+    return [Build(root) for root in build_roots(artifacts)]

@@ -118,8 +118,8 @@ def _stock(
     """
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Params4bit
-    from nf4_pipeline.nf4.codebook import NF4_LEVELS, SCALE_LEVELS
-    from nf4_pipeline.nf4.layout import QUANT_STATE_SUFFIX, quant_state_text
+    from nf4_pipeline.nf4.codebook import NF4_LEVELS
+    from nf4_pipeline.nf4.stored_weight import companions
 
     packed = torch.from_numpy(choice.packed.copy())[:, None]
     if not nested:
@@ -133,16 +133,9 @@ def _stock(
             dtype=getattr(torch, dtype),
         )
         return packed.to(device), state
-    text = quant_state_text(shape, dtype, float(choice.scales.offset))
-    parts = {
-        ".absmax": choice.scales.codes,
-        ".quant_map": NF4_LEVELS,
-        ".nested_absmax": choice.scales.absmax,
-        ".nested_quant_map": SCALE_LEVELS,
-        QUANT_STATE_SUFFIX: np.frombuffer(text, np.uint8),
-    }
-    companions = {suffix: torch.from_numpy(part.copy()) for suffix, part in parts.items()}
-    parameter = Params4bit.from_prequantized(packed, companions, device=device)
+    parts = companions("", shape, dtype, choice.scales)
+    beside = {suffix: torch.from_numpy(part.copy()) for suffix, part in parts.items()}
+    parameter = Params4bit.from_prequantized(packed, beside, device=device)
     return parameter.data, parameter.quant_state
 
 
@@ -226,7 +219,7 @@ def _again(first: Build, folder: Path, device: str) -> Build:
 
 def _codes(build: Build) -> tuple[Any, Any]:
     """All codes of an artifact, one each, and all 8-bit scales."""
-    from nf4_pipeline.nf4.dequantize import unpack
+    from nf4_pipeline.nf4.packing import unpack
     from safetensors.torch import load_file
 
     manifest = json.loads((build.export / "manifest.json").read_text())

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from nf4_pipeline.nf4 import cpu
-from nf4_pipeline.nf4.layout import blocks_of
+from nf4_pipeline.nf4.float_bits import bits_of
+from nf4_pipeline.nf4.packing import blocks_of
 from numpy.typing import NDArray
 
 torch = pytest.importorskip("torch")
@@ -44,7 +45,7 @@ def _run(quantize: Any, bits: NDArray[Any], dtype: str) -> tuple[NDArray[Any], .
     packed = np.zeros(-(-size // 2), np.uint8)
     absmax = np.zeros(blocks_of(size), np.float32)
     sums = np.zeros((blocks_of(size), 3), np.int32)
-    assert quantize(bits, dtype, packed, absmax, sums) == -1
+    assert quantize(bits, dtype, packed, absmax, sums) is None
     return packed, absmax, sums
 
 
@@ -57,9 +58,7 @@ def test_cuda_gives_the_bits_of_the_cpu(dtype: str, kind: str) -> None:
         pytest.skip("outside the range of float16")
     on_cuda, on_cpu = NearestOnCuda(["cuda:0"]).quantize, cpu.quantize_blocks
     for size in SIZES:
-        weights = _weights(kind, size).to(getattr(torch, dtype))
-        width = torch.int32 if dtype == "float32" else torch.int16
-        bits = weights.view(width).numpy().view(f"u{weights.element_size()}")
+        bits = bits_of(_weights(kind, size).to(getattr(torch, dtype)))
         for name, a, b in zip(
             ("codes", "absmax", "sums"),
             _run(on_cuda, bits, dtype),
@@ -75,7 +74,7 @@ def test_cuda_finds_what_is_not_finite(value: float) -> None:
 
     weights = _weights("plain", 64 * 10)
     weights[64 * 7 + 3] = value
-    bits = weights.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    bits = bits_of(weights.to(torch.bfloat16))
     found = NearestOnCuda(["cuda:0"]).quantize(
         bits,
         "bfloat16",

@@ -6,6 +6,7 @@ import getpass
 import json
 import re
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nf4_pipeline.checkpoint.atomic import write_bytes, write_json
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
 from nf4_pipeline.errors import BuildError
 from nf4_pipeline.job import RUNNERS, run_stage, states
+from nf4_pipeline.manifest.manifest import CalibrationSummary, Manifest
 from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.provenance.bom import bill_of_materials
@@ -72,7 +74,8 @@ def test_the_kind_of_device_that_calibrated_is_said(build: Build) -> None:
     manifest = hub_manifest(build)
     plain = statement(manifest, {}, {}, "", "")
     assert plain["predicate"]["buildDefinition"]["internalParameters"] == {}
-    manifest["calibration"] = {**made.calibration(), "device": "cuda"}
+    calibration = {**made.calibration(), "device": "cuda"}
+    manifest = replace(manifest, calibration=CalibrationSummary.from_json(calibration))
     found = statement(manifest, {}, {}, "", "")["predicate"]["buildDefinition"]
     assert found["internalParameters"] == {"calibration_device": "cuda"}
 
@@ -110,7 +113,7 @@ def test_every_file_is_a_subject_and_every_source_file_a_dependency(attested: Bu
     dependencies = value["predicate"]["buildDefinition"]["resolvedDependencies"]
     named = {entry["name"]: entry["digest"]["sha256"] for entry in dependencies}
     manifest = read_manifest(attested.export)
-    source = {name: entry["sha256"] for name, entry in manifest["source"]["files"].items()}
+    source = {name: digest.sha256 for name, digest in manifest.source.files.items()}
     assert named == {**source, "recipe": named["recipe"]}
 
 
@@ -145,9 +148,10 @@ def test_only_a_verified_export_that_is_what_it_was_is_attested(build: Build) ->
     assert not (build.export / "provenance.json").exists()
 
 
-def hub_manifest(build: Build) -> dict[str, Any]:
+def hub_manifest(build: Build) -> Manifest:
     manifest = read_manifest(build.export)
-    return {**manifest, "source": {**manifest["source"], "repo": "Org/Name", "commit": COMMIT}}
+    source = replace(manifest.source, repo="Org/Name", commit=COMMIT)
+    return replace(manifest, source=source)
 
 
 def test_a_hub_model_is_named_by_its_package_url(build: Build) -> None:
@@ -190,7 +194,7 @@ def test_the_license_is_inherited_and_the_bom_is_valid(build: Build, case: str) 
         model = bom["metadata"]["component"]
         assert model.get("licenses", []) == expected
         (ancestor,) = model["pedigree"]["ancestors"]
-        assert ancestor["name"] == manifest["source"]["repo"]
+        assert ancestor["name"] == manifest.source.repo
         assert ancestor.get("licenses", []) == expected
 
 
@@ -200,7 +204,7 @@ def test_the_bom_of_a_build_is_valid_and_deterministic(attested: Build) -> None:
     value = json.loads(text)
     files = {entry["name"]: entry["hashes"][0]["content"] for entry in value["components"]}
     manifest = read_manifest(attested.export)
-    assert files == {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    assert files == {name: digest.sha256 for name, digest in manifest.files.items()}
     properties = {p["name"]: p["value"] for p in value["metadata"]["component"]["properties"]}
     assert properties["nf4-pipeline:quantization:type"] == "nf4"
     (attested.export / "bom.cdx.json").unlink()

@@ -15,20 +15,19 @@ from nf4_pipeline.checkpoint.digest import digest_file
 from nf4_pipeline.checkpoint.header import read_header
 from nf4_pipeline.errors import ArtifactError, ResourceError, UsageError
 from nf4_pipeline.job import run_stage
+from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe, SerializeRecipe
 from nf4_pipeline.reproduce.reproduce import reproduce
 from nf4_pipeline.stages import Settings, download
 
-from tests.support.architecture import FactsHere
 from tests.support.tiny import copy_of, flip_byte, nf4
 
 
 @pytest.fixture(scope="module", autouse=True)
-def facts_here() -> Iterator[None]:
-    """Models are asked in this process: a child imports torch each time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(download, "PendingFacts", FactsHere)
+def workers_here() -> Iterator[None]:
+    """Workers run in this process: a child imports torch each time."""
+    with in_process():
         yield
 
 
@@ -129,7 +128,7 @@ def test_other_tokens_are_refused(artifact: Path, tiny_falcon: Path) -> None:
         reproduce(artifact, tiny_falcon, SILENT)
 
     def list_again() -> None:
-        digest = digest_file(path).as_json()
+        digest = digest_file(path).to_json()
         edited(manifest, lambda value: value["files"].update({"calibration.json": digest}))
 
     list_again()
@@ -144,7 +143,7 @@ def test_other_tokens_are_refused(artifact: Path, tiny_falcon: Path) -> None:
 def test_what_was_kept_must_be_what_the_manifest_says(artifact: Path, tiny_falcon: Path) -> None:
     path, manifest = artifact / "calibration.json", artifact / "manifest.json"
     edited(path, lambda value: value.update(kept=[]))
-    digest = digest_file(path).as_json()
+    digest = digest_file(path).to_json()
     edited(manifest, lambda value: value["files"].update({"calibration.json": digest}))
     found = reproduce(artifact, tiny_falcon, SILENT)
     assert [d.file for d in found.differences] == ["calibration.json", "manifest.json"]
@@ -158,7 +157,7 @@ def test_tokens_that_the_model_does_not_know(artifact: Path, tiny_falcon: Path) 
 
     path, manifest = artifact / "calibration.json", artifact / "manifest.json"
     edited(path, lambda value: value["ids"][0].__setitem__(3, 70_000))
-    digest = digest_file(path).as_json()
+    digest = digest_file(path).to_json()
     sha256 = parse_tokens(json.loads(path.read_text())).sha256
     edited(manifest, lambda value: value["files"].update({"calibration.json": digest}))
     edited(manifest, lambda value: value["calibration"].update(tokens_sha256=sha256))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers.pytorch_utils import Conv1D
 
 from nf4_pipeline.blocks.lockstep import Lockstep
 from nf4_pipeline.blocks.streamed import StreamedModel
@@ -23,6 +22,7 @@ from nf4_pipeline.gptq.config import Method
 from nf4_pipeline.gptq.hessian import Guide, IllConditionedError, guide
 from nf4_pipeline.gptq.hessian_accumulator import Moments
 from nf4_pipeline.gptq.quantizer import Choice, Chooser, ChooserOnCpu
+from nf4_pipeline.model.linear import weight_out_in
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.selection import TensorPlan
 
@@ -182,8 +182,7 @@ class _Pass:
         moments.close()
         weights = {}
         for plan in self._units[unit]:
-            module = self._module(plan)
-            weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+            weight = weight_out_in(self._module(plan))
             # On the CPU the block's memory is read into again; on a device the weight stays alive.
             weights[plan.name] = weight.detach().clone() if weight.is_cpu else weight.detach()
         self._wait()

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from math import isfinite, prod
+from math import isfinite
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 from greenlet import getcurrent
-from transformers.pytorch_utils import Conv1D
 
 from nf4_pipeline.blocks.lockstep import Lockstep
 from nf4_pipeline.blocks.streamed import StreamedModel
@@ -26,8 +24,9 @@ from nf4_pipeline.calibration.tokens import CalibrationTokens
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.fidelity.token_scores import score_tokens
 from nf4_pipeline.gptq.precomputed import choice_in
-from nf4_pipeline.nf4 import BLOCK_SIZE
-from nf4_pipeline.nf4.codebook import NF4_LEVELS
+from nf4_pipeline.model.linear import as_held, weight_out_in
+from nf4_pipeline.nf4.dequantize import dequantize_on
+from nf4_pipeline.nf4.float_bits import bits_of, dtype_name
 from nf4_pipeline.nf4.rtn import round_to_nearest
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.selection import TensorPlan
@@ -152,27 +151,13 @@ class _Wave:
         stack.callback(layer.register_forward_hook(after).remove)
 
     def _rounded(self, plan: TensorPlan, module: Any) -> torch.Tensor:
-        weight = module.weight
+        """The weight that 4 bits would give, in the shape and the dtype of the module's own."""
+        exact = weight_out_in(module)
         if plan.name in self._files:
-            packed, nested = choice_in(self._files[plan.name], plan.name)
+            packed, scales = choice_in(self._files[plan.name], plan.name)
         else:
-            flat = (weight.T if isinstance(module, Conv1D) else weight).detach().cpu().contiguous()
-            unsigned = torch.uint32 if flat.itemsize == 4 else torch.uint16
-            bits = flat.reshape(-1).view(unsigned).numpy()
-            packed, nested = round_to_nearest(bits, str(flat.dtype).removeprefix("torch."))
-        values = dequantized(packed, nested.scales(), plan.shape, weight.device).to(weight.dtype)
-        return values.T if isinstance(module, Conv1D) else values
-
-
-def dequantized(
-    packed: np.ndarray[Any, np.dtype[np.uint8]],
-    scales: np.ndarray[Any, np.dtype[np.float32]],
-    shape: tuple[int, ...],
-    device: torch.device,
-) -> torch.Tensor:
-    """`nf4_pipeline.nf4.dequantize` on a device, float32 [rows, columns]."""
-    pairs = torch.from_numpy(packed).to(device)
-    codes = torch.stack([pairs >> 4, pairs & 15], dim=1).reshape(-1)[: prod(shape)]
-    values = torch.from_numpy(NF4_LEVELS.copy()).to(device)[codes.int()]
-    each = torch.from_numpy(scales).to(device).repeat_interleave(BLOCK_SIZE)[: prod(shape)]
-    return (values * each).reshape(shape)
+            nearest = round_to_nearest(bits_of(exact), dtype_name(exact))
+            packed, scales = nearest.packed, nearest.scales
+        weight = dequantize_on(exact.device, packed, scales.scales(), plan.shape).to(exact.dtype)
+        rounded: torch.Tensor = as_held(module, weight)
+        return rounded

@@ -1,22 +1,25 @@
-"""Cutting weight files into shards. A weight is never parted from its five companions."""
+"""Cutting weight files into shards, without parting tensors that belong together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.checkpoint.header import HeaderTensor, read_header
-from nf4_pipeline.checkpoint.layout import FileLayout, plan_layout
+from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.sink import WrittenFile
 from nf4_pipeline.checkpoint.source import SINGLE_FILE
 from nf4_pipeline.checkpoint.writer import writing
-from nf4_pipeline.nf4.layout import QUANT_STATE_SUFFIX, StoredTensor
 from nf4_pipeline.progress import Task
 
 _CHUNK: Final = 8 * 2**20
+
+Groups = Iterable[Sequence[StoredTensor]]
+"""Tensors that must stand in one file, such as a quantized weight and its companions; each group is
+named by its first tensor. A tensor that is in none stands by itself."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +63,22 @@ def name_shards(count: int) -> list[str]:
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def split_file(path: Path, limit: int) -> list[Piece]:
+def split_file(path: Path, limit: int, groups: Groups) -> list[Piece]:
     """Cuts a file into pieces of at most `limit` bytes of tensors, as few as fit in order.
 
-    A single weight with its companions that is larger than the limit makes a piece of its own.
+    A single group that is larger than the limit makes a piece of its own.
+
+    Args:
+        path: the file.
+        limit: bytes of tensors in one piece.
+        groups: of the file's tensors.
     """
-    groups = split_tensors(read_header(path), path.stat().st_size, limit)
-    return [Piece(path, group, whole=len(groups) == 1) for group in groups]
+    parts = split_tensors(read_header(path), path.stat().st_size, limit, groups)
+    return [Piece(path, part, whole=len(parts) == 1) for part in parts]
 
 
 def split_tensors(
-    tensors: Sequence[HeaderTensor], file_size: int, limit: int
+    tensors: Sequence[HeaderTensor], file_size: int, limit: int, groups: Groups
 ) -> list[tuple[HeaderTensor, ...]]:
     """Cuts a file's tensors as `split_file` does, without the file.
 
@@ -78,19 +86,20 @@ def split_tensors(
         tensors: of the file, in the order of its bytes.
         file_size: in bytes, with the header.
         limit: bytes of tensors in one piece.
+        groups: of the file's tensors.
     """
     if file_size <= limit:
         return [tuple(tensors)]
-    groups: list[list[HeaderTensor]] = []
+    parts: list[list[HeaderTensor]] = []
     size = limit + 1
-    for unit in _units(tensors):
-        nbytes = sum(tensor.nbytes for tensor in unit)
+    for together in _grouped(tensors, groups):
+        nbytes = sum(tensor.nbytes for tensor in together)
         if size + nbytes > limit:
-            groups.append([])
+            parts.append([])
             size = 0
-        groups[-1] += unit
+        parts[-1] += together
         size += nbytes
-    return [tuple(group) for group in groups]
+    return [tuple(part) for part in parts]
 
 
 def piece_layout(tensors: Sequence[HeaderTensor]) -> FileLayout:
@@ -100,23 +109,13 @@ def piece_layout(tensors: Sequence[HeaderTensor]) -> FileLayout:
     )
 
 
-def _units(tensors: Sequence[HeaderTensor]) -> list[list[HeaderTensor]]:
-    """Weights with their companions, and single tensors, by name."""
-    weights = {
-        tensor.name.removesuffix(QUANT_STATE_SUFFIX)
-        for tensor in tensors
-        if tensor.name.endswith(QUANT_STATE_SUFFIX)
-    }
-    units: dict[str, list[HeaderTensor]] = {}
+def _grouped(tensors: Sequence[HeaderTensor], groups: Groups) -> list[list[HeaderTensor]]:
+    """Tensors that belong together, in the order of the names of the groups' first ones."""
+    first = {tensor.name: group[0].name for group in groups if group for tensor in group}
+    members: dict[str, list[HeaderTensor]] = {}
     for tensor in tensors:
-        owner = next((name for name in _ancestors(tensor.name) if name in weights), tensor.name)
-        units.setdefault(owner, []).append(tensor)
-    return [units[name] for name in sorted(units)]
-
-
-def _ancestors(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+        members.setdefault(first.get(tensor.name, tensor.name), []).append(tensor)
+    return [members[name] for name in sorted(members)]
 
 
 def write_shard(target: Path, piece: Piece, task: Task) -> Shard:

@@ -18,7 +18,7 @@ from nf4_pipeline.cli.options import ARTIFACTS, Ui, build_dir_option, output_opt
 @output_options
 def command(ui: Ui, model: str, source: dict[str, Any], build_dir: Path | None) -> None:
     """Pin MODEL (a Hub id, a local folder, or "sample"), fetch it, and check every file's hash."""
-    from nf4_pipeline.build_folder import digests_json
+    from nf4_pipeline.checkpoint.digest import digests_json
     from nf4_pipeline.job import run_download
     from nf4_pipeline.stages import download
 

@@ -23,7 +23,7 @@ def command(ui: Ui, artifact: str, tensors: bool) -> None:
     from nf4_pipeline.runtime.artifact import find_model
 
     folder = Path(find_model(artifact))
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder).to_json()
     ui.result(manifest, lambda: _show(folder, manifest, tensors))
 
 

@@ -33,7 +33,7 @@ def output_options(command: Command) -> Command:
     @wraps(command)
     def wrapped(as_json: bool, quiet: bool, verbose: bool, **values: Any) -> Any:
         if not verbose:
-            from nf4_pipeline.runtime.quiet import quiet_libraries
+            from nf4_pipeline.library_output import quiet_libraries
 
             quiet_libraries()
         return command(ui=Ui(as_json, quiet), **values)
@@ -231,7 +231,7 @@ def run_one_stage(
         "ran": result.ran,
         "seconds": result.record.seconds,
         "peak_memory_bytes": result.record.peak_memory,
-        "outputs": {name: d.as_json() for name, d in result.record.outputs.items()},
+        "outputs": {name: d.to_json() for name, d in result.record.outputs.items()},
     }
     for name in ("verdict", "checks", "fidelity", "domains", "accuracy", "against"):
         if name in result.record.facts:

@@ -167,9 +167,9 @@ class _Engine:
             for file in self._checkpoint.files:
                 self._sources[file] = stack.enter_context(_open(self._checkpoint.path(file)))
             for tensor in self._plan.by_action("drop"):
-                if tensor.twin is not None:
+                if tensor.tied_to is not None:
                     twin = Twin(tensor, self._sources[tensor.source.file])
-                    self._twins.setdefault(tensor.twin, []).append(twin)
+                    self._twins.setdefault(tensor.tied_to, []).append(twin)
             self._pool = stack.enter_context(ThreadPoolExecutor(self._budget.workers, "quantize"))
             yield
 

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +15,11 @@ from nf4_pipeline.engine.chunks import Chunk, read_chunk, will_read
 from nf4_pipeline.engine.tied import Twin
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.nf4 import BLOCK_SIZE
-from nf4_pipeline.nf4.codebook import NF4_LEVELS, SCALE_LEVELS
-from nf4_pipeline.nf4.layout import QUANT_STATE_SUFFIX, quant_state_text
+from nf4_pipeline.nf4.packing import packed_bytes
 from nf4_pipeline.nf4.rounding import Rounding, WeightRounding
+from nf4_pipeline.nf4.stored_weight import companions
 from nf4_pipeline.progress import Task
-from nf4_pipeline.selection import FLOAT_DTYPES, TensorPlan
+from nf4_pipeline.selection import QUANTIZABLE_DTYPES, TensorPlan
 
 
 class ThreadBuffers(threading.local):
@@ -105,23 +104,23 @@ class FileJob:
         plan = chunk.tensor
         weight = self._weight(plan)
         bits = read_chunk(self._source, chunk, self._buffers.get("in", chunk.nbytes))
-        packed = self._buffers.get("codes", -(-chunk.count // 2), share=4)
-        dtype = FLOAT_DTYPES[plan.source.header.dtype]
-        bad = weight.rounding.chunk(bits, dtype, chunk.start, packed)
-        if bad >= 0:
+        packed = self._buffers.get("codes", packed_bytes(chunk.count), share=4)
+        dtype = QUANTIZABLE_DTYPES[plan.source.header.dtype]
+        block = weight.rounding.quantize_chunk(bits, dtype, chunk.start, packed)
+        if block is not None:
             raise CheckpointError(
                 f"{plan.source.name!r} in {plan.source.file} holds an infinity or a NaN (weights "
-                f"{chunk.start + bad * BLOCK_SIZE} and on). Such a checkpoint cannot be quantized; "
-                "look for a corrected revision."
+                f"{chunk.start + block * BLOCK_SIZE} and on). Such a checkpoint cannot be "
+                "quantized; look for a corrected revision."
             )
-        self._output.write(plan.name, chunk.start // 2, packed)
+        self._output.write(plan.name, packed_bytes(chunk.start), packed)
         if self._finished_one(weight):
             self._finish(weight)
 
     def _weight(self, plan: TensorPlan) -> _Weight:
         with self._lock:
             if plan.name not in self._open:
-                rounding = self._rounding.begin(plan.name, prod(plan.shape))
+                rounding = self._rounding.start_weight(plan.name, prod(plan.shape))
                 self._open[plan.name] = _Weight(plan, rounding, self._chunks_of[plan.name])
             return self._open[plan.name]
 
@@ -134,19 +133,9 @@ class FileJob:
 
     def _finish(self, weight: _Weight) -> None:
         """All codes are chosen: the scales and the other companions are written."""
-        plan, name = weight.plan, weight.plan.name
-        rounded = weight.rounding.finish()
-        nested = rounded.scales
-        dtype = FLOAT_DTYPES[plan.source.header.dtype]
-        text = quant_state_text(plan.shape, dtype, float(nested.offset))
-        companions: dict[str, NDArray[Any] | bytes] = {
-            ".absmax": nested.codes,
-            ".quant_map": NF4_LEVELS,
-            ".nested_absmax": nested.absmax,
-            ".nested_quant_map": SCALE_LEVELS,
-            QUANT_STATE_SUFFIX: text,
-        }
-        for suffix, data in companions.items():
-            self._output.write(name + suffix, 0, data)
+        plan, rounded = weight.plan, weight.rounding.finish()
+        dtype = QUANTIZABLE_DTYPES[plan.source.header.dtype]
+        for name, data in companions(plan.name, plan.shape, dtype, rounded.scales).items():
+            self._output.write(name, 0, data)
         with self._lock:
-            self.relative_rmse[name] = rounded.relative_rmse
+            self.relative_rmse[plan.name] = rounded.relative_rmse

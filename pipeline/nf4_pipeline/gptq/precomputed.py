@@ -11,7 +11,7 @@ import numpy as np
 from nf4_pipeline.gptq import kernels_cpu as compensated
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.nf4.double_quant import NestedScales
-from nf4_pipeline.nf4.layout import blocks_of
+from nf4_pipeline.nf4.packing import blocks_of
 from nf4_pipeline.nf4.rounding import RoundedWeight, Rounding, WeightRounding, relative_rmse
 from numpy.typing import NDArray
 from safetensors import safe_open

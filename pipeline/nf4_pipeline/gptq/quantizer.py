@@ -15,7 +15,7 @@ from nf4_pipeline.gptq.hessian import Guide
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.nf4.codebook import ZERO_CODE
 from nf4_pipeline.nf4.double_quant import NestedScales
-from nf4_pipeline.nf4.layout import blocks_of
+from nf4_pipeline.nf4.packing import blocks_of
 from numpy.typing import NDArray
 
 _PART: Final = 64 * 1024  # weights that one thread rounds at a time, at least one row

@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 from nf4_pipeline.errors import PipelineError
 from nf4_pipeline.hub import limits, replies
-from nf4_pipeline.hub.errors import Request, explained, may_pass
+from nf4_pipeline.hub.errors import Request, may_pass, translate_error
 from nf4_pipeline.hub.limits import Allowance
 from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
 
@@ -52,8 +52,8 @@ def download(
     """Lets the client put one file into the cache; with `force`, in the place of the one there.
 
     Raises:
-        HubError: the Hub refuses, or several tries failed.
-        ResourceError: the disk is full.
+        HubError: the Hub refused the request, or the last of several tries failed.
+        ResourceError: the disk of the cache is full.
     """
     from huggingface_hub import hf_hub_download
 
@@ -133,8 +133,9 @@ def attempt(
     `allowance` is what all its tries together may take; by default, what a look-up needs.
 
     Raises:
-        HubError: the Hub refused, or the last try failed, or it sent what no Hub sends.
-        ResourceError: the disk is full.
+        HubError: the Hub refused the request, the last of several tries failed, or it sent what no
+            Hub sends.
+        ResourceError: the disk of the cache is full.
     """
     from nf4_pipeline.hub import transport
 
@@ -151,7 +152,7 @@ def attempt(
         except Exception as error:
             if delay is None or not passing(error):
                 # The cause's text may hold a token.
-                raise explained(error, request) from None
+                raise translate_error(error, request) from None
             headers = getattr(getattr(error, "response", None), "headers", {})
             asked = replies.number(headers.get("retry-after"), _LONGEST_DELAY)
             sleep(max(delay, float(asked or 0)))

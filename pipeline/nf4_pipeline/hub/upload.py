@@ -20,9 +20,8 @@ from typing import Any, TypeVar
 
 from nf4_pipeline.errors import ConflictError, HubError, NotFoundError
 from nf4_pipeline.hub import client, limits, local
-from nf4_pipeline.hub import errors as explain
-from nf4_pipeline.hub.errors import Request
-from nf4_pipeline.hub.local import LocalFile
+from nf4_pipeline.hub.errors import Request, may_pass, was_not_answered
+from nf4_pipeline.hub.local import LocalFile, Proof
 from nf4_pipeline.hub.lookup import resolve
 from nf4_pipeline.hub.remote import RemoteModel
 from nf4_pipeline.progress import Reporter
@@ -85,7 +84,7 @@ class Published:
     pull_request: int | None
     private: bool
     created: bool
-    proof: dict[str, Any] = field(repr=False)
+    proof: Proof = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -218,7 +217,7 @@ class _Push:
     def _own_pull_request(self) -> int | None:
         """The open pull request that an earlier push made, by its author and title."""
         me = self._attempt(lambda: self._api.whoami()["name"], "asking whose token this is")
-        found = self._attempt(
+        requests = self._attempt(
             lambda: list(
                 self._api.get_repo_discussions(
                     self._repo_id, author=me, discussion_type="pull_request"
@@ -228,7 +227,7 @@ class _Push:
         )
         own = [
             request.num
-            for request in found
+            for request in requests
             if request.is_pull_request
             and request.author == me
             and request.title == self._order.title
@@ -317,7 +316,7 @@ class _Push:
 
         def passing(error: BaseException) -> bool:
             # A pull request that is opened late has no parent to fail on: better none than two.
-            return explain.may_pass(error) and not (opens and explain.was_not_answered(error))
+            return may_pass(error) and not (opens and was_not_answered(error))
 
         try:
             doing = f"committing to {self._repo_id}"
@@ -336,20 +335,21 @@ class _Push:
 
     # What is there now.
 
-    def _prove(self, commit: str) -> dict[str, Any]:
+    def _prove(self, commit: str) -> Proof:
         """Asks the Hub what it holds at the commit.
 
         Raises:
-            HubError: it is not what was sent.
+            HubError: the Hub lists another checksum for a file, lacks one, or still has one that
+                was to be deleted.
         """
         remote = self._look(commit)
         wrong = self._todo(remote)
-        found = local.proof(remote, self._files)
+        proof = local.prove(remote, self._files)
         if wrong:
             path = (*wrong.put, *wrong.delete)[0]
-            entry = found["files"].get(path)
+            entry = proof.files.get(path)
             what = (
-                f"expected {entry['algorithm']} {entry['expected']}, found {entry['found']}"
+                f"expected {entry.algorithm} {entry.expected}, found {entry.found}"
                 if entry
                 else "expected no such file"
             )
@@ -358,7 +358,7 @@ class _Push:
                 f"{self._repo_id} at {commit[:12]} does not hold what was sent: {total} files "
                 f"differ, first {path}: {what}. Do not use that commit; run the same command again."
             )
-        return found
+        return proof
 
     def _attempt(
         self, call: Callable[[], T], doing: str, *, commits: bool = False, **options: Any

@@ -191,7 +191,7 @@ def quantize_blocks(
     packed: NDArray[np.uint8],
     absmax: NDArray[np.float32],
     sums: NDArray[np.int32],
-) -> int:
+) -> int | None:
     """Rounds weights to the nearest NF4 level, block by block.
 
     Args:
@@ -203,9 +203,10 @@ def quantize_blocks(
             d * level and level^2 in fixed point, where d = w / absmax - level.
 
     Returns:
-        -1, or the index of the first block that holds an infinity or a NaN.
+        None, or the index of the first block that holds an infinity or a NaN.
     """
-    return int(_quantize(bits, dtype == "float16", packed, absmax, sums))
+    not_finite = int(_quantize(bits, dtype == "float16", packed, absmax, sums))
+    return None if not_finite < 0 else not_finite
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

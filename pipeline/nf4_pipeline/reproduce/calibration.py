@@ -56,7 +56,7 @@ def frozen_tokens(artifact: Path, manifest: dict[str, Any]) -> CalibrationTokens
             f"({listed['size']:,} bytes, sha256 {listed['sha256']})."
         )
     found = digest_file(path)
-    if found.as_json() != listed:
+    if found.to_json() != listed:
         raise ArtifactError(
             f"{path} is not the file that the manifest lists: expected {listed['size']:,} bytes "
             f"with sha256 {listed['sha256']}, found {found.size:,} bytes with sha256 "

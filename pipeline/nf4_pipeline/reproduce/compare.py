@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, digest_tensors
-from nf4_pipeline.checkpoint.layout import FileLayout
+from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor
 from nf4_pipeline.checkpoint.sink import WrittenFile
 from nf4_pipeline.engine.scheduler import Output
-from nf4_pipeline.nf4.layout import StoredTensor
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.reproduce.derive import Derived, run_engine
 from nf4_pipeline.stages import Settings
@@ -80,14 +79,14 @@ def compare_files(
             if name not in expected:
                 found.append(Difference(name, "the source does not make it"))
             elif manifest_alone and name in listed:
-                if listed[name] != expected[name].as_json():
+                if listed[name] != expected[name].to_json():
                     wanted = FileDigest(listed[name]["size"], listed[name]["sha256"])
                     found.append(Difference(name, _sizes_or_hashes(wanted, expected[name])))
             elif not path.is_file():
                 found.append(Difference(name, "is missing"))
             elif (digest := digest_file(path, task)) != expected[name]:
                 found.append(Difference(name, _sizes_or_hashes(digest, expected[name])))
-            elif name in listed and listed[name] != digest.as_json():
+            elif name in listed and listed[name] != digest.to_json():
                 found.append(
                     Difference(name, f"is right, but the manifest lists {listed[name]['sha256']}")
                 )

@@ -78,7 +78,7 @@ def derive(
         return _derive(plan, checkpoint, rounding, settings, reporter)
     except TwinsDifferError as error:
         reporter.note(f"{error} Both are kept; starting again.")
-    different = frozenset(t.source.name for t in plan.tensors if t.twin is not None)
+    different = frozenset(t.source.name for t in plan.tensors if t.tied_to is not None)
     plan, checkpoint = make_plan(build, settings, different, kept)
     return _derive(plan, checkpoint, rounding, settings, reporter)
 
@@ -118,7 +118,8 @@ def plan_outputs(plan: Plan, limit: int) -> list[Output]:
     pieces = []
     for file, layout in plan.layouts().items():
         tensors = plan.files()[file]
-        groups = split_tensors(layout.tensors, layout.nbytes, limit)
+        together = [tensor.stored for tensor in tensors]
+        groups = split_tensors(layout.tensors, layout.nbytes, limit, together)
         if len(groups) == 1:
             pieces.append((file, tensors, layout))
             continue

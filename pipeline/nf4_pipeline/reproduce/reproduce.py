@@ -13,6 +13,7 @@ from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.checkpoint.source import INDEX_FILE
 from nf4_pipeline.errors import ArtifactError, RecipeError
 from nf4_pipeline.manifest.assemble import build_manifest
+from nf4_pipeline.manifest.manifest import CalibrationSummary, Source
 from nf4_pipeline.manifest.read import MANIFEST_FILE, read_manifest
 from nf4_pipeline.manifest.small_files import small_files, stored_tensors_of, weight_index
 from nf4_pipeline.progress import Reporter
@@ -102,7 +103,7 @@ def reproduce(
         SourceError: the source is not the one that the manifest pins.
         HubError: the Hub does not give it.
     """
-    manifest = read_manifest(artifact)
+    manifest = read_manifest(artifact).to_json()
     recipe = _recipe(manifest, artifact)
     tokens = frozen_tokens(artifact, manifest) if recipe.quantize.calibrate else None
     settings = Settings(
@@ -171,14 +172,13 @@ def _small(
     files = {name: FileDigest.of(content) for name, content in small.items()}
     files |= {shard.name: shard.digest for shard in shards}
     again = build_manifest(
-        source={name: manifest["source"][name] for name in ("repo", "commit", "content_sha256")},
-        source_files=pinned,
+        source=Source.from_json(manifest["source"]),
         recipe=settings.recipe,
         plan=derived.plan,
         stored=stored_tensors_of(shards),
         relative_rmse=derived.relative_rmse,
         files=files,
         model_class=model_class,
-        calibration=None if chosen is None else chosen.facts,
+        calibration=None if chosen is None else CalibrationSummary.from_json(chosen.facts),
     )
-    return {**small, MANIFEST_FILE: json_bytes(again)}
+    return {**small, MANIFEST_FILE: json_bytes(again.to_json())}

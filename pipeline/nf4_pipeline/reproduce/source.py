@@ -41,7 +41,7 @@ def open_source(
                 f"{model} lacks {name}, which the artifact was made from. Name the folder, or the "
                 f"commit, that the manifest pins: content {source['content_sha256'][:12]}…"
             )
-        if found[name].as_json() != expected:
+        if found[name].to_json() != expected:
             raise SourceError(
                 f"{name} of {model} is not what the artifact was made from: expected "
                 f"{expected['size']:,} bytes with sha256 {expected['sha256']}, found "

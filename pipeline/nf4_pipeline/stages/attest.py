@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from nf4_pipeline.build_folder import Build, Record, stage_key
+from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.checkpoint.atomic import json_bytes, write_bytes
-from nf4_pipeline.checkpoint.digest import FileDigest
+from nf4_pipeline.checkpoint.digest import FileDigest, json_sha256
 from nf4_pipeline.manifest.read import MANIFEST_FILE, read_manifest
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.provenance.bom import bill_of_materials
@@ -24,7 +24,7 @@ CARD_FILE: Final = "README.md"
 
 def key(build: Build, settings: Settings) -> str:
     """Depends on every file that serialize and verify left in the export."""
-    return stage_key(
+    return json_sha256(
         {
             "code": CODE_VERSION,
             "export": {name: digest.sha256 for name, digest in _files(build).items()},

@@ -14,9 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from nf4_pipeline.build_folder import Build, stage_key
+from nf4_pipeline.build_folder import Build
 from nf4_pipeline.checkpoint.atomic import json_bytes, make_folder, write_json
-from nf4_pipeline.checkpoint.digest import digest_file
+from nf4_pipeline.checkpoint.digest import digest_file, json_sha256
 from nf4_pipeline.errors import BuildError, PlanMismatchError, RecipeError, ResourceError
 from nf4_pipeline.nf4.rounding import NearestOnCpu, Rounding
 from nf4_pipeline.progress import Reporter
@@ -105,7 +105,7 @@ def tokens_key(build: Build, recipe: QuantizeRecipe) -> str:
 
     path = text_path(recipe)
     text = None if path is None else digest_file(path).sha256
-    return stage_key(
+    return json_sha256(
         {
             "code": CODE_VERSION,
             "source": build.need("download").facts["content_sha256"],
@@ -182,7 +182,7 @@ def choose(
         "torch": version("torch"),  # what it computes may change with it
         "weights": [tensor.name for tensor in plan.quantized],
     }
-    store = Store(folder(build) / stage_key(identity)[:12])
+    store = Store(folder(build) / json_sha256(identity)[:12])
     store.open()
     with enough_memory(device), measured_on_device() as passing:
         parts = calibrate(

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from nf4_pipeline import __version__
-from nf4_pipeline.build_folder import Build, Record, stage_key
-from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
+from nf4_pipeline.build_folder import Build, Record
+from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, json_sha256
 from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.errors import ArtifactError, VerificationError
 from nf4_pipeline.manifest.read import read_manifest
@@ -75,7 +75,7 @@ class Upload:
             "pull_request": self.target.pull_request,
             "verdict": self.verdict,
             "total_bytes": self.total_bytes,
-            "files": {name: digest.as_json() for name, digest in self.files.items()},
+            "files": {name: digest.to_json() for name, digest in self.files.items()},
             "card": self.card,
         }
 
@@ -106,7 +106,7 @@ def plan_upload(build: Build, target: Target, reporter: Reporter = SILENT) -> Up
             "published. See verification.json in it for the checks that failed. "
             "--allow-unverified publishes it all the same, with a warning at the head of its card."
         )
-    manifest = read_manifest(build.export)
+    manifest = read_manifest(build.export).to_json()
     files = _checked_files(build, manifest, reporter)
     card = (build.export / CARD_FILE).read_text("utf-8")
     if verdict != "pass":
@@ -145,7 +145,7 @@ def run(build: Build, target: Target, reporter: Reporter) -> Record:
             )
             facts = _facts(upload, hub.publish(upload.local_files(), order, reporter))
         # An earlier record stands until this one replaces it: it says what the Hub held last.
-        key = stage_key({"code": CODE_VERSION, "repo": target.repo_id, "files": facts["files"]})
+        key = json_sha256({"code": CODE_VERSION, "repo": target.repo_id, "files": facts["files"]})
         record = Record(STAGE, key, {}, facts, usage.seconds, usage.peak_memory)
         build.write_record(record)
     return record
@@ -169,9 +169,9 @@ def _facts(upload: Upload, published: Published) -> dict[str, Any]:
         "pull_request_url": hub.pull_request_url(repo_id, number) if number else None,
         "verdict": upload.verdict,
         "allow_unverified": upload.verdict != "pass",
-        "files": {name: digest.as_json() for name, digest in upload.files.items()},
+        "files": {name: digest.to_json() for name, digest in upload.files.items()},
         "total_bytes": upload.total_bytes,
-        "proof": published.proof,
+        "proof": published.proof.to_json(),
     }
 
 

@@ -9,9 +9,9 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from nf4_pipeline.build_folder import Build, Record, stage_key
+from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.checkpoint.atomic import make_folder, write_json
-from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
+from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, json_sha256
 from nf4_pipeline.checkpoint.layout import FileLayout
 from nf4_pipeline.checkpoint.shards import tensor_facts
 from nf4_pipeline.checkpoint.source import Checkpoint, open_checkpoint
@@ -19,7 +19,7 @@ from nf4_pipeline.engine.buffers import divide
 from nf4_pipeline.engine.scheduler import QuantizedFile, quantize_files
 from nf4_pipeline.engine.tied import TwinsDifferError
 from nf4_pipeline.errors import PlanMismatchError, ResourceError
-from nf4_pipeline.nf4.layout import blocks_of
+from nf4_pipeline.nf4.packing import blocks_of
 from nf4_pipeline.nf4.rounding import NearestOnCpu, Rounding
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.resource_usage import available_memory, measured, measured_on_device
@@ -45,13 +45,13 @@ def key(build: Build, settings: Settings) -> str:
     parts = {"code": CODE_VERSION, "files": shaping, "recipe": recipe.shaping()}
     if recipe.calibrate:
         parts["calibration"] = calibrate.key_part(build, recipe)
-    return stage_key(parts)
+    return json_sha256(parts)
 
 
 def make_plan(
     build: Build,
     settings: Settings,
-    different_twins: frozenset[str] = frozenset(),
+    untied: frozenset[str] = frozenset(),
     sensitive: frozenset[str] = frozenset(),
 ) -> tuple[Plan, Checkpoint]:
     """The plan of a build, from headers and the facts of its model alone.
@@ -59,7 +59,7 @@ def make_plan(
     Args:
         build: whose download is done.
         settings: the recipe.
-        different_twins: tied tensors that are known to differ from their twin.
+        untied: tied tensors that are known to differ from what they are tied to.
         sensitive: modules that stay in 16 bit for what they would lose.
 
     Raises:
@@ -71,7 +71,7 @@ def make_plan(
         checkpoint.tensors,
         facts,
         settings.recipe.quantize,
-        different_twins=different_twins,
+        untied=untied,
         sensitive=sensitive,
     )
     return plan, checkpoint
@@ -128,7 +128,7 @@ def _planned(
     except TwinsDifferError as error:
         reporter.note(f"{error} Both are kept; starting again.")
     # Rare: config.json says that tensors are tied which the checkpoint stores as different.
-    different = frozenset(t.source.name for t in plan.tensors if t.twin is not None)
+    different = frozenset(t.source.name for t in plan.tensors if t.tied_to is not None)
     plan, _ = make_plan(build, settings, different, sensitive)
     return _quantize(build, plan, checkpoint, stage, settings, chosen, reporter)
 
@@ -316,6 +316,6 @@ def _facts(
         "predicted_bytes": sum(layout.nbytes for layout in layouts.values()),
         "skip_modules": list(plan.skip_modules),
         "hidden_modules": list(plan.hidden_modules),
-        "different_twins": list(plan.different_twins),
+        "different_twins": list(plan.untied),
         "files": results,
     }

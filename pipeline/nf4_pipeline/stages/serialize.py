@@ -7,18 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from nf4_pipeline.build_folder import Build, Record, stage_key
+from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.checkpoint.atomic import (
     json_bytes,
     link_or_copy,
     replacing_folder,
     write_bytes,
 )
-from nf4_pipeline.checkpoint.digest import FileDigest
+from nf4_pipeline.checkpoint.digest import FileDigest, json_sha256
 from nf4_pipeline.checkpoint.shards import Shard, name_shards, split_file, write_shard
 from nf4_pipeline.checkpoint.source import INDEX_FILE
 from nf4_pipeline.errors import BuildError, ResourceError
-from nf4_pipeline.manifest.assemble import build_manifest, shown
+from nf4_pipeline.manifest.assemble import build_manifest
+from nf4_pipeline.manifest.manifest import CalibrationSummary, Manifest, Source
 from nf4_pipeline.manifest.read import MANIFEST_FILE
 from nf4_pipeline.manifest.small_files import small_files, stored_tensors_of, weight_index
 from nf4_pipeline.progress import Reporter
@@ -39,14 +40,18 @@ def key(build: Build, settings: Settings) -> str:
         for name, digest in recorded_files(download).items()
         if not name.endswith(".safetensors")
     }
-    return stage_key(
+    return json_sha256(
         {
             "code": CODE_VERSION,
             "quantized": {name: digest.sha256 for name, digest in quantized.outputs.items()},
             "small": small,
             "recipe": settings.recipe.as_json()["serialize"],
             "quantize_recipe": settings.recipe.as_json()["quantize"],
-            **({"calibration": shown(calibration)} if calibration else {}),
+            **(
+                {"calibration": CalibrationSummary.from_json(calibration).to_json()}
+                if calibration
+                else {}
+            ),
         }
     )
 
@@ -76,7 +81,7 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
 
     def work() -> tuple[dict[str, Any], dict[str, Any]]:
         with replacing_folder(build.export) as folder:
-            shards = _weights(build, record, settings, folder, reporter)
+            shards = _weights(build, record, plan, settings, folder, reporter)
             files = {shard.name: shard.digest for shard in shards}
             names = recorded_files(build.need("download"))
             small = small_files(build.source, names, plan, model_class)
@@ -86,7 +91,7 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
                 small[CALIBRATION_FILE] = calibrate.published(build, calibration)
             files |= {name: FileDigest.of(content) for name, content in small.items()}
             manifest = _manifest(build, settings, plan, model_class, record, shards, files)
-            small[MANIFEST_FILE] = json_bytes(manifest)
+            small[MANIFEST_FILE] = json_bytes(manifest.to_json())
             files[MANIFEST_FILE] = FileDigest.of(small[MANIFEST_FILE])
             for name, content in small.items():
                 write_bytes(folder / name, content)
@@ -94,21 +99,23 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
             build.forget("attest")
             build.forget("verify")
         outputs = {f"export/{name}": digest for name, digest in files.items()}
-        return outputs, {"totals": manifest["totals"], "hidden_modules": list(plan.hidden_modules)}
+        totals = manifest.totals.to_json()
+        return outputs, {"totals": totals, "hidden_modules": list(plan.hidden_modules)}
 
     table = settings.recipe.table("serialize")
     return recorded(build, "serialize", key(build, settings), work, recipe=table)
 
 
 def _weights(
-    build: Build, record: Record, settings: Settings, folder: Path, reporter: Reporter
+    build: Build, record: Record, plan: Plan, settings: Settings, folder: Path, reporter: Reporter
 ) -> list[Shard]:
     """The weight files: each quantized file as it is, or cut where it is too large."""
     limit = settings.recipe.serialize.max_shard_bytes
+    groups = {file: [t.stored for t in tensors] for file, tensors in plan.files().items()}
     pieces = [
         piece
         for file in record.facts["files"]
-        for piece in split_file(build.quantized / file, limit)
+        for piece in split_file(build.quantized / file, limit, groups[file])
     ]
     names = name_shards(len(pieces))
     shards = []
@@ -145,21 +152,25 @@ def _manifest(
     quantized: Record,
     shards: list[Shard],
     files: Mapping[str, FileDigest],
-) -> dict[str, Any]:
-    download = build.need("download")
+) -> Manifest:
+    download, calibration = build.need("download"), quantized.facts.get("calibration")
     errors = {
         name: value
         for found in quantized.facts["files"].values()
         for name, value in found["relative_rmse"].items()
     }
     return build_manifest(
-        source={name: download.facts[name] for name in ("repo", "commit", "content_sha256")},
-        source_files=recorded_files(download),
+        source=Source(
+            repo=download.facts["repo"],
+            commit=download.facts["commit"],
+            content_sha256=download.facts["content_sha256"],
+            files=recorded_files(download),
+        ),
         recipe=settings.recipe,
         plan=plan,
         stored=stored_tensors_of(shards),
         relative_rmse=errors,
         files=files,
         model_class=model_class,
-        calibration=quantized.facts.get("calibration"),
+        calibration=CalibrationSummary.from_json(calibration) if calibration else None,
     )

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from nf4_pipeline import __version__
-from nf4_pipeline.build_folder import Build, Record, stage_key
+from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.checkpoint.atomic import json_bytes, write_bytes
-from nf4_pipeline.checkpoint.digest import digest_file
+from nf4_pipeline.checkpoint.digest import digest_file, json_sha256
 from nf4_pipeline.checkpoint.files import is_tokenizer
 from nf4_pipeline.errors import ArtifactError, RecipeError, ResourceError
 from nf4_pipeline.manifest.read import MANIFEST_FILE, read_manifest
@@ -54,7 +54,7 @@ def _key(build: Build, settings: Settings, against: str | None) -> str:
     download, serialized = build.need("download"), build.need("serialize")
     recipe = {**settings.recipe.as_json()["verify"]}
     del recipe["prompts"], recipe["eval_text"]  # what the files hold matters, not where they are
-    return stage_key(
+    return json_sha256(
         {
             "code": CODE_VERSION,
             "source": download.facts["content_sha256"],
@@ -115,7 +115,7 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
     """
     stage = _key(build, settings, _manifest_of(settings))
     build.check_inputs("download")
-    manifest = read_manifest(build.export)
+    manifest = read_manifest(build.export).to_json()
     if settings.against is not None:
         _check_other(manifest, _other(settings.against), reporter)
 
@@ -203,7 +203,7 @@ def _versions() -> dict[str, str]:
 
 def _check_other(manifest: dict[str, Any], other: Path, reporter: Reporter) -> None:
     """Refuses an artifact that cannot be compared with, before any work is done."""
-    theirs = read_manifest(other)
+    theirs = read_manifest(other).to_json()
     if theirs["source"]["content_sha256"] != manifest["source"]["content_sha256"]:
         raise ArtifactError(
             f"{other} was made from another source ({theirs['source']['repo']}, content "
@@ -218,7 +218,7 @@ def _check_other(manifest: dict[str, Any], other: Path, reporter: Reporter) -> N
 
 def _compare(asked: Examination, other: Path, scores: Path, reporter: Reporter) -> dict[str, Any]:
     """Another artifact of the same source on the same text."""
-    theirs = read_manifest(other)
+    theirs = read_manifest(other).to_json()
     found = asked.without_prompts().ask_artifact(other, scores, reporter)
     return {
         "name": other.parent.name if other.name == "export" else other.name,

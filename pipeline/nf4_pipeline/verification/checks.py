@@ -98,7 +98,7 @@ def file_gates(
                     }
             else:
                 digest = digest_file(path, task)
-            if digest.as_json() != expected:
+            if digest.to_json() != expected:
                 wrong.append(f"{name} has other bytes ({digest.size:,}, {digest.sha256[:12]}…)")
     stray = [
         path.name for path in artifact.glob("*.safetensors") if path.name not in manifest["files"]

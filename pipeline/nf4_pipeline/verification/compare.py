@@ -23,11 +23,12 @@ from typing import Any, Final
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
-from transformers.pytorch_utils import Conv1D
+from einops import rearrange
 
 from nf4_pipeline.blocks.lockstep import Lockstep
 from nf4_pipeline.blocks.streamed import StreamedModel
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
+from nf4_pipeline.model.linear import weight_out_in
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.runtime.bnb_cpu_fixes import dequantized, stored_scales
 from nf4_pipeline.verification.eval_text import TokenSequence
@@ -255,8 +256,7 @@ def _states(output: Any) -> torch.Tensor:
 
 
 def _compare_weights(error: LayerError, layer: Any, own: Any) -> None:
-    expected = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-    wanted, found = expected.reshape(-1), dequantized(own).reshape(-1)
+    wanted, found = weight_out_in(layer).reshape(-1), dequantized(own).reshape(-1)
     parts = [_in_blocks(f, w) for f, w in zip(found.split(_PART), wanted.split(_PART), strict=True)]
     off, energy, largest_off, largest = (torch.cat(part) for part in zip(*parts, strict=True))
     floor = max(_SMALL * float(largest.double().mean()), 1e-300)
@@ -282,7 +282,10 @@ def _in_blocks(found: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor,
     ragged = -len(exact) % BLOCK_SIZE
     if ragged:
         exact, off = (torch.nn.functional.pad(part, (0, ragged)) for part in (exact, off))
-    exact, off = exact.reshape(-1, BLOCK_SIZE), off.reshape(-1, BLOCK_SIZE)
+    exact, off = (
+        rearrange(part, "(block weight) -> block weight", weight=BLOCK_SIZE)
+        for part in (exact, off)
+    )
     return (
         torch.linalg.vecdot(off, off).double(),
         torch.linalg.vecdot(exact, exact).double(),

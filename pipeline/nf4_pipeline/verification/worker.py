@@ -25,10 +25,10 @@ import numpy as np
 
 from nf4_pipeline.errors import PipelineError
 from nf4_pipeline.fidelity.metrics import by_domain, by_position, compare, difference, histogram
+from nf4_pipeline.library_output import quiet_libraries
 from nf4_pipeline.resource_usage import available_memory, measured, peak_memory
 from nf4_pipeline.runtime.generate import Generator
 from nf4_pipeline.runtime.loader import load_tokenizer, load_with_report
-from nf4_pipeline.runtime.quiet import quiet_libraries
 from nf4_pipeline.runtime.threads import one_thread_if_small
 from nf4_pipeline.verification import generation as asking
 from nf4_pipeline.verification.eval_text import Text, cut, random_sequences

@@ -11,16 +11,24 @@ from bitsandbytes import functional as stock
 from hypothesis import example, given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
-from nf4_pipeline.nf4.layout import (
-    QUANT_STATE_SUFFIX,
-    blocks_of,
-    quant_state_text,
-    stored_tensors,
-)
+from nf4_pipeline.nf4.double_quant import NestedScales
+from nf4_pipeline.nf4.float_bits import bits_of
+from nf4_pipeline.nf4.packing import blocks_of
+from nf4_pipeline.nf4.rtn import round_to_nearest
+from nf4_pipeline.nf4.stored_weight import StoredWeight, companions, stored_tensors
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-KEY = QUANT_STATE_SUFFIX.removeprefix(".")
+KEY = "quant_state.bitsandbytes__nf4"
+QUANT_STATE_SUFFIX = f".{KEY}"
 KINDS = {torch.uint8: "U8", torch.float32: "F32"}
+
+
+def quant_state_text(shape: tuple[int, ...], dtype: str, offset: float) -> bytes:
+    """What is stored as the quant state of a weight with this offset."""
+    scales = NestedScales(np.zeros(1, np.uint8), np.zeros(1, np.float32), np.float32(offset))
+    return bytes(companions("w", shape, dtype, scales)["w" + QUANT_STATE_SUFFIX])
+
+
 LENGTH = len(quant_state_text((7, 9), "float32", 0.0))
 
 
@@ -101,3 +109,24 @@ def test_the_planned_length_is_the_length() -> None:
 @pytest.mark.parametrize(("weights", "blocks"), [(1, 1), (63, 1), (64, 1), (65, 2), (128, 2)])
 def test_blocks(weights: int, blocks: int) -> None:
     assert blocks_of(weights) == blocks
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 21), (64, 64), (65, 129), (16, 2048)])
+def test_what_is_written_is_what_was_predicted_and_is_read_back(
+    dtype: str, shape: tuple[int, int]
+) -> None:
+    dice = torch.Generator().manual_seed(shape[0])
+    weight = round_to_nearest(bits_of(torch.randn(shape, generator=dice).to(DTYPES[dtype])), dtype)
+    tensors = weight.tensors("a.weight")
+    predicted = stored_tensors("a.weight", shape, dtype)
+    assert list(tensors) == [tensor.name for tensor in predicted]
+    kinds = {"U8": np.uint8, "F32": np.float32}
+    for tensor in predicted:
+        found = tensors[tensor.name]
+        assert (found.shape, found.nbytes) == (tensor.shape, tensor.nbytes)
+        assert found.dtype == kinds[tensor.dtype]
+    again = StoredWeight.read("a.weight", tensors)
+    assert (again.shape, again.dtype) == (shape, dtype)
+    assert again.scales.offset == weight.scales.offset
+    assert again.dequantize().tobytes() == weight.dequantize().tobytes()
