@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from nf4_pipeline.errors import HubError, ResourceError
-from nf4_pipeline.hub import cache, client
+from nf4_pipeline.hub import cache, client, replies
+from nf4_pipeline.hub.client import StoppedTransfer
 from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
 from nf4_pipeline.progress import Reporter, Task
 
@@ -25,10 +26,15 @@ _CHUNK = 4 << 20  # bytes hashed at a time
 
 @dataclass(frozen=True)
 class Fetched:
-    """A snapshot folder in the Hub cache, and the sha256 of each file asked for, by its path."""
+    """A snapshot folder in the Hub cache, and the sha256 of each file asked for, by its path.
+
+    `unchecked` names those of them that the Hub lists no hash for: they are what came, and whether
+    that is right nobody knows.
+    """
 
     folder: Path
     sha256: dict[str, str]
+    unchecked: tuple[str, ...] = ()
 
 
 def fetch(
@@ -36,6 +42,7 @@ def fetch(
     files: Sequence[RemoteFile],
     reporter: Reporter,
     *,
+    allow_unhashed: bool = False,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Fetched:
     """Brings `files` into the user's Hub cache at the pinned commit and hashes every one of them.
@@ -47,13 +54,19 @@ def fetch(
         model: from `resolve`.
         files: what to fetch of it, as a rule `wanted_files(model)`.
         reporter: gets two tasks in bytes, "download" and "check".
+        allow_unhashed: take files without a hash to check them by, too; the result names them.
         sleep: waits between tries, in seconds.
 
     Raises:
         HubError: the Hub refuses a file or does not answer, or sent wrong bytes for one twice (it
-            is then out of the cache).
+            is then out of the cache); a file has no hash, and that is not allowed; or the cache
+            leads out of its own folder.
         ResourceError: the disk of the cache has no room for the files that are missing.
     """
+    unchecked = _check_files(model, files, allow_unhashed)
+    for path in unchecked:
+        reporter.note(f"{path}: there is no hash to check it by, as --allow-unhashed allows")
+    cache.check_links(model, files)
     folder = cache.snapshot(model.repo_id, model.commit)
     if not model.offline:
         cache.purge_leftovers(model.repo_id)
@@ -63,7 +76,7 @@ def fetch(
 
     def download(file: RemoteFile, gauge: _Gauge) -> None:
         if not model.offline and not (folder / file.path).exists():
-            client.download(model, file.path, gauge, sleep)
+            client.download(model, file, gauge, sleep)
 
     def check(file: RemoteFile, gauge: _Gauge) -> str:
         return _hash_or_fetch_again(model, file, folder / file.path, gauge, reporter, sleep)
@@ -72,7 +85,31 @@ def fetch(
         _in_threads("download", download, files, reporter)
         hashes = _in_threads("check", check, files, reporter)
     cache.remember(model)
-    return Fetched(folder, {file.path: sha for file, sha in zip(files, hashes, strict=True)})
+    sha256 = {file.path: sha for file, sha in zip(files, hashes, strict=True)}
+    return Fetched(folder, sha256, unchecked)
+
+
+def _check_files(
+    model: RemoteModel, files: Sequence[RemoteFile], allow_unhashed: bool
+) -> tuple[str, ...]:
+    """Names those without a hash; refuses them, and names that cannot be in one folder."""
+    try:
+        for file in files:
+            replies.check_name(file.path)
+        replies.check_listing(file.path for file in files)
+        replies.check_cases(file.path for file in files)
+        replies.check_commit(model.commit)
+    except replies.ReplyError as error:
+        raise HubError(f"{model.repo_id}: the Hub {error}") from None
+    unchecked = tuple(file.path for file in files if not file.is_hashed)
+    if unchecked and not allow_unhashed:
+        named = ", ".join(unchecked[:3]) + (", …" if unchecked[3:] else "")
+        who = "the cache knows" if model.offline else "the Hub lists"
+        raise HubError(
+            f"{model.repo_id}@{model.commit[:12]}: {who} no hash of {named}, so nothing can tell "
+            "whether the bytes are right. Take another source, or say --allow-unhashed."
+        )
+    return unchecked
 
 
 def _check_disk(model: RemoteModel, files: Sequence[RemoteFile]) -> None:
@@ -102,7 +139,7 @@ def _hash_or_fetch_again(
         )
     if wrong:
         reporter.note(f"{file.path}: {wrong}; fetching it again")
-        client.download(model, file.path, gauge, sleep, force=True)
+        client.download(model, file, gauge, sleep, force=True)
         sha256, wrong = _compare(path, file, gauge)
     if wrong:
         cache.discard(path)
@@ -116,8 +153,9 @@ def _hash_or_fetch_again(
 def _compare(path: Path, file: RemoteFile, gauge: _Gauge) -> tuple[str, str | None]:
     """Gives a file's sha256 and, unless it is what the Hub lists, what differs."""
     gauge.restart()
-    if not path.exists():
+    if not path.is_file():
         return "", f"expected {file.size:,} bytes, got no file"
+    cache.check_file(path)
     if (size := path.stat().st_size) != file.size:
         return "", f"expected {file.size:,} bytes, got {size:,}"
     sha256, git_sha1 = file_digests(path, git=file.git_sha1 is not None, advance=gauge.advance)
@@ -143,10 +181,6 @@ def file_digests(
     return sha256.hexdigest(), sha1.hexdigest() if sha1 else None
 
 
-class _Stopped(Exception):
-    """Another file failed, or the user interrupted: this one's work ends."""
-
-
 class _Gauge:
     """One file's part of a task: never goes back when a try starts again, nor beyond its size."""
 
@@ -159,7 +193,7 @@ class _Gauge:
 
     def advance(self, amount: int) -> None:
         if self._stop.is_set():
-            raise _Stopped
+            raise StoppedTransfer
         self._now = min(self._now + amount, self._size)
         if self._now > self._shown:
             self._task.advance(self._now - self._shown)

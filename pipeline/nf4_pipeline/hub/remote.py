@@ -15,13 +15,19 @@ _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gg
 class RemoteFile:
     """One file of a model repo: `size` in bytes, and the hash that the Hub lists for it.
 
-    LFS files list a sha256, the others the sha1 of their git blob. A cached file may have neither.
+    LFS files list a sha256, the others the sha1 of their git blob. A file may have neither: where a
+    Hub lists none, and in a cache without links. Then nothing says whether its bytes are right.
     """
 
     path: str
     size: int
     sha256: str | None
     git_sha1: str | None
+
+    @property
+    def is_hashed(self) -> bool:
+        """Whether its bytes can be checked."""
+        return self.sha256 is not None or self.git_sha1 is not None
 
 
 @dataclass(frozen=True)
