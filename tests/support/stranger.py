@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 import shutil
 import socket
 import socketserver
@@ -31,6 +30,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from nf4_pipeline.resource_usage import peak_memory
 
 from tests.support.hub_client import ROOT, isolated
 from tests.support.hub_store import git_sha1
@@ -411,8 +412,8 @@ def _act(order: dict[str, Any], reporter: _Notes) -> dict[str, Any]:
         files = {
             name: hub.LocalFile.of_bytes(text.encode()) for name, text in order["files"].items()
         }
-        request = hub.Order(repo_id, "A title", pull_request=order.get("pull_request", False))
-        made = hub.publish(files, request, reporter, sleep=sleep)
+        target = hub.Target(repo_id, pull_request=order.get("pull_request", False))
+        made = hub.publish(files, target, hub.CommitMessage("A title"), reporter, sleep=sleep)
         return {"commit": made.commit, "branch": made.branch}
     offline = order["do"] == "offline"
     model = hub.resolve(repo_id, order.get("revision"), offline=offline, sleep=sleep)
@@ -449,7 +450,7 @@ def _main() -> None:
         except PipelineError as error:
             outcome |= {"error": type(error).__name__, "message": str(error)}
         seconds = time.monotonic() - began
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = peak_memory()
         print(
             json.dumps(outcome | {"notes": reporter.notes, "seconds": seconds, "memory": memory}),
             flush=True,

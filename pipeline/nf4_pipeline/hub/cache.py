@@ -64,7 +64,7 @@ def check_links(model: RemoteModel, files: Sequence[RemoteFile]) -> None:
     """Looks at each place that a download of these files opens, replaces or deletes.
 
     Raises:
-        HubError: one of them is a link out of the cache.
+        HubError: one of these folders is a link out of the cache.
     """
     root, own = _root(), storage(model.repo_id)
     locks = root / ".locks" / own.name
@@ -97,8 +97,8 @@ def check_file(path: Path) -> None:
     """Looks at a file of the cache that is about to be read, if it is there.
 
     Raises:
-        HubError: it, or a folder on the way to it, is a link out of the repo's part of the cache;
-            or it is no plain file.
+        HubError: the file, or a folder on the way to it, is a link out of the repo's part of the
+            cache; or the file is no plain one.
     """
     root = _root()
     own = root / path.relative_to(root).parts[0]
