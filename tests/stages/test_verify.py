@@ -22,10 +22,10 @@ from nf4_pipeline.cli import main
 from nf4_pipeline.errors import ArtifactError, RecipeError, UsageError, VerificationError
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
 from nf4_pipeline.job import run_stage, states
+from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.progress import SILENT, Task
 from nf4_pipeline.recipe import load_recipe
 from nf4_pipeline.runtime.loader import load, load_tokenizer
-from nf4_pipeline.runtime.quiet import quiet_loading
 from nf4_pipeline.sample import MODEL_DIR, QUESTIONS, TEXT
 from nf4_pipeline.stages import Settings, download
 from nf4_pipeline.verification import worker

@@ -14,9 +14,9 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from nf4_pipeline.blocks.streamed import StreamedModel
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
+from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.runtime.bnb_cpu_fixes import dequantized
 from nf4_pipeline.runtime.loader import load
-from nf4_pipeline.runtime.quiet import quiet_loading
 from nf4_pipeline.verification import compare
 from nf4_pipeline.verification.compare import Comparison
 from nf4_pipeline.verification.eval_text import TokenSequence

@@ -15,12 +15,12 @@ from nf4_pipeline.blocks.block_reader import Group, Reader
 from nf4_pipeline.blocks.find_blocks import find_blocks
 from nf4_pipeline.checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
 from nf4_pipeline.errors import CheckpointError
+from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.model.config import causal_lm_config, read_config
 from nf4_pipeline.model.meta_model import build_skeleton
 from nf4_pipeline.model.names import NameMap
 from nf4_pipeline.model.precision import compute_dtype, float32_parts, stored_dtype
 from nf4_pipeline.resource_usage import available_memory
-from nf4_pipeline.runtime.quiet import quiet_loading
 
 _STEM: Final = ""
 

@@ -67,7 +67,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def _show(plan: Plan) -> None:
-    from nf4_pipeline.cli.summary import size
+    from nf4_pipeline.report.formatting import both_units
 
     for action, verb in (("quantize", "quantized"), ("keep", "kept"), ("drop", "dropped")):
         groups: dict[str, list[int]] = {}
@@ -75,7 +75,9 @@ def _show(plan: Plan) -> None:
             if tensor.action == action:
                 groups.setdefault(tensor.reason, []).append(tensor.source.header.nbytes)
         for reason, sizes in sorted(groups.items()):
-            click.echo(f"  {verb:<10} {len(sizes):>5} tensors  {size(sum(sizes)):<28} {reason}")
+            click.echo(
+                f"  {verb:<10} {len(sizes):>5} tensors  {both_units(sum(sizes)):<28} {reason}"
+            )
     click.echo("  files, to the byte:")
     for file, layout in plan.layouts().items():
         click.echo(f"  {layout.nbytes:>18,}  {file}")

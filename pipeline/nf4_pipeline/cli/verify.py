@@ -66,6 +66,7 @@ def command(
 
     from nf4_pipeline.cli.summary import show_checks
     from nf4_pipeline.recipe import parse_size
+    from nf4_pipeline.verification.document import parse_verification
 
     recipe = settings.recipe.verify
     if prompts is not None:
@@ -82,6 +83,6 @@ def command(
     )
     record = run_one_stage("verify", ui, settings, model, build_dir)
     if not ui.as_json:
-        show_checks(record.facts)
+        show_checks(parse_verification(record.facts))
     if record.facts["verdict"] != "pass":
         sys.exit(1)

@@ -10,9 +10,9 @@ from typing import Final
 
 from nf4_pipeline.checkpoint.source import open_checkpoint
 from nf4_pipeline.errors import PipelineError
+from nf4_pipeline.library_output import quiet_libraries
 from nf4_pipeline.model.config import read_config
 from nf4_pipeline.model.meta_model import model_facts
-from nf4_pipeline.runtime.quiet import quiet_libraries
 
 MAX_SECONDS: Final = 240
 """Of processor time. Models of some hundred billion weights take less than one minute."""

@@ -1,6 +1,5 @@
 """Running a model: loading an artifact on any transformers, and generating text with it.
 
-quiet.py      keeps noise of the libraries underneath away from the user
 artifact.py   what a name means: an artifact, a build, a plain checkpoint, a Hub id
 loader.py     an artifact (or a plain checkpoint, quantized while loading) -> a model
 generate.py   text in, text out

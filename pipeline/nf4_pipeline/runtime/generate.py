@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from nf4_pipeline.errors import ArtifactError, UsageError
+from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.runtime.artifact import find_model
 from nf4_pipeline.runtime.loader import load, load_tokenizer, pick_device
-from nf4_pipeline.runtime.quiet import quiet_loading
 
 DEFAULT_NEW_TOKENS: Final = 128
 """Length of an answer when neither its own nor the whole length is given."""

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from nf4_pipeline.errors import ArtifactError, PipelineError, ResourceError
+from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.model.linear import is_plain_linear
 from nf4_pipeline.model.precision import compute_dtype, float32_parts
 from nf4_pipeline.runtime.artifact import find_model, is_quantized
 from nf4_pipeline.runtime.bnb_cpu_fixes import repair
-from nf4_pipeline.runtime.quiet import quiet_loading
 
 _QUANTIZER_NAME: Final = "bitsandbytes_4bit"
 _swap = threading.Lock()  # the table of quantizers belongs to the whole process

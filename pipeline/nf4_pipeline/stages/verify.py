@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +15,7 @@ from nf4_pipeline.checkpoint.atomic import json_bytes, write_bytes
 from nf4_pipeline.checkpoint.digest import digest_file, json_sha256
 from nf4_pipeline.checkpoint.files import is_tokenizer
 from nf4_pipeline.errors import ArtifactError, RecipeError, ResourceError
+from nf4_pipeline.manifest.manifest import Manifest
 from nf4_pipeline.manifest.read import MANIFEST_FILE, read_manifest
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.report import model_card as card
@@ -23,10 +25,17 @@ from nf4_pipeline.runtime.artifact import find_model
 from nf4_pipeline.runtime.loader import pick_device
 from nf4_pipeline.stages import Settings, recorded
 from nf4_pipeline.stages.download import recorded_files
-from nf4_pipeline.verification.checks import file_gates, load_gate, manifest_gate
-from nf4_pipeline.verification.document import examined, refused
+from nf4_pipeline.verification.assemble import assemble_measured, assemble_stopped
+from nf4_pipeline.verification.check_files import check_files, check_manifest
+from nf4_pipeline.verification.check_model import report_unloadable
+from nf4_pipeline.verification.document import (
+    Against,
+    MeasuredVerification,
+    Verification,
+    parse_verification,
+)
 from nf4_pipeline.verification.eval_text import RANDOM, Text, read_text
-from nf4_pipeline.verification.launch import Examination, scores_differ
+from nf4_pipeline.verification.launch import Examination, compare_scores
 from nf4_pipeline.verification.prompts import REFERENCE, Prompt, read_prompts
 
 CODE_VERSION: Final = 3
@@ -115,48 +124,54 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
     """
     stage = _key(build, settings, _manifest_of(settings))
     build.check_inputs("download")
-    manifest = read_manifest(build.export).to_json()
+    manifest = read_manifest(build.export)
     if settings.against is not None:
         _check_other(manifest, _other(settings.against), reporter)
 
     def work() -> tuple[dict[str, Any], dict[str, Any]]:
-        found = _examine(build, manifest, settings, reporter)
-        files = _documents(build, manifest, found)
+        verification = _verify(build, manifest, settings, reporter)
+        files = _documents(build, manifest, verification)
         for name in _WRITTEN - set(files):
             (build.export / name).unlink(missing_ok=True)  # of an earlier run that found more
         for name, content in files.items():
             write_bytes(build.export / name, content)
-        return {f"export/{name}": digest_file(build.export / name) for name in files}, found
+        return {f"export/{name}": digest_file(build.export / name) for name in files}, (
+            verification.to_json()
+        )
 
     def peak(facts: dict[str, Any]) -> int:
-        parts = [*facts.get("models", {}).values(), facts.get("comparison", {})]
-        return max((part.get("peak_memory_bytes", 0) for part in parts), default=0)
+        verification = parse_verification(facts)
+        if not isinstance(verification, MeasuredVerification):
+            return 0
+        models, comparison = verification.models, verification.comparison
+        parts = (models.in_16_bit, models.in_4_bit, comparison)
+        return max(part.peak_memory_bytes for part in parts)
 
     table = settings.recipe.table("verify")
     return recorded(build, "verify", stage, work, recipe=table, child_peak=peak)
 
 
-def _documents(build: Build, manifest: dict[str, Any], found: dict[str, Any]) -> dict[str, bytes]:
-    """What was found, for machines and for people, by file name."""
+def _documents(build: Build, manifest: Manifest, verification: Verification) -> dict[str, bytes]:
+    """The verification, for machines and for people, by file name."""
     return {
-        VERIFICATION_FILE: json_bytes(found),
-        **pictures(manifest, found),
-        REPORT_FILE: report_page(manifest, found).encode(),
-        CARD_FILE: card.model_card(manifest, found, _source_metadata(build)).encode(),
+        VERIFICATION_FILE: json_bytes(verification.to_json()),
+        **pictures(manifest, verification),
+        REPORT_FILE: report_page(manifest, verification).encode(),
+        CARD_FILE: card.model_card(manifest, verification, _source_metadata(build)).encode(),
     }
 
 
-def _examine(
-    build: Build, manifest: dict[str, Any], settings: Settings, reporter: Reporter
-) -> dict[str, Any]:
-    """Gates, then both models; left out if a gate fails, since nothing would be learned."""
+def _verify(
+    build: Build, manifest: Manifest, settings: Settings, reporter: Reporter
+) -> Verification:
+    """The files, then both models; if a file is wrong, nothing would be learned of the models."""
     recipe = settings.recipe.verify
     versions = _versions()
     recorded_manifest = build.need("serialize").outputs[f"export/{MANIFEST_FILE}"]
-    gates = [manifest_gate(digest_file(build.export / MANIFEST_FILE), recorded_manifest)]
-    gates += file_gates(build.export, manifest, reporter)
-    if not all(gate.passed for gate in gates):
-        return refused(gates, recipe, versions)
+    checks = [check_manifest(digest_file(build.export / MANIFEST_FILE), recorded_manifest)]
+    checks += check_files(build.export, manifest, reporter)
+    if not all(check.passed for check in checks):
+        return assemble_stopped(checks, recipe, versions)
     prompts = _prompts(build, settings, reporter)
     asked = Examination(
         source=build.source,
@@ -174,24 +189,25 @@ def _examine(
             nearest = _beside(manifest)
             artifact = asked.ask_artifact(build.export, own, reporter, nearest=nearest)
         except ArtifactError as error:
-            return refused([*gates, load_gate(str(error))], recipe, versions)
-        found = examined(manifest, gates, prompts, source, artifact, recipe, versions)
+            return assemble_stopped([*checks, report_unloadable(str(error))], recipe, versions)
+        verification = assemble_measured(
+            manifest, checks, prompts, source, artifact, recipe, versions
+        )
         if settings.against is not None:
-            other = _other(settings.against)
-            compared = _compare(asked, other, others, reporter)
-            found["against"] = {**compared, "difference": scores_differ(own, others)}
-    return found
+            against = _compare(asked, _other(settings.against), own, others, reporter)
+            verification = replace(verification, against=against)
+    return verification
 
 
-def _beside(manifest: dict[str, Any]) -> list[str] | None:
+def _beside(manifest: Manifest) -> list[str] | None:
     """The modules that round to nearest would have in 4 bit and this artifact has not.
 
     None if round to nearest is what this artifact is.
     """
-    if manifest["recipe"]["quantize"]["rounding"] == "nearest":
+    if manifest.rounding == "nearest":
         return None
-    kept = {module["module"] for module in manifest.get("calibration", {}).get("kept", ())}
-    plain = [t.get("module") for t in manifest["tensors"] if not t["quantized"]]
+    kept = {entry.module for entry in manifest.calibration.kept} if manifest.calibration else set()
+    plain = [tensor.module for tensor in manifest.tensors if not tensor.quantized]
     return [module for module in plain if module in kept]
 
 
@@ -201,32 +217,43 @@ def _versions() -> dict[str, str]:
     return {"nf4-pipeline": __version__, "python": platform.python_version(), **used}
 
 
-def _check_other(manifest: dict[str, Any], other: Path, reporter: Reporter) -> None:
+def _check_other(manifest: Manifest, other: Path, reporter: Reporter) -> None:
     """Refuses an artifact that cannot be compared with, before any work is done."""
-    theirs = read_manifest(other).to_json()
-    if theirs["source"]["content_sha256"] != manifest["source"]["content_sha256"]:
+    theirs = read_manifest(other)
+    if theirs.source.content_sha256 != manifest.source.content_sha256:
         raise ArtifactError(
-            f"{other} was made from another source ({theirs['source']['repo']}, content "
-            f"{theirs['source']['content_sha256'][:12]}…) than this artifact "
-            f"({manifest['source']['content_sha256'][:12]}…). Only artifacts of one source can be "
+            f"{other} was made from another source ({theirs.source.repo}, content "
+            f"{theirs.source.content_sha256[:12]}…) than this artifact "
+            f"({manifest.source.content_sha256[:12]}…). Only artifacts of one source can be "
             "compared."
         )
-    failed = [gate for gate in file_gates(other, theirs, reporter) if not gate.passed]
+    failed = [check for check in check_files(other, theirs, reporter) if not check.passed]
     if failed:
         raise ArtifactError(f"{other} is not what its manifest says: {failed[0].found}.")
 
 
-def _compare(asked: Examination, other: Path, scores: Path, reporter: Reporter) -> dict[str, Any]:
-    """Another artifact of the same source on the same text."""
-    theirs = read_manifest(other).to_json()
-    found = asked.without_prompts().ask_artifact(other, scores, reporter)
-    return {
-        "name": other.parent.name if other.name == "export" else other.name,
-        "manifest_sha256": digest_file(other / MANIFEST_FILE).sha256,
-        "rounding": theirs["recipe"]["quantize"]["rounding"],
-        "fidelity": found["fidelity"],
-        "domains": found["domains"],
-    }
+def _compare(
+    asked: Examination, other: Path, own_scores: Path, scores: Path, reporter: Reporter
+) -> Against:
+    """Another artifact of the same source on the same text.
+
+    Args:
+        asked: of this artifact.
+        other: the export folder of the other.
+        own_scores: that this artifact left.
+        scores: where those of the other are left.
+        reporter: told how far it is.
+    """
+    theirs = read_manifest(other)
+    reply = asked.without_prompts().ask_artifact(other, scores, reporter)
+    return Against(
+        name=other.parent.name if other.name == "export" else other.name,
+        manifest_sha256=digest_file(other / MANIFEST_FILE).sha256,
+        rounding=theirs.rounding,
+        fidelity=reply.fidelity,
+        domains=reply.domains,
+        difference=compare_scores(own_scores, scores),
+    )
 
 
 def _other(name: str) -> Path:
