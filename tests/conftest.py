@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.job import run_build, run_stage
+from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe, load_recipe
 from nf4_pipeline.stages import Settings, download
 
-from tests.support.architecture import FactsHere
 from tests.support.tiny import copy_of, write_falcon, write_recipe
 
 # Here and in every process that a test starts: matrices so small wait longer for a second thread
@@ -33,10 +33,9 @@ settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="module")
-def facts_here() -> Iterator[None]:
-    """Models are asked in this process: a child imports torch each time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(download, "PendingFacts", FactsHere)
+def workers_here() -> Iterator[None]:
+    """Workers run in this process: a child imports torch each time."""
+    with in_process():
         yield
 
 

@@ -13,9 +13,10 @@ from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.stages import Settings, download
 
-from tests.support.architecture import FactsHere
 from tests.support.decoders import DECODERS, write_decoder
 from tests.support.stock import linear4bit, logits
+
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 TOKENS: Final = (torch.arange(24) * 9 % 250).reshape(2, 12)
 MERGED: Final = {"mixtral": 2 * 4 * 3, "qwen2_moe": 2 * 4 * 3}  # layers x experts x projections
@@ -23,11 +24,8 @@ EXPOSED: Final = {"mamba": 2}
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_a_decoder_is_built_loaded_and_computes(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_decoder_is_built_loaded_and_computes(name: str, tmp_path: Path) -> None:
     model = write_decoder(tmp_path / name, name)
-    monkeypatch.setattr(download, "PendingFacts", FactsHere)
     build, *_ = download.run(str(tmp_path / name), tmp_path / "artifacts", SILENT)
     for stage in ("quantize", "serialize"):
         run_stage(build, stage, Settings(device="cpu"), SILENT)
@@ -45,11 +43,8 @@ def test_a_decoder_is_built_loaded_and_computes(
     assert 0 < float((found - exact).norm() / exact.norm()) < 0.4
 
 
-def test_the_user_is_told_what_share_stays_in_16_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_user_is_told_what_share_stays_in_16_bit(tmp_path: Path) -> None:
     write_decoder(tmp_path / "model", "mixtral")
-    monkeypatch.setattr(download, "PendingFacts", FactsHere)
     build, *_ = download.run(str(tmp_path / "model"), tmp_path / "artifacts", SILENT)
     notes: list[str] = []
 

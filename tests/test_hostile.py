@@ -14,8 +14,9 @@ from nf4_pipeline.job import run_stage
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.stages import Settings, download
 
-from tests.support.architecture import FactsHere
-from tests.support.tiny import INDEX, SHARDS, copy_of, edit_json, write_falcon
+from tests.support.tiny import INDEX, SHARDS, copy_of, edit_json
+
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 Damage = Callable[[Path], object]
 
@@ -334,9 +335,8 @@ KINDS: dict[str, tuple[Damage, str]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_hostile_checkpoint_is_refused_by_name(
-    kind: str, tiny_falcon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tiny_falcon: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(download, "PendingFacts", FactsHere)
     damage, message = KINDS[kind]
     model = copy_of(tiny_falcon, tmp_path / "model")
     damage(model)
@@ -349,10 +349,7 @@ def test_a_hostile_checkpoint_is_refused_by_name(
     assert not (tmp_path / "artifacts").exists()
 
 
-def test_two_names_of_one_weight(
-    tiny_falcon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(download, "PendingFacts", FactsHere)
+def test_two_names_of_one_weight(tiny_falcon: Path, tmp_path: Path) -> None:
     model = copy_of(tiny_falcon, tmp_path / "model")
     two_names(model)
     build, *_ = download.run(str(model), tmp_path / "artifacts", SILENT)
@@ -361,9 +358,8 @@ def test_two_names_of_one_weight(
 
 
 def test_links_within_the_folder_and_in_the_hub_cache_are_fine(
-    tiny_falcon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_falcon: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(download, "PendingFacts", FactsHere)
     model = copy_of(tiny_falcon, tmp_path / "model")
     (model / "tokenizer.json").rename(model / "elsewhere")
     (model / "tokenizer.json").symlink_to("elsewhere")
@@ -383,10 +379,7 @@ def test_links_within_the_folder_and_in_the_hub_cache_are_fine(
         download.run(str(snapshot), tmp_path / "three", SILENT)
 
 
-def test_numbers_that_real_configs_hold_are_fine(
-    tiny_falcon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(download, "PendingFacts", FactsHere)
+def test_numbers_that_real_configs_hold_are_fine(tiny_falcon: Path, tmp_path: Path) -> None:
     model = copy_of(tiny_falcon, tmp_path / "model")
     edit_json(
         model / "config.json",
@@ -401,25 +394,3 @@ def test_numbers_that_real_configs_hold_are_fine(
         run_stage(build, stage, Settings(device="cpu"), SILENT)
     written = json.loads((build.export / "config.json").read_text())
     assert written["time_step_limit"] == [0.0, float("inf")]
-
-
-def test_a_config_that_takes_all_processors_is_ended(tmp_path: Path) -> None:
-    """What passes for plausible and still never ends: the child has a limit of its own."""
-    import resource
-    import subprocess
-    import sys
-
-    model = write_falcon(tmp_path / "model", layers=1, shards=1)
-    program = (
-        "import sys; from nf4_pipeline.model import worker, skeleton\n"
-        "worker.MAX_SECONDS = 1\n"
-        "def forever(config):\n"
-        "    while True: pass\n"
-        "skeleton.build_skeleton = forever\n"
-        "sys.argv[1:] = sys.argv[1:]; worker.main()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(model)], capture_output=True, check=False
-    )
-    assert done.returncode == -24  # SIGXCPU
-    assert resource.getrlimit(resource.RLIMIT_CPU)[0] == resource.RLIM_INFINITY

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from tests.support.tiny import SHARDS, content_of, copy_of, flip_byte
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 SETTINGS = Settings(device="cpu")
 

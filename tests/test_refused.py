@@ -23,7 +23,7 @@ from tests.support import disk
 from tests.support.kills import content, leftovers
 from tests.support.tiny import copy_of, nf4
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 SETTINGS = Settings(device="cpu")
 needs_mount = pytest.mark.skipif(not disk.can_mount(), reason="needs the right to mount")

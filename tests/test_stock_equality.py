@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from nf4_pipeline.job import run_stage
+from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.stages import Settings, download
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -26,7 +28,6 @@ from transformers.models.falcon import modeling_falcon
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from tests.support.architecture import FactsHere
 from tests.support.checkpoints import FALCONS, HEAD, KINDS, make_checkpoint, read_tensors
 from tests.support.stock import (
     falcon_patch,
@@ -114,9 +115,8 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         checkpoint = make_checkpoint(
             root / "checkpoint", case.kind, dtype=case.dtype, **case.options
         )
-        with pytest.MonkeyPatch.context() as patch:
-            if name != "falcon-7b":  # which takes the seconds that a child process takes
-                patch.setattr(download, "PendingFacts", FactsHere)
+        # One of them takes the seconds that a child process takes.
+        with nullcontext() if name == "falcon-7b" else in_process():
             build, *_ = download.run(str(checkpoint), root / "artifacts", SILENT)
         for stage in ("quantize", "serialize"):
             assert run_stage(build, stage, Settings(), SILENT).ran
@@ -293,8 +293,7 @@ def test_more_threads_change_no_byte(make: Make, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(download, "PendingFacts", FactsHere)
+        with in_process():
             build, *_ = download.run(str(made.checkpoint), tmp_path / "artifacts", SILENT)
         for stage in ("quantize", "serialize"):
             assert run_stage(build, stage, Settings(), SILENT).ran

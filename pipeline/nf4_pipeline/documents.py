@@ -10,8 +10,9 @@
     Tensor.from_json({"name": "w", "shape": [2, 3], "16bit": 4}).to_json()
 
 Keys are the field names, in the order of the fields. A hint is another document, `tuple[T, ...]`,
-`dict[str, T]` or `Mapping[str, T]`, `X | None`, `Literal[...]`, `str`, `int`, `float`, `bool`,
-`Path` (text in JSON), or `Any` and `dict[str, Any]` where foreign JSON is handed on as it is.
+`frozenset[str]` (sorted in JSON), `dict[str, T]` or `Mapping[str, T]`, `X | None`,
+`Literal[...]`, `str`, `int`, `float`, `bool`, `Path` (text in JSON), or `Any` and `dict[str, Any]`
+where foreign JSON is handed on as it is.
 Numbers come back as they were: an int where a float is expected stays an int.
 
 This checks shapes, not values: limits, patterns and the like are the JSON Schemas' affair.
@@ -158,6 +159,8 @@ def _plain(value: Any) -> Any:
         return value.to_json()
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
+    if isinstance(value, frozenset):
+        return sorted(value)
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     return str(value) if isinstance(value, Path) else value
@@ -178,7 +181,7 @@ def _expected(hint: Any) -> str:
         return " or ".join(_expected(choice) for choice in get_args(hint))
     if hint in _SCALARS:
         return _SCALARS[hint][0]
-    if origin is tuple:
+    if origin in (tuple, frozenset):
         return "a list"
     return {Path: "a path", Any: "a value"}.get(hint, "an object")
 
@@ -204,6 +207,9 @@ def _reader(hint: Any) -> Callable[[Any], Any]:
         return _union_reader(hint)
     if origin is tuple and len(parts) == 2 and parts[1] is ...:
         return _list_reader(_reader(parts[0]))
+    if origin is frozenset and parts == (str,):
+        read = _list_reader(_reader(str))
+        return lambda value: frozenset(read(value))
     if origin in (dict, Mapping) and parts[0] is str:
         return _object_reader(_reader(parts[1]))
     raise TypeError(f"no document may have a field of the type {hint!r}")

@@ -14,7 +14,7 @@ from typing import Final, Literal
 from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.source import SourceTensor
 from nf4_pipeline.errors import ArchitectureError, CheckpointError, RecipeError
-from nf4_pipeline.model.architecture import LinearFact, ModelFacts
+from nf4_pipeline.model.architecture import Architecture, LinearFact
 from nf4_pipeline.nf4.stored_weight import stored_tensors
 from nf4_pipeline.recipe import QuantizeRecipe
 
@@ -106,7 +106,7 @@ class Plan:
 
 def select(
     tensors: Sequence[SourceTensor],
-    facts: ModelFacts,
+    facts: Architecture,
     recipe: QuantizeRecipe,
     *,
     untied: frozenset[str] = frozenset(),
@@ -165,7 +165,7 @@ def select(
     )
 
 
-def _check_patterns(recipe: QuantizeRecipe, facts: ModelFacts) -> None:
+def _check_patterns(recipe: QuantizeRecipe, facts: Architecture) -> None:
     """A pattern with a slip in it would otherwise quantize what was to be left alone."""
     modules = [linear.module for linear in facts.linears.values()]
     for pattern in recipe.skip_modules:
@@ -177,7 +177,7 @@ def _check_patterns(recipe: QuantizeRecipe, facts: ModelFacts) -> None:
 
 
 def _decide(
-    tensor: SourceTensor, facts: ModelFacts, recipe: QuantizeRecipe, sensitive: frozenset[str]
+    tensor: SourceTensor, facts: Architecture, recipe: QuantizeRecipe, sensitive: frozenset[str]
 ) -> TensorPlan:
     model_name = facts.names.get(tensor.name)
     if tensor.name in facts.merged:
@@ -216,7 +216,7 @@ def _stored_name(source_name: str, model_name: str) -> str:
 
 
 def _why_not(
-    tensor: SourceTensor, linear: LinearFact, facts: ModelFacts, recipe: QuantizeRecipe
+    tensor: SourceTensor, linear: LinearFact, facts: Architecture, recipe: QuantizeRecipe
 ) -> str | None:
     """Why a linear layer stays in its source precision, or None if it is quantized."""
     if linear.module in facts.head_modules:
@@ -263,13 +263,13 @@ def _kind_of(tensor: SourceTensor) -> str:
     return "not the weight of a linear layer"
 
 
-def _skip_modules(plans: Iterable[TensorPlan], facts: ModelFacts) -> tuple[str, ...]:
+def _skip_modules(plans: Iterable[TensorPlan], facts: Architecture) -> tuple[str, ...]:
     """Modules that a reader would take for 4-bit if config.json did not name them."""
     kept = {plan.module for plan in plans if plan.action == "keep" and plan.module}
     return tuple(sorted(kept | facts.head_modules))
 
 
-def _check_complete(facts: ModelFacts, present: set[str]) -> None:
+def _check_complete(facts: Architecture, present: set[str]) -> None:
     """Every parameter must be there, or another that it shares its values with."""
     families: dict[str, set[str]] = {}
     for alias, canonical in facts.tied.items():

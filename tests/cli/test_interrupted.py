@@ -18,7 +18,7 @@ from tests.support.interrupts import interrupt_at_random, interrupt_when
 from tests.support.kills import leftovers
 from tests.support.tiny import content_of, copy_of, listen_to_interrupts, nf4, write_falcon
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from nf4_pipeline.stages import download
 from tests.support import kills
 from tests.support.tiny import content_of, copy_of, nf4, start_nf4, write_falcon
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 SHARDS = 6
 

@@ -16,7 +16,7 @@ from nf4_pipeline.stages import Settings, download
 
 from tests.support.tiny import write_falcon
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 
 def refuse(*_: object) -> NoReturn:

@@ -12,7 +12,7 @@ from nf4_pipeline.stages import Settings, download
 
 from tests.support.tiny import copy_of, write_falcon
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,13 @@ import pytest
 import torch
 from nf4_pipeline.checkpoint.digest import digest_file
 from nf4_pipeline.errors import SourceError, UsageError
-from nf4_pipeline.pickles.convert import convert
+from nf4_pipeline.pickles.convert import WORKER, ConvertRequest, convert
+from nf4_pipeline.processes.child import run
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.stages import download
 from safetensors.torch import load_file
 
-from tests.support.hub_client import ROOT, isolated
+from tests.support.hub_client import isolated
 from tests.support.hub_server import HubServer
 from tests.support.tiny import INDEX, SHARDS, copy_of
 
@@ -155,20 +156,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     def peak(count: int) -> int:
         path = tmp_path / f"{count}.bin"
         torch.save({f"w{i}": torch.full((4 * 2**20,), float(i)) for i in range(count)}, path)
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "nf4_pipeline.pickles.worker",
-                path,
-                tmp_path / "out.safetensors",
-            ],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return int(json.loads(done.stdout)["peak_memory_bytes"])
+        return run(WORKER, ConvertRequest(path, tmp_path / "out.safetensors")).peak_memory_bytes
 
     one, many = peak(1), peak(24)  # 16 MiB, 384 MiB
     assert many - one < 64 * 2**20

@@ -15,20 +15,19 @@ from nf4_pipeline.checkpoint.digest import digest_file
 from nf4_pipeline.checkpoint.header import read_header
 from nf4_pipeline.errors import ArtifactError, ResourceError, UsageError
 from nf4_pipeline.job import run_stage
+from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe, SerializeRecipe
 from nf4_pipeline.reproduce.reproduce import reproduce
 from nf4_pipeline.stages import Settings, download
 
-from tests.support.architecture import FactsHere
 from tests.support.tiny import copy_of, flip_byte, nf4
 
 
 @pytest.fixture(scope="module", autouse=True)
-def facts_here() -> Iterator[None]:
-    """Models are asked in this process: a child imports torch each time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(download, "PendingFacts", FactsHere)
+def workers_here() -> Iterator[None]:
+    """Workers run in this process: a child imports torch each time."""
+    with in_process():
         yield
 
 

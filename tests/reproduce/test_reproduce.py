@@ -28,7 +28,7 @@ from tests.support.hub_client import isolated
 from tests.support.hub_server import HubServer
 from tests.support.tiny import SHARDS, copy_of, edit_json, flip_byte, nf4
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 CUT = Settings(recipe=Recipe(serialize=SerializeRecipe("20KB")), device="cpu")
 

@@ -40,7 +40,7 @@ from tests.support.tamper import agree, change, swap
 from tests.support.tiny import content_of, copy_of, edit_json, flip_byte, nf4
 from tests.support.verified import examine_here
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 DONE: Final = dict.fromkeys(("download", "quantize", "serialize", "verify"), "done")
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.job import StageResult, run_stage
 from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.nf4.stored_weight import StoredWeight
+from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe
 from nf4_pipeline.stages import Settings, download
-
-from tests.support.architecture import FactsHere
 
 FEW = 1024
 """Tokens that are enough for models so small."""
@@ -23,8 +21,7 @@ FEW = 1024
 
 def downloaded(checkpoint: Path, folder: Path) -> Build:
     """A build of which only `download` is done."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(download, "PendingFacts", FactsHere)
+    with in_process():
         build, *_ = download.run(str(checkpoint), folder / "artifacts", SILENT)
     return build
 

@@ -17,7 +17,7 @@ from nf4_pipeline.checkpoint.source import Checkpoint, SourceTensor, open_checkp
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.model.config import causal_lm_config, read_config
-from nf4_pipeline.model.meta_model import build_skeleton
+from nf4_pipeline.model.meta_model import build_meta_model
 from nf4_pipeline.model.names import NameMap
 from nf4_pipeline.model.precision import compute_dtype, float32_parts, stored_dtype
 from nf4_pipeline.resource_usage import available_memory
@@ -50,7 +50,7 @@ class StreamedModel:
         stored = stored_dtype(config, checkpoint)
         self._dtype = dtype or compute_dtype(stored, device) or stored
         self._device = torch.device(device)
-        self.model = build_skeleton(config, self._dtype)
+        self.model = build_meta_model(config, self._dtype)
         self.blocks = find_blocks(self.model)
         self.footprint = sum(p.numel() * p.element_size() for p in self.model.parameters())
         self._float32 = float32_parts(self.model, self._dtype)

@@ -49,14 +49,14 @@ def _computes_linear(kind: Any, bias: bool) -> bool:
             values = torch.arange(parameter.numel(), dtype=torch.float64) * index
             parameter.copy_(values.cos().reshape(parameter.shape))
         try:
-            found = probe(ramp)
+            output = probe(ramp)
         except Exception:  # it needs more than a weight and an input, so it is not plain
             return False
         expected = nn.functional.linear(ramp, probe.weight, probe.bias)
     return (
-        isinstance(found, torch.Tensor)
-        and found.shape == expected.shape
-        and torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
+        isinstance(output, torch.Tensor)
+        and output.shape == expected.shape
+        and torch.allclose(output, expected, rtol=1e-9, atol=1e-12)
     )
 
 

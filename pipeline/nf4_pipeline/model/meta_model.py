@@ -1,4 +1,4 @@
-"""The model on the meta device, and the facts that selection draws from it."""
+"""The model on the meta device, and the architecture that is read off it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from nf4_pipeline.errors import ArchitectureError
-from nf4_pipeline.model.architecture import LinearFact, ModelFacts
-from nf4_pipeline.model.config import causal_lm_config, words_of
+from nf4_pipeline.model.architecture import Architecture, LinearFact
+from nf4_pipeline.model.config import brief_text, causal_lm_config
 from nf4_pipeline.model.linear import is_plain_linear
 from nf4_pipeline.model.names import NameMap
 
 
-def build_skeleton(config: Any, dtype: Any = None) -> Any:
+def build_meta_model(config: Any, dtype: Any = None) -> Any:
     """The causal LM of a transformers config on the meta device: shapes, no memory.
 
     Args:
@@ -22,7 +22,7 @@ def build_skeleton(config: Any, dtype: Any = None) -> Any:
         dtype: torch dtype of the parameters; None leaves it to the config.
 
     Raises:
-        ArchitectureError: the config's values make no model.
+        ArchitectureError: the model's constructor rejects the config's values.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -34,11 +34,11 @@ def build_skeleton(config: Any, dtype: Any = None) -> Any:
     except Exception as error:  # model constructors may reject values in any way they like
         raise ArchitectureError(
             f"transformers cannot build a {config.model_type} model from this config: "
-            f"{words_of(error)}"
+            f"{brief_text(error)}"
         ) from error
 
 
-def model_facts(config: dict[str, Any], names: Iterable[str], where: Path) -> ModelFacts:
+def read_architecture(config: dict[str, Any], names: Iterable[str], where: Path) -> Architecture:
     """Builds the model on the meta device and reads off it what selection needs.
 
     Args:
@@ -47,15 +47,15 @@ def model_facts(config: dict[str, Any], names: Iterable[str], where: Path) -> Mo
         where: the folder, for messages.
 
     Raises:
-        ArchitectureError: there is no causal LM for this config.
+        ArchitectureError: transformers has no causal LM for this config, or rejects its values.
     """
-    model = build_skeleton(causal_lm_config(config, where))
+    model = build_meta_model(causal_lm_config(config, where))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = NameMap(model, names)
+    name_map = NameMap(model, names)
     head = model.get_output_embeddings()
     unexpected = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
     missing = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
-    return ModelFacts(
+    return Architecture(
         model_type=model.config.model_type,
         class_name=type(model).__name__,
         shapes=shapes,
@@ -65,9 +65,9 @@ def model_facts(config: dict[str, Any], names: Iterable[str], where: Path) -> Mo
         ),
         fp32_modules=tuple(getattr(model, "_keep_in_fp32_modules", None) or ()),
         tied=dict(getattr(model, "all_tied_weights_keys", None) or {}),
-        names=found.mapped,
-        merged=found.merged,
-        ignorable=frozenset(n for n in found.mapped if any(re.search(p, n) for p in unexpected)),
+        names=name_map.mapped,
+        merged=name_map.merged,
+        ignorable=frozenset(n for n in name_map.mapped if any(re.search(p, n) for p in unexpected)),
         optional=frozenset(n for n in shapes if any(re.search(p, n) for p in missing)),
     )
 
@@ -81,7 +81,7 @@ def _linears(model: Any) -> dict[str, LinearFact]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    facts: dict[str, LinearFact] = {}
+    linears: dict[str, LinearFact] = {}
     for name, module in model.named_modules():
         kind: Literal["linear", "conv1d", "other", "exposed"]
         if isinstance(module, Conv1D):
@@ -93,5 +93,5 @@ def _linears(model: Any) -> dict[str, LinearFact]:
         else:
             continue
         stock = isinstance(module, Conv1D) or type(module) is nn.Linear
-        facts[f"{name}.weight"] = LinearFact(name, type(module).__name__, kind, stock)
-    return facts
+        linears[f"{name}.weight"] = LinearFact(name, type(module).__name__, kind, stock)
+    return linears

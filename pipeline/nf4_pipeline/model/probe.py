@@ -1,75 +1,87 @@
-"""Asks for the facts of a model in a process of its own.
+"""Asks for the architecture of a checkpoint in a process of its own.
 
 Importing torch and transformers takes seconds and half a gigabyte, and building a model on the meta
 device needs both. A child process does it, while this one hashes or reads; afterwards nothing of it
-is left in memory.
+is left in memory. It has limits, because a hostile config that passes for plausible must not take
+the machine with it.
 """
 
 from __future__ import annotations
 
-import json
 import signal
-import subprocess
-import sys
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Final
 
-from nf4_pipeline import errors
+from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import ArchitectureError
-from nf4_pipeline.model import probe_worker as worker
-from nf4_pipeline.model.architecture import ModelFacts
+from nf4_pipeline.model.architecture import Architecture
+from nf4_pipeline.processes.child import ChildFailed, start
+from nf4_pipeline.processes.messages import Limits
+from nf4_pipeline.processes.worker import Worker
+
+_PROCESSOR_SECONDS: Final = 240
+"""Models of some hundred billion weights take less than one minute."""
+
+_DATA_BYTES: Final = 8 * 2**30
+"""torch and transformers take half a GiB, a model without weights hardly anything."""
 
 
-class PendingFacts:
-    """A child process that builds the model on the meta device.
+@dataclass(frozen=True)
+class ProbeRequest(Document):
+    """Which checkpoint folder is meant."""
+
+    folder: Path
+
+
+WORKER: Final[Worker[ProbeRequest, Architecture]] = Worker(
+    "nf4_pipeline.model.probe_worker",
+    Architecture,
+    Limits(processor_seconds=_PROCESSOR_SECONDS, data_bytes=_DATA_BYTES),
+)
+
+
+class Probe:
+    """A child process that builds the model of a checkpoint on the meta device.
 
     Args:
         folder: the checkpoint.
+        worker: what does it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, worker: Worker[ProbeRequest, Architecture] = WORKER) -> None:
         self._folder = folder
-        self._child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "nf4_pipeline.model.probe_worker", str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self._limits = worker.limits
+        self._child = start(worker, ProbeRequest(folder))
 
-    def wait(self) -> ModelFacts:
-        """The facts.
+    def wait(self) -> Architecture:
+        """What it found.
 
         Raises:
-            SourceError: the config makes no causal LM, or a weight file is malformed.
+            ArchitectureError: the config makes no causal LM, or building it took too long.
+            SourceError: a file of the checkpoint is missing or malformed.
         """
         try:
-            out, err = self._child.communicate()
-        except BaseException:
-            self.cancel()
-            raise
-        if self._child.returncode == -signal.SIGXCPU:
-            raise ArchitectureError(
-                f"Building the model of {self._folder} without weights took more than "
-                f"{worker.MAX_SECONDS} s of processor time, which no real config.json needs."
-            )
-        if self._child.returncode != 0:
-            tail = (err.strip().splitlines() or ["no message"])[-1]
+            with self._child as child:
+                return child.wait()
+        except ChildFailed as failure:
+            if failure.status == -signal.SIGXCPU:
+                raise ArchitectureError(
+                    f"Building the model of {self._folder} without weights took more than "
+                    f"{self._limits.processor_seconds} s of processor time, which no real "
+                    "config.json needs."
+                ) from failure
             raise ArchitectureError(
                 f"The process that builds the model of {self._folder} on the meta device ended "
-                f"with status {self._child.returncode}: {tail}"
-            )
-        answer: dict[str, Any] = json.loads(out)
-        if "error" in answer:
-            raise getattr(errors, answer["kind"])(answer["error"])
-        return ModelFacts.from_json(answer)
+                f"with status {failure.status}: {failure.cause}"
+            ) from failure
 
     def cancel(self) -> None:
         """Ends the child; for when something else already failed."""
-        self._child.kill()
-        self._child.communicate()
+        self._child.close()
 
 
 def transformers_version() -> str:
-    """The version that the facts depend on, without importing it."""
+    """The version that architectures depend on, without importing it."""
     return version("transformers")

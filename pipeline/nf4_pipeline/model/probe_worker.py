@@ -1,46 +1,21 @@
-"""`python -m nf4_pipeline.model.probe_worker FOLDER`: facts of a checkpoint's model, as JSON."""
+"""The process that builds a checkpoint's model on the meta device; see `probe.py`."""
 
 from __future__ import annotations
 
-import json
-import resource
-import sys
-from pathlib import Path
-from typing import Final
-
 from nf4_pipeline.checkpoint.source import open_checkpoint
-from nf4_pipeline.errors import PipelineError
-from nf4_pipeline.library_output import quiet_libraries
+from nf4_pipeline.model.architecture import Architecture
 from nf4_pipeline.model.config import read_config
-from nf4_pipeline.model.meta_model import model_facts
-
-MAX_SECONDS: Final = 240
-"""Of processor time. Models of some hundred billion weights take less than one minute."""
-
-MAX_MEMORY: Final = 8 * 2**30
-"""Bytes; torch and transformers take half a GiB, a model without weights hardly anything."""
+from nf4_pipeline.model.meta_model import read_architecture
+from nf4_pipeline.model.probe import ProbeRequest
+from nf4_pipeline.progress import Reporter
 
 
-def main() -> None:
-    """Answers for the folder named on the command line."""
-    folder = Path(sys.argv[1])
-    _limit_itself()
-    quiet_libraries()
-    try:
-        names = [tensor.name for tensor in open_checkpoint(folder).tensors]
-        answer = model_facts(read_config(folder), names, folder).as_json()
-    except PipelineError as error:
-        answer = {"error": str(error), "kind": type(error).__name__}
-    json.dump(answer, sys.stdout)
+def run(request: ProbeRequest, reporter: Reporter) -> Architecture:
+    """The architecture of the checkpoint in a folder.
 
-
-def _limit_itself() -> None:
-    """A hostile config that passes for plausible must not take the machine with it."""
-    for kind, limit in ((resource.RLIMIT_CPU, MAX_SECONDS), (resource.RLIMIT_DATA, MAX_MEMORY)):
-        _, hard = resource.getrlimit(kind)
-        new = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(kind, (new, hard))
-
-
-if __name__ == "__main__":
-    main()
+    Raises:
+        ArchitectureError: there is no causal LM for its config.
+        SourceError: a file of it is missing or malformed.
+    """
+    names = [tensor.name for tensor in open_checkpoint(request.folder).tensors]
+    return read_architecture(read_config(request.folder), names, request.folder)

@@ -17,10 +17,10 @@ from nf4_pipeline.checkpoint.files import PICKLE_FILE, is_wanted
 from nf4_pipeline.checkpoint.source import has_weights, open_checkpoint
 from nf4_pipeline.checkpoint.untrusted import check_folder
 from nf4_pipeline.errors import BuildError, UsageError
-from nf4_pipeline.model.architecture import ModelFacts
+from nf4_pipeline.model.architecture import Architecture
 from nf4_pipeline.model.config import check_not_quantized, read_config
-from nf4_pipeline.model.config_limits import check_plausible
-from nf4_pipeline.model.probe import PendingFacts, transformers_version
+from nf4_pipeline.model.config_limits import check_config_limits
+from nf4_pipeline.model.probe import Probe, transformers_version
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.resource_usage import measured, peak_memory_of_children
 from nf4_pipeline.runtime.artifact import is_hub_id
@@ -50,7 +50,7 @@ class Source:
     repo: str
     commit: str | None
     files: Mapping[str, FileDigest]
-    model: ModelFacts
+    model: Architecture
     is_sample: bool = False
     converted_from: Mapping[str, FileDigest] | None = None
 
@@ -129,7 +129,7 @@ def run(
             return outputs, {
                 **source.identity(),
                 "is_sample": source.is_sample,
-                "model": source.model.as_json(),
+                "model": source.model.to_json(),
                 "converted_from": digests_json(source.converted_from or {}),
             }
 
@@ -152,9 +152,9 @@ def _locked_soon(build: Build) -> Iterator[None]:
         yield
 
 
-def recorded_facts(record: Record) -> ModelFacts:
+def recorded_facts(record: Record) -> Architecture:
     """What transformers said of the architecture when the checkpoint was downloaded."""
-    return ModelFacts.from_json(record.facts["model"])
+    return Architecture.from_json(record.facts["model"])
 
 
 def recorded_files(record: Record) -> dict[str, FileDigest]:
@@ -200,7 +200,7 @@ def _local(
         files = _hashed({**_small_files_in(folder), **pickles}, reporter)
         return _converted(folder, repo, None, files, asked, reporter)
     _check(folder)
-    pending = PendingFacts(folder)
+    pending = Probe(folder)
     try:
         files = _hashed(_wanted_in(folder), reporter)
     except BaseException:
@@ -229,7 +229,7 @@ def _hub(repo: str, asked: _Asked, reporter: Reporter) -> Source:
     if any(PICKLE_FILE.fullmatch(name) for name in files):
         return _converted(fetched.folder, repo, model.commit, files, asked, reporter)
     _check(fetched.folder)
-    return Source(fetched.folder, repo, model.commit, files, PendingFacts(fetched.folder).wait())
+    return Source(fetched.folder, repo, model.commit, files, Probe(fetched.folder).wait())
 
 
 def _converted(
@@ -250,7 +250,7 @@ def _converted(
     with _locked_soon(build):
         made = convert(folder, files, target, reporter)
     _check(target)
-    facts = PendingFacts(target).wait()
+    facts = Probe(target).wait()
     return Source(target, repo, commit, made, facts, converted_from=files)
 
 
@@ -268,7 +268,7 @@ def _check(folder: Path) -> None:
     check_folder(folder)
     config = read_config(folder)
     check_not_quantized(config, folder)
-    check_plausible(config, open_checkpoint(folder))
+    check_config_limits(config, open_checkpoint(folder))
 
 
 def _wanted_in(folder: Path) -> dict[str, Path]:
