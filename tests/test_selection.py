@@ -88,6 +88,35 @@ def test_only_the_alias_is_stored() -> None:
     without = [t for t in TENSORS if t.name != "model.embed.weight"]
     plan = select(without, FACTS, QuantizeRecipe())
     assert reasons(plan)["head.weight"] == ("keep", "output head")
+    # Under the name that every version of transformers ties the others to.
+    assert {t.source.name: t.name for t in plan.tensors}["head.weight"] == "model.embed.weight"
+    assert "head" in plan.skip_modules
+
+
+def test_only_two_aliases_are_stored() -> None:
+    shapes = {**SHAPES, "second.weight": (100, 8)}
+    tied = {"head.weight": "model.embed.weight", "second.weight": "model.embed.weight"}
+    facts = replace(FACTS, shapes=shapes, tied=tied, names={name: name for name in shapes})
+    without = [t for t in TENSORS if t.name != "model.embed.weight"]
+    plan = select([*without, tensor("second.weight", (100, 8))], facts, QuantizeRecipe())
+    assert reasons(plan)["second.weight"] == ("drop", "equals head.weight, to which it is tied")
+    assert "model.embed.weight" in {t.name for t in plan.tensors}
+
+
+def test_readers_are_told_both_names_of_a_module() -> None:
+    names = {**FACTS.names, "embed_out.weight": "head.weight"}
+    del names["head.weight"]
+    facts = replace(FACTS, tied={}, names=names)
+    tensors = [t for t in TENSORS if t.name != "head.weight"]
+    plan = select([*tensors, tensor("embed_out.weight", (100, 8))], facts, QuantizeRecipe())
+    assert plan.skip_modules == ("embed_out", "head", "model.h.1.router")
+
+
+def test_readers_are_told_of_a_matrix_that_is_a_layer_elsewhere() -> None:
+    linears = {name: fact for name, fact in LINEARS.items() if "router" not in name}
+    plan = select(TENSORS, replace(FACTS, linears=linears), QuantizeRecipe())
+    assert reasons(plan)["model.h.1.router.weight"][1] == "not the weight of a linear layer"
+    assert plan.skip_modules == ("head", "model.h.1.router")
 
 
 def test_a_recipe_skips_and_readers_are_told() -> None:

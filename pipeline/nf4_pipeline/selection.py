@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor, plan_layout
@@ -22,6 +22,8 @@ QUANTIZABLE_DTYPES: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float
 """Source dtypes that can be quantized, as safetensors and as torch call them."""
 
 Action = Literal["quantize", "keep", "drop"]
+
+_NOT_LINEAR: Final = "not the weight of a linear layer"
 
 
 @dataclass(frozen=True)
@@ -138,9 +140,16 @@ def select(
     plans = {tensor.name: _decide(tensor, facts, recipe, sensitive) for tensor in tensors}
     for tensor in tensors:
         canonical = facts.tied.get(facts.names.get(tensor.name) or "", "")
+        if canonical and canonical not in by_model_name and plans[tensor.name].action == "keep":
+            # transformers 4 finds the values of tied parameters under the first of their names only
+            by_model_name[canonical] = tensor.name
+            plans[tensor.name] = replace(plans[tensor.name], name=canonical)
+    for tensor in tensors:
+        canonical = facts.tied.get(facts.names.get(tensor.name) or "", "")
         other = by_model_name.get(canonical)
         # Only with a tensor that is copied can it be compared while the work goes on.
-        if other and plans[other].action == "keep" and tensor.name not in untied:
+        tied = other and other != tensor.name and tensor.name not in untied
+        if other and tied and plans[other].action == "keep":
             why = f"equals {other}, to which it is tied"
             name = plans[tensor.name].name
             plans[tensor.name] = TensorPlan(tensor, name, "drop", why, tied_to=other)
@@ -260,13 +269,27 @@ def _kind_of(tensor: SourceTensor) -> str:
         return "normalization"
     if "emb" in name or "wte" in name or "wpe" in name:
         return "embedding"
-    return "not the weight of a linear layer"
+    return _NOT_LINEAR
 
 
 def _skip_modules(plans: Iterable[TensorPlan], facts: Architecture) -> tuple[str, ...]:
-    """Modules that a reader would take for 4-bit if config.json did not name them."""
-    kept = {plan.module for plan in plans if plan.action == "keep" and plan.module}
-    return tuple(sorted(kept | facts.head_modules))
+    """Modules that a reader would take for 4-bit if config.json did not name them.
+
+    Their names and classes differ between versions of transformers: version 4 knows some by the
+    checkpoint's name, and some matrices that are bare parameters in 5 are linear layers there.
+    """
+    names = set(facts.head_modules)
+    for plan in plans:
+        if plan.action != "keep":
+            continue
+        model_name = facts.names[plan.source.name] or ""
+        matrix = plan.reason == _NOT_LINEAR and len(plan.shape) == 2
+        if plan.merged:
+            names.add(plan.module or "")
+        elif model_name.endswith(".weight") and (plan.module or matrix):
+            stored = _stored_name(plan.source.name, model_name)
+            names |= {name.removesuffix(".weight") for name in (model_name, stored)}
+    return tuple(sorted(names))
 
 
 def _check_complete(facts: Architecture, present: set[str]) -> None:
