@@ -119,6 +119,39 @@ def test_readers_are_told_of_a_matrix_that_is_a_layer_elsewhere() -> None:
     assert plan.skip_modules == ("head", "model.h.1.router")
 
 
+def test_kept_tensors_of_several_dtypes_are_cast() -> None:
+    tensors = [
+        tensor(name, dtype="F32" if "norm" in name or "attn.weight" in name else "BF16")
+        for name in SHAPES
+    ]
+    plan = select(tensors, replace(FACTS, dtype="bfloat16"), QuantizeRecipe())
+    by_name = {t.source.name: t for t in plan.tensors}
+    norm = by_name["model.h.0.norm.weight"]
+    assert (norm.cast_to, norm.reason) == ("BF16", "normalization; F32 cast to the model's BF16")
+    assert [(s.dtype, s.nbytes) for s in norm.stored] == [("BF16", 16)]
+    assert {t.source.name for t in plan.tensors if t.cast_to} == {norm.source.name}
+
+
+def test_what_transformers_does_not_cast_is_not_cast() -> None:
+    tensors = [tensor(name, dtype="F32" if "norm" in name else "BF16") for name in SHAPES]
+    never = frozenset({"model.h.0.norm.weight"})
+    plan = select(tensors, replace(FACTS, dtype="bfloat16", never_cast=never), QuantizeRecipe())
+    assert not any(t.cast_to for t in plan.tensors)
+
+
+@pytest.mark.parametrize("said", ["bfloat16", "float32", None])
+def test_kept_tensors_of_one_dtype_are_exact(said: str | None) -> None:
+    tensors = [tensor(name, dtype="F16") for name in SHAPES]
+    plan = select(tensors, replace(FACTS, dtype=said), QuantizeRecipe())
+    assert not any(t.cast_to for t in plan.tensors)
+
+
+def test_a_config_without_a_dtype_leaves_it_to_the_weights() -> None:
+    tensors = [tensor(name, dtype="F32" if "norm" in name else "F16") for name in SHAPES]
+    plan = select(tensors, FACTS, QuantizeRecipe())
+    assert {t.cast_to for t in plan.tensors} == {None, "F16"}
+
+
 def test_a_recipe_skips_and_readers_are_told() -> None:
     plan = select(TENSORS, FACTS, QuantizeRecipe(skip_modules=("h.0",)))
     assert reasons(plan)["model.h.0.attn.weight"] == ("keep", "skipped by the recipe")

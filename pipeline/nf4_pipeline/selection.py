@@ -7,10 +7,13 @@ knows every output tensor and its bytes before anything is read (`checkpoint/lay
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Final, Literal
 
+from nf4_pipeline.checkpoint.header import DTYPE_BYTES
 from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.source import SourceTensor
 from nf4_pipeline.errors import ArchitectureError, CheckpointError, RecipeError
@@ -39,6 +42,7 @@ class TensorPlan:
         transposed: the source stores [in, out]; the output is [out, in].
         tied_to: name in the source of the tensor that it must equal to be dropped.
         merged: transformers merges it with others on loading, so it cannot be 4 bit.
+        cast_to: dtype that it is stored in, as safetensors names it, if that is not its own.
     """
 
     source: SourceTensor
@@ -49,6 +53,7 @@ class TensorPlan:
     transposed: bool = False
     tied_to: str | None = None
     merged: bool = False
+    cast_to: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,7 +68,9 @@ class TensorPlan:
         if self.action == "quantize":
             return stored_tensors(self.name, self.shape, QUANTIZABLE_DTYPES[header.dtype])
         if self.action == "keep":
-            return (StoredTensor(self.name, header.dtype, header.shape, header.nbytes),)
+            dtype = self.cast_to or header.dtype
+            nbytes = prod(header.shape) * DTYPE_BYTES[dtype]
+            return (StoredTensor(self.name, dtype, header.shape, nbytes),)
         return ()
 
 
@@ -153,7 +160,7 @@ def select(
             why = f"equals {other}, to which it is tied"
             name = plans[tensor.name].name
             plans[tensor.name] = TensorPlan(tensor, name, "drop", why, tied_to=other)
-    decided = tuple(plans.values())
+    decided = _of_one_dtype(tuple(plans.values()), facts)
     _check_distinct(decided)
     if not any(plan.action == "quantize" for plan in decided):
         raise ArchitectureError(
@@ -251,6 +258,49 @@ def skips(pattern: str, module: str) -> bool:
     """
     parts = r"\.".join(re.escape(part).replace(r"\*", r"[^.]+") for part in pattern.split("."))
     return re.search(rf"(?:^|\.){parts}(?:\.|$)", module) is not None
+
+
+def _of_one_dtype(plans: Sequence[TensorPlan], facts: Architecture) -> tuple[TensorPlan, ...]:
+    """Casts what is kept to the dtype of the model, if it has several dtypes.
+
+    transformers >= 5.5 casts a checkpoint as it loads it, but nothing beside 4-bit weights: a model
+    with norms in float32 and an output head in bfloat16 ends in an error.
+    """
+    castable = [
+        plan
+        for plan in plans
+        if plan.action == "keep"
+        and plan.source.header.dtype in QUANTIZABLE_DTYPES
+        and facts.names[plan.source.name] not in facts.never_cast
+    ]
+    found = {plan.source.header.dtype for plan in castable}
+    if len(found) < 2 or not any(plan.action == "quantize" for plan in plans):
+        return tuple(plans)
+    wanted = model_dtype(facts.dtype, plans)
+    cast = {
+        plan.source.name: replace(
+            plan,
+            cast_to=wanted,
+            reason=f"{plan.reason}; {plan.source.header.dtype} cast to the model's {wanted}",
+        )
+        for plan in castable
+        if plan.source.header.dtype != wanted
+    }
+    return tuple(cast.get(plan.source.name, plan) for plan in plans)
+
+
+def model_dtype(said: str | None, plans: Iterable[TensorPlan]) -> str:
+    """The dtype of a model, as safetensors names it.
+
+    Args:
+        said: what config.json says, such as "bfloat16".
+        plans: that of most quantized tensors counts if it says nothing.
+    """
+    names = {name: dtype for dtype, name in QUANTIZABLE_DTYPES.items()}
+    if said in names:
+        return names[said]
+    stored = Counter(plan.source.header.dtype for plan in plans if plan.action == "quantize")
+    return stored.most_common(1)[0][0]
 
 
 def _container(name: str) -> str:

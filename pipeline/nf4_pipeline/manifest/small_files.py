@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from nf4_pipeline.checkpoint.shards import Shard
 from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.manifest.manifest import StoredTensorEntry
 from nf4_pipeline.model.config import CONFIG_FILE, read_config, without_remote_code
-from nf4_pipeline.selection import QUANTIZABLE_DTYPES, Plan
+from nf4_pipeline.selection import QUANTIZABLE_DTYPES, Plan, model_dtype
 
 
 def small_files(
@@ -30,10 +29,9 @@ def small_files(
     """
     config = without_remote_code(read_config(source))
     config["architectures"] = [model_class]
-    dtype = str(config.get("dtype") or config.get("torch_dtype"))
-    if dtype not in QUANTIZABLE_DTYPES.values():
-        stored = Counter(tensor.source.header.dtype for tensor in plan.quantized)
-        dtype = QUANTIZABLE_DTYPES[stored.most_common(1)[0][0]]
+    said = str(config.get("dtype") or config.get("torch_dtype"))
+    dtype = QUANTIZABLE_DTYPES[model_dtype(said, plan.tensors)]
+    if dtype != said:
         config["torch_dtype"] = dtype
     config["quantization_config"] = quantization_config(dtype, plan.skip_modules)
     # Configs of state-space models hold an Infinity, which every reader of theirs takes.
