@@ -11,9 +11,10 @@ import torch
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.progress import SILENT
-from nf4_pipeline.stages import Settings, download
+from nf4_pipeline.recipe import Recipe
 
 from tests.support.decoders import DECODERS, write_decoder
+from tests.support.jobs import CPU, download
 from tests.support.stock import linear4bit, logits
 
 pytestmark = pytest.mark.usefixtures("workers_here")
@@ -26,9 +27,9 @@ EXPOSED: Final = {"mamba": 2}
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_decoder_is_built_loaded_and_computes(name: str, tmp_path: Path) -> None:
     model = write_decoder(tmp_path / name, name)
-    build, *_ = download.run(str(tmp_path / name), tmp_path / "artifacts", SILENT)
+    build, *_ = download(tmp_path / name, tmp_path / "artifacts")
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, Settings(device="cpu"), SILENT)
+        run_stage(build, stage, Recipe(), CPU, SILENT)
 
     manifest = read_manifest(build.export).to_json()
     planned = {tensor["module"] for tensor in manifest["tensors"] if tensor["quantized"]}
@@ -45,12 +46,12 @@ def test_a_decoder_is_built_loaded_and_computes(name: str, tmp_path: Path) -> No
 
 def test_the_user_is_told_what_share_stays_in_16_bit(tmp_path: Path) -> None:
     write_decoder(tmp_path / "model", "mixtral")
-    build, *_ = download.run(str(tmp_path / "model"), tmp_path / "artifacts", SILENT)
+    build, *_ = download(tmp_path / "model", tmp_path / "artifacts")
     notes: list[str] = []
 
     class Listener(type(SILENT)):  # type: ignore[misc]
         def note(self, text: str) -> None:
             notes.append(text)
 
-    run_stage(build, "quantize", Settings(device="cpu"), Listener())
+    run_stage(build, "quantize", Recipe(), CPU, Listener())
     assert any("77% of this model" in note and "16 bit" in note for note in notes)

@@ -12,8 +12,9 @@ import pytest
 from nf4_pipeline.errors import SourceError
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.progress import SILENT
-from nf4_pipeline.stages import Settings, download
+from nf4_pipeline.recipe import Recipe
 
+from tests.support.jobs import CPU, download
 from tests.support.tiny import INDEX, SHARDS, copy_of, edit_json
 
 pytestmark = pytest.mark.usefixtures("workers_here")
@@ -341,7 +342,7 @@ def test_a_hostile_checkpoint_is_refused_by_name(
     model = copy_of(tiny_falcon, tmp_path / "model")
     damage(model)
     with pytest.raises(SourceError) as caught:
-        download.run(str(model), tmp_path / "artifacts", SILENT)
+        download(model, tmp_path / "artifacts")
     text = str(caught.value)
     assert message in text, text
     assert len(text) < 700 + 2 * len(str(tmp_path))
@@ -352,9 +353,9 @@ def test_a_hostile_checkpoint_is_refused_by_name(
 def test_two_names_of_one_weight(tiny_falcon: Path, tmp_path: Path) -> None:
     model = copy_of(tiny_falcon, tmp_path / "model")
     two_names(model)
-    build, *_ = download.run(str(model), tmp_path / "artifacts", SILENT)
+    build, *_ = download(model, tmp_path / "artifacts")
     with pytest.raises(SourceError, match=r"both become 'transformer\.h\.0\."):
-        run_stage(build, "quantize", Settings(device="cpu"), SILENT)
+        run_stage(build, "quantize", Recipe(), CPU, SILENT)
 
 
 def test_links_within_the_folder_and_in_the_hub_cache_are_fine(
@@ -363,7 +364,7 @@ def test_links_within_the_folder_and_in_the_hub_cache_are_fine(
     model = copy_of(tiny_falcon, tmp_path / "model")
     (model / "tokenizer.json").rename(model / "elsewhere")
     (model / "tokenizer.json").symlink_to("elsewhere")
-    download.run(str(model), tmp_path / "one", SILENT)
+    download(model, tmp_path / "one")
 
     storage = tmp_path / "hub" / "models--org--name"
     snapshot = storage / "snapshots" / ("0" * 40)
@@ -372,11 +373,11 @@ def test_links_within_the_folder_and_in_the_hub_cache_are_fine(
     for number, path in enumerate(sorted(tiny_falcon.iterdir())):
         (storage / "blobs" / str(number)).write_bytes(path.read_bytes())
         (snapshot / path.name).symlink_to(Path("..", "..", "blobs", str(number)))
-    build, *_ = download.run(str(snapshot), tmp_path / "two", SILENT)
+    build, *_ = download(snapshot, tmp_path / "two")
     assert (build.source / SHARD).resolve().parent == storage / "blobs"
     (snapshot / "LICENSE").symlink_to(tmp_path / "model" / "config.json")
     with pytest.raises(SourceError, match="LICENSE is a link out"):
-        download.run(str(snapshot), tmp_path / "three", SILENT)
+        download(snapshot, tmp_path / "three")
 
 
 def test_numbers_that_real_configs_hold_are_fine(tiny_falcon: Path, tmp_path: Path) -> None:
@@ -389,8 +390,8 @@ def test_numbers_that_real_configs_hold_are_fine(tiny_falcon: Path, tmp_path: Pa
         model_max_length=10**6,
         layer_norm_epsilon=1e-5,
     )
-    build, *_ = download.run(str(model), tmp_path / "artifacts", SILENT)
+    build, *_ = download(model, tmp_path / "artifacts")
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, Settings(device="cpu"), SILENT)
+        run_stage(build, stage, Recipe(), CPU, SILENT)
     written = json.loads((build.export / "config.json").read_text())
     assert written["time_step_limit"] == [0.0, float("inf")]

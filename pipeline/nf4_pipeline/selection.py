@@ -11,14 +11,17 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Final, Literal
+from typing import Any, Final, Literal
+
+from numpy.typing import NDArray
 
 from nf4_pipeline.checkpoint.header import DTYPE_BYTES
 from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.source import SourceTensor
 from nf4_pipeline.errors import ArchitectureError, CheckpointError, RecipeError
 from nf4_pipeline.model.architecture import Architecture, LinearFact
-from nf4_pipeline.nf4.stored_weight import stored_tensors
+from nf4_pipeline.nf4.double_quant import NestedScales
+from nf4_pipeline.nf4.stored_weight import QUANT_TYPE, companions, stored_tensors
 from nf4_pipeline.recipe import QuantizeRecipe
 
 QUANTIZABLE_DTYPES: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -73,6 +76,11 @@ class TensorPlan:
             return (StoredTensor(self.name, dtype, header.shape, nbytes),)
         return ()
 
+    def companions(self, scales: NestedScales) -> dict[str, NDArray[Any]]:
+        """What is written beside the codes of a quantized tensor, by name, in this order."""
+        dtype = QUANTIZABLE_DTYPES[self.source.header.dtype]
+        return companions(self.name, self.shape, dtype, scales)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -89,6 +97,11 @@ class Plan:
     skip_modules: tuple[str, ...]
     hidden_modules: tuple[str, ...]
     untied: tuple[str, ...]
+
+    @property
+    def quant_type(self) -> str:
+        """What bitsandbytes calls the codebook of quantized tensors."""
+        return QUANT_TYPE
 
     @property
     def quantized(self) -> tuple[TensorPlan, ...]:

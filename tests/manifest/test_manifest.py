@@ -15,9 +15,10 @@ from nf4_pipeline.job import run_stage
 from nf4_pipeline.manifest.manifest import CalibrationSummary, Manifest
 from nf4_pipeline.manifest.read import MANIFEST_FILE, SCHEMA_FILE, read_manifest
 from nf4_pipeline.progress import SILENT
-from nf4_pipeline.stages import Settings
+from nf4_pipeline.recipe import Recipe
 
-from tests.report import made
+from tests.support import made
+from tests.support.jobs import CPU
 from tests.support.schemas import differences
 from tests.support.tiny import copy_of
 
@@ -28,7 +29,7 @@ SCHEMA: dict[str, Any] = json.loads(SCHEMA_FILE.read_text("utf-8"))
 def export(downloaded_falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = Build(copy_of(downloaded_falcon, tmp_path_factory.mktemp("manifest") / "build"))
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, Settings(device="cpu"), SILENT)
+        run_stage(build, stage, Recipe(), CPU, SILENT)
     return build.export
 
 

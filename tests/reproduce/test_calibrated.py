@@ -15,12 +15,14 @@ from nf4_pipeline.checkpoint.digest import digest_file
 from nf4_pipeline.checkpoint.header import read_header
 from nf4_pipeline.errors import ArtifactError, ResourceError, UsageError
 from nf4_pipeline.job import run_stage
+from nf4_pipeline.machine import Machine
 from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe, SerializeRecipe
+from nf4_pipeline.records import QUANTIZE
 from nf4_pipeline.reproduce.reproduce import reproduce
-from nf4_pipeline.stages import Settings, download
 
+from tests.support.jobs import CPU, download
 from tests.support.tiny import copy_of, flip_byte, nf4
 
 
@@ -34,10 +36,10 @@ def workers_here() -> Iterator[None]:
 def build_of(model: Path, folder: Path, read: str, extra: str = "") -> Build:
     """A calibrated build, cut into several files."""
     quantize = QuantizeRecipe(calibrate=read, calibration_tokens=256, extra_bytes=extra)
-    settings = Settings(recipe=Recipe(quantize, SerializeRecipe("20KB")), device="cpu")
-    build, *_ = download.run(str(model), folder, SILENT)
+    settings = Recipe(quantize, SerializeRecipe("20KB"))
+    build, *_ = download(model, folder)
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, settings, SILENT)
+        run_stage(build, stage, settings, CPU, SILENT)
     return build
 
 
@@ -78,12 +80,12 @@ def test_it_is_not_round_to_nearest_that_is_derived(
     artifact: Path, tiny_falcon: Path, tmp_path: Path
 ) -> None:
     """What the manifest says of calibration is followed, and not what is easiest."""
-    build, *_ = download.run(str(tiny_falcon), tmp_path / "nearest", SILENT)
-    run_stage(build, "quantize", Settings(device="cpu"), SILENT)
+    build, *_ = download(tiny_falcon, tmp_path / "nearest")
+    run_stage(build, "quantize", Recipe(), CPU, SILENT)
     nearest = {
-        name: tensor["sha256"]
-        for file in build.need("quantize").facts["files"].values()
-        for name, tensor in file["tensors"].items()
+        name: tensor.sha256
+        for file in build.need(QUANTIZE).facts.files.values()
+        for name, tensor in file.tensors.items()
     }
     manifest = json.loads((artifact / "manifest.json").read_text())
     codes = {
@@ -184,7 +186,7 @@ def test_another_kind_of_device_is_refused(
 ) -> None:
     same = "the same only on the same kind"
     with pytest.raises(UsageError, match=rf"--device cuda:0.*\"cpu\".*{same}.*--device cpu"):
-        reproduce(artifact, tiny_falcon, SILENT, device="cuda:0")
+        reproduce(artifact, tiny_falcon, SILENT, Machine(device="cuda:0"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     edited(artifact / "manifest.json", lambda value: value["calibration"].update(device="cuda"))
     with pytest.raises(ResourceError, match=rf"\"cuda\".*{same}.*no device cuda\. Run `nf4 repro"):

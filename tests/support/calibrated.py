@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.job import StageResult, run_stage
+from nf4_pipeline.machine import Machine
 from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.nf4.stored_weight import StoredWeight
 from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe
-from nf4_pipeline.stages import Settings, download
+
+from tests.support.jobs import CPU, download
 
 FEW = 1024
 """Tokens that are enough for models so small."""
@@ -22,21 +24,23 @@ FEW = 1024
 def downloaded(checkpoint: Path, folder: Path) -> Build:
     """A build of which only `download` is done."""
     with in_process():
-        build, *_ = download.run(str(checkpoint), folder / "artifacts", SILENT)
+        build, *_ = download(checkpoint, folder / "artifacts")
     return build
 
 
-def settings(calibrate: str | Path = "self", tokens: int = FEW, **recipe: Any) -> Settings:
-    """Settings of a calibrated build on the CPU; "" to round to nearest."""
+def settings(calibrate: str | Path = "self", tokens: int = FEW, **recipe: Any) -> Recipe:
+    """Recipe of a calibrated build on the CPU; "" to round to nearest."""
     if calibrate:
         recipe |= {"calibrate": str(calibrate), "calibration_tokens": tokens}
-    return Settings(recipe=Recipe(QuantizeRecipe(**recipe)), device="cpu")
+    return Recipe(QuantizeRecipe(**recipe))
 
 
-def quantized(build: Build, options: Settings, reporter: Reporter = SILENT) -> StageResult:
+def quantized(
+    build: Build, options: Recipe, reporter: Reporter = SILENT, *, machine: Machine = CPU
+) -> StageResult:
     """Runs `quantize` and `serialize`; returns what came of the first."""
-    result = run_stage(build, "quantize", options, reporter)
-    run_stage(build, "serialize", options, reporter)
+    result = run_stage(build, "quantize", options, machine, reporter)
+    run_stage(build, "serialize", options, machine, reporter)
     return result
 
 

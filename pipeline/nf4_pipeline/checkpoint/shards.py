@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.checkpoint.header import HeaderTensor, read_header
@@ -13,6 +13,7 @@ from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.sink import WrittenFile
 from nf4_pipeline.checkpoint.source import SINGLE_FILE
 from nf4_pipeline.checkpoint.writer import writing
+from nf4_pipeline.documents import Document
 from nf4_pipeline.progress import Task
 
 _CHUNK: Final = 8 * 2**20
@@ -41,6 +42,16 @@ class Piece:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorFacts(Document):
+    """A stored tensor, but for its name; `bytes` and `sha256` of its data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    sha256: str
+
+
 @dataclass(frozen=True)
 class Shard:
     """A weight file of an artifact.
@@ -48,12 +59,12 @@ class Shard:
     Attributes:
         name: of the file.
         digest: of the file.
-        tensors: name -> {"dtype", "shape", "bytes", "sha256"}.
+        tensors: its tensors, by name.
     """
 
     name: str
     digest: FileDigest
-    tensors: dict[str, dict[str, Any]]
+    tensors: Mapping[str, TensorFacts]
 
 
 def name_shards(count: int) -> list[str]:
@@ -132,14 +143,14 @@ def write_shard(target: Path, piece: Piece, task: Task) -> Shard:
     return Shard(target.name, written.digest, tensor_facts(written))
 
 
-def tensor_facts(written: WrittenFile) -> dict[str, Any]:
-    """What the manifest says of each stored tensor, by name."""
+def tensor_facts(written: WrittenFile) -> dict[str, TensorFacts]:
+    """The tensors of a file that was written, by name."""
     return {
-        tensor.name: {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "bytes": tensor.nbytes,
-            "sha256": written.sha256[tensor.name],
-        }
+        tensor.name: TensorFacts(
+            dtype=tensor.dtype,
+            shape=tuple(tensor.shape),
+            bytes=tensor.nbytes,
+            sha256=written.sha256[tensor.name],
+        )
         for tensor in written.tensors
     }

@@ -1,4 +1,4 @@
-"""A checkpoint folder, read as strangers' data: one safetensors file, or shards and an index."""
+"""A checkpoint folder, read as untrusted data: one safetensors file, or shards and an index."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of strangers.
+    """A JSON object from an untrusted file.
 
     Raises:
-        CheckpointError: missing, too large, not JSON, or not an object.
+        CheckpointError: the file is missing or too large, or holds no JSON object.
     """
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
@@ -118,15 +118,15 @@ def _open_sharded(folder: Path, index: dict[str, Any]) -> Checkpoint:
             f"{', '.join(missing[:5])}. Download the checkpoint again."
         )
     tensors: list[SourceTensor] = []
-    found: set[str] = set()
+    held: set[str] = set()
     for file in files:
         for tensor in read_header(folder / file):
             # A shard's tensor that the index forgot is still part of the checkpoint: transformers
             # reads whole shards.
-            if weight_map.get(tensor.name, file) == file and tensor.name not in found:
+            if weight_map.get(tensor.name, file) == file and tensor.name not in held:
                 tensors.append(SourceTensor(file, tensor))
-                found.add(tensor.name)
-    absent = sorted(set(weight_map) - found)
+                held.add(tensor.name)
+    absent = sorted(set(weight_map) - held)
     if absent:
         raise CheckpointError(
             f"{INDEX_FILE} in {folder} names {len(absent)} tensors that their shards do not hold: "

@@ -12,36 +12,43 @@ from nf4_pipeline.cli.options import (
     build_dir_option,
     existing_build,
     output_options,
+    recipe_options,
     run_one_stage,
-    settings_options,
 )
 
 if TYPE_CHECKING:
+    from nf4_pipeline.machine import Machine
+    from nf4_pipeline.recipe import PartialRecipe
     from nf4_pipeline.selection import Plan
-    from nf4_pipeline.stages import Settings
 
 
 @click.command("quantize")
 @click.argument("model", required=False)
 @click.option("--dry-run", is_flag=True, help="Print the plan; read and write no weights.")
 @build_dir_option
-@settings_options
+@recipe_options
 @output_options
 def command(
-    ui: Ui, settings: Settings, model: str | None, dry_run: bool, build_dir: Path | None
+    ui: Ui,
+    recipe: PartialRecipe,
+    machine: Machine,
+    model: str | None,
+    dry_run: bool,
+    build_dir: Path | None,
 ) -> None:
     """Turn the linear layers of a downloaded checkpoint into NF4 codes.
 
     MODEL is what the build was started with; without it, the newest build is meant.
     """
-    if not dry_run:
-        run_one_stage("quantize", ui, settings, model, build_dir)
-        return
-    from nf4_pipeline.stages.quantize import check_disk, make_plan
-
     build = existing_build(model, build_dir)
-    plan, _ = make_plan(build, settings)
-    check_disk(build, plan)
+    if not dry_run:
+        run_one_stage("quantize", ui, build, recipe, machine)
+        return
+    from nf4_pipeline.stages.quantize import Quantize
+
+    stage = Quantize(build, recipe.recipe, machine)
+    plan = stage.plan()
+    stage.check_disk(plan)
     ui.result(_plan_json(plan), lambda: _show(plan))
 
 

@@ -24,14 +24,15 @@ _SHOWN_ANSWERS: Final = 3
 
 def summary(build: Build, results: dict[str, StageResult]) -> dict[str, Any]:
     """The result of a build as plain JSON."""
-    totals = results["serialize"].record.facts["totals"]
-    found = results["verify"].record.facts
+    serialized = results["serialize"].record
+    totals = serialized.facts.totals
+    verification = results["verify"].record.facts.to_json()
     return {
         "build": str(build.root),
         "artifact": str(build.export),
-        "verdict": found["verdict"],
+        "verdict": verification["verdict"],
         "totals": totals,
-        "disk_bytes": sum(d.size for d in results["serialize"].record.outputs.values()),
+        "disk_bytes": serialized.total_bytes,
         "stages": {
             name: {
                 "ran": result.ran,
@@ -40,9 +41,9 @@ def summary(build: Build, results: dict[str, StageResult]) -> dict[str, Any]:
             }
             for name, result in results.items()
         },
-        "hidden_modules": len(results["serialize"].record.facts["hidden_modules"]),
-        "verification": {key: value for key, value in found.items() if key != "answers"},
-        "answers": found.get("answers", []),
+        "hidden_modules": len(serialized.facts.hidden_modules),
+        "verification": {key: value for key, value in verification.items() if key != "answers"},
+        "answers": verification.get("answers", []),
     }
 
 

@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 
 from nf4_pipeline.checkpoint.sink import Sink
 from nf4_pipeline.engine.chunks import Chunk, read_chunk, will_read
-from nf4_pipeline.engine.tied import Twin
+from nf4_pipeline.engine.tied import TiedTensor
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.nf4.float_bits import bits_in, float32_of
 from nf4_pipeline.nf4.packing import packed_bytes
 from nf4_pipeline.nf4.rounding import Rounding, WeightRounding
-from nf4_pipeline.nf4.stored_weight import companions
 from nf4_pipeline.progress import Task
 from nf4_pipeline.selection import QUANTIZABLE_DTYPES, TensorPlan
 
@@ -50,7 +49,7 @@ class _Weight:
     left: int
 
 
-class FileJob:
+class ShardJob:
     """Makes the bytes of one output file, chunk by chunk, from any thread.
 
     Args:
@@ -81,24 +80,24 @@ class FileJob:
         self._open: dict[str, _Weight] = {}
         self._lock = threading.Lock()
 
-    def announce(self, chunk: Chunk, twins: Sequence[Twin] = ()) -> None:
+    def announce(self, chunk: Chunk, tied: Sequence[TiedTensor] = ()) -> None:
         """Has the system begin to read what `make` will soon ask for."""
         will_read(self._source, chunk)
-        for twin in twins:
-            twin.announce(chunk)
+        for other in tied:
+            other.announce(chunk)
 
-    def make(self, chunk: Chunk, twins: Sequence[Twin] = ()) -> None:
+    def make(self, chunk: Chunk, tied: Sequence[TiedTensor] = ()) -> None:
         """Does with a chunk what the plan says, and checks the tensors dropped for its own."""
         if chunk.tensor.action == "quantize":
             self._quantize(chunk)
         else:
-            self._copy(chunk, twins)
+            self._copy(chunk, tied)
         self._task.advance(chunk.nbytes)
 
-    def _copy(self, chunk: Chunk, twins: Sequence[Twin]) -> None:
+    def _copy(self, chunk: Chunk, tied: Sequence[TiedTensor]) -> None:
         data = read_chunk(self._source, chunk, self._buffers.get("in", chunk.nbytes))
-        for twin in twins:
-            twin.check(data, chunk, self._buffers.get("twin", chunk.nbytes))
+        for other in tied:
+            other.check(data, chunk, self._buffers.get("tied", chunk.nbytes))
         if chunk.tensor.cast_to is not None:
             data = _cast(data, chunk.tensor)
         self._output.write(chunk.tensor.name, chunk.start * data.itemsize, data)
@@ -138,8 +137,7 @@ class FileJob:
     def _finish(self, weight: _Weight) -> None:
         """All codes are chosen: the scales and the other companions are written."""
         plan, rounded = weight.plan, weight.rounding.finish()
-        dtype = QUANTIZABLE_DTYPES[plan.source.header.dtype]
-        for name, data in companions(plan.name, plan.shape, dtype, rounded.scales).items():
+        for name, data in plan.companions(rounded.scales).items():
             self._output.write(name, 0, data)
         with self._lock:
             self.relative_rmse[plan.name] = rounded.relative_rmse

@@ -36,7 +36,7 @@ def small_files(
     dtype = QUANTIZABLE_DTYPES[model_dtype(said, plan.tensors)]
     if dtype != said:
         config["torch_dtype"] = dtype
-    config["quantization_config"] = quantization_config(dtype, plan.skip_modules)
+    config["quantization_config"] = quantization_config(dtype, plan)
     # Configs of state-space models hold an Infinity, which every reader of theirs takes.
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     written = {CONFIG_FILE: text.encode()}
@@ -75,12 +75,12 @@ def tokenizer_config(path: Path) -> bytes:
     return content if config == said else json_bytes(config)
 
 
-def quantization_config(dtype: str, skip_modules: tuple[str, ...]) -> dict[str, Any]:
+def quantization_config(dtype: str, plan: Plan) -> dict[str, Any]:
     """What config.json tells transformers: the values of a `BitsAndBytesConfig`.
 
     Args:
         dtype: in which 4-bit layers compute, such as "bfloat16".
-        skip_modules: modules that are not 4 bit.
+        plan: which modules are not 4 bit, and what the codebook is called.
     """
     return {
         "quant_method": "bitsandbytes",
@@ -88,11 +88,11 @@ def quantization_config(dtype: str, skip_modules: tuple[str, ...]) -> dict[str, 
         "load_in_8bit": False,
         "bnb_4bit_compute_dtype": dtype,
         "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_quant_type": plan.quant_type,
         "bnb_4bit_use_double_quant": True,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": list(skip_modules),
+        "llm_int8_skip_modules": list(plan.skip_modules),
         "llm_int8_threshold": 6.0,
     }
 
@@ -100,14 +100,21 @@ def quantization_config(dtype: str, skip_modules: tuple[str, ...]) -> dict[str, 
 def weight_index(shards: Sequence[Shard]) -> dict[str, Any]:
     """model.safetensors.index.json of an artifact with several weight files."""
     weight_map = {name: shard.name for shard in shards for name in shard.tensors}
-    total = sum(part["bytes"] for shard in shards for part in shard.tensors.values())
+    total = sum(part.bytes for shard in shards for part in shard.tensors.values())
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def stored_tensors_of(shards: Sequence[Shard]) -> dict[str, StoredTensorEntry]:
     """What the manifest says of each stored tensor of some shards, by name."""
     return {
-        name: StoredTensorEntry.from_json({"name": name, "file": shard.name, **part})
+        name: StoredTensorEntry(
+            name=name,
+            file=shard.name,
+            dtype=part.dtype,
+            shape=part.shape,
+            bytes=part.bytes,
+            sha256=part.sha256,
+        )
         for shard in shards
         for name, part in shard.tensors.items()
     }

@@ -93,7 +93,7 @@ def convert(
         UsageError: `target` holds files that no conversion wrote.
     """
     pickles = sorted(name for name in files if PICKLE_FILE.fullmatch(name))
-    small = {name: digest for name, digest in files.items() if not _replaced(name)}
+    small = {name: digest for name, digest in files.items() if not _is_replaced(name)}
     origin = _Origin(CODE_VERSION, dict(sorted(files.items())))
     if done := _read_earlier(target, origin):
         return {**done, **small}
@@ -122,7 +122,7 @@ def convert(
     return {**digests, **small}
 
 
-def _replaced(name: str) -> bool:
+def _is_replaced(name: str) -> bool:
     return PICKLE_FILE.fullmatch(name) is not None or name.endswith(".bin.index.json")
 
 

@@ -18,8 +18,8 @@ def find_model(name: str | Path | None) -> str:
             "sample", a Hub id, or None for the export of the newest build under ./artifacts.
 
     Raises:
-        UsageError: the name is a path that does not exist, or None and there is no build.
-        ArtifactError: a build folder that has no export yet.
+        UsageError: the name is a path that does not exist, or None although there is no build.
+        ArtifactError: the name is a build folder that has no export yet.
     """
     if name is None:
         exports = [root / "export" for root in build_roots(ARTIFACTS) if is_model(root / "export")]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, NamedTuple
 
 from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.checkpoint.atomic import make_folder, sync_folder
-from nf4_pipeline.checkpoint.digest import FileDigest, digest_files, digests_json, json_sha256
+from nf4_pipeline.checkpoint.digest import FileDigest, digest_files, json_sha256
 from nf4_pipeline.checkpoint.files import PICKLE_FILE, is_wanted
 from nf4_pipeline.checkpoint.source import has_weights, open_checkpoint
 from nf4_pipeline.checkpoint.untrusted import check_folder
@@ -21,13 +21,15 @@ from nf4_pipeline.model.architecture import Architecture
 from nf4_pipeline.model.config import check_not_quantized, read_config
 from nf4_pipeline.model.config_limits import check_config_limits
 from nf4_pipeline.model.probe import Probe, transformers_version
-from nf4_pipeline.progress import Reporter
+from nf4_pipeline.progress import SILENT, Reporter
+from nf4_pipeline.records import DOWNLOAD, DownloadFacts
 from nf4_pipeline.resource_usage import measured, peak_memory_of_children
-from nf4_pipeline.runtime.artifact import is_hub_id
-from nf4_pipeline.stages import recorded
+from nf4_pipeline.runtime.artifact import ARTIFACTS, is_hub_id
+from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 
 CODE_VERSION: Final = 1
 SAMPLE: Final = "sample"
+SAMPLE_REPO: Final = "nf4-pipeline/sample"
 
 _LOCK_PATIENCE: Final = 5.0  # seconds
 
@@ -43,7 +45,7 @@ class Source:
         files: digest of each file that is taken.
         model: what transformers says of its architecture.
         is_sample: it is the model that comes with the package.
-        converted_from: what was found, if the weights were pickles; `files` are what was made.
+        converted_from: the pickles, if the weights were such; `files` are what was made of them.
     """
 
     folder: Path
@@ -55,85 +57,180 @@ class Source:
     converted_from: Mapping[str, FileDigest] | None = None
 
     @property
-    def content_sha256(self) -> str:
-        """One hash over all files: sha256 of the sorted lines `sha256  name`."""
-        return _content_sha256(self.files)
-
-    @property
     def slug(self) -> str:
         """The name of its build folder: `<org>--<name>@<12 digits>`."""
         return _slug(self.repo, self.commit, self.converted_from or self.files)
 
-    def identity(self) -> dict[str, Any]:
-        """What the manifest says of it."""
-        return {"repo": self.repo, "commit": self.commit, "content_sha256": self.content_sha256}
+    def facts(self) -> DownloadFacts:
+        """What the record says of it."""
+        return DownloadFacts(
+            repo=self.repo,
+            commit=self.commit,
+            content_sha256=_content_sha256(self.files),
+            is_sample=self.is_sample,
+            model=self.model,
+            converted_from=dict(sorted((self.converted_from or {}).items())),
+        )
 
 
-def run(
-    model: str,
-    artifacts: Path,
-    reporter: Reporter,
-    *,
-    revision: str | None = None,
-    build_dir: Path | None = None,
-    offline: bool = False,
-    allow_pickle: bool = False,
-) -> tuple[Build, Record, bool]:
-    """Finds, checks and hashes a checkpoint, and makes or refreshes its build folder.
+@dataclass(frozen=True)
+class DownloadRequest:
+    """Which checkpoint is wanted, and where its build folder shall be.
 
-    Args:
+    Attributes:
         model: Hub id, local folder, or "sample".
         artifacts: the folder that holds builds.
-        reporter: told how far it is.
         revision: of a Hub model; a branch, a tag or a commit.
-        build_dir: the build folder, if not the default one.
+        build_dir: the build folder, if not the default one under `artifacts`.
         offline: take a Hub model as it is cached; HF_HUB_OFFLINE says so, too.
         allow_pickle: convert weights that are pickles, where there are no others.
-
-    Returns:
-        The build folder, the record, and whether anything had to be done.
-
-    Raises:
-        SourceError: the checkpoint is not usable; nothing was written.
-        HubError: the Hub could not be asked, or sent wrong bytes.
     """
-    asked = _Asked(revision, offline, allow_pickle, lambda slug: build_dir or artifacts / slug)
-    with measured() as finding:
-        source = _find(model, asked, reporter)
-    finding.peak_memory = max(finding.peak_memory, peak_memory_of_children())
-    build = Build(build_dir or artifacts / source.slug)
-    _refuse_foreign_folders(build, source)
-    key = json_sha256(
-        {
-            "code": CODE_VERSION,
-            "source": source.identity(),
-            "at": str(source.folder),
-            "transformers": transformers_version(),
-        }
-    )
 
-    def standing() -> Record | None:
-        record = build.record("download")
-        same = record is not None and record.key == key and _links_stand(build, source)
-        return record if same else None
+    model: str
+    artifacts: Path = ARTIFACTS
+    revision: str | None = None
+    build_dir: Path | None = None
+    offline: bool = False
+    allow_pickle: bool = False
 
-    if record := standing():
-        return build, record, False
-    with _locked_soon(build):
-        if record := standing():
-            return build, record, False
+    def build(self, slug: str) -> Build:
+        """The build folder; `slug` is the default name of it."""
+        return Build(self.build_dir or self.artifacts / slug)
 
-        def work() -> tuple[dict[str, Any], dict[str, Any]]:
-            _link(build, source)
-            outputs = {f"source/{name}": digest for name, digest in source.files.items()}
-            return outputs, {
-                **source.identity(),
-                "is_sample": source.is_sample,
-                "model": source.model.to_json(),
-                "converted_from": digests_json(source.converted_from or {}),
+
+class Downloaded(NamedTuple):
+    """A checkpoint in its build folder.
+
+    Attributes:
+        build: the build folder.
+        record: what it holds.
+        ran: whether anything had to be done.
+    """
+
+    build: Build
+    record: Record[DownloadFacts]
+    ran: bool
+
+
+@dataclass(frozen=True)
+class Download:
+    """Finds, checks and hashes a checkpoint, and makes or refreshes its build folder."""
+
+    request: DownloadRequest
+    reporter: Reporter = SILENT
+
+    def run(self) -> Downloaded:
+        """Does the work, as far as it is not done.
+
+        Raises:
+            SourceError: the checkpoint is not usable; nothing was written.
+            HubError: the Hub could not be asked, or sent wrong bytes.
+            UsageError: the request means nothing, or the build folder holds something else.
+        """
+        with measured() as finding:
+            source = self._find()
+        finding.peak_memory = max(finding.peak_memory, peak_memory_of_children())
+        build = self.request.build(source.slug)
+        _refuse_foreign_folders(build, source)
+        facts = source.facts()
+        key = json_sha256(
+            {
+                "code": CODE_VERSION,
+                "source": facts.identity,
+                "at": str(source.folder),
+                "transformers": transformers_version(),
             }
+        )
 
-        return build, recorded(build, "download", key, work, before=finding), True
+        def standing() -> Record[DownloadFacts] | None:
+            record = build.record(DOWNLOAD)
+            same = record is not None and record.key == key and _links_stand(build, source)
+            return record if same else None
+
+        def work() -> Outcome[DownloadFacts]:
+            _link(build, source)
+            return {f"source/{name}": digest for name, digest in source.files.items()}, facts
+
+        if record := standing():
+            return Downloaded(build, record, ran=False)
+        with _locked_soon(build):
+            if record := standing():
+                return Downloaded(build, record, ran=False)
+            record = run_recorded(build, DOWNLOAD, key, work, before=finding)
+            return Downloaded(build, record, ran=True)
+
+    def _find(self) -> Source:
+        model = self.request.model
+        path = Path(model).expanduser()
+        if path.is_dir():
+            self._refuse_revision()
+            return self._find_local(path.resolve(), path.resolve().name)
+        if model == SAMPLE:
+            self._refuse_revision()
+            from nf4_pipeline.sample import MODEL_DIR
+
+            return self._find_local(MODEL_DIR.resolve(), SAMPLE_REPO, is_sample=True)
+        if is_hub_id(model):
+            return self._find_on_hub()
+        raise UsageError(f"{model}: no such folder, and not a Hub id of the form ORG/NAME.")
+
+    def _refuse_revision(self) -> None:
+        if self.request.revision is not None:
+            raise UsageError(
+                f"--revision {self.request.revision} means nothing for {self.request.model}, a "
+                "local folder."
+            )
+
+    def _find_local(self, folder: Path, repo: str, *, is_sample: bool = False) -> Source:
+        pickles = self.request.allow_pickle and not has_weights(folder) and _pickles_in(folder)
+        if pickles:
+            files = self._hash({**_small_files_in(folder), **pickles})
+            return self._convert(folder, repo, None, files)
+        _check(folder)
+        probe = Probe(folder)
+        try:
+            files = self._hash(_wanted_in(folder))
+        except BaseException:
+            probe.cancel()
+            raise
+        return Source(folder, repo, None, files, probe.wait(), is_sample)
+
+    def _hash(self, paths: Mapping[str, Path]) -> dict[str, FileDigest]:
+        total = sum(path.stat().st_size for path in paths.values())
+        with self.reporter.task("hash source", total) as task:
+            return digest_files(paths, task)
+
+    def _find_on_hub(self) -> Source:
+        from nf4_pipeline import hub
+
+        request, repo = self.request, self.request.model
+        model = hub.resolve(repo, request.revision, offline=request.offline or None)
+        wanted = hub.wanted_files(model, allow_pickle=request.allow_pickle)
+        fetched = hub.fetch(model, wanted, self.reporter)
+        folder = fetched.folder
+        files = {
+            name: FileDigest((folder / name).stat().st_size, sha256)
+            for name, sha256 in fetched.sha256.items()
+        }
+        if any(PICKLE_FILE.fullmatch(name) for name in files):
+            return self._convert(folder, repo, model.commit, files)
+        _check(folder)
+        return Source(folder, repo, model.commit, files, Probe(folder).wait())
+
+    def _convert(
+        self, folder: Path, repo: str, commit: str | None, files: Mapping[str, FileDigest]
+    ) -> Source:
+        """A checkpoint of pickles, as safetensors in converted/ of the build folder."""
+        from nf4_pipeline.pickles.convert import convert
+
+        check_folder(folder)
+        check_not_quantized(read_config(folder), folder)
+        build = self.request.build(_slug(repo, commit, files))
+        target = build.root.resolve() / "converted"
+        with _locked_soon(build):
+            made = convert(folder, files, target, self.reporter)
+        _check(target)
+        return Source(target, repo, commit, made, Probe(target).wait(), converted_from=files)
 
 
 @contextmanager
@@ -152,109 +249,8 @@ def _locked_soon(build: Build) -> Iterator[None]:
         yield
 
 
-def recorded_facts(record: Record) -> Architecture:
-    """What transformers said of the architecture when the checkpoint was downloaded."""
-    return Architecture.from_json(record.facts["model"])
-
-
-def recorded_files(record: Record) -> dict[str, FileDigest]:
-    """The source files of a download record, by name."""
-    return {path.removeprefix("source/"): digest for path, digest in record.outputs.items()}
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """How a checkpoint is to be found; `root` gives the build folder for a slug."""
-
-    revision: str | None
-    offline: bool
-    allow_pickle: bool
-    root: Callable[[str], Path]
-
-
-def _find(model: str, asked: _Asked, reporter: Reporter) -> Source:
-    path = Path(model).expanduser()
-    if path.is_dir():
-        _refuse_revision(model, asked)
-        return _local(path.resolve(), path.resolve().name, asked, reporter)
-    if model == SAMPLE:
-        _refuse_revision(model, asked)
-        from nf4_pipeline.sample import MODEL_DIR
-
-        return _local(MODEL_DIR.resolve(), "nf4-pipeline/sample", asked, reporter, is_sample=True)
-    if is_hub_id(model):
-        return _hub(model, asked, reporter)
-    raise UsageError(f"{model}: no such folder, and not a Hub id of the form ORG/NAME.")
-
-
-def _refuse_revision(model: str, asked: _Asked) -> None:
-    if asked.revision is not None:
-        raise UsageError(f"--revision {asked.revision} means nothing for {model}, a local folder.")
-
-
-def _local(
-    folder: Path, repo: str, asked: _Asked, reporter: Reporter, *, is_sample: bool = False
-) -> Source:
-    pickles = asked.allow_pickle and not has_weights(folder) and _pickles_in(folder)
-    if pickles:
-        files = _hashed({**_small_files_in(folder), **pickles}, reporter)
-        return _converted(folder, repo, None, files, asked, reporter)
-    _check(folder)
-    pending = Probe(folder)
-    try:
-        files = _hashed(_wanted_in(folder), reporter)
-    except BaseException:
-        pending.cancel()
-        raise
-    facts = pending.wait()
-    return Source(folder, repo, None, files, facts, is_sample)
-
-
-def _hashed(paths: Mapping[str, Path], reporter: Reporter) -> dict[str, FileDigest]:
-    total = sum(path.stat().st_size for path in paths.values())
-    with reporter.task("hash source", total) as task:
-        return digest_files(paths, task)
-
-
-def _hub(repo: str, asked: _Asked, reporter: Reporter) -> Source:
-    from nf4_pipeline import hub
-
-    model = hub.resolve(repo, asked.revision, offline=asked.offline or None)
-    wanted = hub.wanted_files(model, allow_pickle=asked.allow_pickle)
-    fetched = hub.fetch(model, wanted, reporter)
-    files = {
-        name: FileDigest((fetched.folder / name).stat().st_size, sha256)
-        for name, sha256 in fetched.sha256.items()
-    }
-    if any(PICKLE_FILE.fullmatch(name) for name in files):
-        return _converted(fetched.folder, repo, model.commit, files, asked, reporter)
-    _check(fetched.folder)
-    return Source(fetched.folder, repo, model.commit, files, Probe(fetched.folder).wait())
-
-
-def _converted(
-    folder: Path,
-    repo: str,
-    commit: str | None,
-    files: Mapping[str, FileDigest],
-    asked: _Asked,
-    reporter: Reporter,
-) -> Source:
-    """A checkpoint of pickles, as safetensors in converted/ of the build folder."""
-    from nf4_pipeline.pickles.convert import convert
-
-    check_folder(folder)
-    check_not_quantized(read_config(folder), folder)
-    build = Build(asked.root(_slug(repo, commit, files)))
-    target = build.root.resolve() / "converted"
-    with _locked_soon(build):
-        made = convert(folder, files, target, reporter)
-    _check(target)
-    facts = Probe(target).wait()
-    return Source(target, repo, commit, made, facts, converted_from=files)
-
-
 def _content_sha256(files: Mapping[str, FileDigest]) -> str:
+    """One hash over all files: sha256 of the sorted lines `sha256  name`."""
     lines = sorted(f"{digest.sha256}  {name}\n" for name, digest in files.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -296,7 +292,7 @@ def _refuse_foreign_folders(build: Build, source: Source) -> None:
     """A build empties its folders; they must be its own, and the source must not be among them.
 
     Raises:
-        UsageError: the build folder holds something that no build left there.
+        UsageError: the build folder holds something that no build left there, or the source.
     """
     own = [build.source, build.quantized, build.export]
     inside = [folder for folder in own if source.folder.is_relative_to(folder.resolve())]

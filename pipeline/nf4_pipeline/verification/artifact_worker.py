@@ -149,7 +149,7 @@ def _compare(
     request: ArtifactRequest, model: Any, sequences: Sequence[TokenSequence], reporter: Reporter
 ) -> tuple[Comparison, TokenScores]:
     """Runs both models over the sequences, in what the 4-bit one computes in."""
-    from nf4_pipeline.blocks.streamed import StreamedModel
+    from nf4_pipeline.blocks.streamed_model import StreamedModel
     from nf4_pipeline.verification.compare import Comparison
 
     total = sum(len(sequence.ids) for sequence in sequences)

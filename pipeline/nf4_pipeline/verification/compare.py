@@ -26,7 +26,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from einops import rearrange
 
 from nf4_pipeline.blocks.lockstep import Lockstep
-from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
 from nf4_pipeline.model.linear import weight_out_in
 from nf4_pipeline.nf4 import BLOCK_SIZE

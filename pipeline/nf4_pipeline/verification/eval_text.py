@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import RecipeError
+from nf4_pipeline.runtime.tokenizer import text_prefix
 
 TEXTS: Final = Path(__file__).with_name("texts")
 BUILT_IN: Final = "built in"
@@ -88,7 +89,7 @@ def cut(text: Text, tokenizer: Any, tokens: int, context: int | None) -> tuple[T
     Raises:
         RecipeError: the text, in so many tokens, makes no sequence of two tokens in any domain.
     """
-    begin = beginning(tokenizer)
+    begin = text_prefix(tokenizer)
     room = max(1, min(LENGTH, context or LENGTH) - len(begin))
     share = tokens // max(1, len(text.domains))
     sequences: list[TokenSequence] = []
@@ -104,14 +105,6 @@ def cut(text: Text, tokenizer: Any, tokens: int, context: int | None) -> tuple[T
             "(--eval-text)."
         )
     return tuple(sequences)
-
-
-def beginning(tokenizer: Any) -> list[int]:
-    """What a tokenizer puts before a text; what it may put behind one is left out."""
-    bare = tokenizer("a", add_special_tokens=False).input_ids
-    whole: list[int] = tokenizer("a").input_ids
-    starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-    return whole[: next(starts, 0)]
 
 
 def _windows(ids: NDArray[np.int64], wanted: int, room: int) -> list[NDArray[np.int64]]:

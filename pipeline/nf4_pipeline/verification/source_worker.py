@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from nf4_pipeline.progress import Reporter, Task
-from nf4_pipeline.resource_usage import available_memory, measured, peak_memory
+from nf4_pipeline.resource_usage import measured
 from nf4_pipeline.runtime.generate import Generator
 from nf4_pipeline.runtime.threads import one_thread_if_small
 from nf4_pipeline.verification.costs import limit_device_memory, model_costs, take_peaks
@@ -28,7 +28,7 @@ from nf4_pipeline.verification.generation import (
 from nf4_pipeline.verification.messages import SourceReply, SourceRequest
 
 if TYPE_CHECKING:
-    from nf4_pipeline.blocks.streamed import StreamedModel
+    from nf4_pipeline.blocks.streamed_model import StreamedModel
 
 _SPARE: Final = 2 * 2**30
 """Bytes of the device's memory that the 16-bit model leaves for what it computes with."""
@@ -44,14 +44,14 @@ def run(request: SourceRequest, reporter: Reporter) -> SourceReply:
     Raises:
         SourceError: the checkpoint cannot be loaded.
     """
-    from nf4_pipeline.blocks.streamed import StreamedModel
+    from nf4_pipeline.blocks.streamed_model import StreamedModel
 
     limit_device_memory(request.device, request.device_memory)
     answers: list[TimedAnswer] = []
     with measured() as usage:
         start = time.perf_counter()
         with StreamedModel(request.source, request.device) as streamed:
-            whole = _hold_what_fits(request, streamed)
+            whole = streamed.hold_what_fits(_SPARE, limit=request.device_memory)
             load_seconds = time.perf_counter() - start
             footprint = streamed.footprint
             if request.prompts:
@@ -61,30 +61,6 @@ def run(request: SourceRequest, reporter: Reporter) -> SourceReply:
     peaks = [take_peaks(usage, request.device)]
     costs = model_costs(answers, load_seconds, footprint, peaks, streamed=not whole)
     return SourceReply(answers=tuple(answers), costs=costs)
-
-
-def _hold_what_fits(request: SourceRequest, streamed: StreamedModel) -> bool:
-    """Gives blocks their weights for good as long as there is memory; True if all have them."""
-    largest = max((streamed.nbytes(block) for block in streamed.blocks), default=0)
-    room = _free_memory(request) - _SPARE - largest  # of which one is streamed at a time
-    for block in streamed.blocks:
-        room -= streamed.nbytes(block)
-        if room < 0:
-            return False
-        streamed.hold(block)
-    return True
-
-
-def _free_memory(request: SourceRequest) -> int:
-    """Bytes of the device that may still be taken."""
-    import torch
-
-    limit, device = request.device_memory, request.device
-    if device == "cpu":
-        free, taken = available_memory() or 0, peak_memory()
-    else:
-        (free, _), taken = torch.cuda.mem_get_info(device), torch.cuda.memory_allocated(device)
-    return min(free, limit - taken) if limit else free
 
 
 def _answer(
