@@ -48,9 +48,11 @@ def read_architecture(config: dict[str, Any], names: Iterable[str], where: Path)
         where: the folder, for messages.
 
     Raises:
-        ArchitectureError: transformers has no causal LM for this config, or rejects its values.
+        ArchitectureError: transformers has no causal LM for this config, rejects its values, or
+            builds another model as soon as weights are in 4 bit.
     """
     model = build_meta_model(causal_lm_config(config, where))
+    _check_same_for_readers(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     name_map = NameMap(model, names)
     head = model.get_output_embeddings()
@@ -75,6 +77,22 @@ def read_architecture(config: dict[str, Any], names: Iterable[str], where: Path)
         dtype=dtype,
         never_cast=_never_cast(model, dtype),
     )
+
+
+def _check_same_for_readers(model: Any) -> None:
+    """Refuses a model that transformers builds otherwise for 4-bit weights than for 16-bit ones."""
+    from transformers.quantizers import base
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    replaced = getattr(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})
+    for name, module in model.named_modules():
+        entry = replaced.get(type(module).__name__)
+        if entry and QuantizationMethod.BITS_AND_BYTES in entry["quantization_methods"]:
+            raise ArchitectureError(
+                f"{name} of this {type(model).__name__} is a {type(module).__name__}, for which "
+                "transformers builds other modules, with other names, as soon as weights are in 4 "
+                "bit: no reader could load the artifact. Quantize it with transformers itself."
+            )
 
 
 def _never_cast(model: Any, dtype: str | None) -> frozenset[str]:
