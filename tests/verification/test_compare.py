@@ -18,7 +18,7 @@ from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.runtime.bnb_cpu_fixes import dequantized
 from nf4_pipeline.runtime.loader import load
 from nf4_pipeline.verification import compare
-from nf4_pipeline.verification.compare import Comparison
+from nf4_pipeline.verification.compare import Comparison, _same_bits
 from nf4_pipeline.verification.eval_text import TokenSequence
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -258,3 +258,11 @@ def test_how_far_a_scale_reaches_whatever_its_sign(tmp_path: Path) -> None:
     assert error.reach == pytest.approx(3, rel=0.03)
     other = comparison.blocks["model.layers.1"].layers["mlp.up_proj"]
     assert other.reach == pytest.approx(1, rel=0.03)
+
+
+def test_a_nan_equals_itself_and_nothing_else() -> None:
+    values = torch.tensor([1.0, float("nan")])
+    assert _same_bits(values, values.clone())
+    assert not _same_bits(values, torch.tensor([1.0, 2.0]))
+    assert not _same_bits(values, values.bfloat16())
+    assert not _same_bits(torch.tensor(0.0), torch.tensor(-0.0))

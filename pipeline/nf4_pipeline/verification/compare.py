@@ -242,7 +242,7 @@ class Comparison:
             if isinstance(own, Params4bit):
                 continue
             self.kept += 1
-            if not torch.equal(own, self._reference.model.get_parameter(name)):
+            if not _same_bits(own, self._reference.model.get_parameter(name)):
                 self.changed.append(name)
 
     def _layers(self, block: str) -> Iterator[tuple[str, Any, Any]]:
@@ -342,3 +342,11 @@ def _waves(sequences: Sequence[TokenSequence]) -> Iterator[list[TokenSequence]]:
         size += len(sequence.ids)
     if wave:
         yield wave
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same; a NaN equals itself."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    first, second = (values.detach().reshape(-1).view(torch.uint8) for values in (one, other))
+    return torch.equal(first, second)
