@@ -12,7 +12,7 @@ from nf4_pipeline.build_folder import Build
 from nf4_pipeline.job import run_build, run_stage
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe, load_recipe
-from nf4_pipeline.stages import Settings, download
+from nf4_pipeline.stages import Settings, download, preflight
 
 from tests.support.architecture import FactsHere
 from tests.support.tiny import copy_of, write_falcon, write_recipe
@@ -36,7 +36,7 @@ settings.load_profile("fixed")
 def facts_here() -> Iterator[None]:
     """Models are asked in this process: a child imports torch each time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(download, "PendingFacts", FactsHere)
+        patch.setattr(preflight, "PendingFacts", FactsHere)
         yield
 
 

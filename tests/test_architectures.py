@@ -11,7 +11,7 @@ import torch
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.progress import SILENT
-from nf4_pipeline.stages import Settings, download
+from nf4_pipeline.stages import Settings, download, preflight
 
 from tests.support.architecture import FactsHere
 from tests.support.decoders import DECODERS, write_decoder
@@ -27,7 +27,7 @@ def test_a_decoder_is_built_loaded_and_computes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = write_decoder(tmp_path / name, name)
-    monkeypatch.setattr(download, "PendingFacts", FactsHere)
+    monkeypatch.setattr(preflight, "PendingFacts", FactsHere)
     build, *_ = download.run(str(tmp_path / name), tmp_path / "artifacts", SILENT)
     for stage in ("quantize", "serialize"):
         run_stage(build, stage, Settings(device="cpu"), SILENT)
@@ -49,7 +49,7 @@ def test_the_user_is_told_what_share_stays_in_16_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_decoder(tmp_path / "model", "mixtral")
-    monkeypatch.setattr(download, "PendingFacts", FactsHere)
+    monkeypatch.setattr(preflight, "PendingFacts", FactsHere)
     build, *_ = download.run(str(tmp_path / "model"), tmp_path / "artifacts", SILENT)
     notes: list[str] = []
 

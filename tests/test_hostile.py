@@ -12,7 +12,7 @@ import pytest
 from nf4_pipeline.errors import SourceError
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.progress import SILENT
-from nf4_pipeline.stages import Settings, download
+from nf4_pipeline.stages import Settings, download, preflight
 
 from tests.support.architecture import FactsHere
 from tests.support.tiny import INDEX, SHARDS, copy_of, edit_json, write_falcon
@@ -336,7 +336,7 @@ KINDS: dict[str, tuple[Damage, str]] = {
 def test_a_hostile_checkpoint_is_refused_by_name(
     kind: str, tiny_falcon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "PendingFacts", FactsHere)
+    monkeypatch.setattr(preflight, "PendingFacts", FactsHere)
     damage, message = KINDS[kind]
     model = copy_of(tiny_falcon, tmp_path / "model")
     damage(model)
@@ -352,7 +352,7 @@ def test_a_hostile_checkpoint_is_refused_by_name(
 def test_two_names_of_one_weight(
     tiny_falcon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "PendingFacts", FactsHere)
+    monkeypatch.setattr(preflight, "PendingFacts", FactsHere)
     model = copy_of(tiny_falcon, tmp_path / "model")
     two_names(model)
     build, *_ = download.run(str(model), tmp_path / "artifacts", SILENT)
@@ -363,7 +363,7 @@ def test_two_names_of_one_weight(
 def test_links_within_the_folder_and_in_the_hub_cache_are_fine(
     tiny_falcon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "PendingFacts", FactsHere)
+    monkeypatch.setattr(preflight, "PendingFacts", FactsHere)
     model = copy_of(tiny_falcon, tmp_path / "model")
     (model / "tokenizer.json").rename(model / "elsewhere")
     (model / "tokenizer.json").symlink_to("elsewhere")
@@ -386,7 +386,7 @@ def test_links_within_the_folder_and_in_the_hub_cache_are_fine(
 def test_numbers_that_real_configs_hold_are_fine(
     tiny_falcon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "PendingFacts", FactsHere)
+    monkeypatch.setattr(preflight, "PendingFacts", FactsHere)
     model = copy_of(tiny_falcon, tmp_path / "model")
     edit_json(
         model / "config.json",

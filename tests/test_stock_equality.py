@@ -20,7 +20,7 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.progress import SILENT
-from nf4_pipeline.stages import Settings, download
+from nf4_pipeline.stages import Settings, download, preflight
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.falcon import modeling_falcon
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -116,7 +116,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         )
         with pytest.MonkeyPatch.context() as patch:
             if name != "falcon-7b":  # which takes the seconds that a child process takes
-                patch.setattr(download, "PendingFacts", FactsHere)
+                patch.setattr(preflight, "PendingFacts", FactsHere)
             build, *_ = download.run(str(checkpoint), root / "artifacts", SILENT)
         for stage in ("quantize", "serialize"):
             assert run_stage(build, stage, Settings(), SILENT).ran
@@ -294,7 +294,7 @@ def test_more_threads_change_no_byte(make: Make, tmp_path: Path) -> None:
     torch.set_num_threads(4)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(download, "PendingFacts", FactsHere)
+            patch.setattr(preflight, "PendingFacts", FactsHere)
             build, *_ = download.run(str(made.checkpoint), tmp_path / "artifacts", SILENT)
         for stage in ("quantize", "serialize"):
             assert run_stage(build, stage, Settings(), SILENT).ran

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Final
 from nf4_pipeline.build_folder import Build, Record, State
 from nf4_pipeline.errors import BuildError, RecipeError, StoppedError, of_system
 from nf4_pipeline.progress import SILENT, Reporter
-from nf4_pipeline.recipe import TABLES, parse_recipe
+from nf4_pipeline.recipe import TABLES, Recipe, parse_recipe
 from nf4_pipeline.stages import Settings, attest, calibrate, download, quantize, serialize, verify
 
 Runner = Callable[[Build, Settings, Reporter], Record]
@@ -65,7 +65,8 @@ def run_build(
         The build folder, and the result of each stage by name.
     """
     verify.check_gpu(settings)
-    calibrate.text_path(settings.recipe.quantize)  # one that is not there is known before any byte
+    recipe = settings.recipe.quantize
+    calibrate.text_path(recipe)  # one that is not there is known before any byte
     build, record, ran = run_download(
         model,
         artifacts,
@@ -74,6 +75,8 @@ def run_build(
         build_dir=build_dir,
         offline=offline,
         allow_pickle=allow_pickle,
+        allow_unused=recipe.allow_unused,
+        strip_prefix=recipe.strip_prefix,
     )
     results = {"download": StageResult(record, ran)}
     with faults("build", build), build.locked():
@@ -91,6 +94,8 @@ def run_download(
     build_dir: Path | None = None,
     offline: bool = False,
     allow_pickle: bool = False,
+    allow_unused: Sequence[str] = (),
+    strip_prefix: str = "",
 ) -> tuple[Build, Record, bool]:
     """Runs `stages.download.run`, and says what the system refuses as an error of ours."""
     with faults("download"):
@@ -102,6 +107,8 @@ def run_download(
             build_dir=build_dir,
             offline=offline,
             allow_pickle=allow_pickle,
+            allow_unused=allow_unused,
+            strip_prefix=strip_prefix,
         )
 
 
@@ -139,7 +146,21 @@ def as_built(build: Build, settings: Settings, before: str | None = None) -> Set
             except RecipeError:  # of another version; the key will say that the stage is stale
                 continue
             recipe = replace(recipe, **{name: getattr(table, name)})
-    return replace(settings, recipe=recipe)
+    return replace(settings, recipe=_as_downloaded(build, recipe))
+
+
+def _as_downloaded(build: Build, recipe: Recipe) -> Recipe:
+    """A recipe that understands the checkpoint's tensors as `nf4 download` was told to."""
+    record = build.record("download")
+    told = {
+        name: value
+        for name, value in (record.facts if record else {}).get("reading", {}).items()
+        if value and not getattr(recipe.quantize, name)
+    }
+    if not told:
+        return recipe
+    told = {name: tuple(v) if isinstance(v, list) else v for name, v in told.items()}
+    return replace(recipe, quantize=replace(recipe.quantize, **told))
 
 
 def ensure(build: Build, stage: str, settings: Settings, reporter: Reporter) -> StageResult:

@@ -18,7 +18,7 @@ from nf4_pipeline.job import run_stage
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe, SerializeRecipe
 from nf4_pipeline.reproduce.reproduce import reproduce
-from nf4_pipeline.stages import Settings, download
+from nf4_pipeline.stages import Settings, download, preflight
 
 from tests.support.architecture import FactsHere
 from tests.support.tiny import copy_of, flip_byte, nf4
@@ -28,7 +28,7 @@ from tests.support.tiny import copy_of, flip_byte, nf4
 def facts_here() -> Iterator[None]:
     """Models are asked in this process: a child imports torch each time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(download, "PendingFacts", FactsHere)
+        patch.setattr(preflight, "PendingFacts", FactsHere)
         yield
 
 

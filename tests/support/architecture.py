@@ -9,18 +9,26 @@ from nf4_pipeline.checkpoint.source import open_checkpoint
 from nf4_pipeline.model.architecture import ModelFacts
 from nf4_pipeline.model.config import read_config
 from nf4_pipeline.model.meta_model import model_facts
+from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
+from nf4_pipeline.model.tokenizer_probe import tokenizer_facts
 
 
 class FactsHere:
     """`nf4_pipeline.model.probe.PendingFacts` without its child process."""
 
+    answered = False
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def wait(self) -> ModelFacts:
+    def wait(self) -> tuple[ModelFacts, TokenizerFacts]:
         names = [tensor.name for tensor in open_checkpoint(self._folder).tensors]
         facts = model_facts(read_config(self._folder), names, self._folder)
-        return ModelFacts.from_json(json.loads(json.dumps(facts.as_json())))
+        tokenizer = tokenizer_facts(self._folder, facts.embedding_rows)
+        return (
+            ModelFacts.from_json(json.loads(json.dumps(facts.as_json()))),
+            TokenizerFacts.from_json(json.loads(json.dumps(tokenizer.as_json()))),
+        )
 
     def cancel(self) -> None:
         pass

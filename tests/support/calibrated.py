@@ -17,7 +17,7 @@ from nf4_pipeline.nf4.double_quant import NestedScales
 from nf4_pipeline.nf4.layout import QUANT_STATE_SUFFIX
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe
-from nf4_pipeline.stages import Settings, download
+from nf4_pipeline.stages import Settings, download, preflight
 
 from tests.support.architecture import FactsHere
 
@@ -28,7 +28,7 @@ FEW = 1024
 def downloaded(checkpoint: Path, folder: Path) -> Build:
     """A build of which only `download` is done."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(download, "PendingFacts", FactsHere)
+        patch.setattr(preflight, "PendingFacts", FactsHere)
         build, *_ = download.run(str(checkpoint), folder / "artifacts", SILENT)
     return build
 

@@ -8,21 +8,46 @@ from typing import Any
 
 import click
 
-from nf4_pipeline.cli.options import ARTIFACTS, Ui, build_dir_option, output_options, source_options
+from nf4_pipeline.cli.options import (
+    ARTIFACTS,
+    Ui,
+    build_dir_option,
+    output_options,
+    source_options,
+    weights_options,
+)
 
 
 @click.command("download")
 @click.argument("model")
 @source_options
+@weights_options
 @build_dir_option
 @output_options
-def command(ui: Ui, model: str, source: dict[str, Any], build_dir: Path | None) -> None:
+def command(
+    ui: Ui,
+    model: str,
+    source: dict[str, Any],
+    build_dir: Path | None,
+    allow_unused: tuple[str, ...],
+    strip_prefix: str | None,
+) -> None:
     """Pin MODEL (a Hub id, a local folder, or "sample"), fetch it, and check every file's hash."""
     from nf4_pipeline.build_folder import digests_json
     from nf4_pipeline.job import run_download
+    from nf4_pipeline.recipe import QuantizeRecipe
     from nf4_pipeline.stages import download
 
-    build, record, _ = run_download(model, ARTIFACTS, ui.reporter(), build_dir=build_dir, **source)
+    recipe = QuantizeRecipe(allow_unused=allow_unused, strip_prefix=strip_prefix or "")
+    build, record, _ = run_download(
+        model,
+        ARTIFACTS,
+        ui.reporter(),
+        build_dir=build_dir,
+        allow_unused=recipe.allow_unused,
+        strip_prefix=recipe.strip_prefix,
+        **source,
+    )
     total = sum(digest.size for digest in record.outputs.values())
     value = {
         "build": str(build.root),

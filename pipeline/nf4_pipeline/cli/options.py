@@ -70,9 +70,27 @@ def source_options(command: Command) -> Command:
     return wrapped
 
 
+def weights_options(command: Command) -> Command:
+    """--allow-unused and --strip-prefix: how the tensors of a checkpoint are understood."""
+    command = click.option(
+        "--allow-unused",
+        multiple=True,
+        metavar="PATTERN",
+        help="Tensors that the model has no place for and that may be left out, such as score or "
+        "*.k_scale; may be given several times.",
+    )(command)
+    return click.option(
+        "--strip-prefix",
+        metavar="PREFIX",
+        help="What a wrapper left before the names of tensors, such as _orig_mod. or module.; a "
+        "copy without it is made in the build folder.",
+    )(command)
+
+
 def settings_options(command: Command) -> Command:
     """What shapes a build and how it is made; the command gets `settings`."""
 
+    @weights_options
     @click.option(
         "--recipe",
         type=click.Path(dir_okay=False, path_type=Path),
@@ -115,6 +133,8 @@ def settings_options(command: Command) -> Command:
         require_gpu: bool,
         workers: int,
         memory_budget: str,
+        allow_unused: tuple[str, ...],
+        strip_prefix: str | None,
         **values: Any,
     ) -> Any:
         from nf4_pipeline.recipe import parse_recipe, parse_size, read_tables
@@ -122,9 +142,15 @@ def settings_options(command: Command) -> Command:
 
         check_device(device)
         tables = read_tables(recipe) if recipe else {}
+        asked = {
+            "calibrate": calibrate,
+            "extra_bytes": extra_bytes,
+            "allow_unused": allow_unused or None,
+            "strip_prefix": strip_prefix,
+        }
         settings = Settings(
-            recipe=_calibrated(parse_recipe(tables, str(recipe)), calibrate, extra_bytes),
-            given=frozenset(tables) | ({"quantize"} if calibrate or extra_bytes else set()),
+            recipe=_with_options(parse_recipe(tables, str(recipe)), asked),
+            given=frozenset(tables) | ({"quantize"} if any(asked.values()) else set()),
             device=device,
             require_gpu=require_gpu,
             workers=workers,
@@ -143,9 +169,8 @@ def check_device(device: str) -> None:
         raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N.")
 
 
-def _calibrated(recipe: Recipe, calibrate: str | None, extra_bytes: str | None) -> Recipe:
-    """A recipe with what the options say instead of what it said."""
-    asked = {"calibrate": calibrate, "extra_bytes": extra_bytes}
+def _with_options(recipe: Recipe, asked: dict[str, Any]) -> Recipe:
+    """A recipe with what the options say instead of what it said; None says nothing."""
     changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     if not changes:
         return recipe

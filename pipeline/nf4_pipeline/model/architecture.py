@@ -40,6 +40,7 @@ class ModelFacts:
         merged: names in the checkpoint of tensors that transformers merges with others on loading.
         ignorable: names in the checkpoint that the architecture itself passes over.
         optional: names in the model that a checkpoint need not have.
+        embedding: the weight of its input embedding; "" if it has none.
     """
 
     model_type: str
@@ -53,6 +54,13 @@ class ModelFacts:
     merged: frozenset[str]
     ignorable: frozenset[str]
     optional: frozenset[str]
+    embedding: str = ""
+
+    @property
+    def embedding_rows(self) -> int | None:
+        """How many tokens the model has an embedding for, if that is known."""
+        shape = self.shapes.get(self.embedding)
+        return shape[0] if shape else None
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` takes them back."""
@@ -76,4 +84,5 @@ class ModelFacts:
             merged=frozenset(value["merged"]),
             ignorable=frozenset(value["ignorable"]),
             optional=frozenset(value["optional"]),
+            embedding=value.get("embedding", ""),
         )

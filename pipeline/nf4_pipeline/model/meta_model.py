@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final, Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 from nf4_pipeline.errors import ArchitectureError
 from nf4_pipeline.model.architecture import LinearFact, ModelFacts
 from nf4_pipeline.model.config import causal_lm_config, words_of
+from nf4_pipeline.model.exposed_weights import exposed_modules
 from nf4_pipeline.model.linear import is_plain_linear
+from nf4_pipeline.model.named_class import check_named_class
 from nf4_pipeline.model.names import NameMap
 
 
@@ -49,17 +52,21 @@ def model_facts(config: dict[str, Any], names: Iterable[str], where: Path) -> Mo
     Raises:
         ArchitectureError: there is no causal LM for this config.
     """
-    model = build_skeleton(causal_lm_config(config, where))
+    built = causal_lm_config(config, where)
+    model = build_skeleton(built)
+    check_named_class(config, type(model), built)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = NameMap(model, names)
     head = model.get_output_embeddings()
     unexpected = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
     missing = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
-    return ModelFacts(
+    embeddings = _input_embeddings(model)
+    linears = _linears(model)
+    facts = ModelFacts(
         model_type=model.config.model_type,
         class_name=type(model).__name__,
         shapes=shapes,
-        linears=_linears(model),
+        linears=linears,
         head_modules=frozenset(
             n for n, m in model.named_modules() if head is not None and m is head
         ),
@@ -69,12 +76,25 @@ def model_facts(config: dict[str, Any], names: Iterable[str], where: Path) -> Mo
         merged=found.merged,
         ignorable=frozenset(n for n in found.mapped if any(re.search(p, n) for p in unexpected)),
         optional=frozenset(n for n in shapes if any(re.search(p, n) for p in missing)),
+        embedding=next(
+            (f"{n}.weight" for n, m in model.named_modules() if m is embeddings and m is not None),
+            "",
+        ),
     )
+    # Last, for the model is of no use afterwards.
+    exposed = exposed_modules(model, frozenset(fact.module for fact in linears.values()))
+    marked: dict[str, LinearFact] = {
+        name: replace(fact, kind="exposed") if fact.module in exposed else fact
+        for name, fact in linears.items()
+    }
+    return replace(facts, linears=marked)
 
 
-# The mixers of state-space models (Mamba, Falcon-Mamba, Jamba, Zamba) compute
-# `self.dt_proj.weight @ x`, for which a 4-bit weight has the wrong shape.
-_EXPOSED: Final = "mixer.dt_proj", "mamba.dt_proj"
+def _input_embeddings(model: Any) -> Any:
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:  # an architecture that transformers does not know them of
+        return None
 
 
 def _linears(model: Any) -> dict[str, LinearFact]:
@@ -86,8 +106,6 @@ def _linears(model: Any) -> dict[str, LinearFact]:
         kind: Literal["linear", "conv1d", "other", "exposed"]
         if isinstance(module, Conv1D):
             kind = "conv1d"
-        elif name.endswith(_EXPOSED):
-            kind = "exposed"
         elif isinstance(module, nn.Linear):
             kind = "linear" if is_plain_linear(module) else "other"
         else:

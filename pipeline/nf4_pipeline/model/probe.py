@@ -13,16 +13,18 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from nf4_pipeline import errors
 from nf4_pipeline.errors import ArchitectureError
 from nf4_pipeline.model import probe_worker as worker
 from nf4_pipeline.model.architecture import ModelFacts
+from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 
 
 class PendingFacts:
-    """A child process that builds the model on the meta device.
+    """A child process that builds the model on the meta device, and loads its tokenizer.
 
     Args:
         folder: the checkpoint.
@@ -36,25 +38,38 @@ class PendingFacts:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self._said = ("", "")
+        # An answer is longer than a pipe holds; somebody must take it for the child to end.
+        self._reader = Thread(target=self._read, daemon=True)
+        self._reader.start()
 
-    def wait(self) -> ModelFacts:
-        """The facts.
+    def _read(self) -> None:
+        self._said = self._child.communicate()
+
+    @property
+    def answered(self) -> bool:
+        """True if `wait` will not wait."""
+        return not self._reader.is_alive()
+
+    def wait(self) -> tuple[ModelFacts, TokenizerFacts]:
+        """What was found.
 
         Raises:
             SourceError: the config makes no causal LM, or a weight file is malformed.
         """
         try:
-            out, err = self._child.communicate()
+            self._reader.join()
         except BaseException:
             self.cancel()
             raise
+        out, err = self._said
         if self._child.returncode == -signal.SIGXCPU:
             raise ArchitectureError(
                 f"Building the model of {self._folder} without weights took more than "
                 f"{worker.MAX_SECONDS} s of processor time, which no real config.json needs."
             )
         if self._child.returncode != 0:
-            tail = (err.strip().splitlines() or ["no message"])[-1]
+            tail = "; ".join(err.strip().splitlines()[-3:]) or "no message"
             raise ArchitectureError(
                 f"The process that builds the model of {self._folder} on the meta device ended "
                 f"with status {self._child.returncode}: {tail}"
@@ -62,12 +77,15 @@ class PendingFacts:
         answer: dict[str, Any] = json.loads(out)
         if "error" in answer:
             raise getattr(errors, answer["kind"])(answer["error"])
-        return ModelFacts.from_json(answer)
+        return (
+            ModelFacts.from_json(answer["model"]),
+            TokenizerFacts.from_json(answer["tokenizer"]),
+        )
 
     def cancel(self) -> None:
         """Ends the child; for when something else already failed."""
         self._child.kill()
-        self._child.communicate()
+        self._reader.join()
 
 
 def transformers_version() -> str:

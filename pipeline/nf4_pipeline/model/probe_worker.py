@@ -1,4 +1,4 @@
-"""`python -m nf4_pipeline.model.probe_worker FOLDER`: facts of a checkpoint's model, as JSON."""
+"""`python -m nf4_pipeline.model.probe_worker FOLDER`: facts of its model and tokenizer, as JSON."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from nf4_pipeline.checkpoint.source import open_checkpoint
 from nf4_pipeline.errors import PipelineError
 from nf4_pipeline.model.config import read_config
 from nf4_pipeline.model.meta_model import model_facts
+from nf4_pipeline.model.tokenizer_probe import tokenizer_facts
 from nf4_pipeline.runtime.quiet import quiet_libraries
 
 MAX_SECONDS: Final = 240
@@ -28,7 +29,9 @@ def main() -> None:
     quiet_libraries()
     try:
         names = [tensor.name for tensor in open_checkpoint(folder).tensors]
-        answer = model_facts(read_config(folder), names, folder).as_json()
+        facts = model_facts(read_config(folder), names, folder)
+        tokenizer = tokenizer_facts(folder, facts.embedding_rows)
+        answer = {"model": facts.as_json(), "tokenizer": tokenizer.as_json()}
     except PipelineError as error:
         answer = {"error": str(error), "kind": type(error).__name__}
     json.dump(answer, sys.stdout)

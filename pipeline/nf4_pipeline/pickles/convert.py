@@ -13,7 +13,7 @@ from typing import Any, Final
 from nf4_pipeline.checkpoint.atomic import remove_leftovers, write_bytes, write_json
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
 from nf4_pipeline.checkpoint.files import PICKLE_FILE
-from nf4_pipeline.checkpoint.source import INDEX_FILE
+from nf4_pipeline.checkpoint.weight_files import INDEX_FILE
 from nf4_pipeline.errors import SourceError, UsageError
 from nf4_pipeline.pickles.scan import scan
 from nf4_pipeline.progress import Reporter

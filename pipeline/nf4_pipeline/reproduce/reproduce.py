@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.checkpoint.atomic import json_bytes
 from nf4_pipeline.checkpoint.digest import FileDigest
-from nf4_pipeline.checkpoint.source import INDEX_FILE
+from nf4_pipeline.checkpoint.weight_files import INDEX_FILE
 from nf4_pipeline.errors import ArtifactError, RecipeError
 from nf4_pipeline.manifest.assemble import build_manifest
 from nf4_pipeline.manifest.read import MANIFEST_FILE, read_manifest

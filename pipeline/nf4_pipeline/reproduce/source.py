@@ -31,8 +31,15 @@ def open_source(
     """
     source = manifest["source"]
     model, revision = _where(source, folder)
+    recipe = manifest["recipe"]["quantize"]
     build, record, _ = download.run(
-        model, scratch, reporter, revision=revision, build_dir=scratch / "build"
+        model,
+        scratch,
+        reporter,
+        revision=revision,
+        build_dir=scratch / "build",
+        allow_unused=recipe.get("allow_unused", ()),
+        strip_prefix=recipe.get("strip_prefix", ""),
     )
     found = download.recorded_files(record)
     for name, expected in source["files"].items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,21 +12,28 @@ from typing import Any, Final
 
 from nf4_pipeline.build_folder import Build, Record, digests_json, stage_key
 from nf4_pipeline.checkpoint.atomic import make_folder, sync_folder
-from nf4_pipeline.checkpoint.digest import FileDigest, digest_files
-from nf4_pipeline.checkpoint.files import PICKLE_FILE, is_wanted
-from nf4_pipeline.checkpoint.source import has_weights, open_checkpoint
-from nf4_pipeline.checkpoint.untrusted import check_folder
+from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, digest_files
+from nf4_pipeline.checkpoint.files import PICKLE_FILE, is_of_tokenizer, is_wanted
+from nf4_pipeline.checkpoint.source import open_checkpoint, weight_files
+from nf4_pipeline.checkpoint.strip_prefix import check_prefix, copy_without_prefix
+from nf4_pipeline.checkpoint.untrusted import check_file
 from nf4_pipeline.errors import BuildError, UsageError
 from nf4_pipeline.model.architecture import ModelFacts
-from nf4_pipeline.model.config import check_not_quantized, read_config
-from nf4_pipeline.model.config_limits import check_plausible
-from nf4_pipeline.model.probe import PendingFacts, transformers_version
+from nf4_pipeline.model.probe import transformers_version
+from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
+from nf4_pipeline.model.unused_tensors import is_worth_saying
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.resource_usage import measured, peak_memory_of_children
 from nf4_pipeline.runtime.artifact import is_hub_id
 from nf4_pipeline.stages import recorded
+from nf4_pipeline.stages.preflight import (
+    Findings,
+    Preflight,
+    check_headers,
+    check_small_files,
+)
 
-CODE_VERSION: Final = 1
+CODE_VERSION: Final = 2
 SAMPLE: Final = "sample"
 
 _LOCK_PATIENCE: Final = 5.0  # seconds
@@ -41,16 +48,17 @@ class Source:
         repo: Hub id, or the name of the local folder.
         commit: 40 hex digits for a Hub model, else None.
         files: digest of each file that is taken.
-        model: what transformers says of its architecture.
+        found: what is known of it without its weights.
         is_sample: it is the model that comes with the package.
-        converted_from: what was found, if the weights were pickles; `files` are what was made.
+        converted_from: what was found, if the weights were pickles, or a prefix was stripped;
+            `files` are what was made.
     """
 
     folder: Path
     repo: str
     commit: str | None
     files: Mapping[str, FileDigest]
-    model: ModelFacts
+    found: Findings
     is_sample: bool = False
     converted_from: Mapping[str, FileDigest] | None = None
 
@@ -78,6 +86,8 @@ def run(
     build_dir: Path | None = None,
     offline: bool = False,
     allow_pickle: bool = False,
+    allow_unused: Sequence[str] = (),
+    strip_prefix: str = "",
 ) -> tuple[Build, Record, bool]:
     """Finds, checks and hashes a checkpoint, and makes or refreshes its build folder.
 
@@ -89,6 +99,8 @@ def run(
         build_dir: the build folder, if not the default one.
         offline: take a Hub model as it is cached; HF_HUB_OFFLINE says so, too.
         allow_pickle: convert weights that are pickles, where there are no others.
+        allow_unused: patterns of tensors that the model has no place for and may be left out.
+        strip_prefix: what stands before the names of all tensors; a copy without it is made.
 
     Returns:
         The build folder, the record, and whether anything had to be done.
@@ -97,10 +109,19 @@ def run(
         SourceError: the checkpoint is not usable; nothing was written.
         HubError: the Hub could not be asked, or sent wrong bytes.
     """
-    asked = _Asked(revision, offline, allow_pickle, lambda slug: build_dir or artifacts / slug)
+    asked = _Asked(
+        revision,
+        offline,
+        allow_pickle,
+        tuple(allow_unused),
+        strip_prefix,
+        lambda slug: build_dir or artifacts / slug,
+    )
     with measured() as finding:
         source = _find(model, asked, reporter)
     finding.peak_memory = max(finding.peak_memory, peak_memory_of_children())
+    for note in source.found.tokenizer.notes(source.repo):
+        reporter.note(note)
     build = Build(build_dir or artifacts / source.slug)
     _refuse_foreign_folders(build, source)
     key = stage_key(
@@ -109,6 +130,7 @@ def run(
             "source": source.identity(),
             "at": str(source.folder),
             "transformers": transformers_version(),
+            "allow_unused": asked.allow_unused,
         }
     )
 
@@ -129,7 +151,17 @@ def run(
             return outputs, {
                 **source.identity(),
                 "is_sample": source.is_sample,
-                "model": source.model.as_json(),
+                "model": source.found.model.as_json(),
+                "reading": {
+                    "allow_unused": list(asked.allow_unused),
+                    "strip_prefix": asked.strip_prefix,
+                },
+                "tokenizer": source.found.tokenizer.as_json(),
+                "unused": {
+                    tensor.name: tensor.reason
+                    for tensor in source.found.unused
+                    if is_worth_saying(tensor.reason or "")
+                },
                 "converted_from": digests_json(source.converted_from or {}),
             }
 
@@ -157,6 +189,12 @@ def recorded_facts(record: Record) -> ModelFacts:
     return ModelFacts.from_json(record.facts["model"])
 
 
+def recorded_tokenizer(record: Record) -> TokenizerFacts:
+    """What was found of the tokenizer when the checkpoint was downloaded."""
+    found = record.facts.get("tokenizer")
+    return TokenizerFacts.from_json(found) if found else TokenizerFacts("none")
+
+
 def recorded_files(record: Record) -> dict[str, FileDigest]:
     """The source files of a download record, by name."""
     return {path.removeprefix("source/"): digest for path, digest in record.outputs.items()}
@@ -169,6 +207,8 @@ class _Asked:
     revision: str | None
     offline: bool
     allow_pickle: bool
+    allow_unused: tuple[str, ...]
+    strip_prefix: str
     root: Callable[[str], Path]
 
 
@@ -195,25 +235,52 @@ def _refuse_revision(model: str, asked: _Asked) -> None:
 def _local(
     folder: Path, repo: str, asked: _Asked, reporter: Reporter, *, is_sample: bool = False
 ) -> Source:
-    pickles = asked.allow_pickle and not has_weights(folder) and _pickles_in(folder)
+    check_small_files(folder)
+    pickles = asked.allow_pickle and weight_files(folder) is None and _pickles_in(folder)
     if pickles:
         files = _hashed({**_small_files_in(folder), **pickles}, reporter)
         return _converted(folder, repo, None, files, asked, reporter)
-    _check(folder)
-    pending = PendingFacts(folder)
-    try:
+    check_headers(folder)
+    if asked.strip_prefix:
+        check_prefix(open_checkpoint(folder), asked.strip_prefix)
         files = _hashed(_wanted_in(folder), reporter)
-    except BaseException:
-        pending.cancel()
-        raise
-    facts = pending.wait()
-    return Source(folder, repo, None, files, facts, is_sample)
+        return _without_prefix(folder, repo, None, files, asked, reporter)
+    preflight = Preflight(folder, asked.allow_unused)
+    files = _hashed(_wanted_in(folder), reporter, preflight)
+    found = preflight.wait()
+    return Source(folder, repo, None, _with_tokenizer(folder, files, found), found, is_sample)
 
 
-def _hashed(paths: Mapping[str, Path], reporter: Reporter) -> dict[str, FileDigest]:
+def _hashed(
+    paths: Mapping[str, Path], reporter: Reporter, preflight: Preflight | None = None
+) -> dict[str, FileDigest]:
+    """Hashes files, until `preflight` finds something wrong."""
     total = sum(path.stat().st_size for path in paths.values())
     with reporter.task("hash source", total) as task:
-        return digest_files(paths, task)
+        if preflight is None:
+            return digest_files(paths, task)
+        with preflight.beside(task) as watched:
+            return digest_files(paths, watched)
+
+
+def _with_tokenizer(
+    folder: Path, files: Mapping[str, FileDigest], found: Findings
+) -> dict[str, FileDigest]:
+    """The files that are taken: with all that the tokenizer's class asks for.
+
+    Without any, if it needs code of its own: what is left of it would load nowhere.
+    """
+    if found.tokenizer.status == "code":
+        asked = set(found.tokenizer.files)
+        return {
+            name: digest
+            for name, digest in files.items()
+            if not is_of_tokenizer(name) and name not in asked
+        }
+    more = [name for name in found.tokenizer.files if name not in files]
+    for name in more:
+        check_file(folder, name)
+    return {**files, **{name: digest_file(folder / name) for name in more}}
 
 
 def _hub(repo: str, asked: _Asked, reporter: Reporter) -> Source:
@@ -222,14 +289,22 @@ def _hub(repo: str, asked: _Asked, reporter: Reporter) -> Source:
     model = hub.resolve(repo, asked.revision, offline=asked.offline or None)
     wanted = hub.wanted_files(model, allow_pickle=asked.allow_pickle)
     fetched = hub.fetch(model, wanted, reporter)
+    folder = fetched.folder
     files = {
-        name: FileDigest((fetched.folder / name).stat().st_size, sha256)
+        name: FileDigest((folder / name).stat().st_size, sha256)
         for name, sha256 in fetched.sha256.items()
     }
+    check_small_files(folder)
     if any(PICKLE_FILE.fullmatch(name) for name in files):
-        return _converted(fetched.folder, repo, model.commit, files, asked, reporter)
-    _check(fetched.folder)
-    return Source(fetched.folder, repo, model.commit, files, PendingFacts(fetched.folder).wait())
+        return _converted(folder, repo, model.commit, files, asked, reporter)
+    check_headers(folder)
+    taken = _wanted_in(folder)
+    files = {name: digest for name, digest in files.items() if name in taken}
+    if asked.strip_prefix:
+        check_prefix(open_checkpoint(folder), asked.strip_prefix)
+        return _without_prefix(folder, repo, model.commit, files, asked, reporter)
+    found = Preflight(folder, asked.allow_unused).wait()
+    return Source(folder, repo, model.commit, _with_tokenizer(folder, files, found), found)
 
 
 def _converted(
@@ -243,15 +318,43 @@ def _converted(
     """A checkpoint of pickles, as safetensors in converted/ of the build folder."""
     from nf4_pipeline.pickles.convert import convert
 
-    check_folder(folder)
-    check_not_quantized(read_config(folder), folder)
     build = Build(asked.root(_slug(repo, commit, files)))
     target = build.root.resolve() / "converted"
     with _locked_soon(build):
         made = convert(folder, files, target, reporter)
-    _check(target)
-    facts = PendingFacts(target).wait()
-    return Source(target, repo, commit, made, facts, converted_from=files)
+    return _made(target, made, repo, commit, files, asked)
+
+
+def _without_prefix(
+    folder: Path,
+    repo: str,
+    commit: str | None,
+    files: Mapping[str, FileDigest],
+    asked: _Asked,
+    reporter: Reporter,
+) -> Source:
+    """A checkpoint with a wrapper's prefix, copied without it into converted/."""
+    build = Build(asked.root(_slug(repo, commit, files)))
+    target = build.root.resolve() / "converted"
+    with _locked_soon(build):
+        made = copy_without_prefix(folder, files, asked.strip_prefix, target, reporter)
+    return _made(target, made, repo, commit, files, asked)
+
+
+def _made(
+    target: Path,
+    made: Mapping[str, FileDigest],
+    repo: str,
+    commit: str | None,
+    files: Mapping[str, FileDigest],
+    asked: _Asked,
+) -> Source:
+    """The checkpoint in converted/, looked at like any other."""
+    check_small_files(target)
+    check_headers(target)
+    found = Preflight(target, asked.allow_unused).wait()
+    made = _with_tokenizer(target, made, found)
+    return Source(target, repo, commit, made, found, converted_from=files)
 
 
 def _content_sha256(files: Mapping[str, FileDigest]) -> str:
@@ -263,27 +366,20 @@ def _slug(repo: str, commit: str | None, files: Mapping[str, FileDigest]) -> str
     return f"{repo.replace('/', '--')}@{(commit or _content_sha256(files))[:12]}"
 
 
-def _check(folder: Path) -> None:
-    """Everything that can be known without reading weights or asking transformers."""
-    check_folder(folder)
-    config = read_config(folder)
-    check_not_quantized(config, folder)
-    check_plausible(config, open_checkpoint(folder))
-
-
 def _wanted_in(folder: Path) -> dict[str, Path]:
-    weights = set(open_checkpoint(folder).files)
+    checkpoint = open_checkpoint(folder)
+    weights = {*checkpoint.files, *([checkpoint.index] if checkpoint.index else [])}
     return {name: folder / name for name in sorted({*weights, *_small_files_in(folder)})}
 
 
 def _small_files_in(folder: Path) -> dict[str, Path]:
-    """What is taken beside the weights."""
+    """What is taken beside the weights and their index."""
     paths = [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]
     names = sorted(path.relative_to(folder).as_posix() for path in paths if path.is_file())
     return {
         name: folder / name
         for name in names
-        if is_wanted(name) and not name.endswith(".safetensors")
+        if is_wanted(name) and not name.endswith((".safetensors", ".safetensors.index.json"))
     }
 
 

@@ -16,7 +16,7 @@ from nf4_pipeline.checkpoint.atomic import (
 )
 from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.checkpoint.shards import Shard, name_shards, split_file, write_shard
-from nf4_pipeline.checkpoint.source import INDEX_FILE
+from nf4_pipeline.checkpoint.weight_files import INDEX_FILE
 from nf4_pipeline.errors import BuildError, ResourceError
 from nf4_pipeline.manifest.assemble import build_manifest, shown
 from nf4_pipeline.manifest.read import MANIFEST_FILE
