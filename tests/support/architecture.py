@@ -18,11 +18,13 @@ class FactsHere:
 
     answered = False
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, without_weights: bool = False) -> None:
         self._folder = folder
+        self._without_weights = without_weights
 
     def wait(self) -> tuple[ModelFacts, TokenizerFacts]:
-        names = [tensor.name for tensor in open_checkpoint(self._folder).tensors]
+        checkpoint = None if self._without_weights else open_checkpoint(self._folder)
+        names = [tensor.name for tensor in checkpoint.tensors] if checkpoint else []
         facts = model_facts(read_config(self._folder), names, self._folder)
         tokenizer = tokenizer_facts(self._folder, facts.embedding_rows)
         return (

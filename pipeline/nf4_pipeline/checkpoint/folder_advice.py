@@ -1,7 +1,7 @@
 """What a folder without a usable checkpoint looks like, and the way out. Looks, and reads little.
 
-Folders that people give by mistake: one of the Hub cache, an adapter, a GGUF download, the run of a
-training with its checkpoints, a pipeline of several models, a repository cloned without its weights.
+Folders that people give by mistake: one of the Hub cache, an adapter, a GGUF download, a training
+with its checkpoints, a pipeline of several models, a repository cloned without its weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _COMMIT: Final = re.compile("[0-9a-f]{40}")
 
 
 def without_config(folder: Path) -> str | None:
-    """What a folder without config.json is, and the way out; None if it looks like nothing known."""
+    """What a folder without config.json is, and the way out; None if that is not known."""
     if (cache := _cache_advice(folder)) is not None:
         return cache
     if (link := dead_link(folder / "config.json")) is not None:

@@ -1,7 +1,7 @@
 """A checkpoint whose tensors have a wrapper's prefix -> one without it, copied into a new folder.
 
-Values, dtypes, shapes and the files' names stay; every reader of the new folder finds the names that
-the model knows.
+Values, dtypes, shapes and the files' names stay; every reader of the new folder finds the names
+that the model knows.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import click
 
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.job import StageResult
+from nf4_pipeline.stages.download import download_notes
 
 _SHOWN_ANSWERS: Final = 3
 _COMPARED: Final = {
@@ -39,6 +40,8 @@ def summary(build: Build, results: dict[str, StageResult]) -> dict[str, Any]:
             for name, result in results.items()
         },
         "hidden_modules": len(results["serialize"].record.facts["hidden_modules"]),
+        "left_out": results["serialize"].record.facts.get("left_out", []),
+        "notes": download_notes(results["download"].record),
         "verification": {key: value for key, value in found.items() if key != "answers"},
         "answers": found.get("answers", []),
     }
@@ -63,6 +66,11 @@ def show_summary(value: dict[str, Any]) -> None:
         for reason, nbytes in totals["kept_bytes_by_reason"].items()
     )
     click.echo(f"  in 16 bit   {kept or 'nothing'}")
+    for part in value["left_out"]:
+        sized = f"{part['tensors']} tensors, {size(part['bytes'], short=True)}"
+        click.echo(f"  left out    {sized}: {part['reason']}")
+    for note in value["notes"]:
+        click.echo(f"  note        {note.removeprefix('Warning: ')}")
     click.echo()
     click.echo("  stage         time   peak memory")
     for name, stage in value["stages"].items():

@@ -36,6 +36,7 @@ def fetch(
     files: Sequence[RemoteFile],
     reporter: Reporter,
     *,
+    last: bool = True,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Fetched:
     """Brings `files` into the user's Hub cache at the pinned commit and hashes every one of them.
@@ -47,6 +48,7 @@ def fetch(
         model: from `resolve`.
         files: what to fetch of it, as a rule `wanted_files(model)`.
         reporter: gets two tasks in bytes, "download" and "check".
+        last: no more files of this commit will be asked for; only then the ref moves.
         sleep: waits between tries, in seconds.
 
     Raises:
@@ -57,7 +59,7 @@ def fetch(
     if not model.offline:
         cache.purge_leftovers(model.repo_id)
     _check_disk(model, files)
-    if model.offline:
+    if model.offline and last:
         reporter.note(f"offline: {model.repo_id} at commit {model.commit}, as cached in {folder}")
 
     def download(file: RemoteFile, gauge: _Gauge) -> None:
@@ -70,7 +72,8 @@ def fetch(
     with client.quiet():
         _in_threads("download", download, files, reporter)
         hashes = _in_threads("check", check, files, reporter)
-    cache.remember(model)
+    if last:
+        cache.remember(model)
     return Fetched(folder, {file.path: sha for file, sha in zip(files, hashes, strict=True)})
 
 

@@ -123,7 +123,7 @@ class _Watch:
 
 @cache
 def _watched_tensor() -> Any:
-    """The class of weights that tell what they are used for; made late, for torch is slow to come."""
+    """The class of weights that tell what they are used for; made late, since torch is slow."""
     import torch
 
     class Watched(torch.Tensor):

@@ -34,8 +34,8 @@ def check_fit(
         if name is not None and tensor.name not in model.merged:
             check_shape(tensor, model.shapes[name], model)
     unused = unused_tensors(checkpoint.tensors, model, allow_unused)
-    names = {tensor.name for tensor in checkpoint.tensors}
-    hint = adapter_advice(names) or prefix_advice(names, model.shapes) or ""
+    strange = [tensor.name for tensor in unused if tensor.reason is None]
+    hint = adapter_advice(strange) or prefix_advice(strange, model.shapes) or ""
     check_all_known(unused, model.class_name, hint)
     return unused
 
@@ -90,6 +90,7 @@ def check_complete(
                 missing,
                 class_name=model.class_name,
                 names=names,
+                strange=[n for n in names if model.names.get(n) is None and n not in model.merged],
                 shapes=model.shapes,
                 head=model.head_modules,
                 promised=promised or {},

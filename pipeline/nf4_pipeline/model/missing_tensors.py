@@ -27,6 +27,7 @@ def explain_missing(
     *,
     class_name: str,
     names: Collection[str],
+    strange: Collection[str],
     shapes: Mapping[str, tuple[int, ...]],
     head: Collection[str],
     promised: Mapping[str, str],
@@ -38,6 +39,7 @@ def explain_missing(
         missing: names in the model, sorted.
         class_name: of the model.
         names: of all tensors of the checkpoint, as they stand in it.
+        strange: those of them that the model has no place for.
         shapes: of all parameters and buffers of the model.
         head: modules that are the output head.
         promised: tensors that the index names and no file holds, and the file it gives for each.
@@ -49,8 +51,8 @@ def explain_missing(
     )
     return said + (
         adapter_advice(names)
-        or prefix_advice(names, shapes)
-        or _head_advice(missing, names, shapes, head)
+        or prefix_advice(strange, shapes)
+        or _head_advice(missing, head)
         or _index_advice(missing, promised, index)
         or _layer_advice(missing, shapes)
         or "The weights and config.json do not belong together, or the checkpoint was not saved "
@@ -69,20 +71,22 @@ def adapter_advice(names: Collection[str]) -> str | None:
     )
 
 
-def wrapper_prefix(names: Collection[str], model_names: Collection[str]) -> tuple[str, int] | None:
+def wrapper_prefix(
+    strange: Collection[str], model_names: Collection[str]
+) -> tuple[str, int] | None:
     """What stands before the model's own names in a checkpoint, and before how many of them.
 
     Args:
-        names: of all tensors of the checkpoint.
+        strange: names of the tensors that the model has no place for.
         model_names: of all parameters and buffers of the model.
 
     Returns:
-        The prefix, with its dot; None if at least half of the model's names do not follow one.
+        The prefix, with its dot; None if less than half of the names have one.
     """
     inner = set(model_names)
     without_base = {name.partition(".")[2] for name in inner if "." in name}
     counts: Counter[str] = Counter()
-    for name in names:
+    for name in strange:
         parts = name.split(".")
         for cut in range(1, len(parts)):
             rest = ".".join(parts[cut:])
@@ -92,35 +96,34 @@ def wrapper_prefix(names: Collection[str], model_names: Collection[str]) -> tupl
     if not counts:
         return None
     prefix, count = max(counts.items(), key=lambda item: (item[1], -len(item[0])))
-    return (prefix, count) if 2 * count >= len(inner) else None
+    return (prefix, count) if 2 * count >= len(strange) else None
 
 
-def prefix_advice(names: Collection[str], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """For names with something before them that a wrapper left there."""
-    found = wrapper_prefix(names, shapes.keys())
+def prefix_advice(strange: Collection[str], model_names: Collection[str]) -> str | None:
+    """For names with something before them that a wrapper left there.
+
+    Args:
+        strange: names of the tensors that the model has no place for.
+        model_names: of all parameters and buffers of the model.
+    """
+    found = wrapper_prefix(strange, model_names)
     if found is None:
         return None
     prefix, count = found
     why = next((why for known, why in WRAPPERS.items() if prefix.endswith(known)), None)
-    others = f", {len(names) - count} have not" if len(names) > count else ""
     return (
-        f"{count} of its {len(names)} tensors have the prefix {prefix!r} before the names that the "
-        f"model knows{f' ({why})' if why else ''}{others}. Give --strip-prefix {prefix} to read "
-        "them without it, or save the inner model."
+        f"{count} tensors have the prefix {prefix!r} before the names that the model knows"
+        f"{f' ({why})' if why else ''}. Give --strip-prefix {prefix} to read them without it, or "
+        "save the inner model."
     )
 
 
-def _head_advice(
-    missing: Sequence[str],
-    names: Collection[str],
-    shapes: Mapping[str, tuple[int, ...]],
-    head: Collection[str],
-) -> str | None:
+def _head_advice(missing: Sequence[str], head: Collection[str]) -> str | None:
     heads = {f"{module}.weight" for module in head}
     if not heads.issuperset(missing):
         return None
     return (
-        f"It is the output head, and config.json does not say that it shares the embedding's "
+        "It is the output head, and config.json does not say that it shares the embedding's "
         'values. If the model was trained so, set "tie_word_embeddings": true in config.json; if '
         "not, the head was left out when the checkpoint was saved: take one that has it."
     )

@@ -28,12 +28,16 @@ class PendingFacts:
 
     Args:
         folder: the checkpoint.
+        without_weights: there are none yet, and nothing is said of them.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, without_weights: bool = False) -> None:
         self._folder = folder
         self._child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "nf4_pipeline.model.probe_worker", str(folder)],
+            [
+                *(sys.executable, "-P", "-m", "nf4_pipeline.model.probe_worker", str(folder)),
+                *([worker.WITHOUT_WEIGHTS] if without_weights else []),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

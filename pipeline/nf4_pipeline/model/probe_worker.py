@@ -6,7 +6,7 @@ import json
 import resource
 import sys
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from nf4_pipeline.checkpoint.source import open_checkpoint
 from nf4_pipeline.errors import PipelineError
@@ -14,6 +14,8 @@ from nf4_pipeline.model.config import read_config
 from nf4_pipeline.model.meta_model import model_facts
 from nf4_pipeline.model.tokenizer_probe import tokenizer_facts
 from nf4_pipeline.runtime.quiet import quiet_libraries
+
+WITHOUT_WEIGHTS: Final = "--without-weights"
 
 MAX_SECONDS: Final = 240
 """Of processor time. Models of some hundred billion weights take less than one minute."""
@@ -27,8 +29,11 @@ def main() -> None:
     folder = Path(sys.argv[1])
     _limit_itself()
     quiet_libraries()
+    answer: dict[str, Any]
     try:
-        names = [tensor.name for tensor in open_checkpoint(folder).tensors]
+        has_weights = WITHOUT_WEIGHTS not in sys.argv[2:]
+        checkpoint = open_checkpoint(folder) if has_weights else None
+        names = [tensor.name for tensor in checkpoint.tensors] if checkpoint else []
         facts = model_facts(read_config(folder), names, folder)
         tokenizer = tokenizer_facts(folder, facts.embedding_rows)
         answer = {"model": facts.as_json(), "tokenizer": tokenizer.as_json()}

@@ -16,7 +16,8 @@ class TokenizerFacts:
         status: "loads", "none" (there is none), "code" (it needs code of its own, which is never
             run) or "fails".
         class_name: of the tokenizer; "" if it does not load.
-        files: names of the files in the folder that transformers asks for to make it, sorted.
+        asked: names of all files that transformers asks for to make it, sorted.
+        files: those of them that are in the folder.
         problem: why it does not load, or may not be used with this model; "" if it may.
         template: its chat template: "none", "works" on a plain user turn, or "fails".
         template_problem: why it fails.
@@ -25,6 +26,7 @@ class TokenizerFacts:
 
     status: Literal["loads", "none", "code", "fails"]
     class_name: str = ""
+    asked: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     problem: str = ""
     template: Literal["none", "works", "fails"] = "none"
@@ -38,7 +40,7 @@ class TokenizerFacts:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> TokenizerFacts:
         """The facts that `as_json` wrote."""
-        lists = {name: tuple(value[name]) for name in ("files", "beyond")}
+        lists = {name: tuple(value[name]) for name in ("asked", "files", "beyond")}
         return cls(**{**value, **lists})
 
     def check(self) -> None:

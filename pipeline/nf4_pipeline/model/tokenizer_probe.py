@@ -18,7 +18,9 @@ from nf4_pipeline.checkpoint.files import is_tokenizer
 from nf4_pipeline.model.config import words_of
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 
-_PLAIN_TEXT: Final = "The quick brown fox jumps over 13 lazy dogs; isn't it (or is it) strange?\n\tx = [1.5, 20] # no"
+_PLAIN_TEXT: Final = (
+    "The quick brown fox jumps over 13 lazy dogs; isn't it strange?\n\tx = [1.5] # no"
+)
 _USER_TURN: Final = [{"role": "user", "content": "What is 3 plus 10?"}]
 _TEMPLATE_SECONDS: Final = 10
 _EXTRA: Final = "pip install 'nf4-pipeline[tokenizers]'"
@@ -40,14 +42,19 @@ def tokenizer_facts(folder: Path, rows: int | None) -> TokenizerFacts:
             tokenizer = _load(folder)
         working = bool(tokenizer(_PLAIN_TEXT, add_special_tokens=False).input_ids)
     except Exception as error:  # tokenizers of strangers fail in any way they like
-        return _failed(folder, names, asked & names, words_of(error))
-    files = tuple(sorted(asked & names | _class_files(tokenizer) & names))
+        return _failed(folder, names, asked, words_of(error))
+    asked |= _class_files(tokenizer)
     if not working:
-        return _failed(folder, names, set(files), "it makes no token of plain text")
+        return _failed(folder, names, asked, "it makes no token of plain text")
     kind = type(tokenizer).__name__
     problem, beyond = _rows_missing(tokenizer, rows, kind, folder)
     template, why = _template(tokenizer, rows)
-    return TokenizerFacts("loads", kind, files, problem, template, why, beyond)
+    return TokenizerFacts("loads", kind, *_listed(asked, names), problem, template, why, beyond)
+
+
+def _listed(asked: set[str], names: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What was asked for, and what of it is there."""
+    return tuple(sorted(asked)), tuple(sorted(asked & names - {"config.json"}))
 
 
 def _load(folder: Path) -> Any:
@@ -84,34 +91,44 @@ def _noting(folder: Path, asked: set[str]) -> Iterator[None]:
 def _failed(folder: Path, names: set[str], asked: set[str], why: str) -> TokenizerFacts:
     config = _tokenizer_config(folder)
     kind = str(config.get("tokenizer_class") or "")
-    files = tuple(sorted(asked))
-    if packages := _packages_missing(folder, names):
-        return TokenizerFacts(
-            "fails",
-            kind,
-            files,
-            f"The tokenizer of {folder} ({', '.join(sorted(packages.values()))}) needs "
-            f"{' and '.join(sorted(packages))}, which is not installed. {_EXTRA} brings what "
-            "tokenizers need.",
-        )
-    if config.get("auto_map"):
+    files = _listed(asked, names)
+    if config.get("auto_map") and not _is_known(kind):
         code = _code_of(config)
         return TokenizerFacts(
             "code",
             kind,
-            files,
+            *files,
             f"The tokenizer ({kind or 'of its own'}) needs code that comes with the checkpoint "
             f"({code}), which is never run.",
+        )
+    if packages := _packages_missing(folder, names):
+        return TokenizerFacts(
+            "fails",
+            kind,
+            *files,
+            f"The tokenizer of {folder} ({', '.join(sorted(packages.values()))}) needs "
+            f"{' and '.join(sorted(packages))}, which is not installed. {_EXTRA} brings what "
+            "tokenizers need.",
         )
     what = f" ({kind})" if kind else ""
     return TokenizerFacts(
         "fails",
         kind,
-        files,
+        *files,
         f"The tokenizer of {folder}{what} does not load: {why.rstrip('.')}. Bring its files again "
         "from where the model came from; without any tokenizer files the model is built without "
         "one.",
     )
+
+
+def _is_known(class_name: str) -> bool:
+    """True of a tokenizer that transformers itself has."""
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    try:
+        return bool(class_name) and tokenizer_class_from_name(class_name) is not None
+    except Exception:  # it may lack a package
+        return True
 
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
@@ -172,12 +189,12 @@ def _rows_missing(
     if not plain:
         return "", tuple(f"{token!r} ({i})" for i, token in beyond)
     index, token = plain[0]
-    return (
+    problem = (
         f"The tokenizer of {folder} ({kind}) makes {len(beyond)} tokens that the model has no row "
         f"for: {token!r} has the id {index}, and the embedding has {rows:,} rows. The tokenizer is "
-        "that of another model, or the embedding was not resized when tokens were added.",
-        (),
+        "that of another model, or the embedding was not resized when tokens were added."
     )
+    return problem, ()
 
 
 class _TooSlowError(Exception):

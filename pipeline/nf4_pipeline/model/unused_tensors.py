@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that the model has no place for: what they are, and whether that is known.
+"""Tensors of a checkpoint that the model has no place for, and what they are.
 
 Learned values never go missing in silence. A buffer that the model computes itself may; a head that
 is known to be no part of generating is named as what it is; anything else stops the build.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from nf4_pipeline.checkpoint.header import HeaderTensor
 from nf4_pipeline.errors import CheckpointError
@@ -67,6 +67,25 @@ class Unused:
 
     name: str
     reason: str | None
+
+
+def left_out(dropped: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
+    """What a person should know of that an artifact lacks, as plain JSON.
+
+    Args:
+        dropped: reason and bytes of each tensor that was dropped.
+
+    Returns:
+        For each reason that is worth saying: "reason", "tensors" and "bytes".
+    """
+    groups: dict[str, list[int]] = {}
+    for reason, nbytes in dropped:
+        if is_worth_saying(reason):
+            groups.setdefault(reason, []).append(nbytes)
+    return [
+        {"reason": reason, "tensors": len(sizes), "bytes": sum(sizes)}
+        for reason, sizes in sorted(groups.items())
+    ]
 
 
 def is_worth_saying(reason: str) -> bool:
@@ -134,7 +153,7 @@ def check_all_known(unused: Sequence[Unused], class_name: str, hint: str = "") -
         f"A {class_name} as config.json describes it has no place for {len(unknown)} tensors of "
         f"the checkpoint, {_listed(unknown)}: {_looks_like(unknown)}. transformers would leave "
         "them out, and the model would not be the one that was trained. "
-        f"{hint or 'Correct config.json, or take the class that the weights were made for.'} "
+        f"{hint or _hint(unknown)} "
         f"If they may be left out: --allow-unused {_pattern_of(unknown)!r}."
     )
 
@@ -217,6 +236,15 @@ def _looks_like(names: Sequence[str]) -> str:
     if layers and len(layers) < len(names):
         return f"parts of {len(layers)} layers"
     return "learned values, as far as their names tell"
+
+
+def _hint(names: Sequence[str]) -> str:
+    if all(name.endswith(".bias") for name in names):
+        return (
+            'If its layers have biases, config.json must say so, as "attention_bias": true does '
+            "for a Llama; or the weights are those of another model."
+        )
+    return "Correct config.json, or take the class that the weights were made for."
 
 
 def _pattern_of(names: Sequence[str]) -> str:

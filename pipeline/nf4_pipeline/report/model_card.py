@@ -7,6 +7,8 @@ from typing import Any, Final
 
 import yaml
 
+from nf4_pipeline.checkpoint.files import is_of_tokenizer
+from nf4_pipeline.model.unused_tensors import left_out
 from nf4_pipeline.report.calibration import at_what_size, chosen, exceptions
 from nf4_pipeline.report.pictures import PICTURES, drawable
 
@@ -41,6 +43,7 @@ def model_card(
         "---\n" + yaml.safe_dump(_metadata(manifest, source), sort_keys=False) + "---",
         f"# {name}, NF4",
         _what(manifest),
+        _left_out(manifest),
         _sizes(verification),
         _quality(manifest, verification),
         _loading(manifest),
@@ -77,6 +80,21 @@ def _what(manifest: dict[str, Any]) -> str:
         f"`{source['repo']}` ({pinned}) in 4 bit: bitsandbytes NF4 with double quantization. "
         "What is not quantized is copied exactly."
     )
+
+
+def _left_out(manifest: dict[str, Any]) -> str:
+    """What the source has and the artifact lacks: heads that do not generate, its tokenizer."""
+    repo = manifest["source"]["repo"]
+    lines = [
+        f"- {part['tensors']} tensors ({_size(part['bytes'])}): {part['reason']}."
+        for part in left_out((item["reason"], item["bytes"]) for item in manifest["dropped"])
+    ]
+    if not any(is_of_tokenizer(name) for name in manifest["files"]):
+        lines.append(
+            "- A tokenizer: the source has none that loads without code of its own. What there is "
+            f"of it is in `{repo}`."
+        )
+    return "\n".join(["## Not in this artifact", "", *lines]) if lines else ""
 
 
 def _sizes(verification: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,13 @@ from nf4_pipeline.build_folder import Build, Record, digests_json, stage_key
 from nf4_pipeline.checkpoint.atomic import make_folder, sync_folder
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, digest_files
 from nf4_pipeline.checkpoint.files import PICKLE_FILE, is_of_tokenizer, is_wanted
-from nf4_pipeline.checkpoint.source import open_checkpoint, weight_files
+from nf4_pipeline.checkpoint.source import open_checkpoint, read_json, weight_files
 from nf4_pipeline.checkpoint.strip_prefix import check_prefix, copy_without_prefix
 from nf4_pipeline.checkpoint.untrusted import check_file
+from nf4_pipeline.checkpoint.weight_files import choose_weight_files
 from nf4_pipeline.errors import BuildError, UsageError
 from nf4_pipeline.model.architecture import ModelFacts
+from nf4_pipeline.model.config import read_config
 from nf4_pipeline.model.probe import transformers_version
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 from nf4_pipeline.model.unused_tensors import is_worth_saying
@@ -189,10 +191,16 @@ def recorded_facts(record: Record) -> ModelFacts:
     return ModelFacts.from_json(record.facts["model"])
 
 
-def recorded_tokenizer(record: Record) -> TokenizerFacts:
-    """What was found of the tokenizer when the checkpoint was downloaded."""
+def recorded_tokenizer(record: Record) -> TokenizerFacts | None:
+    """What was found of the tokenizer; None in a record of an older version."""
     found = record.facts.get("tokenizer")
-    return TokenizerFacts.from_json(found) if found else TokenizerFacts("none")
+    return TokenizerFacts.from_json(found) if found else None
+
+
+def download_notes(record: Record) -> list[str]:
+    """What a person should know of a checkpoint before, and at the end of, hours of work."""
+    found = recorded_tokenizer(record)
+    return found.notes(str(record.facts["repo"])) if found else []
 
 
 def recorded_files(record: Record) -> dict[str, FileDigest]:
@@ -287,18 +295,35 @@ def _hub(repo: str, asked: _Asked, reporter: Reporter) -> Source:
     from nf4_pipeline import hub
 
     model = hub.resolve(repo, asked.revision, offline=asked.offline or None)
-    wanted = hub.wanted_files(model, allow_pickle=asked.allow_pickle)
-    fetched = hub.fetch(model, wanted, reporter)
-    folder = fetched.folder
-    files = {
-        name: FileDigest((folder / name).stat().st_size, sha256)
-        for name, sha256 in fetched.sha256.items()
-    }
+    files: dict[str, FileDigest] = {}
+
+    def fetch(wanted: Iterable[hub.RemoteFile], *, last: bool = False) -> Path:
+        fetched = hub.fetch(model, tuple(wanted), reporter, last=last)
+        for name, sha256 in fetched.sha256.items():
+            files[name] = FileDigest((fetched.folder / name).stat().st_size, sha256)
+        return fetched.folder
+
+    whole = hub.wanted_files(model, allow_pickle=asked.allow_pickle)  # or there are no weights
+    folder = fetch(hub.small_files(model))
     check_small_files(folder)
-    if any(PICKLE_FILE.fullmatch(name) for name in files):
+    weights = choose_weight_files(
+        {file.path for file in model.files if "/" not in file.path},
+        read_config(folder),
+        lambda name: read_json(folder / name),
+        f"{repo}@{model.commit[:12]}",
+    )
+    if weights is None:
+        fetch((file for file in whole if file.path not in files), last=True)
         return _converted(folder, repo, model.commit, files, asked, reporter)
+    # What its config and its tokenizer say is known before the first weight is fetched.
+    asked_for = Preflight(folder, without_weights=True).wait().tokenizer.asked
+    more = [file for file in hub.named(model, asked_for) if file.path not in files]
+    if more:
+        fetch(more)
+        Preflight(folder, without_weights=True).wait()
+    fetch(hub.named(model, weights.files), last=True)
     check_headers(folder)
-    taken = _wanted_in(folder)
+    taken = {*_wanted_in(folder), *(file.path for file in more)}
     files = {name: digest for name, digest in files.items() if name in taken}
     if asked.strip_prefix:
         check_prefix(open_checkpoint(folder), asked.strip_prefix)

@@ -84,12 +84,16 @@ class Preflight:
     Args:
         folder: the checkpoint; `check_small_files` and `check_headers` passed.
         allow_unused: patterns of tensors that may be left out.
+        without_weights: the weights are not there yet; the tokenizer may lack files, too.
     """
 
-    def __init__(self, folder: Path, allow_unused: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, allow_unused: Sequence[str] = (), *, without_weights: bool = False
+    ) -> None:
         self._folder = folder
         self._allow_unused = allow_unused
-        self._pending = PendingFacts(folder)
+        self._without_weights = without_weights
+        self._pending = PendingFacts(folder, without_weights=without_weights)
         self._found: Findings | None = None
         self._lock = Lock()
 
@@ -132,7 +136,9 @@ class Preflight:
         with self._lock:
             if self._found is None:
                 model, tokenizer = self._pending.wait()
-                unused = check_fit(open_checkpoint(self._folder), model, self._allow_unused)
-                tokenizer.check()
+                unused: tuple[Unused, ...] = ()
+                if not self._without_weights:
+                    unused = check_fit(open_checkpoint(self._folder), model, self._allow_unused)
+                    tokenizer.check()
                 self._found = Findings(model, tokenizer, unused)
             return self._found

@@ -21,6 +21,7 @@ from nf4_pipeline.errors import BuildError, ResourceError
 from nf4_pipeline.manifest.assemble import build_manifest, shown
 from nf4_pipeline.manifest.read import MANIFEST_FILE
 from nf4_pipeline.manifest.small_files import small_files, stored_tensors_of, weight_index
+from nf4_pipeline.model.unused_tensors import left_out
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.selection import Plan
 from nf4_pipeline.stages import Settings, calibrate, quantize, recorded
@@ -94,7 +95,13 @@ def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
             build.forget("attest")
             build.forget("verify")
         outputs = {f"export/{name}": digest for name, digest in files.items()}
-        return outputs, {"totals": manifest["totals"], "hidden_modules": list(plan.hidden_modules)}
+        return outputs, {
+            "totals": manifest["totals"],
+            "hidden_modules": list(plan.hidden_modules),
+            "left_out": left_out(
+                (tensor.reason, tensor.source.header.nbytes) for tensor in plan.by_action("drop")
+            ),
+        }
 
     table = settings.recipe.table("serialize")
     return recorded(build, "serialize", key(build, settings), work, recipe=table)

@@ -22,12 +22,12 @@ from nf4_pipeline.report.pictures import PICTURES, pictures
 from nf4_pipeline.runtime.artifact import find_model
 from nf4_pipeline.runtime.loader import pick_device
 from nf4_pipeline.stages import Settings, recorded
-from nf4_pipeline.stages.download import recorded_files
+from nf4_pipeline.stages.download import recorded_files, recorded_tokenizer
 from nf4_pipeline.verification.checks import file_gates, load_gate, manifest_gate
 from nf4_pipeline.verification.document import examined, refused
 from nf4_pipeline.verification.eval_text import RANDOM, Text, read_text
 from nf4_pipeline.verification.launch import Examination, scores_differ
-from nf4_pipeline.verification.prompts import REFERENCE, Prompt, read_prompts
+from nf4_pipeline.verification.prompts import REFERENCE, Prompt, asked_with, read_prompts
 
 CODE_VERSION: Final = 3
 VERIFICATION_FILE: Final = "verification.json"
@@ -243,7 +243,8 @@ def _other(name: str) -> Path:
 
 def _prompts(build: Build, settings: Settings, reporter: Reporter) -> tuple[Prompt, ...]:
     if _has_tokenizer(build):
-        return read_prompts(prompts_path(build, settings))
+        found = recorded_tokenizer(build.need("download"))
+        return asked_with(found, read_prompts(prompts_path(build, settings)))
     reporter.note(
         "This checkpoint has no tokenizer: no prompt can be answered, and the models are "
         "compared on random token ids."
@@ -265,7 +266,9 @@ def _text(build: Build, settings: Settings) -> Text:
 
 
 def _has_tokenizer(build: Build) -> bool:
-    return any(is_tokenizer(name) for name in recorded_files(build.need("download")))
+    record = build.need("download")
+    found = recorded_tokenizer(record)
+    return found.status == "loads" if found else any(map(is_tokenizer, recorded_files(record)))
 
 
 def _source_metadata(build: Build) -> dict[str, Any]:
