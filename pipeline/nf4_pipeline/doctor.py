@@ -22,6 +22,7 @@ _LIBRARIES: Final = (
     "huggingface_hub",
     "numba",
 )
+_TOKENIZERS: Final = ("sentencepiece", "tiktoken", "mistral-common")
 _FALCON_BYTES: Final = 19e9  # falcon-7b-instruct and its artifact
 _AMPERE: Final = 8  # the first compute capability with bfloat16 arithmetic
 
@@ -49,6 +50,7 @@ def examine(artifacts: Path) -> dict[str, Any]:
         "processors": len(os.sched_getaffinity(0)),
         "available_memory_bytes": available_memory(),
         "libraries": {name: _version(name) for name in _LIBRARIES},
+        "tokenizers": {name: _version(name) for name in _TOKENIZERS},
         "gpus": _gpus(),
         "disks": {
             "builds": _disk(artifacts),
@@ -69,6 +71,13 @@ def _findings(found: dict[str, Any]) -> Iterator[Finding]:
     if missing:
         text = f"not installed: {', '.join(missing)}. Install this package again."
         yield Finding(kind="problem", text=text)
+    lacking = [name for name, value in found["tokenizers"].items() if value is None]
+    if lacking:
+        yield Finding(
+            kind="note",
+            text=f"not installed: {', '.join(lacking)}, which only tokenizers without a "
+            "tokenizer.json need; pip install 'nf4-pipeline[tokenizers]' brings them",
+        )
     yield from _gpu_findings(found["gpus"])
     transformers = found["libraries"]["transformers"]
     if transformers and _numbers(transformers) >= (5, 5):

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ from nf4_pipeline.build_folder import Build, Record, digests_json, stage_key
 from nf4_pipeline.checkpoint.atomic import make_folder, sync_folder
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, digest_files
 from nf4_pipeline.checkpoint.files import PICKLE_FILE, is_of_tokenizer, is_wanted
+from nf4_pipeline.checkpoint.folder_advice import cache_commit
 from nf4_pipeline.checkpoint.source import open_checkpoint, read_json, weight_files
 from nf4_pipeline.checkpoint.strip_prefix import check_prefix, copy_without_prefix
 from nf4_pipeline.checkpoint.untrusted import check_file
@@ -224,6 +225,9 @@ def _find(model: str, asked: _Asked, reporter: Reporter) -> Source:
     path = Path(model).expanduser()
     if path.is_dir():
         _refuse_revision(model, asked)
+        snapshot = cache_commit(path.resolve())
+        if snapshot is not None:
+            return _snapshot(path.resolve(), *snapshot, asked, reporter)
         return _local(path.resolve(), path.resolve().name, asked, reporter)
     if model == SAMPLE:
         _refuse_revision(model, asked)
@@ -233,6 +237,16 @@ def _find(model: str, asked: _Asked, reporter: Reporter) -> Source:
     if is_hub_id(model):
         return _hub(model, asked, reporter)
     raise UsageError(f"{model}: no such folder, and not a Hub id of the form ORG/NAME.")
+
+
+def _snapshot(folder: Path, repo: str, commit: str, asked: _Asked, reporter: Reporter) -> Source:
+    """A snapshot in a Hub cache: its commit is believed if every file is what the Hub listed."""
+    from nf4_pipeline.hub.cache import are_blobs
+
+    source = _local(folder, repo, asked, reporter)
+    if source.converted_from is None and are_blobs(folder, source.files):
+        return replace(source, commit=commit)
+    return source
 
 
 def _refuse_revision(model: str, asked: _Asked) -> None:
