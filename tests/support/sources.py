@@ -107,46 +107,53 @@ def packed(kind: str) -> Change:
             if not name.endswith("_proj.weight"):
                 made[name] = tensor
                 continue
-            rows, columns = tensor.shape
-            stem = name.removesuffix(".weight")
-            made |= {
-                "gptq": lambda s=stem, r=rows, c=columns: {
-                    f"{s}.qweight": torch.zeros(-(-c // 8), r, dtype=torch.int32),
-                    f"{s}.qzeros": torch.zeros(1, -(-r // 8), dtype=torch.int32),
-                    f"{s}.g_idx": torch.zeros(c, dtype=torch.int32),
-                    f"{s}.scales": torch.ones(1, r),
-                },
-                "fp8": lambda n=name, t=tensor: {
-                    n: t.to(torch.float8_e4m3fn),
-                    f"{n}_scale_inv": torch.ones(1, 1),
-                },
-                "int8": lambda n=name, r=rows, c=columns: {
-                    n: torch.zeros(r, c, dtype=torch.int8),
-                    f"{n}_scale": torch.ones(r, 1),
-                },
-                "llm.int8": lambda n=name, r=rows, c=columns: {
-                    n: torch.zeros(r, c, dtype=torch.int8),
-                    n.replace(".weight", ".SCB"): torch.ones(r),
-                },
-                "nf4": lambda n=name, r=rows, c=columns: {
-                    n: torch.zeros(r * c // 2, 1, dtype=torch.uint8),
-                    f"{n}.absmax": torch.zeros(r * c // 64, dtype=torch.uint8),
-                    f"{n}.quant_state.bitsandbytes__nf4": torch.zeros(80, dtype=torch.uint8),
-                },
-                "mlx": lambda s=stem, r=rows, c=columns: {
-                    f"{s}.weight": torch.zeros(r, -(-c // 8), dtype=torch.int32).view(torch.uint32),
-                    f"{s}.scales": torch.ones(r, 1),
-                    f"{s}.biases": torch.ones(r, 1),
-                },
-                "packed": lambda s=stem, r=rows, c=columns: {
-                    f"{s}.weight_packed": torch.zeros(r, -(-c // 8), dtype=torch.int32),
-                    f"{s}.weight_scale": torch.ones(r, 1),
-                },
-                "hqq": lambda s=stem, r=rows, c=columns: {
-                    f"{s}.W_q": torch.zeros(r, c // 2, dtype=torch.uint8),
-                    f"{s}.scale": torch.ones(r, 1),
-                },
-            }[kind]()
+            made |= _packed(kind, name, tensor)
         return made
 
     return retensor(edit)
+
+
+def _packed(kind: str, name: str, tensor: torch.Tensor) -> Tensors:
+    rows, columns = tensor.shape
+    stem = name.removesuffix(".weight")
+    words = torch.zeros(rows, -(-columns // 8), dtype=torch.int32)
+    bytes_ = torch.zeros(rows * columns // 2, 1, dtype=torch.uint8)
+    match kind:
+        case "gptq":
+            return {
+                f"{stem}.qweight": torch.zeros(-(-columns // 8), rows, dtype=torch.int32),
+                f"{stem}.qzeros": torch.zeros(1, -(-rows // 8), dtype=torch.int32),
+                f"{stem}.g_idx": torch.zeros(columns, dtype=torch.int32),
+                f"{stem}.scales": torch.ones(1, rows),
+            }
+        case "fp8":
+            return {
+                name: tensor.to(torch.float8_e4m3fn),
+                f"{name}_scale_inv": torch.ones(1, 1),
+            }
+        case "int8":
+            return {
+                name: torch.zeros(rows, columns, dtype=torch.int8),
+                f"{name}_scale": torch.ones(rows, 1),
+            }
+        case "llm.int8":
+            return {
+                name: torch.zeros(rows, columns, dtype=torch.int8),
+                f"{stem}.SCB": torch.ones(rows),
+            }
+        case "nf4":
+            return {
+                name: bytes_,
+                f"{name}.absmax": torch.zeros(rows * columns // 64, dtype=torch.uint8),
+                f"{name}.quant_state.bitsandbytes__nf4": torch.zeros(80, dtype=torch.uint8),
+            }
+        case "mlx":
+            return {
+                name: words.view(torch.uint32),
+                f"{stem}.scales": torch.ones(rows, 1),
+                f"{stem}.biases": torch.ones(rows, 1),
+            }
+        case "packed":
+            return {f"{stem}.weight_packed": words, f"{stem}.weight_scale": torch.ones(rows, 1)}
+        case _:
+            return {f"{stem}.W_q": bytes_, f"{stem}.scale": torch.ones(rows, 1)}
