@@ -64,19 +64,20 @@ push: venv  ## publish the artifact of MODEL as REPO_ID on the Hub (ARGS=--dry-r
 test: venv  ## run the tests, two files at a time (ARGS go to pytest)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-lint: venv  ## check style and types
+lint: venv  ## check style, types, and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: venv  ## put the code into the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: venv  ## run every scripts/bench_*.py
-	@set -- scripts/bench_*.py; \
+bench: venv  ## run every scripts/bench/bench_*.py
+	@set -- scripts/bench/bench_*.py; \
 	if [ ! -f "$$1" ]; then \
-	  echo "Error: there is no scripts/bench_*.py yet, so nothing was measured." >&2; exit 1; \
+	  echo "Error: there is no scripts/bench/bench_*.py yet, so nothing was measured." >&2; exit 1; \
 	fi; \
 	for script in "$$@"; do \
 	  echo "$(BIN)/python $$script $(ARGS)"; \
@@ -85,7 +86,7 @@ bench: venv  ## run every scripts/bench_*.py
 
 clean:  ## delete caches and every build under artifacts/ (keeps .venv; asks nothing)
 	find artifacts -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find pipeline scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## show this list

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import HealthCheck, settings
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.job import run_build, run_stage
+from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe, load_recipe
-from nf4_pipeline.stages import Settings, download, preflight
+from nf4_pipeline.stages.download import DownloadRequest
 
-from tests.support.architecture import FactsHere
+from tests.support.jobs import CPU, download
 from tests.support.tiny import copy_of, write_falcon, write_recipe
 
 # Here and in every process that a test starts: matrices so small wait longer for a second thread
@@ -33,10 +34,9 @@ settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="module")
-def facts_here() -> Iterator[None]:
-    """Models are asked in this process: a child imports torch each time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preflight, "PendingFacts", FactsHere)
+def workers_here() -> Iterator[None]:
+    """Workers run in this process: a child imports torch each time."""
+    with in_process():
         yield
 
 
@@ -49,7 +49,7 @@ def tiny_falcon(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def downloaded_falcon(tiny_falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build folder of it in which `download` is done (see `copy_of`)."""
-    build, *_ = download.run(str(tiny_falcon), tmp_path_factory.mktemp("artifacts"), SILENT)
+    build, *_ = download(tiny_falcon, tmp_path_factory.mktemp("artifacts"))
     return build.root
 
 
@@ -58,7 +58,7 @@ def exported_falcon(downloaded_falcon: Path, tmp_path_factory: pytest.TempPathFa
     """A build folder of it that lacks nothing but `verify` (see `copy_of`)."""
     build = Build(copy_of(downloaded_falcon, tmp_path_factory.mktemp("exported") / "build"))
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, Settings(device="cpu"), SILENT)
+        run_stage(build, stage, Recipe(), CPU, SILENT)
     return build.root
 
 
@@ -73,9 +73,9 @@ def verified(
     tiny_falcon: Path, quick_recipe: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A build whose verdict is "pass" (see `copy_of`)."""
-    settings = Settings(recipe=load_recipe(quick_recipe), device="cpu")
+    recipe = load_recipe(quick_recipe)
     folder = tmp_path_factory.mktemp("verified")
-    build, results = run_build(str(tiny_falcon), folder, settings, SILENT)
+    build, results = run_build(DownloadRequest(str(tiny_falcon), folder), recipe, CPU, SILENT)
     assert results["verify"].record.facts["verdict"] == "pass"
     return build.root
 
@@ -91,9 +91,9 @@ def calibrated_sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OMP_NUM_THREADS", "1")  # for the processes that verify
-            settings = Settings(recipe=Recipe(QuantizeRecipe(calibrate="self")), device="cpu")
+            recipe = Recipe(QuantizeRecipe(calibrate="self"))
             folder = tmp_path_factory.mktemp("calibrated-sample")
-            build, _ = run_build("sample", folder, settings, SILENT)
+            build, _ = run_build(DownloadRequest("sample", folder), recipe, CPU, SILENT)
     finally:
         torch.set_num_threads(threads)
     return build.root

@@ -11,11 +11,13 @@ import torch
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.progress import SILENT
-from nf4_pipeline.stages import Settings, download, preflight
+from nf4_pipeline.recipe import Recipe
 
-from tests.support.architecture import FactsHere
 from tests.support.decoders import DECODERS, write_decoder
+from tests.support.jobs import CPU, download
 from tests.support.stock import linear4bit, logits
+
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 TOKENS: Final = (torch.arange(24) * 9 % 250).reshape(2, 12)
 MERGED: Final = {"mixtral": 2 * 4 * 3, "qwen2_moe": 2 * 4 * 3}  # layers x experts x projections
@@ -23,16 +25,13 @@ EXPOSED: Final = {"mamba": 2}
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_a_decoder_is_built_loaded_and_computes(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_decoder_is_built_loaded_and_computes(name: str, tmp_path: Path) -> None:
     model = write_decoder(tmp_path / name, name)
-    monkeypatch.setattr(preflight, "PendingFacts", FactsHere)
-    build, *_ = download.run(str(tmp_path / name), tmp_path / "artifacts", SILENT)
+    build, *_ = download(tmp_path / name, tmp_path / "artifacts")
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, Settings(device="cpu"), SILENT)
+        run_stage(build, stage, Recipe(), CPU, SILENT)
 
-    manifest = read_manifest(build.export)
+    manifest = read_manifest(build.export).to_json()
     planned = {tensor["module"] for tensor in manifest["tensors"] if tensor["quantized"]}
     reasons = [tensor["reason"] for tensor in manifest["tensors"]]
     assert planned
@@ -45,17 +44,14 @@ def test_a_decoder_is_built_loaded_and_computes(
     assert 0 < float((found - exact).norm() / exact.norm()) < 0.4
 
 
-def test_the_user_is_told_what_share_stays_in_16_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_user_is_told_what_share_stays_in_16_bit(tmp_path: Path) -> None:
     write_decoder(tmp_path / "model", "mixtral")
-    monkeypatch.setattr(preflight, "PendingFacts", FactsHere)
-    build, *_ = download.run(str(tmp_path / "model"), tmp_path / "artifacts", SILENT)
+    build, *_ = download(tmp_path / "model", tmp_path / "artifacts")
     notes: list[str] = []
 
     class Listener(type(SILENT)):  # type: ignore[misc]
         def note(self, text: str) -> None:
             notes.append(text)
 
-    run_stage(build, "quantize", Settings(device="cpu"), Listener())
+    run_stage(build, "quantize", Recipe(), CPU, Listener())
     assert any("77% of this model" in note and "16 bit" in note for note in notes)

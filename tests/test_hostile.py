@@ -12,10 +12,12 @@ import pytest
 from nf4_pipeline.errors import SourceError
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.progress import SILENT
-from nf4_pipeline.stages import Settings, download, preflight
+from nf4_pipeline.recipe import Recipe
 
-from tests.support.architecture import FactsHere
-from tests.support.tiny import INDEX, SHARDS, copy_of, edit_json, write_falcon
+from tests.support.jobs import CPU, download
+from tests.support.tiny import INDEX, SHARDS, copy_of, edit_json
+
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 Damage = Callable[[Path], object]
 
@@ -334,14 +336,13 @@ KINDS: dict[str, tuple[Damage, str]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_hostile_checkpoint_is_refused_by_name(
-    kind: str, tiny_falcon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tiny_falcon: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(preflight, "PendingFacts", FactsHere)
     damage, message = KINDS[kind]
     model = copy_of(tiny_falcon, tmp_path / "model")
     damage(model)
     with pytest.raises(SourceError) as caught:
-        download.run(str(model), tmp_path / "artifacts", SILENT)
+        download(model, tmp_path / "artifacts")
     text = str(caught.value)
     assert message in text, text
     assert len(text) < 700 + 2 * len(str(tmp_path))
@@ -349,25 +350,21 @@ def test_a_hostile_checkpoint_is_refused_by_name(
     assert not (tmp_path / "artifacts").exists()
 
 
-def test_two_names_of_one_weight(
-    tiny_falcon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(preflight, "PendingFacts", FactsHere)
+def test_two_names_of_one_weight(tiny_falcon: Path, tmp_path: Path) -> None:
     model = copy_of(tiny_falcon, tmp_path / "model")
     two_names(model)
-    build, *_ = download.run(str(model), tmp_path / "artifacts", SILENT)
+    build, *_ = download(model, tmp_path / "artifacts")
     with pytest.raises(SourceError, match=r"both become 'transformer\.h\.0\."):
-        run_stage(build, "quantize", Settings(device="cpu"), SILENT)
+        run_stage(build, "quantize", Recipe(), CPU, SILENT)
 
 
 def test_links_within_the_folder_and_in_the_hub_cache_are_fine(
-    tiny_falcon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_falcon: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(preflight, "PendingFacts", FactsHere)
     model = copy_of(tiny_falcon, tmp_path / "model")
     (model / "tokenizer.json").rename(model / "elsewhere")
     (model / "tokenizer.json").symlink_to("elsewhere")
-    download.run(str(model), tmp_path / "one", SILENT)
+    download(model, tmp_path / "one")
 
     storage = tmp_path / "hub" / "models--org--name"
     snapshot = storage / "snapshots" / ("0" * 40)
@@ -376,17 +373,14 @@ def test_links_within_the_folder_and_in_the_hub_cache_are_fine(
     for number, path in enumerate(sorted(tiny_falcon.iterdir())):
         (storage / "blobs" / str(number)).write_bytes(path.read_bytes())
         (snapshot / path.name).symlink_to(Path("..", "..", "blobs", str(number)))
-    build, *_ = download.run(str(snapshot), tmp_path / "two", SILENT)
+    build, *_ = download(snapshot, tmp_path / "two")
     assert (build.source / SHARD).resolve().parent == storage / "blobs"
     (snapshot / "LICENSE").symlink_to(tmp_path / "model" / "config.json")
     with pytest.raises(SourceError, match="LICENSE is a link out"):
-        download.run(str(snapshot), tmp_path / "three", SILENT)
+        download(snapshot, tmp_path / "three")
 
 
-def test_numbers_that_real_configs_hold_are_fine(
-    tiny_falcon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(preflight, "PendingFacts", FactsHere)
+def test_numbers_that_real_configs_hold_are_fine(tiny_falcon: Path, tmp_path: Path) -> None:
     model = copy_of(tiny_falcon, tmp_path / "model")
     edit_json(
         model / "config.json",
@@ -396,30 +390,8 @@ def test_numbers_that_real_configs_hold_are_fine(
         model_max_length=10**6,
         layer_norm_epsilon=1e-5,
     )
-    build, *_ = download.run(str(model), tmp_path / "artifacts", SILENT)
+    build, *_ = download(model, tmp_path / "artifacts")
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, Settings(device="cpu"), SILENT)
+        run_stage(build, stage, Recipe(), CPU, SILENT)
     written = json.loads((build.export / "config.json").read_text())
     assert written["time_step_limit"] == [0.0, float("inf")]
-
-
-def test_a_config_that_takes_all_processors_is_ended(tmp_path: Path) -> None:
-    """What passes for plausible and still never ends: the child has a limit of its own."""
-    import resource
-    import subprocess
-    import sys
-
-    model = write_falcon(tmp_path / "model", layers=1, shards=1)
-    program = (
-        "import sys; from nf4_pipeline.model import worker, skeleton\n"
-        "worker.MAX_SECONDS = 1\n"
-        "def forever(config):\n"
-        "    while True: pass\n"
-        "skeleton.build_skeleton = forever\n"
-        "sys.argv[1:] = sys.argv[1:]; worker.main()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(model)], capture_output=True, check=False
-    )
-    assert done.returncode == -24  # SIGXCPU
-    assert resource.getrlimit(resource.RLIMIT_CPU)[0] == resource.RLIM_INFINITY

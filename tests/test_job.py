@@ -14,14 +14,15 @@ from nf4_pipeline.errors import PipelineError
 from nf4_pipeline.job import run_stage, states
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe, SerializeRecipe
-from nf4_pipeline.stages import Settings, download
+from nf4_pipeline.records import QUANTIZE
 from safetensors.torch import load_file
 
+from tests.support.jobs import CPU, download
 from tests.support.tiny import SHARDS, content_of, copy_of, flip_byte
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
-SETTINGS = Settings(device="cpu")
+RECIPE = Recipe()
 
 
 @pytest.fixture
@@ -29,13 +30,13 @@ def build(downloaded_falcon: Path, tmp_path: Path) -> Build:
     """A build with all stages but verify, in which export/ links to quantized/."""
     made = Build(copy_of(downloaded_falcon, tmp_path / "build"))
     for stage in ("quantize", "serialize"):
-        assert run_stage(made, stage, SETTINGS, SILENT).ran
+        assert run_stage(made, stage, RECIPE, CPU, SILENT).ran
     return made
 
 
-def statuses(build: Build, settings: Settings = SETTINGS) -> list[str]:
+def statuses(build: Build, recipe: Recipe = RECIPE) -> list[str]:
     """Of download, quantize and serialize."""
-    found = states(build, settings)
+    found = states(build, recipe, CPU)
     return [str(found[stage].status) for stage in ("download", "quantize", "serialize")]
 
 
@@ -84,7 +85,7 @@ CHANGES: dict[str, tuple[Callable[[Build], None], list[str], list[bool]]] = {
         [False, True],
     ),
     "the record of quantize is of other inputs": (
-        lambda b: b.write_record(replace(b.need("quantize"), stage="quantize", key="")),
+        lambda b: b.write_record(replace(b.need(QUANTIZE), key="")),
         ["done", "stale", "stale"],
         [True, False],
     ),
@@ -97,7 +98,7 @@ def test_a_change_is_seen_and_healed(build: Build, case: str) -> None:
     exported, quantized = content_of(build.export), content_of(build.quantized)
     change(build)
     assert statuses(build) == expected
-    found = [run_stage(build, s, SETTINGS, SILENT).ran for s in ("quantize", "serialize")]
+    found = [run_stage(build, s, RECIPE, CPU, SILENT).ran for s in ("quantize", "serialize")]
     assert found == ran
     assert statuses(build) == ["done", "done", "done"]
     assert content_of(build.export) == exported
@@ -108,21 +109,21 @@ def test_a_change_is_seen_and_healed(build: Build, case: str) -> None:
 def test_a_record_that_cannot_be_read_counts_as_none(build: Build, text: str) -> None:
     (build.root / "records" / "quantize.json").write_text(text)
     assert statuses(build) == ["done", "missing", "stale"]
-    assert run_stage(build, "quantize", SETTINGS, SILENT).ran
+    assert run_stage(build, "quantize", RECIPE, CPU, SILENT).ran
     assert statuses(build) == ["done", "done", "done"]
 
 
 def test_the_recipe_makes_only_the_stages_stale_that_read_it(build: Build) -> None:
-    cut = replace(SETTINGS, recipe=Recipe(serialize=SerializeRecipe("30KB")))
+    cut = Recipe(serialize=SerializeRecipe("30KB"))
     assert statuses(build, cut) == ["done", "done", "stale"]
-    skip = replace(SETTINGS, recipe=Recipe(quantize=QuantizeRecipe(("h.0",))))
+    skip = Recipe(quantize=QuantizeRecipe(("h.0",)))
     assert statuses(build, skip) == ["done", "stale", "stale"]
 
 
 def test_smaller_shards_hold_the_same_tensors(build: Build) -> None:
     before = {n: t for f in SHARDS for n, t in load_file(build.export / f).items()}
-    cut = replace(SETTINGS, recipe=Recipe(serialize=SerializeRecipe("30KB")))
-    run_stage(build, "serialize", cut, SILENT)
+    cut = Recipe(serialize=SerializeRecipe("30KB"))
+    run_stage(build, "serialize", cut, CPU, SILENT)
     files = sorted(path.name for path in build.export.glob("*.safetensors"))
     assert len(files) > 2
     after = {n: t for f in files for n, t in load_file(build.export / f).items()}
@@ -136,30 +137,29 @@ def test_smaller_shards_hold_the_same_tensors(build: Build) -> None:
 def test_serialize_does_not_publish_damaged_weights(build: Build, limit: str) -> None:
     """Alone, too: whoever runs one stage must not get a manifest that vouches for wrong bytes."""
     replace_file(build.quantized / SHARDS[0])
-    cut = replace(SETTINGS, recipe=Recipe(serialize=SerializeRecipe(limit)))
+    cut = Recipe(serialize=SerializeRecipe(limit))
     shutil.rmtree(build.export)
     with pytest.raises(PipelineError, match=SHARDS[0]):
-        run_stage(build, "serialize", cut, SILENT)
+        run_stage(build, "serialize", cut, CPU, SILENT)
 
 
 def test_quantize_does_not_take_a_source_that_changed(tiny_falcon: Path, tmp_path: Path) -> None:
     """The source is only linked; what was hashed must be what is quantized."""
     model = copy_of(tiny_falcon, tmp_path / "model")
-    made, *_ = download.run(str(model), tmp_path / "artifacts", SILENT)
+    made, *_ = download(model, tmp_path / "artifacts")
     flip_byte(model / SHARDS[0], -2)
     assert statuses(made) == ["stale", "missing", "missing"]
     with pytest.raises(PipelineError, match=SHARDS[0]):
-        run_stage(made, "quantize", SETTINGS, SILENT)
+        run_stage(made, "quantize", RECIPE, CPU, SILENT)
 
 
 def test_two_builds_of_one_source_are_equal_byte_for_byte(
     build: Build, tiny_falcon: Path, tmp_path: Path
 ) -> None:
     elsewhere = copy_of(tiny_falcon, tmp_path / "elsewhere" / tiny_falcon.name)
-    other, *_ = download.run(str(elsewhere), tmp_path / "other", SILENT)
-    settings = replace(SETTINGS, workers=1)
+    other, *_ = download(elsewhere, tmp_path / "other")
     for stage in ("quantize", "serialize"):
-        run_stage(other, stage, settings, SILENT)
+        run_stage(other, stage, Recipe(), replace(CPU, workers=1), SILENT)
     assert content_of(other.export) == content_of(build.export)
     assert {"manifest.json", "config.json", *SHARDS} <= set(content_of(other.export))
 

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,29 +16,30 @@ from nf4_pipeline.errors import AccessError, PipelineError, ResourceError, of_sy
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe, SerializeRecipe
-from nf4_pipeline.stages import Settings, download, serialize
+from nf4_pipeline.records import QUANTIZE
 
-from tests.support import disk
-from tests.support.kills import content, leftovers
+from tests.campaigns import disk
+from tests.support.folder_state import content, leftovers
+from tests.support.jobs import CPU, download
 from tests.support.tiny import copy_of, nf4
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
-SETTINGS = Settings(device="cpu")
+RECIPE = Recipe()
 needs_mount = pytest.mark.skipif(not disk.can_mount(), reason="needs the right to mount")
 
 
 @pytest.fixture(scope="module")
 def quantized(downloaded_falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = Build(copy_of(downloaded_falcon, tmp_path_factory.mktemp("quantized") / "build"))
-    run_stage(build, "quantize", SETTINGS, SILENT)
+    run_stage(build, "quantize", RECIPE, CPU, SILENT)
     return build.root
 
 
 @pytest.fixture(scope="module")
 def exported(quantized: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = Build(copy_of(quantized, tmp_path_factory.mktemp("exported") / "build"))
-    run_stage(build, "serialize", SETTINGS, SILENT)
+    run_stage(build, "serialize", RECIPE, CPU, SILENT)
     return build.root
 
 
@@ -93,10 +93,12 @@ def test_another_user_without_rights(downloaded_falcon: Path, small: Path, tmp_p
         "from nf4_pipeline.build_folder import Build\n"
         "from nf4_pipeline.job import run_stage\n"
         "from nf4_pipeline.progress import SILENT\n"
-        "from nf4_pipeline.stages import Settings\n"
+        "from nf4_pipeline.machine import Machine\n"
+        "from nf4_pipeline.recipe import Recipe\n"
         "import os; os.setgid(65534); os.setuid(65534)\n"
         "from nf4_pipeline.errors import AccessError\n"
-        "try: run_stage(Build(Path(sys.argv[1])), 'quantize', Settings(device='cpu'), SILENT)\n"
+        "cpu = Machine(device='cpu')\n"
+        "try: run_stage(Build(Path(sys.argv[1])), 'quantize', Recipe(), cpu, SILENT)\n"
         "except AccessError as error: print(error)\n"
     )
     done = subprocess.run(
@@ -125,15 +127,15 @@ def test_a_limit_of_the_session(downloaded_falcon: Path, tmp_path: Path) -> None
     assert "File too large" in done.stderr
     assert "ulimit -f" in done.stderr
     assert leftovers(build) == []
-    assert build.record("quantize") is None
+    assert build.record(QUANTIZE) is None
 
 
 def test_a_source_that_vanished(tiny_falcon: Path, tmp_path: Path, quantized: Path) -> None:
     model = copy_of(tiny_falcon, tmp_path / "model")
-    build, *_ = download.run(str(model), tmp_path / "artifacts", SILENT)
+    build, *_ = download(model, tmp_path / "artifacts")
     shutil.rmtree(model)
     with pytest.raises(PipelineError, match="is gone"):
-        run_stage(build, "quantize", SETTINGS, SILENT)
+        run_stage(build, "quantize", RECIPE, CPU, SILENT)
     assert not build.quantized.exists()
 
 
@@ -143,13 +145,13 @@ def test_an_earlier_export_outlives_a_serialize_that_fails(
     build = Build(copy_of(exported, tmp_path / "build"))
     before = content(build)
 
-    def fail(**_: object) -> None:
+    def fail(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error", "somewhere")
 
-    monkeypatch.setattr(serialize, "build_manifest", fail)
-    cut = replace(SETTINGS, recipe=Recipe(serialize=SerializeRecipe("20KB")))
+    monkeypatch.setattr("nf4_pipeline.stages.serialize.assemble_files", fail)
+    cut = Recipe(serialize=SerializeRecipe("20KB"))
     with pytest.raises(AccessError, match="serialize: somewhere: Input/output error"):
-        run_stage(build, "serialize", cut, SILENT)
+        run_stage(build, "serialize", cut, CPU, SILENT)
     assert content(build) == before
     assert leftovers(build) == []
 

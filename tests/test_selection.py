@@ -9,7 +9,7 @@ import pytest
 from nf4_pipeline.checkpoint.header import DTYPE_BYTES, HeaderTensor
 from nf4_pipeline.checkpoint.source import SourceTensor
 from nf4_pipeline.errors import ArchitectureError, CheckpointError, RecipeError
-from nf4_pipeline.model.architecture import LinearFact, ModelFacts
+from nf4_pipeline.model.architecture import Architecture, LinearFact
 from nf4_pipeline.recipe import QuantizeRecipe
 from nf4_pipeline.selection import Plan, select, skips
 
@@ -28,7 +28,7 @@ LINEARS = {
     "model.h.1.router.weight": LinearFact("model.h.1.router", "Llama4Router", "other", False),
     "head.weight": LinearFact("head", "Linear", "linear", True),
 }
-FACTS = ModelFacts(
+FACTS = Architecture(
     model_type="made-up",
     class_name="MadeUpForCausalLM",
     shapes=SHAPES,
@@ -74,7 +74,7 @@ def test_the_ordinary_case() -> None:
 
 
 def test_a_head_that_differs_from_its_twin_is_kept() -> None:
-    plan = select(TENSORS, FACTS, QuantizeRecipe(), different_twins=frozenset({"head.weight"}))
+    plan = select(TENSORS, FACTS, QuantizeRecipe(), untied=frozenset({"head.weight"}))
     assert reasons(plan)["head.weight"] == ("keep", "output head")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -17,18 +18,21 @@ from typing import Any, Final
 import nf4_pipeline
 import pytest
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit
 from nf4_pipeline.job import run_stage
+from nf4_pipeline.machine import Machine
+from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.progress import SILENT
-from nf4_pipeline.stages import Settings, download, preflight
+from nf4_pipeline.recipe import Recipe
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.falcon import modeling_falcon
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from tests.support.architecture import FactsHere
 from tests.support.checkpoints import FALCONS, HEAD, KINDS, make_checkpoint, read_tensors
+from tests.support.jobs import download
 from tests.support.stock import (
+    QUANT_STATE,
+    dequantize_stock,
     falcon_patch,
     linear4bit,
     load_stock,
@@ -37,15 +41,6 @@ from tests.support.stock import (
     stock_model,
 )
 from tests.support.tiny import content_of
-
-QUANT_STATE: Final = ".quant_state.bitsandbytes__nf4"
-COMPANIONS: Final = (
-    ".absmax",
-    ".quant_map",
-    ".nested_absmax",
-    ".nested_quant_map",
-    QUANT_STATE,
-)
 
 # Two texts of twelve tokens, all different.
 TOKENS: Final = (torch.arange(24) * 9 % 257).reshape(2, 12)
@@ -114,12 +109,11 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         checkpoint = make_checkpoint(
             root / "checkpoint", case.kind, dtype=case.dtype, **case.options
         )
-        with pytest.MonkeyPatch.context() as patch:
-            if name != "falcon-7b":  # which takes the seconds that a child process takes
-                patch.setattr(preflight, "PendingFacts", FactsHere)
-            build, *_ = download.run(str(checkpoint), root / "artifacts", SILENT)
+        # One of them takes the seconds that a child process takes.
+        with nullcontext() if name == "falcon-7b" else in_process():
+            build, *_ = download(checkpoint, root / "artifacts")
         for stage in ("quantize", "serialize"):
-            assert run_stage(build, stage, Settings(), SILENT).ran
+            assert run_stage(build, stage, Recipe(), Machine(), SILENT).ran
         return Made(
             case, checkpoint, save_stock(checkpoint, root / "stock", case.dtype), build.export
         )
@@ -137,18 +131,6 @@ def quant_state(tensors: dict[str, torch.Tensor], weight: str) -> dict[str, Any]
     """The parsed JSON that stands beside a quantized weight."""
     value: dict[str, Any] = json.loads(bytes(tensors[weight + QUANT_STATE].tolist()))
     return value
-
-
-def dequantized(tensors: dict[str, torch.Tensor], weight: str) -> torch.Tensor:
-    """A weight as bitsandbytes reads it from its six stored tensors."""
-    companions = {weight + suffix: tensors[weight + suffix] for suffix in COMPANIONS}
-    state = QuantState.from_dict(companions, device=torch.device("cpu"))
-    shape = state.shape
-    # As one long row: bitsandbytes 0.50.2 takes the wrong scales on a CPU for rows that are no
-    # whole number of blocks.
-    state.shape = torch.Size([shape.numel()])
-    found: torch.Tensor = dequantize_4bit(tensors[weight], state)
-    return found.reshape(shape)
 
 
 def logit_bound(dtype: str) -> float:
@@ -185,7 +167,9 @@ def test_artifact_holds_what_stock_writes(make: Make, name: str) -> None:
         nested = f"{weight}.nested_absmax"
         # They are differences to that mean, and carry its rounding.
         torch.testing.assert_close(ours[nested], stock[nested], rtol=1e-6, atol=1e-6 * offset)
-        assert relative(dequantized(ours, weight), dequantized(stock, weight)) < 1e-3, weight
+        assert relative(dequantize_stock(ours, weight), dequantize_stock(stock, weight)) < 1e-3, (
+            weight
+        )
 
 
 @every_case
@@ -198,7 +182,7 @@ def test_artifact_is_near_its_source(make: Make, name: str) -> None:
         seen.add(entry["source_name"])
         if entry["quantized"]:
             original = original.T if entry["transposed"] else original
-            error = relative(dequantized(ours, entry["name"]), original)
+            error = relative(dequantize_stock(ours, entry["name"]), original)
             # Normally distributed weights lose 9 % to NF4; blocks that are zero lose nothing.
             assert 0.06 < error < 0.11, entry["name"]
             assert entry["relative_rmse"] == pytest.approx(error, rel=0.01), entry["name"]
@@ -293,11 +277,10 @@ def test_more_threads_change_no_byte(make: Make, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(preflight, "PendingFacts", FactsHere)
-            build, *_ = download.run(str(made.checkpoint), tmp_path / "artifacts", SILENT)
+        with in_process():
+            build, *_ = download(made.checkpoint, tmp_path / "artifacts")
         for stage in ("quantize", "serialize"):
-            assert run_stage(build, stage, Settings(), SILENT).ran
+            assert run_stage(build, stage, Recipe(), Machine(), SILENT).ran
         found = logits(nf4_pipeline.load(build.export, device="cpu"), TOKENS)
     finally:
         torch.set_num_threads(before)
@@ -349,7 +332,7 @@ def test_a_loaded_model_computes_what_the_artifact_means(make: Make, name: str) 
     with torch.no_grad():
         for entry in made.manifest["tensors"]:
             if entry["quantized"]:
-                weight = dequantized(tensors, entry["name"])
+                weight = dequantize_stock(tensors, entry["name"])
                 plain.get_parameter(entry["name"]).copy_(
                     weight.T if entry["transposed"] else weight
                 )

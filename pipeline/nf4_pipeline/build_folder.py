@@ -15,15 +15,14 @@ would have now, and its outputs still hash as recorded; a record that cannot be 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Generic, Literal, Protocol, TypeVar
 
 from nf4_pipeline.checkpoint.atomic import (
     make_folder,
@@ -35,33 +34,75 @@ from nf4_pipeline.checkpoint.atomic import (
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
 from nf4_pipeline.errors import BuildError
 from nf4_pipeline.progress import SILENT, Reporter
+from nf4_pipeline.runtime.artifact import build_roots
 
 RECORD_VERSION: Final = 1
 
 
+class Facts(Protocol):
+    """What later stages and people want to know of a finished stage; JSON in its record."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+F = TypeVar("F", bound=Facts)
+F_co = TypeVar("F_co", bound=Facts, covariant=True)
+
+
 @dataclass(frozen=True)
-class Record:
+class RecordKind(Generic[F_co]):
+    """The record of one stage (all of them: `records.py`).
+
+    Attributes:
+        stage: the stage's name, as the command's.
+        parse: JSON -> its facts.
+    """
+
+    stage: str
+    parse: Callable[[Any], F_co]
+
+
+@dataclass(frozen=True)
+class Record(Generic[F_co]):
     """What a finished stage leaves.
 
     Attributes:
-        stage: its name, as the command's.
+        kind: whose record it is.
         key: hash of everything that shapes the outputs.
         outputs: path relative to the build folder -> digest.
-        facts: what later stages and people want to know; plain JSON.
+        facts: what later stages and people want to know.
         seconds: wall-clock time of the work.
         peak_memory: bytes.
         finished: when, in UTC, as ISO 8601; empty until it is written.
         recipe: the table of the recipe that is named for the stage; empty if there is none.
     """
 
-    stage: str
+    kind: RecordKind[F_co]
     key: str
     outputs: dict[str, FileDigest]
-    facts: dict[str, Any]
+    facts: F_co
     seconds: float
     peak_memory: int
     finished: str = ""
     recipe: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all outputs."""
+        return sum(digest.size for digest in self.outputs.values())
+
+    def outputs_in(self, folder: str) -> dict[str, FileDigest]:
+        """The outputs in one folder of the build, by their path in it.
+
+        Args:
+            folder: its name, such as "export".
+        """
+        prefix = f"{folder}/"
+        return {
+            path.removeprefix(prefix): digest
+            for path, digest in self.outputs.items()
+            if path.startswith(prefix)
+        }
 
 
 @dataclass(frozen=True)
@@ -90,24 +131,29 @@ class Build:
     def export(self) -> Path:
         return self.root / "export"
 
-    def _record_path(self, stage: str) -> Path:
-        return self.root / "records" / f"{stage}.json"
+    @property
+    def calibration(self) -> Path:
+        """Where quantize keeps the tokens that it calibrates on, and its choices."""
+        return self.root / "calibration"
 
-    def record(self, stage: str) -> Record | None:
+    def _record_path(self, kind: RecordKind[Facts]) -> Path:
+        return self.root / "records" / f"{kind.stage}.json"
+
+    def record(self, kind: RecordKind[F]) -> Record[F] | None:
         """The record of a stage, or None if there is none that can be read."""
         try:
-            value = json.loads(self._record_path(stage).read_text("utf-8"))
-            if value["version"] != RECORD_VERSION or value["stage"] != stage:
+            value = json.loads(self._record_path(kind).read_text("utf-8"))
+            if value["version"] != RECORD_VERSION or value["stage"] != kind.stage:
                 return None
             outputs = {
                 path: FileDigest(int(entry["size"]), str(entry["sha256"]))
                 for path, entry in value["outputs"].items()
             }
             return Record(
-                stage,
+                kind,
                 value["key"],
                 outputs,
-                value["facts"],
+                kind.parse(value["facts"]),
                 float(value["seconds"]),
                 int(value["peak_memory_bytes"]),
                 str(value["finished"]),
@@ -116,84 +162,84 @@ class Build:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def need(self, stage: str) -> Record:
+    def need(self, kind: RecordKind[F]) -> Record[F]:
         """The record of a stage that must be done.
 
         Raises:
-            BuildError: it is not.
+            BuildError: the stage has no record that can be read.
         """
-        record = self.record(stage)
+        record = self.record(kind)
         if record is None:
             raise BuildError(
-                f"{self.root} has no finished `{stage}` stage. Run `nf4 {stage}` on it first, or "
-                "`nf4 build` for all stages."
+                f"{self.root} has no finished `{kind.stage}` stage. Run `nf4 {kind.stage}` on it "
+                "first, or `nf4 build` for all stages."
             )
         return record
 
-    def check_inputs(self, stage: str) -> None:
+    def check_inputs(self, kind: RecordKind[Facts]) -> None:
         """Refuses to build on outputs of a stage that changed since it wrote them.
 
         A file with the recorded size and time counts as unchanged, as for git and make; any other
         is hashed.
 
         Raises:
-            BuildError: a file is gone or has other bytes.
+            BuildError: the stage has no record, or a file that it left is gone or has other bytes.
         """
-        record = self.need(stage)
-        times = json.loads(self._record_path(stage).read_text("utf-8"))["outputs"]
+        record = self.need(kind)
+        times = json.loads(self._record_path(kind).read_text("utf-8"))["outputs"]
         for name, expected in record.outputs.items():
             path = self.root / name
             if not path.is_file():
                 raise BuildError(
-                    f"{path} is gone, which `{stage}` left there. Run `nf4 {stage}` again."
+                    f"{path} is gone, which `{kind.stage}` left there. Run `nf4 {kind.stage}` "
+                    "again."
                 )
-            found = path.stat()
-            unchanged = (found.st_size, found.st_mtime_ns) == (
+            now = path.stat()
+            unchanged = (now.st_size, now.st_mtime_ns) == (
                 expected.size,
                 times[name].get("mtime_ns"),
             )
             if not unchanged and digest_file(path) != expected:
                 raise BuildError(
-                    f"{path} changed since `{stage}` recorded it (sha256 {expected.sha256[:12]}…). "
-                    f"Run `nf4 {stage}` again."
+                    f"{path} changed since `{kind.stage}` recorded it (sha256 "
+                    f"{expected.sha256[:12]}…). Run `nf4 {kind.stage}` again."
                 )
 
-    def write_record(self, record: Record) -> None:
+    def write_record(self, record: Record[Facts]) -> None:
         """Writes a record; the last thing that a stage does."""
         write_json(
-            self._record_path(record.stage),
+            self._record_path(record.kind),
             {
                 "version": RECORD_VERSION,
-                "stage": record.stage,
+                "stage": record.kind.stage,
                 "key": record.key,
                 "outputs": {
-                    path: {**digest.as_json(), "mtime_ns": (self.root / path).stat().st_mtime_ns}
+                    path: {**digest.to_json(), "mtime_ns": (self.root / path).stat().st_mtime_ns}
                     for path, digest in sorted(record.outputs.items())
                 },
                 "seconds": round(record.seconds, 3),
                 "peak_memory_bytes": record.peak_memory,
                 "finished": record.finished or datetime.now(UTC).isoformat(timespec="seconds"),
                 "recipe": record.recipe,
-                "facts": record.facts,
+                "facts": record.facts.to_json(),
             },
         )
 
-    def forget(self, stage: str) -> None:
+    def forget(self, kind: RecordKind[Facts]) -> None:
         """Deletes a stage's record, before its outputs change."""
-        path = self._record_path(stage)
+        path = self._record_path(kind)
         if path.exists():
             path.unlink()
             sync_folder(path.parent)
 
-    def state(self, stage: str, key: str, reporter: Reporter = SILENT) -> State:
+    def state(self, kind: RecordKind[Facts], key: str, reporter: Reporter = SILENT) -> State:
         """Whether a stage with this key is done; hashes its outputs to know."""
-        record = self.record(stage)
+        record = self.record(kind)
         if record is None:
             return State("missing", "not run yet")
         if record.key != key:
             return State("stale", "its inputs, its recipe or this program changed since")
-        total = sum(digest.size for digest in record.outputs.values())
-        with reporter.task(f"check {stage}", total) as task:
+        with reporter.task(f"check {kind.stage}", record.total_bytes) as task:
             for name, expected in record.outputs.items():
                 path = self.root / name
                 if not path.is_file():
@@ -209,7 +255,7 @@ class Build:
         What a dead process left half done is deleted.
 
         Raises:
-            BuildError: another live process works here.
+            BuildError: another live process holds this build folder.
         """
         make_folder(self.root)
         descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -232,23 +278,6 @@ class Build:
             os.close(descriptor)
 
 
-def stage_key(parts: Mapping[str, Any]) -> str:
-    """The hash of everything that shapes a stage's outputs; `parts` is plain JSON."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def digests_json(digests: Mapping[str, FileDigest]) -> dict[str, object]:
-    """Digests as plain JSON, by name."""
-    return {name: digest.as_json() for name, digest in sorted(digests.items())}
-
-
 def find_builds(artifacts: Path) -> list[Build]:
     """All builds under a folder, the one worked on last first."""
-    if not artifacts.is_dir():
-        return []
-    roots = [path.parent for path in artifacts.glob("*/records") if path.is_dir()]
-    return [
-        Build(root)
-        for root in sorted(roots, key=lambda r: (r / "records").stat().st_mtime, reverse=True)
-    ]
+    return [Build(root) for root in build_roots(artifacts)]

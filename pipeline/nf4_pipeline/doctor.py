@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final, Literal, TypedDict
+from typing import Final, Literal
 
 from nf4_pipeline import __version__
+from nf4_pipeline.documents import Document
 from nf4_pipeline.resource_usage import available_memory
 
 _LIBRARIES: Final = (
@@ -27,59 +29,111 @@ _FALCON_BYTES: Final = 19e9  # falcon-7b-instruct and its artifact
 _AMPERE: Final = 8  # the first compute capability with bfloat16 arithmetic
 
 
-class Finding(TypedDict):
+@dataclass(frozen=True)
+class Finding(Document):
     """One thing worth knowing: "ok", "note" (it is taken care of) or "problem" (do something)."""
 
     kind: Literal["ok", "note", "problem"]
     text: str
 
 
-def examine(artifacts: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Gpu(Document):
+    """A CUDA device; `capability` is its compute capability, major and minor."""
+
+    name: str
+    memory_bytes: int
+    capability: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Disk(Document):
+    """Free space where a folder is, or will be."""
+
+    folder: str
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class HubAccess(Document):
+    """How the Hub would be reached; `token` says whether there is one."""
+
+    endpoint: str
+    offline: bool
+    token: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineReport(Document):
+    """What there is, as `nf4 doctor --json` says it. No token and no user name is in it.
+
+    Attributes:
+        nf4_pipeline: version of this package.
+        python: version.
+        system: kernel and processor architecture.
+        processors: that this process may use.
+        available_memory_bytes: that can be used without swapping; None if the system does not say.
+        libraries: name -> version, None if it is not installed.
+        tokenizers: the same of packages that only some tokenizers need.
+        gpus: CUDA devices that torch can use.
+        disks: free space for builds and for the Hub cache.
+        hub: how the Hub would be reached.
+        findings: what is worth knowing of all that.
+    """
+
+    nf4_pipeline: str
+    python: str
+    system: str
+    processors: int
+    available_memory_bytes: int | None
+    libraries: Mapping[str, str | None]
+    tokenizers: Mapping[str, str | None]
+    gpus: tuple[Gpu, ...]
+    disks: Mapping[str, Disk]
+    hub: HubAccess
+    findings: tuple[Finding, ...] = ()
+
+
+def examine(artifacts: Path) -> MachineReport:
     """Looks at processor, memory, GPUs, libraries, disks and Hub settings.
 
     Args:
         artifacts: the folder where builds would go.
-
-    Returns:
-        Plain JSON: what there is, and "findings". No token and no user name is in it.
     """
-    found: dict[str, Any] = {
-        "nf4_pipeline": __version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "processors": len(os.sched_getaffinity(0)),
-        "available_memory_bytes": available_memory(),
-        "libraries": {name: _version(name) for name in _LIBRARIES},
-        "tokenizers": {name: _version(name) for name in _TOKENIZERS},
-        "gpus": _gpus(),
-        "disks": {
-            "builds": _disk(artifacts),
-            "hub_cache": _disk(_hub_cache()),
-        },
-        "hub": {
-            "endpoint": os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
-            "offline": os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "TRUE", "yes", "on"),
-            "token": bool(os.environ.get("HF_TOKEN")) or (_hub_home() / "token").is_file(),
-        },
-    }
-    found["findings"] = list(_findings(found))
-    return found
+    machine = MachineReport(
+        nf4_pipeline=__version__,
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        processors=len(os.sched_getaffinity(0)),
+        available_memory_bytes=available_memory(),
+        libraries={name: _version(name) for name in _LIBRARIES},
+        tokenizers={name: _version(name) for name in _TOKENIZERS},
+        gpus=tuple(_gpus()),
+        disks={"builds": _disk(artifacts), "hub_cache": _disk(_hub_cache())},
+        hub=HubAccess(
+            endpoint=os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
+            offline=os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "TRUE", "yes", "on"),
+            token=bool(os.environ.get("HF_TOKEN")) or (_hub_home() / "token").is_file(),
+        ),
+    )
+    return replace(machine, findings=tuple(find_traps(machine)))
 
 
-def _findings(found: dict[str, Any]) -> Iterator[Finding]:
-    missing = [name for name, value in found["libraries"].items() if value is None]
+def find_traps(machine: MachineReport) -> Iterator[Finding]:
+    """What is worth knowing of a machine."""
+    missing = [name for name, value in machine.libraries.items() if value is None]
     if missing:
         text = f"not installed: {', '.join(missing)}. Install this package again."
         yield Finding(kind="problem", text=text)
-    lacking = [name for name, value in found["tokenizers"].items() if value is None]
+    lacking = [name for name, value in machine.tokenizers.items() if value is None]
     if lacking:
         yield Finding(
             kind="note",
             text=f"not installed: {', '.join(lacking)}, which only tokenizers without a "
             "tokenizer.json need; pip install 'nf4-pipeline[tokenizers]' brings them",
         )
-    yield from _gpu_findings(found["gpus"])
-    transformers = found["libraries"]["transformers"]
+    yield from _gpu_findings(machine.gpus)
+    transformers = machine.libraries["transformers"]
     if transformers and _numbers(transformers) >= (5, 5):
         yield Finding(
             kind="note",
@@ -87,25 +141,25 @@ def _findings(found: dict[str, Any]) -> Iterator[Finding]:
             "of nn.Linear, such as Falcon's; here they are quantized, and nf4_pipeline.load "
             "loads them",
         )
-    if found["libraries"]["bitsandbytes"]:
+    if machine.libraries["bitsandbytes"]:
         yield Finding(
             kind="note",
             text="bitsandbytes 0.50 computes 4-bit layers of some shapes wrongly on a CPU "
             "(in_features a multiple of 16 but not of 64); nf4_pipeline.load puts them right",
         )
-    for name, disk in found["disks"].items():
-        if disk["free_bytes"] < _FALCON_BYTES:
+    for name, disk in machine.disks.items():
+        if disk.free_bytes < _FALCON_BYTES:
             yield Finding(
                 kind="note",
-                text=f"{disk['folder']} ({name.replace('_', ' ')}) has "
-                f"{disk['free_bytes'] / 1e9:.1f} GB free; tiiuae/falcon-7b-instruct and its "
+                text=f"{disk.folder} ({name.replace('_', ' ')}) has "
+                f"{disk.free_bytes / 1e9:.1f} GB free; tiiuae/falcon-7b-instruct and its "
                 f"artifact take {_FALCON_BYTES / 1e9:.0f} GB",
             )
-    if found["hub"]["offline"]:
+    if machine.hub.offline:
         yield Finding(kind="note", text="HF_HUB_OFFLINE is set: only cached models can be used")
 
 
-def _gpu_findings(gpus: list[dict[str, Any]]) -> Iterator[Finding]:
+def _gpu_findings(gpus: tuple[Gpu, ...]) -> Iterator[Finding]:
     if not gpus:
         there = Path("/dev/nvidiactl").exists()
         text = (
@@ -117,36 +171,28 @@ def _gpu_findings(gpus: list[dict[str, Any]]) -> Iterator[Finding]:
         )
         yield Finding(kind="problem" if there else "note", text=text)
     for gpu in gpus:
-        if gpu["capability"][0] < _AMPERE:
+        if gpu.capability[0] < _AMPERE:
             yield Finding(
                 kind="note",
-                text=f"{gpu['name']} has no bfloat16 arithmetic; models are run in float16 there",
+                text=f"{gpu.name} has no bfloat16 arithmetic; models are run in float16 there",
             )
 
 
-def _gpus() -> list[dict[str, Any]]:
+def _gpus() -> Iterator[Gpu]:
     if _version("torch") is None:
-        return []
+        return
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    found = []
     for number in range(count):
-        properties = torch.cuda.get_device_properties(number)
-        found.append(
-            {
-                "name": properties.name,
-                "memory_bytes": properties.total_memory,
-                "capability": [properties.major, properties.minor],
-            }
-        )
-    return found
+        device = torch.cuda.get_device_properties(number)
+        yield Gpu(device.name, device.total_memory, (device.major, device.minor))
 
 
-def _disk(folder: Path) -> dict[str, Any]:
-    """Free space where a folder is, or will be."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return {"folder": str(folder), "free_bytes": shutil.disk_usage(there).free}
+def _disk(folder: Path) -> Disk:
+    absolute = folder.absolute()
+    existing = next(path for path in (absolute, *absolute.parents) if path.exists())
+    return Disk(str(folder), shutil.disk_usage(existing).free)
 
 
 def _hub_home() -> Path:

@@ -17,6 +17,7 @@
     ├── ResourceError             not enough disk, memory, or no such device
     │   └── AccessError           a file or a folder cannot be read or written
     ├── VerificationError         the verdict is "fail"
+    ├── TiedWeightsDiffer         tensors that config.json ties differ; caught, and both are kept
     └── StoppedError              the user stopped it: exit code 130
 
 A message says what happened, where, what was expected and what was found, and what to do next.
@@ -100,6 +101,17 @@ class StoppedError(PipelineError):
     """The user stopped the work; the text says what is kept, and how to go on."""
 
     exit_code = 130
+
+
+class TiedWeightsDiffer(PipelineError):
+    """A tensor that was to be dropped differs from the one to which config.json ties it.
+
+    Whoever made the plan catches this and makes another, with both kept.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name!r} does not equal the tensor to which it is tied.")
+        self.name = name
 
 
 class VerificationError(PipelineError):

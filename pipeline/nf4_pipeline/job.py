@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Final
+from typing import Any
 
 from nf4_pipeline.build_folder import Build, Record, State
+from nf4_pipeline.calibration.calibrator import text_path
 from nf4_pipeline.errors import BuildError, RecipeError, StoppedError, of_system
+from nf4_pipeline.machine import Machine
 from nf4_pipeline.progress import SILENT, Reporter
-from nf4_pipeline.recipe import TABLES, Recipe, parse_recipe
-from nf4_pipeline.stages import Settings, attest, calibrate, download, quantize, serialize, verify
-
-Runner = Callable[[Build, Settings, Reporter], Record]
-Key = Callable[[Build, Settings], str]
-
-RUNNERS: Final[dict[str, tuple[Key, Runner]]] = {
-    "quantize": (quantize.key, quantize.run),
-    "serialize": (serialize.key, serialize.run),
-    "verify": (verify.key, verify.run),
-    "attest": (attest.key, attest.run),
-}
+from nf4_pipeline.recipe import TABLES, PartialRecipe, Recipe
+from nf4_pipeline.records import DOWNLOAD, KINDS, QUANTIZE, Reading
+from nf4_pipeline.stages.attest import Attest
+from nf4_pipeline.stages.download import Download, Downloaded, DownloadRequest
+from nf4_pipeline.stages.quantize import Quantize, count_finished_files
+from nf4_pipeline.stages.run_recorded import Stage
+from nf4_pipeline.stages.serialize import Serialize
+from nf4_pipeline.stages.verify import Verify, check_gpu
 
 
 @dataclass(frozen=True)
@@ -34,150 +31,150 @@ class StageResult:
         ran: False if an earlier result was still valid.
     """
 
-    record: Record
+    record: Record[Any]
     ran: bool
 
 
+def make_stages(
+    build: Build,
+    recipe: Recipe,
+    machine: Machine,
+    reporter: Reporter = SILENT,
+    against: str | None = None,
+) -> dict[str, Stage]:
+    """The stages behind `download`, by name, in their order.
+
+    Args:
+        build: the build folder.
+        recipe: everything that shapes bytes and verdict.
+        machine: what the work may use.
+        reporter: told how far it is.
+        against: an artifact of the same source that verify compares this one with; None for none.
+    """
+    return {
+        "quantize": Quantize(build, recipe, machine, reporter),
+        "serialize": Serialize(build, recipe, reporter),
+        "verify": Verify(build, recipe, machine, reporter, against),
+        "attest": Attest(build),
+    }
+
+
 def run_build(
-    model: str,
-    artifacts: Path,
-    settings: Settings,
-    reporter: Reporter,
-    *,
-    revision: str | None = None,
-    build_dir: Path | None = None,
-    offline: bool = False,
-    allow_pickle: bool = False,
+    request: DownloadRequest, recipe: Recipe, machine: Machine, reporter: Reporter
 ) -> tuple[Build, dict[str, StageResult]]:
     """Runs the main job.
 
     Args:
-        model: Hub id, local folder, or "sample".
-        artifacts: the folder that holds builds.
-        settings: recipe, device and the like.
+        request: the model, and where its build folder shall be.
+        recipe: everything that shapes bytes and verdict; what the request says of the tensors
+            counts where it does not.
+        machine: what the work may use.
         reporter: told how far it is.
-        revision: of a Hub model.
-        build_dir: the build folder, if not the default one.
-        offline: take a Hub model as it is cached.
-        allow_pickle: convert weights that are pickles, where there are no others.
 
     Returns:
         The build folder, and the result of each stage by name.
     """
-    verify.check_gpu(settings)
-    recipe = settings.recipe.quantize
-    calibrate.text_path(recipe)  # one that is not there is known before any byte
-    build, record, ran = run_download(
-        model,
-        artifacts,
-        reporter,
-        revision=revision,
-        build_dir=build_dir,
-        offline=offline,
-        allow_pickle=allow_pickle,
-        allow_unused=recipe.allow_unused,
-        strip_prefix=recipe.strip_prefix,
-    )
+    check_gpu(machine)
+    text_path(recipe.quantize)  # a text that is not there is known before any byte
+    recipe = request.reading.into(recipe)
+    request = replace(request, reading=Reading.of(recipe.quantize))
+    build, record, ran = run_download(request, reporter)
     results = {"download": StageResult(record, ran)}
-    with faults("build", build), build.locked():
-        for stage in RUNNERS:
-            results[stage] = ensure(build, stage, settings, reporter)
+    stages = make_stages(build, recipe, machine, reporter)
+    with translate_errors("build", build), build.locked():
+        for name in stages:
+            results[name] = _ensure(build, stages, name, recipe, reporter)
     return build, results
 
 
-def run_download(
-    model: str,
-    artifacts: Path,
+def run_download(request: DownloadRequest, reporter: Reporter) -> Downloaded:
+    """Runs `Download`, and says what the system refuses as an error of ours."""
+    with translate_errors("download"):
+        return Download(request, reporter).run()
+
+
+def run_stage(
+    build: Build,
+    name: str,
+    recipe: Recipe | PartialRecipe,
+    machine: Machine,
     reporter: Reporter,
     *,
-    revision: str | None = None,
-    build_dir: Path | None = None,
-    offline: bool = False,
-    allow_pickle: bool = False,
-    allow_unused: Sequence[str] = (),
-    strip_prefix: str = "",
-) -> tuple[Build, Record, bool]:
-    """Runs `stages.download.run`, and says what the system refuses as an error of ours."""
-    with faults("download"):
-        return download.run(
-            model,
-            artifacts,
-            reporter,
-            revision=revision,
-            build_dir=build_dir,
-            offline=offline,
-            allow_pickle=allow_pickle,
-            allow_unused=allow_unused,
-            strip_prefix=strip_prefix,
-        )
+    against: str | None = None,
+) -> StageResult:
+    """Runs one stage of an existing build, unless its result is still valid.
 
+    Args:
+        build: the build folder.
+        name: of the stage.
+        recipe: what was said of it; tables of earlier stages that were not said are those that the
+            build was made with.
+        machine: what the work may use.
+        reporter: told how far it is.
+        against: as in `make_stages`.
 
-def run_stage(build: Build, stage: str, settings: Settings, reporter: Reporter) -> StageResult:
-    """Runs one stage of an existing build, unless its result is still valid."""
-    with faults(stage, build):
+    Raises:
+        BuildError: there is no such build, another process works there, or an earlier stage is not
+            done.
+    """
+    with translate_errors(name, build):
         if not build.root.is_dir():
             raise BuildError(f"{build.root}: no such build. Start one: nf4 build MODEL.")
-        if stage == "verify":
-            verify.check_gpu(settings)
-    with faults(stage, build), build.locked():
-        settings = as_built(build, settings, before=stage)
-        return ensure(build, stage, settings, reporter)
+        if name == "verify":
+            check_gpu(machine)
+    with translate_errors(name, build), build.locked():
+        whole = complete_recipe(build, recipe, before=name)
+        stages = make_stages(build, whole, machine, reporter, against)
+        return _ensure(build, stages, name, whole, reporter)
 
 
-def as_built(build: Build, settings: Settings, before: str | None = None) -> Settings:
-    """Settings with the recipe that a build was made with, where no other was given.
-
-    So that `nf4 serialize` and `nf4 status` need not be told again what `nf4 build` was told.
+def complete_recipe(
+    build: Build, recipe: Recipe | PartialRecipe, before: str | None = None
+) -> Recipe:
+    """A recipe with the tables that a build was made with, where no others were said.
 
     Args:
         build: whose records hold the tables.
-        settings: what was given.
-        before: the stage that comes next; its own table and those behind it stay as they are.
-            None for every table.
+        recipe: what was said.
+        before: the stage that comes next (see `PartialRecipe.completed`).
     """
-    recipe = settings.recipe
-    for name in TABLES:
-        if name == before:
-            break
-        record = build.record(name)
-        if name not in settings.given and record is not None and record.recipe:
-            try:
-                table = parse_recipe({name: record.recipe}, f"the record of {name}")
-            except RecipeError:  # of another version; the key will say that the stage is stale
-                continue
-            recipe = replace(recipe, **{name: getattr(table, name)})
-    return replace(settings, recipe=_as_downloaded(build, recipe))
+    if not isinstance(recipe, Recipe):
+        records = {name: build.record(KINDS[name]) for name in TABLES}
+        recipe = recipe.completed({name: r.recipe for name, r in records.items() if r}, before)
+    downloaded = build.record(DOWNLOAD)
+    return downloaded.facts.reading.into(recipe) if downloaded else recipe
 
 
-def _as_downloaded(build: Build, recipe: Recipe) -> Recipe:
-    """A recipe that understands the checkpoint's tensors as `nf4 download` was told to."""
-    record = build.record("download")
-    told = {
-        name: value
-        for name, value in (record.facts if record else {}).get("reading", {}).items()
-        if value and not getattr(recipe.quantize, name)
-    }
-    if not told:
-        return recipe
-    told = {name: tuple(v) if isinstance(v, list) else v for name, v in told.items()}
-    return replace(recipe, quantize=replace(recipe.quantize, **told))
-
-
-def ensure(build: Build, stage: str, settings: Settings, reporter: Reporter) -> StageResult:
+def _ensure(
+    build: Build, stages: Mapping[str, Stage], name: str, recipe: Recipe, reporter: Reporter
+) -> StageResult:
     """Runs a stage if it is not done; the build folder must be locked."""
-    key, run = RUNNERS[stage]
-    with faults(stage, build):
-        if build.state(stage, key(build, settings), reporter).status == "done":
-            return StageResult(_told_anew(build, build.need(stage), settings), ran=False)
-        return StageResult(run(build, settings, reporter), ran=True)
+    stage = stages[name]
+    with translate_errors(name, build):
+        if build.state(stage.kind, stage.key(), reporter).status == "done":
+            record = build.need(stage.kind)
+            return StageResult(_refresh_recipe(build, record, recipe), ran=False)
+        if name == "serialize":
+            _refuse_stale_weights(build, stages["quantize"])
+        return StageResult(stage.run(), ran=True)
 
 
-def _told_anew(build: Build, record: Record, settings: Settings) -> Record:
+def _refuse_stale_weights(build: Build, quantize: Stage) -> None:
+    """An artifact holds the weights that its recipe makes, or it is not written."""
+    if build.need(QUANTIZE).key != quantize.key():
+        raise BuildError(
+            f"{build.root}: what `quantize` wrote is stale (its source or its recipe changed). "
+            "Run `nf4 quantize` again, or `nf4 build`."
+        )
+
+
+def _refresh_recipe(build: Build, record: Record[Any], recipe: Recipe) -> Record[Any]:
     """The record of a finished stage, with the table that led to it this time.
 
     The same text may lie elsewhere by now, and older records have no table.
     """
-    table = settings.recipe.table(record.stage) if record.stage in TABLES else {}
+    stage = record.kind.stage
+    table = recipe.table(stage) if stage in TABLES else {}
     if record.recipe != table:
         record = replace(record, recipe=table)
         build.write_record(record)
@@ -185,7 +182,7 @@ def _told_anew(build: Build, record: Record, settings: Settings) -> Record:
 
 
 @contextmanager
-def faults(doing: str, build: Build | None = None) -> Iterator[None]:
+def translate_errors(doing: str, build: Build | None = None) -> Iterator[None]:
     """Turns what the system refuses, and an interrupt, into errors that say how to go on.
 
     Args:
@@ -201,45 +198,51 @@ def faults(doing: str, build: Build | None = None) -> Iterator[None]:
     except (OSError, MemoryError) as error:
         raise of_system(error, doing) from error
     except KeyboardInterrupt:
-        raise StoppedError(f"Stopped in {doing}. {_kept(build)}") from None
+        raise StoppedError(f"Stopped in {doing}. {_say_what_is_kept(build)}") from None
 
 
-def _kept(build: Build | None) -> str:
+def _say_what_is_kept(build: Build | None) -> str:
     if build is None:
         return "What was fetched is kept. Run the same command again to continue there."
-    done = [stage for stage in ("download", *RUNNERS) if build.record(stage) is not None]
+    done = [stage for stage, kind in KINDS.items() if build.record(kind) and stage != "push"]
     kept = ", ".join(done) or "nothing"
-    files = quantize.finished_files(build)
+    files = count_finished_files(build)
     if "quantize" not in done and files:
         kept += f", and {files} quantized files"
     return f"Kept in {build.root}: {kept}. Run the same command again to continue there."
 
 
-def states(build: Build, settings: Settings, reporter: Reporter = SILENT) -> dict[str, State]:
+def states(
+    build: Build,
+    recipe: Recipe | PartialRecipe,
+    machine: Machine,
+    reporter: Reporter = SILENT,
+) -> dict[str, State]:
     """The state of every stage of a build, and why. None is done after one that is not.
 
-    Tables of the recipe that were not given are those that the build was made with.
+    Tables of the recipe that were not said are those that the build was made with.
     """
-    found: dict[str, State] = {}
-    record = build.record("download")
-    found["download"] = (
-        build.state("download", record.key, reporter) if record else State("missing", "not run yet")
+    record = build.record(DOWNLOAD)
+    state = (
+        build.state(DOWNLOAD, record.key, reporter) if record else State("missing", "not run yet")
     )
+    by_stage = {"download": state}
     previous = "download"
-    settings = as_built(build, settings)
-    for stage, (key, _) in RUNNERS.items():
-        if found[previous].status == "done":
-            found[stage] = _state(build, stage, key, settings, reporter)
-        elif build.record(stage) is None:
-            found[stage] = State("missing", "not run yet")
+    stages = make_stages(build, complete_recipe(build, recipe), machine, reporter)
+    for name, stage in stages.items():
+        if state.status == "done":
+            state = _state(build, stage, reporter)
+        elif build.record(stage.kind) is None:
+            state = State("missing", "not run yet")
         else:
-            found[stage] = State("stale", f"{previous} is {found[previous].status}")
-        previous = stage
-    return found
+            state = State("stale", f"{previous} is {state.status}")
+        by_stage[name] = state
+        previous = name
+    return by_stage
 
 
-def _state(build: Build, stage: str, key: Key, settings: Settings, reporter: Reporter) -> State:
+def _state(build: Build, stage: Stage, reporter: Reporter) -> State:
     try:
-        return build.state(stage, key(build, settings), reporter)
+        return build.state(stage.kind, stage.key(), reporter)
     except RecipeError as error:  # a text that it names is gone
         return State("stale", str(error))

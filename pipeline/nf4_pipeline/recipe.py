@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -225,6 +226,45 @@ TABLES: Final = tuple(_TABLES)
 """Of a recipe, in the order of the stages that they are named for."""
 
 
+@dataclass(frozen=True)
+class PartialRecipe:
+    """A recipe of which only some tables were said; for an existing build, the others are known.
+
+    So that `nf4 serialize` and `nf4 status` need not be told again what `nf4 build` was told.
+
+    Attributes:
+        recipe: with defaults for what was not said.
+        given: the tables that were said.
+    """
+
+    recipe: Recipe
+    given: frozenset[str]
+
+    def completed(
+        self, recorded: Mapping[str, Mapping[str, Any]], before: str | None = None
+    ) -> Recipe:
+        """The recipe with those tables that a build was made with, where no other was given.
+
+        Args:
+            recorded: tables as plain values, by the name of their stage; without those of stages
+                that are not done.
+            before: the stage that comes next; its own table and those behind it stay as they are.
+                None for every table.
+        """
+        recipe = self.recipe
+        for name in TABLES:
+            if name == before:
+                break
+            if name in self.given or not recorded.get(name):
+                continue
+            try:
+                table = parse_recipe({name: dict(recorded[name])}, f"the record of {name}")
+            except RecipeError:  # of another version; the key will say that the stage is stale
+                continue
+            recipe = replace(recipe, **{name: getattr(table, name)})
+        return recipe
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
@@ -235,7 +275,8 @@ def load_recipe(path: Path) -> Recipe:
     """Reads a recipe file.
 
     Raises:
-        RecipeError: no such file, not TOML, an unknown key, a wrong type or a value out of range.
+        RecipeError: there is no such file, it is not TOML, or it holds an unknown key, a wrong type
+            or a value out of range.
     """
     return parse_recipe(read_tables(path), str(path))
 
@@ -244,7 +285,7 @@ def read_tables(path: Path) -> dict[str, Any]:
     """The tables of a recipe file; what stands in them is not looked at.
 
     Raises:
-        RecipeError: no such file, or not TOML.
+        RecipeError: there is no such file, or it is not TOML.
     """
     try:
         return tomllib.loads(path.read_text("utf-8"))
@@ -258,7 +299,7 @@ def parse_recipe(tables: dict[str, Any], where: str) -> Recipe:
     """Turns plain values (of TOML, or of a manifest) into a recipe.
 
     Raises:
-        RecipeError: an unknown key, a wrong type or a value out of range.
+        RecipeError: a key is unknown, or a value has a wrong type or is out of range.
     """
     _reject_unknown(tables, _TABLES, f"{where}: tables")
     parts: dict[str, Any] = {}
@@ -306,7 +347,7 @@ def parse_size(text: str, name: str) -> int:
     """Bytes from a text such as "5GB", "256MiB" or "1000".
 
     Raises:
-        RecipeError: it is no size; the text names `name`.
+        RecipeError: the text is no size; the message names `name`.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgG]?[iI]?[bB]?)\s*", text)
     unit = match[2].upper() if match else ""

@@ -11,17 +11,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from nf4_pipeline.checkpoint.layout import FileLayout, plan_layout
+from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.source import SourceTensor
 from nf4_pipeline.errors import ArchitectureError, CheckpointError, RecipeError
-from nf4_pipeline.model.architecture import LinearFact, ModelFacts
+from nf4_pipeline.model.architecture import Architecture, LinearFact
 from nf4_pipeline.model.fit import check_complete, check_shape, unused_tensors
 from nf4_pipeline.model.unused_tensors import check_all_known
-from nf4_pipeline.nf4.layout import StoredTensor, stored_tensors
+from nf4_pipeline.nf4.stored_weight import stored_tensors
 from nf4_pipeline.recipe import QuantizeRecipe
 
-FLOAT_DTYPES: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-"""Source dtypes that can be quantized, and what readers call them."""
+QUANTIZABLE_DTYPES: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+"""Source dtypes that can be quantized, as safetensors and as torch call them."""
 
 Action = Literal["quantize", "keep", "drop"]
 
@@ -37,7 +37,7 @@ class TensorPlan:
         reason: why, in words for people.
         module: the module that it is the weight of, if that module multiplies by it.
         transposed: the source stores [in, out]; the output is [out, in].
-        twin: a tensor that it must equal to be dropped.
+        tied_to: name in the source of the tensor that it must equal to be dropped.
         merged: transformers merges it with others on loading, so it cannot be 4 bit.
     """
 
@@ -47,7 +47,7 @@ class TensorPlan:
     reason: str
     module: str | None = None
     transposed: bool = False
-    twin: str | None = None
+    tied_to: str | None = None
     merged: bool = False
 
     @property
@@ -61,7 +61,7 @@ class TensorPlan:
         """The output tensors that stand for it: six, one or none."""
         header = self.source.header
         if self.action == "quantize":
-            return stored_tensors(self.name, self.shape, FLOAT_DTYPES[header.dtype])
+            return stored_tensors(self.name, self.shape, QUANTIZABLE_DTYPES[header.dtype])
         if self.action == "keep":
             return (StoredTensor(self.name, header.dtype, header.shape, header.nbytes),)
         return ()
@@ -75,13 +75,13 @@ class Plan:
         tensors: all of them, in the order of the source.
         skip_modules: what readers must be told to leave alone (config.json).
         hidden_modules: quantized modules that a stock loader of transformers >= 5.5 passes over.
-        different_twins: tied tensors that differ, so that both are kept.
+        untied: tensors that are tied in the model and differ in the checkpoint: both are kept.
     """
 
     tensors: tuple[TensorPlan, ...]
     skip_modules: tuple[str, ...]
     hidden_modules: tuple[str, ...]
-    different_twins: tuple[str, ...]
+    untied: tuple[str, ...]
 
     @property
     def quantized(self) -> tuple[TensorPlan, ...]:
@@ -108,10 +108,10 @@ class Plan:
 
 def select(
     tensors: Sequence[SourceTensor],
-    facts: ModelFacts,
+    facts: Architecture,
     recipe: QuantizeRecipe,
     *,
-    different_twins: frozenset[str] = frozenset(),
+    untied: frozenset[str] = frozenset(),
     sensitive: frozenset[str] = frozenset(),
 ) -> Plan:
     """Decides what happens to each tensor.
@@ -120,14 +120,15 @@ def select(
         tensors: of the checkpoint.
         facts: of its architecture.
         recipe: which modules to skip besides the output head.
-        different_twins: names of tied tensors that were found to differ from their twin; they are
-            kept.
+        untied: names of tied tensors that were found to differ from what they are tied to; they
+            are kept.
         sensitive: modules that were found to lose most by 4 bits; they are kept.
 
     Raises:
-        CheckpointError: a tensor that the model needs is missing or has another shape.
-        ArchitectureError: there is nothing to quantize.
-        RecipeError: a skip pattern names no layer.
+        CheckpointError: a tensor that the model needs is missing or has another shape, or two
+            tensors take the same place in the model.
+        ArchitectureError: the model has no layer to quantize.
+        RecipeError: a skip pattern names no linear layer.
     """
     _check_patterns(recipe, facts)
     by_model_name = {
@@ -142,12 +143,12 @@ def select(
     plans = {tensor.name: _decide(tensor, facts, recipe, sensitive, reasons) for tensor in tensors}
     for tensor in tensors:
         canonical = facts.tied.get(facts.names.get(tensor.name) or "", "")
-        twin = by_model_name.get(canonical)
-        # Only a tensor that is copied can be held against its twin while the work goes on.
-        if twin and plans[twin].action == "keep" and tensor.name not in different_twins:
-            why = f"equals {twin}, to which it is tied"
+        other = by_model_name.get(canonical)
+        # Only with a tensor that is copied can it be compared while the work goes on.
+        if other and plans[other].action == "keep" and tensor.name not in untied:
+            why = f"equals {other}, to which it is tied"
             name = plans[tensor.name].name
-            plans[tensor.name] = TensorPlan(tensor, name, "drop", why, twin=twin)
+            plans[tensor.name] = TensorPlan(tensor, name, "drop", why, tied_to=other)
     decided = tuple(plans.values())
     _check_distinct(decided)
     if not any(plan.action == "quantize" for plan in decided):
@@ -157,7 +158,7 @@ def select(
         )
     return Plan(
         tensors=decided,
-        different_twins=tuple(sorted(different_twins)),
+        untied=tuple(sorted(untied)),
         skip_modules=_skip_modules(decided, facts),
         hidden_modules=tuple(
             plan.module
@@ -169,7 +170,7 @@ def select(
     )
 
 
-def _check_patterns(recipe: QuantizeRecipe, facts: ModelFacts) -> None:
+def _check_patterns(recipe: QuantizeRecipe, facts: Architecture) -> None:
     """A pattern with a slip in it would otherwise quantize what was to be left alone."""
     modules = [linear.module for linear in facts.linears.values()]
     for pattern in recipe.skip_modules:
@@ -182,7 +183,7 @@ def _check_patterns(recipe: QuantizeRecipe, facts: ModelFacts) -> None:
 
 def _decide(
     tensor: SourceTensor,
-    facts: ModelFacts,
+    facts: Architecture,
     recipe: QuantizeRecipe,
     sensitive: frozenset[str],
     reasons: Mapping[str, str],
@@ -220,7 +221,7 @@ def _stored_name(source_name: str, model_name: str) -> str:
 
 
 def _why_not(
-    tensor: SourceTensor, linear: LinearFact, facts: ModelFacts, recipe: QuantizeRecipe
+    tensor: SourceTensor, linear: LinearFact, facts: Architecture, recipe: QuantizeRecipe
 ) -> str | None:
     """Why a linear layer stays in its source precision, or None if it is quantized."""
     if linear.module in facts.head_modules:
@@ -233,7 +234,7 @@ def _why_not(
         return "the model multiplies by its weight directly"
     if linear.kind == "other":
         return f"{linear.class_name} is not a plain linear map"
-    if tensor.header.dtype not in FLOAT_DTYPES:
+    if tensor.header.dtype not in QUANTIZABLE_DTYPES:
         return f"dtype {tensor.header.dtype} cannot be quantized"
     return None
 
@@ -267,7 +268,7 @@ def _kind_of(tensor: SourceTensor) -> str:
     return "not the weight of a linear layer"
 
 
-def _skip_modules(plans: Iterable[TensorPlan], facts: ModelFacts) -> tuple[str, ...]:
+def _skip_modules(plans: Iterable[TensorPlan], facts: Architecture) -> tuple[str, ...]:
     """Modules that a reader would take for 4-bit if config.json did not name them."""
     kept = {plan.module for plan in plans if plan.action == "keep" and plan.module}
     return tuple(sorted(kept | facts.head_modules))

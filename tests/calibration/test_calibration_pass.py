@@ -13,15 +13,16 @@ import nf4_pipeline
 import numpy as np
 import pytest
 import torch
-from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.calibration import calibration_pass as passes
 from nf4_pipeline.calibration.tokens import parse_tokens
 from nf4_pipeline.checkpoint.source import read_json
-from nf4_pipeline.gptq.hessian_accumulator import Moments
+from nf4_pipeline.gptq.hessian import HessianAccumulator
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import SerializeRecipe
+from nf4_pipeline.records import QUANTIZE
 from safetensors.torch import load_file, save_file
 
 from tests.support.calibrated import (
@@ -35,9 +36,9 @@ from tests.support.calibrated import (
 )
 from tests.support.checkpoints import FALCONS, KINDS, make_checkpoint, read_tensors
 from tests.support.decoders import write_decoder
-from tests.support.stock import linear4bit, load_stock, logits
+from tests.support.jobs import CPU
+from tests.support.stock import dequantize_stock, linear4bit, load_stock, logits
 from tests.support.tiny import copy_of
-from tests.test_stock_equality import dequantized
 
 DTYPED: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "llama-fp16": ("llama", {"dtype": "float16"}),
@@ -115,7 +116,7 @@ def test_an_artifact_of_the_same_form(make: Make, name: str) -> None:
         shape = tuple(entry["shape"])
         weight = read_back(ours, key, shape)
         # What bitsandbytes reads, in the dtype of the source.
-        stock = dequantized(ours, key)
+        stock = dequantize_stock(ours, key)
         assert torch.equal(stock, torch.from_numpy(weight).to(stock.dtype)), key
         exact = source[entry["source_name"]].double().numpy()
         exact = exact.T if entry["transposed"] else exact
@@ -265,8 +266,8 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
 
     build = changed(tmp_path, spoil)
     with pytest.raises(nf4_pipeline.PipelineError, match=r"layers\.1\.mlp\.down_proj.*NaN"):
-        run_stage(build, "quantize", settings(tmp_path / "text.txt"), SILENT)
-    assert build.record("quantize") is None
+        run_stage(build, "quantize", settings(tmp_path / "text.txt"), CPU, SILENT)
+    assert build.record(QUANTIZE) is None
 
 
 def test_modules_that_are_skipped_change_nothing_else(make: Make, tmp_path: Path) -> None:
@@ -292,9 +293,9 @@ def test_shards_hold_what_a_single_file_holds(kind: str, make: Make, tmp_path: P
     quantized(build, settings())
     cut = Build(copy_of(pair.build.root, tmp_path / "cut"))
     options = settings()
-    options = replace(options, recipe=replace(options.recipe, serialize=SerializeRecipe("40KB")))
-    assert not run_stage(cut, "quantize", options, SILENT).ran
-    run_stage(cut, "serialize", options, SILENT)
+    options = replace(options, serialize=SerializeRecipe("40KB"))
+    assert not run_stage(cut, "quantize", options, CPU, SILENT).ran
+    run_stage(cut, "serialize", options, CPU, SILENT)
     whole = read_tensors(pair.build.export)
     for other in (build, cut):
         assert len(list(other.export.glob("*.safetensors"))) > 1
@@ -310,12 +311,12 @@ def test_layers_outside_the_blocks_hold_nothing(
     """project_in and project_out of OPT: inputs are let go as soon as a run has passed."""
     held: list[int] = []
 
-    class Watched(Moments):
+    class Watched(HessianAccumulator):
         def close(self) -> None:
             held.append(len(self._seen))
             super().close()
 
-    monkeypatch.setattr(passes, "Moments", Watched)
+    monkeypatch.setattr(passes, "HessianAccumulator", Watched)
     build = downloaded(make_checkpoint(tmp_path / "model", "opt"), tmp_path)
     quantized(build, settings(tokens=8192))
     assert set(held) == {0}
@@ -332,4 +333,4 @@ def test_tokens_of_another_vocabulary(make: Make, tmp_path: Path) -> None:
     tokens["ids"][0][0] = 257
     path.write_text(json.dumps(tokens))
     with pytest.raises(nf4_pipeline.PipelineError, match="token 257 is beyond the model's 257"):
-        run_stage(build, "quantize", settings(), SILENT)
+        run_stage(build, "quantize", settings(), CPU, SILENT)

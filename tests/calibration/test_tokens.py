@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import pytest
 import torch
-from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.calibration.sampling import make_tokens
 from nf4_pipeline.calibration.tokens import (
     CalibrationTokens,

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 from nf4_pipeline.checkpoint.header import DTYPE_BYTES, read_header
-from nf4_pipeline.checkpoint.layout import plan_layout
+from nf4_pipeline.checkpoint.layout import StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.writer import writing
-from nf4_pipeline.nf4.layout import QUANT_STATE_SUFFIX, StoredTensor, stored_tensors
+from nf4_pipeline.nf4.stored_weight import stored_tensors
 from safetensors.torch import load_file
 
 
@@ -101,6 +101,6 @@ def test_any_tensors(parts: list[tuple[str, list[int], str]]) -> None:
 
 def test_a_weight_has_a_quant_state_whose_length_is_known() -> None:
     layout = plan_layout(WEIGHTS)
-    states = [t for t in layout.tensors if t.name.endswith(QUANT_STATE_SUFFIX)]
+    states = [t for t in layout.tensors if ".quant_state." in t.name]
     assert len(states) == 2
     assert all(t.nbytes == t.shape[0] > 100 for t in states)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.headers import campaign, large
+from tests.campaigns.headers import campaign, large
 
 PROGRAM = """
 import json, sys
 from pathlib import Path
 from nf4_pipeline.resource_usage import peak_memory
-from tests.support.headers import Outcome, feed, large, pack
+from tests.campaigns.headers import Outcome, feed, large, pack
 outcome, before = Outcome(), peak_memory()
 text = large()[sys.argv[1]]
 path = Path(sys.argv[2])

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from nf4_pipeline.checkpoint.layout import plan_layout
+from nf4_pipeline.checkpoint.layout import StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.sink import HashingSink
 from nf4_pipeline.checkpoint.writer import writing
-from nf4_pipeline.nf4.layout import StoredTensor
 
 STEP = 700
 

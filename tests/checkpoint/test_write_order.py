@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from nf4_pipeline.build_folder import Build, Record
+from nf4_pipeline.records import ATTEST, QUANTIZE, SERIALIZE, VERIFY, AttestFacts
 
+from tests.support.jobs import PASSED
 from tests.support.syscalls import Event, traced
 from tests.support.tiny import copy_of, environment, nf4
 
@@ -75,7 +77,7 @@ def last_is_record(build: Build, stage: str, appeared: list[Path]) -> None:
 def test_quantize(build: Build) -> None:
     appeared = check_order(trace(build, "quantize"), build.root)
     last_is_record(build, "quantize", appeared)
-    record = build.need("quantize")
+    record = build.need(QUANTIZE)
     assert {build.root / name for name in record.outputs} <= set(appeared)
     # A shard's note comes after the shard.
     for name in record.outputs:
@@ -90,7 +92,7 @@ def test_serialize(build: Build, options: tuple[str, ...]) -> None:
     renamed = next(e for e in events if e.target == build.export)
     # The folder itself is the last that takes its place, and stands for synced files only.
     partial = build.root / ".export.partial"
-    for name in build.need("serialize").outputs:
+    for name in build.need(SERIALIZE).outputs:
         path = partial / Path(name).name
         appearance = next(e for e in events if e.target == path)
         assert first(events, "fsync", partial, appearance.end).end < renamed.start
@@ -102,8 +104,8 @@ def test_serialize(build: Build, options: tuple[str, ...]) -> None:
 def test_serialize_over_an_earlier_export(build: Build) -> None:
     for stage in ("quantize", "serialize"):
         assert nf4(stage, "--build-dir", build.root, cwd=build.root.parent).status == 0
-    for stage in ("verify", "attest"):
-        build.write_record(Record(stage, "", {}, {}, 0.0, 0))
+    build.write_record(Record(VERIFY, "", {}, PASSED, 0.0, 0))
+    build.write_record(Record(ATTEST, "", {}, AttestFacts(), 0.0, 0))
     events = trace(build, "serialize", "--max-shard-size", "20KB")
     swap = next(e for e in events if e.kind == "exchange")
     assert (swap.path, swap.target) == (build.root / ".export.partial", build.export)

@@ -16,9 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nf4_pipeline.checkpoint.digest import digest_file, digest_tensors
 from nf4_pipeline.checkpoint.header import read_header
-from nf4_pipeline.checkpoint.layout import FileLayout, plan_layout
+from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.writer import writing
-from nf4_pipeline.nf4.layout import StoredTensor
 from safetensors.numpy import load_file
 
 

@@ -10,31 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from nf4_pipeline.build_folder import Build
-from nf4_pipeline.progress import SILENT
-from nf4_pipeline.stages import download
+from nf4_pipeline.records import QUANTIZE
 from safetensors.torch import load_file, save_file
 
+from tests.support.failures import check_message, check_nothing_written
+from tests.support.jobs import download
 from tests.support.tiny import INDEX, SHARDS, Done, copy_of, edit_json, nf4
 
 WEIGHT = "transformer.h.0.mlp.dense_h_to_4h.weight"
-
-
-def check_message(done: Done, status: int, *patterns: str) -> None:
-    """One message on stderr that holds every pattern; no traceback, nothing on stdout."""
-    assert done.status == status, done.err
-    assert "Traceback" not in done.err
-    lines = [line for line in done.err.splitlines() if line.strip()]
-    assert len(lines) == 1, done.err
-    assert lines[0].startswith("Error: ")
-    for pattern in patterns:
-        assert re.search(pattern, lines[0]), (pattern, lines[0])
-    assert done.out == ""
-
-
-def check_nothing_written(folder: Path) -> None:
-    """No build folder at all."""
-    assert not (folder / "artifacts").exists()
-    assert not list(folder.rglob("*.partial"))
 
 
 def check_nothing_half_written(build: Build) -> None:
@@ -217,7 +200,7 @@ def test_wrong_usage(tmp_path: Path) -> None:
 
 def downloaded(model: Path, folder: Path) -> Build:
     """A build of which only `download` is done."""
-    build, *_ = download.run(str(model), folder / "artifacts", SILENT)
+    build, *_ = download(model, folder / "artifacts")
     return build
 
 
@@ -290,7 +273,7 @@ def test_a_weight_that_is_not_finite(tiny_falcon: Path, tmp_path: Path) -> None:
     )
     assert not (build.quantized / shard.name).exists()
     assert not list(build.root.rglob("*.partial"))
-    assert build.record("quantize") is None
+    assert build.record(QUANTIZE) is None
 
 
 def test_tensors_that_the_model_does_not_know_do_no_harm(tiny_falcon: Path, tmp_path: Path) -> None:

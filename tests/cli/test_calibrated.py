@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 from nf4_pipeline.build_folder import Build
-from nf4_pipeline.progress import SILENT
-from nf4_pipeline.stages import download
+from nf4_pipeline.records import QUANTIZE
 
-from tests.cli.test_bad_input import check_message, check_nothing_written
+from tests.support.failures import check_message, check_nothing_written
+from tests.support.jobs import download
 from tests.support.tiny import content_of, copy_of, edit_json, environment, nf4, write_falcon
 
 LAYERS = 4
@@ -30,7 +30,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("calibrated")
     model = write_falcon(folder / "model", hidden=384, layers=LAYERS, shards=3)
     edit_json(model / "config.json", max_position_embeddings=64)  # short texts are soon written
-    build, *_ = download.run(str(model), folder / "artifacts", SILENT)
+    build, *_ = download(model, folder / "artifacts")
     return build.root
 
 
@@ -101,7 +101,7 @@ def test_killed_again_and_again(fresh: Path, whole: Path, tmp_path: Path) -> Non
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        assert build.record("quantize") is None
+        assert build.record(QUANTIZE) is None
         for path, state in kept.items():
             assert (path.stat().st_mtime_ns, path.read_bytes()) == state, path.name
         counts.append(len(blocks_of(build)))
@@ -149,7 +149,7 @@ def test_a_text_of_no_use(downloaded_falcon: Path, tmp_path: Path, case: str) ->
     write, patterns = BAD_TEXTS[case]
     done = nf4("quantize", "--build-dir", build.root, "--calibrate", write(tmp_path), cwd=tmp_path)
     check_message(done, 2, *patterns)
-    assert build.record("quantize") is None
+    assert build.record(QUANTIZE) is None
     assert not build.quantized.exists()
 
 

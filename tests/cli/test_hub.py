@@ -14,8 +14,7 @@ from nf4_pipeline.build_folder import Build
 
 from tests.support import hub_uploads
 from tests.support.hub_client import isolated
-from tests.support.hub_faults import TOKEN
-from tests.support.hub_server import Fault, HubServer
+from tests.support.hub_server import TOKEN, Fault, HubServer
 from tests.support.tiny import Done, content_of, copy_of
 
 assert hub_uploads  # its routes are registered by importing it

@@ -11,21 +11,20 @@ from pathlib import Path
 
 import pytest
 from nf4_pipeline.build_folder import Build
-from nf4_pipeline.progress import SILENT
-from nf4_pipeline.stages import download
 
+from tests.support.folder_state import leftovers
 from tests.support.interrupts import interrupt_at_random, interrupt_when
-from tests.support.kills import leftovers
+from tests.support.jobs import download
 from tests.support.tiny import content_of, copy_of, listen_to_interrupts, nf4, write_falcon
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 
 @pytest.fixture(scope="module")
 def downloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("interrupted")
     model = write_falcon(folder / "model", hidden=768, layers=4, shards=6)
-    build, *_ = download.run(str(model), folder / "artifacts", SILENT)
+    build, *_ = download(model, folder / "artifacts")
     return build.root
 
 

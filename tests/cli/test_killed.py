@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.checkpoint.header import read_header
-from nf4_pipeline.progress import SILENT
-from nf4_pipeline.stages import download
+from nf4_pipeline.records import QUANTIZE
 
-from tests.support import kills
+from tests.campaigns import kills
+from tests.support.jobs import download
 from tests.support.tiny import content_of, copy_of, nf4, start_nf4, write_falcon
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 SHARDS = 6
 
@@ -28,7 +28,7 @@ def downloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build of a Falcon large enough to be killed in the middle: 50 million weights."""
     folder = tmp_path_factory.mktemp("killed")
     model = write_falcon(folder / "model", hidden=1024, layers=4, shards=SHARDS)
-    build, *_ = download.run(str(model), folder / "artifacts", SILENT)
+    build, *_ = download(model, folder / "artifacts")
     return build.root
 
 
@@ -69,7 +69,7 @@ def test_killed_again_and_again(downloaded: Path, whole: dict[str, bytes], tmp_p
     for moment in MOMENTS.values():
         process = start_nf4("quantize", "--build-dir", build.root, cwd=tmp_path)
         statuses.append(kill_when(process, build, moment))
-        assert build.record("quantize") is None
+        assert build.record(QUANTIZE) is None
         for path in weights(build):  # complete or absent
             assert path.read_bytes() == whole[path.name]
             assert read_header(path)

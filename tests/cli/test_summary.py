@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 from nf4_pipeline.cli.summary import show_checks
+from nf4_pipeline.verification.document import parse_verification
 
-from tests.report.made import made, nulls
+from tests.support.made import made, nulls
 
 
 def test_what_the_artifact_was_compared_with(capsys: pytest.CaptureFixture[str]) -> None:
-    show_checks(made(nearest=True, against=True))
+    show_checks(parse_verification(made(nearest=True, against=True)))
     lines = capsys.readouterr().out.splitlines()
     heads = [line.split() for line in lines if "this artifact" in line]
     assert heads == [
@@ -25,7 +26,7 @@ def test_what_the_artifact_was_compared_with(capsys: pytest.CaptureFixture[str])
 
 
 def test_a_plain_artifact_is_compared_with_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    show_checks(made())
+    show_checks(parse_verification(made()))
     out = capsys.readouterr().out
     assert "verdict" in out
     assert "this artifact" not in out
@@ -33,7 +34,7 @@ def test_a_plain_artifact_is_compared_with_nothing(capsys: pytest.CaptureFixture
 
 
 def test_what_is_not_finite_is_said_in_words(capsys: pytest.CaptureFixture[str]) -> None:
-    show_checks(nulls())
+    show_checks(parse_verification(nulls()))
     out = capsys.readouterr().out
     assert "over round to nearest: not finite" in out
     assert "None" not in out

@@ -12,11 +12,13 @@ import pytest
 from nf4_pipeline.errors import of_system
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.progress import SILENT
-from nf4_pipeline.stages import Settings, download
+from nf4_pipeline.recipe import Recipe
+from nf4_pipeline.records import QUANTIZE
 
+from tests.support.jobs import CPU, download
 from tests.support.tiny import write_falcon
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 
 def refuse(*_: object) -> NoReturn:
@@ -32,14 +34,14 @@ class SmallPagesOnly(mmap.mmap):
 
 def test_refused_hints_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_falcon(tmp_path / "model")
-    settings = Settings(device="cpu")
-    expected, *_ = download.run(str(model), tmp_path / "a", SILENT)
-    run_stage(expected, "quantize", settings, SILENT)
+    recipe = Recipe()
+    expected, *_ = download(model, tmp_path / "a")
+    run_stage(expected, "quantize", recipe, CPU, SILENT)
     monkeypatch.setattr(os, "posix_fadvise", refuse)
     monkeypatch.setattr(mmap, "mmap", SmallPagesOnly)
-    build, *_ = download.run(str(model), tmp_path / "b", SILENT)
-    record = run_stage(build, "quantize", settings, SILENT).record
-    assert record.outputs == expected.need("quantize").outputs
+    build, *_ = download(model, tmp_path / "b")
+    record = run_stage(build, "quantize", recipe, CPU, SILENT).record
+    assert record.outputs == expected.need(QUANTIZE).outputs
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")])

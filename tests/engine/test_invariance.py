@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.job import run_stage
+from nf4_pipeline.machine import Machine
 from nf4_pipeline.progress import SILENT
-from nf4_pipeline.stages import Settings, download
+from nf4_pipeline.recipe import Recipe
+from nf4_pipeline.records import QUANTIZE
 
+from tests.support.jobs import download
 from tests.support.tiny import copy_of, write_falcon
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +23,13 @@ def downloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of several chunks each: 1536 x 384 and 6144 x 1536 in bf16 are up to 18 MB."""
     folder = tmp_path_factory.mktemp("invariance")
     model = write_falcon(folder / "model", hidden=1536, layers=1)
-    build, *_ = download.run(str(model), folder / "artifacts", SILENT)
-    run_stage(build, "quantize", Settings(device="cpu", workers=1), SILENT)
+    build, *_ = download(model, folder / "artifacts")
+    run_stage(build, "quantize", Recipe(), Machine(device="cpu", workers=1), SILENT)
     return build.root
 
 
 def hashes(build: Build) -> dict[str, str]:
-    return {name: digest.sha256 for name, digest in build.need("quantize").outputs.items()}
+    return {name: digest.sha256 for name, digest in build.need(QUANTIZE).outputs.items()}
 
 
 @pytest.mark.parametrize(
@@ -38,9 +41,9 @@ def test_any_number_of_threads_and_any_budget(
 ) -> None:
     build = Build(copy_of(downloaded, tmp_path / "build"))
     expected = hashes(build)
-    build.forget("quantize")
+    build.forget(QUANTIZE)
     for path in build.quantized.iterdir():
         path.unlink()
-    settings = Settings(device="cpu", workers=workers, memory_budget=budget)
-    assert run_stage(build, "quantize", settings, SILENT).ran
+    machine = Machine(device="cpu", workers=workers, memory_budget=budget)
+    assert run_stage(build, "quantize", Recipe(), machine, SILENT).ran
     assert hashes(build) == expected

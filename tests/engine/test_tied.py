@@ -10,7 +10,8 @@ import pytest
 from nf4_pipeline.checkpoint.header import read_header
 from nf4_pipeline.checkpoint.source import SourceTensor
 from nf4_pipeline.engine.chunks import cut, read_chunk
-from nf4_pipeline.engine.tied import Twin, TwinsDifferError
+from nf4_pipeline.engine.tied import TiedTensor
+from nf4_pipeline.errors import TiedWeightsDiffer
 from nf4_pipeline.selection import TensorPlan
 from safetensors.numpy import save_file
 
@@ -25,11 +26,11 @@ def check(folder: Path, head: np.ndarray, embedding: np.ndarray) -> None:
     }
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        twin = Twin(plans["head"], descriptor)
+        tied = TiedTensor(plans["head"], descriptor)
         for chunk in cut(plans["embedding"], 1024):
-            twin.announce(chunk)
+            tied.announce(chunk)
             data = read_chunk(descriptor, chunk, np.empty(chunk.nbytes, np.uint8))
-            twin.check(data, chunk, np.empty(chunk.nbytes, np.uint8))
+            tied.check(data, chunk, np.empty(chunk.nbytes, np.uint8))
     finally:
         os.close(descriptor)
 
@@ -50,10 +51,10 @@ def test_equal_twins(shape: tuple[int, int], tmp_path: Path) -> None:
 def test_one_bit_is_enough(shape: tuple[int, int], place: int, bit: int, tmp_path: Path) -> None:
     head = weights(*shape)
     head.reshape(-1)[place] ^= bit
-    with pytest.raises(TwinsDifferError, match="'head' does not equal"):
+    with pytest.raises(TiedWeightsDiffer, match="'head' does not equal"):
         check(tmp_path, head, weights(*shape))
 
 
 def test_the_same_bytes_in_another_shape(tmp_path: Path) -> None:
-    with pytest.raises(TwinsDifferError):
+    with pytest.raises(TiedWeightsDiffer):
         check(tmp_path, weights(8, 4).reshape(4, 8), weights(8, 4))

@@ -152,8 +152,8 @@ def test_about_95_of_100_intervals_hold_the_truth(kin: int) -> None:
     lengths = [16] * 40  # each is one segment
     held = 0
     for seed in range(200):
-        dice = np.random.default_rng(seed)
-        values = np.repeat(dice.exponential(0.05, sum(lengths) // kin), kin)
+        rng = np.random.default_rng(seed)
+        values = np.repeat(rng.exponential(0.05, sum(lengths) // kin), kin)
         found = Resampling(lengths, seed).interval(mean(values))
         held += found.low <= 0.05 <= found.high
     # 190 are hoped for. 40 segments of a skewed kind make it some fewer, and the count itself is
@@ -177,5 +177,5 @@ def test_draws_without_a_value_do_not_count() -> None:
 
 
 def test_numbers_that_json_lacks_become_null() -> None:
-    assert Interval(0.5, 0.25, 1.0).as_json() == {"value": 0.5, "low": 0.25, "high": 1.0}
-    assert Interval(math.inf, 0.0, math.nan).as_json() == {"value": None, "low": 0.0, "high": None}
+    assert Interval(0.5, 0.25, 1.0).to_json() == {"value": 0.5, "low": 0.25, "high": 1.0}
+    assert Interval(math.inf, 0.0, math.nan).to_json() == {"value": None, "low": 0.0, "high": None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from itertools import pairwise
 from typing import Any, Final
 
@@ -14,7 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nf4_pipeline.documents import Document
+from nf4_pipeline.fidelity.bootstrap import Interval
 from nf4_pipeline.fidelity.metrics import (
+    Difference,
+    DomainRatio,
     Fidelity,
     by_domain,
     by_position,
@@ -61,13 +65,13 @@ def scores(
 
 
 def by_chance(count: int, seed: int = 0) -> TokenScores:
-    dice = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     return TokenScores(
-        kl=dice.lognormal(-4, 2, count),
-        agrees=dice.random(count) < 0.8,
-        sure=dice.random(count) < 0.6,
-        reference_nll=dice.exponential(2, count),
-        nll=dice.exponential(2.1, count),
+        kl=rng.lognormal(-4, 2, count),
+        agrees=rng.random(count) < 0.8,
+        sure=rng.random(count) < 0.6,
+        reference_nll=rng.exponential(2, count),
+        nll=rng.exponential(2.1, count),
     )
 
 
@@ -142,7 +146,7 @@ def test_values_lie_in_their_intervals() -> None:
 def test_nowhere_sure() -> None:
     found = compare(scores([0.1, 0.2], sure=[False, False]), [2])
     assert found.sure_tokens == 0
-    assert found.sure_agreement.as_json() == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert found.sure_agreement.to_json() == {"value": 1.0, "low": 1.0, "high": 1.0}
 
 
 def schema_of(part: str) -> dict[str, Any]:
@@ -150,14 +154,14 @@ def schema_of(part: str) -> dict[str, Any]:
     return {"$ref": f"#/$defs/{part}", "$defs": schema["$defs"]}
 
 
-def through_json(value: Any) -> Any:
+def through_json(document: Document) -> Any:
     """Keys in another order, as another program may write them; nothing that JSON lacks."""
-    return json.loads(json.dumps(value, sort_keys=True, allow_nan=False))
+    return json.loads(json.dumps(document.to_json(), sort_keys=True, allow_nan=False))
 
 
 def test_json_and_back() -> None:
     found = compare(by_chance(500), [100, 400], seed=5)
-    value = through_json(found.as_json())
+    value = through_json(found)
     jsonschema.validate(value, schema_of("fidelity"))
     assert Fidelity.from_json(value) == found
 
@@ -168,7 +172,7 @@ def test_what_is_not_finite_is_null(bad: float) -> None:
     kl[7] = bad
     nll = np.full(200, 1.0)
     nll[7] = bad
-    value = through_json(compare(scores(kl, nll=nll), [100, 100]).as_json())
+    value = through_json(compare(scores(kl, nll=nll), [100, 100]))
     jsonschema.validate(value, schema_of("fidelity"))
     for name in ("mean_kl", "max_kl", "perplexity_4bit", "perplexity_ratio"):
         assert value[name]["value"] is None, name
@@ -180,7 +184,7 @@ def test_what_is_not_finite_is_null(bad: float) -> None:
 
 
 def test_a_perplexity_beyond_all_numbers_is_null() -> None:
-    value = compare(scores([1.0] * 3, nll=[5000.0] * 3), [3]).as_json()
+    value = compare(scores([1.0] * 3, nll=[5000.0] * 3), [3]).to_json()
     assert value["perplexity_4bit"] == {"value": None, "low": None, "high": None}
 
 
@@ -189,16 +193,16 @@ def test_by_domain() -> None:
     domains = ["prose", "code", "prose", "code"]
     some = by_chance(160)
     prose, code = by_domain(some, lengths, domains)
-    assert (prose["name"], code["name"]) == ("prose", "code")
-    assert (prose["tokens"], code["tokens"]) == (120, 40)
+    assert (prose.name, code.name) == ("prose", "code")
+    assert (prose.tokens, code.tokens) == (120, 40)
     of_code = np.r_[70:100, 150:160]
-    assert code["mean_kl"]["value"] == pytest.approx(some.kl[of_code].mean())
-    assert code["top1_agreement"]["value"] == pytest.approx(some.agrees[of_code].mean())
-    assert code["perplexity_16bit"] == pytest.approx(math.exp(some.reference_nll[of_code].mean()))
-    assert code["perplexity_4bit"] == pytest.approx(math.exp(some.nll[of_code].mean()))
-    jsonschema.validate(through_json([prose, code]), schema_of("domains"))
+    assert code.mean_kl.value == pytest.approx(some.kl[of_code].mean())
+    assert code.top1_agreement.value == pytest.approx(some.agrees[of_code].mean())
+    assert code.perplexity_16bit == pytest.approx(math.exp(some.reference_nll[of_code].mean()))
+    assert code.perplexity_4bit == pytest.approx(math.exp(some.nll[of_code].mean()))
+    jsonschema.validate([through_json(prose), through_json(code)], schema_of("domains"))
     everything = compare(some, lengths)
-    weighted = (120 * prose["mean_kl"]["value"] + 40 * code["mean_kl"]["value"]) / 160
+    weighted = (120 * prose.mean_kl.value + 40 * code.mean_kl.value) / 160
     assert everything.mean_kl.value == pytest.approx(weighted)
 
 
@@ -207,19 +211,19 @@ def test_by_position_counts_every_token_once(lengths: list[int]) -> None:
     total = sum(lengths)
     positions = np.concatenate([np.arange(length) for length in lengths])
     parts = by_position(scores(positions.astype(np.float64)), lengths)
-    assert sum(part["tokens"] for part in parts) == total
+    assert sum(part.tokens for part in parts) == total
     assert len(parts) <= 32
-    assert (parts[0]["first"], parts[-1]["last"]) == (0, max(lengths) - 1)
+    assert (parts[0].first, parts[-1].last) == (0, max(lengths) - 1)
     for before, after in pairwise(parts):
-        assert after["first"] == before["last"] + 1
+        assert after.first == before.last + 1
     for part in parts:  # KL is the position here, so a mean says which tokens were counted
-        inside = positions[(positions >= part["first"]) & (positions <= part["last"])]
-        assert (part["tokens"], part["mean_kl"]) == (len(inside), pytest.approx(inside.mean()))
+        inside = positions[(positions >= part.first) & (positions <= part.last)]
+        assert (part.tokens, part.mean_kl) == (len(inside), pytest.approx(inside.mean()))
 
 
 def test_a_position_that_is_not_finite_is_null() -> None:
     first, second = by_position(scores([math.inf, 0.5]), [2])
-    assert (first["mean_kl"], second["mean_kl"]) == (None, 0.5)
+    assert (first.mean_kl, second.mean_kl) == (None, 0.5)
 
 
 @given(
@@ -244,7 +248,7 @@ def test_the_histogram_holds_every_token(kl: list[float]) -> None:
 
 def test_a_histogram_by_hand() -> None:
     found = histogram(scores([0.0, 1e-9, 0.02, 0.04, 0.05, 4.0, 9.0, 1e9]))
-    edges, counts = found["edges"], found["counts"]
+    edges, counts = found.edges, found.counts
     assert (edges[0], edges[-1]) == (1e-7, 10.0)
     assert edges[-2] == pytest.approx(10**0.75, rel=1e-3)  # four bins a decade
     assert (counts[0], counts[-2], counts[-1]) == (2, 1, 2)
@@ -255,12 +259,12 @@ def test_a_histogram_by_hand() -> None:
 def test_two_equal_models_do_not_differ() -> None:
     some = by_chance(600)
     found = difference(some, replace(some, kl=some.kl.copy()), [300, 300], ["a", "b"])
-    one = {"value": 1.0, "low": 1.0, "high": 1.0}
-    assert found == {
-        "mean_kl": {"value": 0.0, "low": 0.0, "high": 0.0},
-        "mean_kl_ratio": one,
-        "domains": [{"name": name, "mean_kl_ratio": one} for name in ("a", "b")],
-    }
+    one = Interval(1.0, 1.0, 1.0)
+    assert found == Difference(
+        mean_kl=Interval(0.0, 0.0, 0.0),
+        mean_kl_ratio=one,
+        domains=tuple(DomainRatio(name=name, mean_kl_ratio=one) for name in ("a", "b")),
+    )
 
 
 def test_the_difference_is_paired_and_has_a_direction() -> None:
@@ -270,13 +274,13 @@ def test_the_difference_is_paired_and_has_a_direction() -> None:
     lengths = [500] * 4
     found = difference(worse, better, lengths, ["a"] * 4)
     mean = better.kl.mean()
-    assert found["mean_kl"]["value"] == pytest.approx(0.05 * mean)
-    assert list(found["mean_kl_ratio"].values()) == pytest.approx([1.05] * 3)
-    assert 0 < found["mean_kl"]["low"] < found["mean_kl"]["value"] < found["mean_kl"]["high"]
+    assert found.mean_kl.value == pytest.approx(0.05 * mean)
+    assert astuple(found.mean_kl_ratio) == pytest.approx((1.05,) * 3)
+    assert 0 < found.mean_kl.low < found.mean_kl.value < found.mean_kl.high
     assert compare(worse, lengths).mean_kl.low < mean  # unpaired, one could not tell
     back = difference(better, worse, lengths, ["a"] * 4)
-    assert back["mean_kl"]["value"] == pytest.approx(-0.05 * mean)
-    assert back["mean_kl_ratio"]["value"] == pytest.approx(1 / 1.05)
+    assert back.mean_kl.value == pytest.approx(-0.05 * mean)
+    assert back.mean_kl_ratio.value == pytest.approx(1 / 1.05)
 
 
 def test_each_domain_has_a_ratio_of_its_own() -> None:
@@ -284,27 +288,27 @@ def test_each_domain_has_a_ratio_of_its_own() -> None:
     lengths, domains = [300, 200, 300, 100], ["a", "b", "a", "b"]
     one, other = by_chance(900), replace(by_chance(900), kl=by_chance(900).kl[::-1].copy())
     found = difference(one, other, lengths, domains)
-    assert [part["name"] for part in found["domains"]] == ["a", "b"]
-    for part, name, own in zip(found["domains"], "ab", ([300, 300], [200, 100]), strict=True):
+    assert [part.name for part in found.domains] == ["a", "b"]
+    for part, name, own in zip(found.domains, "ab", ([300, 300], [200, 100]), strict=True):
         chosen = np.repeat(domains, lengths) == name
         first, second = scores(one.kl[chosen]), scores(other.kl[chosen])
         alone = difference(first, second, own, ["x", "x"])
-        ratio = part["mean_kl_ratio"]
-        assert ratio == alone["mean_kl_ratio"]
-        assert ratio["value"] == pytest.approx(first.kl.mean() / second.kl.mean())
-        assert ratio["low"] < ratio["value"] < ratio["high"]
+        ratio = part.mean_kl_ratio
+        assert ratio == alone.mean_kl_ratio
+        assert ratio.value == pytest.approx(first.kl.mean() / second.kl.mean())
+        assert ratio.low < ratio.value < ratio.high
 
 
 def test_the_interval_of_a_ratio_draws_the_same_segments_of_both() -> None:
     """Two models that err on the same words: their ratio is far better known than either."""
     lengths = [500] * 4
     better = by_chance(2000)
-    dice = np.random.default_rng(1)
-    worse = replace(better, kl=better.kl * dice.uniform(1.9, 2.1, 2000))
-    found = difference(worse, better, lengths, ["a"] * 4)["mean_kl_ratio"]
-    assert 1.9 < found["low"] < found["value"] < found["high"] < 2.1
+    rng = np.random.default_rng(1)
+    worse = replace(better, kl=better.kl * rng.uniform(1.9, 2.1, 2000))
+    found = difference(worse, better, lengths, ["a"] * 4).mean_kl_ratio
+    assert 1.9 < found.low < found.value < found.high < 2.1
     alone = compare(worse, lengths).mean_kl
-    assert (alone.high - alone.low) / alone.value > 3 * (found["high"] - found["low"]) / 2
+    assert (alone.high - alone.low) / alone.value > 3 * (found.high - found.low) / 2
 
 
 def test_nothing_over_nothing_is_null() -> None:

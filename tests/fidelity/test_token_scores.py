@@ -110,9 +110,9 @@ def test_logits_that_mean_nothing_give_nan(bad: float, side: str) -> None:
 
 
 def test_many_tokens_are_scored_as_each_alone() -> None:
-    dice = torch.Generator().manual_seed(0)
-    reference, model = torch.randn(2, 300, 11, generator=dice).unbind()
-    targets = torch.randint(0, 11, (300,), generator=dice)
+    rng = torch.Generator().manual_seed(0)
+    reference, model = torch.randn(2, 300, 11, generator=rng).unbind()
+    targets = torch.randint(0, 11, (300,), generator=rng)
     found = score_tokens(reference, model, targets)
     alone = TokenScores.joined(
         [score_tokens(reference[[i]], model[[i]], targets[[i]]) for i in range(300)]
@@ -126,13 +126,13 @@ def test_many_tokens_are_scored_as_each_alone() -> None:
 def pairs(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of two models for a few tokens: of many sizes, near each other or not, some -inf."""
     rows, vocabulary = draw(st.integers(1, 5)), draw(st.integers(2, 300))
-    dice = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     dtype = draw(st.sampled_from(DTYPES))
-    reference = torch.randn(rows, vocabulary, generator=dice) * draw(st.sampled_from(SCALES))
-    apart = torch.randn(rows, vocabulary, generator=dice) * draw(st.sampled_from(SCALES))
+    reference = torch.randn(rows, vocabulary, generator=rng) * draw(st.sampled_from(SCALES))
+    apart = torch.randn(rows, vocabulary, generator=rng) * draw(st.sampled_from(SCALES))
     model = reference + apart * draw(st.sampled_from([1e-3, 0.1, 1.0]))
     for logits in draw(st.sampled_from([(), (reference,), (model,), (reference, model)])):
-        never = torch.rand(rows, vocabulary, generator=dice) < 0.2
+        never = torch.rand(rows, vocabulary, generator=rng) < 0.2
         never[:, 0] = False  # something can always come
         logits[never] = -INF
     shift = draw(st.sampled_from([0.0, 500.0, -500.0]))
@@ -166,7 +166,7 @@ def test_equal_logits_are_exactly_equal(pair: tuple[torch.Tensor, torch.Tensor])
 @pytest.mark.parametrize("apart", [0.02, 0.1, 0.3, 1.0])
 def test_float32_is_near_float64_for_a_large_vocabulary(scale: float, apart: float) -> None:
     """65,024 small numbers have to be added without losing most of them."""
-    dice = torch.Generator().manual_seed(1)
-    reference = torch.randn(8, FALCON_VOCABULARY, generator=dice) * scale
-    model = reference + torch.randn(8, FALCON_VOCABULARY, generator=dice) * scale * apart
+    rng = torch.Generator().manual_seed(1)
+    reference = torch.randn(8, FALCON_VOCABULARY, generator=rng) * scale
+    model = reference + torch.randn(8, FALCON_VOCABULARY, generator=rng) * scale * apart
     assert_near(score(reference, model).kl, kl_in_float64(reference, model))

@@ -24,6 +24,9 @@ def at(value: float) -> Interval:
 GOOD: Final = Fidelity(
     tokens=100,
     sure_tokens=60,
+    confidence=0.95,
+    resamples=1000,
+    segment=64,
     seed=0,
     mean_kl=at(0.05),
     median_kl=at(0.02),
@@ -63,7 +66,7 @@ def test_limits(fidelity: Fidelity, failed: int | None) -> None:
 def test_what_is_not_finite_fails_every_check(bad: float, stored: bool) -> None:
     fidelity = replace(GOOD, mean_kl=at(bad), perplexity_ratio=at(bad), sure_agreement=at(math.nan))
     if stored:  # and read again: null fails as well
-        fidelity = Fidelity.from_json(fidelity.as_json())
+        fidelity = Fidelity.from_json(fidelity.to_json())
     assert [check.passed for check in fidelity_checks(fidelity, RECIPE)] == [False] * 3
 
 
@@ -71,7 +74,7 @@ def test_a_check_says_what_was_found_and_expected() -> None:
     kl, agreement, ratio = fidelity_checks(GOOD, RECIPE)
     assert kl.found == "0.0500 [0.0400, 0.0600] nats per token over 100 tokens"
     assert kl.expected == "at most 0.1"
-    assert agreement.as_json() == {
+    assert agreement.to_json() == {
         "name": "same next token where the 16-bit model is sure",
         "passed": True,
         "found": "95.0% of 60 tokens (90.0% of all 100)",
@@ -88,27 +91,13 @@ def test_a_model_that_is_nowhere_sure_passes_and_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "passed"),
-    [
-        ([True] * 4, [True] * 4, True),
-        ([True] * 4, [True] * 3 + [False], True),
-        ([True] * 4, [True] * 2 + [False] * 2, False),
-        ([False] * 4, [False] * 4, True),
-        ([False] * 4, [True] * 4, True),
-        # One lost and another gained: what counts is how many are right.
-        ([True, False], [False, True], True),
-    ],
+    ("right_16bit", "right_4bit", "passed"),
+    [(4, 4, True), (4, 3, True), (4, 2, False), (0, 0, True), (0, 4, True)],
 )
-def test_right_answers(before: list[bool], after: list[bool], passed: bool) -> None:
-    check = accuracy_check(before, after, RECIPE)
-    assert check is not None
+def test_right_answers(right_16bit: int, right_4bit: int, passed: bool) -> None:
+    check = accuracy_check(4, right_16bit, right_4bit, RECIPE)
     assert check.passed is passed
-    assert f"{sum(after)} of {len(after)} in 4 bit" in check.found
-    assert f"{sum(before)} of {len(before)} in 16 bit" in check.found
-
-
-def test_no_expected_answers_no_check() -> None:
-    assert accuracy_check([], [], RECIPE) is None
+    assert check.found == f"{right_4bit} of 4 in 4 bit, {right_16bit} of 4 in 16 bit"
 
 
 def test_one_failed_check_fails_all() -> None:

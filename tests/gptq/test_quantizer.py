@@ -11,21 +11,22 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
-from nf4_pipeline.gptq import kernels_cpu as compensated
-from nf4_pipeline.gptq.config import Method
-from nf4_pipeline.gptq.hessian import Guide, guide
-from nf4_pipeline.gptq.quantizer import Choice, ChooserOnCpu, pack
+from nf4_pipeline.gptq import kernels_cpu
+from nf4_pipeline.gptq.config import GptqConfig
+from nf4_pipeline.gptq.hessian import HessianFactor, factorize
+from nf4_pipeline.gptq.quantizer import GptqOnCpu, QuantizedWeight
 from nf4_pipeline.nf4.codebook import NF4_LEVELS, SCALE_LEVELS
-from nf4_pipeline.nf4.dequantize import dequantize, unpack
+from nf4_pipeline.nf4.dequantize import dequantize
 from nf4_pipeline.nf4.double_quant import NestedScales, double_quantize
+from nf4_pipeline.nf4.packing import pack, unpack
 from numpy.typing import NDArray
 
-from tests.support.compensated import Array, order_of, prepared, reference
+from tests.support.gptq_inputs import DTYPES, hessian_of, weight_of
+from tests.support.gptq_reference import Array, order_of, prepared, reference
 
-METHOD: Final = Method()
+CONFIG: Final = GptqConfig()
 WHOLE: Final = ((24, 64), (12, 192), (3, 320), (1, 128), (70, 256))
 RAGGED: Final = ((20, 48), (9, 100), (7, 65), (1, 3), (33, 130), (180, 100))
-DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @pytest.fixture(scope="module")
@@ -34,28 +35,14 @@ def pool() -> Iterator[Executor]:
         yield threads
 
 
-def moment_of(columns: int, tokens: int = 1000, seed: int = 0) -> torch.Tensor:
-    """The second moment of inputs that are correlated, and of very different size."""
-    dice = np.random.default_rng(seed)
-    mix = dice.normal(size=(columns, columns)) / np.sqrt(columns) + np.eye(columns)
-    x = dice.normal(size=(tokens, columns)) @ mix * np.exp(dice.normal(size=columns))
-    return torch.from_numpy(x.T @ x / tokens).float()
+def codes_of(result: QuantizedWeight, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    codes: NDArray[np.uint8] = unpack(result.packed, int(np.prod(shape))).reshape(shape)
+    return codes
 
 
-def weight_of(rows: int, columns: int, dtype: str = "bfloat16", seed: int = 1) -> torch.Tensor:
-    dice = np.random.default_rng(seed)
-    # Not symmetric, so that the sign of a scale matters.
-    values = dice.gumbel(size=(rows, columns)) * np.exp(dice.normal(size=(rows, 1))) * 0.05
-    return torch.from_numpy(values).to(DTYPES[dtype])
-
-
-def codes_of(choice: Choice, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    return unpack(choice.packed, int(np.prod(shape))).reshape(shape)
-
-
-def read(choice: Choice, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def read(result: QuantizedWeight, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """The weight that every reader computes."""
-    return dequantize(choice.packed, choice.scales.scales(), shape)
+    return dequantize(result.packed, result.scales.scales(), shape)
 
 
 def loss(weight: torch.Tensor, found: NDArray[np.float32], h: Array) -> float:
@@ -64,35 +51,35 @@ def loss(weight: torch.Tensor, found: NDArray[np.float32], h: Array) -> float:
     return float(((off @ h) * off).sum())
 
 
-def choose(
-    weight: torch.Tensor, prepared: Guide, pool: Executor, method: Method = METHOD
-) -> Choice:
-    return ChooserOnCpu(method, pool).choose(weight, prepared)
+def quantize(
+    weight: torch.Tensor, prepared: HessianFactor, pool: Executor, config: GptqConfig = CONFIG
+) -> QuantizedWeight:
+    return GptqOnCpu(config, pool).quantize(weight, prepared)
 
 
 @pytest.mark.parametrize("shape", [*WHOLE, *RAGGED])
 def test_what_the_definition_gives(shape: tuple[int, int], pool: Executor) -> None:
-    weight, moment = weight_of(*shape), moment_of(shape[1])
-    choice = choose(weight, guide(moment, 1000, METHOD), pool)
-    expected = reference(weight.double().numpy(), prepared(moment.double().numpy(), 1000))
-    codes = codes_of(choice, shape)
+    weight, hessian = weight_of(*shape), hessian_of(shape[1])
+    result = quantize(weight, factorize(hessian, 1000, CONFIG), pool)
+    expected = reference(weight.double().numpy(), prepared(hessian.double().numpy(), 1000))
+    codes = codes_of(result, shape)
     # A near-tie may fall the other way in float32, and changes the rest of its row.
     same = (codes == expected.codes).all(axis=1)
     assert same.mean() >= 0.95
-    assert (choice.scales.codes == expected.scales).mean() >= 0.95
-    np.testing.assert_allclose(choice.scales.absmax, expected.nested, rtol=1e-6)
-    assert choice.scales.offset == 0
-    assert choice.cost == pytest.approx(expected.cost, rel=1e-3)
+    assert (result.scales.codes == expected.scales).mean() >= 0.95
+    np.testing.assert_allclose(result.scales.absmax, expected.nested, rtol=1e-6)
+    assert result.scales.offset == 0
+    assert result.cost == pytest.approx(expected.cost, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(40, 192), (300, 64), (20, 100), (11, 45)])
 def test_the_cost_is_the_loss(shape: tuple[int, int], dtype: str, pool: Executor) -> None:
-    weight, moment = weight_of(*shape, dtype), moment_of(shape[1])
-    h = prepared(moment.double().numpy(), 1000)
-    choice = choose(weight, guide(moment, 1000, METHOD), pool)
-    found = loss(weight, read(choice, shape), h)
-    assert choice.cost == pytest.approx(found, rel=1e-4)
+    weight, hessian = weight_of(*shape, dtype), hessian_of(shape[1])
+    h = prepared(hessian.double().numpy(), 1000)
+    result = quantize(weight, factorize(hessian, 1000, CONFIG), pool)
+    found = loss(weight, read(result, shape), h)
+    assert result.cost == pytest.approx(found, rel=1e-4)
     flat = weight.float().numpy().reshape(-1)
     absmax = np.array([np.abs(flat[b : b + 64]).max() for b in range(0, flat.size, 64)])
     nested = double_quantize(absmax)
@@ -105,11 +92,11 @@ def test_the_cost_is_the_loss(shape: tuple[int, int], dtype: str, pool: Executor
 def test_signs_of_both_kinds_are_stored_and_read_alike_by_bitsandbytes(pool: Executor) -> None:
     shape = (300, 192)  # four groups of scales, the last one not full
     weight = weight_of(*shape)
-    choice = choose(weight, guide(moment_of(192), 1000, METHOD), pool)
-    scales = choice.scales.scales()
+    result = quantize(weight, factorize(hessian_of(192), 1000, CONFIG), pool)
+    scales = result.scales.scales()
     assert 0.2 < (scales < 0).mean() < 0.8
     state = QuantState(
-        absmax=torch.from_numpy(choice.scales.codes),
+        absmax=torch.from_numpy(result.scales.codes),
         shape=torch.Size(shape),
         code=torch.from_numpy(NF4_LEVELS),
         blocksize=64,
@@ -117,57 +104,67 @@ def test_signs_of_both_kinds_are_stored_and_read_alike_by_bitsandbytes(pool: Exe
         dtype=torch.float32,
         offset=torch.tensor(0.0),
         state2=QuantState(
-            absmax=torch.from_numpy(choice.scales.absmax),
+            absmax=torch.from_numpy(result.scales.absmax),
             blocksize=256,
             code=torch.from_numpy(SCALE_LEVELS),
             dtype=torch.float32,
         ),
     )
-    packed = torch.from_numpy(choice.packed).reshape(-1, 1)
+    packed = torch.from_numpy(result.packed).reshape(-1, 1)
     stock = dequantize_4bit(packed, state)
-    assert stock.numpy().tobytes() == read(choice, shape).tobytes()
+    assert stock.numpy().tobytes() == read(result, shape).tobytes()
 
 
 def test_a_scale_is_the_best_of_all_that_could_be_stored_nearby(pool: Executor) -> None:
     """With one block a row, no choice has consequences: each must be the best of its candidates."""
     shape = (128, 64)
-    weight, moment = weight_of(*shape), moment_of(64)
-    prepared_guide = guide(moment, 1000, METHOD)
-    fixed = choose(weight, prepared_guide, pool, Method(in_loop=False))
-    chosen = choose(weight, prepared_guide, pool)
-    h = prepared(moment.double().numpy(), 1000)
+    weight, hessian = weight_of(*shape), hessian_of(64)
+    factor = factorize(hessian, 1000, CONFIG)
+    fixed = quantize(weight, factor, pool, GptqConfig(refine_scales=False))
+    chosen = quantize(weight, factor, pool)
+    h = prepared(hessian.double().numpy(), 1000)
     losses = [
         np.einsum("ij,jk,ik->i", off, h, off)
         for off in (weight.double().numpy() - read(c, shape) for c in (fixed, chosen))
     ]
     assert (losses[1] <= losses[0] * (1 + 1e-5)).all()
     assert losses[1].sum() < 0.97 * losses[0].sum()
-    positive = choose(weight, prepared_guide, pool, Method(signs=1))
+    positive = quantize(weight, factor, pool, GptqConfig(negative_scales=False))
     assert (positive.scales.scales() > 0).all()
     assert chosen.cost < positive.cost
 
 
 def test_every_ingredient_lowers_the_cost_that_it_is_for(pool: Executor) -> None:
     shape = (128, 256)
-    weight, moment = weight_of(*shape), moment_of(256)
-    full = guide(moment, 1000, METHOD)
-    cost = choose(weight, full, pool).cost
-    assert cost < choose(weight, full, pool, Method(in_loop=False)).cost
+    weight, hessian = weight_of(*shape), hessian_of(256)
+    full = factorize(hessian, 1000, CONFIG)
+    cost = quantize(weight, full, pool).cost
+    assert cost < quantize(weight, full, pool, GptqConfig(refine_scales=False)).cost
     one = np.ones(1, np.float32)
-    assert cost < choose(weight, full, pool, Method(in_loop=False, signs=1, shares=one)).cost
-    as_they_stand = guide(moment, 1000, Method(by_importance=False))
-    assert cost < choose(weight, as_they_stand, pool).cost
+    assert (
+        cost
+        < quantize(
+            weight,
+            full,
+            pool,
+            GptqConfig(refine_scales=False, negative_scales=False, scale_candidates=one),
+        ).cost
+    )
+    as_they_stand = factorize(hessian, 1000, GptqConfig(act_order=False))
+    assert cost < quantize(weight, as_they_stand, pool).cost
 
 
 def test_without_correlations_only_the_weights_of_errors_count(pool: Executor) -> None:
     """H diagonal: rounding passes nothing on, so every code is the nearest level to its weight."""
     shape = (32, 128)
     weight = weight_of(*shape)
-    moment = moment_of(128)
-    choice = choose(weight, guide(moment, 1000, Method(shrink=1.0, by_sample=False)), pool)
-    scales = np.repeat(choice.scales.scales().astype(np.float64), 64).reshape(shape)
+    hessian = hessian_of(128)
+    result = quantize(
+        weight, factorize(hessian, 1000, GptqConfig(shrinkage=1.0, adaptive_shrinkage=False)), pool
+    )
+    scales = np.repeat(result.scales.scales().astype(np.float64), 64).reshape(shape)
     distance = np.abs(weight.double().numpy()[..., None] - scales[..., None] * NF4_LEVELS)
-    found = np.take_along_axis(distance, codes_of(choice, shape)[..., None].astype(int), -1)[..., 0]
+    found = np.take_along_axis(distance, codes_of(result, shape)[..., None].astype(int), -1)[..., 0]
     assert (found <= distance.min(axis=-1) * (1 + 1e-5) + 1e-9).all()
 
 
@@ -175,27 +172,27 @@ def test_without_correlations_only_the_weights_of_errors_count(pool: Executor) -
 def test_the_order_of_columns_is_undone(columns: int, pool: Executor) -> None:
     """What is stored is in the matrix's order: errors are as small as NF4's everywhere."""
     weight = weight_of(50, columns)
-    choice = choose(weight, guide(moment_of(columns), 1000, METHOD), pool)
-    found, exact = read(choice, (50, columns)), weight.double().numpy()
+    result = quantize(weight, factorize(hessian_of(columns), 1000, CONFIG), pool)
+    found, exact = read(result, (50, columns)), weight.double().numpy()
     assert 0 < np.linalg.norm(found - exact) / np.linalg.norm(exact) < 0.25
 
 
 def test_rows_do_not_touch_each_other(pool: Executor) -> None:
     """But for the largest scale of 256, which they share."""
     weight = weight_of(600, 128)
-    prepared_guide = guide(moment_of(128), 1000, METHOD)
-    whole = codes_of(choose(weight, prepared_guide, pool), (600, 128))
-    part = codes_of(choose(weight[128:256], prepared_guide, pool), (128, 128))
+    factor = factorize(hessian_of(128), 1000, CONFIG)
+    whole = codes_of(quantize(weight, factor, pool), (600, 128))
+    part = codes_of(quantize(weight[128:256], factor, pool), (128, 128))
     assert (whole[128:256] == part).all()
 
 
 @pytest.mark.parametrize("shape", [(2100, 128), (1500, 100)])
 def test_threads_do_not_matter(shape: tuple[int, int]) -> None:
-    weight, prepared_guide = weight_of(*shape), guide(moment_of(shape[1]), 1000, METHOD)
+    weight, factor = weight_of(*shape), factorize(hessian_of(shape[1]), 1000, CONFIG)
     found = []
     for threads in (1, 2, 5):
         with ThreadPoolExecutor(threads) as pool:
-            found.append(choose(weight, prepared_guide, pool))
+            found.append(quantize(weight, factor, pool))
     for other in found[1:]:
         assert other.packed.tobytes() == found[0].packed.tobytes()
         assert other.scales.codes.tobytes() == found[0].scales.codes.tobytes()
@@ -209,16 +206,16 @@ def test_zeros_stay_zeros(columns: int, pool: Executor) -> None:
     weight = weight_of(400, columns)
     weight[:6] = 0
     weight[100:350] = 0
-    choice = choose(weight, guide(moment_of(columns), 1000, METHOD), pool)
-    found = read(choice, (400, columns))
-    assert np.isfinite(choice.cost)
+    result = quantize(weight, factorize(hessian_of(columns), 1000, CONFIG), pool)
+    found = read(result, (400, columns))
+    assert np.isfinite(result.cost)
     assert not found[1:5].any()
     assert not found[101:349].any()
-    assert loss(weight, found, prepared(moment_of(columns).double().numpy(), 1000)) == (
-        pytest.approx(choice.cost, rel=1e-4)
+    assert loss(weight, found, prepared(hessian_of(columns).double().numpy(), 1000)) == (
+        pytest.approx(result.cost, rel=1e-4)
     )
     nothing = torch.zeros(3, columns, dtype=torch.bfloat16)
-    empty = choose(nothing, guide(moment_of(columns), 1000, METHOD), pool)
+    empty = quantize(nothing, factorize(hessian_of(columns), 1000, CONFIG), pool)
     assert empty.cost == 0
     assert not read(empty, (3, columns)).any()
 
@@ -231,26 +228,26 @@ def test_a_block_without_a_scale_passes_on_what_it_loses(pool: Executor) -> None
     weight = weight_of(86, 192, "float32") * 100
     weight[:85] = 0
     weight[85, :64] = 0
-    moment = moment_of(192)
-    moment[:64] *= 0.1  # the block of zeros comes neither first ...
-    moment[:, :64] *= 0.1
-    moment[128:] *= 0.01  # ... nor last
-    moment[:, 128:] *= 0.01
-    prepared_guide = guide(moment, 1000, METHOD)
-    assert (prepared_guide.order[::64] // 64).tolist() == [1, 0, 2]
-    choice = choose(weight, prepared_guide, pool)
-    assert choice.scales.absmax[0] == 0
-    found = loss(weight, read(choice, (86, 192)), prepared(moment.double().numpy(), 1000))
-    assert choice.cost == pytest.approx(found, rel=1e-4)
+    hessian = hessian_of(192)
+    hessian[:64] *= 0.1  # the block of zeros comes neither first ...
+    hessian[:, :64] *= 0.1
+    hessian[128:] *= 0.01  # ... nor last
+    hessian[:, 128:] *= 0.01
+    factor = factorize(hessian, 1000, CONFIG)
+    assert (factor.order[::64] // 64).tolist() == [1, 0, 2]
+    result = quantize(weight, factor, pool)
+    assert result.scales.absmax[0] == 0
+    found = loss(weight, read(result, (86, 192)), prepared(hessian.double().numpy(), 1000))
+    assert result.cost == pytest.approx(found, rel=1e-4)
 
 
 @pytest.mark.parametrize("size", [1e-15, 1e-6, 1e6, 1e15])
 def test_weights_of_any_size(size: float, pool: Executor) -> None:
     shape = (16, 128)
     weight = (weight_of(*shape, "float32").double() / 0.05 * size).float()
-    moment = moment_of(128)
-    choice = choose(weight, guide(moment, 1000, METHOD), pool)
-    found = read(choice, shape).astype(np.float64)
+    hessian = hessian_of(128)
+    result = quantize(weight, factorize(hessian, 1000, CONFIG), pool)
+    found = read(result, shape).astype(np.float64)
     exact = weight.double().numpy()
     error = np.linalg.norm((found - exact) / size) / np.linalg.norm(exact / size)
     assert error < 0.25
@@ -259,9 +256,9 @@ def test_weights_of_any_size(size: float, pool: Executor) -> None:
 def test_readers_can_hold_the_scales_of_float16(pool: Executor) -> None:
     """A block's largest weight times 1.15 may be more than float16 holds."""
     weight = (weight_of(64, 128, "float32").abs() + 0.1).clamp(max=1.0) * 65000
-    choice = choose(weight.half(), guide(moment_of(128), 1000, METHOD), pool)
-    assert np.abs(choice.scales.scales()).max() <= 65504
-    assert np.isfinite(read(choice, (64, 128)).astype(np.float16)).all()
+    result = quantize(weight.half(), factorize(hessian_of(128), 1000, CONFIG), pool)
+    assert np.abs(result.scales.scales()).max() <= 65504
+    assert np.isfinite(read(result, (64, 128)).astype(np.float16)).all()
 
 
 def test_packing() -> None:
@@ -275,7 +272,7 @@ def test_errors_of_given_codes() -> None:
     codes = dice.integers(0, 16, 327).astype(np.uint8)
     scales = dice.normal(size=6).astype(np.float32)
     sums = np.full((6, 2), np.nan)
-    compensated.block_errors(values, pack(codes), scales, sums)
+    kernels_cpu.block_errors(values, pack(codes), scales, sums)
     off = (values - dequantize(pack(codes), scales, (327,))).astype(np.float64)
     blocks = np.arange(327) // 64
     np.testing.assert_allclose(sums[:, 0], np.bincount(blocks, off**2), rtol=1e-6)
@@ -286,8 +283,8 @@ def test_scale_codes_are_nearest_and_never_zero() -> None:
     dice = np.random.default_rng(4)
     scales = (dice.normal(size=600) * np.exp(4 * dice.normal(size=600))).astype(np.float32)
     scales[5], scales[6] = 0.0, -1e-30
-    nested = compensated.nested_absmax(scales)
-    codes = compensated.scale_codes(scales, nested)
+    nested = kernels_cpu.nested_absmax(scales)
+    codes = kernels_cpu.scale_codes(scales, nested)
     assert nested.tolist() == [np.abs(scales[g : g + 256]).max() for g in (0, 256, 512)]
     levels = np.delete(SCALE_LEVELS.astype(np.float64), np.flatnonzero(SCALE_LEVELS == 0))
     largest = np.repeat(nested.astype(np.float64), 256)[:600]
@@ -303,18 +300,18 @@ def test_a_choice_is_that_of_the_guide_alone(pool: Executor) -> None:
     """Twice the same, and the weight is not touched."""
     weight = weight_of(40, 128)
     before = weight.clone()
-    prepared_guide = guide(moment_of(128), 1000, METHOD)
-    first, second = (choose(weight, prepared_guide, pool) for _ in range(2))
+    factor = factorize(hessian_of(128), 1000, CONFIG)
+    first, second = (quantize(weight, factor, pool) for _ in range(2))
     assert first.packed.tobytes() == second.packed.tobytes()
     assert torch.equal(weight, before)
-    assert replace(METHOD).shares.tobytes() == METHOD.shares.tobytes()
+    assert replace(CONFIG).scale_candidates.tobytes() == CONFIG.scale_candidates.tobytes()
 
 
 def test_the_reference_orders_as_the_guide_does() -> None:
     for columns in (64, 192, 100):
-        moment = moment_of(columns, seed=columns)
-        found: Any = guide(moment, 1000, METHOD).order.numpy()
-        assert found.tolist() == order_of(prepared(moment.double().numpy(), 1000)).tolist()
+        hessian = hessian_of(columns, seed=columns)
+        found: Any = factorize(hessian, 1000, CONFIG).order.numpy()
+        assert found.tolist() == order_of(prepared(hessian.double().numpy(), 1000)).tolist()
 
 
 @pytest.mark.parametrize("columns", [128, 100])
@@ -324,5 +321,5 @@ def test_a_weight_that_nothing_can_be_said_of_has_no_finite_cost(
 ) -> None:
     weight = weight_of(8, columns, "float32")
     weight[3] *= spoil
-    choice = choose(weight, guide(moment_of(columns), 1000, METHOD), pool)
-    assert not np.isfinite(choice.cost)
+    result = quantize(weight, factorize(hessian_of(columns), 1000, CONFIG), pool)
+    assert not np.isfinite(result.cost)

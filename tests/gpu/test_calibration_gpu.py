@@ -17,12 +17,16 @@ from typing import Any, Final
 import numpy as np
 import pytest
 from nf4_pipeline.build_folder import Build
+from nf4_pipeline.calibration.calibrator import TOKENS_FILE
 from nf4_pipeline.checkpoint.atomic import make_folder
 from nf4_pipeline.job import run_build, run_stage
+from nf4_pipeline.machine import Machine
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe
-from nf4_pipeline.stages import Settings, download
-from nf4_pipeline.stages.calibrate import tokens_path
+from nf4_pipeline.records import QUANTIZE, VERIFY
+from nf4_pipeline.stages.download import DownloadRequest
+
+from tests.support.jobs import download
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -69,19 +73,19 @@ def _inputs(columns: int, device: str) -> tuple[Any, int]:
 @pytest.mark.parametrize(("rows", "columns", "dtype"), SHAPES)
 def test_cuda_chooses_what_the_cpu_chooses(rows: int, columns: int, dtype: str, signs: int) -> None:
     """For the same guide, bit for bit: codes, scales, and what they cost."""
-    from nf4_pipeline.gptq.config import Method
-    from nf4_pipeline.gptq.hessian import Guide, guide
-    from nf4_pipeline.gptq.quantizer import ChooserOnCpu
-    from nf4_pipeline.gptq.quantizer_cuda import ChooserOnCuda
+    from nf4_pipeline.gptq.config import GptqConfig
+    from nf4_pipeline.gptq.hessian import factorize
+    from nf4_pipeline.gptq.quantizer import GptqOnCpu
+    from nf4_pipeline.gptq.quantizer_cuda import GptqOnCuda
 
-    method = Method(signs=signs)
+    config = GptqConfig(negative_scales=signs == 2)
     weight = _weight(rows, columns, dtype)
-    moment, tokens = _inputs(columns, DEVICE)
-    on_device = guide(moment, tokens, method)
-    on_host = Guide(on_device.order.cpu(), on_device.factor.cpu(), on_device.importance.cpu())
+    hessian, tokens = _inputs(columns, DEVICE)
+    on_device = factorize(hessian, tokens, config)
+    on_host = on_device.cpu()
     with ThreadPoolExecutor(4) as pool, torch.inference_mode():
-        found = ChooserOnCuda(method, DEVICE, pool).choose(weight.to(DEVICE), on_device)
-        expected = ChooserOnCpu(method, pool).choose(weight, on_host)
+        found = GptqOnCuda(config, DEVICE, pool).quantize(weight.to(DEVICE), on_device)
+        expected = GptqOnCpu(config, pool).quantize(weight, on_host)
     assert np.count_nonzero(found.packed != expected.packed) == 0
     assert np.count_nonzero(found.scales.codes != expected.scales.codes) == 0
     assert found.scales.absmax.tobytes() == expected.scales.absmax.tobytes()
@@ -92,25 +96,25 @@ def test_cuda_chooses_what_the_cpu_chooses(rows: int, columns: int, dtype: str, 
 
 def _calibrated(rows: int, columns: int, dtype: str) -> Any:
     """Codes and scales of a weight, as an artifact would hold them."""
-    from nf4_pipeline.gptq.config import Method
-    from nf4_pipeline.gptq.hessian import guide
-    from nf4_pipeline.gptq.quantizer import ChooserOnCpu
+    from nf4_pipeline.gptq.config import GptqConfig
+    from nf4_pipeline.gptq.hessian import factorize
+    from nf4_pipeline.gptq.quantizer import GptqOnCpu
 
-    prepared = guide(*_inputs(columns, "cpu"), Method())
+    prepared = factorize(*_inputs(columns, "cpu"), GptqConfig())
     with ThreadPoolExecutor(4) as pool, torch.inference_mode():
-        choice = ChooserOnCpu(Method(), pool).choose(_weight(rows, columns, dtype), prepared)
-    negative = float((choice.scales.scales() < 0).mean())
+        result = GptqOnCpu(GptqConfig(), pool).quantize(_weight(rows, columns, dtype), prepared)
+    negative = float((result.scales.scales() < 0).mean())
     assert 0.2 < negative < 0.8
-    return choice
+    return result
 
 
 def _stock(
-    choice: Any, shape: tuple[int, ...], dtype: str, device: str, *, nested: bool = True
+    result: Any, shape: tuple[int, ...], dtype: str, device: str, *, nested: bool = True
 ) -> tuple[Any, Any]:
     """What bitsandbytes makes of it: packed codes and their state on a device.
 
     Args:
-        choice: codes and scales.
+        result: codes and scales.
         shape: of the weight; on a CPU, bitsandbytes reads rows of whole blocks alone right.
         dtype: of the weight.
         device: where.
@@ -118,12 +122,12 @@ def _stock(
     """
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Params4bit
-    from nf4_pipeline.nf4.codebook import NF4_LEVELS, SCALE_LEVELS
-    from nf4_pipeline.nf4.layout import QUANT_STATE_SUFFIX, quant_state_text
+    from nf4_pipeline.nf4.codebook import NF4_LEVELS
+    from nf4_pipeline.nf4.stored_weight import companions
 
-    packed = torch.from_numpy(choice.packed.copy())[:, None]
+    packed = torch.from_numpy(result.packed.copy())[:, None]
     if not nested:
-        scales = torch.from_numpy(choice.scales.scales().copy()).to(device)
+        scales = torch.from_numpy(result.scales.scales().copy()).to(device)
         state = QuantState(
             absmax=scales,
             shape=torch.Size(shape),
@@ -133,16 +137,9 @@ def _stock(
             dtype=getattr(torch, dtype),
         )
         return packed.to(device), state
-    text = quant_state_text(shape, dtype, float(choice.scales.offset))
-    parts = {
-        ".absmax": choice.scales.codes,
-        ".quant_map": NF4_LEVELS,
-        ".nested_absmax": choice.scales.absmax,
-        ".nested_quant_map": SCALE_LEVELS,
-        QUANT_STATE_SUFFIX: np.frombuffer(text, np.uint8),
-    }
-    companions = {suffix: torch.from_numpy(part.copy()) for suffix, part in parts.items()}
-    parameter = Params4bit.from_prequantized(packed, companions, device=device)
+    parts = companions("", shape, dtype, result.scales)
+    beside = {suffix: torch.from_numpy(part.copy()) for suffix, part in parts.items()}
+    parameter = Params4bit.from_prequantized(packed, beside, device=device)
     return parameter.data, parameter.quant_state
 
 
@@ -156,12 +153,12 @@ def test_negative_scales_are_dequantized_alike(
     from bitsandbytes.functional import dequantize_4bit
     from nf4_pipeline.nf4.dequantize import dequantize
 
-    choice = _calibrated(rows, columns, dtype)
-    ours = dequantize(choice.packed, choice.scales.scales(), (rows, columns))
+    result = _calibrated(rows, columns, dtype)
+    ours = dequantize(result.packed, result.scales.scales(), (rows, columns))
     expected = torch.from_numpy(ours).to(getattr(torch, dtype))
     flat = (1, rows * columns)
     for device, shape in ((DEVICE, (rows, columns)), ("cpu", flat)):
-        packed, state = _stock(choice, shape, dtype, device, nested=nested)
+        packed, state = _stock(result, shape, dtype, device, nested=nested)
         found = dequantize_4bit(packed, state).cpu().reshape(rows, columns)
         assert found.dtype == expected.dtype
         assert torch.equal(found, expected), device
@@ -180,13 +177,13 @@ def test_negative_scales_are_multiplied_right(
     from bitsandbytes import matmul_4bit
     from nf4_pipeline.nf4.dequantize import dequantize
 
-    choice = _calibrated(rows, columns, dtype)
+    result = _calibrated(rows, columns, dtype)
     weight = torch.from_numpy(
-        dequantize(choice.packed, choice.scales.scales(), (rows, columns))
+        dequantize(result.packed, result.scales.scales(), (rows, columns))
     ).double()
     dice = torch.Generator().manual_seed(batch)
     x = torch.randn(batch, columns, generator=dice).to(getattr(torch, dtype))
-    packed, state = _stock(choice, (rows, columns), dtype, DEVICE, nested=nested)
+    packed, state = _stock(result, (rows, columns), dtype, DEVICE, nested=nested)
     with torch.inference_mode():
         found = matmul_4bit(x.to(DEVICE), packed.t(), quant_state=state).cpu()
     assert found.dtype == x.dtype
@@ -197,7 +194,7 @@ def test_negative_scales_are_multiplied_right(
     off = (found.double() - expected).abs() / (unit * (expected.abs() + 4 * size) + 1e-12)
     assert float(off.max()) < 1.0
     # The measure can tell: a sign that is lost is far beyond it.
-    absolute = dequantize(choice.packed, np.abs(choice.scales.scales()), (rows, columns))
+    absolute = dequantize(result.packed, np.abs(result.scales.scales()), (rows, columns))
     lost = (x.double() @ torch.from_numpy(absolute).double().T - expected).abs()
     assert float((lost / (unit * (expected.abs() + 4 * size) + 1e-12)).median()) > 5.0
 
@@ -208,25 +205,25 @@ RECIPE: Final = Recipe(quantize=QuantizeRecipe(calibrate="self"))
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Build:
     """The sample, calibrated on tokens of its own and verified, all of it on the device."""
-    settings = Settings(recipe=RECIPE, device=DEVICE, require_gpu=DEVICE != "cpu")
-    build, _ = run_build("sample", tmp_path_factory.mktemp("calibrated"), settings, SILENT)
+    machine = Machine(device=DEVICE, require_gpu=DEVICE != "cpu")
+    request = DownloadRequest("sample", tmp_path_factory.mktemp("calibrated"))
+    build, _ = run_build(request, RECIPE, machine, SILENT)
     return build
 
 
 def _again(first: Build, folder: Path, device: str) -> Build:
     """Another build of the sample from the tokens of the first one, up to serialize."""
-    build, *_ = download.run("sample", folder, SILENT)
-    make_folder(tokens_path(build).parent)
-    shutil.copy(tokens_path(first), tokens_path(build))
-    settings = Settings(recipe=RECIPE, device=device)
+    build, *_ = download("sample", folder)
+    make_folder(build.calibration)
+    shutil.copy(first.calibration / TOKENS_FILE, build.calibration)
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, settings, SILENT)
+        run_stage(build, stage, RECIPE, Machine(device=device), SILENT)
     return build
 
 
 def _codes(build: Build) -> tuple[Any, Any]:
     """All codes of an artifact, one each, and all 8-bit scales."""
-    from nf4_pipeline.nf4.dequantize import unpack
+    from nf4_pipeline.nf4.packing import unpack
     from safetensors.torch import load_file
 
     manifest = json.loads((build.export / "manifest.json").read_text())
@@ -243,9 +240,9 @@ def _codes(build: Build) -> tuple[Any, Any]:
 def test_the_sample_is_much_closer_than_round_to_nearest(
     calibrated: Build, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = calibrated.need("verify")
-    assert [check for check in record.facts["checks"] if not check["passed"]] == []
-    assert record.facts["verdict"] == "pass"
+    record = calibrated.need(VERIFY)
+    assert [check for check in record.facts.to_json()["checks"] if not check["passed"]] == []
+    assert record.facts.to_json()["verdict"] == "pass"
     found = json.loads((calibrated.export / "verification.json").read_text())
     ratio = found["nearest"]["difference"]["mean_kl_ratio"]
     with capsys.disabled():
@@ -256,7 +253,7 @@ def test_the_sample_is_much_closer_than_round_to_nearest(
     assert manifest["calibration"]["device"] == torch.device(DEVICE).type
     assert manifest["calibration"]["fallbacks"] == {}
     assert manifest["calibration"]["source"] == "self"
-    facts = calibrated.need("quantize").facts["calibration"]
+    facts = calibrated.need(QUANTIZE).facts.to_json()["calibration"]
     assert facts["seconds"]["sampling"] > 0.0
     assert facts["seconds"]["pass"] >= facts["seconds"]["whole"] > 0.0
     # A model of 10 MB: what it takes are activations, guides and workspaces.

@@ -1,6 +1,7 @@
 """On a CUDA device: the same bytes as on the CPU, and a build that is verified there.
 
-Run by `scripts/gpu_checks.py` on a machine that has one; the results stand in docs/performance.md.
+Run by `scripts/campaigns/gpu_checks.py` on a machine that has one; the results stand in
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from nf4_pipeline.machine import Machine
 from nf4_pipeline.nf4 import cpu
-from nf4_pipeline.nf4.layout import blocks_of
+from nf4_pipeline.nf4.float_bits import bits_of
+from nf4_pipeline.nf4.packing import blocks_of
+from nf4_pipeline.recipe import Recipe
+from nf4_pipeline.stages.download import DownloadRequest
 from numpy.typing import NDArray
 
 torch = pytest.importorskip("torch")
@@ -44,7 +49,7 @@ def _run(quantize: Any, bits: NDArray[Any], dtype: str) -> tuple[NDArray[Any], .
     packed = np.zeros(-(-size // 2), np.uint8)
     absmax = np.zeros(blocks_of(size), np.float32)
     sums = np.zeros((blocks_of(size), 3), np.int32)
-    assert quantize(bits, dtype, packed, absmax, sums) == -1
+    assert quantize(bits, dtype, packed, absmax, sums) is None
     return packed, absmax, sums
 
 
@@ -57,9 +62,7 @@ def test_cuda_gives_the_bits_of_the_cpu(dtype: str, kind: str) -> None:
         pytest.skip("outside the range of float16")
     on_cuda, on_cpu = NearestOnCuda(["cuda:0"]).quantize, cpu.quantize_blocks
     for size in SIZES:
-        weights = _weights(kind, size).to(getattr(torch, dtype))
-        width = torch.int32 if dtype == "float32" else torch.int16
-        bits = weights.view(width).numpy().view(f"u{weights.element_size()}")
+        bits = bits_of(_weights(kind, size).to(getattr(torch, dtype)))
         for name, a, b in zip(
             ("codes", "absmax", "sums"),
             _run(on_cuda, bits, dtype),
@@ -75,7 +78,7 @@ def test_cuda_finds_what_is_not_finite(value: float) -> None:
 
     weights = _weights("plain", 64 * 10)
     weights[64 * 7 + 3] = value
-    bits = weights.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    bits = bits_of(weights.to(torch.bfloat16))
     found = NearestOnCuda(["cuda:0"]).quantize(
         bits,
         "bfloat16",
@@ -89,16 +92,16 @@ def test_cuda_finds_what_is_not_finite(value: float) -> None:
 def test_a_build_has_the_same_hashes_on_cpu_and_cuda_and_passes_there(tmp_path: Path) -> None:
     from nf4_pipeline.job import run_build
     from nf4_pipeline.progress import SILENT
-    from nf4_pipeline.stages import Settings
 
-    settings = Settings(device="cuda", require_gpu=True)
-    build, results = run_build("sample", tmp_path / "cuda", settings, SILENT)
-    cpu_settings = replace(settings, device="cpu", require_gpu=False, workers=2)
-    other, _ = run_build("sample", tmp_path / "cpu", cpu_settings, SILENT)
+    gpu = Machine(device="cuda", require_gpu=True)
+    cpu = Machine(device="cpu", workers=2)
+    request = DownloadRequest("sample", tmp_path / "cuda")
+    build, results = run_build(request, Recipe(), gpu, SILENT)
+    other, _ = run_build(replace(request, artifacts=tmp_path / "cpu"), Recipe(), cpu, SILENT)
     mine = (build.export / "manifest.json").read_bytes()
     assert mine == (other.export / "manifest.json").read_bytes()
     for name in json.loads(mine)["files"]:
         assert (build.export / name).read_bytes() == (other.export / name).read_bytes(), name
-    found = results["verify"].record.facts
+    found = results["verify"].record.facts.to_json()
     assert found["verdict"] == "pass"
     assert found["device"]["kind"] == "cuda"

@@ -1,6 +1,7 @@
 """On a CUDA device: the sample is verified there, in little memory, as on whole models.
 
-Run by `scripts/gpu_checks.py` on a machine that has one; the results stand in docs/performance.md.
+Run by `scripts/campaigns/gpu_checks.py` on a machine that has one; the results stand in
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from nf4_pipeline.machine import Machine
+from nf4_pipeline.recipe import Recipe
+
+from tests.support.jobs import download
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -26,11 +31,10 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build of the sample up to serialize."""
     from nf4_pipeline.job import run_stage
     from nf4_pipeline.progress import SILENT
-    from nf4_pipeline.stages import Settings, download
 
-    build, *_ = download.run("sample", tmp_path_factory.mktemp("sample"), SILENT)
+    build, *_ = download("sample", tmp_path_factory.mktemp("sample"))
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, Settings(device="cuda"), SILENT)
+        run_stage(build, stage, Recipe(), Machine(device="cuda"), SILENT)
     return build.root
 
 
@@ -38,13 +42,12 @@ def test_the_sample_is_verified_on_the_gpu(sample: Path, tmp_path: Path) -> None
     from nf4_pipeline.build_folder import Build
     from nf4_pipeline.job import run_stage
     from nf4_pipeline.progress import SILENT
-    from nf4_pipeline.stages import Settings
 
     from tests.support.tiny import copy_of
 
     build = Build(copy_of(sample, tmp_path / "build"))
-    settings = Settings(device="cuda", require_gpu=True)
-    found = run_stage(build, "verify", settings, SILENT).record.facts
+    machine = Machine(device="cuda", require_gpu=True)
+    found = run_stage(build, "verify", Recipe(), machine, SILENT).record.facts.to_json()
     assert [check for check in found["checks"] if not check["passed"]] == []
     assert found["verdict"] == "pass"
     assert found["device"]["kind"] == "cuda"
@@ -59,10 +62,10 @@ def test_the_sample_is_verified_on_the_gpu(sample: Path, tmp_path: Path) -> None
 
 
 def test_block_by_block_is_whole_on_the_gpu(sample: Path) -> None:
-    from nf4_pipeline.blocks.streamed import StreamedModel
+    from nf4_pipeline.blocks.streamed_model import StreamedModel
     from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
+    from nf4_pipeline.library_output import quiet_loading
     from nf4_pipeline.runtime.loader import load, load_tokenizer
-    from nf4_pipeline.runtime.quiet import quiet_loading
     from nf4_pipeline.sample import MODEL_DIR, TEXT
     from nf4_pipeline.verification.compare import Comparison
     from nf4_pipeline.verification.eval_text import Text, cut
@@ -94,7 +97,7 @@ def test_block_by_block_is_whole_on_the_gpu(sample: Path) -> None:
 
 def test_round_to_nearest_beside_other_codes_is_the_built_artifact_on_the_gpu(sample: Path) -> None:
     from bitsandbytes.nn import Linear4bit
-    from nf4_pipeline.blocks.streamed import StreamedModel
+    from nf4_pipeline.blocks.streamed_model import StreamedModel
     from nf4_pipeline.runtime.loader import load
     from nf4_pipeline.sample import MODEL_DIR
     from nf4_pipeline.verification.compare import Comparison
@@ -119,8 +122,8 @@ def test_round_to_nearest_beside_other_codes_is_the_built_artifact_on_the_gpu(sa
 
 
 def test_a_model_is_at_no_distance_from_itself_on_the_gpu() -> None:
-    from nf4_pipeline.blocks.streamed import StreamedModel
-    from nf4_pipeline.runtime.quiet import quiet_loading
+    from nf4_pipeline.blocks.streamed_model import StreamedModel
+    from nf4_pipeline.library_output import quiet_loading
     from nf4_pipeline.sample import MODEL_DIR
     from nf4_pipeline.verification.compare import Comparison
     from nf4_pipeline.verification.eval_text import random_sequences
@@ -159,11 +162,7 @@ def test_streamed_answers_are_those_of_the_whole_model_on_the_gpu(sample: Path) 
     found = whole.ask_source(export, SILENT)
     # Enough for a model of 10 MB, and less than what is left free beside a model that stays.
     streamed = replace(whole, device_memory=2**30).ask_source(export, SILENT)
-    assert (found["costs"]["streamed"], streamed["costs"]["streamed"]) == (False, True)
-    assert [answer["ids"] for answer in streamed["answers"]] == [
-        answer["ids"] for answer in found["answers"]
-    ]
-    assert 0 < streamed["costs"]["peak_device_memory_bytes"] <= 2**30
-    assert streamed["costs"]["peak_device_memory_bytes"] < (
-        found["costs"]["peak_device_memory_bytes"] + 2**20
-    )
+    assert (found.costs.streamed, streamed.costs.streamed) == (False, True)
+    assert [answer.ids for answer in streamed.answers] == [answer.ids for answer in found.answers]
+    assert 0 < streamed.costs.peak_device_memory_bytes <= 2**30
+    assert streamed.costs.peak_device_memory_bytes < found.costs.peak_device_memory_bytes + 2**20

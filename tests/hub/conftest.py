@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import hub_uploads
-from tests.support.hub_faults import TOKEN
-from tests.support.hub_server import HubServer
+from tests.support.hub_server import TOKEN, HubServer
 from tests.support.hub_worker import Worker
 
 assert hub_uploads  # its routes are registered by importing it

@@ -1,10 +1,10 @@
-"""Every fault at every endpoint, into downloads and pushes; see also scripts/hub_faults.py."""
+"""Every fault at every endpoint, into downloads and pushes; see scripts/campaigns/hub_faults.py."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tests.support.hub_faults import all_cases, run_cases, table
+from tests.campaigns.hub_faults import all_cases, run_cases, table
 
 STALLS = {("download", "listing"), ("push", "LFS put"), ("push", "commit")}
 

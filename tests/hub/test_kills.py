@@ -1,4 +1,4 @@
-"""SIGKILL in the middle, then again: a short run of scripts/hub_kills.py."""
+"""SIGKILL in the middle, then again: a short run of scripts/campaigns/hub_kills.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.hub_kills import COMMANDS, campaign
+from tests.campaigns.hub_kills import COMMANDS, campaign
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from nf4_pipeline.build_folder import Build
+from nf4_pipeline.records import ATTEST, PUSH, VERIFY
 
-from tests.support.hub_faults import TOKEN
-from tests.support.hub_server import Fault, HubServer
+from tests.support.hub_server import TOKEN, Fault, HubServer
 from tests.support.hub_store import Repo
 from tests.support.hub_worker import Outcome, Worker
 from tests.support.tiny import content_of, copy_of
@@ -64,9 +64,9 @@ def test_a_new_repo_is_private_and_holds_the_export(
         "sha256",
         "git-sha1",
     }
-    record = build.record("push")
+    record = build.record(PUSH)
     assert record is not None
-    assert record.facts == facts
+    assert record.facts.to_json() == facts
 
 
 def test_a_second_push_commits_nothing(hub: HubServer, build: Build, worker: Worker) -> None:
@@ -135,16 +135,16 @@ def record_file(build: Build, path: Path) -> None:
     from nf4_pipeline.checkpoint.digest import digest_file
 
     name = path.relative_to(build.root).as_posix()
-    record = build.need("verify")
+    record = build.need(VERIFY)
     outputs = {key: value for key, value in record.outputs.items() if key != name}
     if path.exists():
         outputs[name] = digest_file(path)
     build.write_record(replace(record, outputs=outputs))
     # A statement about what was there before would be refused.
-    attested = build.record("attest")
+    attested = build.record(ATTEST)
     for left in attested.outputs if attested else ():
         (build.root / left).unlink()
-    build.forget("attest")
+    build.forget(ATTEST)
 
 
 # What stops it.
@@ -194,9 +194,11 @@ def test_a_file_that_changed_since_it_was_verified(
 def fail_verification(build: Build) -> None:
     from dataclasses import replace
 
-    record = build.need("verify")
-    checks = [{**record.facts["checks"][0], "passed": False}, *record.facts["checks"][1:]]
-    build.write_record(replace(record, facts=record.facts | {"verdict": "fail", "checks": checks}))
+    record = build.need(VERIFY)
+    document = record.facts.to_json()
+    checks = [{**document["checks"][0], "passed": False}, *document["checks"][1:]]
+    failed = VERIFY.parse(document | {"verdict": "fail", "checks": checks})
+    build.write_record(replace(record, facts=failed))
 
 
 def test_a_failed_verdict_is_refused_or_said_in_the_card(
@@ -216,7 +218,7 @@ def test_a_failed_verdict_is_refused_or_said_in_the_card(
     head, _, body = card[4:].partition("\n---\n")
     assert local["README.md"].decode().startswith(f"---\n{head}\n---\n")
     assert body.lstrip().startswith("> [!WARNING]\n> **This artifact did not pass verification")
-    assert build.need("verify").facts["checks"][0]["name"] in body.splitlines()[2]
+    assert build.need(VERIFY).facts.to_json()["checks"][0]["name"] in body.splitlines()[2]
     assert outcome.value["allow_unverified"] is True
     assert worker.push(build.root, REPO, allow_unverified=True).value["committed"] is False
 
@@ -370,7 +372,7 @@ def test_a_file_that_the_hub_keeps_wrong_is_noticed(
     outcome = worker.push(build.root, REPO)
     assert outcome.error == "HubError"
     assert "does not hold what was sent: 1 files differ, first config.json" in outcome.message
-    assert build.record("push") is None
+    assert build.record(PUSH) is None
 
 
 def test_a_gitignore_in_the_repo_leaves_no_file_out(

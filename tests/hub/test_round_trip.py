@@ -12,11 +12,12 @@ from nf4_pipeline.build_folder import Build
 from nf4_pipeline.job import run_build
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe, load_recipe
-from nf4_pipeline.stages import Settings
+from nf4_pipeline.stages.download import DownloadRequest
 
 from tests.support.hub_client import isolated
 from tests.support.hub_server import HubServer
 from tests.support.hub_worker import Worker
+from tests.support.jobs import CPU
 from tests.support.tiny import content_of, copy_of, write_falcon
 
 FETCH = """
@@ -31,8 +32,8 @@ def large(quick_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build with one weight file of more than 30 MB."""
     folder = tmp_path_factory.mktemp("large")
     model = write_falcon(folder / "model", hidden=1024, layers=6, shards=1)
-    settings = Settings(recipe=load_recipe(quick_recipe), device="cpu")
-    build, _ = run_build(str(model), folder / "artifacts", settings, SILENT)
+    recipe = load_recipe(quick_recipe)
+    build, _ = run_build(DownloadRequest(str(model), folder / "artifacts"), recipe, CPU, SILENT)
     assert (build.export / "model.safetensors").stat().st_size > 30_000_000
     return build.root
 
@@ -40,8 +41,10 @@ def large(quick_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build of the sample that comes with the package."""
-    settings = Settings(recipe=Recipe(), device="cpu")
-    build, _ = run_build("sample", tmp_path_factory.mktemp("sample"), settings, SILENT)
+    recipe = Recipe()
+    build, _ = run_build(
+        DownloadRequest("sample", tmp_path_factory.mktemp("sample")), recipe, CPU, SILENT
+    )
     return build.root
 
 

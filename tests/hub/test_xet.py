@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from nf4_pipeline.build_folder import Build
 
-from tests.support.hub_faults import TOKEN
-from tests.support.hub_server import HubServer, XetStore
+from tests.support.hub_server import TOKEN, HubServer, XetStore
 from tests.support.hub_worker import Worker
 from tests.support.tiny import content_of, copy_of
 

@@ -14,7 +14,9 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from nf4_pipeline.nf4 import cpu
 from nf4_pipeline.nf4.codebook import NF4_MIDPOINTS, ZERO_CODE
-from nf4_pipeline.nf4.dequantize import dequantize, unpack
+from nf4_pipeline.nf4.dequantize import dequantize
+from nf4_pipeline.nf4.float_bits import bits_of
+from nf4_pipeline.nf4.packing import unpack
 from numpy.typing import NDArray
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -29,12 +31,7 @@ class Result:
     packed: NDArray[np.uint8]
     absmax: NDArray[np.float32]
     sums: NDArray[np.int32]
-    bad: int
-
-
-def bits_of(weights: torch.Tensor) -> NDArray[Any]:
-    unsigned = torch.uint32 if weights.dtype == torch.float32 else torch.uint16
-    return weights.view(unsigned).numpy()
+    not_finite: int | None
 
 
 def from_bits(bits: NDArray[Any], dtype: str) -> torch.Tensor:
@@ -47,15 +44,15 @@ def ours(bits: NDArray[Any], dtype: str) -> Result:
     packed = np.full(-(-bits.size // 2), 0xEE, np.uint8)
     absmax = np.full(blocks, np.float32(-5.0), np.float32)
     sums = np.full((blocks, 3), -5, np.int32)
-    bad = cpu.quantize_blocks(bits, dtype, packed, absmax, sums)
-    return Result(packed, absmax, sums, bad)
+    not_finite = cpu.quantize_blocks(bits, dtype, packed, absmax, sums)
+    return Result(packed, absmax, sums, not_finite)
 
 
 def check_equal(weights: torch.Tensor, dtype: str) -> Result:
     """Holds the kernel against bitsandbytes for the same tensor."""
     found = ours(bits_of(weights), dtype)
     packed, state = stock.quantize_4bit(weights, blocksize=64, quant_type="nf4")
-    assert found.bad == -1
+    assert found.not_finite is None
     assert found.packed.tobytes() == packed.numpy().tobytes()
     assert found.absmax.tobytes() == state.absmax.float().numpy().tobytes()
     return found
@@ -182,14 +179,14 @@ def test_the_first_block_that_is_not_finite_is_named(
         weights[position] = float(kind)
     if kind == "-nan":
         weights = torch.where(weights.isnan(), -weights.abs(), weights)
-    assert ours(bits_of(weights), dtype).bad == block
+    assert ours(bits_of(weights), dtype).not_finite == block
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_nan_beside_larger_weights_does_not_vanish(dtype: str) -> None:
     weights = torch.full((64,), torch.finfo(DTYPES[dtype]).max, dtype=DTYPES[dtype])
     weights[5] = float("nan")
-    assert ours(bits_of(weights), dtype).bad == 0
+    assert ours(bits_of(weights), dtype).not_finite == 0
 
 
 @pytest.mark.parametrize("factor", [0.03, 1e-25, 1e25])

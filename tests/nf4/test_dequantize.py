@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes import functional as stock
-from nf4_pipeline.nf4.dequantize import dequantize, unpack
+from nf4_pipeline.nf4.dequantize import dequantize, dequantize_on
+from nf4_pipeline.nf4.packing import unpack
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 63), (4, 16), (5, 13), (64, 64), (33, 127)])
@@ -19,6 +20,8 @@ def test_values_are_those_of_bitsandbytes(shape: tuple[int, int]) -> None:
     assert found.shape == shape
     assert found.dtype == np.float32
     assert found.tobytes() == expected.numpy().tobytes()
+    on_torch = dequantize_on(torch.device("cpu"), packed.numpy(), state.absmax.numpy(), shape)
+    assert on_torch.numpy().tobytes() == found.tobytes()
 
 
 def test_unpack_takes_the_high_half_first_and_drops_the_padding() -> None:

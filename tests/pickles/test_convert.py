@@ -11,13 +11,14 @@ import pytest
 import torch
 from nf4_pipeline.checkpoint.digest import digest_file
 from nf4_pipeline.errors import SourceError, UsageError
-from nf4_pipeline.pickles.convert import convert
+from nf4_pipeline.pickles.convert import WORKER, ConvertRequest, convert
+from nf4_pipeline.processes.child import run
 from nf4_pipeline.progress import SILENT
-from nf4_pipeline.stages import download
 from safetensors.torch import load_file
 
-from tests.support.hub_client import ROOT, isolated
+from tests.support.hub_client import isolated
 from tests.support.hub_server import HubServer
+from tests.support.jobs import download
 from tests.support.tiny import INDEX, SHARDS, copy_of
 
 BINS = tuple(f"pytorch_{name.removesuffix('.safetensors')}.bin" for name in SHARDS)
@@ -52,7 +53,7 @@ def assert_same_tensors(folder: Path, original: Path) -> None:
 
 def test_a_folder_of_pickles_is_refused_unless_asked_for(pickled: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"can run code when they are read.*--allow-pickle"):
-        download.run(str(pickled), tmp_path / "artifacts", SILENT)
+        download(pickled, tmp_path / "artifacts")
     assert not (tmp_path / "artifacts").exists()
 
 
@@ -60,21 +61,19 @@ def test_a_folder_of_pickles_becomes_a_build(
     pickled: Path, tiny_falcon: Path, tmp_path: Path
 ) -> None:
     before = {path.name: path.read_bytes() for path in pickled.iterdir()}
-    build, record, ran = download.run(
-        str(pickled), tmp_path / "artifacts", SILENT, allow_pickle=True
-    )
+    build, record, ran = download(pickled, tmp_path / "artifacts", allow_pickle=True)
     assert ran
     assert_same_tensors(build.source, tiny_falcon)
     index = json.loads((build.source / INDEX).read_text())
     assert set(index["weight_map"]) == set(tensors_of(tiny_falcon))
-    files = download.recorded_files(record)
+    files = record.outputs_in("source")
     assert set(SHARDS) < set(files)
     assert {name: digest_file(build.source / name) for name in files} == files
-    assert set(record.facts["converted_from"]) >= set(BINS)
+    assert set(record.facts.converted_from) >= set(BINS)
     assert {path.name: path.read_bytes() for path in pickled.iterdir()} == before
 
     times = {path: path.stat().st_mtime_ns for path in build.root.glob("converted/*.safetensors")}
-    _, again, ran = download.run(str(pickled), tmp_path / "artifacts", SILENT, allow_pickle=True)
+    _, again, ran = download(pickled, tmp_path / "artifacts", allow_pickle=True)
     assert (ran, again.key, again.outputs) == (False, record.key, record.outputs)
     assert {path: path.stat().st_mtime_ns for path in times} == times  # nothing was converted anew
 
@@ -107,9 +106,9 @@ def test_a_hub_model_of_pickles(pickled: Path, tiny_falcon: Path, tmp_path: Path
 def test_safetensors_win_over_pickles(tiny_falcon: Path, tmp_path: Path) -> None:
     folder = copy_of(tiny_falcon, tmp_path / "both")
     (folder / "pytorch_model.bin").write_bytes(b"not even looked at")
-    _, record, _ = download.run(str(folder), tmp_path / "artifacts", SILENT, allow_pickle=True)
+    _, record, _ = download(folder, tmp_path / "artifacts", allow_pickle=True)
     assert "source/pytorch_model.bin" not in record.outputs
-    assert record.facts["converted_from"] == {}
+    assert record.facts.converted_from == {}
 
 
 @pytest.mark.parametrize(
@@ -155,20 +154,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     def peak(count: int) -> int:
         path = tmp_path / f"{count}.bin"
         torch.save({f"w{i}": torch.full((4 * 2**20,), float(i)) for i in range(count)}, path)
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "nf4_pipeline.pickles.worker",
-                path,
-                tmp_path / "out.safetensors",
-            ],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return int(json.loads(done.stdout)["peak_memory_bytes"])
+        return run(WORKER, ConvertRequest(path, tmp_path / "out.safetensors")).peak_memory_bytes
 
     one, many = peak(1), peak(24)  # 16 MiB, 384 MiB
     assert many - one < 64 * 2**20

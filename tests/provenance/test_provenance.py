@@ -6,6 +6,7 @@ import getpass
 import json
 import re
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,22 @@ from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.checkpoint.atomic import write_bytes, write_json
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
 from nf4_pipeline.errors import BuildError
-from nf4_pipeline.job import RUNNERS, run_stage, states
+from nf4_pipeline.job import make_stages, run_stage, states
+from nf4_pipeline.manifest.manifest import CalibrationSummary, Manifest
 from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.provenance.bom import bill_of_materials
 from nf4_pipeline.provenance.identifiers import licenses, model_purl
 from nf4_pipeline.provenance.statement import SCHEMA_FILE, statement
-from nf4_pipeline.stages import Settings, verify
+from nf4_pipeline.recipe import Recipe
+from nf4_pipeline.records import VERIFY
+from nf4_pipeline.stages.verify import Verify
 
-from tests.report import made
+from tests.support import made
+from tests.support.jobs import CPU, PASSED
 from tests.support.tiny import content_of, copy_of
 
-SETTINGS = Settings(device="cpu")
+RECIPE = Recipe()
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -37,14 +42,14 @@ def verified(downloaded_falcon: Path, tmp_path_factory: pytest.TempPathFactory) 
     """A build whose verification is made up: what it measures does not matter here."""
     build = Build(copy_of(downloaded_falcon, tmp_path_factory.mktemp("attest") / "build"))
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, SETTINGS, SILENT)
+        run_stage(build, stage, RECIPE, CPU, SILENT)
     write_json(build.export / "verification.json", {"verdict": "pass"})
     write_bytes(build.export / "README.md", b"# card\n")
     outputs = {
         f"export/{n}": digest_file(build.export / n) for n in ("verification.json", "README.md")
     }
-    key = verify.key(build, SETTINGS)
-    build.write_record(Record("verify", key, outputs, {"verdict": "pass"}, 1.0, 1))
+    key = Verify(build, RECIPE, CPU).key()
+    build.write_record(Record(VERIFY, key, outputs, PASSED, 1.0, 1))
     return build.root
 
 
@@ -55,7 +60,7 @@ def build(verified: Path, tmp_path: Path) -> Build:
 
 @pytest.fixture
 def attested(build: Build) -> Build:
-    assert run_stage(build, "attest", SETTINGS, SILENT).ran
+    assert run_stage(build, "attest", RECIPE, CPU, SILENT).ran
     return build
 
 
@@ -72,7 +77,8 @@ def test_the_kind_of_device_that_calibrated_is_said(build: Build) -> None:
     manifest = hub_manifest(build)
     plain = statement(manifest, {}, {}, "", "")
     assert plain["predicate"]["buildDefinition"]["internalParameters"] == {}
-    manifest["calibration"] = {**made.calibration(), "device": "cuda"}
+    calibration = {**made.calibration(), "device": "cuda"}
+    manifest = replace(manifest, calibration=CalibrationSummary.from_json(calibration))
     found = statement(manifest, {}, {}, "", "")["predicate"]["buildDefinition"]
     assert found["internalParameters"] == {"calibration_device": "cuda"}
 
@@ -110,7 +116,7 @@ def test_every_file_is_a_subject_and_every_source_file_a_dependency(attested: Bu
     dependencies = value["predicate"]["buildDefinition"]["resolvedDependencies"]
     named = {entry["name"]: entry["digest"]["sha256"] for entry in dependencies}
     manifest = read_manifest(attested.export)
-    source = {name: entry["sha256"] for name, entry in manifest["source"]["files"].items()}
+    source = {name: digest.sha256 for name, digest in manifest.source.files.items()}
     assert named == {**source, "recipe": named["recipe"]}
 
 
@@ -123,31 +129,32 @@ def test_nothing_says_where_it_was_made(attested: Build, tiny_falcon: Path) -> N
 
 
 def test_the_stage_is_done_until_the_export_changes(attested: Build) -> None:
-    assert states(attested, SETTINGS)["attest"].status == "done"
-    assert not run_stage(attested, "attest", SETTINGS, SILENT).ran
+    assert states(attested, RECIPE, CPU)["attest"].status == "done"
+    assert not run_stage(attested, "attest", RECIPE, CPU, SILENT).ran
     before = provenance_of(attested)
-    assert run_stage(attested, "attest", SETTINGS, SILENT).record.outputs
+    assert run_stage(attested, "attest", RECIPE, CPU, SILENT).record.outputs
     assert provenance_of(attested) == before
     (attested.export / "bom.cdx.json").write_text("{}")
-    assert states(attested, SETTINGS)["attest"].status == "stale"
-    assert run_stage(attested, "attest", SETTINGS, SILENT).ran
+    assert states(attested, RECIPE, CPU)["attest"].status == "stale"
+    assert run_stage(attested, "attest", RECIPE, CPU, SILENT).ran
     assert provenance_of(attested) == before
-    assert list(RUNNERS)[-1] == "attest"
+    assert list(make_stages(attested, RECIPE, CPU))[-1] == "attest"
 
 
 def test_only_a_verified_export_that_is_what_it_was_is_attested(build: Build) -> None:
     (build.export / "README.md").write_text("# another card\n")
     with pytest.raises(BuildError, match=r"README\.md changed since `verify`"):
-        run_stage(build, "attest", SETTINGS, SILENT)
-    build.forget("verify")
+        run_stage(build, "attest", RECIPE, CPU, SILENT)
+    build.forget(VERIFY)
     with pytest.raises(BuildError, match="no finished `verify`"):
-        run_stage(build, "attest", SETTINGS, SILENT)
+        run_stage(build, "attest", RECIPE, CPU, SILENT)
     assert not (build.export / "provenance.json").exists()
 
 
-def hub_manifest(build: Build) -> dict[str, Any]:
+def hub_manifest(build: Build) -> Manifest:
     manifest = read_manifest(build.export)
-    return {**manifest, "source": {**manifest["source"], "repo": "Org/Name", "commit": COMMIT}}
+    source = replace(manifest.source, repo="Org/Name", commit=COMMIT)
+    return replace(manifest, source=source)
 
 
 def test_a_hub_model_is_named_by_its_package_url(build: Build) -> None:
@@ -190,7 +197,7 @@ def test_the_license_is_inherited_and_the_bom_is_valid(build: Build, case: str) 
         model = bom["metadata"]["component"]
         assert model.get("licenses", []) == expected
         (ancestor,) = model["pedigree"]["ancestors"]
-        assert ancestor["name"] == manifest["source"]["repo"]
+        assert ancestor["name"] == manifest.source.repo
         assert ancestor.get("licenses", []) == expected
 
 
@@ -200,9 +207,9 @@ def test_the_bom_of_a_build_is_valid_and_deterministic(attested: Build) -> None:
     value = json.loads(text)
     files = {entry["name"]: entry["hashes"][0]["content"] for entry in value["components"]}
     manifest = read_manifest(attested.export)
-    assert files == {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    assert files == {name: digest.sha256 for name, digest in manifest.files.items()}
     properties = {p["name"]: p["value"] for p in value["metadata"]["component"]["properties"]}
     assert properties["nf4-pipeline:quantization:type"] == "nf4"
     (attested.export / "bom.cdx.json").unlink()
-    run_stage(attested, "attest", SETTINGS, SILENT)
+    run_stage(attested, "attest", RECIPE, CPU, SILENT)
     assert bom_of(attested) == text

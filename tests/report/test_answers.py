@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hypothesis import given
 from hypothesis import strategies as st
 from nf4_pipeline.report.answers import Excerpt, by_prompt, excerpt
+from nf4_pipeline.verification.document import AnswerPair
 
 
 def test_a_short_answer_is_shown_whole() -> None:
@@ -43,13 +42,29 @@ def test_an_excerpt_is_a_part_of_the_text(
         assert found.marked[0] == text[difference]
 
 
+def pair(
+    prompt: str, expect: str | None = None, seed: int | None = None, right: tuple[bool, ...] = ()
+) -> AnswerPair:
+    return AnswerPair(
+        prompt=prompt,
+        expect=expect,
+        seed=seed,
+        answer_16bit="x",
+        answer_4bit="x",
+        same=True,
+        first_difference=None,
+        right_16bit=right[0] if right else None,
+        right_4bit=right[1] if right else None,
+    )
+
+
 def test_runs_stand_under_their_prompt_and_lost_prompts_first() -> None:
-    runs: list[dict[str, Any]] = [
-        {"prompt": "a", "expect": None, "seed": None},
-        {"prompt": "b", "expect": "1", "seed": None, "right_16bit": True, "right_4bit": True},
-        {"prompt": "a", "expect": None, "seed": 7},
-        {"prompt": "c", "expect": "2", "seed": None, "right_16bit": True, "right_4bit": False},
-        {"prompt": "d", "expect": "3", "seed": None, "right_16bit": False, "right_4bit": False},
+    runs = [
+        pair("a"),
+        pair("b", "1", right=(True, True)),
+        pair("a", seed=7),
+        pair("c", "2", right=(True, False)),
+        pair("d", "3", right=(False, False)),
     ]
     prompts = by_prompt(runs)
     assert [(entry.prompt, len(entry.runs)) for entry in prompts] == [

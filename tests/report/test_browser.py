@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from nf4_pipeline.report.page import report_page
+from nf4_pipeline.verification.document import parse_verification
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests.report import made
+from tests.support import made
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = (
@@ -97,7 +98,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("report")
     paths = {name: folder / f"{name}.html" for name in CASES}
     for name, path in paths.items():
-        path.write_text(report_page(made.manifest(), CASES[name][0]), "utf-8")
+        path.write_text(report_page(made.manifest(), parse_verification(CASES[name][0])), "utf-8")
     return paths
 
 

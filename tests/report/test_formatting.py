@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from math import inf, nan
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nf4_pipeline.fidelity.bootstrap import Interval
 from nf4_pipeline.report.formatting import (
-    binary_size,
+    both_units,
     bounds,
     count,
+    interval,
     label,
     number,
     percent,
+    plain_size,
     seconds,
     share,
     size,
@@ -46,16 +51,32 @@ def test_other_units() -> None:
     assert count(None) == size(None) == size(0) == seconds(None) == "–"
     assert size(14_434_467_840) == "14.43\N{NO-BREAK SPACE}GB"
     assert size(999) == "999\N{NO-BREAK SPACE}B"
-    assert binary_size(14_434_467_840) == "13.44\N{NO-BREAK SPACE}GiB"
+    assert size(14_434_467_840, binary=True) == "13.44\N{NO-BREAK SPACE}GiB"
     assert seconds(0.0431) == "43.1\N{NO-BREAK SPACE}ms"
     assert seconds(19.27) == "19.3\N{NO-BREAK SPACE}s"
     assert seconds(125.2) == "2\N{NO-BREAK SPACE}min 5\N{NO-BREAK SPACE}s"
 
 
+def test_sizes_in_plain_text() -> None:
+    assert plain_size(14_434_467_840) == "14.434 GB"
+    assert plain_size(14_434_467_840, binary=True) == "13.443 GiB"
+    assert plain_size(10**9, binary=True) == "0.931 GiB"
+    assert plain_size(10**9 - 1) == "1000.00 MB"
+    assert both_units(20_713_472) == "20.71 MB = 19.75 MiB"
+    assert both_units(0) == "0.00 MB = 0.00 MiB"
+
+
 def test_bounds() -> None:
-    assert bounds({"value": 1.0, "low": 0.5, "high": 2.0}) == "0.5000 to 2.000"
-    assert bounds({"value": None, "low": None, "high": None}) == "not finite"
-    assert bounds({"value": 0.5, "low": 0.4, "high": None}, percent).endswith("to not finite")
+    assert bounds(Interval(1.0, 0.5, 2.0)) == "0.5000 to 2.000"
+    assert bounds(Interval(nan, nan, nan)) == "not finite"
+    assert bounds(Interval(0.5, 0.4, nan), percent).endswith("to not finite")
+
+
+def test_intervals() -> None:
+    assert interval(Interval(0.0213, 0.02, 0.02264)) == "0.0213 [0.02, 0.02264]"
+    assert interval(Interval(0.0213, 0.02, 0.02264), ".4f") == "0.0213 [0.0200, 0.0226]"
+    assert interval(Interval(0.0213, nan, nan)) == "0.0213"
+    assert interval(Interval(inf, 0.0, inf)) == "not finite"
 
 
 @given(st.text())

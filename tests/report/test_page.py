@@ -10,10 +10,11 @@ from typing import Any
 
 import jsonschema
 import pytest
+from nf4_pipeline.report import page as page_module
 from nf4_pipeline.report.page import render, report_page
-from nf4_pipeline.verification.document import SCHEMA
+from nf4_pipeline.verification.document import SCHEMA, parse_verification
 
-from tests.report import made
+from tests.support import made
 
 VOID = {"meta", "link"}
 CASES = {
@@ -64,7 +65,11 @@ class Parsed(HTMLParser):
 
 def words(verification: dict[str, Any], **identity: Any) -> str:
     """The page without its pictures: what a person reads."""
-    return render(made.manifest(**identity), verification, {})
+    return render(made.manifest(**identity), parse_verification(verification), {})
+
+
+def page_of(verification: dict[str, Any], repo: str = "tiiuae/falcon-7b-instruct") -> str:
+    return report_page(made.manifest(repo), parse_verification(verification))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -74,7 +79,7 @@ def test_what_is_made_up_is_what_verify_writes(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_page_is_whole_and_needs_nothing_else(name: str) -> None:
-    page = report_page(made.manifest(), CASES[name])
+    page = page_of(CASES[name])
     parsed = Parsed(page)
     assert not {"script", "img", "iframe", "object", "base", "form"} & set(parsed.tags)
     assert set(parsed.tags) & VOID == VOID
@@ -91,7 +96,7 @@ def test_the_page_is_whole_and_needs_nothing_else(name: str) -> None:
 
 
 def test_the_page_is_the_same_every_time() -> None:
-    first, second = (report_page(made.manifest(), made.made(against=True)) for _ in range(2))
+    first, second = (page_of(made.made(against=True)) for _ in range(2))
     assert first == second
 
 
@@ -132,16 +137,16 @@ def test_values_are_those_of_the_verification() -> None:
 def test_who_the_model_is_comes_from_the_manifest() -> None:
     pinned = words(made.made(), repo="org/model")
     assert "org/model" in pinned
-    assert made.manifest()["source"]["commit"] in pinned
+    assert str(made.manifest().source.commit) in pinned
     local = words(made.made(), commit=False)
     assert "8782b5c5" not in local
-    assert made.manifest()["source"]["content_sha256"] in local
+    assert made.manifest().source.content_sha256 in local
 
 
 def how(calibration: dict[str, Any]) -> str:
     """The page of an artifact that was calibrated so."""
-    identity = {**made.manifest(), "calibration": calibration}
-    page = render(identity, made.made(nearest=True), {})
+    verification = parse_verification(made.made(nearest=True))
+    page = render(made.manifest(calibrated=calibration), verification, {})
     Parsed(page)
     return page
 
@@ -179,18 +184,18 @@ def test_round_to_nearest_stands_beside() -> None:
 
 
 def test_failing_checks_come_first_and_nothing_else_is_claimed() -> None:
-    page = report_page(made.manifest(), made.failed_gate())
+    page = page_of(made.failed_gate())
     assert page.count("✗ FAIL") == 2
     assert "2 of 2 checks failed:" in page
     assert "nothing was measured" in page
     assert "<svg" not in page
-    behaviour = report_page(made.manifest(), made.failed_behaviour())
+    behaviour = page_of(made.failed_behaviour())
     assert 0 < behaviour.index("✗ FAIL") < behaviour.index("✓ passed")
 
 
 def test_nothing_hostile_acts() -> None:
     verification = made.hostile()
-    page = report_page(made.manifest("<b>evil</b>"), verification)
+    page = page_of(verification, "<b>evil</b>")
     parsed = Parsed(page)
     text = "".join(parsed.text)
     assert "b" not in parsed.tags
@@ -281,10 +286,10 @@ def test_a_comparison_says_who_is_closer(
     assert (f"<strong>{called} is" in words(verification)) is (low is not None and low > 0)
 
 
-def test_a_part_that_is_missing_is_an_error_not_a_blank() -> None:
+def test_a_name_that_a_document_lacks_is_an_error_not_a_blank() -> None:
     from jinja2 import UndefinedError
 
-    verification = made.made()
-    del verification["sizes"]["disk_bytes"]
-    with pytest.raises(UndefinedError, match="disk_bytes"):
-        words(verification)
+    verification = parse_verification(made.made())
+    template = page_module._environment().from_string("{{ v.sizes.no_such_bytes|bytes }}")
+    with pytest.raises(UndefinedError, match="no_such_bytes"):
+        template.render(v=verification)

@@ -14,18 +14,29 @@ from xml.etree import ElementTree
 
 import pytest
 from nf4_pipeline.report.pictures import pictures, svg_elements
+from nf4_pipeline.verification.document import BlockError, LayerError, parse_verification
 from PIL import Image
 
-from tests.report import made
+from tests.support import made
 
 REPOSITORY = Path(__file__).parents[2]
+
+
+def png(verification: dict[str, Any]) -> dict[str, bytes]:
+    return pictures(made.manifest(), parse_verification(verification))
+
+
+def svg(verification: dict[str, Any]) -> dict[str, str]:
+    return svg_elements(parse_verification(verification))
+
+
 NAMES = ["pictures/bytes.png", "pictures/kl.png", "pictures/layers.png"]
 
 
 def test_png_files_are_sane_and_the_same_every_time() -> None:
-    first = pictures(made.manifest(), made.made())
+    first = png(made.made())
     assert sorted(first) == NAMES
-    assert first == pictures(made.manifest(), made.made())
+    assert first == png(made.made())
     for content in first.values():
         image = Image.open(io.BytesIO(content))
         assert image.width == 1600
@@ -38,9 +49,9 @@ def test_png_files_are_sane_and_the_same_every_time() -> None:
 def test_a_users_matplotlib_settings_change_nothing() -> None:
     import matplotlib
 
-    before = pictures(made.manifest(), made.sample())
+    before = png(made.sample())
     with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 30, "savefig.dpi": 7}):
-        assert pictures(made.manifest(), made.sample()) == before
+        assert png(made.sample()) == before
         assert matplotlib.rcParams["font.size"] == 30
 
 
@@ -57,7 +68,7 @@ def test_a_users_matplotlib_settings_change_nothing() -> None:
     ids=["large", "sample", "hostile", "failed gate", "nulls", "no blocks"],
 )
 def test_what_cannot_be_drawn_is_left_out(verification: dict[str, Any], names: list[str]) -> None:
-    assert sorted(pictures(made.manifest(), verification)) == names
+    assert sorted(png(verification)) == names
 
 
 def test_identical_models() -> None:
@@ -74,12 +85,12 @@ def test_identical_models() -> None:
             module["relative_error"] = 0.0
     counts = verification["kl_histogram"]["counts"]
     verification["kl_histogram"]["counts"] = [8176] + [0] * (len(counts) - 1)
-    assert sorted(svg_elements(verification)) == ["domains", "kl", "layers", "sizes"]
+    assert sorted(svg(verification)) == ["domains", "kl", "layers", "sizes"]
 
 
 def test_svg_elements_stand_in_a_page_without_touching_it() -> None:
     ids: list[str] = []
-    for text in svg_elements(made.hostile()).values():
+    for text in svg(made.hostile()).values():
         root = ElementTree.fromstring(text)
         tags = {element.tag for element in root.iter()}
         assert tags <= {"svg", "g", "path", "defs", "use", "text", "tspan", "clipPath", "rect"}
@@ -96,7 +107,7 @@ def test_svg_elements_stand_in_a_page_without_touching_it() -> None:
 
 def test_colours_follow_the_theme() -> None:
     """Only the heat map, whose colours mean numbers, has colours of its own."""
-    for name, text in svg_elements(made.made()).items():
+    for name, text in svg(made.made()).items():
         assert "var(--ink)" in text
         assert (re.search("#[0-9a-f]{6}", text) is not None) is (name == "layers")
 
@@ -149,31 +160,39 @@ def _nearest(v: dict[str, Any]) -> None:
 def test_a_number_moves_its_picture(
     change: Callable[[dict[str, Any]], None], moved: set[str]
 ) -> None:
-    before = svg_elements(made.made(nearest=True))
+    before = svg(made.made(nearest=True))
     verification = made.made(nearest=True)
     change(verification)
-    after = svg_elements(verification)
+    after = svg(verification)
     assert {name for name in before if before[name] != after[name]} == moved
 
 
 def test_each_thing_compared_has_its_dots_and_its_name() -> None:
-    plain = svg_elements(made.made())["domains"]
+    plain = svg(made.made())["domains"]
     assert "this artifact" not in plain
     for nearest, against in ((True, False), (False, True), (True, True)):
-        text = svg_elements(made.made(nearest=nearest, against=against))["domains"]
+        text = svg(made.made(nearest=nearest, against=against))["domains"]
         assert ">this artifact<" in text
         assert (">round to nearest<" in text) is nearest
         assert (">falcon-7b-instruct-calibrated<" in text) is against
+
+
+def _block_of(errors: dict[str, float | None]) -> BlockError:
+    layers = [
+        LayerError(name=name, relative_error=error, weight_error=0.1, worst=0.1, worst_at=0)
+        for name, error in errors.items()
+    ]
+    return BlockError(name="h.0", relative_error=0.1, modules=tuple(layers))
 
 
 def test_experts_share_a_row_and_the_worst_counts() -> None:
     from nf4_pipeline.report.draw.layers import _grid
 
     names = [f"mlp.experts.{i}.down_proj" for i in range(64)]
-    blocks: list[dict[str, Any]] = [
-        {"modules": [{"name": n, "relative_error": i / 64} for i, n in enumerate(names)]},
-        {"modules": [{"name": names[5], "relative_error": None}]},
-        {"modules": [{"name": "attn.q2_proj", "relative_error": 0.1}]},
+    blocks = [
+        _block_of({name: i / 64 for i, name in enumerate(names)}),
+        _block_of({names[5]: None}),
+        _block_of({"attn.q2_proj": 0.1}),
     ]
     kinds, errors = _grid(blocks)
     assert kinds == ["mlp.experts.*.down_proj", "attn.q2_proj"]
@@ -188,8 +207,9 @@ def test_matplotlib_is_imported_to_draw_and_says_nothing(tmp_path: Path) -> None
     code = (
         "import sys, nf4_pipeline.report.page, nf4_pipeline.report.pictures as p\n"
         "assert not {'matplotlib', 'jinja2'} & set(sys.modules)\n"
-        "from tests.report import made\n"
-        "assert p.pictures(made.manifest(), made.sample())\n"
+        "from nf4_pipeline.verification.document import parse_verification\n"
+        "from tests.support import made\n"
+        "assert p.pictures(made.manifest(), parse_verification(made.sample()))\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     environment = {**os.environ, "MPLCONFIGDIR": str(tmp_path / "file")}

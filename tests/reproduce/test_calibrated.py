@@ -15,30 +15,31 @@ from nf4_pipeline.checkpoint.digest import digest_file
 from nf4_pipeline.checkpoint.header import read_header
 from nf4_pipeline.errors import ArtifactError, ResourceError, UsageError
 from nf4_pipeline.job import run_stage
+from nf4_pipeline.machine import Machine
+from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe, SerializeRecipe
+from nf4_pipeline.records import QUANTIZE
 from nf4_pipeline.reproduce.reproduce import reproduce
-from nf4_pipeline.stages import Settings, download, preflight
 
-from tests.support.architecture import FactsHere
+from tests.support.jobs import CPU, download
 from tests.support.tiny import copy_of, flip_byte, nf4
 
 
 @pytest.fixture(scope="module", autouse=True)
-def facts_here() -> Iterator[None]:
-    """Models are asked in this process: a child imports torch each time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preflight, "PendingFacts", FactsHere)
+def workers_here() -> Iterator[None]:
+    """Workers run in this process: a child imports torch each time."""
+    with in_process():
         yield
 
 
 def build_of(model: Path, folder: Path, read: str, extra: str = "") -> Build:
     """A calibrated build, cut into several files."""
     quantize = QuantizeRecipe(calibrate=read, calibration_tokens=256, extra_bytes=extra)
-    settings = Settings(recipe=Recipe(quantize, SerializeRecipe("20KB")), device="cpu")
-    build, *_ = download.run(str(model), folder, SILENT)
+    settings = Recipe(quantize, SerializeRecipe("20KB"))
+    build, *_ = download(model, folder)
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, settings, SILENT)
+        run_stage(build, stage, settings, CPU, SILENT)
     return build
 
 
@@ -79,12 +80,12 @@ def test_it_is_not_round_to_nearest_that_is_derived(
     artifact: Path, tiny_falcon: Path, tmp_path: Path
 ) -> None:
     """What the manifest says of calibration is followed, and not what is easiest."""
-    build, *_ = download.run(str(tiny_falcon), tmp_path / "nearest", SILENT)
-    run_stage(build, "quantize", Settings(device="cpu"), SILENT)
+    build, *_ = download(tiny_falcon, tmp_path / "nearest")
+    run_stage(build, "quantize", Recipe(), CPU, SILENT)
     nearest = {
-        name: tensor["sha256"]
-        for file in build.need("quantize").facts["files"].values()
-        for name, tensor in file["tensors"].items()
+        name: tensor.sha256
+        for file in build.need(QUANTIZE).facts.files.values()
+        for name, tensor in file.tensors.items()
     }
     manifest = json.loads((artifact / "manifest.json").read_text())
     codes = {
@@ -129,7 +130,7 @@ def test_other_tokens_are_refused(artifact: Path, tiny_falcon: Path) -> None:
         reproduce(artifact, tiny_falcon, SILENT)
 
     def list_again() -> None:
-        digest = digest_file(path).as_json()
+        digest = digest_file(path).to_json()
         edited(manifest, lambda value: value["files"].update({"calibration.json": digest}))
 
     list_again()
@@ -144,7 +145,7 @@ def test_other_tokens_are_refused(artifact: Path, tiny_falcon: Path) -> None:
 def test_what_was_kept_must_be_what_the_manifest_says(artifact: Path, tiny_falcon: Path) -> None:
     path, manifest = artifact / "calibration.json", artifact / "manifest.json"
     edited(path, lambda value: value.update(kept=[]))
-    digest = digest_file(path).as_json()
+    digest = digest_file(path).to_json()
     edited(manifest, lambda value: value["files"].update({"calibration.json": digest}))
     found = reproduce(artifact, tiny_falcon, SILENT)
     assert [d.file for d in found.differences] == ["calibration.json", "manifest.json"]
@@ -158,7 +159,7 @@ def test_tokens_that_the_model_does_not_know(artifact: Path, tiny_falcon: Path) 
 
     path, manifest = artifact / "calibration.json", artifact / "manifest.json"
     edited(path, lambda value: value["ids"][0].__setitem__(3, 70_000))
-    digest = digest_file(path).as_json()
+    digest = digest_file(path).to_json()
     sha256 = parse_tokens(json.loads(path.read_text())).sha256
     edited(manifest, lambda value: value["files"].update({"calibration.json": digest}))
     edited(manifest, lambda value: value["calibration"].update(tokens_sha256=sha256))
@@ -185,7 +186,7 @@ def test_another_kind_of_device_is_refused(
 ) -> None:
     same = "the same only on the same kind"
     with pytest.raises(UsageError, match=rf"--device cuda:0.*\"cpu\".*{same}.*--device cpu"):
-        reproduce(artifact, tiny_falcon, SILENT, device="cuda:0")
+        reproduce(artifact, tiny_falcon, SILENT, Machine(device="cuda:0"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     edited(artifact / "manifest.json", lambda value: value["calibration"].update(device="cuda"))
     with pytest.raises(ResourceError, match=rf"\"cuda\".*{same}.*no device cuda\. Run `nf4 repro"):

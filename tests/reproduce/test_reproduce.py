@@ -17,26 +17,28 @@ from nf4_pipeline.checkpoint import sink
 from nf4_pipeline.checkpoint.header import read_header
 from nf4_pipeline.errors import ArtifactError, SourceError, UsageError
 from nf4_pipeline.job import run_stage
+from nf4_pipeline.machine import Machine
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe, SerializeRecipe
+from nf4_pipeline.records import QUANTIZE
 from nf4_pipeline.reproduce.compare import Difference
 from nf4_pipeline.reproduce.reproduce import reproduce
-from nf4_pipeline.stages import Settings, download
 
 from tests.support.checkpoints import make_checkpoint
 from tests.support.hub_client import isolated
 from tests.support.hub_server import HubServer
+from tests.support.jobs import CPU, download
 from tests.support.tiny import SHARDS, copy_of, edit_json, flip_byte, nf4
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
-CUT = Settings(recipe=Recipe(serialize=SerializeRecipe("20KB")), device="cpu")
+CUT = Recipe(serialize=SerializeRecipe("20KB"))
 
 
-def build_of(model: Path, folder: Path, settings: Settings) -> Build:
-    build, *_ = download.run(str(model), folder / "artifacts", SILENT)
+def build_of(model: Path, folder: Path, settings: Recipe) -> Build:
+    build, *_ = download(model, folder / "artifacts")
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, settings, SILENT)
+        run_stage(build, stage, settings, CPU, SILENT)
     return build
 
 
@@ -91,8 +93,8 @@ def test_awkward_sizes_and_transposed_weights(
     model = make_checkpoint(
         tmp_path / kind, kind, max_shard_size="60KB", stored_head=kind != "llama"
     )
-    build = build_of(model, tmp_path, Settings(device="cpu"))
-    found = reproduce(build.export, model, SILENT, workers=3, memory_budget=8 * 2**20)
+    build = build_of(model, tmp_path, Recipe())
+    found = reproduce(build.export, model, SILENT, Machine(workers=3, memory_budget=8 * 2**20))
     assert (found.differences, found.equal) == ([], found.files)
 
 
@@ -105,9 +107,9 @@ def test_a_recipe_and_twins_that_differ(tmp_path: Path, tiny_falcon: Path) -> No
     tensors = load_file(model / SHARDS[1])
     tensors["lm_head.weight"] += torch.ones(1, dtype=torch.bfloat16)
     save_file(tensors, model / SHARDS[1], metadata={"format": "pt"})
-    settings = Settings(recipe=Recipe(quantize=QuantizeRecipe(("h.0.mlp",))), device="cpu")
+    settings = Recipe(quantize=QuantizeRecipe(("h.0.mlp",)))
     build = build_of(model, tmp_path, settings)
-    assert build.need("quantize").facts["different_twins"] == ["lm_head.weight"]
+    assert build.need(QUANTIZE).facts.untied == ("lm_head.weight",)
     assert reproduce(build.export, model, SILENT).differences == []
 
 

@@ -6,33 +6,15 @@ nothing with the generator but the tables of the invented world.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import re
-import sys
 from collections import Counter
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 from nf4_pipeline.sample import QUESTIONS
 
-
-def load_grammar() -> ModuleType:
-    """Import the grammar, which is a script beside the package and no part of it."""
-    path = Path(__file__).parents[2] / "scripts" / "sample_corpus.py"
-    spec = importlib.util.spec_from_file_location("sample_corpus", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their own module up by name.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-corpus = load_grammar()
+from tests.support.grammar import corpus
 
 DRAWS = 400
 

@@ -13,13 +13,17 @@ from typing import Any, Final
 import pytest
 import torch
 from nf4_pipeline.build_folder import Build
+from nf4_pipeline.calibration.calibrator import TOKENS_FILE, Calibrator
 from nf4_pipeline.errors import BuildError, UsageError
 from nf4_pipeline.job import run_stage, states
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe
-from nf4_pipeline.stages import Settings, calibrate, quantize, serialize
+from nf4_pipeline.records import QUANTIZE, SERIALIZE
+from nf4_pipeline.stages import quantize
+from nf4_pipeline.stages.quantize import Quantize
 
 from tests.support.calibrated import bytes_of, downloaded, manifest_of, quantized, settings
+from tests.support.jobs import CPU
 from tests.support.tiny import copy_of, flip_byte, write_falcon
 
 BLOCKS: Final = [f"transformer.h.{number}.safetensors" for number in range(4)]
@@ -57,17 +61,17 @@ class StoppedHere(Exception):
     """Stands for whatever ends a run."""
 
 
-def stop_before_writing(build: Build, options: Settings = SELF) -> Path:
+def stop_before_writing(build: Build, options: Recipe = SELF) -> Path:
     """Runs until all is chosen and nothing is written; returns where the choices are."""
 
     def stop(*_: Any) -> None:
         raise StoppedHere
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize, "_planned", stop)
+        patch.setattr(Quantize, "_quantize", stop)
         with pytest.raises(StoppedHere):
-            run_stage(build, "quantize", options, SILENT)
-    (folder,) = (path for path in calibrate.folder(build).iterdir() if path.is_dir())
+            run_stage(build, "quantize", options, CPU, SILENT)
+    (folder,) = (path for path in build.calibration.iterdir() if path.is_dir())
     assert sorted(path.name for path in folder.iterdir()) == BLOCKS
     return folder
 
@@ -87,14 +91,14 @@ def test_twice_from_nothing_the_same_bytes(build: Build, done: Path) -> None:
     assert quantized(build, SELF).ran
     assert bytes_of(build) == bytes_of(Build(done))
     assert not quantized(build, SELF).ran
-    left = [path.name for path in calibrate.folder(build).iterdir()]
+    left = [path.name for path in build.calibration.iterdir()]
     assert left == ["tokens.json"]  # choices are not kept: they stand in quantized/
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_of_torch_do_not_matter(build: Build, done: Path, threads: int) -> None:
     """Tokens are given: how many threads sample them does change what they are."""
-    shutil.copytree(calibrate.folder(Build(done)), calibrate.folder(build))
+    shutil.copytree(Build(done).calibration, build.calibration)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -106,20 +110,20 @@ def test_threads_of_torch_do_not_matter(build: Build, done: Path, threads: int) 
 
 
 def test_the_engine_does_not_matter(build: Build, done: Path) -> None:
-    quantized(build, replace(SELF, workers=3, memory_budget=2_100_000))
+    quantized(build, SELF, machine=replace(CPU, workers=3, memory_budget=2_100_000))
     assert bytes_of(build) == bytes_of(Build(done))
 
 
 def test_a_memory_budget_that_is_too_small_is_refused_first(build: Build) -> None:
     with pytest.raises(UsageError, match="memory budget of 300,000 bytes is too small"):
-        quantized(build, replace(SELF, memory_budget=300_000))
-    assert not calibrate.folder(build).exists()
+        quantized(build, SELF, machine=replace(CPU, memory_budget=300_000))
+    assert not build.calibration.exists()
 
 
 def test_a_run_goes_on_where_it_stopped(build: Build, done: Path) -> None:
     folder = stop_before_writing(build)
     before = age(folder)
-    assert build.record("quantize") is None
+    assert build.record(QUANTIZE) is None
     stop_before_writing(build)
     assert times(folder) == before  # nothing is chosen a second time
     (folder / BLOCKS[1]).unlink()
@@ -195,7 +199,7 @@ def test_what_does_not_belong_there_is_not_used(build: Build, done: Path) -> Non
 def test_shards_that_are_done_and_choices_are_both_kept(
     build: Build, done: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = quantize._file_facts
+    original = quantize._leave_facts
     written: list[str] = []
 
     def fail_at_the_second(target: Path, *rest: Any) -> Any:
@@ -205,15 +209,15 @@ def test_shards_that_are_done_and_choices_are_both_kept(
         return original(target, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(quantize, "_file_facts", fail_at_the_second)
+        patch.setattr(quantize, "_leave_facts", fail_at_the_second)
         with pytest.raises(StoppedHere):
-            run_stage(build, "quantize", SELF, SILENT)
-    (folder,) = (path for path in calibrate.folder(build).iterdir() if path.is_dir())
+            run_stage(build, "quantize", SELF, CPU, SILENT)
+    (folder,) = (path for path in build.calibration.iterdir() if path.is_dir())
     before = age(folder)
     shard = build.quantized / written[0]
     inode = shard.stat().st_ino
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate, "clear", lambda build: None)
+        patch.setattr(Calibrator, "clear", lambda _: None)
         quantized(build, SELF)
     assert times(folder) == before
     assert shard.stat().st_ino == inode
@@ -224,23 +228,23 @@ def test_choices_of_another_kind_of_device_do_not_mix(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that was written from them is written again, though the stage's key is the same."""
-    run_stage(build, "quantize", SELF, SILENT)
+    run_stage(build, "quantize", SELF, CPU, SILENT)
     inodes = {path.name: path.stat().st_ino for path in build.quantized.glob("*.safetensors")}
-    build.forget("quantize")
-    original = calibrate.choose
+    build.forget(QUANTIZE)
+    original = Calibrator.choose
 
     def elsewhere(*args: Any, **options: Any) -> Any:
         return replace(original(*args, **options), identity="of another device")
 
-    monkeypatch.setattr(calibrate, "choose", elsewhere)
-    run_stage(build, "quantize", SELF, SILENT)
+    monkeypatch.setattr(Calibrator, "choose", elsewhere)
+    run_stage(build, "quantize", SELF, CPU, SILENT)
     for name, inode in inodes.items():
         assert (build.quantized / name).stat().st_ino != inode
 
 
 def test_tokens_are_kept(build: Build) -> None:
     stop_before_writing(build)
-    path = calibrate.tokens_path(build)
+    path = build.calibration / TOKENS_FILE
     before = path.stat().st_mtime_ns, path.read_bytes()
     quantized(build, SELF)
     quantized(build, NEAREST)
@@ -253,7 +257,7 @@ def test_tokens_are_kept(build: Build) -> None:
 def test_tokens_that_are_not_ours_are_made_again(done: Path, tmp_path: Path, damage: str) -> None:
     build = Build(copy_of(done, tmp_path / "build"))
     before = bytes_of(build)
-    path = calibrate.tokens_path(build)
+    path = build.calibration / TOKENS_FILE
     kept = path.read_bytes()
     if damage == "torn":
         path.write_bytes(kept[: len(kept) // 2])
@@ -261,7 +265,7 @@ def test_tokens_that_are_not_ours_are_made_again(done: Path, tmp_path: Path, dam
         path.write_text(json.dumps({**json.loads(kept), "key": "of another source"}))
     else:
         path.unlink()
-    assert states(build, SELF)["quantize"].status == "stale"
+    assert states(build, SELF, CPU)["quantize"].status == "stale"
     assert quantized(build, SELF).ran
     assert path.read_bytes() == kept
     assert bytes_of(build) == before
@@ -270,12 +274,13 @@ def test_tokens_that_are_not_ours_are_made_again(done: Path, tmp_path: Path, dam
 def test_tokens_that_changed_are_another_calibration(done: Path, tmp_path: Path) -> None:
     build = Build(copy_of(done, tmp_path / "build"))
     before = bytes_of(build)
-    path = calibrate.tokens_path(build)
+    path = build.calibration / TOKENS_FILE
     value = json.loads(path.read_bytes())
     value["ids"][0][5] = (value["ids"][0][5] + 1) % 256
     path.write_text(json.dumps(value))
+    build.forget(SERIALIZE)
     with pytest.raises(BuildError, match="stale"):
-        serialize.run(build, SELF, SILENT)
+        run_stage(build, "serialize", SELF, CPU, SILENT)
     assert quantized(build, SELF).ran
     sha = manifest_of(build)["calibration"]["tokens_sha256"]
     assert sha not in before["manifest.json"].decode()
@@ -285,16 +290,16 @@ def test_tokens_that_changed_are_another_calibration(done: Path, tmp_path: Path)
 def test_later_stages_want_the_same_recipe(done: Path, tmp_path: Path) -> None:
     build = Build(copy_of(done, tmp_path / "build"))
     with pytest.raises(BuildError, match="stale"):
-        run_stage(build, "serialize", NEAREST, SILENT)
-    assert not run_stage(build, "serialize", SELF, SILENT).ran
+        run_stage(build, "serialize", NEAREST, CPU, SILENT)
+    assert not run_stage(build, "serialize", SELF, CPU, SILENT).ran
 
 
 def test_what_makes_it_stale(done: Path, tmp_path: Path) -> None:
     build = Build(copy_of(done, tmp_path / "build"))
     text = write_text(tmp_path)
 
-    def status(options: Settings) -> str:
-        return states(build, options)["quantize"].status
+    def status(options: Recipe) -> str:
+        return states(build, options, CPU)["quantize"].status
 
     assert status(SELF) == "done"
     for other in (
@@ -304,8 +309,8 @@ def test_what_makes_it_stale(done: Path, tmp_path: Path) -> None:
         settings(skip_modules=("h.0",)),
     ):
         assert status(other) == "stale"
-    verify = replace(SELF.recipe.verify, max_mean_kl=9.0)
-    assert status(replace(SELF, recipe=replace(SELF.recipe, verify=verify))) == "done"
+    verify = replace(SELF.verify, max_mean_kl=9.0)
+    assert status(replace(SELF, verify=verify)) == "done"
 
     quantized(build, settings(text))
     assert status(settings(text)) == "done"
@@ -323,7 +328,7 @@ def test_there_and_back(build: Build, done: Path) -> None:
     manifest = manifest_of(build)
     assert manifest["recipe"]["quantize"] == {"skip_modules": [], "rounding": "nearest"}
     assert "calibration" not in manifest
-    assert not calibrate.folder(build).exists()
+    assert not build.calibration.exists()
     assert quantized(build, SELF).ran
     assert bytes_of(build) == bytes_of(Build(done))
     assert quantized(build, NEAREST).ran
@@ -336,7 +341,7 @@ def test_there_and_back(build: Build, done: Path) -> None:
 def test_what_the_manifest_says(done: Path) -> None:
     build = Build(done)
     manifest = manifest_of(build)
-    tokens = calibrate.tokens_path(build)
+    tokens = build.calibration / TOKENS_FILE
     kept = json.loads(tokens.read_bytes())
     assert manifest["recipe"]["quantize"] == {
         "skip_modules": [],
@@ -359,7 +364,7 @@ def test_what_the_manifest_says(done: Path) -> None:
     published = json.loads((build.export / "calibration.json").read_text())
     assert published["ids"] == kept["ids"]
     assert "calibration.json" in manifest["files"]
-    facts = build.need("quantize").facts["calibration"]
+    facts = build.need(QUANTIZE).facts.to_json()["calibration"]
     assert facts["seconds"]["whole"] > 0
 
 

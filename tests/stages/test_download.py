@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 from nf4_pipeline.errors import UsageError
-from nf4_pipeline.progress import SILENT
-from nf4_pipeline.stages import download
 
+from tests.support.jobs import download
 from tests.support.tiny import content_of, copy_of
 
 
@@ -18,7 +17,7 @@ def test_a_source_inside_the_build_folder_is_refused_and_left_alone(
     model = copy_of(tiny_falcon, tmp_path / "project" / "source")
     before = content_of(model)
     with pytest.raises(UsageError, match="cannot be the build folder"):
-        download.run(str(model), tmp_path, SILENT, build_dir=tmp_path / "project")
+        download(model, tmp_path, build_dir=tmp_path / "project")
     assert content_of(model) == before
 
 
@@ -28,5 +27,5 @@ def test_a_folder_with_an_export_of_somebody_else_is_refused(
     (tmp_path / "project" / "export").mkdir(parents=True)
     (tmp_path / "project" / "export" / "thesis.txt").write_text("mine")
     with pytest.raises(UsageError, match="not part of a build"):
-        download.run(str(tiny_falcon), tmp_path, SILENT, build_dir=tmp_path / "project")
+        download(tiny_falcon, tmp_path, build_dir=tmp_path / "project")
     assert (tmp_path / "project" / "export" / "thesis.txt").read_text() == "mine"

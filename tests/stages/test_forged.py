@@ -13,11 +13,12 @@ from nf4_pipeline.build_folder import Build
 from nf4_pipeline.errors import ArtifactError
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.progress import SILENT
-from nf4_pipeline.recipe import load_recipe
-from nf4_pipeline.stages import Settings
+from nf4_pipeline.recipe import Recipe, load_recipe
+from nf4_pipeline.records import VERIFY
 from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import read_tensors
+from tests.support.jobs import CPU
 from tests.support.tamper import (
     PARTS,
     Forgery,
@@ -30,7 +31,9 @@ from tests.support.tamper import (
     zero_scale_byte,
 )
 from tests.support.tiny import SHARDS, copy_of, edit_json
-from tests.support.verified import examine_here
+from tests.support.verified import skip_documents
+
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 UP: Final = "transformer.h.0.mlp.dense_h_to_4h"
 NORM: Final = "transformer.h.1.input_layernorm.weight"
@@ -53,19 +56,17 @@ def build(exported_falcon: Path, tmp_path: Path) -> Build:
 
 
 @pytest.fixture
-def settings(quick_recipe: Path) -> Settings:
-    return Settings(recipe=load_recipe(quick_recipe), device="cpu")
+def recipe(quick_recipe: Path) -> Recipe:
+    return load_recipe(quick_recipe)
 
 
 @pytest.fixture
-def verified(
-    monkeypatch: pytest.MonkeyPatch, settings: Settings
-) -> Callable[[Build], dict[str, Any]]:
+def verified(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> Callable[[Build], dict[str, Any]]:
     """Runs the stage, in this process; gives what stands in verification.json."""
-    examine_here(monkeypatch)
+    skip_documents(monkeypatch)
 
     def verify(build: Build) -> dict[str, Any]:
-        record = run_stage(build, "verify", settings, SILENT).record
+        record = run_stage(build, "verify", recipe, CPU, SILENT).record
         found: dict[str, Any] = json.loads((build.export / "verification.json").read_text("utf-8"))
         assert found == json.loads(json.dumps(record.facts))
         return found
@@ -187,7 +188,7 @@ def test_a_manifest_that_says_what_cannot_be_is_refused(
     agree(build)
     with pytest.raises(ArtifactError, match=r"not a valid manifest at tensors/\d+/stored.*mlp"):
         verified(build)
-    assert build.record("verify") is None
+    assert build.record(VERIFY) is None
 
 
 def test_a_rounding_that_nobody_knows_is_refused(

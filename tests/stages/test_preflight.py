@@ -13,15 +13,17 @@ from nf4_pipeline.errors import AlreadyQuantizedError, SourceError, UsageError
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.progress import SILENT
-from nf4_pipeline.recipe import QuantizeRecipe, Recipe
-from nf4_pipeline.stages import Settings, download
+from nf4_pipeline.recipe import Recipe
+from nf4_pipeline.records import SERIALIZE, Reading
+from nf4_pipeline.stages.download import Download, DownloadRequest
 from safetensors.torch import load_file
 
 from tests.support import sources as s
 from tests.support.checkpoints import make_checkpoint, read_tensors
+from tests.support.jobs import CPU, download
 from tests.support.tiny import copy_of, edit_json
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +139,7 @@ def test_a_source_is_refused_for_what_it_is(kind: str, llama: Path, tmp_path: Pa
     model = copy_of(llama, tmp_path / "model")
     change(model)
     with pytest.raises(SourceError, match=message) as caught:
-        download.run(str(model), tmp_path / "artifacts", SILENT)
+        download(model, tmp_path / "artifacts")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "artifacts").exists()
 
@@ -161,7 +163,7 @@ def test_quantized_weights_are_known_by_their_tensors(
     model = copy_of(llama, tmp_path / "model")
     s.packed(kind)(model)
     with pytest.raises(AlreadyQuantizedError, match=f"already quantized, as .*{QUANTIZED[kind]}"):
-        download.run(str(model), tmp_path / "artifacts", SILENT)
+        download(model, tmp_path / "artifacts")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +182,7 @@ def test_quantized_weights_are_known_by_the_config(
     with pytest.raises(
         AlreadyQuantizedError, match=r"quantization_config in|compression_config in"
     ):
-        download.run(str(model), tmp_path / "artifacts", SILENT)
+        download(model, tmp_path / "artifacts")
 
 
 BUILT: Final[dict[str, tuple[s.Change, str]]] = {
@@ -207,11 +209,11 @@ BUILT: Final[dict[str, tuple[s.Change, str]]] = {
 }
 
 
-def built(model: Path, folder: Path, settings: Settings, **options: object) -> Build:
-    """Downloads, quantizes and serializes."""
-    build, *_ = download.run(str(model), folder, SILENT, **options)  # type: ignore[arg-type]
+def built(model: Path, folder: Path, reading: Reading | None = None) -> Build:
+    """Downloads, quantizes and serializes; only download is told how to read the tensors."""
+    build, *_ = download(model, folder, reading=reading or Reading())
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, settings, SILENT)
+        run_stage(build, stage, Recipe(), CPU, SILENT)
     return build
 
 
@@ -220,23 +222,21 @@ def test_what_the_model_has_no_place_for_is_named(kind: str, llama: Path, tmp_pa
     change, reason = BUILT[kind]
     model = copy_of(llama, tmp_path / "model")
     change(model)
-    build = built(model, tmp_path / "artifacts", Settings(device="cpu"))
-    left_out = build.need("serialize").facts["left_out"]
-    assert [reason in part["reason"] for part in left_out] == ([True] if reason else [])
-    assert len(read_manifest(build.export)["dropped"]) > 0
+    build = built(model, tmp_path / "artifacts")
+    left_out = build.need(SERIALIZE).facts.left_out
+    assert [reason in part.reason for part in left_out] == ([True] if reason else [])
+    assert read_manifest(build.export).dropped
 
 
 def test_what_may_be_left_out_is_told(llama: Path, tmp_path: Path) -> None:
     model = copy_of(llama, tmp_path / "model")
     s.with_extra(score__weight=torch.ones(2, 136))(model)
     with pytest.raises(SourceError, match=r"--allow-unused 'score\.weight'"):
-        download.run(str(model), tmp_path / "no", SILENT)
-    build = built(
-        model, tmp_path / "yes", Settings(device="cpu"), allow_unused=("score",)
-    )  # the stages behind it know what download was told
+        download(model, tmp_path / "no")
+    build = built(model, tmp_path / "yes", Reading(allow_unused=("score",)))
     manifest = read_manifest(build.export)
-    assert manifest["recipe"]["quantize"]["allow_unused"] == ["score"]
-    assert [item["name"] for item in manifest["dropped"]] == ["score.weight"]
+    assert manifest.recipe["quantize"]["allow_unused"] == ["score"]
+    assert [tensor.name for tensor in manifest.dropped] == ["score.weight"]
 
 
 def test_the_single_file_is_the_model(llama: Path, tmp_path: Path) -> None:
@@ -244,8 +244,8 @@ def test_the_single_file_is_the_model(llama: Path, tmp_path: Path) -> None:
     model = copy_of(llama, tmp_path / "model")
     s.sharded(model, add=1.0)
     (model / "model-00002-of-00002.safetensors").unlink()
-    build = built(model, tmp_path / "artifacts", Settings(device="cpu"))
-    assert not [n for n in read_manifest(build.export)["source"]["files"] if "index" in n]
+    build = built(model, tmp_path / "artifacts")
+    assert not [n for n in read_manifest(build.export).source.files if "index" in n]
     norm = "model.norm.weight"
     assert torch.equal(read_tensors(build.export)[norm], load_file(model / s.SINGLE)[norm])
 
@@ -255,24 +255,23 @@ def test_the_file_that_the_config_names_is_the_model(llama: Path, tmp_path: Path
     tensors = load_file(model / s.SINGLE)
     s.save_tensors(model / "tuned.safetensors", {n: t + 1 for n, t in tensors.items()})
     edit_json(model / "config.json", transformers_weights="tuned.safetensors")
-    build = built(model, tmp_path / "artifacts", Settings(device="cpu"))
+    build = built(model, tmp_path / "artifacts")
     norm = "model.norm.weight"
     assert torch.equal(read_tensors(build.export)[norm], tensors[norm] + 1)
     assert "transformers_weights" not in json.loads((build.export / "config.json").read_text())
 
 
 def test_a_prefix_is_stripped(llama: Path, tmp_path: Path) -> None:
-    plain = built(llama, tmp_path / "plain", Settings(device="cpu"))
+    plain = built(llama, tmp_path / "plain")
     model = copy_of(llama, tmp_path / "model")
     s.renamed(lambda name: f"_orig_mod.{name}")(model)
     with pytest.raises(UsageError, match=r"no tensor of .* begins with it"):
-        download.run(str(model), tmp_path / "no", SILENT, strip_prefix="module.")
-    settings = Settings(Recipe(QuantizeRecipe(strip_prefix="_orig_mod.")), device="cpu")
-    build = built(model, tmp_path / "stripped", settings, strip_prefix="_orig_mod.")
+        download(model, tmp_path / "no", reading=Reading(strip_prefix="module."))
+    build = built(model, tmp_path / "stripped", Reading(strip_prefix="_orig_mod."))
     ours, theirs = read_tensors(build.export), read_tensors(plain.export)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert read_manifest(build.export)["recipe"]["quantize"]["strip_prefix"] == "_orig_mod."
+    assert read_manifest(build.export).recipe["quantize"]["strip_prefix"] == "_orig_mod."
 
 
 TEMPLATES: Final = {
@@ -291,8 +290,8 @@ def test_chat_templates(kind: str, llama: Path, tmp_path: Path) -> None:
     model = copy_of(llama, tmp_path / "model")
     s.templated(template)(model)
     listener = Listener()
-    _, record, _ = download.run(str(model), tmp_path / "artifacts", listener)
-    found = download.recorded_tokenizer(record)
+    request = DownloadRequest(str(model), tmp_path / "artifacts")
+    found = Download(request, listener).run().record.facts.tokenizer
     assert found is not None
     assert (found.status, found.template) == ("loads", status)
     assert [why in note for note in listener.notes] == ([True] if why else [])
@@ -307,8 +306,8 @@ def test_a_template_with_a_token_that_the_model_lacks(llama: Path, tmp_path: Pat
     (model / "tokenizer.json").write_text(json.dumps(value))
     s.templated("<|turn|>" + s.TEMPLATE)(model)
     listener = Listener()
-    _, record, _ = download.run(str(model), tmp_path / "artifacts", listener)
-    found = download.recorded_tokenizer(record)
+    request = DownloadRequest(str(model), tmp_path / "artifacts")
+    found = Download(request, listener).run().record.facts.tokenizer
     assert found is not None
     assert found.template == "fails"
     assert "no row 257" in found.template_problem
@@ -326,10 +325,10 @@ def test_a_tokenizer_that_needs_code_of_its_own(llama: Path, tmp_path: Path) -> 
     }
     (model / "tokenizer_config.json").write_text(json.dumps(config))
     listener = Listener()
-    build, *_ = download.run(str(model), tmp_path / "artifacts", listener)
+    build, *_ = Download(DownloadRequest(str(model), tmp_path / "artifacts"), listener).run()
     assert any("tokenization_own.py" in note and "never run" in note for note in listener.notes)
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, Settings(device="cpu"), SILENT)
+        run_stage(build, stage, Recipe(), CPU, SILENT)
     assert not [path for path in build.export.iterdir() if path.name.startswith("tokenizer")]
 
 
@@ -339,7 +338,7 @@ def test_terms_travel_in_any_spelling(llama: Path, tmp_path: Path) -> None:
     others = ("license.py", "terms_model.json", "usage.md")
     for name in (*terms, *others):
         (model / name).write_text(name)
-    build = built(model, tmp_path / "artifacts", Settings(device="cpu"))
+    build = built(model, tmp_path / "artifacts")
     there = {path.name for path in build.export.iterdir()}
     assert there.issuperset(terms)
     assert not there.intersection(others)
@@ -353,10 +352,10 @@ def test_a_nan_in_what_is_copied_is_named_with_its_place(llama: Path, tmp_path: 
         return tensors
 
     s.retensor(spoil)(model)
-    build, *_ = download.run(str(model), tmp_path / "artifacts", SILENT)
+    build, *_ = download(model, tmp_path / "artifacts")
     message = (
         r"'model\.embed_tokens\.weight' in model\.safetensors holds an infinity or a NaN, the "
         r"first at \[3, 5\] of \[257, 136\]"
     )
     with pytest.raises(SourceError, match=message):
-        run_stage(build, "quantize", Settings(device="cpu"), SILENT)
+        run_stage(build, "quantize", Recipe(), CPU, SILENT)

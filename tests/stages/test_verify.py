@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,38 +13,37 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from nf4_pipeline.blocks.streamed import StreamedModel
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.cli import main
-from nf4_pipeline.errors import ArtifactError, RecipeError, UsageError, VerificationError
+from nf4_pipeline.errors import ArtifactError, RecipeError, UsageError
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
 from nf4_pipeline.job import run_stage, states
-from nf4_pipeline.progress import SILENT, Task
-from nf4_pipeline.recipe import load_recipe
+from nf4_pipeline.library_output import quiet_loading
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.recipe import Recipe, load_recipe
+from nf4_pipeline.records import VERIFY
 from nf4_pipeline.runtime.loader import load, load_tokenizer
-from nf4_pipeline.runtime.quiet import quiet_loading
 from nf4_pipeline.sample import MODEL_DIR, QUESTIONS, TEXT
-from nf4_pipeline.stages import Settings, download
-from nf4_pipeline.verification import worker
 from nf4_pipeline.verification.document import SCHEMA
 from nf4_pipeline.verification.eval_text import Text, cut
 from nf4_pipeline.verification.launch import Examination
 from nf4_pipeline.verification.prompts import Prompt
 
-from tests.report import made
+from tests.support import made
 from tests.support.checkpoints import make_checkpoint, read_tensors
+from tests.support.jobs import CPU, download
 from tests.support.tamper import agree, change, swap
 from tests.support.tiny import content_of, copy_of, edit_json, flip_byte, nf4
-from tests.support.verified import examine_here
+from tests.support.verified import skip_documents
 
-pytestmark = pytest.mark.usefixtures("facts_here")
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 DONE: Final = dict.fromkeys(("download", "quantize", "serialize", "verify"), "done")
 
 
 @pytest.fixture
-def settings(quick_recipe: Path) -> Settings:
-    return Settings(recipe=load_recipe(quick_recipe), device="cpu")
+def recipe(quick_recipe: Path) -> Recipe:
+    return load_recipe(quick_recipe)
 
 
 @pytest.fixture
@@ -56,18 +52,18 @@ def build(exported_falcon: Path, tmp_path: Path) -> Build:
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    examine_here(monkeypatch)
+def without_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_documents(monkeypatch)
 
 
-def with_verify(settings: Settings, **changes: Any) -> Settings:
-    recipe = settings.recipe
-    return replace(settings, recipe=replace(recipe, verify=replace(recipe.verify, **changes)))
+def with_verify(recipe: Recipe, **changes: Any) -> Recipe:
+    return replace(recipe, verify=replace(recipe.verify, **changes))
 
 
-def verified(build: Build, settings: Settings) -> dict[str, Any]:
+def verified(build: Build, recipe: Recipe, against: Path | None = None) -> dict[str, Any]:
     """Runs the stage; gives what stands in verification.json, which fits its schema."""
-    result = run_stage(build, "verify", settings, SILENT)
+    other = None if against is None else str(against)
+    result = run_stage(build, "verify", recipe, CPU, SILENT, against=other)
     assert result.ran
     found: dict[str, Any] = json.loads((build.export / "verification.json").read_text("utf-8"))
     jsonschema.validate(found, json.loads(SCHEMA.read_text("utf-8")))
@@ -75,10 +71,10 @@ def verified(build: Build, settings: Settings) -> dict[str, Any]:
     return found
 
 
-def status_of(build: Build, settings: Settings) -> dict[str, str]:
+def status_of(build: Build, recipe: Recipe) -> dict[str, str]:
     """Of every stage up to verify."""
     found: dict[str, str] = {
-        stage: state.status for stage, state in states(build, settings).items()
+        stage: state.status for stage, state in states(build, recipe, CPU).items()
     }
     del found["attest"]
     return found
@@ -94,13 +90,13 @@ def failed(found: dict[str, Any]) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build of the sample up to serialize."""
-    build, *_ = download.run("sample", tmp_path_factory.mktemp("sample"), SILENT)
+    build, *_ = download("sample", tmp_path_factory.mktemp("sample"))
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, Settings(device="cpu"), SILENT)
+        run_stage(build, stage, Recipe(), CPU, SILENT)
     return build.root
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("without_documents")
 def test_the_sample_passes_and_its_figures_are_those_of_both_models_whole(
     sample: Path, tmp_path: Path
 ) -> None:
@@ -108,9 +104,7 @@ def test_the_sample_passes_and_its_figures_are_those_of_both_models_whole(
     asked = [json.loads(line) for line in QUESTIONS.read_text("utf-8").splitlines()[:50:6]]
     found = verified(
         build,
-        with_verify(
-            Settings(device="cpu"), eval_tokens=1500, prompts=prompts_file(tmp_path, asked)
-        ),
+        with_verify(Recipe(), eval_tokens=1500, prompts=prompts_file(tmp_path, asked)),
     )
     assert (found["verdict"], failed(found)) == ("pass", {})
     assert found["accuracy"] == {"asked": 9, "right_16bit": 9, "right_4bit": 9}
@@ -149,17 +143,17 @@ def test_the_sample_passes_and_its_figures_are_those_of_both_models_whole(
         assert len(block["modules"]) == 4
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("without_documents")
 def test_without_a_tokenizer_the_models_are_compared_on_token_ids(
-    tiny_falcon: Path, tmp_path: Path, settings: Settings
+    tiny_falcon: Path, tmp_path: Path, recipe: Recipe
 ) -> None:
     model = copy_of(tiny_falcon, tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).unlink()
-    build, *_ = download.run(str(model), tmp_path / "artifacts", SILENT)
+    build, *_ = download(model, tmp_path / "artifacts")
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, settings, SILENT)
-    found = verified(build, settings)
+        run_stage(build, stage, recipe, CPU, SILENT)
+    found = verified(build, recipe)
     assert found["verdict"] == "pass"
     assert (found["answers"], found["accuracy"]) == ([], None)
     assert found["text"] == {
@@ -171,7 +165,7 @@ def test_without_a_tokenizer_the_models_are_compared_on_token_ids(
     }
     assert found["fidelity"]["mean_kl"]["value"] > 0
     assert found["models"]["4bit"]["tokens_per_second"] is None
-    assert status_of(build, settings) == DONE
+    assert status_of(build, recipe) == DONE
 
 
 # --- what is asked ---
@@ -188,17 +182,17 @@ def distant(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build up to serialize of a random model that 4 bits move far enough to be seen."""
     folder = tmp_path_factory.mktemp("distant")
     model = make_checkpoint(folder / "model", "falcon-whole")
-    build, *_ = download.run(str(model), folder / "artifacts", SILENT)
+    build, *_ = download(model, folder / "artifacts")
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, Settings(device="cpu"), SILENT)
+        run_stage(build, stage, Recipe(), CPU, SILENT)
     return build.root
 
 
-@pytest.mark.usefixtures("here")
-def test_expected_answers_count(distant: Path, tmp_path: Path, settings: Settings) -> None:
+@pytest.mark.usefixtures("without_documents")
+def test_expected_answers_count(distant: Path, tmp_path: Path, recipe: Recipe) -> None:
     build = Build(copy_of(distant, tmp_path / "build"))
     asked = [{"prompt": f"{word} and", "expect": "?"} for word in ("one", "two", "three", "four")]
-    lenient = with_verify(settings, max_new_tokens=16)
+    lenient = with_verify(recipe, max_new_tokens=16)
     first = verified(build, with_verify(lenient, prompts=prompts_file(tmp_path, asked)))
     assert first["accuracy"] == {"asked": 4, "right_16bit": 0, "right_4bit": 0}
     parted = [
@@ -235,9 +229,9 @@ def _line(text: str) -> str:
     return lines[0].strip().rstrip(".").strip() if lines else ""
 
 
-@pytest.mark.usefixtures("here")
-def test_the_limits_are_those_of_the_recipe(build: Build, settings: Settings) -> None:
-    found = verified(build, with_verify(settings, max_mean_kl=1e-9))
+@pytest.mark.usefixtures("without_documents")
+def test_the_limits_are_those_of_the_recipe(build: Build, recipe: Recipe) -> None:
+    found = verified(build, with_verify(recipe, max_mean_kl=1e-9))
     assert list(failed(found)) == ["mean KL from the 16-bit model"]
     assert found["verdict"] == "fail"
     assert found["thresholds"]["max_mean_kl"] == 1e-9
@@ -257,30 +251,21 @@ def asked_of(folder: Path) -> Examination:
 
 
 @pytest.mark.parametrize("kind", ["falcon-7b", "llama"])
-@pytest.mark.usefixtures("here")
-def test_streamed_answers_are_those_of_the_whole_model(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_streamed_answers_are_those_of_the_whole_model(kind: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / kind, kind)
-    with StreamedModel(folder, "cpu") as model:
-        first, second = (model.nbytes(block) for block in model.blocks)
     whole = asked_of(folder).ask_source(folder, SILENT)
-    found = [replace(asked_of(folder), device_memory=1).ask_source(folder, SILENT)]
-    # Room for one block to stay and one to be streamed.
-    room = first + max(first, second)
-    monkeypatch.setattr(worker, "_free_memory", lambda request: worker._SPARE + room)
-    found.append(asked_of(folder).ask_source(folder, SILENT))
-    assert not whole["costs"]["streamed"]
-    assert whole["costs"]["tokens_per_second"] > 0
-    for streamed in found:
-        assert streamed["costs"]["streamed"]
-        assert len(whole["answers"]) == len(streamed["answers"]) == 5
-        for one, other in zip(whole["answers"], streamed["answers"], strict=True):
-            assert (other["ids"], other["text"]) == (one["ids"], one["text"])
-        # All prompts were answered together, so no time belongs to one of them.
-        assert streamed["costs"]["tokens_per_second"] is None
-        assert streamed["costs"]["first_token_seconds"] is None
-        assert streamed["costs"]["footprint_bytes"] == whole["costs"]["footprint_bytes"]
+    streamed = replace(asked_of(folder), device_memory=1).ask_source(folder, SILENT)
+    assert not whole.costs.streamed
+    assert whole.costs.tokens_per_second is not None
+    assert whole.costs.tokens_per_second > 0
+    assert streamed.costs.streamed
+    assert len(whole.answers) == len(streamed.answers) == 5
+    for one, other in zip(whole.answers, streamed.answers, strict=True):
+        assert (other.ids, other.text) == (one.ids, one.text)
+    # All prompts were answered together, so no time belongs to one of them.
+    assert streamed.costs.tokens_per_second is None
+    assert streamed.costs.first_token_seconds is None
+    assert streamed.costs.footprint_bytes == whole.costs.footprint_bytes
 
 
 # --- against another artifact ---
@@ -291,17 +276,15 @@ def skipped(downloaded_falcon: Path, tmp_path_factory: pytest.TempPathFactory) -
     """Another artifact of the same source: one layer stays in 16 bit."""
     folder = tmp_path_factory.mktemp("skipped")
     build = Build(copy_of(downloaded_falcon, folder / "tiny"))
-    settings = Settings(device="cpu")
-    recipe = replace(settings.recipe.quantize, skip_modules=("h.0.mlp.dense_h_to_4h",))
-    settings = replace(settings, recipe=replace(settings.recipe, quantize=recipe))
+    recipe = _skipping(Recipe())
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, settings, SILENT)
+        run_stage(build, stage, recipe, CPU, SILENT)
     return build.root
 
 
-@pytest.mark.usefixtures("here")
-def test_against_another_artifact(build: Build, settings: Settings, skipped: Path) -> None:
-    found = verified(build, replace(settings, against=str(skipped)))
+@pytest.mark.usefixtures("without_documents")
+def test_against_another_artifact(build: Build, recipe: Recipe, skipped: Path) -> None:
+    found = verified(build, recipe, skipped)
     assert found["verdict"] == "pass"
     other = found["against"]
     assert other["name"] == "tiny"
@@ -313,17 +296,17 @@ def test_against_another_artifact(build: Build, settings: Settings, skipped: Pat
     assert other["difference"]["mean_kl"]["value"] == pytest.approx(one - two)
     assert other["difference"]["mean_kl_ratio"]["value"] == pytest.approx(one / two)
     # It says the same of the other as that one's own verification does.
-    alone = verified(Build(copy_of(skipped, build.root.parent / "other")), _skipping(settings))
+    alone = verified(Build(copy_of(skipped, build.root.parent / "other")), _skipping(recipe))
     assert alone["fidelity"] == other["fidelity"]
     assert alone["sizes"]["layers"] == found["sizes"]["layers"] - 1
     # What was compared once stays done, with and without the option.
-    assert status_of(build, settings) == DONE
-    for again in (settings, replace(settings, against=str(skipped))):
-        assert not run_stage(build, "verify", again, SILENT).ran
+    assert status_of(build, recipe) == DONE
+    for again in (None, str(skipped)):
+        assert not run_stage(build, "verify", recipe, CPU, SILENT, against=again).ran
     card = (build.export / "README.md").read_text("utf-8")
     assert "Beside another artifact of the same source" in card
     # Another one is compared anew, and takes the place of the first.
-    own = verified(build, replace(settings, against=str(build.root)))
+    own = verified(build, recipe, build.root)
     one_to_one = {"value": 1.0, "low": 1.0, "high": 1.0}
     assert own["against"]["difference"] == {
         "mean_kl": {"value": 0.0, "low": 0.0, "high": 0.0},
@@ -350,17 +333,17 @@ def calibrated(build: Build) -> Build:
     return build
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("without_documents")
 def test_beside_round_to_nearest(
-    calibrated: Build, settings: Settings, exported_falcon: Path, tmp_path: Path
+    calibrated: Build, recipe: Recipe, exported_falcon: Path, tmp_path: Path
 ) -> None:
     """Its codes are those of round to nearest, in truth, but for the scales of one layer."""
     layer = "transformer.h.0.mlp.dense_h_to_4h.weight"
     scales = read_tensors(calibrated.export)[f"{layer}.absmax"]
     change(calibrated.export, {f"{layer}.absmax": scales.clamp(max=250) + 5})
     agree(calibrated)
-    found = verified(calibrated, settings)
-    plain = verified(Build(copy_of(exported_falcon, tmp_path / "plain")), settings)
+    found = verified(calibrated, recipe)
+    plain = verified(Build(copy_of(exported_falcon, tmp_path / "plain")), recipe)
     beside = found["nearest"]
     assert (beside["fidelity"], beside["domains"]) == (plain["fidelity"], plain["domains"])
     one, two = found["fidelity"]["mean_kl"]["value"], plain["fidelity"]["mean_kl"]["value"]
@@ -372,26 +355,26 @@ def test_beside_round_to_nearest(
     ]
     assert "nearest" not in plain
     # Both comparisons at once; each speaks of its own.
-    both = verified(calibrated, replace(settings, against=str(tmp_path / "plain")))
+    both = verified(calibrated, recipe, tmp_path / "plain")
     assert both["nearest"] == beside
     assert both["against"]["difference"] == beside["difference"]
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("without_documents")
 def test_calibrated_weights_that_belong_elsewhere_are_named(
-    calibrated: Build, settings: Settings
+    calibrated: Build, recipe: Recipe
 ) -> None:
     layers = [f"transformer.h.{number}.mlp.dense_h_to_4h" for number in range(2)]
     swap(f"{layers[0]}.weight", f"{layers[1]}.weight")(calibrated)
     agree(calibrated)
-    found = failed(verified(calibrated, settings))
+    found = failed(verified(calibrated, recipe))
     assert layers[0] in found["weights near those of the source"]
     assert layers[1] not in found["weights near those of the source"]
 
 
-def _skipping(settings: Settings) -> Settings:
-    recipe = replace(settings.recipe.quantize, skip_modules=("h.0.mlp.dense_h_to_4h",))
-    return replace(settings, recipe=replace(settings.recipe, quantize=recipe))
+def _skipping(recipe: Recipe) -> Recipe:
+    skip = replace(recipe.quantize, skip_modules=("h.0.mlp.dense_h_to_4h",))
+    return replace(recipe, quantize=skip)
 
 
 def other_source(other: Build) -> None:
@@ -408,7 +391,7 @@ def no_manifest(other: Build) -> None:
     (other.export / "manifest.json").unlink()
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("without_documents")
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -419,22 +402,22 @@ def no_manifest(other: Build) -> None:
 )
 def test_an_artifact_that_cannot_be_compared_with_is_refused_before_any_work(
     build: Build,
-    settings: Settings,
+    recipe: Recipe,
     skipped: Path,
     tmp_path: Path,
     spoil: Callable[[Build], None],
     message: str,
 ) -> None:
-    verified(build, settings)
+    verified(build, recipe)
     before = content_of(build.root)
     other = Build(copy_of(skipped, tmp_path / "other"))
     spoil(other)
     with pytest.raises(ArtifactError, match=message):
-        run_stage(build, "verify", replace(settings, against=str(other.root)), SILENT)
+        run_stage(build, "verify", recipe, CPU, SILENT, against=str(other.root))
     with pytest.raises(UsageError, match="no such folder"):
-        run_stage(build, "verify", replace(settings, against="./nowhere"), SILENT)
+        run_stage(build, "verify", recipe, CPU, SILENT, against="./nowhere")
     assert content_of(build.root) == before
-    assert status_of(build, settings) == DONE
+    assert status_of(build, recipe) == DONE
 
 
 # --- the command ---
@@ -473,7 +456,7 @@ WRONG: Final[dict[str, tuple[tuple[str, ...], str]]] = {
 }
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("without_documents")
 @pytest.mark.parametrize("case", WRONG)
 def test_options_that_cannot_mean_anything(
     build: Build,
@@ -551,56 +534,8 @@ def test_a_forged_file_ends_the_command_with_1(
     assert f"{shard.name} has other bytes" in (build.export / "report.html").read_text("utf-8")
 
 
-# --- killed ---
-
-
-class _Killer:
-    """A reporter that kills the worker as soon as it says that it does a certain thing."""
-
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self.killed: list[int] = []
-
-    def task(self, title: str, total: int, *, unit: str = "bytes") -> AbstractContextManager[Task]:
-        if title == self._title:
-            (pid,) = _workers()
-            os.kill(pid, signal.SIGKILL)
-            self.killed.append(pid)
-        return SILENT.task(title, total, unit=unit)
-
-    def note(self, text: str) -> None:
-        """Nothing is expected to be said."""
-
-
-def _workers() -> list[int]:
-    """The pids of workers that this process started and that run."""
-    found = []
-    for children in Path("/proc/self/task").glob("*/children"):
-        for pid in children.read_text().split():
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            found += [int(pid)] if b"nf4_pipeline.verification.worker" in command else []
-    return found
-
-
-def test_a_worker_that_is_killed(
-    build: Build, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = content_of(build.export), content_of(build.root / "records")
-    killer = _Killer("compare block by block")
-    with pytest.raises(VerificationError) as raised:
-        run_stage(build, "verify", settings, killer)
-    assert len(killer.killed) == 1
-    assert f"The process that runs {build.export} ended with status -9" in str(raised.value)
-    assert "usually means that memory ran out" in str(raised.value)
-    assert _workers() == []
-    assert (content_of(build.export), content_of(build.root / "records")) == before
-    examine_here(monkeypatch)
-    assert verified(build, settings)["verdict"] == "pass"
-    assert status_of(build, settings) == DONE
-
-
-@pytest.mark.usefixtures("here")
-def test_too_little_text_is_no_fault_of_the_artifact(build: Build, settings: Settings) -> None:
+@pytest.mark.usefixtures("without_documents")
+def test_too_little_text_is_no_fault_of_the_artifact(build: Build, recipe: Recipe) -> None:
     with pytest.raises(RecipeError, match="Ask for more"):
-        run_stage(build, "verify", with_verify(settings, eval_tokens=3), SILENT)
-    assert build.record("verify") is None
+        run_stage(build, "verify", with_verify(recipe, eval_tokens=3), CPU, SILENT)
+    assert build.record(VERIFY) is None

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
 import torch
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.job import StageResult, run_stage
+from nf4_pipeline.machine import Machine
 from nf4_pipeline.manifest.read import read_manifest
-from nf4_pipeline.nf4.dequantize import dequantize
-from nf4_pipeline.nf4.double_quant import NestedScales
-from nf4_pipeline.nf4.layout import QUANT_STATE_SUFFIX
+from nf4_pipeline.nf4.stored_weight import StoredWeight
+from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe
-from nf4_pipeline.stages import Settings, download, preflight
 
-from tests.support.architecture import FactsHere
+from tests.support.jobs import CPU, download
 
 FEW = 1024
 """Tokens that are enough for models so small."""
@@ -27,29 +23,29 @@ FEW = 1024
 
 def downloaded(checkpoint: Path, folder: Path) -> Build:
     """A build of which only `download` is done."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preflight, "PendingFacts", FactsHere)
-        build, *_ = download.run(str(checkpoint), folder / "artifacts", SILENT)
+    with in_process():
+        build, *_ = download(checkpoint, folder / "artifacts")
     return build
 
 
-def settings(calibrate: str | Path = "self", tokens: int = FEW, **recipe: Any) -> Settings:
-    """Settings of a calibrated build on the CPU; "" to round to nearest."""
+def settings(calibrate: str | Path = "self", tokens: int = FEW, **recipe: Any) -> Recipe:
+    """Recipe of a calibrated build on the CPU; "" to round to nearest."""
     if calibrate:
         recipe |= {"calibrate": str(calibrate), "calibration_tokens": tokens}
-    return Settings(recipe=Recipe(QuantizeRecipe(**recipe)), device="cpu")
+    return Recipe(QuantizeRecipe(**recipe))
 
 
-def quantized(build: Build, options: Settings, reporter: Reporter = SILENT) -> StageResult:
+def quantized(
+    build: Build, options: Recipe, reporter: Reporter = SILENT, *, machine: Machine = CPU
+) -> StageResult:
     """Runs `quantize` and `serialize`; returns what came of the first."""
-    result = run_stage(build, "quantize", options, reporter)
-    run_stage(build, "serialize", options, reporter)
+    result = run_stage(build, "quantize", options, machine, reporter)
+    run_stage(build, "serialize", options, machine, reporter)
     return result
 
 
 def manifest_of(build: Build) -> dict[str, Any]:
-    found: dict[str, Any] = read_manifest(build.export)
-    return found
+    return read_manifest(build.export).to_json()
 
 
 def bytes_of(build: Build) -> dict[str, bytes]:
@@ -63,18 +59,15 @@ def bytes_of(build: Build) -> dict[str, bytes]:
 
 def read_back(tensors: dict[str, torch.Tensor], name: str, shape: tuple[int, ...]) -> Any:
     """A weight of an artifact as every reader computes it, float32."""
-    state = json.loads(bytes(tensors[name + QUANT_STATE_SUFFIX].tolist()))
-    nested = NestedScales(
-        tensors[f"{name}.absmax"].numpy(),
-        tensors[f"{name}.nested_absmax"].numpy(),
-        np.float32(state["nested_offset"]),
-    )
-    return dequantize(tensors[name].numpy().reshape(-1), nested.scales(), shape)
+    arrays = {key: tensors[key].numpy() for key in parts(tensors, name)}
+    weight = StoredWeight.read(name, arrays).dequantize()
+    assert weight.shape == shape
+    return weight
 
 
 def parts(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
     """The six tensors of a quantized weight."""
-    return {key: value for key, value in tensors.items() if key.startswith(name)}
+    return {key: value for key, value in tensors.items() if f"{key}.".startswith(f"{name}.")}
 
 
 class Listener(type(SILENT)):  # type: ignore[misc]

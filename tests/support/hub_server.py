@@ -25,11 +25,12 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from tests.support.hub_store import Blob, Commit, Repo, Store
 
+TOKEN: Final = "hf_RecognizableTokenOfTheTests"
 REPO = r"(?P<repo>[^/]+/[^/]+|[^/]+)"
 REVISION = r"(?P<revision>[^/]+)"
 

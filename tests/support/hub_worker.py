@@ -62,7 +62,13 @@ class Worker:
         return self._process.pid
 
     def push(self, build: Path, repo_id: str, **options: Any) -> Outcome:
-        """Pushes the export of a build; `options` are those of `stages.push.Target`."""
+        """Pushes the export of a build.
+
+        Args:
+            build: its folder.
+            repo_id: where to.
+            options: the others of `hub.Target`, and `allow_unverified`.
+        """
         return self._do({"do": "push", "build": str(build), "repo_id": repo_id, **options})
 
     def download(self, repo_id: str, revision: str | None = None) -> Outcome:
@@ -81,11 +87,14 @@ class Worker:
 
 def _push(order: Mapping[str, Any]) -> dict[str, Any]:
     from nf4_pipeline.build_folder import Build
+    from nf4_pipeline.hub import Target
     from nf4_pipeline.progress import SILENT
-    from nf4_pipeline.stages.push import Target, run
+    from nf4_pipeline.stages.push import Push
 
     options = {name: value for name, value in order.items() if name not in ("do", "build")}
-    return run(Build(Path(order["build"])), Target(**options), SILENT).facts
+    unverified = options.pop("allow_unverified", False)
+    push = Push(Build(Path(order["build"])), Target(**options), SILENT, unverified)
+    return push.run().facts.to_json()
 
 
 def _download(order: Mapping[str, Any], sleeps: list[float]) -> dict[str, Any]:

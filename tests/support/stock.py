@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from nf4_pipeline.runtime.bnb_cpu_fixes import repair
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.falcon import modeling_falcon
+
+QUANT_STATE: Final = ".quant_state.bitsandbytes__nf4"
+COMPANIONS: Final = (
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+    QUANT_STATE,
+)
 
 
 @contextmanager
@@ -86,3 +96,15 @@ def _from_pretrained(folder: Path, patched: bool, **options: Any) -> Any:
         return load(folder, **options).eval()
     with falcon_patch():
         return load(folder, **options).eval()
+
+
+def dequantize_stock(tensors: dict[str, torch.Tensor], weight: str) -> torch.Tensor:
+    """A weight as bitsandbytes reads it from its six stored tensors."""
+    companions = {weight + suffix: tensors[weight + suffix] for suffix in COMPANIONS}
+    state = QuantState.from_dict(companions, device=torch.device("cpu"))
+    shape = state.shape
+    # As one long row: bitsandbytes 0.50.2 takes the wrong scales on a CPU for rows that are no
+    # whole number of blocks.
+    state.shape = torch.Size([shape.numel()])
+    values: torch.Tensor = dequantize_4bit(tensors[weight], state)
+    return values.reshape(shape)

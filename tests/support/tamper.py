@@ -112,7 +112,7 @@ def agree(build: Build) -> None:
     path = build.export / "manifest.json"
     manifest = json.loads(path.read_text("utf-8"))
     manifest["files"] = {
-        name: digest_file(build.export / name).as_json() for name in manifest["files"]
+        name: digest_file(build.export / name).to_json() for name in manifest["files"]
     }
     stored = {}
     for file in weight_files(build.export):
@@ -138,7 +138,7 @@ def agree(build: Build) -> None:
     for name in value["outputs"]:
         file = build.root / name
         value["outputs"][name] = {
-            **digest_file(file).as_json(),
+            **digest_file(file).to_json(),
             "mtime_ns": file.stat().st_mtime_ns,
         }
     record.write_text(json.dumps(value), "utf-8")

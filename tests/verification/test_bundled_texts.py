@@ -20,7 +20,7 @@ import nf4_pipeline.verification
 import pytest
 from nf4_pipeline.sample import QUESTIONS
 
-from tests.sample.test_corpus import corpus
+from tests.support.grammar import corpus
 
 TEXTS: Final = Path(nf4_pipeline.verification.__file__).with_name("texts")
 DOMAINS: Final = ("prose", "dialogue", "instructions", "code", "arithmetic")

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import sqrt
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import bitsandbytes
 import numpy as np
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
+from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.runtime.bnb_cpu_fixes import dequantized
 from nf4_pipeline.runtime.loader import load
-from nf4_pipeline.runtime.quiet import quiet_loading
 from nf4_pipeline.verification import compare
 from nf4_pipeline.verification.compare import Comparison
 from nf4_pipeline.verification.eval_text import TokenSequence
@@ -25,14 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tests.support.checkpoints import make_checkpoint
 from tests.support.decoders import write_decoder
-
-LENGTHS: Final = (20, 33, 7, 20)
-FIELDS: Final = ("kl", "agrees", "sure", "reference_nll", "nll")
-
-
-def sequences(lengths: Sequence[int] = LENGTHS) -> list[TokenSequence]:
-    dice = np.random.default_rng(0)
-    return [TokenSequence("any", dice.integers(0, 250, length)) for length in lengths]
+from tests.support.sequences import FIELDS, LENGTHS, sequences
 
 
 def whole(folder: Path) -> Any:

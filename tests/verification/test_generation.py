@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 import torch
 import transformers
 from nf4_pipeline.errors import RecipeError
+from nf4_pipeline.progress import SILENT
 from nf4_pipeline.runtime.generate import Generator, Sampling
 from nf4_pipeline.verification.generation import (
     SEED,
     Question,
+    TimedAnswer,
     answer,
-    first_difference,
+    answer_all,
+    answer_tasks,
+    find_first_difference,
     length,
     questions,
-    tasks,
 )
 from nf4_pipeline.verification.prompts import REFERENCE, Prompt, read_prompts
 
@@ -106,43 +109,46 @@ def test_prompts_that_cannot_be_used(tmp_path: Path, content: bytes | None, mess
 def test_an_answer_and_what_it_took(generator: Generator) -> None:
     found = answer(generator, HELLO, 6)
     plain = generator.answer("Hello there", Sampling(max_new_tokens=6))[0]
-    assert (found["text"], tuple(found["ids"])) == (plain.text, plain.ids)
-    assert len(found["ids"]) == 6
-    assert 0 < found["first_token_seconds"] < found["seconds"]
+    assert (found.text, found.ids) == (plain.text, plain.ids)
+    assert len(found.ids) == 6
+    assert found.first_token_seconds is not None
+    assert 0 < found.first_token_seconds < found.seconds
 
 
 def test_draws_are_the_same_each_time_and_not_the_greedy_answer(generator: Generator) -> None:
     drawn = Question(HELLO.prompt, SEED)
     first, again = answer(generator, drawn, 12), answer(generator, drawn, 12)
-    assert first["ids"] == again["ids"] != answer(generator, HELLO, 12)["ids"]
+    assert first.ids == again.ids != answer(generator, HELLO, 12).ids
 
 
 def test_answers_end_where_the_context_ends(generator: Generator) -> None:
     long = Question(Prompt("x" * (CONTEXT - 3)), None)
-    assert len(answer(generator, long, 10)["ids"]) == 3
+    assert len(answer(generator, long, 10).ids) == 3
     for count in (CONTEXT, CONTEXT + 5):
         full = Question(Prompt("x" * count), None)
         assert length(generator, full.prompt) == count
-        assert answer(generator, full, 10) == {
-            "text": "",
-            "ids": [],
-            "seconds": 0.0,
-            "first_token_seconds": None,
-        }
+        assert answer(generator, full, 10) == TimedAnswer("", (), 0.0, None)
 
 
 def test_tasks_leave_their_answers_by_number(generator: Generator) -> None:
     asked = [HELLO, Question(HELLO.prompt, SEED)]
-    found: dict[int, dict[str, Any]] = {}
-    for task in reversed(tasks(generator, asked, 5, found)):
+    answers: dict[int, TimedAnswer] = {}
+    for task in reversed(answer_tasks(generator, asked, 5, answers)):
         task()
-    assert sorted(found) == [0, 1]
+    assert sorted(answers) == [0, 1]
     for number, question in enumerate(asked):
-        assert found[number]["ids"] == answer(generator, question, 5)["ids"]
+        assert answers[number].ids == answer(generator, question, 5).ids
 
 
-def said(text: str, *ids: int) -> dict[str, Any]:
-    return {"text": text, "ids": list(ids)}
+def test_questions_are_answered_in_order_and_counted(generator: Generator) -> None:
+    asked = [HELLO, Question(HELLO.prompt, SEED)]
+    with SILENT.task("answer", len(asked)) as task:
+        answers = answer_all(generator, asked, 5, task)
+    assert [one.ids for one in answers] == [answer(generator, q, 5).ids for q in asked]
+
+
+def said(text: str, *ids: int) -> TimedAnswer:
+    return TimedAnswer(text, ids, 0.0, None)
 
 
 @pytest.mark.parametrize(
@@ -151,17 +157,18 @@ def said(text: str, *ids: int) -> dict[str, Any]:
         (said("a b", 1, 2), said("a b", 1, 2), None),
         # The same text in other tokens is the same answer.
         (said("ab", 1, 2), said("ab", 3), None),
-        (said("a b", 1, 2), said("a c", 1, 3), {"token": 1, "character": 2}),
-        (said("x", 1), said("y", 2), {"token": 0, "character": 0}),
+        (said("a b", 1, 2), said("a c", 1, 3), (1, 2)),
+        (said("x", 1), said("y", 2), (0, 0)),
         # One goes on where the other ends.
-        (said("a", 1), said("a b", 1, 2), {"token": 1, "character": 1}),
-        (said("", 9), said("a", 1), {"token": 0, "character": 0}),
+        (said("a", 1), said("a b", 1, 2), (1, 1)),
+        (said("", 9), said("a", 1), (0, 0)),
         # A token may be a part of a character.
-        (said("a\u00e9", 1, 5, 6), said("a\u00e8", 1, 5, 7), {"token": 2, "character": 1}),
+        (said("a\u00e9", 1, 5, 6), said("a\u00e8", 1, 5, 7), (2, 1)),
     ],
 )
 def test_where_two_answers_part(
-    before: dict[str, Any], after: dict[str, Any], expected: dict[str, int] | None
+    before: TimedAnswer, after: TimedAnswer, expected: tuple[int, int] | None
 ) -> None:
-    assert first_difference(before, after) == expected
-    assert first_difference(after, before) == expected
+    for one, other in ((before, after), (after, before)):
+        found = find_first_difference(one, other)
+        assert (found and (found.token, found.character)) == expected

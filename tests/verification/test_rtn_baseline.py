@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit
-from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.fidelity.token_scores import TokenScores
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.nf4 import rtn as nearest
@@ -19,14 +18,14 @@ from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe
 from nf4_pipeline.runtime.loader import load
 from nf4_pipeline.sample import MODEL_DIR
-from nf4_pipeline.stages import Settings, download
 from nf4_pipeline.verification import compare
 from nf4_pipeline.verification.compare import Comparison
 from nf4_pipeline.verification.rtn_baseline import NearestTwin, rounded
 
 from tests.support.checkpoints import make_checkpoint, read_tensors
+from tests.support.jobs import CPU, download
+from tests.support.sequences import FIELDS, LENGTHS, sequences
 from tests.support.tamper import PARTS
-from tests.verification.test_compare import FIELDS, LENGTHS, sequences
 
 KINDS: Final = ("falcon-7b", "gpt2", "opt")
 
@@ -38,9 +37,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pat
     for kind in (*KINDS, "sample"):
         folder = tmp_path_factory.mktemp(kind)
         source = MODEL_DIR if kind == "sample" else make_checkpoint(folder / "model", kind)
-        build, *_ = download.run(str(source), folder / "artifacts", SILENT)
+        build, *_ = download(source, folder / "artifacts")
         for stage in ("quantize", "serialize"):
-            run_stage(build, stage, Settings(device="cpu"), SILENT)
+            run_stage(build, stage, Recipe(), CPU, SILENT)
         found[kind] = source, build.export
     return found
 
@@ -94,10 +93,10 @@ def test_layers_that_were_kept_are_4_bit_beside_it(
 ) -> None:
     source, artifact = built[kind]
     expected, _ = compared(source, load(artifact, device="cpu"))
-    build, *_ = download.run(str(source), tmp_path, SILENT)
+    build, *_ = download(source, tmp_path)
     recipe = Recipe(quantize=QuantizeRecipe(skip_modules=(module,)))
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, Settings(recipe, device="cpu"), SILENT)
+        run_stage(build, stage, recipe, CPU, SILENT)
     names = [f"transformer.{module}"]
     own, found = compared(source, load(build.export, device="cpu"), nearest=names)
     assert found is not None
@@ -167,12 +166,10 @@ def test_a_layer_that_stays_in_16_bit_stays_so(
 ) -> None:
     """What is 4 bit in the artifact is rounded, and nothing else."""
     source, _ = built["falcon-7b"]
-    settings = Settings(device="cpu")
-    recipe = replace(settings.recipe.quantize, skip_modules=("h.0.mlp",))
-    settings = replace(settings, recipe=replace(settings.recipe, quantize=recipe))
-    build, *_ = download.run(str(source), tmp_path, SILENT)
+    recipe = Recipe(quantize=QuantizeRecipe(skip_modules=("h.0.mlp",)))
+    build, *_ = download(source, tmp_path)
     for stage in ("quantize", "serialize"):
-        run_stage(build, stage, settings, SILENT)
+        run_stage(build, stage, recipe, CPU, SILENT)
     expected, _ = compared(source, load(build.export, device="cpu"))
     _, found = compared(source, other_codes(build.export), nearest=())
     assert found is not None

@@ -1,12 +1,12 @@
 """A model run block by block, its weights streamed from the checkpoint: it need not fit anywhere.
 
-    units.py      which modules are the repeated blocks of a model
-    weights.py    the tensors of a block, read side by side into one buffer, ahead of time
-    streamed.py   a model whose blocks have weights only while they are needed
-    lockstep.py   several runs of a model that pass each block together
+    find_blocks.py     which modules are the repeated blocks of a model
+    block_reader.py    the tensors of a block, read side by side into one buffer, ahead of time
+    streamed_model.py  a model whose blocks have weights only while they are needed
+    lockstep.py        several runs of a model that pass each block together
 
 A causal LM is a stem (embeddings, last norm, head), which stays on the device, and a row of blocks.
 Runs go through the model's own forward, whatever the architecture does between its blocks; each is
-held at the door of a block until all have come there, so a pass over many sequences reads the
+held at a barrier before a block until all have come there, so a pass over many sequences reads the
 weights once.
 """

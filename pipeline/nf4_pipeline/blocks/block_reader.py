@@ -34,7 +34,7 @@ _DTYPES: Final = {
 
 
 @dataclass(frozen=True)
-class Group:
+class TensorGroup:
     """Tensors that are read together, and where in a buffer each one goes."""
 
     tensors: tuple[SourceTensor, ...]
@@ -42,7 +42,7 @@ class Group:
     nbytes: int
 
     @classmethod
-    def of(cls, tensors: Sequence[SourceTensor]) -> Group:
+    def of(cls, tensors: Sequence[SourceTensor]) -> TensorGroup:
         offsets, end = [], 0
         for tensor in tensors:
             offsets.append(end)
@@ -56,9 +56,9 @@ class Group:
             buffer: uint8, at least `nbytes` long, on any device.
 
         Raises:
-            CheckpointError: a dtype that no causal LM computes with.
+            CheckpointError: a tensor has a dtype that no causal LM computes with.
         """
-        found = {}
+        views = {}
         for tensor, offset in zip(self.tensors, self.offsets, strict=True):
             header = tensor.header
             if header.dtype not in _DTYPES:
@@ -67,11 +67,11 @@ class Group:
                     f"does not hold; expected one of {', '.join(_DTYPES)}."
                 )
             part = buffer[offset : offset + header.nbytes]
-            found[tensor.name] = part.view(_DTYPES[header.dtype]).reshape(header.shape)
-        return found
+            views[tensor.name] = part.view(_DTYPES[header.dtype]).reshape(header.shape)
+        return views
 
 
-class Reader:
+class BlockReader:
     """Reads groups of tensors from the files of a checkpoint; a context manager.
 
     Args:
@@ -87,7 +87,7 @@ class Reader:
             self._stack.callback(os.close, descriptor)
             self._descriptors[file] = descriptor
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> BlockReader:
         return self
 
     def __exit__(
@@ -98,7 +98,7 @@ class Reader:
     ) -> None:
         self._stack.close()
 
-    def start(self, group: Group, buffer: torch.Tensor) -> list[Future[None]]:
+    def start(self, group: TensorGroup, buffer: torch.Tensor) -> list[Future[None]]:
         """Begins to read a group.
 
         Args:

@@ -15,7 +15,7 @@ def find_blocks(model: Any) -> dict[str, Any]:
     """
     from torch import nn
 
-    found: dict[str, Any] = {}
+    blocks: dict[str, Any] = {}
 
     def visit(prefix: str, module: Any) -> None:
         for name, child in module.named_children():
@@ -25,9 +25,9 @@ def find_blocks(model: Any) -> dict[str, Any]:
                     # A list of bare layers is none of blocks, and small.
                     bare = not any(True for _ in block.children())
                     if not bare and any(True for _ in block.parameters()):
-                        found[f"{path}.{number}"] = block
+                        blocks[f"{path}.{number}"] = block
             else:
                 visit(f"{path}.", child)
 
     visit("", model)
-    return found
+    return blocks

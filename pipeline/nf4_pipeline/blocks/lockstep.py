@@ -15,16 +15,16 @@ Opened = Callable[[str], None]
 
 
 @dataclass
-class _Walker:
-    """One run: where it is held, its random numbers, and what it returned."""
+class _Run:
+    """One run: its stack, its random numbers, and the block before which it is held."""
 
     task: greenlet
-    dice: list[torch.Tensor]
-    door: str = ""
+    rng_state: list[torch.Tensor]
+    barrier: str = ""
 
 
 class Lockstep:
-    """Holds runs at the doors of blocks until all have come there.
+    """Holds runs at a barrier before each block until all have come there.
 
     Each run is an ordinary function that calls a model once (a forward) or often (generation), on a
     stack of its own (a greenlet). All of them share one thread, so what happens is the same every
@@ -55,33 +55,33 @@ class Lockstep:
         Args:
             tasks: functions without arguments or result.
         """
-        hub = getcurrent()
-        with self._doors(hub), torch.inference_mode():
-            walkers = [_Walker(greenlet(task), self._states()) for task in tasks]
+        waiting = getcurrent()  # the greenlet to which runs come back at a barrier
+        with self._barriers(waiting), torch.inference_mode():
+            runs = [_Run(greenlet(task), self._states()) for task in tasks]
             try:
-                active = [walker for walker in walkers if self._goes_on(walker)]
+                active = [run for run in runs if self._goes_on(run)]
                 while active:
-                    name = active[0].door
-                    here = [walker for walker in active if walker.door == name]
+                    name = active[0].barrier
+                    here = [run for run in active if run.barrier == name]
                     self._opened(name)
-                    ended = [walker for walker in here if not self._goes_on(walker)]
+                    ended = [run for run in here if not self._goes_on(run)]
                     self._closed(name)
-                    active = [walker for walker in active if walker not in ended]
+                    active = [run for run in active if run not in ended]
             finally:
-                for walker in walkers:
-                    if walker.task and not walker.task.dead:
-                        walker.task.throw()
+                for run in runs:
+                    if run.task and not run.task.dead:
+                        run.task.throw()
 
-    def _goes_on(self, walker: _Walker) -> bool:
-        """Lets a run go to its next door; False if it ended instead."""
+    def _goes_on(self, run: _Run) -> bool:
+        """Lets a run go to its next barrier; False if it ended instead."""
         common = self._states()
-        self._set_states(walker.dice)
+        self._set_states(run.rng_state)
         try:
-            walker.door = walker.task.switch()
-            walker.dice = self._states()
+            run.barrier = run.task.switch()
+            run.rng_state = self._states()
         finally:
             self._set_states(common)
-        return not walker.task.dead
+        return not run.task.dead
 
     def _states(self) -> list[torch.Tensor]:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in self._cuda)]
@@ -92,15 +92,15 @@ class Lockstep:
             torch.cuda.set_rng_state(state, index)
 
     @contextmanager
-    def _doors(self, hub: greenlet) -> Iterator[None]:
-        def door(name: str) -> Any:
+    def _barriers(self, waiting: greenlet) -> Iterator[None]:
+        def barrier(name: str) -> Any:
             def stop(module: torch.nn.Module, inputs: Any) -> None:
-                hub.switch(name)
+                waiting.switch(name)
 
             return stop
 
         with ExitStack() as stack:
             for blocks in self._models:
                 for name, block in blocks.items():
-                    stack.callback(block.register_forward_pre_hook(door(name)).remove)
+                    stack.callback(block.register_forward_pre_hook(barrier(name)).remove)
             yield

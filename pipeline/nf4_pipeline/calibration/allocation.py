@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Loss:
+class LayerLoss:
     """What one layer loses.
 
     Attributes:
@@ -25,16 +25,16 @@ class Loss:
         return asdict(self)
 
 
-def within(losses: Sequence[Loss], budget: int) -> list[Loss]:
+def select_within_budget(losses: Sequence[LayerLoss], budget: int) -> list[LayerLoss]:
     """The layers to leave in 16 bit: those that lose most per byte, as long as they fit.
 
     Args:
         losses: of all layers.
         budget: bytes for all of them together.
     """
-    found: list[Loss] = []
+    selected: list[LayerLoss] = []
     for loss in sorted(losses, key=lambda loss: (-loss.kl / max(1, loss.bytes), loss.module)):
         if loss.bytes <= budget:
-            found.append(loss)
+            selected.append(loss)
             budget -= loss.bytes
-    return found
+    return selected

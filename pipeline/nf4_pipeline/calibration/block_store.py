@@ -13,25 +13,26 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from nf4_pipeline.calibration.allocation import Loss
+from nf4_pipeline.calibration.allocation import LayerLoss
 from nf4_pipeline.checkpoint.atomic import (
     make_folder,
     remove_leftovers,
     write_bytes,
     write_json,
 )
-from nf4_pipeline.gptq.quantizer import Choice
+from nf4_pipeline.gptq.precomputed import tensors_of
+from nf4_pipeline.gptq.quantizer import QuantizedWeight
 
 _FACTS: Final = "nf4"
 _SUFFIX: Final = ".safetensors"
-_MEASURED: Final = "sensitivity.json"
+_LOSSES: Final = "sensitivity.json"
 
 
-class Store:
+class BlockStore:
     """A folder with one file for each block that is done. A file is whole, or it is not there.
 
     Args:
-        folder: holds the choices of one calibration.
+        folder: holds what one calibration chose.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,74 +43,74 @@ class Store:
         make_folder(self.folder)
         remove_leftovers(self.folder)
 
-    def path(self, unit: str) -> Path:
-        return self.folder / f"{unit}{_SUFFIX}"
+    def path(self, block: str) -> Path:
+        return self.folder / f"{block}{_SUFFIX}"
 
-    def facts(self, unit: str) -> dict[str, Any] | None:
+    def facts(self, block: str) -> dict[str, Any] | None:
         """What was noted of a block, or None if it is not done."""
         try:
-            with safe_open(self.path(unit), framework="np") as file:
-                found: dict[str, Any] = json.loads(file.metadata()[_FACTS])
-                return found if found["unit"] == unit else None
+            with safe_open(self.path(block), framework="np") as file:
+                facts: dict[str, Any] = json.loads(file.metadata()[_FACTS])
+                return facts if facts["unit"] == block else None
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
 
-    def done(self, unit: str, weights: Collection[str]) -> bool:
+    def is_done(self, block: str, weights: Collection[str]) -> bool:
         """Whether a block's file holds what was written, and all of these weights; reads it."""
-        facts = self.facts(unit)
+        facts = self.facts(block)
         if facts is None or {*facts["weights"], *facts["fallbacks"]} != set(weights):
             return False
         try:
-            with safe_open(self.path(unit), framework="np") as file:
+            with safe_open(self.path(block), framework="np") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             return bool(facts["sha256"] == _digest(tensors))
         except (OSError, SafetensorError, KeyError):
             return False
 
     def files(self) -> dict[str, Path]:
-        """Name of a weight -> the file that holds its choice."""
-        found: dict[str, Path] = {}
+        """Name of a weight -> the file that holds its codes and scales."""
+        files: dict[str, Path] = {}
         for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
             facts = self.facts(path.name.removesuffix(_SUFFIX))
-            found |= dict.fromkeys((facts or {}).get("weights", ()), path)
-        return found
+            files |= dict.fromkeys((facts or {}).get("weights", ()), path)
+        return files
 
     def fallbacks(self) -> dict[str, str]:
         """Name of a weight that was not calibrated -> why not."""
-        found: dict[str, str] = {}
+        reasons: dict[str, str] = {}
         for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
             facts = self.facts(path.name.removesuffix(_SUFFIX))
-            found |= (facts or {}).get("fallbacks", {})
-        return dict(sorted(found.items()))
+            reasons |= (facts or {}).get("fallbacks", {})
+        return dict(sorted(reasons.items()))
 
-    def measured(self) -> list[Loss] | None:
-        """What `keep_measured` kept, or None."""
+    def read_losses(self) -> list[LayerLoss] | None:
+        """What `write_losses` kept, or None."""
         try:
-            values = json.loads((self.folder / _MEASURED).read_text("utf-8"))
-            return [Loss(**value) for value in values]
+            values = json.loads((self.folder / _LOSSES).read_text("utf-8"))
+            return [LayerLoss(**value) for value in values]
         except (OSError, ValueError, TypeError):
             return None
 
-    def keep_measured(self, losses: list[Loss]) -> None:
+    def write_losses(self, losses: list[LayerLoss]) -> None:
         """Keeps what each layer loses."""
-        write_json(self.folder / _MEASURED, [loss.as_json() for loss in losses])
+        write_json(self.folder / _LOSSES, [loss.as_json() for loss in losses])
 
-    def write(self, unit: str, choices: Mapping[str, Choice], facts: Mapping[str, Any]) -> None:
+    def write(
+        self, block: str, weights: Mapping[str, QuantizedWeight], facts: Mapping[str, Any]
+    ) -> None:
         """Keeps a block.
 
         Args:
-            unit: its name.
-            choices: by the name of the weight.
+            block: its name.
+            weights: codes and scales by the name of the weight.
             facts: plain JSON, of which "weights" and "fallbacks" name every weight of it.
         """
         tensors: dict[str, Any] = {}
-        for name, choice in choices.items():
-            tensors[f"{name}:codes"] = choice.packed
-            tensors[f"{name}:scales"] = choice.scales.codes
-            tensors[f"{name}:nested"] = choice.scales.absmax
+        for name, weight in weights.items():
+            tensors |= tensors_of(name, weight)
         tensors = tensors or {":nothing": np.zeros(1, np.uint8)}
-        noted = json.dumps({**facts, "unit": unit, "sha256": _digest(tensors)}, sort_keys=True)
-        write_bytes(self.path(unit), save(tensors, {_FACTS: noted}))
+        noted = json.dumps({**facts, "unit": block, "sha256": _digest(tensors)}, sort_keys=True)
+        write_bytes(self.path(block), save(tensors, {_FACTS: noted}))
 
 
 def _digest(tensors: Mapping[str, NDArray[Any]]) -> str:

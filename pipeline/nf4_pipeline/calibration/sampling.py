@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -11,16 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nf4_pipeline.blocks.lockstep import Lockstep
-from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.calibration.tokens import (
     LENGTH,
     CalibrationTokens,
+    Opening,
     openings,
     sampling_tasks,
     tokens_of_text,
 )
 from nf4_pipeline.checkpoint.files import is_tokenizer
-from nf4_pipeline.progress import Reporter
+from nf4_pipeline.progress import Reporter, Task
 from nf4_pipeline.runtime.loader import load_tokenizer
 from nf4_pipeline.runtime.threads import one_thread_if_small
 
@@ -42,7 +43,8 @@ def make_tokens(
         reporter: told how far it is.
 
     Raises:
-        RecipeError: the text cannot be read, or is too short.
+        RecipeError: the text cannot be read, holds less than one sequence, or there is no
+            tokenizer for it.
         CheckpointError: the model's probabilities are not finite.
     """
     with StreamedModel(source, device) as streamed:
@@ -59,7 +61,8 @@ def make_tokens(
             one_thread_if_small(streamed.footprint),
             reporter.task("sample calibration tokens", sequences, unit="sequences") as task,
         ):
-            ids = _sample(streamed, tokenizer, sequences, length, device, reporter, task.advance)
+            begins = openings(streamed.model, tokenizer, sequences, length)
+            ids = _sample(streamed, begins, length, reporter, task)
         return CalibrationTokens(ids, "self", key)
 
 
@@ -77,30 +80,29 @@ def _cache_bytes(model: Any) -> int:
 
 def _sample(
     streamed: StreamedModel,
-    tokenizer: Any,
-    sequences: int,
+    begins: Sequence[Opening],
     length: int,
-    device: str,
     reporter: Reporter,
-    done: Callable[[int], None],
+    task: Task,
 ) -> NDArray[np.int32]:
-    begins = openings(streamed.model, tokenizer, sequences, length)
+    """The sequences that begin so, int32 [sequences, length]."""
+    sequences = sum(begin.count for begin in begins)
     each = length * _cache_bytes(streamed.model)
     largest = max(begin.count for begin in begins)
     whole = streamed.hold_what_fits(_SPARE + largest * each, _SPARE + sequences * each)
-    found: dict[int, NDArray[np.int32]] = {}
+    sampled: dict[int, NDArray[np.int32]] = {}
     opened = partial(streamed.open_ahead, again=True)
-    tasks = sampling_tasks(streamed.model, device, begins, length, found)
+    runs = sampling_tasks(streamed.model, streamed.device, begins, length, sampled)
     if whole:
         # One after the other: each is done, and known to be, before the next one begins.
-        for task, begin in zip(tasks, begins, strict=True):
-            Lockstep([], opened, streamed.close).run([task])
-            done(begin.count)
+        for run, begin in zip(runs, begins, strict=True):
+            Lockstep([], opened, streamed.close).run([run])
+            task.advance(begin.count)
     else:
         reporter.note(
-            f"The model does not fit on {device}: for each of the {length} tokens of a sequence "
-            "all of it is read once. A text of yours is faster: --calibrate FILE."
+            f"The model does not fit on {streamed.device}: for each of the {length} tokens of a "
+            "sequence all of it is read once. A text of yours is faster: --calibrate FILE."
         )
-        Lockstep([streamed.blocks], opened, streamed.close).run(tasks)
-        done(sequences)
-    return np.concatenate([found[number] for number in range(len(begins))])
+        Lockstep([streamed.blocks], opened, streamed.close).run(runs)
+        task.advance(sequences)
+    return np.concatenate([sampled[number] for number in range(len(begins))])

@@ -9,25 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from math import isfinite, prod
+from math import isfinite
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
+from einops import rearrange
 from greenlet import getcurrent
-from transformers.pytorch_utils import Conv1D
 
 from nf4_pipeline.blocks.lockstep import Lockstep
-from nf4_pipeline.blocks.streamed import StreamedModel
-from nf4_pipeline.calibration.allocation import Loss
-from nf4_pipeline.calibration.calibration_pass import steady
+from nf4_pipeline.blocks.streamed_model import StreamedModel
+from nf4_pipeline.calibration.allocation import LayerLoss
+from nf4_pipeline.calibration.calibration_pass import deterministic_threads
 from nf4_pipeline.calibration.tokens import CalibrationTokens
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.fidelity.token_scores import score_tokens
-from nf4_pipeline.gptq.precomputed import choice_in
-from nf4_pipeline.nf4 import BLOCK_SIZE
-from nf4_pipeline.nf4.codebook import NF4_LEVELS
+from nf4_pipeline.gptq.precomputed import read_codes
+from nf4_pipeline.model.linear import as_held, weight_out_in
+from nf4_pipeline.nf4.dequantize import dequantize_on
+from nf4_pipeline.nf4.float_bits import bits_of, dtype_name
 from nf4_pipeline.nf4.rtn import round_to_nearest
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.selection import TensorPlan
@@ -38,7 +38,7 @@ _WORST: Final = 1e300  # nats; stands for what is not finite
 _TOGETHER: Final = 64  # models that pass the blocks side by side
 
 
-def measure(
+def measure_losses(
     folder: Path,
     weights: Sequence[TensorPlan],
     files: Mapping[str, Path],
@@ -46,31 +46,31 @@ def measure(
     *,
     device: str,
     reporter: Reporter,
-) -> list[Loss]:
+) -> list[LayerLoss]:
     """Measures what each layer loses.
 
     Args:
         folder: the 16-bit checkpoint.
         weights: what is quantized.
-        files: name of a weight -> the file with its choice; others are rounded to nearest.
+        files: name of a weight -> the file with its codes; others are rounded to nearest.
         tokens: of the calibration.
         device: "cpu" or "cuda:N".
         reporter: told how far it is.
     """
     ids = torch.from_numpy(tokens.ids[: max(1, _TOKENS // tokens.ids.shape[1])]).long()
-    found: dict[str, float] = {}
+    kl: dict[str, float] = {}
     with (
-        steady(device),
+        deterministic_threads(device),
         StreamedModel(folder, device) as streamed,
         reporter.task("measure each layer", len(weights), unit="layers") as task,
     ):
         for first in range(0, len(weights), _TOGETHER):
             wave = weights[first : first + _TOGETHER]
-            _Wave(streamed, wave, files, ids.to(device), found, task.advance).run()
+            _Wave(streamed, wave, files, ids.to(device), kl, task.advance).run()
     return [
-        Loss(
+        LayerLoss(
             str(plan.module),
-            float(f"{found[plan.name]:.4g}"),
+            float(f"{kl[plan.name]:.4g}"),
             plan.source.header.nbytes - sum(part.nbytes for part in plan.stored),
         )
         for plan in weights
@@ -86,14 +86,14 @@ class _Wave:
         weights: Sequence[TensorPlan],
         files: Mapping[str, Path],
         ids: torch.Tensor,
-        found: dict[str, float],
+        kl: dict[str, float],
         done: Callable[[int], None],
     ) -> None:
         self._streamed = streamed
         self._weights = weights
         self._files = files
         self._ids = ids
-        self._found = found
+        self._kl = kl
         self._done = done
         self._layer_of: dict[Any, str] = {}  # the weight that is in 4 bit for a run
         self._expected: torch.Tensor
@@ -109,8 +109,9 @@ class _Wave:
             )
 
     def _logits(self) -> torch.Tensor:
-        found: torch.Tensor = self._streamed.model(self._ids, use_cache=False).logits[:, :-1]
-        return found.flatten(0, 1)
+        logits = self._streamed.model(self._ids, use_cache=False).logits[:, :-1]
+        flat: torch.Tensor = rearrange(logits, "sequence token id -> (sequence token) id")
+        return flat
 
     def _reference(self) -> None:
         self._expected = self._logits()
@@ -128,7 +129,7 @@ class _Wave:
             scores = score_tokens(self._expected, own, self._ids[:, 1:].flatten())
             # What is not finite in 4 bit is the first to be kept in 16.
             kl = float(scores.kl.mean())
-            self._found[plan.name] = kl if isfinite(kl) else _WORST
+            self._kl[plan.name] = kl if isfinite(kl) else _WORST
             self._done(1)
 
         return run
@@ -152,27 +153,13 @@ class _Wave:
         stack.callback(layer.register_forward_hook(after).remove)
 
     def _rounded(self, plan: TensorPlan, module: Any) -> torch.Tensor:
-        weight = module.weight
+        """The weight that 4 bits would give, in the shape and the dtype of the module's own."""
+        exact = weight_out_in(module)
         if plan.name in self._files:
-            packed, nested = choice_in(self._files[plan.name], plan.name)
+            packed, scales = read_codes(self._files[plan.name], plan.name)
         else:
-            flat = (weight.T if isinstance(module, Conv1D) else weight).detach().cpu().contiguous()
-            unsigned = torch.uint32 if flat.itemsize == 4 else torch.uint16
-            bits = flat.reshape(-1).view(unsigned).numpy()
-            packed, nested = round_to_nearest(bits, str(flat.dtype).removeprefix("torch."))
-        values = dequantized(packed, nested.scales(), plan.shape, weight.device).to(weight.dtype)
-        return values.T if isinstance(module, Conv1D) else values
-
-
-def dequantized(
-    packed: np.ndarray[Any, np.dtype[np.uint8]],
-    scales: np.ndarray[Any, np.dtype[np.float32]],
-    shape: tuple[int, ...],
-    device: torch.device,
-) -> torch.Tensor:
-    """`nf4_pipeline.nf4.dequantize` on a device, float32 [rows, columns]."""
-    pairs = torch.from_numpy(packed).to(device)
-    codes = torch.stack([pairs >> 4, pairs & 15], dim=1).reshape(-1)[: prod(shape)]
-    values = torch.from_numpy(NF4_LEVELS.copy()).to(device)[codes.int()]
-    each = torch.from_numpy(scales).to(device).repeat_interleave(BLOCK_SIZE)[: prod(shape)]
-    return (values * each).reshape(shape)
+            nearest = round_to_nearest(bits_of(exact), dtype_name(exact))
+            packed, scales = nearest.packed, nearest.scales
+        weight = dequantize_on(exact.device, packed, scales.scales(), plan.shape).to(exact.dtype)
+        rounded: torch.Tensor = as_held(module, weight)
+        return rounded

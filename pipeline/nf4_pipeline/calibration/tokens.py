@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from einops import rearrange, repeat
 from numpy.typing import NDArray
 
 from nf4_pipeline.errors import CheckpointError, RecipeError
-from nf4_pipeline.verification.eval_text import beginning
+from nf4_pipeline.runtime.tokenizer import text_prefix
 
 LENGTH: Final = 256
 """Tokens of a sequence, at most."""
@@ -55,7 +56,7 @@ def parse_tokens(value: Any) -> CalibrationTokens:
     """The way back from JSON.
 
     Raises:
-        RecipeError: it is something else.
+        RecipeError: the value is not an object with a source, a key, and rows of ids of one length.
     """
     try:
         ids = np.array(value["ids"])
@@ -103,36 +104,36 @@ def openings(model: Any, tokenizer: Any, sequences: int, length: int) -> list[Op
     config = model.config.get_text_config()
     starts: list[tuple[int, ...]] = []
     for name in ("eos_token_id", "bos_token_id"):
-        found = getattr(tokenizer, name, None)
-        found = getattr(config, name, None) if found is None else found
-        found = found[0] if isinstance(found, list) else found
-        if isinstance(found, int) and 0 <= found < config.vocab_size:
-            starts.append((found,))
+        token = getattr(tokenizer, name, None)
+        token = getattr(config, name, None) if token is None else token
+        token = token[0] if isinstance(token, list) else token
+        if isinstance(token, int) and 0 <= token < config.vocab_size:
+            starts.append((token,))
     if not starts:
-        dice = np.random.default_rng(0)
-        starts = [(int(i),) for i in dice.integers(0, config.vocab_size, 8)]
-    talks: list[tuple[int, ...]] = []
+        rng = np.random.default_rng(0)
+        starts = [(int(i),) for i in rng.integers(0, config.vocab_size, 8)]
+    chats: list[tuple[int, ...]] = []
     if getattr(tokenizer, "chat_template", None):
         for line in OPENINGS.read_text("utf-8").splitlines():
             message = [{"role": "user", "content": line}]
             try:
-                talk = tokenizer.apply_chat_template(
+                chat = tokenizer.apply_chat_template(
                     message, add_generation_prompt=True, tokenize=True, return_dict=False
                 )
             except Exception:  # a chat template may raise anything; texts begin without it, too
                 break
-            fits = len(talk) <= length // 2 and max(talk, default=0) < config.vocab_size
-            talks += [tuple(talk)] if talk and fits else []
-    half = sequences // 2 if talks else 0
+            fits = len(chat) <= length // 2 and max(chat, default=0) < config.vocab_size
+            chats += [tuple(chat)] if chat and fits else []
+    half = sequences // 2 if chats else 0
     counts = {start: n for start, n in _shared(starts, sequences - half)} | dict(
-        _shared(talks, half)
+        _shared(chats, half)
     )
-    found_openings: list[Opening] = []
+    begins: list[Opening] = []
     for ids, count in counts.items():
         for first in range(0, count, _TOGETHER):
             size = min(_TOGETHER, count - first)
-            found_openings.append(Opening(ids, size, len(found_openings)))
-    return found_openings
+            begins.append(Opening(ids, size, len(begins)))
+    return begins
 
 
 def _shared(starts: Sequence[tuple[int, ...]], count: int) -> list[tuple[tuple[int, ...], int]]:
@@ -149,9 +150,9 @@ def sampling_tasks(
     device: Any,
     begins: Sequence[Opening],
     length: int,
-    found: dict[int, NDArray[np.int32]],
+    sampled: dict[int, NDArray[np.int32]],
 ) -> list[Callable[[], None]]:
-    """One function for each opening; it leaves its sequences in `found`, by the opening's number.
+    """One function for each opening; it leaves its sequences in `sampled`, by the opening's number.
 
     Tokens are drawn from the model's own probabilities (temperature 1, nothing cut off), and a text
     that ends is followed by whatever the model thinks comes next.
@@ -161,7 +162,7 @@ def sampling_tasks(
         device: where its inputs go.
         begins: how the sequences begin.
         length: of each.
-        found: receives int32 [count, length].
+        sampled: receives int32 [count, length].
 
     Raises:
         CheckpointError: (a function, when it is called) the probabilities are not finite.
@@ -190,7 +191,7 @@ def sampling_tasks(
                 generation_config=config,
                 logits_processor=LogitsProcessorList([_checked]),
             )
-            found[number] = ids.to("cpu", torch.int32).numpy()
+            sampled[number] = ids.to("cpu", torch.int32).numpy()
 
         return sample
 
@@ -242,8 +243,8 @@ def tokens_of_text(path: Path, tokenizer: Any, sequences: int, length: int) -> N
     else:
         ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     # Every sequence begins as the tokenizer begins a text: many models are not themselves without.
-    begin = beginning(tokenizer)[: length - 1]
-    room = length - len(begin)
+    prefix = text_prefix(tokenizer)[: length - 1]
+    room = length - len(prefix)
     whole = len(ids) // room
     if whole == 0:
         raise RecipeError(
@@ -251,9 +252,9 @@ def tokens_of_text(path: Path, tokenizer: Any, sequences: int, length: int) -> N
             f"better {sequences * length:,}."
         )
     picked = np.linspace(0, whole - 1, min(sequences, whole)).round().astype(int)
-    rows = np.array(ids[: whole * room], np.int32).reshape(whole, room)[picked]
-    first = np.tile(np.array(begin, np.int32), (len(rows), 1))
-    return np.concatenate([first, rows], axis=1)
+    rows = rearrange(np.array(ids[: whole * room], np.int32), "(row id) -> row id", id=room)[picked]
+    prefixes = repeat(np.array(prefix, np.int32), "id -> row id", row=len(rows))
+    return np.concatenate([prefixes, rows], axis=1)
 
 
 def _line(line: str, tokenizer: Any, where: str) -> list[int]:

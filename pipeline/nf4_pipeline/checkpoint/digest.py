@@ -1,23 +1,25 @@
-"""sha256 of files, and of the tensors in them, in one reading."""
+"""sha256 of files, of the tensors in them (in one reading), and of plain JSON."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from nf4_pipeline.checkpoint.header import HeaderTensor
+from nf4_pipeline.documents import Document
 from nf4_pipeline.progress import Task
 
 _CHUNK: Final = 4 * 2**20
 
 
-@dataclass(frozen=True)
-class FileDigest:
+@dataclass(frozen=True, slots=True)
+class FileDigest(Document):
     """A file's size and sha256 (hex)."""
 
     size: int
@@ -28,8 +30,16 @@ class FileDigest:
         """Of a file that holds just these bytes."""
         return cls(len(content), hashlib.sha256(content).hexdigest())
 
-    def as_json(self) -> dict[str, object]:
-        return {"size": self.size, "sha256": self.sha256}
+
+def digests_json(digests: Mapping[str, FileDigest]) -> dict[str, Any]:
+    """Digests as plain JSON, by name."""
+    return {name: digest.to_json() for name, digest in sorted(digests.items())}
+
+
+def json_sha256(value: Any) -> str:
+    """sha256 (hex) of plain JSON values; the order of keys does not matter."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest_file(path: Path, task: Task | None = None) -> FileDigest:

@@ -1,6 +1,6 @@
 """The safetensors header: 8 bytes of length, a JSON object, then the tensors' bytes.
 
-Parsed strictly, since a checkpoint comes from strangers: every byte of the data section must belong
+Parsed strictly, since a checkpoint is not to be trusted: every byte of the data section must belong
 to exactly one tensor, and every length must agree with its shape and dtype. The format's own
 description: https://github.com/huggingface/safetensors#format.
 """

@@ -11,10 +11,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from nf4_pipeline.checkpoint.header import DTYPE_BYTES, HeaderTensor, header_bytes
-from nf4_pipeline.nf4.layout import StoredTensor
 
 _ALIGNMENT = 8  # of the widest element
 _DATA_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor that a safetensors file will hold: name, dtype as safetensors names it, shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,26 @@
-"""Cutting weight files into shards. A weight is never parted from its five companions."""
+"""Cutting weight files into shards, without parting tensors that belong together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.checkpoint.header import HeaderTensor, read_header
-from nf4_pipeline.checkpoint.layout import FileLayout, plan_layout
+from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.sink import WrittenFile
 from nf4_pipeline.checkpoint.weight_files import SINGLE_FILE
 from nf4_pipeline.checkpoint.writer import writing
-from nf4_pipeline.nf4.layout import QUANT_STATE_SUFFIX, StoredTensor
+from nf4_pipeline.documents import Document
 from nf4_pipeline.progress import Task
 
 _CHUNK: Final = 8 * 2**20
+
+Groups = Iterable[Sequence[StoredTensor]]
+"""Tensors that must stand in one file, such as a quantized weight and its companions; each group is
+named by its first tensor. A tensor that is in none stands by itself."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,16 @@ class Piece:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorFacts(Document):
+    """A stored tensor, but for its name; `bytes` and `sha256` of its data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    sha256: str
+
+
 @dataclass(frozen=True)
 class Shard:
     """A weight file of an artifact.
@@ -45,12 +59,12 @@ class Shard:
     Attributes:
         name: of the file.
         digest: of the file.
-        tensors: name -> {"dtype", "shape", "bytes", "sha256"}.
+        tensors: its tensors, by name.
     """
 
     name: str
     digest: FileDigest
-    tensors: dict[str, dict[str, Any]]
+    tensors: Mapping[str, TensorFacts]
 
 
 def name_shards(count: int) -> list[str]:
@@ -60,17 +74,22 @@ def name_shards(count: int) -> list[str]:
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def split_file(path: Path, limit: int) -> list[Piece]:
+def split_file(path: Path, limit: int, groups: Groups) -> list[Piece]:
     """Cuts a file into pieces of at most `limit` bytes of tensors, as few as fit in order.
 
-    A single weight with its companions that is larger than the limit makes a piece of its own.
+    A single group that is larger than the limit makes a piece of its own.
+
+    Args:
+        path: the file.
+        limit: bytes of tensors in one piece.
+        groups: of the file's tensors.
     """
-    groups = split_tensors(read_header(path), path.stat().st_size, limit)
-    return [Piece(path, group, whole=len(groups) == 1) for group in groups]
+    parts = split_tensors(read_header(path), path.stat().st_size, limit, groups)
+    return [Piece(path, part, whole=len(parts) == 1) for part in parts]
 
 
 def split_tensors(
-    tensors: Sequence[HeaderTensor], file_size: int, limit: int
+    tensors: Sequence[HeaderTensor], file_size: int, limit: int, groups: Groups
 ) -> list[tuple[HeaderTensor, ...]]:
     """Cuts a file's tensors as `split_file` does, without the file.
 
@@ -78,19 +97,20 @@ def split_tensors(
         tensors: of the file, in the order of its bytes.
         file_size: in bytes, with the header.
         limit: bytes of tensors in one piece.
+        groups: of the file's tensors.
     """
     if file_size <= limit:
         return [tuple(tensors)]
-    groups: list[list[HeaderTensor]] = []
+    parts: list[list[HeaderTensor]] = []
     size = limit + 1
-    for unit in _units(tensors):
-        nbytes = sum(tensor.nbytes for tensor in unit)
+    for together in _grouped(tensors, groups):
+        nbytes = sum(tensor.nbytes for tensor in together)
         if size + nbytes > limit:
-            groups.append([])
+            parts.append([])
             size = 0
-        groups[-1] += unit
+        parts[-1] += together
         size += nbytes
-    return [tuple(group) for group in groups]
+    return [tuple(part) for part in parts]
 
 
 def piece_layout(tensors: Sequence[HeaderTensor]) -> FileLayout:
@@ -100,23 +120,13 @@ def piece_layout(tensors: Sequence[HeaderTensor]) -> FileLayout:
     )
 
 
-def _units(tensors: Sequence[HeaderTensor]) -> list[list[HeaderTensor]]:
-    """Weights with their companions, and single tensors, by name."""
-    weights = {
-        tensor.name.removesuffix(QUANT_STATE_SUFFIX)
-        for tensor in tensors
-        if tensor.name.endswith(QUANT_STATE_SUFFIX)
-    }
-    units: dict[str, list[HeaderTensor]] = {}
+def _grouped(tensors: Sequence[HeaderTensor], groups: Groups) -> list[list[HeaderTensor]]:
+    """Tensors that belong together, in the order of the names of the groups' first ones."""
+    first = {tensor.name: group[0].name for group in groups if group for tensor in group}
+    members: dict[str, list[HeaderTensor]] = {}
     for tensor in tensors:
-        owner = next((name for name in _ancestors(tensor.name) if name in weights), tensor.name)
-        units.setdefault(owner, []).append(tensor)
-    return [units[name] for name in sorted(units)]
-
-
-def _ancestors(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+        members.setdefault(first.get(tensor.name, tensor.name), []).append(tensor)
+    return [members[name] for name in sorted(members)]
 
 
 def write_shard(target: Path, piece: Piece, task: Task) -> Shard:
@@ -133,14 +143,14 @@ def write_shard(target: Path, piece: Piece, task: Task) -> Shard:
     return Shard(target.name, written.digest, tensor_facts(written))
 
 
-def tensor_facts(written: WrittenFile) -> dict[str, Any]:
-    """What the manifest says of each stored tensor, by name."""
+def tensor_facts(written: WrittenFile) -> dict[str, TensorFacts]:
+    """The tensors of a file that was written, by name."""
     return {
-        tensor.name: {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "bytes": tensor.nbytes,
-            "sha256": written.sha256[tensor.name],
-        }
+        tensor.name: TensorFacts(
+            dtype=tensor.dtype,
+            shape=tuple(tensor.shape),
+            bytes=tensor.nbytes,
+            sha256=written.sha256[tensor.name],
+        )
         for tensor in written.tensors
     }

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.checkpoint.header import HeaderTensor
-from nf4_pipeline.checkpoint.layout import FileLayout
-from nf4_pipeline.nf4.layout import StoredTensor
+from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor
 
 HELD_BYTES: Final = 128 * 2**20
 """What a `HashingSink` holds back at most: bytes that came before their turn. Enough for a chunk of

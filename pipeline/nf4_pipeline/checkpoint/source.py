@@ -1,4 +1,4 @@
-"""A checkpoint folder, read as strangers' data: one safetensors file, or shards and an index."""
+"""A checkpoint folder, read as untrusted data: one safetensors file, or shards and an index."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of strangers.
+    """A JSON object from an untrusted file.
 
     Raises:
-        CheckpointError: missing, too large, not JSON, or not an object.
+        CheckpointError: the file is missing or too large, or holds no JSON object.
     """
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for

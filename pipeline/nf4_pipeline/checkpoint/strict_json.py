@@ -1,4 +1,4 @@
-"""JSON of strangers: limited before it is parsed, so that a small text cannot take much memory."""
+"""Untrusted JSON: limited before it is parsed, so that a small text cannot take much memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def parse_json(raw: bytes) -> Any:
     names of an object; they are counted in the text first, where those inside of strings count too.
 
     Raises:
-        ValueError: not UTF-8, not JSON, a key twice, or more than the limits; the text says which.
+        ValueError: the text is not UTF-8, is not JSON, has a key twice, or exceeds the limits; the
+            error says which.
     """
     if raw.count(b"[") + raw.count(b"{") > MAX_CONTAINERS:
         raise ValueError(f"it holds more than {MAX_CONTAINERS:,} lists and objects")
@@ -41,14 +42,14 @@ def parse_json(raw: bytes) -> Any:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    value = dict(pairs)
+    if len(value) != len(pairs):
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
                 raise ValueError(f"the key {name[:80]!r} stands in it twice")
             seen.add(name)
-    return found
+    return value
 
 
 def _is_text(value: Any) -> bool:

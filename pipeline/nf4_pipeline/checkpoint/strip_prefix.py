@@ -14,11 +14,10 @@ from typing import Any, Final
 from nf4_pipeline.checkpoint.atomic import remove_leftovers, write_bytes, write_json
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
 from nf4_pipeline.checkpoint.header import HeaderTensor
-from nf4_pipeline.checkpoint.layout import plan_layout
+from nf4_pipeline.checkpoint.layout import StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.source import Checkpoint, open_checkpoint
 from nf4_pipeline.checkpoint.writer import writing
 from nf4_pipeline.errors import CheckpointError, UsageError
-from nf4_pipeline.nf4.layout import StoredTensor
 from nf4_pipeline.progress import Reporter, Task
 
 NOTE_FILE: Final = "conversion.json"
@@ -79,7 +78,7 @@ def copy_without_prefix(
     origin = {
         "code": _CODE_VERSION,
         "prefix": prefix,
-        "files": {name: digest.as_json() for name, digest in sorted(files.items())},
+        "files": {name: digest.to_json() for name, digest in sorted(files.items())},
     }
     if done := _standing(target, origin):
         return done
@@ -102,7 +101,7 @@ def copy_without_prefix(
             write_bytes(target / name, (source / name).read_bytes())
         made[name] = digest_file(target / name)
     made = dict(sorted(made.items()))
-    listed = {name: digest.as_json() for name, digest in made.items()}
+    listed = {name: digest.to_json() for name, digest in made.items()}
     write_json(target / NOTE_FILE, {"from": origin, "made": listed})
     return made
 

@@ -1,4 +1,4 @@
-"""A folder of strangers, before anything in it is believed: links, sizes, small files."""
+"""An untrusted folder, before anything in it is believed: links, sizes, small files."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def check_size(path: Path, name: str) -> None:
     """Refuses a small file that is larger than any real one of its name.
 
     Raises:
-        CheckpointError: so it is, or it is no file.
+        CheckpointError: the file is larger than any real one of its name, or is not a file.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file. Copy or download the checkpoint again.")

@@ -24,9 +24,8 @@ from numpy.typing import NDArray
 from nf4_pipeline.checkpoint.atomic import replacing, start_writing_out, write_at
 from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.checkpoint.header import HeaderTensor
-from nf4_pipeline.checkpoint.layout import FileLayout
+from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor
 from nf4_pipeline.checkpoint.sink import WrittenFile
-from nf4_pipeline.nf4.layout import StoredTensor
 
 _HASH_WINDOW: Final = 16 * 2**20
 

@@ -10,24 +10,28 @@ import click
 from nf4_pipeline.cli.options import (
     Ui,
     build_dir_option,
+    existing_build,
     output_options,
+    recipe_options,
     run_one_stage,
-    settings_options,
 )
 
 if TYPE_CHECKING:
-    from nf4_pipeline.stages import Settings
+    from nf4_pipeline.machine import Machine
+    from nf4_pipeline.recipe import PartialRecipe
 
 
 @click.command("attest")
 @click.argument("model", required=False)
 @build_dir_option
-@settings_options
+@recipe_options
 @output_options
-def command(ui: Ui, settings: Settings, model: str | None, build_dir: Path | None) -> None:
+def command(
+    ui: Ui, recipe: PartialRecipe, machine: Machine, model: str | None, build_dir: Path | None
+) -> None:
     """Write provenance.json (SLSA) and bom.cdx.json (CycloneDX) into a verified export.
 
     MODEL is what the build was started with; without it, the newest build is meant. `nf4 build`
     does this last.
     """
-    run_one_stage("attest", ui, settings, model, build_dir)
+    run_one_stage("attest", ui, existing_build(model, build_dir), recipe, machine)

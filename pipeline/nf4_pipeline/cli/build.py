@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from nf4_pipeline.cli.options import (
-    ARTIFACTS,
     Ui,
-    build_dir_option,
+    download_options,
     output_options,
-    settings_options,
-    source_options,
+    recipe_options,
 )
 
 if TYPE_CHECKING:
-    from nf4_pipeline.stages import Settings
+    from nf4_pipeline.machine import Machine
+    from nf4_pipeline.recipe import PartialRecipe
+    from nf4_pipeline.stages.download import DownloadRequest
 
 
 @click.command("build")
-@click.argument("model")
-@source_options
-@build_dir_option
-@settings_options
+@download_options
+@recipe_options
 @output_options
-def command(
-    ui: Ui, settings: Settings, model: str, source: dict[str, Any], build_dir: Path | None
-) -> None:
+def command(ui: Ui, request: DownloadRequest, recipe: PartialRecipe, machine: Machine) -> None:
     """Download, quantize, serialize, verify, attest MODEL: a Hub id, a local folder, or "sample".
 
     What is done and still valid is not done again. Exits 1 if the verdict is "fail".
@@ -37,9 +32,7 @@ def command(
     from nf4_pipeline.cli.summary import show_summary, summary
     from nf4_pipeline.job import run_build
 
-    build, results = run_build(
-        model, ARTIFACTS, settings, ui.reporter(), build_dir=build_dir, **source
-    )
+    build, results = run_build(request, recipe.recipe, machine, ui.reporter())
     value = summary(build, results)
     ui.result(value, lambda: show_summary(value))
     if value["verdict"] != "pass":

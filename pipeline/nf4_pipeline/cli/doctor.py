@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, Final
+from typing import Final
 
 import click
 
 from nf4_pipeline.cli.options import ARTIFACTS, Ui, output_options
+from nf4_pipeline.doctor import MachineReport, examine
 
 _MARKS: Final = {"ok": "ok      ", "note": "note    ", "problem": "PROBLEM "}
 
@@ -19,35 +20,31 @@ def command(ui: Ui) -> None:
 
     Exits 1 if something has to be done before nf4 can work.
     """
-    from nf4_pipeline.doctor import examine
-
-    found = examine(ARTIFACTS)
-    ui.result(found, lambda: _show(found))
-    if any(finding["kind"] == "problem" for finding in found["findings"]):
+    report = examine(ARTIFACTS)
+    ui.result(report.to_json(), lambda: _show(report))
+    if any(finding.kind == "problem" for finding in report.findings):
         sys.exit(1)
 
 
-def _show(found: dict[str, Any]) -> None:
-    memory = found["available_memory_bytes"]
+def _show(report: MachineReport) -> None:
+    memory = report.available_memory_bytes
     free = f", {memory / 1e9:.1f} GB of memory free" if memory else ""
-    click.echo(f"  nf4-pipeline {found['nf4_pipeline']}, Python {found['python']}")
-    click.echo(f"  {found['system']}, {found['processors']} processors{free}")
-    for gpu in found["gpus"]:
-        major, minor = gpu["capability"]
+    click.echo(f"  nf4-pipeline {report.nf4_pipeline}, Python {report.python}")
+    click.echo(f"  {report.system}, {report.processors} processors{free}")
+    for gpu in report.gpus:
+        major, minor = gpu.capability
         click.echo(
-            f"  GPU        {gpu['name']}, {gpu['memory_bytes'] / 1e9:.1f} GB, compute capability "
+            f"  GPU        {gpu.name}, {gpu.memory_bytes / 1e9:.1f} GB, compute capability "
             f"{major}.{minor}"
         )
-    for name, version in found["libraries"].items():
+    for name, version in report.libraries.items():
         click.echo(f"  {name:<17} {version or 'not installed'}")
-    for name, disk in found["disks"].items():
+    for name, disk in report.disks.items():
         click.echo(
-            f"  {name.replace('_', ' '):<17} {disk['free_bytes'] / 1e9:.1f} GB free at "
-            f"{disk['folder']}"
+            f"  {name.replace('_', ' '):<17} {disk.free_bytes / 1e9:.1f} GB free at {disk.folder}"
         )
-    hub = found["hub"]
-    token = "with a token" if hub["token"] else "no token"
-    click.echo(f"  Hub               {hub['endpoint']}, {token}")
+    token = "with a token" if report.hub.token else "no token"
+    click.echo(f"  Hub               {report.hub.endpoint}, {token}")
     click.echo()
-    for finding in found["findings"]:
-        click.echo(f"  {_MARKS[finding['kind']]}{finding['text']}")
+    for finding in report.findings:
+        click.echo(f"  {_MARKS[finding.kind]}{finding.text}")

@@ -3,65 +3,37 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from nf4_pipeline.cli.options import (
-    ARTIFACTS,
-    Ui,
-    build_dir_option,
-    output_options,
-    source_options,
-    weights_options,
-)
+from nf4_pipeline.cli.options import Ui, download_options, output_options
+
+if TYPE_CHECKING:
+    from nf4_pipeline.stages.download import DownloadRequest
 
 
 @click.command("download")
-@click.argument("model")
-@source_options
-@weights_options
-@build_dir_option
+@download_options
 @output_options
-def command(
-    ui: Ui,
-    model: str,
-    source: dict[str, Any],
-    build_dir: Path | None,
-    allow_unused: tuple[str, ...],
-    strip_prefix: str | None,
-) -> None:
+def command(ui: Ui, request: DownloadRequest) -> None:
     """Pin MODEL (a Hub id, a local folder, or "sample"), fetch it, and check every file's hash."""
-    from nf4_pipeline.build_folder import digests_json
+    from nf4_pipeline.checkpoint.digest import digests_json
     from nf4_pipeline.job import run_download
-    from nf4_pipeline.recipe import QuantizeRecipe
-    from nf4_pipeline.stages import download
 
-    recipe = QuantizeRecipe(allow_unused=allow_unused, strip_prefix=strip_prefix or "")
-    build, record, _ = run_download(
-        model,
-        ARTIFACTS,
-        ui.reporter(),
-        build_dir=build_dir,
-        allow_unused=recipe.allow_unused,
-        strip_prefix=recipe.strip_prefix,
-        **source,
-    )
-    total = sum(digest.size for digest in record.outputs.values())
+    build, record, _ = run_download(request, ui.reporter())
+    facts = record.facts
     value = {
         "build": str(build.root),
-        "repo": record.facts["repo"],
-        "commit": record.facts["commit"],
-        "content_sha256": record.facts["content_sha256"],
-        "files": digests_json(download.recorded_files(record)),
-        "bytes": total,
+        **facts.identity,
+        "files": digests_json(record.outputs_in("source")),
+        "bytes": record.total_bytes,
     }
 
     def show() -> None:
-        pinned = record.facts["commit"] or f"content {record.facts['content_sha256'][:12]}"
         click.echo(
-            f"{record.facts['repo']} at {pinned}: {len(record.outputs)} files, {total:,} bytes"
+            f"{facts.repo} at {facts.pinned}: {len(record.outputs)} files, "
+            f"{record.total_bytes:,} bytes"
         )
         place = shlex.quote(str(build.root))
         click.echo(f"build:  {place}")

@@ -23,20 +23,22 @@ def command(ui: Ui, artifact: str, tensors: bool) -> None:
     from nf4_pipeline.runtime.artifact import find_model
 
     folder = Path(find_model(artifact))
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder).to_json()
     ui.result(manifest, lambda: _show(folder, manifest, tensors))
 
 
 def _show(folder: Path, manifest: dict[str, Any], tensors: bool) -> None:
-    from nf4_pipeline.cli.summary import size
+    from nf4_pipeline.report.formatting import both_units
 
     totals, source = manifest["totals"], manifest["source"]
     pinned = source["commit"] or f"content {source['content_sha256'][:12]}"
     click.echo(f"{folder}")
     click.echo(f"  model        {manifest['model_class']} from {source['repo']} at {pinned}")
     click.echo(f"  format       {manifest['format']}")
-    click.echo(f"  original     {size(totals['original_bytes'])}")
-    click.echo(f"  artifact     {size(totals['artifact_bytes'])}, {totals['ratio']:.1%} of it")
+    click.echo(f"  original     {both_units(totals['original_bytes'])}")
+    click.echo(
+        f"  artifact     {both_units(totals['artifact_bytes'])}, {totals['ratio']:.1%} of it"
+    )
     click.echo(
         f"  bits         {totals['bits_per_weight']:.3f} per weight, "
         f"{totals['bits_per_quantized_weight']:.3f} per quantized weight"
@@ -48,7 +50,7 @@ def _show(folder: Path, manifest: dict[str, Any], tensors: bool) -> None:
     )
     click.echo("  not quantized:")
     for reason, nbytes in totals["kept_bytes_by_reason"].items():
-        click.echo(f"    {size(nbytes):<28} {reason}")
+        click.echo(f"    {both_units(nbytes):<28} {reason}")
     for dropped in manifest["dropped"]:
         click.echo(f"  dropped      {dropped['name']}: {dropped['reason']}")
     errors = [t["relative_rmse"] for t in manifest["tensors"] if t["quantized"]]

@@ -1,4 +1,4 @@
-"""Options that commands share, and how they become settings."""
+"""Options that commands share, and what they become: a request, a recipe, a machine."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 if TYPE_CHECKING:
-    from nf4_pipeline.build_folder import Build
+    from nf4_pipeline.build_folder import Build, Record
+    from nf4_pipeline.machine import Machine
     from nf4_pipeline.progress import Reporter
-    from nf4_pipeline.recipe import Recipe
-    from nf4_pipeline.stages import Settings
+    from nf4_pipeline.recipe import PartialRecipe, Recipe
 
 ARTIFACTS: Final = Path("artifacts")
+_VERIFIED: Final = ("verdict", "checks", "fidelity", "domains", "accuracy", "against")
+"""What a stage command says of verification.json."""
 
 Command = Callable[..., Any]
 
@@ -33,7 +35,7 @@ def output_options(command: Command) -> Command:
     @wraps(command)
     def wrapped(as_json: bool, quiet: bool, verbose: bool, **values: Any) -> Any:
         if not verbose:
-            from nf4_pipeline.runtime.quiet import quiet_libraries
+            from nf4_pipeline.library_output import quiet_libraries
 
             quiet_libraries()
         return command(ui=Ui(as_json, quiet), **values)
@@ -50,9 +52,10 @@ def build_dir_option(command: Command) -> Command:
     )(command)
 
 
-def source_options(command: Command) -> Command:
-    """--revision, --offline and --allow-pickle, as the `source` that `download.run` takes."""
+def download_options(command: Command) -> Command:
+    """MODEL, where it is and how it is read; the command gets a `request`."""
 
+    @click.argument("model")
     @click.option("--revision", help="Branch, tag or commit of a Hub model.  [default: main]")
     @click.option(
         "--offline", is_flag=True, help="Take a Hub model as it is cached; says which commit."
@@ -62,35 +65,52 @@ def source_options(command: Command) -> Command:
         is_flag=True,
         help="Also pytorch_model*.bin: scanned, then converted in a process of its own.",
     )
-    @wraps(command)
-    def wrapped(revision: str | None, offline: bool, allow_pickle: bool, **values: Any) -> Any:
-        source = {"revision": revision, "offline": offline, "allow_pickle": allow_pickle}
-        return command(source=source, **values)
-
-    return wrapped
-
-
-def weights_options(command: Command) -> Command:
-    """--allow-unused and --strip-prefix: how the tensors of a checkpoint are understood."""
-    command = click.option(
+    @click.option(
         "--allow-unused",
         multiple=True,
         metavar="PATTERN",
         help="Tensors that the model has no place for and that may be left out, such as score or "
         "*.k_scale; may be given several times.",
-    )(command)
-    return click.option(
+    )
+    @click.option(
         "--strip-prefix",
+        default="",
         metavar="PREFIX",
         help="What a wrapper left before the names of tensors, such as _orig_mod. or module.; a "
         "copy without it is made in the build folder.",
-    )(command)
+    )
+    @build_dir_option
+    @wraps(command)
+    def wrapped(
+        model: str,
+        revision: str | None,
+        offline: bool,
+        allow_pickle: bool,
+        allow_unused: tuple[str, ...],
+        strip_prefix: str,
+        build_dir: Path | None,
+        **values: Any,
+    ) -> Any:
+        from nf4_pipeline.records import Reading
+        from nf4_pipeline.stages.download import DownloadRequest
+
+        request = DownloadRequest(
+            model,
+            ARTIFACTS,
+            revision,
+            build_dir,
+            offline,
+            allow_pickle,
+            Reading(allow_unused, strip_prefix),
+        )
+        return command(request=request, **values)
+
+    return wrapped
 
 
-def settings_options(command: Command) -> Command:
-    """What shapes a build and how it is made; the command gets `settings`."""
+def recipe_options(command: Command) -> Command:
+    """What shapes a build and how it is made; the command gets a `recipe` and a `machine`."""
 
-    @weights_options
     @click.option(
         "--recipe",
         type=click.Path(dir_okay=False, path_type=Path),
@@ -133,30 +153,24 @@ def settings_options(command: Command) -> Command:
         require_gpu: bool,
         workers: int,
         memory_budget: str,
-        allow_unused: tuple[str, ...],
-        strip_prefix: str | None,
         **values: Any,
     ) -> Any:
-        from nf4_pipeline.recipe import parse_recipe, parse_size, read_tables
-        from nf4_pipeline.stages import Settings
+        from nf4_pipeline.machine import Machine
+        from nf4_pipeline.recipe import PartialRecipe, parse_recipe, parse_size, read_tables
 
         check_device(device)
         tables = read_tables(recipe) if recipe else {}
-        asked = {
-            "calibrate": calibrate,
-            "extra_bytes": extra_bytes,
-            "allow_unused": allow_unused or None,
-            "strip_prefix": strip_prefix,
-        }
-        settings = Settings(
-            recipe=_with_options(parse_recipe(tables, str(recipe)), asked),
-            given=frozenset(tables) | ({"quantize"} if any(asked.values()) else set()),
+        said = PartialRecipe(
+            _calibrated(parse_recipe(tables, str(recipe)), calibrate, extra_bytes),
+            given=frozenset(tables) | ({"quantize"} if calibrate or extra_bytes else set()),
+        )
+        machine = Machine(
             device=device,
             require_gpu=require_gpu,
             workers=workers,
             memory_budget=parse_size(memory_budget, "--memory-budget"),
         )
-        return command(settings=settings, **values)
+        return command(recipe=said, machine=machine, **values)
 
     return wrapped
 
@@ -169,8 +183,9 @@ def check_device(device: str) -> None:
         raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N.")
 
 
-def _with_options(recipe: Recipe, asked: dict[str, Any]) -> Recipe:
-    """A recipe with what the options say instead of what it said; None says nothing."""
+def _calibrated(recipe: Recipe, calibrate: str | None, extra_bytes: str | None) -> Recipe:
+    """A recipe with what the options say instead of what it said."""
+    asked = {"calibrate": calibrate, "extra_bytes": extra_bytes}
     changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     if not changes:
         return recipe
@@ -230,43 +245,51 @@ def existing_build(model: str | None, build_dir: Path | None) -> Build:
 
 
 def _is_of(build: Build, model: str) -> bool:
-    record = build.record("download")
+    from nf4_pipeline.records import DOWNLOAD
+
+    record = build.record(DOWNLOAD)
     if record is None:
         return False
-    if record.facts.get("is_sample"):
+    if record.facts.is_sample:
         return model == "sample"
     folder = Path(model).expanduser()
     if folder.is_dir():
         link = build.source / "config.json"
         return link.resolve() == (folder / "config.json").resolve()
-    return bool(record.facts.get("repo") == model)
+    return record.facts.repo == model
 
 
 def run_one_stage(
-    stage: str, ui: Ui, settings: Settings, model: str | None, build_dir: Path | None
-) -> Any:
-    """What the stage commands have in common; returns the stage's record."""
+    name: str,
+    ui: Ui,
+    build: Build,
+    recipe: PartialRecipe,
+    machine: Machine,
+    *,
+    against: str | None = None,
+) -> Record[Any]:
+    """Runs one stage of an existing build and says what came of it; returns its record."""
     from nf4_pipeline.job import run_stage
+    from nf4_pipeline.verification.document import Verification
 
-    build = existing_build(model, build_dir)
-    result = run_stage(build, stage, settings, ui.reporter())
+    result = run_stage(build, name, recipe, machine, ui.reporter(), against=against)
+    record = result.record
     value = {
         "build": str(build.root),
-        "stage": stage,
+        "stage": name,
         "ran": result.ran,
-        "seconds": result.record.seconds,
-        "peak_memory_bytes": result.record.peak_memory,
-        "outputs": {name: d.as_json() for name, d in result.record.outputs.items()},
+        "seconds": record.seconds,
+        "peak_memory_bytes": record.peak_memory,
+        "outputs": {name: digest.to_json() for name, digest in record.outputs.items()},
     }
-    for name in ("verdict", "checks", "fidelity", "domains", "accuracy", "against"):
-        if name in result.record.facts:
-            value[name] = result.record.facts[name]
+    if isinstance(record.facts, Verification):
+        document = record.facts.to_json()
+        value |= {name: document[name] for name in _VERIFIED if name in document}
 
     def show() -> None:
-        done = f"in {result.record.seconds:.1f} s" if result.ran else "was done, still valid"
-        total = sum(digest.size for digest in result.record.outputs.values())
-        click.echo(f"{stage}: {done}; {len(result.record.outputs)} files, {total:,} bytes")
+        done = f"in {record.seconds:.1f} s" if result.ran else "was done, still valid"
+        click.echo(f"{name}: {done}; {len(record.outputs)} files, {record.total_bytes:,} bytes")
         click.echo(f"build:  {shlex.quote(str(build.root))}")
 
     ui.result(value, show)
-    return result.record
+    return record

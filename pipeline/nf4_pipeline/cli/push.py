@@ -13,6 +13,7 @@ import click
 from nf4_pipeline.cli.options import Command, Ui, build_dir_option, existing_build, output_options
 
 if TYPE_CHECKING:
+    from nf4_pipeline.records import PushFacts
     from nf4_pipeline.stages.push import Upload
 
 
@@ -69,20 +70,21 @@ def command(
     from HF_TOKEN or `hf auth login`. Running it again with nothing changed commits nothing.
     """
     from nf4_pipeline.errors import UsageError
+    from nf4_pipeline.hub import Target
     from nf4_pipeline.runtime.artifact import is_hub_id
-    from nf4_pipeline.stages.push import Target, plan_upload, run
+    from nf4_pipeline.stages.push import Push
 
     if not is_hub_id(repo_id):
         raise UsageError(f"--repo-id {repo_id}: expected ORG/NAME.")
     private = None if public is None else not public
-    target = Target(repo_id, private, create_pr, force, allow_unverified)
-    build = existing_build(model, build_dir)
+    target = Target(repo_id, private, create_pr, force)
+    push = Push(existing_build(model, build_dir), target, ui.reporter(), allow_unverified)
     if dry_run:
-        upload = plan_upload(build, target, ui.reporter())
+        upload = push.plan()
         ui.result(upload.as_json(), lambda: _show_plan(upload))
     else:
-        facts = run(build, target, ui.reporter()).facts
-        ui.result(facts, lambda: _show_push(facts))
+        facts = push.run().facts
+        ui.result(facts.to_json(), lambda: _show_push(facts))
 
 
 def _show_plan(upload: Upload) -> None:
@@ -98,21 +100,21 @@ def _show_plan(upload: Upload) -> None:
         click.echo(f"  | {line}".rstrip())
 
 
-def _show_push(facts: dict[str, Any]) -> None:
-    visibility = "private" if facts["private"] else "public"
-    new = ", new" if facts["created"] else ""
-    done = "pushed to" if facts["committed"] else "nothing to do:"
-    click.echo(f"{done} {facts['repo_id']} ({visibility}{new}), {facts['branch']}")
-    if facts["pull_request"]:
-        click.echo(f"pull request  {facts['pull_request_url']}")
-    made = "" if facts["committed"] else "  (was there; nothing was committed)"
-    click.echo(f"commit        {facts['url']}{made}")
+def _show_push(facts: PushFacts) -> None:
+    visibility = "private" if facts.private else "public"
+    new = ", new" if facts.created else ""
+    done = "pushed to" if facts.committed else "nothing to do:"
+    click.echo(f"{done} {facts.repo_id} ({visibility}{new}), {facts.branch}")
+    if facts.pull_request:
+        click.echo(f"pull request  {facts.pull_request_url}")
+    made = "" if facts.committed else "  (was there; nothing was committed)"
+    click.echo(f"commit        {facts.url}{made}")
     click.echo(
-        f"proof         the Hub lists the expected checksum for all {len(facts['files'])} files, "
-        f"{facts['total_bytes']:,} bytes"
+        f"proof         the Hub lists the expected checksum for all {len(facts.files)} files, "
+        f"{facts.total_bytes:,} bytes"
     )
-    others = [path for path in facts["proof"]["others"] if path != ".gitattributes"]
+    others = [path for path in facts.proof.others if path != ".gitattributes"]
     if others:
         click.echo(f"left alone    {', '.join(others[:4])}{', …' if others[4:] else ''}")
-    if facts["allow_unverified"]:
+    if facts.allow_unverified:
         click.echo('warning       its verdict is not "pass", and the card on the Hub says so')

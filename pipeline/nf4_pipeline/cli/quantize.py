@@ -12,36 +12,43 @@ from nf4_pipeline.cli.options import (
     build_dir_option,
     existing_build,
     output_options,
+    recipe_options,
     run_one_stage,
-    settings_options,
 )
 
 if TYPE_CHECKING:
+    from nf4_pipeline.machine import Machine
+    from nf4_pipeline.recipe import PartialRecipe
     from nf4_pipeline.selection import Plan
-    from nf4_pipeline.stages import Settings
 
 
 @click.command("quantize")
 @click.argument("model", required=False)
 @click.option("--dry-run", is_flag=True, help="Print the plan; read and write no weights.")
 @build_dir_option
-@settings_options
+@recipe_options
 @output_options
 def command(
-    ui: Ui, settings: Settings, model: str | None, dry_run: bool, build_dir: Path | None
+    ui: Ui,
+    recipe: PartialRecipe,
+    machine: Machine,
+    model: str | None,
+    dry_run: bool,
+    build_dir: Path | None,
 ) -> None:
     """Turn the linear layers of a downloaded checkpoint into NF4 codes.
 
     MODEL is what the build was started with; without it, the newest build is meant.
     """
-    if not dry_run:
-        run_one_stage("quantize", ui, settings, model, build_dir)
-        return
-    from nf4_pipeline.stages.quantize import check_disk, make_plan
-
     build = existing_build(model, build_dir)
-    plan, _ = make_plan(build, settings)
-    check_disk(build, plan)
+    if not dry_run:
+        run_one_stage("quantize", ui, build, recipe, machine)
+        return
+    from nf4_pipeline.stages.quantize import Quantize
+
+    stage = Quantize(build, recipe.recipe, machine)
+    plan = stage.plan()
+    stage.check_disk(plan)
     ui.result(_plan_json(plan), lambda: _show(plan))
 
 
@@ -67,7 +74,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def _show(plan: Plan) -> None:
-    from nf4_pipeline.cli.summary import size
+    from nf4_pipeline.report.formatting import both_units
 
     for action, verb in (("quantize", "quantized"), ("keep", "kept"), ("drop", "dropped")):
         groups: dict[str, list[int]] = {}
@@ -75,7 +82,9 @@ def _show(plan: Plan) -> None:
             if tensor.action == action:
                 groups.setdefault(tensor.reason, []).append(tensor.source.header.nbytes)
         for reason, sizes in sorted(groups.items()):
-            click.echo(f"  {verb:<10} {len(sizes):>5} tensors  {size(sum(sizes)):<28} {reason}")
+            click.echo(
+                f"  {verb:<10} {len(sizes):>5} tensors  {both_units(sum(sizes)):<28} {reason}"
+            )
     click.echo("  files, to the byte:")
     for file, layout in plan.layouts().items():
         click.echo(f"  {layout.nbytes:>18,}  {file}")

@@ -51,20 +51,19 @@ def command(
     which they were chosen. On another model of GPU or processor some of them may differ, since the
     model's activations are what the libraries beneath compute there.
     """
+    from nf4_pipeline.machine import Machine
     from nf4_pipeline.recipe import parse_size
     from nf4_pipeline.reproduce.reproduce import reproduce
 
     check_device(device)
-    found = reproduce(
-        artifact_folder(artifact),
-        source,
-        ui.reporter(),
+    machine = Machine(
         device=device,
         workers=workers,
         memory_budget=parse_size(memory_budget, "--memory-budget"),
     )
-    ui.result(found.as_json(), lambda: _show(found))
-    if found.differences:
+    result = reproduce(artifact_folder(artifact), source, ui.reporter(), machine)
+    ui.result(result.as_json(), lambda: _show(result))
+    if result.differences:
         sys.exit(1)
 
 
@@ -77,22 +76,22 @@ def artifact_folder(path: Path) -> Path:
     return path / "export" if (path / "records").is_dir() else path
 
 
-def _show(found: Reproduction) -> None:
-    source = found.source
-    pinned = source["commit"] or f"content {source['content_sha256'][:12]}"
-    click.echo(f"source: {source['repo']} at {pinned}")
-    for difference in found.differences:
+def _show(result: Reproduction) -> None:
+    source = result.source
+    pinned = source.commit or f"content {source.content_sha256[:12]}"
+    click.echo(f"source: {source.repo} at {pinned}")
+    for difference in result.differences:
         place = ""
         if difference.tensor is not None:
             place += f", first in {difference.tensor}"
         if difference.offset is not None:
             place += f" at byte {difference.offset:,}"
         click.echo(f"differs: {difference.file} {difference.what}{place}")
-    if found.not_derived:
-        click.echo(f"not derived: {', '.join(found.not_derived)}")
-    if found.differences and found.calibrated_on:
+    if result.not_derived:
+        click.echo(f"not derived: {', '.join(result.not_derived)}")
+    if result.differences and result.calibrated_on:
         click.echo(
-            f"calibrated: again, on {found.calibrated_on}. Codes hang on how a device computes: on "
-            "another model of GPU or processor than the artifact's some may differ."
+            f"calibrated: again, on {result.calibrated_on}. Codes hang on how a device computes: "
+            "on another model of GPU or processor than the artifact's some may differ."
         )
-    click.echo(f"reproduced: {found.equal} of {found.files} files")
+    click.echo(f"reproduced: {result.equal} of {result.files} files")

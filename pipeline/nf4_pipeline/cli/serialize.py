@@ -11,24 +11,27 @@ import click
 from nf4_pipeline.cli.options import (
     Ui,
     build_dir_option,
+    existing_build,
     output_options,
+    recipe_options,
     run_one_stage,
-    settings_options,
 )
 
 if TYPE_CHECKING:
-    from nf4_pipeline.stages import Settings
+    from nf4_pipeline.machine import Machine
+    from nf4_pipeline.recipe import PartialRecipe
 
 
 @click.command("serialize")
 @click.argument("model", required=False)
 @click.option("--max-shard-size", help='Such as "5GB" or "500MB"; wins over the recipe.')
 @build_dir_option
-@settings_options
+@recipe_options
 @output_options
 def command(
     ui: Ui,
-    settings: Settings,
+    recipe: PartialRecipe,
+    machine: Machine,
     model: str | None,
     max_shard_size: str | None,
     build_dir: Path | None,
@@ -38,6 +41,6 @@ def command(
     MODEL is what the build was started with; without it, the newest build is meant.
     """
     if max_shard_size is not None:
-        serialize = replace(settings.recipe.serialize, max_shard_size=max_shard_size)
-        settings = replace(settings, recipe=replace(settings.recipe, serialize=serialize))
-    run_one_stage("serialize", ui, settings, model, build_dir)
+        serialize = replace(recipe.recipe.serialize, max_shard_size=max_shard_size)
+        recipe = replace(recipe, recipe=replace(recipe.recipe, serialize=serialize))
+    run_one_stage("serialize", ui, existing_build(model, build_dir), recipe, machine)

@@ -13,19 +13,22 @@ from nf4_pipeline.cli.options import (
     build_dir_option,
     existing_build,
     output_options,
-    settings_options,
+    recipe_options,
 )
 
 if TYPE_CHECKING:
-    from nf4_pipeline.stages import Settings
+    from nf4_pipeline.machine import Machine
+    from nf4_pipeline.recipe import PartialRecipe
 
 
 @click.command("status")
 @click.argument("model", required=False)
 @build_dir_option
-@settings_options
+@recipe_options
 @output_options
-def command(ui: Ui, settings: Settings, model: str | None, build_dir: Path | None) -> None:
+def command(
+    ui: Ui, recipe: PartialRecipe, machine: Machine, model: str | None, build_dir: Path | None
+) -> None:
     """Say of each stage of a build whether it is done, stale or missing, and why.
 
     Without MODEL or --build-dir, all builds under artifacts/ are meant.
@@ -37,18 +40,18 @@ def command(ui: Ui, settings: Settings, model: str | None, build_dir: Path | Non
         builds = find_builds(ARTIFACTS)
     else:
         builds = [existing_build(model, build_dir)]
-    found = {str(build.root): states(build, settings, ui.reporter()) for build in builds}
+    by_build = {str(build.root): states(build, recipe, machine, ui.reporter()) for build in builds}
 
     def show() -> None:
-        if not found:
+        if not by_build:
             click.echo(f"No builds under {ARTIFACTS}/. Start one: nf4 build sample")
-        for root, stages in found.items():
+        for root, stages in by_build.items():
             click.echo(root)
             for stage, state in stages.items():
                 click.echo(f"  {stage:<10} {state.status:<8} {state.why}")
 
     value = {
         root: {stage: {"status": s.status, "why": s.why} for stage, s in stages.items()}
-        for root, stages in found.items()
+        for root, stages in by_build.items()
     }
     ui.result(value, show)

@@ -8,29 +8,31 @@ from typing import Any, Final
 import click
 
 from nf4_pipeline.build_folder import Build
+from nf4_pipeline.fidelity.metrics import Fidelity
 from nf4_pipeline.job import StageResult
-from nf4_pipeline.stages.download import download_notes
+from nf4_pipeline.report.formatting import both_units, interval, plain_size
+from nf4_pipeline.verification.document import (
+    Against,
+    MeasuredVerification,
+    NearestBaseline,
+    Verification,
+    parse_verification,
+)
 
 _SHOWN_ANSWERS: Final = 3
-_COMPARED: Final = {
-    "mean_kl": "mean KL",
-    "p99_kl": "99th percentile of KL",
-    "top1_agreement": "same next token",
-    "sure_agreement": "where 16 bit is sure",
-    "perplexity_4bit": "perplexity",
-}
 
 
 def summary(build: Build, results: dict[str, StageResult]) -> dict[str, Any]:
     """The result of a build as plain JSON."""
-    totals = results["serialize"].record.facts["totals"]
-    found = results["verify"].record.facts
+    serialized = results["serialize"].record
+    totals = serialized.facts.totals
+    verification = results["verify"].record.facts.to_json()
     return {
         "build": str(build.root),
         "artifact": str(build.export),
-        "verdict": found["verdict"],
+        "verdict": verification["verdict"],
         "totals": totals,
-        "disk_bytes": sum(d.size for d in results["serialize"].record.outputs.values()),
+        "disk_bytes": serialized.total_bytes,
         "stages": {
             name: {
                 "ran": result.ran,
@@ -39,11 +41,11 @@ def summary(build: Build, results: dict[str, StageResult]) -> dict[str, Any]:
             }
             for name, result in results.items()
         },
-        "hidden_modules": len(results["serialize"].record.facts["hidden_modules"]),
-        "left_out": results["serialize"].record.facts.get("left_out", []),
-        "notes": download_notes(results["download"].record),
-        "verification": {key: value for key, value in found.items() if key != "answers"},
-        "answers": found.get("answers", []),
+        "hidden_modules": len(serialized.facts.hidden_modules),
+        "left_out": [part.to_json() for part in serialized.facts.left_out],
+        "notes": results["download"].record.facts.notes,
+        "verification": {key: value for key, value in verification.items() if key != "answers"},
+        "answers": verification.get("answers", []),
     }
 
 
@@ -51,9 +53,9 @@ def show_summary(value: dict[str, Any]) -> None:
     """Prints it for people."""
     totals = value["totals"]
     click.echo()
-    click.echo(f"  original    {size(totals['original_bytes'])}")
+    click.echo(f"  original    {both_units(totals['original_bytes'])}")
     click.echo(
-        f"  NF4         {size(totals['artifact_bytes'])}: {1 - totals['ratio']:.1%} smaller, "
+        f"  NF4         {both_units(totals['artifact_bytes'])}: {1 - totals['ratio']:.1%} smaller, "
         f"{1 / totals['ratio']:.2f} x"
     )
     click.echo(
@@ -62,12 +64,12 @@ def show_summary(value: dict[str, Any]) -> None:
         f"({totals['tensors']['quantized']} layers)"
     )
     kept = ", ".join(
-        f"{reason} {size(nbytes, short=True)}"
+        f"{reason} {plain_size(nbytes)}"
         for reason, nbytes in totals["kept_bytes_by_reason"].items()
     )
     click.echo(f"  in 16 bit   {kept or 'nothing'}")
     for part in value["left_out"]:
-        sized = f"{part['tensors']} tensors, {size(part['bytes'], short=True)}"
+        sized = f"{part['tensors']} tensors, {plain_size(part['bytes'])}"
         click.echo(f"  left out    {sized}: {part['reason']}")
     for note in value["notes"]:
         click.echo(f"  note        {note.removeprefix('Warning: ')}")
@@ -75,9 +77,9 @@ def show_summary(value: dict[str, Any]) -> None:
     click.echo("  stage         time   peak memory")
     for name, stage in value["stages"].items():
         took = f"{stage['seconds']:6.1f} s" if stage["ran"] else "  (done)"
-        click.echo(f"  {name:<10} {took}   {size(stage['peak_memory_bytes'], short=True):>9}")
+        click.echo(f"  {name:<10} {took}   {plain_size(stage['peak_memory_bytes']):>9}")
     _show_answers(value["answers"])
-    show_checks(value["verification"])
+    show_checks(parse_verification({**value["verification"], "answers": value["answers"]}))
     click.echo(f"  artifact    {value['artifact']}")
     if value["hidden_modules"]:
         click.echo(
@@ -101,48 +103,38 @@ def _show_answers(answers: list[dict[str, Any]]) -> None:
     click.echo(f"  {same} of {len(answers)} answers are the same to the letter")
 
 
-def show_checks(verification: dict[str, Any]) -> None:
+def show_checks(verification: Verification) -> None:
     """Prints the checks and the verdict."""
     click.echo()
-    for check in verification["checks"]:
-        mark = "ok  " if check["passed"] else "FAIL"
-        click.echo(f"  {mark}  {check['name']}: {check['found']} (expected: {check['expected']})")
-    device = verification.get("device")
-    on = f", measured on {device['name']} in {device['dtype']}" if device else ""
-    colour = "green" if verification["verdict"] == "pass" else "red"
-    _show_beside(verification, "nearest", "round to nearest")
-    _show_beside(verification, "against", "the other")
-    click.echo("  verdict     " + click.style(verification["verdict"], fg=colour, bold=True) + on)
+    for check in verification.checks:
+        mark = "ok  " if check.passed else "FAIL"
+        click.echo(f"  {mark}  {check.name}: {check.found} (expected: {check.expected})")
+    on = ""
+    if isinstance(verification, MeasuredVerification):
+        on = f", measured on {verification.device.name} in {verification.device.dtype}"
+        _show_beside(verification.fidelity, verification.nearest, "round to nearest")
+        _show_beside(verification.fidelity, verification.against, "the other")
+    colour = "green" if verification.verdict == "pass" else "red"
+    click.echo("  verdict     " + click.style(verification.verdict, fg=colour, bold=True) + on)
 
 
-def _show_beside(verification: dict[str, Any], part: str, name: str) -> None:
+def _show_beside(own: Fidelity, other: NearestBaseline | Against | None, name: str) -> None:
     """What the artifact was compared with, if it was."""
-    other = verification.get(part)
-    if not other:
+    if other is None:
         return
     click.echo()
     click.echo(f"  {'':<22}  {'this artifact':<28}  {name}")
-    for key, title in _COMPARED.items():
-        own, theirs = verification["fidelity"][key], other["fidelity"][key]
-        click.echo(f"  {title:<22}  {_interval(own):<28}  {_interval(theirs)}")
-    ratio = _interval(other["difference"]["mean_kl_ratio"])
+    for title, one, two in (
+        ("mean KL", own.mean_kl, other.fidelity.mean_kl),
+        ("99th percentile of KL", own.p99_kl, other.fidelity.p99_kl),
+        ("same next token", own.top1_agreement, other.fidelity.top1_agreement),
+        ("where 16 bit is sure", own.sure_agreement, other.fidelity.sure_agreement),
+        ("perplexity", own.perplexity_4bit, other.fidelity.perplexity_4bit),
+    ):
+        click.echo(f"  {title:<22}  {interval(one, '.4f'):<28}  {interval(two, '.4f')}")
+    ratio = interval(other.difference.mean_kl_ratio, ".4f")
     click.echo(f"  mean KL of this one over {name}: {ratio}")
     click.echo()
-
-
-def _interval(found: dict[str, float | None]) -> str:
-    value, low, high = (found[name] for name in ("value", "low", "high"))
-    if value is None or low is None or high is None:
-        return "not finite"
-    return f"{value:.4f} [{low:.4f}, {high:.4f}]"
-
-
-def size(count: int, *, short: bool = False) -> str:
-    """Bytes for people, in both kinds of unit unless `short`."""
-    large = count >= 10**9
-    decimal = f"{count / 1e9:.3f} GB" if large else f"{count / 1e6:.2f} MB"
-    binary = f"{count / 2**30:.3f} GiB" if large else f"{count / 2**20:.2f} MiB"
-    return decimal if short else f"{decimal} = {binary}"
 
 
 def _line(text: str, width: int = 88) -> str:

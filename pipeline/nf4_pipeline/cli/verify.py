@@ -11,13 +11,15 @@ import click
 from nf4_pipeline.cli.options import (
     Ui,
     build_dir_option,
+    existing_build,
     output_options,
+    recipe_options,
     run_one_stage,
-    settings_options,
 )
 
 if TYPE_CHECKING:
-    from nf4_pipeline.stages import Settings
+    from nf4_pipeline.machine import Machine
+    from nf4_pipeline.recipe import PartialRecipe
 
 
 @click.command("verify")
@@ -44,11 +46,12 @@ if TYPE_CHECKING:
     "--device-memory", help='How much of the device may be used, such as "8GB".  [default: all]'
 )
 @build_dir_option
-@settings_options
+@recipe_options
 @output_options
 def command(
     ui: Ui,
-    settings: Settings,
+    recipe: PartialRecipe,
+    machine: Machine,
     model: str | None,
     prompts: Path | None,
     eval_text: Path | None,
@@ -67,21 +70,20 @@ def command(
     from nf4_pipeline.cli.summary import show_checks
     from nf4_pipeline.recipe import parse_size
 
-    recipe = settings.recipe.verify
+    verify = recipe.recipe.verify
     if prompts is not None:
-        recipe = replace(recipe, prompts=str(prompts))
+        verify = replace(verify, prompts=str(prompts))
     if eval_text is not None:
-        recipe = replace(recipe, eval_text=str(eval_text))
+        verify = replace(verify, eval_text=str(eval_text))
     if eval_tokens is not None:
-        recipe = replace(recipe, eval_tokens=eval_tokens)
-    settings = replace(
-        settings,
-        recipe=replace(settings.recipe, verify=recipe),
-        against=against,
-        device_memory=parse_size(device_memory, "--device-memory") if device_memory else 0,
-    )
-    record = run_one_stage("verify", ui, settings, model, build_dir)
+        verify = replace(verify, eval_tokens=eval_tokens)
+    recipe = replace(recipe, recipe=replace(recipe.recipe, verify=verify))
+    if device_memory:
+        machine = replace(machine, device_memory=parse_size(device_memory, "--device-memory"))
+    build = existing_build(model, build_dir)
+    record = run_one_stage("verify", ui, build, recipe, machine, against=against)
+    verification = record.facts
     if not ui.as_json:
-        show_checks(record.facts)
-    if record.facts["verdict"] != "pass":
+        show_checks(verification)
+    if verification.verdict != "pass":
         sys.exit(1)

@@ -35,7 +35,7 @@ def divide(memory: int, workers: int, max_chunk: int) -> Budget:
         max_chunk: bytes beyond which a chunk is not faster.
 
     Raises:
-        UsageError: not even one worker fits.
+        UsageError: the memory does not hold the buffers of a single worker.
     """
     fitting = memory // (_PER_CHUNK * _MIN_CHUNK)
     if fitting < 1:

@@ -20,8 +20,8 @@ from nf4_pipeline.checkpoint.source import Checkpoint
 from nf4_pipeline.checkpoint.writer import writing
 from nf4_pipeline.engine.buffers import Budget
 from nf4_pipeline.engine.chunks import Chunk, cut
-from nf4_pipeline.engine.shard_job import FileJob, ThreadBuffers
-from nf4_pipeline.engine.tied import Twin
+from nf4_pipeline.engine.shard_job import ShardJob, ThreadBuffers
+from nf4_pipeline.engine.tied import TiedTensor
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.nf4.rounding import Rounding
 from nf4_pipeline.progress import Task
@@ -92,8 +92,9 @@ def quantize_files(
         task: advanced by the source bytes that are done.
 
     Raises:
-        CheckpointError: a weight is not finite, or a file became shorter while it was read.
-        TwinsDifferError: a tensor was to be dropped and does not equal its twin.
+        CheckpointError: a weight holds an infinity or a NaN, or a file cannot be read or became
+            shorter while it was read.
+        TiedWeightsDiffer: a tensor was to be dropped and does not equal the one it is tied to.
     """
     files = plan.files()
     make_files(
@@ -132,8 +133,9 @@ def make_files(
         task: advanced by the source bytes that are done.
 
     Raises:
-        CheckpointError: a weight is not finite, or a file became shorter while it was read.
-        TwinsDifferError: a tensor was to be dropped and does not equal its twin.
+        CheckpointError: a weight holds an infinity or a NaN, or a file cannot be read or became
+            shorter while it was read.
+        TiedWeightsDiffer: a tensor was to be dropped and does not equal the one it is tied to.
     """
     engine = _Engine(checkpoint, plan, rounding, budget, task)
     with engine.opened():
@@ -157,7 +159,7 @@ class _Engine:
         self._buffers = ThreadBuffers(rounding, budget.chunk_bytes)
         self._done = threading.Lock()
         self._sources: dict[str, int] = {}
-        self._twins: dict[str, list[Twin]] = {}  # by the source name of the tensor that stays
+        self._tied: dict[str, list[TiedTensor]] = {}  # by the source name of the tensor that stays
         self._pool: ThreadPoolExecutor
 
     @contextmanager
@@ -167,9 +169,9 @@ class _Engine:
             for file in self._checkpoint.files:
                 self._sources[file] = stack.enter_context(_open(self._checkpoint.path(file)))
             for tensor in self._plan.by_action("drop"):
-                if tensor.twin is not None:
-                    twin = Twin(tensor, self._sources[tensor.source.file])
-                    self._twins.setdefault(tensor.twin, []).append(twin)
+                if tensor.tied_to is not None:
+                    dropped = TiedTensor(tensor, self._sources[tensor.source.file])
+                    self._tied.setdefault(tensor.tied_to, []).append(dropped)
             self._pool = stack.enter_context(ThreadPoolExecutor(self._budget.workers, "quantize"))
             yield
 
@@ -182,7 +184,7 @@ class _Engine:
         }
         counts = {name: len(parts) for name, parts in chunks.items()}
         with opener(output) as sink:
-            job = FileJob(
+            job = ShardJob(
                 self._sources[output.source],
                 sink,
                 counts,
@@ -196,7 +198,7 @@ class _Engine:
         with self._done:
             done(output.name, QuantizedFile(written, job.relative_rmse))
 
-    def _work(self, job: FileJob, chunks: Iterator[Chunk]) -> None:
+    def _work(self, job: ShardJob, chunks: Iterator[Chunk]) -> None:
         """Has chunks done by the workers, few ahead of what is done; the first error ends it."""
         room = threading.Semaphore(2 * self._budget.workers)
         failed = threading.Event()
@@ -216,9 +218,9 @@ class _Engine:
                     break
                 if self.stop.is_set():
                     raise _StoppedError
-                twins = self._twins.get(chunk.tensor.source.name, ())
-                job.announce(chunk, twins)
-                future = self._pool.submit(job.make, chunk, twins)
+                tied = self._tied.get(chunk.tensor.source.name, ())
+                job.announce(chunk, tied)
+                future = self._pool.submit(job.make, chunk, tied)
                 future.add_done_callback(finished)
                 pending.append(future)
             for future in pending:

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from nf4_pipeline.checkpoint.sink import Sink
 from nf4_pipeline.engine.chunks import Chunk, read_chunk, will_read
 from nf4_pipeline.engine.finite import first_not_finite
-from nf4_pipeline.engine.tied import Twin
+from nf4_pipeline.engine.tied import TiedTensor
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.nf4 import BLOCK_SIZE
-from nf4_pipeline.nf4.codebook import NF4_LEVELS, SCALE_LEVELS
-from nf4_pipeline.nf4.layout import QUANT_STATE_SUFFIX, quant_state_text
+from nf4_pipeline.nf4.packing import packed_bytes
 from nf4_pipeline.nf4.rounding import Rounding, WeightRounding
+from nf4_pipeline.nf4.stored_weight import companions
 from nf4_pipeline.progress import Task
-from nf4_pipeline.selection import FLOAT_DTYPES, TensorPlan
+from nf4_pipeline.selection import QUANTIZABLE_DTYPES, TensorPlan
 
 
 class ThreadBuffers(threading.local):
@@ -45,7 +45,7 @@ def _check_finite(data: NDArray[Any], chunk: Chunk) -> None:
     """Refuses an infinity or a NaN among values that are copied.
 
     Raises:
-        CheckpointError: there is one.
+        CheckpointError: the chunk holds one.
     """
     source = chunk.tensor.source
     bad = first_not_finite(data, source.header.dtype)
@@ -67,7 +67,7 @@ class _Weight:
     left: int
 
 
-class FileJob:
+class ShardJob:
     """Makes the bytes of one output file, chunk by chunk, from any thread.
 
     Args:
@@ -98,25 +98,25 @@ class FileJob:
         self._open: dict[str, _Weight] = {}
         self._lock = threading.Lock()
 
-    def announce(self, chunk: Chunk, twins: Sequence[Twin] = ()) -> None:
+    def announce(self, chunk: Chunk, tied: Sequence[TiedTensor] = ()) -> None:
         """Has the system begin to read what `make` will soon ask for."""
         will_read(self._source, chunk)
-        for twin in twins:
-            twin.announce(chunk)
+        for other in tied:
+            other.announce(chunk)
 
-    def make(self, chunk: Chunk, twins: Sequence[Twin] = ()) -> None:
+    def make(self, chunk: Chunk, tied: Sequence[TiedTensor] = ()) -> None:
         """Does with a chunk what the plan says, and checks the tensors dropped for its own."""
         if chunk.tensor.action == "quantize":
             self._quantize(chunk)
         else:
-            self._copy(chunk, twins)
+            self._copy(chunk, tied)
         self._task.advance(chunk.nbytes)
 
-    def _copy(self, chunk: Chunk, twins: Sequence[Twin]) -> None:
+    def _copy(self, chunk: Chunk, tied: Sequence[TiedTensor]) -> None:
         data = read_chunk(self._source, chunk, self._buffers.get("in", chunk.nbytes))
         _check_finite(data, chunk)
-        for twin in twins:
-            twin.check(data, chunk, self._buffers.get("twin", chunk.nbytes))
+        for other in tied:
+            other.check(data, chunk, self._buffers.get("tied", chunk.nbytes))
         self._output.write(chunk.tensor.name, chunk.start * data.itemsize, data)
 
     def _quantize(self, chunk: Chunk) -> None:
@@ -124,23 +124,23 @@ class FileJob:
         plan = chunk.tensor
         weight = self._weight(plan)
         bits = read_chunk(self._source, chunk, self._buffers.get("in", chunk.nbytes))
-        packed = self._buffers.get("codes", -(-chunk.count // 2), share=4)
-        dtype = FLOAT_DTYPES[plan.source.header.dtype]
-        bad = weight.rounding.chunk(bits, dtype, chunk.start, packed)
-        if bad >= 0:
+        packed = self._buffers.get("codes", packed_bytes(chunk.count), share=4)
+        dtype = QUANTIZABLE_DTYPES[plan.source.header.dtype]
+        block = weight.rounding.quantize_chunk(bits, dtype, chunk.start, packed)
+        if block is not None:
             raise CheckpointError(
                 f"{plan.source.name!r} in {plan.source.file} holds an infinity or a NaN (weights "
-                f"{chunk.start + bad * BLOCK_SIZE} and on). Such a checkpoint cannot be quantized; "
-                "look for a corrected revision."
+                f"{chunk.start + block * BLOCK_SIZE} and on). Such a checkpoint cannot be "
+                "quantized; look for a corrected revision."
             )
-        self._output.write(plan.name, chunk.start // 2, packed)
+        self._output.write(plan.name, packed_bytes(chunk.start), packed)
         if self._finished_one(weight):
             self._finish(weight)
 
     def _weight(self, plan: TensorPlan) -> _Weight:
         with self._lock:
             if plan.name not in self._open:
-                rounding = self._rounding.begin(plan.name, prod(plan.shape))
+                rounding = self._rounding.start_weight(plan.name, prod(plan.shape))
                 self._open[plan.name] = _Weight(plan, rounding, self._chunks_of[plan.name])
             return self._open[plan.name]
 
@@ -153,19 +153,9 @@ class FileJob:
 
     def _finish(self, weight: _Weight) -> None:
         """All codes are chosen: the scales and the other companions are written."""
-        plan, name = weight.plan, weight.plan.name
-        rounded = weight.rounding.finish()
-        nested = rounded.scales
-        dtype = FLOAT_DTYPES[plan.source.header.dtype]
-        text = quant_state_text(plan.shape, dtype, float(nested.offset))
-        companions: dict[str, NDArray[Any] | bytes] = {
-            ".absmax": nested.codes,
-            ".quant_map": NF4_LEVELS,
-            ".nested_absmax": nested.absmax,
-            ".nested_quant_map": SCALE_LEVELS,
-            QUANT_STATE_SUFFIX: text,
-        }
-        for suffix, data in companions.items():
-            self._output.write(name + suffix, 0, data)
+        plan, rounded = weight.plan, weight.rounding.finish()
+        dtype = QUANTIZABLE_DTYPES[plan.source.header.dtype]
+        for name, data in companions(plan.name, plan.shape, dtype, rounded.scales).items():
+            self._output.write(name, 0, data)
         with self._lock:
-            self.relative_rmse[name] = rounded.relative_rmse
+            self.relative_rmse[plan.name] = rounded.relative_rmse

@@ -13,20 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nf4_pipeline.engine.chunks import Chunk, read_range, will_read
-from nf4_pipeline.errors import SourceError
+from nf4_pipeline.errors import TiedWeightsDiffer
 from nf4_pipeline.selection import TensorPlan
 
 
-class TwinsDifferError(SourceError):
-    """A tensor that was to be dropped does not equal its twin."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"{name!r} does not equal the tensor to which it is tied.")
-        self.name = name
-
-
 @dataclass(frozen=True)
-class Twin:
+class TiedTensor:
     """A tensor that is dropped because it equals another.
 
     Attributes:
@@ -50,7 +42,7 @@ class Twin:
             buffer: as long as they are; receives this tensor's.
 
         Raises:
-            TwinsDifferError: they differ.
+            TiedWeightsDiffer: the two differ in dtype, in shape, or in a byte of the chunk.
         """
         own, other = self.tensor.source.header, chunk.tensor.source.header
         same = (own.dtype, own.shape) == (other.dtype, other.shape)
@@ -59,7 +51,7 @@ class Twin:
             read_range(self.descriptor, buffer, offset, self.tensor)
             same = _equal(data.view(np.uint8), buffer)
         if not same:
-            raise TwinsDifferError(self.tensor.source.name)
+            raise TiedWeightsDiffer(self.tensor.source.name)
 
 
 def _equal(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> bool:

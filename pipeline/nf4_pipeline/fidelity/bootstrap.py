@@ -6,12 +6,15 @@ ones (block bootstrap: Kuensch, 1989; percentile intervals: Efron, 1979).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from math import isfinite, nan
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from nf4_pipeline.documents import Document
 
 SEGMENT: Final = 64
 """Tokens in a segment, at most; a segment never crosses from one sequence into the next."""
@@ -22,9 +25,11 @@ Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 """Weights of tokens, [draws, tokens] -> a value for each draw, [draws]."""
 
 
-@dataclass(frozen=True)
-class Interval:
+@dataclass(frozen=True, slots=True)
+class Interval(Document):
     """A figure, and between what bounds it would lie on other texts of the same kind.
+
+    In JSON a number that is not finite is null, and null is read as NaN.
 
     Attributes:
         value: measured.
@@ -36,15 +41,37 @@ class Interval:
     low: float
     high: float
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, float | None]) -> Interval:
-        """What `as_json` wrote; null becomes NaN."""
-        return cls(**{name: np.nan if number is None else number for name, number in value.items()})
+    @property
+    def is_finite(self) -> bool:
+        """True if all three are."""
+        return isfinite(self.value) and isfinite(self.low) and isfinite(self.high)
 
-    def as_json(self) -> dict[str, float | None]:
-        """Plain JSON; a number that is not finite becomes null."""
+    def __format__(self, spec: str) -> str:
+        """ "value [low, high]", each number in the format `spec`."""
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+    def to_json(self) -> dict[str, Any]:
         numbers = {"value": self.value, "low": self.low, "high": self.high}
-        return {name: value if np.isfinite(value) else None for name, value in numbers.items()}
+        return {name: finite_or_none(number) for name, number in numbers.items()}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Interval:
+        stored = _StoredInterval.from_json(value)
+        return cls(*(nan if n is None else n for n in (stored.value, stored.low, stored.high)))
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredInterval(Document):
+    """An interval as it stands in JSON."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+def finite_or_none(number: float) -> float | None:
+    """What JSON can hold: None for NaN and the infinities."""
+    return number if isfinite(number) else None
 
 
 class Resampling:
@@ -62,8 +89,8 @@ class Resampling:
             segments += [len(part) for part in np.array_split(np.arange(length), max(count, 1))]
         self._sizes = np.array([size for size in segments if size], np.int64)
         count = len(self._sizes)
-        dice = np.random.default_rng(seed)
-        self._draws = dice.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+        rng = np.random.default_rng(seed)
+        self._draws = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
 
     def interval(self, statistic: Statistic) -> Interval:
         """The value of a statistic on all tokens, and its interval.
@@ -102,8 +129,8 @@ def share(hits: NDArray[np.bool_], among: NDArray[np.bool_]) -> Statistic:
 
     def statistic(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         count = weights @ among.astype(np.float64)
-        found = weights @ (hits & among).astype(np.float64)
-        return np.asarray(found / np.where(count > 0, count, np.nan))
+        hit_count = weights @ (hits & among).astype(np.float64)
+        return np.asarray(hit_count / np.where(count > 0, count, np.nan))
 
     return statistic
 

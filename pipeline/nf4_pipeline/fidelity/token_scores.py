@@ -91,5 +91,5 @@ def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _numpy(values: torch.Tensor) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = values.double().cpu().numpy()
-    return found
+    array: NDArray[np.float64] = values.double().cpu().numpy()
+    return array

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Literal
 
+from nf4_pipeline.documents import Document
 from nf4_pipeline.fidelity.metrics import Fidelity
 from nf4_pipeline.recipe import VerifyRecipe
 
+Verdict = Literal["pass", "fail"]
 
-@dataclass(frozen=True)
-class Check:
+
+@dataclass(frozen=True, slots=True)
+class Check(Document):
     """One thing that must hold.
 
     Attributes:
@@ -25,9 +29,6 @@ class Check:
     found: str
     expected: str
 
-    def as_json(self) -> dict[str, object]:
-        return asdict(self)
-
 
 def fidelity_checks(fidelity: Fidelity, recipe: VerifyRecipe) -> list[Check]:
     """Holds the distance from the 16-bit model against the recipe's limits."""
@@ -40,8 +41,7 @@ def fidelity_checks(fidelity: Fidelity, recipe: VerifyRecipe) -> list[Check]:
         Check(
             "mean KL from the 16-bit model",
             kl.value <= recipe.max_mean_kl,
-            f"{kl.value:.4f} [{kl.low:.4f}, {kl.high:.4f}] nats per token over "
-            f"{fidelity.tokens} tokens",
+            f"{kl:.4f} nats per token over {fidelity.tokens} tokens",
             f"at most {recipe.max_mean_kl:g}",
         ),
         Check(
@@ -53,29 +53,30 @@ def fidelity_checks(fidelity: Fidelity, recipe: VerifyRecipe) -> list[Check]:
         Check(
             "perplexity in 4 bit over 16 bit",
             ratio.value <= recipe.max_perplexity_ratio,
-            f"{ratio.value:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]: "
-            f"{fidelity.perplexity_4bit.value:.3f} over {fidelity.perplexity_16bit.value:.3f}",
+            f"{ratio:.4f}: {fidelity.perplexity_4bit.value:.3f} over "
+            f"{fidelity.perplexity_16bit.value:.3f}",
             f"at most {recipe.max_perplexity_ratio:g}",
         ),
     ]
 
 
-def accuracy_check(
-    reference_right: Sequence[bool], right: Sequence[bool], recipe: VerifyRecipe
-) -> Check | None:
-    """Holds the right answers of both models against each other; None without expected answers."""
-    asked = len(right)
-    if not asked:
-        return None
-    lost = (sum(reference_right) - sum(right)) / asked
+def accuracy_check(asked: int, right_16bit: int, right_4bit: int, recipe: VerifyRecipe) -> Check:
+    """Holds the right answers of both models against each other.
+
+    Args:
+        asked: questions with one right answer; at least one.
+        right_16bit: how many the reference answered so.
+        right_4bit: how many the model did.
+        recipe: the limits.
+    """
     return Check(
         "right answers",
-        lost <= recipe.max_accuracy_drop,
-        f"{sum(right)} of {asked} in 4 bit, {sum(reference_right)} of {asked} in 16 bit",
+        (right_16bit - right_4bit) / asked <= recipe.max_accuracy_drop,
+        f"{right_4bit} of {asked} in 4 bit, {right_16bit} of {asked} in 16 bit",
         f"at most {recipe.max_accuracy_drop:.0%} of the questions lost",
     )
 
 
-def verdict(checks: Sequence[Check]) -> str:
+def verdict(checks: Sequence[Check]) -> Verdict:
     """ "pass" if every check passed."""
     return "pass" if all(check.passed for check in checks) else "fail"

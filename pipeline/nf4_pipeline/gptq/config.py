@@ -1,4 +1,4 @@
-"""What calibration does, in figures. The defaults are the recipe; other values are for studies."""
+"""What GPTQ does, in figures. The defaults are the recipe; other values are for studies."""
 
 from __future__ import annotations
 
@@ -8,29 +8,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def _shares() -> NDArray[np.float32]:
+def _scale_candidates() -> NDArray[np.float32]:
     return np.linspace(0.70, 1.15, 24).astype(np.float32)
 
 
 @dataclass(frozen=True)
-class Method:
+class GptqConfig:
     """How codes and scales are chosen.
 
     Attributes:
-        shrink: share that is taken off the moment's elements beside the diagonal, at most, since a
-            finite sample exaggerates them; 1 leaves plain rounding with weighted errors.
-        by_sample: the share is columns / tokens, if that is less.
-        damping: share of the mean of the diagonal that is added to it.
-        by_importance: columns whose inputs are largest are rounded first; else as they stand.
-        signs: 2 if scales may be negative, else 1.
-        in_loop: scales are chosen again when their block is rounded.
-        shares: scales that are tried, as shares of the largest weight of a block.
+        shrinkage: share that is taken off the Hessian's elements beside the diagonal, at most,
+            since a finite sample exaggerates them; 1 leaves plain rounding with weighted errors.
+        adaptive_shrinkage: the share is columns / tokens, if that is less.
+        percdamp: share of the mean of the diagonal that is added to it.
+        act_order: columns whose inputs are largest are rounded first; else as they stand.
+        negative_scales: scales may be negative.
+        refine_scales: scales are chosen again when their block is rounded.
+        scale_candidates: scales that are tried, as shares of the largest weight of a block.
     """
 
-    shrink: float = 0.1
-    by_sample: bool = True
-    damping: float = 0.01
-    by_importance: bool = True
-    signs: int = 2
-    in_loop: bool = True
-    shares: NDArray[np.float32] = field(default_factory=_shares)
+    shrinkage: float = 0.1
+    adaptive_shrinkage: bool = True
+    percdamp: float = 0.01
+    act_order: bool = True
+    negative_scales: bool = True
+    refine_scales: bool = True
+    scale_candidates: NDArray[np.float32] = field(default_factory=_scale_candidates)
+
+    @property
+    def signs(self) -> int:
+        """How many signs a scale may have, as the kernels take it: 1 or 2."""
+        return 2 if self.negative_scales else 1

@@ -1,16 +1,7 @@
-"""Rounding that makes up for its own errors, with scales chosen on the way; compiled for the CPU.
+"""The loops of GPTQ, compiled for the CPU; see `nf4_pipeline.gptq` for what they compute.
 
-For a weight W and the second moment H of its layer's inputs, rounding W to Q costs the layer's
-output tr((W - Q) H (W - Q)^T). With U upper triangular and inverse(H) = U^T U, columns are rounded
-one after the other; what one of them lost is taken up by those that follow:
-
-    e_j = (w_j - q_j) / U_jj        w_k -= e_j U_jk  for k > j
-
-and the cost is the sum of e_j^2 exactly (GPTQ: Frantar et al., 2023, arXiv:2210.17323, from Optimal
-Brain Surgeon). The scale of a block of 64 columns is the one, among those that can be stored, whose
-64 columns add least to that sum. NF4's levels are not symmetric, so scales of both signs are tried.
-
-Everything is float32 in a fixed order, without fused multiply-adds: the same on every processor.
+Each releases the GIL and works on some rows. Everything is float32 in a fixed order, without fused
+multiply-adds: the same on every processor.
 """
 
 from __future__ import annotations
@@ -18,42 +9,29 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
 from nf4_pipeline.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from nf4_pipeline.nf4.bisection import nearest_code, nearest_scale_code
 from nf4_pipeline.nf4.codebook import (
     NF4_LEVELS,
-    NF4_MIDPOINTS,
     SCALE_LEVELS,
     SCALE_MIDPOINTS,
     ZERO_CODE,
 )
-from numba import njit
-from numpy.typing import NDArray
 
 _SMALLEST: Final = np.float32(2.0**-126)  # the smallest normal number
 _INFINITE: Final = np.float32(np.inf)
 _ZERO: Final = np.float32(0.0)
 _ONE: Final = np.float32(1.0)
 _ZERO_LEVEL: Final = int(np.flatnonzero(SCALE_LEVELS == 0)[0])
-_M0, _M1, _M2, _M3, _M4, _M5, _M6, _M7 = NF4_MIDPOINTS[:8]
-_M8, _M9, _M10, _M11, _M12, _M13, _M14 = NF4_MIDPOINTS[8:]
-
-
-@njit(cache=True, nogil=True, inline="always")
-def _code(value):  # type: ignore[no-untyped-def]
-    """The number of midpoints below a value, by bisection."""
-    b3 = value > _M7
-    b2 = value > (_M11 if b3 else _M3)
-    b1 = value > ((_M13 if b2 else _M9) if b3 else (_M5 if b2 else _M1))
-    upper = (_M14 if b1 else _M12) if b2 else (_M10 if b1 else _M8)
-    lower = (_M6 if b1 else _M4) if b2 else (_M2 if b1 else _M0)
-    b0 = value > (upper if b3 else lower)
-    return np.int32(b3) << 3 | np.int32(b2) << 2 | np.int32(b1) << 1 | np.int32(b0)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _start_scales(weights, first, columns, importance, shares, signs, limit, scales):  # type: ignore[no-untyped-def]
+def _start_scales(weights, first, columns, diagonal, candidates, signs, limit, scales):  # type: ignore[no-untyped-def]
     values = np.zeros(BLOCK_SIZE, np.float32)
-    matter = np.zeros(BLOCK_SIZE, np.float32)
+    weighting = np.zeros(BLOCK_SIZE, np.float32)
     errors = np.zeros(BLOCK_SIZE, np.float32)
     for b in range(scales.size):
         start = b * BLOCK_SIZE
@@ -62,21 +40,21 @@ def _start_scales(weights, first, columns, importance, shares, signs, limit, sca
         top = _ZERO
         for i in range(BLOCK_SIZE):
             values[i] = weights[start + i] if i < count else _ZERO
-            matter[i] = importance[column] if i < count else _ZERO
+            weighting[i] = diagonal[column] if i < count else _ZERO
             column = column + 1 if column + 1 < columns else 0
             top = max(top, abs(values[i]))
         best = _INFINITE
         scales[b] = min(top, limit)
         if top < _SMALLEST:
             continue
-        for candidate in range(signs * shares.size):
-            scale = min(top * shares[candidate % shares.size], limit)
-            if candidate >= shares.size:
+        for candidate in range(signs * candidates.size):
+            scale = min(top * candidates[candidate % candidates.size], limit)
+            if candidate >= candidates.size:
                 scale = -scale
             inverse = _ONE / scale
             for i in range(BLOCK_SIZE):
-                off = values[i] - scale * NF4_LEVELS[_code(values[i] * inverse)]
-                errors[i] = matter[i] * off * off
+                off = values[i] - scale * NF4_LEVELS[nearest_code(values[i] * inverse)]
+                errors[i] = weighting[i] * off * off
             total = _ZERO
             for i in range(BLOCK_SIZE):
                 total += errors[i]
@@ -89,8 +67,8 @@ def start_scales(
     weights: NDArray[np.float32],
     first: int,
     columns: int,
-    importance: NDArray[np.float32],
-    shares: NDArray[np.float32],
+    diagonal: NDArray[np.float32],
+    candidates: NDArray[np.float32],
     signs: int,
     limit: float,
     scales: NDArray[np.float32],
@@ -101,13 +79,13 @@ def start_scales(
         weights: consecutive weights of a matrix, row after row, float32 [n].
         first: the place of the first one in the whole; a multiple of 64.
         columns: of the matrix.
-        importance: the mean square of each input, float32 [columns].
-        shares: scales that are tried, as shares of the largest weight of a block; float32.
+        diagonal: the mean square of each input, float32 [columns].
+        candidates: scales that are tried, as shares of the largest weight of a block; float32.
         signs: 2 to try the negative ones, too; else 1.
         limit: the largest scale that readers can hold in the weight's dtype.
         scales: receives the scales, of either sign, float32 [ceil(n / 64)].
     """
-    _start_scales(weights, first, columns, importance, shares, signs, np.float32(limit), scales)
+    _start_scales(weights, first, columns, diagonal, candidates, signs, np.float32(limit), scales)
 
 
 def nested_absmax(scales: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -120,16 +98,10 @@ def nested_absmax(scales: NDArray[np.float32]) -> NDArray[np.float32]:
 def _scale_code(scale, nested):  # type: ignore[no-untyped-def]
     """The stored level that is nearest to a scale, but never the level zero."""
     x = scale / max(nested, _SMALLEST)
-    low, high = 0, SCALE_MIDPOINTS.size
-    while low < high:
-        middle = (low + high) // 2
-        if SCALE_MIDPOINTS[middle] < x:
-            low = middle + 1
-        else:
-            high = middle
-    if low == _ZERO_LEVEL:
-        low = _ZERO_LEVEL + 1 if scale >= _ZERO else _ZERO_LEVEL - 1
-    return low
+    code = nearest_scale_code(x, 0, SCALE_MIDPOINTS.size)
+    if code == _ZERO_LEVEL:
+        code = _ZERO_LEVEL + 1 if scale >= _ZERO else _ZERO_LEVEL - 1
+    return code
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -138,7 +110,7 @@ def _try_scale(values, factor, start, scale, bound, errors, codes):  # type: ign
     inverse = _ONE / scale
     cost = _ZERO
     for j in range(BLOCK_SIZE):
-        code = _code(values[j] * inverse)
+        code = nearest_code(values[j] * inverse)
         error = (values[j] - scale * NF4_LEVELS[code]) / factor[start + j, start + j]
         cost += error * error
         if cost >= bound:
@@ -152,7 +124,7 @@ def _try_scale(values, factor, start, scale, bound, errors, codes):  # type: ign
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _give_up(values, factor, start, errors):  # type: ignore[no-untyped-def]
+def _round_to_zero(values, factor, start, errors):  # type: ignore[no-untyped-def]
     """Rounds 64 columns of one row to zero, and returns the cost."""
     cost = _ZERO
     for j in range(BLOCK_SIZE):
@@ -166,7 +138,7 @@ def _give_up(values, factor, start, errors):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _pass_on(weights, factor, errors, start):  # type: ignore[no-untyped-def]
+def _propagate(weights, factor, errors, start):  # type: ignore[no-untyped-def]
     """What 64 columns lost is taken off all columns behind them."""
     rows, columns = weights.shape
     end = start + BLOCK_SIZE
@@ -181,7 +153,7 @@ def _pass_on(weights, factor, errors, start):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _round_rows(  # type: ignore[no-untyped-def]
-    weights, factor, blocks, first, scales, nested, shares, signs, codes, chosen
+    weights, factor, blocks, first, scales, nested, candidates, signs, codes, scale_codes
 ):
     rows, columns = weights.shape
     per_row = columns // BLOCK_SIZE
@@ -201,12 +173,12 @@ def _round_rows(  # type: ignore[no-untyped-def]
             sign = _ONE if scales[r, block] >= _ZERO else -_ONE
             best = _INFINITE
             last = -1
-            for candidate in range(signs * shares.size + 1):
+            for candidate in range(signs * candidates.size + 1):
                 code = begin
                 if candidate > 0:
                     # Those of the sign that plain rounding wants come first: they end the others.
-                    share = shares[(candidate - 1) % shares.size]
-                    wanted = sign if candidate <= shares.size else -sign
+                    share = candidates[(candidate - 1) % candidates.size]
+                    wanted = sign if candidate <= candidates.size else -sign
                     code = _scale_code(wanted * share * top, largest)
                     if code == last or code == begin:
                         continue
@@ -218,16 +190,16 @@ def _round_rows(  # type: ignore[no-untyped-def]
                 cost = _try_scale(values, factor, start, scale, best, tried, trial)
                 if cost < best:
                     best = cost
-                    chosen[r, block] = code
+                    scale_codes[r, block] = code
                     errors[r] = tried
                     codes[r, start : start + BLOCK_SIZE] = trial
             if best == _INFINITE:  # no scale to speak of: all is lost, and passed on
-                chosen[r, block] = _ZERO_LEVEL
+                scale_codes[r, block] = _ZERO_LEVEL
                 codes[r, start : start + BLOCK_SIZE] = ZERO_CODE
                 values[:] = weights[r, start : start + BLOCK_SIZE]
-                best = _give_up(values, factor, start, errors[r])
+                best = _round_to_zero(values, factor, start, errors[r])
             total += best
-        _pass_on(weights, factor, errors, start)
+        _propagate(weights, factor, errors, start)
     return total
 
 
@@ -238,10 +210,10 @@ def round_rows(
     first: int,
     scales: NDArray[np.float32],
     nested: NDArray[np.float32],
-    shares: NDArray[np.float32],
+    candidates: NDArray[np.float32],
     signs: int,
     codes: NDArray[np.uint8],
-    chosen: NDArray[np.uint8],
+    scale_codes: NDArray[np.uint8],
 ) -> float:
     """Rounds rows of a matrix whose rows are whole blocks of 64, and chooses their scales.
 
@@ -251,18 +223,20 @@ def round_rows(
         factor: U, upper triangular, float32 [columns, columns].
         blocks: which block of the row stands at each place of that order, int64 [columns / 64].
         first: the number of the first of these rows in the matrix.
-        scales: what `start_scales` found, blocks in the matrix's order, float32 [rows, blocks].
+        scales: what `start_scales` chose, blocks in the matrix's order, float32 [rows, blocks].
         nested: of the whole matrix, see `nested_absmax`.
-        shares: scales that are tried besides, as shares of the largest weight that is left in a
-            block; float32.
+        candidates: scales that are tried besides, as shares of the largest weight that is left
+            in a block; float32.
         signs: 2 to try the negative ones, too; else 1.
         codes: receives the codes in the order of the factor, [rows, columns].
-        chosen: receives the scales' 8-bit codes in the matrix's order, [rows, blocks].
+        scale_codes: receives the scales' 8-bit codes in the matrix's order, [rows, blocks].
 
     Returns:
         What it costs: the sum of all e_j^2; not finite if that is more than float32 holds.
     """
-    cost = _round_rows(weights, factor, blocks, first, scales, nested, shares, signs, codes, chosen)
+    cost = _round_rows(
+        weights, factor, blocks, first, scales, nested, candidates, signs, codes, scale_codes
+    )
     return float(cost)
 
 
@@ -277,7 +251,7 @@ def _round_ragged(weights, factor, order, first, scales, codes):  # type: ignore
             kept = _ZERO
             code = np.int32(ZERO_CODE)
             if abs(scale) >= _SMALLEST:
-                code = _code(values[j] / scale)
+                code = nearest_code(values[j] / scale)
                 kept = scale * NF4_LEVELS[code]
             error = (values[j] - kept) / factor[j, j]
             codes[r, j] = code

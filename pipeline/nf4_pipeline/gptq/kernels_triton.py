@@ -1,7 +1,7 @@
 """`nf4_pipeline.gptq.kernels_cpu` on a CUDA device: the same steps in the same order, bit for bit.
 
-Nothing is fused, sums go from the first to the last, and divisions are rounded to nearest, so a
-guide that is the same gives the same codes as on a CPU. One program of `_choose` takes one row and
+Nothing is fused, sums go from the first to the last, and divisions are rounded to nearest, so the
+same factor gives the same codes as on a CPU. One program of `_choose_scales` takes one row and
 tries all scales of its block side by side, each in a thread of its own.
 """
 
@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 import triton
 import triton.language as tl
+
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.nf4.codebook import NF4_LEVELS, NF4_MIDPOINTS, SCALE_LEVELS, SCALE_MIDPOINTS
 
@@ -43,10 +44,10 @@ def _scale_code(scale, nested, midpoints):
 
 
 @triton.jit
-def _start(
+def _start_scales(
     weights,
-    importance,
-    shares,
+    diagonal,
+    candidates,
     midpoints,
     levels,
     scales,
@@ -69,14 +70,14 @@ def _start(
     best = tl.full([ROWS], float("inf"), tl.float32)
     chosen = tl.minimum(top, limit)
     for candidate in range(SIGNS * COUNT):
-        scale = tl.minimum(top * tl.load(shares + candidate % COUNT), limit)
+        scale = tl.minimum(top * tl.load(candidates + candidate % COUNT), limit)
         scale = tl.where(candidate >= COUNT, -scale, scale)
         inverse = tl.math.div_rn(1.0, scale)
         total = tl.zeros([ROWS], tl.float32)
         for i in range(64):
             value = tl.load(weights + first + i, mask=valid, other=0.0).to(tl.float32)
             off = value - scale * tl.load(levels + _code(value * inverse, midpoints))
-            total += tl.load(importance + column + i, mask=valid, other=0.0) * off * off
+            total += tl.load(diagonal + column + i, mask=valid, other=0.0) * off * off
         better = (total < best) & (top >= 1.1754943508222875e-38)
         best = tl.where(better, total, best)
         chosen = tl.where(better, scale, chosen)
@@ -84,12 +85,12 @@ def _start(
 
 
 @triton.jit
-def _choose(
+def _choose_scales(
     weights,
     factor,
     nested,
     scales,
-    shares,
+    candidates,
     midpoints,
     levels,
     scale_midpoints,
@@ -112,7 +113,7 @@ def _choose(
     line = tl.load(weights + row * columns + start + place)
     top = tl.max(tl.abs(line), axis=0)
     sign = tl.where(own >= 0, 1.0, -1.0)
-    share = tl.load(shares + (candidate - 1 + COUNT) % COUNT)
+    share = tl.load(candidates + (candidate - 1 + COUNT) % COUNT)
     wanted = tl.where(candidate <= COUNT, sign, -sign) * share * top
     wanted = tl.where(candidate == 0, own, wanted)
     codes = _scale_code(wanted, largest, scale_midpoints)
@@ -132,13 +133,13 @@ def _choose(
         values -= error[None, :] * tl.load(line_of + place)[:, None]
     cost = tl.where(usable, cost, float("inf"))
     least = tl.min(cost, axis=0)
-    found = tl.argmin(cost, axis=0, tie_break_left=True)
-    code = tl.sum(tl.where(candidate == found, codes, 0), axis=0)
+    best = tl.argmin(cost, axis=0, tie_break_left=True)
+    code = tl.sum(tl.where(candidate == best, codes, 0), axis=0)
     tl.store(chosen + number, tl.where(least < float("inf"), code, 127).to(tl.uint8))
 
 
 @triton.jit
-def _apply(
+def _round_block(
     weights,
     factor,
     nested,
@@ -183,7 +184,9 @@ def _apply(
 
 
 @triton.jit
-def _pass_on(weights, factor, errors, rows, columns, start, ROWS: tl.constexpr, WIDE: tl.constexpr):
+def _propagate(
+    weights, factor, errors, rows, columns, start, ROWS: tl.constexpr, WIDE: tl.constexpr
+):
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = start + 64 + tl.program_id(0) * WIDE + tl.arange(0, WIDE)
     valid, inside = row < rows, column < columns
@@ -216,14 +219,14 @@ class Tables:
 
 
 def start_scales(
-    weight: Any, importance: Any, shares: Any, signs: int, limit: float, tables: Tables
+    weight: Any, diagonal: Any, candidates: Any, signs: int, limit: float, tables: Tables
 ) -> Any:
     """See `nf4_pipeline.gptq.kernels_cpu.start_scales`.
 
     Args:
         weight: [rows, columns] of any float dtype, columns a multiple of 64.
-        importance: float32 [columns].
-        shares: float32 [shares].
+        diagonal: float32 [columns].
+        candidates: float32 [candidates].
         signs: 1 or 2.
         limit: the largest scale.
         tables: on the weight's device.
@@ -233,9 +236,9 @@ def start_scales(
     """
     blocks = weight.numel() // BLOCK_SIZE
     scales = torch.empty(blocks, dtype=torch.float32, device=weight.device)
-    _start[(triton.cdiv(blocks, _WIDE),)](
-        weight, importance, shares, tables.midpoints, tables.levels, scales, blocks,
-        weight.shape[1], limit, COUNT=len(shares), SIGNS=signs, ROWS=_WIDE,
+    _start_scales[(triton.cdiv(blocks, _WIDE),)](
+        weight, diagonal, candidates, tables.midpoints, tables.levels, scales, blocks,
+        weight.shape[1], limit, COUNT=len(candidates), SIGNS=signs, ROWS=_WIDE,
         enable_fp_fusion=False,
     )  # fmt: skip
     return scales
@@ -247,7 +250,7 @@ def round_rows(
     blocks: list[int],
     scales: Any,
     nested: Any,
-    shares: Any,
+    candidates: Any,
     signs: int,
     tables: Tables,
 ) -> tuple[Any, Any, Any]:
@@ -259,7 +262,7 @@ def round_rows(
         blocks: which block stands at each place.
         scales: float32 [rows * blocks].
         nested: float32.
-        shares: float32 [shares], at most 31 of them.
+        candidates: float32 [candidates], at most 31 of them.
         signs: 1 or 2.
         tables: on the device.
 
@@ -269,8 +272,8 @@ def round_rows(
     """
     rows, columns = weights.shape
     device = weights.device
-    if signs * len(shares) + 1 > _CANDIDATES:
-        raise ValueError(f"{signs * len(shares) + 1} scales to try; at most {_CANDIDATES}.")
+    if signs * len(candidates) + 1 > _CANDIDATES:
+        raise ValueError(f"{signs * len(candidates) + 1} scales to try; at most {_CANDIDATES}.")
     codes = torch.empty((rows, columns), dtype=torch.uint8, device=device)
     chosen = torch.empty(rows * len(blocks), dtype=torch.uint8, device=device)
     errors = torch.empty((rows, BLOCK_SIZE), dtype=torch.float32, device=device)
@@ -278,19 +281,19 @@ def round_rows(
     common = {"enable_fp_fusion": False}
     for place, block in enumerate(blocks):
         start = place * BLOCK_SIZE
-        _choose[(rows,)](
-            weights, factor, nested, scales, shares, tables.midpoints, tables.levels,
+        _choose_scales[(rows,)](
+            weights, factor, nested, scales, candidates, tables.midpoints, tables.levels,
             tables.scale_midpoints, tables.scale_levels, chosen, columns, len(blocks), start,
-            block, COUNT=len(shares), SIGNS=signs, TRIED=_CANDIDATES, num_warps=2, **common,
+            block, COUNT=len(candidates), SIGNS=signs, TRIED=_CANDIDATES, num_warps=2, **common,
         )  # fmt: skip
-        _apply[(triton.cdiv(rows, _ROWS),)](
+        _round_block[(triton.cdiv(rows, _ROWS),)](
             weights, factor, nested, chosen, tables.midpoints, tables.levels, tables.scale_levels,
             codes, errors, costs, rows, columns, len(blocks), start, block,
             ROWS=_ROWS, num_warps=2, **common,
         )  # fmt: skip
         behind = columns - start - BLOCK_SIZE
         if behind:
-            _pass_on[(triton.cdiv(behind, _WIDE), triton.cdiv(rows, _ROWS))](
+            _propagate[(triton.cdiv(behind, _WIDE), triton.cdiv(rows, _ROWS))](
                 weights, factor, errors, rows, columns, start,
                 ROWS=_ROWS, WIDE=_WIDE, num_warps=8, **common,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A weight and its guide -> codes and scales, on the CPU."""
+"""A weight and the factor of its Hessian -> codes and scales, on the CPU."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
-from nf4_pipeline.gptq import kernels_cpu as compensated
-from nf4_pipeline.gptq.config import Method
-from nf4_pipeline.gptq.hessian import Guide
-from nf4_pipeline.nf4 import BLOCK_SIZE
-from nf4_pipeline.nf4.codebook import ZERO_CODE
-from nf4_pipeline.nf4.double_quant import NestedScales
-from nf4_pipeline.nf4.layout import blocks_of
+from einops import rearrange
 from numpy.typing import NDArray
+
+from nf4_pipeline.gptq import kernels_cpu
+from nf4_pipeline.gptq.config import GptqConfig
+from nf4_pipeline.gptq.hessian import HessianFactor
+from nf4_pipeline.nf4 import BLOCK_SIZE
+from nf4_pipeline.nf4.double_quant import NestedScales
+from nf4_pipeline.nf4.packing import blocks_of, pack
 
 _PART: Final = 64 * 1024  # weights that one thread rounds at a time, at least one row
 
 
 @dataclass(frozen=True)
-class Choice:
+class QuantizedWeight:
     """Codes and scales of one weight.
 
     Attributes:
         packed: two codes a byte, uint8 [ceil(n / 2)].
         scales: as they are stored; their offset is 0.
-        cost: tr((W - Q) H (W - Q)^T), with H as the guide has it.
+        cost: tr((W - Q) H (W - Q)^T), with H as it was factorized.
     """
 
     packed: NDArray[np.uint8]
@@ -36,66 +37,63 @@ class Choice:
     cost: float
 
 
-class Chooser(Protocol):
+class GptqQuantizer(Protocol):
     """Chooses codes and scales on one kind of device."""
 
-    def choose(self, weight: torch.Tensor, guide: Guide) -> Choice:
-        """Rounds a weight [rows, columns] of any float dtype, on the guide's device."""
+    def quantize(self, weight: torch.Tensor, factor: HessianFactor) -> QuantizedWeight:
+        """Rounds a weight [rows, columns] of any float dtype, on the factor's device."""
 
 
-class ChooserOnCpu:
+def quantizer_for(device: str, config: GptqConfig, pool: Executor) -> GptqQuantizer:
+    """What quantizes on a device, "cpu" or "cuda:N"; the pool gives threads of the CPU."""
+    if torch.device(device).type == "cpu":
+        return GptqOnCpu(config, pool)
+    from nf4_pipeline.gptq.quantizer_cuda import GptqOnCuda
+
+    return GptqOnCuda(config, device, pool)
+
+
+class GptqOnCpu:
     """Rounds rows side by side; the result does not depend on how many threads there are.
 
     Args:
-        method: what is tried.
+        config: what is tried.
         pool: its threads.
     """
 
-    def __init__(self, method: Method, pool: Executor) -> None:
-        self._method = method
+    def __init__(self, config: GptqConfig, pool: Executor) -> None:
+        self._config = config
         self._pool = pool
 
-    def choose(self, weight: torch.Tensor, guide: Guide) -> Choice:
-        """See `Chooser`."""
-        rows, columns = weight.shape
-        scales = self._start_scales(weight, guide)
-        nested = compensated.nested_absmax(scales)
-        order = guide.order.numpy()
-        codes = np.empty((rows, columns), np.uint8)
-        if columns % BLOCK_SIZE == 0:
-            stored, cost = self._by_blocks(weight, guide, scales, nested, codes)
+    def quantize(self, weight: torch.Tensor, factor: HessianFactor) -> QuantizedWeight:
+        """See `GptqQuantizer`."""
+        start = self._start_scales(weight, factor)
+        nested = kernels_cpu.nested_absmax(start)
+        codes = np.empty(tuple(weight.shape), np.uint8)
+        if weight.shape[1] % BLOCK_SIZE == 0:
+            scale_codes, cost = self._whole_blocks(weight, factor, start, nested, codes)
         else:
-            stored = compensated.scale_codes(scales, nested)
-            read = NestedScales(stored, nested, np.float32(0)).scales()
-            factor = guide.factor.numpy()
+            scale_codes = kernels_cpu.scale_codes(start, nested)
+            cost = self._ragged(weight, factor, _nested_scales(scale_codes, nested), codes)
+        return QuantizedWeight(pack(codes), _nested_scales(scale_codes, nested), cost)
 
-            def ragged(first: int, last: int) -> float:
-                part = _columns(weight[first:last], order)
-                chosen = np.empty(part.shape, np.uint8)
-                cost = compensated.round_ragged(part, factor, order, first, read, chosen)
-                codes[first:last, order] = chosen
-                return cost
-
-            cost = sum(self._over_rows(rows, columns, ragged))
-        return Choice(pack(codes), NestedScales(stored, nested, np.float32(0)), cost)
-
-    def _start_scales(self, weight: torch.Tensor, guide: Guide) -> NDArray[np.float32]:
+    def _start_scales(self, weight: torch.Tensor, factor: HessianFactor) -> NDArray[np.float32]:
         columns = weight.shape[1]
         flat = weight.reshape(-1)
-        importance = guide.importance.numpy()
+        diagonal = factor.diagonal.numpy()
         scales = np.empty(blocks_of(flat.numel()), np.float32)
-        method, limit = self._method, torch.finfo(weight.dtype).max
+        config, limit = self._config, torch.finfo(weight.dtype).max
 
         def part(first: int) -> None:
             values = flat[first : first + _PART].float().numpy()
             place = slice(first // BLOCK_SIZE, first // BLOCK_SIZE + blocks_of(values.size))
-            compensated.start_scales(
+            kernels_cpu.start_scales(
                 values,
                 first,
                 columns,
-                importance,
-                method.shares,
-                method.signs,
+                diagonal,
+                config.scale_candidates,
+                config.signs,
                 limit,
                 scales[place],
             )
@@ -103,60 +101,80 @@ class ChooserOnCpu:
         list(self._pool.map(part, range(0, flat.numel(), _PART)))
         return scales
 
-    def _by_blocks(
+    def _whole_blocks(
         self,
         weight: torch.Tensor,
-        guide: Guide,
-        scales: NDArray[np.float32],
+        factor: HessianFactor,
+        start: NDArray[np.float32],
         nested: NDArray[np.float32],
         codes: NDArray[np.uint8],
     ) -> tuple[NDArray[np.uint8], float]:
-        rows, columns = weight.shape
-        order, factor = guide.order.numpy(), guide.factor.numpy()
+        """Fills `codes`; returns the scales' 8-bit codes [blocks] and the cost."""
+        order = factor.order.numpy()
         blocks = order[::BLOCK_SIZE] // BLOCK_SIZE
-        start = scales.reshape(rows, -1)
-        stored = np.empty(start.shape, np.uint8)
-        method = self._method
-        shares = method.shares if method.in_loop else method.shares[:0]
+        start = rearrange(start, "(row block) -> row block", row=len(weight))
+        scale_codes = np.empty(start.shape, np.uint8)
+        config = self._config
+        candidates = config.scale_candidates
+        if not config.refine_scales:
+            candidates = candidates[:0]
 
         def part(first: int, last: int) -> float:
-            values = _columns(weight[first:last], order)
-            chosen = np.empty(values.shape, np.uint8)
-            cost = compensated.round_rows(
+            values = _permuted(weight[first:last], order)
+            own = np.empty(values.shape, np.uint8)
+            cost = kernels_cpu.round_rows(
                 values,
-                factor,
+                factor.factor.numpy(),
                 blocks,
                 first,
                 start[first:last],
                 nested,
-                shares,
-                method.signs,
-                chosen,
-                stored[first:last],
+                candidates,
+                config.signs,
+                own,
+                scale_codes[first:last],
             )
-            codes[first:last, order] = chosen
+            codes[first:last, order] = own
             return cost
 
-        return stored.reshape(-1), sum(self._over_rows(rows, columns, part))
+        return scale_codes.reshape(-1), sum(self._over_rows(codes.shape, part))
+
+    def _ragged(
+        self,
+        weight: torch.Tensor,
+        factor: HessianFactor,
+        scales: NestedScales,
+        codes: NDArray[np.uint8],
+    ) -> float:
+        """Fills `codes` of a weight whose blocks run on from row to row; returns the cost."""
+        order = factor.order.numpy()
+        as_read = scales.scales()
+
+        def part(first: int, last: int) -> float:
+            values = _permuted(weight[first:last], order)
+            own = np.empty(values.shape, np.uint8)
+            cost = kernels_cpu.round_ragged(
+                values, factor.factor.numpy(), order, first, as_read, own
+            )
+            codes[first:last, order] = own
+            return cost
+
+        return sum(self._over_rows(codes.shape, part))
 
     def _over_rows(
-        self, rows: int, columns: int, part: Callable[[int, int], float]
+        self, shape: tuple[int, ...], part: Callable[[int, int], float]
     ) -> Iterable[float]:
+        rows, columns = shape
         step = max(1, _PART // columns)
         starts = range(0, rows, step)
         return self._pool.map(part, starts, (min(first + step, rows) for first in starts))
 
 
-def _columns(rows: torch.Tensor, order: NDArray[np.int64]) -> NDArray[np.float32]:
+def _permuted(rows: torch.Tensor, order: NDArray[np.int64]) -> NDArray[np.float32]:
     """A float32 copy with the columns in another order."""
     values: NDArray[Any] = rows.float().numpy()
     return np.ascontiguousarray(values[:, order])
 
 
-def pack(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Two codes a byte, the earlier one in the high half; an odd one out is padded."""
-    flat = codes.reshape(-1)
-    if flat.size % 2:
-        flat = np.append(flat, np.uint8(ZERO_CODE))
-    packed: NDArray[np.uint8] = np.bitwise_or(flat[0::2] << np.uint8(4), flat[1::2])
-    return packed
+def _nested_scales(codes: NDArray[np.uint8], nested: NDArray[np.float32]) -> NestedScales:
+    return NestedScales(codes, nested, np.float32(0))

@@ -1,4 +1,4 @@
-"""A weight and its guide -> codes and scales, on a CUDA device."""
+"""A weight and the factor of its Hessian -> codes and scales, on a CUDA device."""
 
 from __future__ import annotations
 
@@ -7,65 +7,66 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from nf4_pipeline.gptq import kernels_cpu as compensated
-from nf4_pipeline.gptq.config import Method
-from nf4_pipeline.gptq.hessian import Guide
-from nf4_pipeline.gptq.quantizer import Choice, ChooserOnCpu
+
+from nf4_pipeline.gptq import kernels_cpu
+from nf4_pipeline.gptq.config import GptqConfig
+from nf4_pipeline.gptq.hessian import HessianFactor
+from nf4_pipeline.gptq.quantizer import GptqOnCpu, QuantizedWeight
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.nf4.double_quant import NestedScales
+from nf4_pipeline.nf4.packing import pack_pairs
 
 if TYPE_CHECKING:
     from nf4_pipeline.gptq.kernels_triton import Tables
 
 
-class ChooserOnCuda:
-    """Rounds all rows at once; for the same guide the result is that of the CPU, bit for bit.
+class GptqOnCuda:
+    """Rounds all rows at once; for the same factor the result is that of the CPU, bit for bit.
 
     Args:
-        method: what is tried.
+        config: what is tried.
         device: such as "cuda:0".
         pool: threads of the CPU, for weights whose rows are not whole blocks.
     """
 
-    def __init__(self, method: Method, device: str, pool: Executor) -> None:
+    def __init__(self, config: GptqConfig, device: str, pool: Executor) -> None:
         from nf4_pipeline.gptq.kernels_triton import Tables
 
-        self._method = method
-        self._ragged = ChooserOnCpu(method, pool)
+        self._config = config
+        self._on_cpu = GptqOnCpu(config, pool)
         self._tables: Tables = Tables(torch.device(device))
-        self._shares = torch.from_numpy(method.shares).to(device)
+        self._candidates = torch.from_numpy(config.scale_candidates).to(device)
 
-    def choose(self, weight: torch.Tensor, guide: Guide) -> Choice:
-        """See `nf4_pipeline.gptq.quantizer.Chooser`."""
+    def quantize(self, weight: torch.Tensor, factor: HessianFactor) -> QuantizedWeight:
+        """See `nf4_pipeline.gptq.quantizer.GptqQuantizer`."""
+        if weight.shape[1] % BLOCK_SIZE or not self._config.refine_scales:
+            return self._on_cpu.quantize(weight.cpu(), factor.cpu())
         with torch.cuda.device(weight.device):
-            return self._choose(weight, guide)
+            return self._whole_blocks(weight.contiguous(), factor)
 
-    def _choose(self, weight: torch.Tensor, guide: Guide) -> Choice:
-        from nf4_pipeline.gptq import kernels_triton as triton
+    def _whole_blocks(self, weight: torch.Tensor, factor: HessianFactor) -> QuantizedWeight:
+        from nf4_pipeline.gptq import kernels_triton
 
-        if weight.shape[1] % BLOCK_SIZE or not self._method.in_loop:
-            on_host = Guide(guide.order.cpu(), guide.factor.cpu(), guide.importance.cpu())
-            return self._ragged.choose(weight.cpu(), on_host)
         limit = torch.finfo(weight.dtype).max
-        signs, tables = self._method.signs, self._tables
-        weight = weight.contiguous()
-        scales = triton.start_scales(weight, guide.importance, self._shares, signs, limit, tables)
-        nested = compensated.nested_absmax(scales.cpu().numpy())
-        codes, chosen, costs = triton.round_rows(
-            weight.float()[:, guide.order].contiguous(),
-            guide.factor,
-            (guide.order[::BLOCK_SIZE] // BLOCK_SIZE).tolist(),
-            scales,
+        signs, tables = self._config.signs, self._tables
+        start = kernels_triton.start_scales(
+            weight, factor.diagonal, self._candidates, signs, limit, tables
+        )
+        nested = kernels_cpu.nested_absmax(start.cpu().numpy())
+        permuted, scale_codes, costs = kernels_triton.round_rows(
+            weight.float()[:, factor.order].contiguous(),
+            factor.factor,
+            (factor.order[::BLOCK_SIZE] // BLOCK_SIZE).tolist(),
+            start,
             torch.from_numpy(nested).to(weight.device),
-            self._shares,
+            self._candidates,
             signs,
             tables,
         )
-        in_place = torch.empty_like(codes)
-        in_place[:, guide.order] = codes
-        pairs = in_place.reshape(-1)
-        return Choice(
-            (pairs[0::2] << 4 | pairs[1::2]).cpu().numpy(),
-            NestedScales(chosen.cpu().numpy(), nested, np.float32(0)),
+        codes = torch.empty_like(permuted)
+        codes[:, factor.order] = permuted
+        return QuantizedWeight(
+            pack_pairs(codes.reshape(-1)).cpu().numpy(),
+            NestedScales(scale_codes.cpu().numpy(), nested, np.float32(0)),
             float(costs.double().sum()),
         )

@@ -3,10 +3,10 @@
     resolve(repo) ──► RemoteModel ──► wanted_files(model) ──► fetch(model, files) ──► Fetched
     lookup.py         remote.py       remote.py               download.py
 
-    publish(files, order) ──► Published                             upload.py, local.py
+    publish(files, target, message) ──► Published                   upload.py, local.py
 
     client.py   every call of huggingface_hub: quiet, patient to a limit, tried again
-    explain.py  its errors: may they pass, and one message each that says what to do
+    errors.py   its errors: may they pass, and one message each that says what to do
     cache.py    the Hub cache on disk: blobs/<hash>, snapshots/<commit>/<path>, refs/<revision>
 
 Only this package imports huggingface_hub, and only inside functions: the import takes a while, and
@@ -31,22 +31,24 @@ from nf4_pipeline.hub.local import LocalFile
 from nf4_pipeline.hub.lookup import resolve
 from nf4_pipeline.hub.remote import RemoteFile, RemoteModel, named, small_files, wanted_files
 from nf4_pipeline.hub.upload import (
+    CommitMessage,
     Earlier,
-    Order,
     Published,
+    Target,
     commit_url,
     publish,
     pull_request_url,
 )
 
 __all__ = [
+    "CommitMessage",
     "Earlier",
     "Fetched",
     "LocalFile",
-    "Order",
     "Published",
     "RemoteFile",
     "RemoteModel",
+    "Target",
     "commit_url",
     "fetch",
     "file_digests",

@@ -45,7 +45,7 @@ def cached_model(repo_id: str, revision: str) -> RemoteModel:
     The hashes are the names of the blobs, so that damage shows offline too.
 
     Raises:
-        HubError: the cache has no such snapshot.
+        HubError: the cache has no snapshot for `revision`.
     """
     commit = cached_commit(repo_id, revision)
     if commit is None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, Protocol, TypeVar
 
-from nf4_pipeline.hub.errors import Request, explained, failures, may_pass
+from nf4_pipeline.hub.errors import Request, failures, may_pass, translate_error
 from nf4_pipeline.hub.remote import RemoteModel
 
 T = TypeVar("T")
@@ -48,8 +48,8 @@ def download(
     """Lets the client put one file into the cache; with `force`, in the place of the one there.
 
     Raises:
-        HubError: the Hub refuses, or several tries failed.
-        ResourceError: the disk is full.
+        HubError: the Hub refused the request, or the last of several tries failed.
+        ResourceError: the disk of the cache is full.
     """
     from huggingface_hub import hf_hub_download
 
@@ -153,8 +153,8 @@ def attempt(
     """Makes a call of the client, again after each of `delays` seconds if the fault may pass.
 
     Raises:
-        HubError: the Hub refused, or the last try failed.
-        ResourceError: the disk is full.
+        HubError: the Hub refused the request, or the last of several tries failed.
+        ResourceError: the disk of the cache is full.
     """
     end_silences()
     for delay in (*delays, None):
@@ -163,7 +163,7 @@ def attempt(
         except failures() as error:
             if delay is None or not passing(error):
                 # The cause's text may hold a token.
-                raise explained(error, request) from None
+                raise translate_error(error, request) from None
             asked = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
             sleep(min(max(delay, float(asked) if asked.isdigit() else 0.0), _LONGEST_DELAY))
     raise AssertionError("the last try returns or raises")

@@ -52,8 +52,9 @@ def fetch(
         sleep: waits between tries, in seconds.
 
     Raises:
-        HubError: a file cannot be had, or had wrong bytes twice (it is then out of the cache).
-        ResourceError: the disk has no room for what is missing.
+        HubError: the Hub refuses a file or does not answer, or sent wrong bytes for one twice (it
+            is then out of the cache).
+        ResourceError: the disk of the cache has no room for the files that are missing.
     """
     folder = cache.snapshot(model.repo_id, model.commit)
     if not model.offline:
@@ -67,7 +68,7 @@ def fetch(
             client.download(model, file.path, gauge, sleep)
 
     def check(file: RemoteFile, gauge: _Gauge) -> str:
-        return _checked(model, file, folder / file.path, gauge, reporter, sleep)
+        return _hash_or_fetch_again(model, file, folder / file.path, gauge, reporter, sleep)
 
     with client.quiet():
         _in_threads("download", download, files, reporter)
@@ -88,7 +89,7 @@ def _check_disk(model: RemoteModel, files: Sequence[RemoteFile]) -> None:
         )
 
 
-def _checked(
+def _hash_or_fetch_again(
     model: RemoteModel,
     file: RemoteFile,
     path: Path,

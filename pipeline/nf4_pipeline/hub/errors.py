@@ -67,7 +67,7 @@ def was_not_answered(error: BaseException) -> bool:
     return "TimeoutException" in _kinds(_root(error))
 
 
-def explained(error: BaseException, request: Request) -> PipelineError:
+def translate_error(error: BaseException, request: Request) -> PipelineError:
     """Says what went wrong and what to do about it, in one message."""
     from huggingface_hub import constants, errors, get_token
 

@@ -7,11 +7,44 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from nf4_pipeline.checkpoint.files import WEIGHT_FILE
 from nf4_pipeline.checkpoint.weight_files import INDEX_FILE
+from nf4_pipeline.documents import Document
 from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
+
+
+@dataclass(frozen=True)
+class FileProof(Document):
+    """One file of a repo.
+
+    Attributes:
+        size: that it must have, in bytes.
+        algorithm: of the checksum that the Hub lists for it.
+        expected: the checksum that it must have, in hex.
+        found: the one that the Hub lists; None if it lists no such file.
+    """
+
+    size: int
+    algorithm: Literal["sha256", "git-sha1"]
+    expected: str
+    found: str | None
+
+
+@dataclass(frozen=True)
+class Proof(Document):
+    """What the Hub lists at a commit beside what must be there.
+
+    Attributes:
+        commit: 40 hex digits.
+        files: those that must be there, by path.
+        others: paths of all further files, sorted.
+    """
+
+    commit: str
+    files: Mapping[str, FileProof]
+    others: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -35,20 +68,20 @@ class LocalFile:
         head = b"blob %d\0" % len(content)
         return hashlib.sha1(head + content, usedforsecurity=False).hexdigest()
 
-    def checked(self, remote: RemoteFile | None) -> dict[str, Any]:
-        """What the Hub lists for it and what was expected, as plain JSON."""
+    def prove(self, remote: RemoteFile | None) -> FileProof:
+        """What the Hub lists for it beside what was expected."""
         if remote is None:
-            return {"algorithm": "sha256", "expected": self.sha256, "found": None}
+            return FileProof(self.size, "sha256", self.sha256, None)
         if remote.sha256:
-            return {"algorithm": "sha256", "expected": self.sha256, "found": remote.sha256}
-        return {"algorithm": "git-sha1", "expected": self.git_sha1, "found": remote.git_sha1}
+            return FileProof(self.size, "sha256", self.sha256, remote.sha256)
+        return FileProof(self.size, "git-sha1", self.git_sha1, remote.git_sha1)
 
     def equals(self, remote: RemoteFile | None) -> bool:
         """Whether the Hub holds these very bytes, as far as its checksums say."""
         if remote is None or remote.size != self.size:
             return False
-        found = self.checked(remote)
-        return bool(found["expected"] == found["found"])
+        proof = self.prove(remote)
+        return proof.expected == proof.found
 
 
 @dataclass(frozen=True)
@@ -90,14 +123,11 @@ def changes(
     return Changes(put, delete)
 
 
-def proof(remote: RemoteModel, files: Mapping[str, LocalFile]) -> dict[str, Any]:
-    """What the Hub lists for each file at a commit beside what it must be, as plain JSON."""
+def prove(remote: RemoteModel, files: Mapping[str, LocalFile]) -> Proof:
+    """What the Hub lists for each file at a commit beside what it must be."""
     listed = {file.path: file for file in remote.files}
-    return {
-        "commit": remote.commit,
-        "files": {
-            path: {"size": file.size, **file.checked(listed.get(path))}
-            for path, file in files.items()
-        },
-        "others": sorted(set(listed) - set(files)),
-    }
+    return Proof(
+        commit=remote.commit,
+        files={path: file.prove(listed.get(path)) for path, file in files.items()},
+        others=tuple(sorted(set(listed) - set(files))),
+    )

@@ -31,8 +31,8 @@ def resolve(
         sleep: waits between tries, in seconds.
 
     Raises:
-        NotFoundError: no such repo or revision, or no access.
-        HubError: the Hub refuses or does not answer, or offline and nothing cached.
+        NotFoundError: the Hub has no such repo or revision, or the token has no access to it.
+        HubError: the Hub refuses or does not answer, or, offline, the cache holds no such snapshot.
         UsageError: `repo_id` cannot be the name of a repo.
     """
     from huggingface_hub import HfApi, constants

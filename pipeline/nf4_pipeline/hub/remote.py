@@ -47,16 +47,16 @@ def wanted_files(model: RemoteModel, *, allow_pickle: bool = False) -> tuple[Rem
     Never code; a pickle only with `allow_pickle`, and only where there are no safetensors.
 
     Raises:
-        HubError: the repo has no weights that may be read.
+        HubError: the repo has no safetensors, nor, with `allow_pickle`, pickled weights.
     """
     if not any(WEIGHT_FILE.fullmatch(file.path) for file in model.files):
         pickles = {file.path for file in model.files if PICKLE_FILE.fullmatch(file.path)}
         if pickles and allow_pickle:
             return tuple(f for f in model.files if f.path in pickles or is_wanted(f.path))
         others = [f.path for f in model.files if _matches(f.path, _OTHER_WEIGHTS)]
-        found = ", ".join(others[:3]) + (", …" if others[3:] else "") if others else "none at all"
+        named = ", ".join(others[:3]) + (", …" if others[3:] else "") if others else "none at all"
         raise HubError(
-            f"{model.repo_id}@{model.commit[:12]} has no model*.safetensors; its weights: {found}. "
+            f"{model.repo_id}@{model.commit[:12]} has no model*.safetensors; its weights: {named}. "
             "Only safetensors are read, because opening a pickle can run code: choose a repo or a "
             f"revision that has them{', or see --allow-pickle' if pickles else ''}."
         )

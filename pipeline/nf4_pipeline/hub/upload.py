@@ -20,9 +20,8 @@ from typing import Any, TypeVar
 
 from nf4_pipeline.errors import ConflictError, HubError, NotFoundError
 from nf4_pipeline.hub import client, local
-from nf4_pipeline.hub import errors as explain
-from nf4_pipeline.hub.errors import Request
-from nf4_pipeline.hub.local import LocalFile
+from nf4_pipeline.hub.errors import Request, may_pass, was_not_answered
+from nf4_pipeline.hub.local import LocalFile, Proof
 from nf4_pipeline.hub.lookup import resolve
 from nf4_pipeline.hub.remote import RemoteModel
 from nf4_pipeline.progress import Reporter
@@ -43,26 +42,33 @@ class Earlier:
 
 
 @dataclass(frozen=True)
-class Order:
+class Target:
     """Where files go, and how.
 
     Attributes:
         repo_id: ORG/NAME.
-        title: of the commit, and of the pull request, by which it is found again.
-        description: the rest of the commit's message.
         private: visibility of the repo; None for private if it is created, else as it is.
         pull_request: propose the change instead of making it.
         force: also over what somebody else pushed since the earlier push.
-        earlier: what an earlier push left in this repo.
     """
 
     repo_id: str
-    title: str
-    description: str = ""
     private: bool | None = None
     pull_request: bool = False
     force: bool = False
-    earlier: Earlier | None = None
+
+
+@dataclass(frozen=True)
+class CommitMessage:
+    """What is said of a commit.
+
+    Attributes:
+        title: also of the pull request, by which it is found again.
+        description: the rest of the message.
+    """
+
+    title: str
+    description: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class Published:
     pull_request: int | None
     private: bool
     created: bool
-    proof: dict[str, Any] = field(repr=False)
+    proof: Proof = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -103,26 +109,30 @@ class _Head:
 
 def publish(
     files: Mapping[str, LocalFile],
-    order: Order,
+    target: Target,
+    message: CommitMessage,
     reporter: Reporter,
     *,
+    earlier: Earlier | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Published:
     """Makes a model repo hold `files`, and proves it; commits nothing if it does already.
 
     Args:
         files: what it shall hold, by path. Other files in it stay, weights of other builds aside.
-        order: where and how.
+        target: where and how.
+        message: of the commit.
         reporter: told what happens.
+        earlier: what an earlier push left in this repo.
         sleep: waits between tries, in seconds.
 
     Raises:
-        ConflictError: somebody else pushed; the order does not say `force`.
+        ConflictError: somebody else pushed; the target does not say `force`.
         HubError: no token, no right to write, no answer, or the Hub lists other checksums than
             those of the files.
     """
     with client.quiet():
-        return _Push(files, order, reporter, sleep).run()
+        return _Push(files, target, message, earlier, reporter, sleep).run()
 
 
 class _Push:
@@ -131,21 +141,24 @@ class _Push:
     def __init__(
         self,
         files: Mapping[str, LocalFile],
-        order: Order,
+        target: Target,
+        message: CommitMessage,
+        earlier: Earlier | None,
         reporter: Reporter,
         sleep: Callable[[float], None],
     ) -> None:
         from huggingface_hub import HfApi
 
         self._api = HfApi(library_name=client.LIBRARY)
-        self._files, self._order, self._reporter, self._sleep = files, order, reporter, sleep
-        self._repo_id = order.repo_id
+        self._files, self._target, self._message = files, target, message
+        self._earlier, self._reporter, self._sleep = earlier, reporter, sleep
+        self._repo_id = target.repo_id
 
     def run(self) -> Published:
         self._check_token()
         remote, created = self._find_or_create()
         self._check_visibility(remote)
-        number = self._own_pull_request() if self._order.pull_request else None
+        number = self._own_pull_request() if self._target.pull_request else None
         if number is not None:
             remote = self._look(_branch(number))
         made = _Head(remote.commit, remote.revision or MAIN)
@@ -180,7 +193,7 @@ class _Push:
         return resolve(self._repo_id, revision, offline=False, sleep=self._sleep)
 
     def _todo(self, remote: RemoteModel) -> local.Changes:
-        earlier = self._order.earlier
+        earlier = self._earlier
         return local.changes(remote, self._files, earlier.files if earlier else {})
 
     def _find_or_create(self) -> tuple[RemoteModel, bool]:
@@ -188,7 +201,7 @@ class _Push:
             return self._look(), False
         except NotFoundError:
             pass
-        private = self._order.private is not False
+        private = self._target.private is not False
         try:
             self._attempt(
                 lambda: self._api.create_repo(self._repo_id, private=private, exist_ok=True),
@@ -208,8 +221,8 @@ class _Push:
     def _check_visibility(self, remote: RemoteModel) -> None:
         from huggingface_hub import constants
 
-        if self._order.private not in (None, remote.private):
-            asked, found = ("private", "public") if self._order.private else ("public", "private")
+        if self._target.private not in (None, remote.private):
+            asked, found = ("private", "public") if self._target.private else ("public", "private")
             raise HubError(
                 f"{self._repo_id} exists and is {found}; --{asked} was asked. Change it at "
                 f"{constants.ENDPOINT}/{self._repo_id}/settings, or leave the option out."
@@ -218,7 +231,7 @@ class _Push:
     def _own_pull_request(self) -> int | None:
         """The open pull request that an earlier push made, by its author and title."""
         me = self._attempt(lambda: self._api.whoami()["name"], "asking whose token this is")
-        found = self._attempt(
+        requests = self._attempt(
             lambda: list(
                 self._api.get_repo_discussions(
                     self._repo_id, author=me, discussion_type="pull_request"
@@ -228,10 +241,10 @@ class _Push:
         )
         own = [
             request.num
-            for request in found
+            for request in requests
             if request.is_pull_request
             and request.author == me
-            and request.title == self._order.title
+            and request.title == self._message.title
             and request.status in ("open", "draft")
         ]
         return max(own, default=None)
@@ -240,7 +253,7 @@ class _Push:
 
     def _change(self, remote: RemoteModel, number: int | None) -> _Head:
         """Sends what differs and commits it."""
-        if not self._order.force:
+        if not self._target.force:
             self._refuse_to_overwrite(remote)
             return self._commit(remote, self._send(remote, number), number)
         for _ in range(_FORCED_TRIES):
@@ -254,7 +267,7 @@ class _Push:
         raise last
 
     def _refuse_to_overwrite(self, remote: RemoteModel) -> None:
-        earlier = self._order.earlier
+        earlier = self._earlier
         if earlier and earlier.branch == remote.revision and earlier.commit != remote.commit:
             raise ConflictError(
                 f"Somebody else changed {self._repo_id}: the last push from this build made commit "
@@ -307,8 +320,8 @@ class _Push:
             info = self._api.create_commit(
                 self._repo_id,
                 operations,
-                commit_message=self._order.title,
-                commit_description=self._order.description,
+                commit_message=self._message.title,
+                commit_description=self._message.description,
                 revision=branch,
                 create_pr=opens,
                 parent_commit=remote.commit,
@@ -317,7 +330,7 @@ class _Push:
 
         def passing(error: BaseException) -> bool:
             # A pull request that is opened late has no parent to fail on: better none than two.
-            return explain.may_pass(error) and not (opens and explain.was_not_answered(error))
+            return may_pass(error) and not (opens and was_not_answered(error))
 
         try:
             doing = f"committing to {self._repo_id}"
@@ -332,24 +345,25 @@ class _Push:
             return there
 
     def _opens(self, number: int | None) -> bool:
-        return self._order.pull_request and number is None
+        return self._target.pull_request and number is None
 
     # What is there now.
 
-    def _prove(self, commit: str) -> dict[str, Any]:
+    def _prove(self, commit: str) -> Proof:
         """Asks the Hub what it holds at the commit.
 
         Raises:
-            HubError: it is not what was sent.
+            HubError: the Hub lists another checksum for a file, lacks one, or still has one that
+                was to be deleted.
         """
         remote = self._look(commit)
         wrong = self._todo(remote)
-        found = local.proof(remote, self._files)
+        proof = local.prove(remote, self._files)
         if wrong:
             path = (*wrong.put, *wrong.delete)[0]
-            entry = found["files"].get(path)
+            entry = proof.files.get(path)
             what = (
-                f"expected {entry['algorithm']} {entry['expected']}, found {entry['found']}"
+                f"expected {entry.algorithm} {entry.expected}, found {entry.found}"
                 if entry
                 else "expected no such file"
             )
@@ -358,7 +372,7 @@ class _Push:
                 f"{self._repo_id} at {commit[:12]} does not hold what was sent: {total} files "
                 f"differ, first {path}: {what}. Do not use that commit; run the same command again."
             )
-        return found
+        return proof
 
     def _attempt(
         self, call: Callable[[], T], doing: str, *, commits: bool = False, **options: Any

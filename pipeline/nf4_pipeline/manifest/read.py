@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from nf4_pipeline.checkpoint.source import read_json
+from nf4_pipeline.documents import DocumentError
 from nf4_pipeline.errors import ArtifactError, CheckpointError
+from nf4_pipeline.manifest.manifest import Manifest
 
 MANIFEST_FILE: Final = "manifest.json"
 SCHEMA_FILE: Final = Path(__file__).with_name("manifest.schema.json")
 
 
-def read_manifest(artifact: Path) -> dict[str, Any]:
+def read_manifest(artifact: Path) -> Manifest:
     """Reads and validates `manifest.json` of an artifact.
 
     Raises:
-        ArtifactError: it is missing, or not a manifest; the text says where it departs from the
-            schema.
+        ArtifactError: the file is missing, is no JSON, or departs from the schema; the text says
+            where.
     """
     import jsonschema
 
@@ -29,8 +31,9 @@ def read_manifest(artifact: Path) -> dict[str, Any]:
             "Name the export/ folder of a build."
         )
     try:
-        manifest = read_json(path)
-        jsonschema.validate(manifest, json.loads(SCHEMA_FILE.read_text("utf-8")))
+        content = read_json(path)
+        jsonschema.validate(content, json.loads(SCHEMA_FILE.read_text("utf-8")))
+        return Manifest.from_json(content)
     except CheckpointError as error:
         raise ArtifactError(str(error)) from error
     except jsonschema.ValidationError as error:
@@ -38,4 +41,5 @@ def read_manifest(artifact: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{path} is not a valid manifest at {where}: {error.message}"
         ) from error
-    return manifest
+    except DocumentError as error:  # such as 5.0 for an integer, which JSON Schema takes
+        raise ArtifactError(f"{path} is not a valid manifest at {error}") from error

@@ -12,8 +12,9 @@ from nf4_pipeline.checkpoint.atomic import json_bytes
 from nf4_pipeline.checkpoint.files import travels
 from nf4_pipeline.checkpoint.shards import Shard
 from nf4_pipeline.checkpoint.source import read_json
+from nf4_pipeline.manifest.manifest import StoredTensorEntry
 from nf4_pipeline.model.config import CONFIG_FILE, read_config, without_remote_code
-from nf4_pipeline.selection import FLOAT_DTYPES, Plan
+from nf4_pipeline.selection import QUANTIZABLE_DTYPES, Plan
 
 
 def small_files(
@@ -30,9 +31,9 @@ def small_files(
     config = without_remote_code(read_config(source))
     config["architectures"] = [model_class]
     dtype = str(config.get("dtype") or config.get("torch_dtype"))
-    if dtype not in FLOAT_DTYPES.values():
+    if dtype not in QUANTIZABLE_DTYPES.values():
         stored = Counter(tensor.source.header.dtype for tensor in plan.quantized)
-        dtype = FLOAT_DTYPES[stored.most_common(1)[0][0]]
+        dtype = QUANTIZABLE_DTYPES[stored.most_common(1)[0][0]]
         config["torch_dtype"] = dtype
     config["quantization_config"] = quantization_config(dtype, plan.skip_modules)
     # Configs of state-space models hold an Infinity, which every reader of theirs takes.
@@ -77,14 +78,21 @@ def quantization_config(dtype: str, skip_modules: tuple[str, ...]) -> dict[str, 
 def weight_index(shards: Sequence[Shard]) -> dict[str, Any]:
     """model.safetensors.index.json of an artifact with several weight files."""
     weight_map = {name: shard.name for shard in shards for name in shard.tensors}
-    total = sum(part["bytes"] for shard in shards for part in shard.tensors.values())
+    total = sum(part.bytes for shard in shards for part in shard.tensors.values())
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def stored_tensors_of(shards: Sequence[Shard]) -> dict[str, dict[str, Any]]:
+def stored_tensors_of(shards: Sequence[Shard]) -> dict[str, StoredTensorEntry]:
     """What the manifest says of each stored tensor of some shards, by name."""
     return {
-        name: {"file": shard.name, **part}
+        name: StoredTensorEntry(
+            name=name,
+            file=shard.name,
+            dtype=part.dtype,
+            shape=part.shape,
+            bytes=part.bytes,
+            sha256=part.sha256,
+        )
         for shard in shards
         for name, part in shard.tensors.items()
     }

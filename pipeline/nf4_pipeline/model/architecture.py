@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
+
+from nf4_pipeline.documents import Document
 
 
 @dataclass(frozen=True)
-class LinearFact:
+class LinearFact(Document):
     """A module that multiplies by a weight.
 
     Attributes:
@@ -25,7 +27,7 @@ class LinearFact:
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class Architecture(Document):
     """What an architecture says of the tensors of a checkpoint.
 
     Attributes:
@@ -61,28 +63,3 @@ class ModelFacts:
         """How many tokens the model has an embedding for, if that is known."""
         shape = self.shapes.get(self.embedding)
         return shape[0] if shape else None
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain JSON values; `from_json` takes them back."""
-        value = asdict(self)
-        for name in ("head_modules", "merged", "ignorable", "optional"):
-            value[name] = sorted(value[name])
-        return value
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> ModelFacts:
-        """The facts that `as_json` wrote."""
-        return cls(
-            model_type=value["model_type"],
-            class_name=value["class_name"],
-            shapes={name: tuple(shape) for name, shape in value["shapes"].items()},
-            linears={name: LinearFact(**fact) for name, fact in value["linears"].items()},
-            head_modules=frozenset(value["head_modules"]),
-            fp32_modules=tuple(value["fp32_modules"]),
-            tied=value["tied"],
-            names=value["names"],
-            merged=frozenset(value["merged"]),
-            ignorable=frozenset(value["ignorable"]),
-            optional=frozenset(value["optional"]),
-            embedding=value.get("embedding", ""),
-        )

@@ -1,4 +1,4 @@
-"""config.json of a checkpoint: read as strangers' data, turned into a transformers config.
+"""config.json of a checkpoint: read as untrusted data, turned into a transformers config.
 
 `auto_map` points at Python files in the repository. They are never run and never come along; a
 config that transformers itself does not know is refused.
@@ -24,8 +24,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The checkpoint's config.json, as it stands.
 
     Raises:
-        SourceError: there is none: the folder is no Hugging Face checkpoint.
-        CheckpointError: it is no JSON object.
+        SourceError: the folder has no config.json, so it is no Hugging Face checkpoint.
+        CheckpointError: config.json is no JSON object.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -47,7 +47,7 @@ def check_not_quantized(config: dict[str, Any], checkpoint: Checkpoint | None, w
         where: the folder.
 
     Raises:
-        AlreadyQuantizedError: its config, its tensors or a file beside them say so.
+        AlreadyQuantizedError: the config, the tensors or a file beside them say so.
     """
     tensors = [tensor.header for tensor in checkpoint.tensors] if checkpoint else []
     names = {path.name for path in where.iterdir()} if where.is_dir() else set()
@@ -74,7 +74,7 @@ def _with_floats(value: Any) -> Any:
     return [_with_floats(item) for item in value] if isinstance(value, list) else value
 
 
-def words_of(error: Exception) -> str:
+def brief_text(error: Exception) -> str:
     """What an exception of a library says, in one line of bearable length."""
     return " ".join(str(error).split())[:400] or type(error).__name__
 
@@ -87,7 +87,8 @@ def causal_lm_config(config: dict[str, Any], where: Path) -> Any:
         where: the folder, for messages.
 
     Raises:
-        ArchitectureError: transformers does not know the model type, or has no causal LM for it.
+        ArchitectureError: transformers does not know the model type, has no causal LM for it, or
+            rejects the config's values.
     """
     import transformers
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
@@ -103,7 +104,7 @@ def causal_lm_config(config: dict[str, Any], where: Path) -> Any:
         built = CONFIG_MAPPING[model_type].from_dict(_with_floats(without_remote_code(config)))
     except Exception as error:  # a config class may reject values in any way it likes
         raise ArchitectureError(
-            f"{where / CONFIG_FILE} is not a valid {model_type} config: {words_of(error)}"
+            f"{where / CONFIG_FILE} is not a valid {model_type} config: {brief_text(error)}"
         ) from error
     if type(built) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ArchitectureError(
@@ -126,6 +127,6 @@ def has_text_model(config: Any) -> bool:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     text = type(config).sub_configs.get("text_config")
-    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    classes = found if isinstance(found, tuple | list) else (found,)
-    return text is not None and any(getattr(item, "config_class", None) is text for item in classes)
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    several = classes if isinstance(classes, tuple | list) else (classes,)
+    return text is not None and any(getattr(item, "config_class", None) is text for item in several)

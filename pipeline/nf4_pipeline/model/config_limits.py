@@ -32,12 +32,12 @@ _FREE_SIZE: Final = 2**20
 """A width that is believed without any weight that shows it."""
 
 
-def check_plausible(config: dict[str, Any], checkpoint: Checkpoint) -> None:
+def check_config_limits(config: dict[str, Any], checkpoint: Checkpoint) -> None:
     """Holds every count and width of a config against the headers of its weights.
 
     Raises:
-        CheckpointError: a number goes beyond what the weights can bear.
-        ArchitectureError: model_type or architectures have the wrong type.
+        CheckpointError: a count or width is larger than the weights beside the config allow.
+        ArchitectureError: `architectures` is no list of class names.
     """
     where = checkpoint.folder / CONFIG_FILE
     names = config.get("architectures")
@@ -56,16 +56,16 @@ def check_plausible(config: dict[str, Any], checkpoint: Checkpoint) -> None:
         if isnan(value) or _NEITHER.search(name):
             continue
         if _LAYERS.search(name):
-            limit, shown = layers, f"{tensors:,} tensors"
+            limit, evidence = layers, f"{tensors:,} tensors"
         elif _COUNTS.search(name):
-            limit, shown = limits["count"], f"{tensors:,} tensors, at most {widest:,} wide"
+            limit, evidence = limits["count"], f"{tensors:,} tensors, at most {widest:,} wide"
         elif _SIZES.search(name):
-            limit, shown = limits["size"], f"no tensor wider than {widest:,}"
+            limit, evidence = limits["size"], f"no tensor wider than {widest:,}"
         else:
             continue
         if abs(value) > limit:
             raise CheckpointError(
-                f"{where} says {path} = {value:,}; the weights beside it have {shown}. "
+                f"{where} says {path} = {value:,}; the weights beside it have {evidence}. "
                 "The weights and the config do not belong together."
             )
 
@@ -76,11 +76,11 @@ def _numbers(value: Any, path: str) -> list[tuple[str, int | float]]:
         return []
     if isinstance(value, int | float):
         return [(path, value)]
-    found: list[tuple[str, int | float]] = []
+    numbers: list[tuple[str, int | float]] = []
     if isinstance(value, dict):
         for key, item in value.items():
-            found += _numbers(item, f"{path}.{key}" if path else str(key))
+            numbers += _numbers(item, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list):
-        for number, item in enumerate(value):
-            found += _numbers(item, f"{path}[{number}]")
-    return found
+        for index, item in enumerate(value):
+            numbers += _numbers(item, f"{path}[{index}]")
+    return numbers

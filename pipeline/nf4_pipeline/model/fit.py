@@ -6,13 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 
 from nf4_pipeline.checkpoint.source import Checkpoint, SourceTensor
 from nf4_pipeline.errors import CheckpointError
-from nf4_pipeline.model.architecture import ModelFacts
+from nf4_pipeline.model.architecture import Architecture
 from nf4_pipeline.model.missing_tensors import adapter_advice, explain_missing, prefix_advice
 from nf4_pipeline.model.unused_tensors import Unused, check_all_known, explain_unused
 
 
 def check_fit(
-    checkpoint: Checkpoint, model: ModelFacts, allow_unused: Sequence[str] = ()
+    checkpoint: Checkpoint, model: Architecture, allow_unused: Sequence[str] = ()
 ) -> tuple[Unused, ...]:
     """Holds every tensor of a checkpoint against the model.
 
@@ -41,7 +41,7 @@ def check_fit(
 
 
 def unused_tensors(
-    tensors: Sequence[SourceTensor], model: ModelFacts, allow_unused: Sequence[str] = ()
+    tensors: Sequence[SourceTensor], model: Architecture, allow_unused: Sequence[str] = ()
 ) -> tuple[Unused, ...]:
     """The tensors that the model has no place for, and what they are.
 
@@ -67,7 +67,7 @@ def unused_tensors(
 
 def check_complete(
     tensors: Sequence[SourceTensor],
-    model: ModelFacts,
+    model: Architecture,
     promised: Mapping[str, str] | None = None,
     index: str | None = None,
 ) -> None:
@@ -99,7 +99,7 @@ def check_complete(
         )
 
 
-def _missing(model: ModelFacts, present: Collection[str]) -> list[str]:
+def _missing(model: Architecture, present: Collection[str]) -> list[str]:
     families: dict[str, set[str]] = {}
     for alias, canonical in model.tied.items():
         families.setdefault(canonical, {canonical}).add(alias)
@@ -111,7 +111,7 @@ def _missing(model: ModelFacts, present: Collection[str]) -> list[str]:
     )
 
 
-def check_shape(tensor: SourceTensor, expected: tuple[int, ...], model: ModelFacts) -> None:
+def check_shape(tensor: SourceTensor, expected: tuple[int, ...], model: Architecture) -> None:
     """A tensor has the shape of its place in the model.
 
     Raises:

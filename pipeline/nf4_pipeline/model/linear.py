@@ -49,12 +49,34 @@ def _computes_linear(kind: Any, bias: bool) -> bool:
             values = torch.arange(parameter.numel(), dtype=torch.float64) * index
             parameter.copy_(values.cos().reshape(parameter.shape))
         try:
-            found = probe(ramp)
+            output = probe(ramp)
         except Exception:  # it needs more than a weight and an input, so it is not plain
             return False
         expected = nn.functional.linear(ramp, probe.weight, probe.bias)
     return (
-        isinstance(found, torch.Tensor)
-        and found.shape == expected.shape
-        and torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
+        isinstance(output, torch.Tensor)
+        and output.shape == expected.shape
+        and torch.allclose(output, expected, rtol=1e-9, atol=1e-12)
     )
+
+
+def weight_out_in(module: Any) -> Any:
+    """The weight of a linear layer as [out_features, in_features], whatever its class.
+
+    Args:
+        module: an nn.Linear, a plain subclass, or transformers' Conv1D, which holds [in, out].
+
+    Returns:
+        A torch tensor that shares the layer's memory.
+    """
+    return as_held(module, module.weight)
+
+
+def as_held(module: Any, weight: Any) -> Any:
+    """A weight [out_features, in_features] in the shape in which a layer holds its own; see above.
+
+    The way back is the same: what a layer holds, as [out_features, in_features].
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    return weight.T if isinstance(module, Conv1D) else weight

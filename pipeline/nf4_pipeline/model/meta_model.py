@@ -1,4 +1,4 @@
-"""The model on the meta device, and the facts that selection draws from it."""
+"""The model on the meta device, and the architecture that is read off it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nf4_pipeline.errors import ArchitectureError
-from nf4_pipeline.model.architecture import LinearFact, ModelFacts
-from nf4_pipeline.model.config import causal_lm_config, words_of
+from nf4_pipeline.model.architecture import Architecture, LinearFact
+from nf4_pipeline.model.config import brief_text, causal_lm_config
 from nf4_pipeline.model.exposed_weights import exposed_modules
 from nf4_pipeline.model.linear import is_plain_linear
 from nf4_pipeline.model.named_class import check_named_class
 from nf4_pipeline.model.names import NameMap
 
 
-def build_skeleton(config: Any, dtype: Any = None) -> Any:
+def build_meta_model(config: Any, dtype: Any = None) -> Any:
     """The causal LM of a transformers config on the meta device: shapes, no memory.
 
     Args:
@@ -25,7 +25,7 @@ def build_skeleton(config: Any, dtype: Any = None) -> Any:
         dtype: torch dtype of the parameters; None leaves it to the config.
 
     Raises:
-        ArchitectureError: the config's values make no model.
+        ArchitectureError: the model's constructor rejects the config's values.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -37,11 +37,11 @@ def build_skeleton(config: Any, dtype: Any = None) -> Any:
     except Exception as error:  # model constructors may reject values in any way they like
         raise ArchitectureError(
             f"transformers cannot build a {config.model_type} model from this config: "
-            f"{words_of(error)}"
+            f"{brief_text(error)}"
         ) from error
 
 
-def model_facts(config: dict[str, Any], names: Iterable[str], where: Path) -> ModelFacts:
+def read_architecture(config: dict[str, Any], names: Iterable[str], where: Path) -> Architecture:
     """Builds the model on the meta device and reads off it what selection needs.
 
     Args:
@@ -50,19 +50,19 @@ def model_facts(config: dict[str, Any], names: Iterable[str], where: Path) -> Mo
         where: the folder, for messages.
 
     Raises:
-        ArchitectureError: there is no causal LM for this config.
+        ArchitectureError: transformers has no causal LM for this config, or rejects its values.
     """
-    built = causal_lm_config(config, where)
-    model = build_skeleton(built)
-    check_named_class(config, type(model), built)
+    transformers_config = causal_lm_config(config, where)
+    model = build_meta_model(transformers_config)
+    check_named_class(config, type(model), transformers_config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = NameMap(model, names)
+    name_map = NameMap(model, names)
     head = model.get_output_embeddings()
     unexpected = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
     missing = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
     embeddings = _input_embeddings(model)
     linears = _linears(model)
-    facts = ModelFacts(
+    architecture = Architecture(
         model_type=model.config.model_type,
         class_name=type(model).__name__,
         shapes=shapes,
@@ -72,9 +72,9 @@ def model_facts(config: dict[str, Any], names: Iterable[str], where: Path) -> Mo
         ),
         fp32_modules=tuple(getattr(model, "_keep_in_fp32_modules", None) or ()),
         tied=dict(getattr(model, "all_tied_weights_keys", None) or {}),
-        names=found.mapped,
-        merged=found.merged,
-        ignorable=frozenset(n for n in found.mapped if any(re.search(p, n) for p in unexpected)),
+        names=name_map.mapped,
+        merged=name_map.merged,
+        ignorable=frozenset(n for n in name_map.mapped if any(re.search(p, n) for p in unexpected)),
         optional=frozenset(n for n in shapes if any(re.search(p, n) for p in missing)),
         embedding=next(
             (f"{n}.weight" for n, m in model.named_modules() if m is embeddings and m is not None),
@@ -87,7 +87,7 @@ def model_facts(config: dict[str, Any], names: Iterable[str], where: Path) -> Mo
         name: replace(fact, kind="exposed") if fact.module in exposed else fact
         for name, fact in linears.items()
     }
-    return replace(facts, linears=marked)
+    return replace(architecture, linears=marked)
 
 
 def _input_embeddings(model: Any) -> Any:
@@ -101,7 +101,7 @@ def _linears(model: Any) -> dict[str, LinearFact]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    facts: dict[str, LinearFact] = {}
+    linears: dict[str, LinearFact] = {}
     for name, module in model.named_modules():
         kind: Literal["linear", "conv1d", "other", "exposed"]
         if isinstance(module, Conv1D):
@@ -111,5 +111,5 @@ def _linears(model: Any) -> dict[str, LinearFact]:
         else:
             continue
         stock = isinstance(module, Conv1D) or type(module) is nn.Linear
-        facts[f"{name}.weight"] = LinearFact(name, type(module).__name__, kind, stock)
-    return facts
+        linears[f"{name}.weight"] = LinearFact(name, type(module).__name__, kind, stock)
+    return linears

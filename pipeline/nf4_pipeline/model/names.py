@@ -66,7 +66,8 @@ class NameMap:
             pattern = self._patterns[name]
             converter = converter or deepcopy(self._converters[pattern])
             converter.add_tensor(target, name, pattern, lambda tensor=tensor: tensor)
-        made = converter.convert(target, model=self._model, config=self._model.config)
+        converted = converter.convert(target, model=self._model, config=self._model.config)
         return {
-            name: value[0] if isinstance(value, list) else value for name, value in made.items()
+            name: value[0] if isinstance(value, list) else value
+            for name, value in converted.items()
         }

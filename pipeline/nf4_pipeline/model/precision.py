@@ -20,18 +20,18 @@ def stored_dtype(config: Any, checkpoint: Checkpoint) -> Any:
     """
     import torch
 
-    said = getattr(config, "dtype", None)
-    if isinstance(said, torch.dtype):
-        return said
+    declared = getattr(config, "dtype", None)
+    if isinstance(declared, torch.dtype):
+        return declared
     first = (_FLOATS[t.header.dtype] for t in checkpoint.tensors if t.header.dtype in _FLOATS)
     return getattr(torch, next(first, "float32"))
 
 
-def compute_dtype(said: Any, device: str, wanted: str = "auto") -> Any:
+def compute_dtype(declared: Any, device: str, wanted: str = "auto") -> Any:
     """What to compute in.
 
     Args:
-        said: torch dtype that the config names, or None.
+        declared: torch dtype that the config names, or None.
         device: "cpu" or "cuda:N".
         wanted: name of a torch dtype, or "auto".
 
@@ -40,7 +40,7 @@ def compute_dtype(said: Any, device: str, wanted: str = "auto") -> Any:
         bfloat16 on GPUs before Ampere (compute capability 8), which have no arithmetic for it.
 
     Raises:
-        UsageError: no such dtype.
+        UsageError: `wanted` names no dtype that models are computed in.
     """
     import torch
 
@@ -48,10 +48,10 @@ def compute_dtype(said: Any, device: str, wanted: str = "auto") -> Any:
         if wanted not in ("bfloat16", "float16", "float32"):
             raise UsageError(f"dtype is {wanted!r}; expected auto, bfloat16, float16 or float32.")
         return getattr(torch, wanted)
-    if said == torch.bfloat16 and device.startswith("cuda"):
+    if declared == torch.bfloat16 and device.startswith("cuda"):
         major, _ = torch.cuda.get_device_capability(device)
         return torch.bfloat16 if major >= 8 else torch.float16
-    return said if isinstance(said, torch.dtype) else None
+    return declared if isinstance(declared, torch.dtype) else None
 
 
 def float32_parts(model: Any, dtype: Any) -> re.Pattern[str] | None:

@@ -1,97 +1,114 @@
-"""Asks for the facts of a model in a process of its own.
+"""Asks for the architecture and the tokenizer of a checkpoint in a process of its own.
 
 Importing torch and transformers takes seconds and half a gigabyte, and building a model on the meta
 device needs both. A child process does it, while this one hashes or reads; afterwards nothing of it
-is left in memory.
+is left in memory. It has limits, because a hostile config that passes for plausible must not take
+the machine with it.
 """
 
 from __future__ import annotations
 
-import json
 import signal
-import subprocess
-import sys
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from threading import Thread
-from typing import Any
+from typing import Final
 
-from nf4_pipeline import errors
+from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import ArchitectureError
-from nf4_pipeline.model import probe_worker as worker
-from nf4_pipeline.model.architecture import ModelFacts
+from nf4_pipeline.model.architecture import Architecture
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
+from nf4_pipeline.processes.child import ChildFailed, start
+from nf4_pipeline.processes.messages import Limits
+from nf4_pipeline.processes.worker import Worker
+
+_PROCESSOR_SECONDS: Final = 240
+"""Models of some hundred billion weights take less than one minute."""
+
+_DATA_BYTES: Final = 8 * 2**30
+"""torch and transformers take half a GiB, a model without weights hardly anything."""
 
 
-class PendingFacts:
-    """A child process that builds the model on the meta device, and loads its tokenizer.
+@dataclass(frozen=True)
+class ProbeRequest(Document):
+    """Which checkpoint folder is meant; `without_weights`: there are none in it yet."""
+
+    folder: Path
+    without_weights: bool = False
+
+
+@dataclass(frozen=True)
+class ProbeReply(Document):
+    """What transformers says of a checkpoint.
+
+    Attributes:
+        architecture: of its model; without names of tensors, if there were none.
+        tokenizer: how it loads.
+    """
+
+    architecture: Architecture
+    tokenizer: TokenizerFacts
+
+
+WORKER: Final[Worker[ProbeRequest, ProbeReply]] = Worker(
+    "nf4_pipeline.model.probe_worker",
+    ProbeReply,
+    Limits(processor_seconds=_PROCESSOR_SECONDS, data_bytes=_DATA_BYTES),
+)
+
+
+class Probe:
+    """A child process that builds the model of a checkpoint on the meta device.
 
     Args:
         folder: the checkpoint.
-        without_weights: there are none yet, and nothing is said of them.
+        without_weights: there are none in it yet.
+        worker: what does it.
     """
 
-    def __init__(self, folder: Path, *, without_weights: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        without_weights: bool = False,
+        worker: Worker[ProbeRequest, ProbeReply] = WORKER,
+    ) -> None:
         self._folder = folder
-        self._child = subprocess.Popen(
-            [
-                *(sys.executable, "-P", "-m", "nf4_pipeline.model.probe_worker", str(folder)),
-                *([worker.WITHOUT_WEIGHTS] if without_weights else []),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self._said = ("", "")
-        # An answer is longer than a pipe holds; somebody must take it for the child to end.
-        self._reader = Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        self._said = self._child.communicate()
+        self._limits = worker.limits
+        self._child = start(worker, ProbeRequest(folder, without_weights))
 
     @property
-    def answered(self) -> bool:
-        """True if `wait` will not wait."""
-        return not self._reader.is_alive()
+    def is_replying(self) -> bool:
+        """True if `wait` takes no longer than reading the reply."""
+        return self._child.is_speaking
 
-    def wait(self) -> tuple[ModelFacts, TokenizerFacts]:
-        """What was found.
+    def wait(self) -> ProbeReply:
+        """What it found.
 
         Raises:
-            SourceError: the config makes no causal LM, or a weight file is malformed.
+            ArchitectureError: the config makes no causal LM, or building it took too long.
+            SourceError: a file of the checkpoint is missing or malformed.
         """
         try:
-            self._reader.join()
-        except BaseException:
-            self.cancel()
-            raise
-        out, err = self._said
-        if self._child.returncode == -signal.SIGXCPU:
-            raise ArchitectureError(
-                f"Building the model of {self._folder} without weights took more than "
-                f"{worker.MAX_SECONDS} s of processor time, which no real config.json needs."
-            )
-        if self._child.returncode != 0:
-            tail = "; ".join(err.strip().splitlines()[-3:]) or "no message"
+            with self._child as child:
+                return child.wait()
+        except ChildFailed as failure:
+            if failure.status == -signal.SIGXCPU:
+                raise ArchitectureError(
+                    f"Building the model of {self._folder} without weights took more than "
+                    f"{self._limits.processor_seconds} s of processor time, which no real "
+                    "config.json needs."
+                ) from failure
             raise ArchitectureError(
                 f"The process that builds the model of {self._folder} on the meta device ended "
-                f"with status {self._child.returncode}: {tail}"
-            )
-        answer: dict[str, Any] = json.loads(out)
-        if "error" in answer:
-            raise getattr(errors, answer["kind"])(answer["error"])
-        return (
-            ModelFacts.from_json(answer["model"]),
-            TokenizerFacts.from_json(answer["tokenizer"]),
-        )
+                f"with status {failure.status}: {failure.cause}"
+            ) from failure
 
     def cancel(self) -> None:
         """Ends the child; for when something else already failed."""
-        self._child.kill()
-        self._reader.join()
+        self._child.close()
 
 
 def transformers_version() -> str:
-    """The version that the facts depend on, without importing it."""
+    """The version that architectures depend on, without importing it."""
     return version("transformers")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
+from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import SourceError
 
 
 @dataclass(frozen=True)
-class TokenizerFacts:
+class TokenizerFacts(Document):
     """A tokenizer as transformers loads it, or why it does not.
 
     Attributes:
@@ -32,16 +33,6 @@ class TokenizerFacts:
     template: Literal["none", "works", "fails"] = "none"
     template_problem: str = ""
     beyond: tuple[str, ...] = ()
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain JSON values; `from_json` takes them back."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> TokenizerFacts:
-        """The facts that `as_json` wrote."""
-        lists = {name: tuple(value[name]) for name in ("asked", "files", "beyond")}
-        return cls(**{**value, **lists})
 
     def check(self) -> None:
         """Refuses a tokenizer that will not do.

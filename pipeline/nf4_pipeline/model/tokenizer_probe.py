@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, Final, Literal
 
 from nf4_pipeline.checkpoint.files import is_tokenizer
-from nf4_pipeline.model.config import words_of
+from nf4_pipeline.model.config import brief_text
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 
 _PLAIN_TEXT: Final = (
@@ -26,7 +26,7 @@ _TEMPLATE_SECONDS: Final = 10
 _EXTRA: Final = "pip install 'nf4-pipeline[tokenizers]'"
 
 
-def tokenizer_facts(folder: Path, rows: int | None) -> TokenizerFacts:
+def probe_tokenizer(folder: Path, rows: int | None) -> TokenizerFacts:
     """Loads the tokenizer of a checkpoint as transformers does.
 
     Args:
@@ -42,7 +42,7 @@ def tokenizer_facts(folder: Path, rows: int | None) -> TokenizerFacts:
             tokenizer = _load(folder)
         working = bool(tokenizer(_PLAIN_TEXT, add_special_tokens=False).input_ids)
     except Exception as error:  # tokenizers of strangers fail in any way they like
-        return _failed(folder, names, asked, words_of(error))
+        return _failed(folder, names, asked, brief_text(error))
     asked |= _class_files(tokenizer)
     if not working:
         return _failed(folder, names, asked, "it makes no token of plain text")
@@ -153,7 +153,8 @@ def _packages_missing(folder: Path, names: set[str]) -> dict[str, str]:
     needed: dict[str, str] = {}
     for name in sorted(names):
         if name.endswith((".model", ".spm")):
-            head = (folder / name).open("rb").read(64)
+            with (folder / name).open("rb") as file:
+                head = file.read(64)
             needed["sentencepiece" if not _is_ranks(head) else "tiktoken"] = name
         elif name.endswith(".tiktoken"):
             needed["tiktoken"] = name
@@ -215,7 +216,7 @@ def _template(tokenizer: Any, rows: int | None) -> tuple[Literal["none", "works"
         text = tokenizer.apply_chat_template(_USER_TURN, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False).input_ids
     except Exception as error:  # a template is a stranger's program
-        return "fails", words_of(error).rstrip(".")
+        return "fails", brief_text(error).rstrip(".")
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, earlier)

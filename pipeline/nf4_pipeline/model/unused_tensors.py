@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from nf4_pipeline.checkpoint.header import HeaderTensor
+from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import CheckpointError
 
 BUFFER: Final = "a buffer that the model computes itself"
@@ -69,23 +70,28 @@ class Unused:
     reason: str | None
 
 
-def left_out(dropped: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
-    """What a person should know of that an artifact lacks, as plain JSON.
+@dataclass(frozen=True)
+class LeftOut(Document):
+    """Learned tensors that an artifact lacks for one reason: how many, and their bytes."""
+
+    reason: str
+    tensors: int
+    bytes: int
+
+
+def left_out(dropped: Iterable[tuple[str, int]]) -> tuple[LeftOut, ...]:
+    """What a person should know of that an artifact lacks.
 
     Args:
         dropped: reason and bytes of each tensor that was dropped.
-
-    Returns:
-        For each reason that is worth saying: "reason", "tensors" and "bytes".
     """
     groups: dict[str, list[int]] = {}
     for reason, nbytes in dropped:
         if is_worth_saying(reason):
             groups.setdefault(reason, []).append(nbytes)
-    return [
-        {"reason": reason, "tensors": len(sizes), "bytes": sum(sizes)}
-        for reason, sizes in sorted(groups.items())
-    ]
+    return tuple(
+        LeftOut(reason, len(sizes), sum(sizes)) for reason, sizes in sorted(groups.items())
+    )
 
 
 def is_worth_saying(reason: str) -> bool:

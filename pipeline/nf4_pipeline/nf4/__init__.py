@@ -1,13 +1,16 @@
 """The only NF4 arithmetic in the project. Pure: touches no file, no network, no model.
 
-codebook.py       the 16 NF4 levels, the 256 levels for scales, the midpoints between levels
-cpu.py            compiled kernels: blocks of weights -> packed codes and absmax; scales -> 8 bit
-compensated.py    the same for codes that make up for each other's errors, under a guide
-rounding.py       the seam: how codes and scales are chosen, per device
-double_quant.py   absmax -> 8-bit absmax, with an offset that is the same on every machine
-layout.py         the six stored tensors: names, shapes, and the quant-state JSON
-nearest.py        a whole weight rounded to nearest, in memory
-dequantize.py     the way back, in plain NumPy: what every reader computes
+codebook.py           the 16 NF4 levels, the 256 levels of scales, midpoints between levels
+packing.py            weights counted in blocks, two codes in a byte
+float_bits.py         floats as the unsigned integers of their bits
+cpu.py                compiled kernels: blocks of weights -> codes and absmax; scales -> 8 bit
+cuda.py               rounding to nearest on CUDA devices
+error_sums_triton.py  the sums that a weight's error needs, on a CUDA device
+rounding.py           the seam: how codes and scales are chosen, per device
+double_quant.py       absmax -> 8-bit absmax, with an offset that is the same on every machine
+rtn.py                a whole weight rounded to nearest, in memory
+dequantize.py         the way back, in NumPy and on a device of torch
+stored_weight.py      the six stored tensors of a weight: predicted, written, read back
 """
 
 BLOCK_SIZE = 64

@@ -21,9 +21,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 from nf4_pipeline.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from nf4_pipeline.nf4.bisection import nearest_code, nearest_scale_code
 from nf4_pipeline.nf4.codebook import (
     NF4_LEVELS,
-    NF4_MIDPOINTS,
     SCALE_LEVELS,
     SCALE_MIDPOINTS,
 )
@@ -41,11 +41,6 @@ _TILE: Final = _TILE_BLOCKS * BLOCK_SIZE
 # number in any order. A rounding error d is at most 0.139, half the widest gap between levels.
 _ERROR_UNIT: Final = np.float32(2.0**15)
 _LEVEL_UNIT: Final = np.float32(2.0**12)
-
-# Named one by one, since LLVM keeps scalars in registers but reloads an array's items.
-_M0, _M1, _M2, _M3, _M4, _M5, _M6, _M7 = NF4_MIDPOINTS[:8]
-_M8, _M9, _M10, _M11, _M12, _M13, _M14 = NF4_MIDPOINTS[8:]
-
 
 # Where the search among the 255 midpoints between scale levels begins, for each cell of [-1, 1];
 # the margins on both sides hold what rounding may do to a value at a cell's edge.
@@ -110,16 +105,8 @@ def _scale(weights, absmax, ragged, x):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _choose(x, codes):  # type: ignore[no-untyped-def]
-    """The number of midpoints below x, by bisection: each comparison gives one bit of it."""
     for i in range(x.size):
-        value = x[i]
-        b3 = value > _M7
-        b2 = value > (_M11 if b3 else _M3)
-        b1 = value > ((_M13 if b2 else _M9) if b3 else (_M5 if b2 else _M1))
-        upper = (_M14 if b1 else _M12) if b2 else (_M10 if b1 else _M8)
-        lower = (_M6 if b1 else _M4) if b2 else (_M2 if b1 else _M0)
-        b0 = value > (upper if b3 else lower)
-        codes[i] = np.int32(b3) << 3 | np.int32(b2) << 2 | np.int32(b1) << 1 | np.int32(b0)
+        codes[i] = nearest_code(x[i])
 
 
 @njit(cache=True, nogil=True)
@@ -191,7 +178,7 @@ def quantize_blocks(
     packed: NDArray[np.uint8],
     absmax: NDArray[np.float32],
     sums: NDArray[np.int32],
-) -> int:
+) -> int | None:
     """Rounds weights to the nearest NF4 level, block by block.
 
     Args:
@@ -203,9 +190,10 @@ def quantize_blocks(
             d * level and level^2 in fixed point, where d = w / absmax - level.
 
     Returns:
-        -1, or the index of the first block that holds an infinity or a NaN.
+        None, or the index of the first block that holds an infinity or a NaN.
     """
-    return int(_quantize(bits, dtype == "float16", packed, absmax, sums))
+    not_finite = int(_quantize(bits, dtype == "float16", packed, absmax, sums))
+    return None if not_finite < 0 else not_finite
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -228,13 +216,7 @@ def _nested_quantize(absmax, codes, nested_absmax):  # type: ignore[no-untyped-d
             cell = np.int64((x + _ONE) * _CELLS_PER_UNIT)
             low = np.int64(_FIRST_MIDPOINT[cell])
             high = np.int64(_FIRST_MIDPOINT[cell + 3])
-            while low < high:
-                middle = (low + high) // 2
-                if SCALE_MIDPOINTS[middle] < x:
-                    low = middle + 1
-                else:
-                    high = middle
-            chosen[i] = low
+            chosen[i] = nearest_scale_code(x, low, high)
     return offset
 
 

@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from nf4_pipeline.nf4 import BLOCK_SIZE, cpu
 from nf4_pipeline.nf4.codebook import NF4_LEVELS
 from nf4_pipeline.nf4.error_sums_triton import block_sums
+from nf4_pipeline.nf4.float_bits import tensor_of
 from nf4_pipeline.nf4.rounding import NearestWeight
 
-_DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES: Final = ("bfloat16", "float16")
 _WORKERS_PER_DEVICE: Final = 8  # enough to keep a disk busy; each holds a chunk on the device
 _MAX_CHUNK: Final = 8 * 2**20  # enough that starting a kernel does not matter
 _TRUSTED: Final = np.float32(2.0**-96)
@@ -52,7 +53,7 @@ class NearestOnCuda:
         pinned: NDArray[np.uint8] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
         return pinned
 
-    def begin(self, name: str, weights: int) -> NearestWeight:
+    def start_weight(self, name: str, weights: int) -> NearestWeight:
         """See `nf4_pipeline.nf4.rounding.Rounding`."""
         return NearestWeight(self.quantize, weights)
 
@@ -63,15 +64,14 @@ class NearestOnCuda:
         packed: NDArray[np.uint8],
         absmax: NDArray[np.float32],
         sums: NDArray[np.int32],
-    ) -> int:
+    ) -> int | None:
         """Rounds one chunk; see `nf4_pipeline.nf4.cpu.quantize_blocks`."""
         if dtype in _DTYPES and bits.size % BLOCK_SIZE == 0 and bits.size > 0:
             if not hasattr(self._worker, "lane"):
                 device = self._devices[next(self._turn) % len(self._devices)]
                 self._worker.lane = _Lane(device)
-            weights = torch.from_numpy(bits.view(np.uint8)).view(_DTYPES[dtype])
-            if self._worker.lane.quantize(weights, packed, absmax, sums):
-                return -1
+            if self._worker.lane.quantize(tensor_of(bits, dtype), packed, absmax, sums):
+                return None
         return cpu.quantize_blocks(bits, dtype, packed, absmax, sums)
 
 

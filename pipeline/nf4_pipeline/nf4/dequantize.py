@@ -1,32 +1,60 @@
-"""The way back, in plain NumPy: what every reader of the format computes."""
+"""The way back: what every reader of the format computes, `level[code] * scale` in float32."""
 
 from __future__ import annotations
 
+from math import prod
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+from einops import repeat
 from numpy.typing import NDArray
 
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.nf4.codebook import NF4_LEVELS
+from nf4_pipeline.nf4.packing import unpack
 
-
-def unpack(packed: NDArray[np.uint8], weights: int) -> NDArray[np.uint8]:
-    """Two codes a byte, the earlier one in the high half -> one code each, uint8 [weights]."""
-    codes = np.empty(2 * packed.size, np.uint8)
-    codes[0::2] = packed.reshape(-1) >> 4
-    codes[1::2] = packed.reshape(-1) & 0x0F
-    return codes[:weights]
+if TYPE_CHECKING:
+    import torch
 
 
 def dequantize(
     packed: NDArray[np.uint8], scales: NDArray[np.float32], shape: tuple[int, ...]
 ) -> NDArray[np.float32]:
-    """`level[code] * scale`, in float32.
+    """The weight that codes and scales stand for, in plain NumPy.
 
     Args:
         packed: uint8, ceil(n / 2) bytes.
         scales: float32 [ceil(n / 64)], as `NestedScales.scales` gives them.
         shape: of the weight; its product is n.
+
+    Returns:
+        float32, of that shape.
     """
-    weights = int(np.prod(shape))
-    values = NF4_LEVELS[unpack(packed, weights)]
-    return (values * np.repeat(scales, BLOCK_SIZE)[:weights]).reshape(shape)
+    codes = unpack(packed, prod(shape))
+    weight: NDArray[np.float32] = (NF4_LEVELS[codes] * _of_each(scales, shape)).reshape(shape)
+    return weight
+
+
+def dequantize_on(
+    device: torch.device,
+    packed: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    shape: tuple[int, ...],
+) -> torch.Tensor:
+    """As `dequantize`, computed on a device of torch.
+
+    Returns:
+        float32 on the device, of that shape.
+    """
+    import torch
+
+    codes = unpack(torch.from_numpy(packed).to(device), prod(shape))
+    levels = torch.from_numpy(NF4_LEVELS.copy()).to(device)
+    each = _of_each(torch.from_numpy(scales).to(device), shape)
+    weight: torch.Tensor = (levels[codes.int()] * each).reshape(shape)
+    return weight
+
+
+def _of_each(scales: Any, shape: tuple[int, ...]) -> Any:
+    """The scale of each weight, [n], from that of each block."""
+    return repeat(scales, "block -> (block weight)", weight=BLOCK_SIZE)[: prod(shape)]

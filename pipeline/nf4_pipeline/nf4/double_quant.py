@@ -42,6 +42,11 @@ class NestedScales:
         return scales
 
 
+def nested_blocks_of(blocks: int) -> int:
+    """How many nested scales `blocks` consecutive scales have; the last group may be ragged."""
+    return -(-blocks // NESTED_BLOCK_SIZE)
+
+
 def double_quantize(absmax: NDArray[np.float32]) -> NestedScales:
     """Rounds float32 scales to 8 bits.
 
@@ -49,6 +54,6 @@ def double_quantize(absmax: NDArray[np.float32]) -> NestedScales:
         absmax: the scales of one weight in the order of its blocks, float32 [blocks], blocks > 0.
     """
     codes = np.empty(absmax.size, np.uint8)
-    nested = np.empty(-(-absmax.size // NESTED_BLOCK_SIZE), np.float32)
+    nested = np.empty(nested_blocks_of(absmax.size), np.float32)
     offset = cpu.nested_quantize(absmax, codes, nested)
     return NestedScales(codes=codes, absmax=nested, offset=offset)

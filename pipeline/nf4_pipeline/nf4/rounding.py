@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from nf4_pipeline.nf4 import BLOCK_SIZE, cpu
 from nf4_pipeline.nf4.double_quant import NestedScales, double_quantize
-from nf4_pipeline.nf4.layout import blocks_of
+from nf4_pipeline.nf4.packing import blocks_of
 
 ChunkRounder = Callable[
-    [NDArray[Any], str, NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32]], int
+    [NDArray[Any], str, NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32]], int | None
 ]
 """Rounds whole blocks to nearest; see `nf4_pipeline.nf4.cpu.quantize_blocks`."""
 
@@ -39,7 +39,9 @@ class RoundedWeight:
 class WeightRounding(Protocol):
     """One weight while its chunks come and go, in any order, from several threads at once."""
 
-    def chunk(self, bits: NDArray[Any], dtype: str, start: int, packed: NDArray[np.uint8]) -> int:
+    def quantize_chunk(
+        self, bits: NDArray[Any], dtype: str, start: int, packed: NDArray[np.uint8]
+    ) -> int | None:
         """Chooses the codes of one chunk of whole blocks.
 
         Args:
@@ -49,7 +51,7 @@ class WeightRounding(Protocol):
             packed: receives two codes a byte, [ceil(n / 2)].
 
         Returns:
-            -1, or the first block of the chunk that holds an infinity or a NaN.
+            None, or the first block of the chunk that holds an infinity or a NaN.
         """
 
     def finish(self) -> RoundedWeight:
@@ -70,8 +72,8 @@ class Rounding(Protocol):
     def buffer(self, nbytes: int) -> NDArray[np.uint8]:
         """Memory to read a chunk into, or to leave codes in: wherever this rounding likes it."""
 
-    def begin(self, name: str, weights: int) -> WeightRounding:
-        """Begins a weight of that many elements; `name` is what it is called in the output."""
+    def start_weight(self, name: str, weights: int) -> WeightRounding:
+        """Starts a weight of that many elements; `name` is what it is called in the output."""
 
 
 class NearestOnCpu:
@@ -85,7 +87,7 @@ class NearestOnCpu:
     def buffer(self, nbytes: int) -> NDArray[np.uint8]:
         return np.empty(nbytes, np.uint8)
 
-    def begin(self, name: str, weights: int) -> WeightRounding:
+    def start_weight(self, name: str, weights: int) -> WeightRounding:
         return NearestWeight(cpu.quantize_blocks, weights)
 
 
@@ -103,7 +105,9 @@ class NearestWeight:
         self._absmax = _mapped(blocks, np.float32)
         self._sums = _mapped(3 * blocks, np.int32).reshape(blocks, 3)
 
-    def chunk(self, bits: NDArray[Any], dtype: str, start: int, packed: NDArray[np.uint8]) -> int:
+    def quantize_chunk(
+        self, bits: NDArray[Any], dtype: str, start: int, packed: NDArray[np.uint8]
+    ) -> int | None:
         """See `WeightRounding`."""
         first = start // BLOCK_SIZE
         blocks = slice(first, first + blocks_of(bits.size))
@@ -124,7 +128,7 @@ def relative_rmse(error: float, energy: float) -> float:
 def _mapped(count: int, dtype: type[np.generic]) -> NDArray[Any]:
     """Zeros that go back to the system when they are let go.
 
-    What a thread takes from its heap the heap keeps, and which thread begins a large weight is a
+    What a thread takes from its heap the heap keeps, and which thread starts a large weight is a
     matter of chance: the peak memory would be, too.
     """
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS

@@ -1,6 +1,6 @@
 """Checkpoints that are Python pickles (`pytorch_model*.bin`), turned into safetensors.
 
-A pickle is a program. So it takes the user's word (`--allow-pickle`), and then there are two walls:
+A pickle is a program. So it takes the user's word (`--allow-pickle`), and there are two defences:
 
 scan.py      reads the program without running it, and lets only rebuilding of tensors pass
 convert.py   a folder of pickles -> a folder of safetensors, each file by a process of its own

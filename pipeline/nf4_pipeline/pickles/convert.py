@@ -3,26 +3,74 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from nf4_pipeline.checkpoint.atomic import remove_leftovers, write_bytes, write_json
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
 from nf4_pipeline.checkpoint.files import PICKLE_FILE
 from nf4_pipeline.checkpoint.weight_files import INDEX_FILE
+from nf4_pipeline.documents import Document, key, optional
 from nf4_pipeline.errors import SourceError, UsageError
 from nf4_pipeline.pickles.scan import scan
+from nf4_pipeline.processes.child import ChildFailed, run
+from nf4_pipeline.processes.worker import Environment, Worker
 from nf4_pipeline.progress import Reporter
 
 CODE_VERSION: Final = 1
 NOTE_FILE: Final = "conversion.json"
 
 # What a child needs to run; above all no token.
-_ENVIRONMENT: Final = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "PYTHONPATH")
+_ENVIRONMENT: Final = Environment(
+    keep=frozenset({"PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH"}),
+    add={"CUDA_VISIBLE_DEVICES": ""},
+)
+
+
+@dataclass(frozen=True)
+class ConvertRequest(Document):
+    """A pickle, and the safetensors file that its tensors shall go to."""
+
+    source: Path
+    target: Path
+
+
+@dataclass(frozen=True)
+class Converted(Document):
+    """A safetensors file that was made.
+
+    Attributes:
+        digest: of the file.
+        tensors: name -> bytes of each tensor.
+        peak_memory_bytes: that the process took.
+    """
+
+    digest: FileDigest
+    tensors: Mapping[str, int]
+    peak_memory_bytes: int
+
+
+WORKER: Final[Worker[ConvertRequest, Converted]] = Worker(
+    "nf4_pipeline.pickles.worker", Converted, environment=_ENVIRONMENT
+)
+
+
+@dataclass(frozen=True)
+class _Origin(Document):
+    """What a conversion depends on."""
+
+    code: int
+    files: Mapping[str, FileDigest]
+
+
+@dataclass(frozen=True)
+class _Note(Document):
+    """conversion.json: what a folder was made from, and what was made; None while it is made."""
+
+    origin: _Origin = field(metadata=key("from"))
+    made: Mapping[str, FileDigest] | None = optional()
 
 
 def convert(
@@ -40,31 +88,29 @@ def convert(
         The digest of each file of the new folder.
 
     Raises:
-        SourceError: a pickle would do more than rebuild tensors, or holds none; it was not run.
-        UsageError: `target` is somebody else's folder.
+        SourceError: a pickle would do more than rebuild tensors (it was not run), holds something
+            else than tensors by name, or the process that converts it died.
+        UsageError: `target` holds files that no conversion wrote.
     """
     pickles = sorted(name for name in files if PICKLE_FILE.fullmatch(name))
-    small = {name: digest for name, digest in files.items() if not _replaced(name)}
-    origin = {
-        "code": CODE_VERSION,
-        "files": {name: digest.as_json() for name, digest in sorted(files.items())},
-    }
-    if done := _standing(target, origin):
+    small = {name: digest for name, digest in files.items() if not _is_replaced(name)}
+    origin = _Origin(CODE_VERSION, dict(sorted(files.items())))
+    if done := _read_earlier(target, origin):
         return {**done, **small}
     for name in pickles:  # all of them, before anything is written
         scan(source / name)
     _clear(target)
-    write_json(target / NOTE_FILE, {"from": origin})
+    write_json(target / NOTE_FILE, _Note(origin).to_json())
     digests: dict[str, FileDigest] = {}
     weight_map: dict[str, str] = {}
     total = 0
     with reporter.task("convert", sum(files[name].size for name in pickles)) as task:
         for name in pickles:
             output = _safetensors_name(name)
-            answer = _run(source / name, target / output)
-            digests[output] = FileDigest(answer["size"], answer["sha256"])
-            weight_map |= dict.fromkeys(answer["tensors"], output)
-            total += sum(answer["tensors"].values())
+            converted = _run(source / name, target / output)
+            digests[output] = converted.digest
+            weight_map |= dict.fromkeys(converted.tensors, output)
+            total += sum(converted.tensors.values())
             task.advance(files[name].size)
     if len(pickles) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -72,12 +118,11 @@ def convert(
         digests[INDEX_FILE] = digest_file(target / INDEX_FILE)
     for name in small:
         write_bytes(target / name, (source / name).read_bytes())
-    made = {name: digest.as_json() for name, digest in sorted(digests.items())}
-    write_json(target / NOTE_FILE, {"from": origin, "made": made})
+    write_json(target / NOTE_FILE, _Note(origin, dict(sorted(digests.items()))).to_json())
     return {**digests, **small}
 
 
-def _replaced(name: str) -> bool:
+def _is_replaced(name: str) -> bool:
     return PICKLE_FILE.fullmatch(name) is not None or name.endswith(".bin.index.json")
 
 
@@ -86,14 +131,15 @@ def _safetensors_name(name: str) -> str:
     return name.removeprefix("pytorch_").removesuffix(".bin") + ".safetensors"
 
 
-def _standing(target: Path, origin: dict[str, Any]) -> dict[str, FileDigest] | None:
+def _read_earlier(target: Path, origin: _Origin) -> Mapping[str, FileDigest] | None:
     """The files of an earlier conversion of the same pickles, if they are still what it wrote."""
     try:
-        note = json.loads((target / NOTE_FILE).read_text("utf-8"))
-        made = {name: FileDigest(d["size"], d["sha256"]) for name, d in note["made"].items()}
-        same = note["from"] == origin and all(digest_file(target / n) == d for n, d in made.items())
-        return made if same else None
-    except (OSError, ValueError, KeyError, TypeError):
+        note = _Note.from_json(json.loads((target / NOTE_FILE).read_text("utf-8")))
+        if note.origin != origin or note.made is None:
+            return None
+        intact = all(digest_file(target / name) == d for name, d in note.made.items())
+        return note.made if intact else None
+    except (OSError, ValueError):
         return None
 
 
@@ -110,25 +156,11 @@ def _clear(target: Path) -> None:
                 path.unlink()
 
 
-def _run(source: Path, target: Path) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "nf4_pipeline.pickles.worker", str(source), str(target)],
-        env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-        | {"CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        tail = (done.stderr.strip().splitlines() or ["no message"])[-1]
+def _run(source: Path, target: Path) -> Converted:
+    try:
+        return run(WORKER, ConvertRequest(source, target))
+    except ChildFailed as failure:
         raise SourceError(
-            f"The process that converts {source} ended with status {done.returncode}: {tail}. "
-            "See that there is room for the safetensors, then run this again."
-        )
-    answer: dict[str, Any] = json.loads(done.stdout)
-    if "error" in answer:
-        raise SourceError(
-            f"{source} cannot be converted: {answer['error']}. Expected tensors by name, as "
-            "torch.save writes a state dict; take a checkpoint in safetensors."
-        )
-    return answer
+            f"The process that converts {source} ended with status {failure.status}: "
+            f"{failure.cause}. See that there is room for the safetensors, then run this again."
+        ) from failure

@@ -43,15 +43,16 @@ def scan(path: Path) -> None:
     """Lets a file pass that `torch.save` wrote and whose pickle only rebuilds tensors.
 
     Raises:
-        SourceError: it is anything else; the text names what was found, and nothing was run.
+        SourceError: the file is no archive of torch.save, or its pickle names or does anything
+            else; the text says what, and nothing was run.
     """
     try:
         program = _program(path)
-        found = _first_forbidden(program)
+        forbidden = _first_forbidden(program)
     except (OSError, zipfile.BadZipFile, ValueError, RuntimeError, IndexError) as error:
-        raise _refused(path, f"cannot be read as what torch.save writes ({error})") from error
-    if found:
-        raise _refused(path, f"does more than rebuild tensors: {found}")
+        raise _refusal(path, f"cannot be read as what torch.save writes ({error})") from error
+    if forbidden:
+        raise _refusal(path, f"does more than rebuild tensors: {forbidden}")
 
 
 def _program(path: Path) -> bytes:
@@ -86,7 +87,7 @@ def _first_forbidden(program: bytes) -> str | None:
     return None if end == len(program) else f"{len(program) - end} bytes follow its end"
 
 
-def _refused(path: Path, what: str) -> SourceError:
+def _refusal(path: Path, what: str) -> SourceError:
     return SourceError(
         f"{path} {what}. It was not opened. Take a checkpoint in safetensors, from somebody whom "
         "you trust."

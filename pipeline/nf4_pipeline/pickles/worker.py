@@ -1,4 +1,4 @@
-"""`python -m nf4_pipeline.pickles.worker SOURCE TARGET`: a pickle -> a safetensors file, as JSON.
+"""The process that turns a pickle into a safetensors file; see `convert.py`.
 
 torch maps the source and rebuilds nothing but tensors (`weights_only`); each is copied in pieces,
 and its pages are given back before the next, so memory does not grow with the file.
@@ -7,16 +7,16 @@ and its pages are given back before the next, so memory does not grow with the f
 from __future__ import annotations
 
 import ctypes
-import json
 import mmap
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from nf4_pipeline.checkpoint.layout import plan_layout
+from nf4_pipeline.checkpoint.layout import StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.writer import TensorFile, writing
-from nf4_pipeline.nf4.layout import StoredTensor
+from nf4_pipeline.errors import SourceError
+from nf4_pipeline.pickles.convert import Converted, ConvertRequest
+from nf4_pipeline.progress import Reporter
 from nf4_pipeline.resource_usage import peak_memory
 
 _CHUNK: Final = 8 * 2**20
@@ -36,18 +36,25 @@ _DTYPES: Final = {
 }
 
 
-def main() -> None:
-    """Converts the file named on the command line; answers with its digest and tensors."""
-    source, target = map(Path, sys.argv[1:])
+def run(request: ConvertRequest, reporter: Reporter) -> Converted:
+    """Converts one file.
+
+    Raises:
+        SourceError: torch's restricted loader refuses the file, it holds something else than
+            tensors by name, or the target cannot be written.
+    """
     try:
-        answer = _convert(source, target)
+        return _convert(request.source, request.target)
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
-        answer = {"error": f"{type(error).__name__}: {lines[0][:300]}"}
-    json.dump(answer, sys.stdout)
+        raise SourceError(
+            f"{request.source} cannot be converted: {type(error).__name__}: {lines[0][:300]}. "
+            "Expected tensors by name, as torch.save writes a state dict; take a checkpoint in "
+            "safetensors."
+        ) from error
 
 
-def _convert(source: Path, target: Path) -> dict[str, Any]:
+def _convert(source: Path, target: Path) -> Converted:
     import torch
 
     loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
@@ -65,11 +72,8 @@ def _convert(source: Path, target: Path) -> dict[str, Any]:
         for name, tensor in loaded.items():
             _copy(output, name, tensor)
         written = output.finish()
-    return {
-        **written.digest.as_json(),
-        "tensors": {tensor.name: tensor.nbytes for tensor in written.tensors},
-        "peak_memory_bytes": peak_memory(),
-    }
+    tensors = {tensor.name: tensor.nbytes for tensor in written.tensors}
+    return Converted(written.digest, tensors, peak_memory())
 
 
 def _copy(output: TensorFile, name: str, tensor: Any) -> None:
@@ -86,7 +90,3 @@ def _copy(output: TensorFile, name: str, tensor: Any) -> None:
     if last > first:
         libc = ctypes.CDLL(None)
         libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
-
-
-if __name__ == "__main__":
-    main()

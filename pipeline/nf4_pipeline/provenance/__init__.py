@@ -3,7 +3,7 @@
     statement.py               an in-toto statement with SLSA build provenance v1. Pure
     provenance.schema.json     what provenance.json must look like here
     bom.py                     a CycloneDX bill of materials. Pure
-    names.py                   package URLs, licenses, versions of tools
+    identifiers.py             package URLs, licenses, versions of tools
     signing.py                 OpenSSF model signing with a key file
 
 docs/provenance.md says what is claimed, and what is not.

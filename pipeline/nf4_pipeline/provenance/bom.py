@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from nf4_pipeline import __version__
+from nf4_pipeline.manifest.manifest import Manifest, Source
 from nf4_pipeline.provenance.identifiers import licenses, model_purl
 
 _NAMESPACE: Final = uuid.uuid5(uuid.NAMESPACE_URL, "pkg:pypi/nf4-pipeline#bom")
 
 
 def bill_of_materials(
-    manifest: Mapping[str, Any], manifest_sha256: str, card: Mapping[str, Any]
+    manifest: Manifest, manifest_sha256: str, card: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Puts the bill together; deterministic, as the manifest is.
 
@@ -22,28 +23,27 @@ def bill_of_materials(
         manifest_sha256: of its file.
         card: front matter of the source's model card; its license is inherited.
     """
-    source = manifest["source"]
-    name = source["repo"].rpartition("/")[2]
-    version = source["commit"] or source["content_sha256"]
+    source = manifest.source
+    name = source.repo.rpartition("/")[2]
     model: dict[str, Any] = {
         "type": "machine-learning-model",
         "bom-ref": "model",
         "name": f"{name}-nf4",
-        "version": version,
-        "description": f"{source['repo']} in 4 bit: {manifest['format']}",
+        "version": source.version,
+        "description": f"{source.repo} in 4 bit: {manifest.format}",
         "hashes": [{"alg": "SHA-256", "content": manifest_sha256}],
     }
     inherited = licenses(card)
     if inherited:
         model["licenses"] = inherited
     model["pedigree"] = {
-        "ancestors": [_ancestor(manifest, inherited)],
+        "ancestors": [_ancestor(source, inherited)],
         "notes": "Weights of linear layers were rounded to NF4; no weight was trained.",
     }
     model["modelCard"] = {
         "modelParameters": {
             "task": "text-generation",
-            "modelArchitecture": manifest["model_class"],
+            "modelArchitecture": manifest.model_class,
             "inputs": [{"format": "text"}],
             "outputs": [{"format": "text"}],
         }
@@ -68,22 +68,21 @@ def bill_of_materials(
                 "type": "file",
                 "bom-ref": f"file:{path}",
                 "name": path,
-                "hashes": [{"alg": "SHA-256", "content": entry["sha256"]}],
+                "hashes": [{"alg": "SHA-256", "content": digest.sha256}],
             }
-            for path, entry in sorted(manifest["files"].items())
+            for path, digest in sorted(manifest.files.items())
         ],
     }
 
 
-def _ancestor(manifest: Mapping[str, Any], inherited: list[dict[str, Any]]) -> dict[str, Any]:
-    source = manifest["source"]
+def _ancestor(source: Source, inherited: list[dict[str, Any]]) -> dict[str, Any]:
     ancestor: dict[str, Any] = {
         "type": "machine-learning-model",
         "bom-ref": "source",
-        "name": source["repo"],
-        "version": source["commit"] or source["content_sha256"],
+        "name": source.repo,
+        "version": source.version,
     }
-    purl = model_purl(source["repo"], source["commit"])
+    purl = model_purl(source.repo, source.commit)
     if purl is not None:
         ancestor["purl"] = purl
     if inherited:
@@ -91,22 +90,22 @@ def _ancestor(manifest: Mapping[str, Any], inherited: list[dict[str, Any]]) -> d
     return ancestor
 
 
-def _properties(manifest: Mapping[str, Any]) -> list[dict[str, str]]:
-    totals = manifest["totals"]
+def _properties(manifest: Manifest) -> list[dict[str, str]]:
+    totals = manifest.totals
     values = {
         "method": "bitsandbytes",
         "type": "nf4",
         "double_quantization": "true",
         "block_size": 64,
         "nested_block_size": 256,
-        "bits_per_weight": totals["bits_per_weight"],
-        "bits_per_quantized_weight": totals["bits_per_quantized_weight"],
-        "original_bytes": totals["original_bytes"],
-        "artifact_bytes": totals["artifact_bytes"],
-        "tensors_quantized": totals["tensors"]["quantized"],
-        "tensors_kept": totals["tensors"]["kept"],
-        "tensors_dropped": totals["tensors"]["dropped"],
-        "source_content_sha256": manifest["source"]["content_sha256"],
+        "bits_per_weight": totals.bits_per_weight,
+        "bits_per_quantized_weight": totals.bits_per_quantized_weight,
+        "original_bytes": totals.original_bytes,
+        "artifact_bytes": totals.artifact_bytes,
+        "tensors_quantized": totals.tensors.quantized,
+        "tensors_kept": totals.tensors.kept,
+        "tensors_dropped": totals.tensors.dropped,
+        "source_content_sha256": manifest.source.content_sha256,
     }
     return [
         {"name": f"nf4-pipeline:quantization:{name}", "value": str(value)}

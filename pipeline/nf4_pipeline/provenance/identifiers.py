@@ -36,29 +36,29 @@ def licenses(card: Mapping[str, Any]) -> list[dict[str, Any]]:
     Inherited, never invented: without a word in the card the list is empty.
     """
     named = card.get("license")
-    found = []
+    entries = []
     for item in named if isinstance(named, list) else [named]:
         if not isinstance(item, str) or not item.strip():
             continue
         known = _SPDX.get(item.strip().lower())
         if known is not None:
-            found.append({"license": {"id": known}})
+            entries.append({"license": {"id": known}})
             continue
         name = card.get("license_name") if item == "other" else item
         license_: dict[str, Any] = {"name": str(name or item)}
         link = card.get("license_link")
         if isinstance(link, str) and link.startswith("https://") and link.isprintable():
             license_["url"] = quote(link, safe=":/?#[]@!$&'()*+,;=%~-._")
-        found.append({"license": license_})
-    return found
+        entries.append({"license": license_})
+    return entries
 
 
 def tool_versions() -> dict[str, str]:
     """The versions of what shapes an artifact's bytes or reads them back."""
-    found = {"nf4-pipeline": __version__, "python": python_version()}
+    versions = {"nf4-pipeline": __version__, "python": python_version()}
     for name in _TOOLS:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

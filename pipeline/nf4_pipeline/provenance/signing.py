@@ -40,7 +40,8 @@ def sign(artifact: Path, private_key: Path, password: str | None = None) -> Path
 
     Raises:
         UsageError: model-signing is not installed, or the key cannot be used.
-        ArtifactError: the folder is no artifact, or holds a symbolic link.
+        ArtifactError: the folder has no manifest.
+        SignatureError: the folder holds a symbolic link.
     """
     signing, _, hashing = _library()
     if not (artifact / MANIFEST_FILE).is_file():
@@ -77,7 +78,8 @@ def check(artifact: Path, public_key: Path) -> int:
         How many files the signature covers.
 
     Raises:
-        SignatureError: it is not.
+        SignatureError: the artifact is not signed, holds a symbolic link, or holds other files than
+            those that were signed with that key.
         UsageError: model-signing is not installed, or the key cannot be used.
     """
     _, verifying, hashing = _library()

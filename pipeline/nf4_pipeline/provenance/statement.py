@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nf4_pipeline.checkpoint.digest import FileDigest
+from nf4_pipeline.manifest.manifest import Manifest
 from nf4_pipeline.provenance.identifiers import model_purl
 
 STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"
@@ -24,7 +25,7 @@ SCHEMA_FILE: Final = Path(__file__).with_name("provenance.schema.json")
 
 
 def statement(
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     subjects: Mapping[str, FileDigest],
     tools: Mapping[str, str],
     started: str,
@@ -39,7 +40,8 @@ def statement(
         started: when quantizing began, as RFC 3339 in UTC.
         finished: when the artifact was verified, the same.
     """
-    source = {name: manifest["source"][name] for name in ("repo", "commit", "content_sha256")}
+    source = manifest.source.to_json()
+    del source["files"]  # they are among the dependencies
     return {
         "_type": STATEMENT_TYPE,
         "subject": [
@@ -50,8 +52,8 @@ def statement(
         "predicate": {
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
-                "externalParameters": {"source": source, "recipe": manifest["recipe"]},
-                "internalParameters": _internal(manifest),
+                "externalParameters": {"source": source, "recipe": manifest.recipe},
+                "internalParameters": _internal_parameters(manifest),
                 "resolvedDependencies": _dependencies(manifest),
             },
             "runDetails": {
@@ -62,30 +64,30 @@ def statement(
     }
 
 
-def _internal(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _internal_parameters(manifest: Manifest) -> dict[str, Any]:
     """What shapes the bytes and is no wish of the user: the kind of device that calibrated."""
-    calibration = manifest.get("calibration")
-    return {} if calibration is None else {"calibration_device": calibration["device"]}
+    calibration = manifest.calibration
+    return {} if calibration is None else {"calibration_device": calibration.device}
 
 
-def _dependencies(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _dependencies(manifest: Manifest) -> list[dict[str, Any]]:
     """The model at its commit, each of its files, and the recipe."""
-    source = manifest["source"]
-    purl = model_purl(source["repo"], source["commit"])
-    found: list[dict[str, Any]] = []
+    source = manifest.source
+    purl = model_purl(source.repo, source.commit)
+    dependencies: list[dict[str, Any]] = []
     if purl is not None:
-        found.append({"uri": purl, "digest": {"gitCommit": source["commit"]}})
-    for name, entry in sorted(source["files"].items()):
-        file: dict[str, Any] = {"name": name, "digest": {"sha256": entry["sha256"]}}
+        dependencies.append({"uri": purl, "digest": {"gitCommit": source.commit}})
+    for name, digest in sorted(source.files.items()):
+        file: dict[str, Any] = {"name": name, "digest": {"sha256": digest.sha256}}
         if purl is not None:
             file["uri"] = f"{purl}#{name}"
-        found.append(file)
-    recipe = json.dumps(manifest["recipe"], sort_keys=True, separators=(",", ":")).encode()
-    found.append(
+        dependencies.append(file)
+    recipe = json.dumps(manifest.recipe, sort_keys=True, separators=(",", ":")).encode()
+    dependencies.append(
         {
             "name": "recipe",
             "digest": {"sha256": hashlib.sha256(recipe).hexdigest()},
             "mediaType": "application/json",
         }
     )
-    return found
+    return dependencies

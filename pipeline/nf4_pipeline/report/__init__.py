@@ -8,6 +8,7 @@ codes were chosen.
     draw/          each picture, drawn once with matplotlib for both
     calibration.py how codes were chosen, in sentences
     answers.py     what to show of two long answers, and where they part
-    words.py       numbers -> text
+    formatting.py  numbers and names -> text
+    model_card.py  model_card(): README.md of the artifact
     templates/     the page (Jinja2) and its style
 """

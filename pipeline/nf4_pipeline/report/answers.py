@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
+
+from nf4_pipeline.verification.document import AnswerPair
 
 _CONTEXT: Final = 160  # characters that are shown before a first difference that comes late
 
@@ -51,23 +53,23 @@ def excerpt(text: str, difference: int | None, shown: int | None) -> Excerpt:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class AnsweredPrompt:
     """One prompt and the runs that answered it (greedy, then by seed)."""
 
     prompt: str
     expect: str | None
-    runs: list[Mapping[str, Any]]
+    runs: tuple[AnswerPair, ...]
 
     @property
     def lost(self) -> bool:
         """4 bits got a run wrong that 16 bits got right."""
-        return any(run.get("right_16bit") and not run.get("right_4bit") for run in self.runs)
+        return any(run.right_16bit and not run.right_4bit for run in self.runs)
 
 
-def by_prompt(answers: Sequence[Mapping[str, Any]]) -> list[Prompt]:
+def by_prompt(answers: Sequence[AnswerPair]) -> list[AnsweredPrompt]:
     """Answers under their prompts; prompts that 4 bits lost come first, the rest as asked."""
-    prompts: dict[tuple[str, str | None], Prompt] = {}
+    runs: dict[tuple[str, str | None], list[AnswerPair]] = {}
     for answer in answers:
-        key = answer["prompt"], answer["expect"]
-        prompts.setdefault(key, Prompt(*key, [])).runs.append(answer)
-    return sorted(prompts.values(), key=lambda prompt: not prompt.lost)
+        runs.setdefault((answer.prompt, answer.expect), []).append(answer)
+    prompts = [AnsweredPrompt(*key, tuple(pairs)) for key, pairs in runs.items()]
+    return sorted(prompts, key=lambda prompt: not prompt.lost)

@@ -1,13 +1,15 @@
 """Numbers -> text for people. Pure.
 
-A number that JSON cannot hold (NaN, infinity) arrives as None, and is called by its name.
+A number that JSON cannot hold (NaN, infinity) arrives as None or NaN, and is called by its name.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Final, TypeGuard
+
+from nf4_pipeline.fidelity.bootstrap import Interval
 
 NOTHING: Final = "–"
 NOT_FINITE: Final = "not finite"
@@ -23,7 +25,7 @@ _CONTROLS: Final = {
 
 def number(value: float | None, digits: int = 4) -> str:
     """With `digits` significant digits, and no exponent between 0.0001 and a million million."""
-    if not _finite(value):
+    if not is_finite(value):
         return NOT_FINITE
     if value == 0:
         return "0"
@@ -34,7 +36,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def percent(value: float | None) -> str:
     """A share of one, such as "97.31 %"."""
-    return f"{value * 100:.2f}{_SPACE}%" if _finite(value) else NOT_FINITE
+    return f"{value * 100:.2f}{_SPACE}%" if is_finite(value) else NOT_FINITE
 
 
 def share(value: float) -> str:
@@ -47,22 +49,39 @@ def count(value: int | None) -> str:
     return NOTHING if value is None else f"{value:,}"
 
 
-def size(value: float | None) -> str:
-    """Bytes in decimal units; a dash for None and for 0, which means that there was none."""
+def size(value: float | None, *, binary: bool = False) -> str:
+    """Bytes as a page shows them: four significant digits in the unit that fits.
+
+    Args:
+        value: bytes. A dash is shown for None and for 0, which means that there was none.
+        binary: in GiB and so on, instead of GB.
+    """
     if not value:
         return NOTHING
-    for unit, one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(value) >= one:
-            return f"{value / one:,.{_decimals(value / one, 4)}f}{_SPACE}{unit}"
+    for prefix, power in (("G", 3), ("M", 2), ("K" if binary else "k", 1)):
+        unit = (1024 if binary else 1000) ** power
+        if abs(value) >= unit:
+            number_of_units = f"{value / unit:,.{_decimals(value / unit, 4)}f}"
+            return f"{number_of_units}{_SPACE}{prefix}{'iB' if binary else 'B'}"
     return f"{value:,.0f}{_SPACE}B"
 
 
-def binary_size(value: float) -> str:
-    """Bytes in binary units."""
-    for unit, one in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(value) >= one:
-            return f"{value / one:,.{_decimals(value / one, 4)}f}{_SPACE}{unit}"
-    return f"{value:,.0f}{_SPACE}B"
+def plain_size(value: int, *, binary: bool = False) -> str:
+    """Bytes as a terminal and Markdown show them: "4.010 GB", below one GB "20.53 MB".
+
+    Args:
+        value: bytes.
+        binary: in GiB or MiB, of which the same size makes the same choice.
+    """
+    power, digits, prefix = (3, 3, "G") if value >= 10**9 else (2, 2, "M")
+    if binary:
+        return f"{value / 1024**power:.{digits}f} {prefix}iB"
+    return f"{value / 1000**power:.{digits}f} {prefix}B"
+
+
+def both_units(value: int) -> str:
+    """Bytes in both kinds of unit: "4.010 GB = 3.735 GiB"."""
+    return f"{plain_size(value)} = {plain_size(value, binary=True)}"
 
 
 def seconds(value: float | None) -> str:
@@ -77,12 +96,22 @@ def seconds(value: float | None) -> str:
     return f"{number(value * 1e3, 3)}{_SPACE}ms"
 
 
-def bounds(
-    interval: Mapping[str, float | None], say: Callable[[float | None], str] = number
-) -> str:
-    """The interval of {"value", "low", "high"}, each end said by `say`."""
-    low, high = say(interval["low"]), say(interval["high"])
+def bounds(figure: Interval, say: Callable[[float | None], str] = number) -> str:
+    """The ends of an interval, each said by `say`."""
+    low, high = say(figure.low), say(figure.high)
     return low if low == high == NOT_FINITE else f"{low} to {high}"
+
+
+def interval(figure: Interval, digits: str = ".4g") -> str:
+    """A figure and its interval in one line: "0.0213 [0.02, 0.0226]".
+
+    Args:
+        figure: if one of its bounds is not finite, the value stands alone.
+        digits: format of each number.
+    """
+    if not is_finite(figure.value):
+        return NOT_FINITE
+    return f"{figure:{digits}}" if figure.is_finite else f"{figure.value:{digits}}"
 
 
 def visible(text: str) -> str:
@@ -102,7 +131,8 @@ def label(text: str, limit: int) -> str:
     return f"{line[: limit - 1 - tail]}…{line[len(line) - tail :]}"
 
 
-def _finite(value: float | None) -> TypeGuard[float]:
+def is_finite(value: float | None) -> TypeGuard[float]:
+    """Whether a number is one that JSON can hold."""
     return value is not None and math.isfinite(value)
 
 

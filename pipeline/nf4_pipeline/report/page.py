@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from nf4_pipeline.report import calibration
-from nf4_pipeline.report import formatting as words
+from nf4_pipeline.manifest.manifest import Manifest
+from nf4_pipeline.report import calibration, formatting
 from nf4_pipeline.report.answers import by_prompt, excerpt
 from nf4_pipeline.report.pictures import PICTURES, svg_elements
+from nf4_pipeline.verification.document import BlockError, MeasuredVerification, Verification
 
 if TYPE_CHECKING:
     import jinja2
@@ -17,17 +19,17 @@ if TYPE_CHECKING:
 _TEMPLATES: Final = Path(__file__).with_name("templates")
 _SHOWN_PROMPTS: Final = 10
 
-# Key of `fidelity`, what it is called, and how its numbers are said.
+# Attribute of `Fidelity`, what it is called, and how its numbers are said.
 _MEASURES: Final = (
-    ("mean_kl", "mean KL, nats per token", words.number),
-    ("median_kl", "median KL", words.number),
-    ("p99_kl", "99th percentile of KL", words.number),
-    ("max_kl", "largest KL", words.number),
-    ("top1_agreement", "same next token", words.percent),
-    ("sure_agreement", "same next token where the 16-bit model is sure", words.percent),
-    ("perplexity_16bit", "perplexity, 16 bit", words.number),
-    ("perplexity_4bit", "perplexity, 4 bit", words.number),
-    ("perplexity_ratio", "perplexity, 4 bit over 16 bit", words.number),
+    ("mean_kl", "mean KL, nats per token", formatting.number),
+    ("median_kl", "median KL", formatting.number),
+    ("p99_kl", "99th percentile of KL", formatting.number),
+    ("max_kl", "largest KL", formatting.number),
+    ("top1_agreement", "same next token", formatting.percent),
+    ("sure_agreement", "same next token where the 16-bit model is sure", formatting.percent),
+    ("perplexity_16bit", "perplexity, 16 bit", formatting.number),
+    ("perplexity_4bit", "perplexity, 4 bit", formatting.number),
+    ("perplexity_ratio", "perplexity, 4 bit over 16 bit", formatting.number),
 )
 _THRESHOLDS: Final = {
     "max_mean_kl": "mean KL at most",
@@ -37,37 +39,39 @@ _THRESHOLDS: Final = {
 }
 
 
-def report_page(manifest: dict[str, Any], verification: dict[str, Any]) -> str:
+def report_page(manifest: Manifest, verification: Verification) -> str:
     """The report as one HTML file that needs no network, no font and no script.
 
     Args:
         manifest: of the artifact; says which model this is, and how its codes were chosen.
-        verification: what verify found; every other number on the page is from it. After a failed
-            gate only the verdict, the checks and the versions are there, and the page shows those.
+        verification: every other number on the page is from it. If the models were not compared,
+            the page shows the verdict, the checks and the versions.
     """
     return render(manifest, verification, svg_elements(verification))
 
 
-def render(manifest: dict[str, Any], verification: dict[str, Any], svgs: dict[str, str]) -> str:
+def render(manifest: Manifest, verification: Verification, svgs: Mapping[str, str]) -> str:
     """The page around pictures that are already drawn.
 
     Args:
         manifest: of the artifact.
-        verification: what verify found.
+        verification: of the artifact.
         svgs: name of a picture -> its <svg> element.
     """
     from markupsafe import Markup
 
+    measured = verification if isinstance(verification, MeasuredVerification) else None
     return (
         _environment()
         .get_template("report.html")
         .render(
             manifest=manifest,
             v=verification,
-            failed=[check for check in verification["checks"] if not check["passed"]],
+            measured=measured is not None,
+            failed=verification.failed_checks,
             pictures={n: (about, Markup(svgs.get(n, ""))) for n, about in PICTURES.items()},
-            prompts=by_prompt(verification.get("answers", ())),
-            kinds=_kinds(verification.get("blocks", ())),
+            prompts=by_prompt(measured.answers) if measured else [],
+            kinds=_kinds(measured.blocks) if measured else [],
         )
     )
 
@@ -83,30 +87,31 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: words.visible(value) if type(value) is str else value,
+        finalize=lambda value: formatting.visible(value) if type(value) is str else value,
     )
     environment.filters |= {
-        "number": words.number,
-        "percent": words.percent,
-        "share": words.share,
-        "count": words.count,
-        "bytes": words.size,
-        "binary": words.binary_size,
-        "seconds": words.seconds,
+        "number": formatting.number,
+        "percent": formatting.percent,
+        "share": formatting.share,
+        "count": formatting.count,
+        "bytes": formatting.size,
+        "binary": partial(formatting.size, binary=True),
+        "seconds": formatting.seconds,
     }
+    environment.tests["finite"] = formatting.is_finite
     environment.globals |= {
-        "bounds": words.bounds,
+        "bounds": formatting.bounds,
         "calibrated": calibration,
         "excerpt": excerpt,
         "measures": _MEASURES,
         "thresholds": _THRESHOLDS,
         "shown_prompts": _SHOWN_PROMPTS,
         "style": Markup((_TEMPLATES / "style.css").read_text("utf-8")),
-        "nothing": words.NOTHING,
+        "nothing": formatting.NOTHING,
     }
     return environment
 
 
-def _kinds(blocks: Any) -> list[str]:
+def _kinds(blocks: Sequence[BlockError]) -> list[str]:
     """Names of all modules of all blocks, in the order they come."""
-    return list(dict.fromkeys(m["name"] for block in blocks for m in block["modules"]))
+    return list(dict.fromkeys(layer.name for block in blocks for layer in block.modules))

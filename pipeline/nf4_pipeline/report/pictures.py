@@ -8,7 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
+
+from nf4_pipeline.manifest.manifest import Manifest
+from nf4_pipeline.verification.document import MeasuredVerification, Verification
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -55,19 +61,21 @@ PICTURES: Final = {
 }
 
 
-def pictures(manifest: dict[str, Any], verification: dict[str, Any]) -> dict[str, bytes]:
+def pictures(manifest: Manifest, verification: Verification) -> dict[str, bytes]:
     """The PNG files of the model card, 1600 px wide, on white.
 
     The same input and version of matplotlib give the same bytes.
 
     Args:
         manifest: of the artifact; gives the model's name in each title.
-        verification: what verify found. A picture whose part is missing or empty is left out.
+        verification: of the artifact. A picture for which it has no numbers is left out.
 
     Returns:
         Path in the artifact, such as "pictures/kl.png" -> content.
     """
-    model = manifest["source"]["repo"].rpartition("/")[2]
+    if not isinstance(verification, MeasuredVerification):
+        return {}
+    model = manifest.source.repo.rpartition("/")[2]
     files = {}
     with _drawing() as canvas:
         for name, picture in drawable(verification).items():
@@ -77,8 +85,10 @@ def pictures(manifest: dict[str, Any], verification: dict[str, Any]) -> dict[str
     return files
 
 
-def svg_elements(verification: dict[str, Any]) -> dict[str, str]:
+def svg_elements(verification: Verification) -> dict[str, str]:
     """Name of a picture -> <svg> element; the page defines its colours as CSS variables."""
+    if not isinstance(verification, MeasuredVerification):
+        return {}
     with _drawing() as canvas:
         return {
             name: canvas.to_svg(_figure(name, verification), name, picture.title)
@@ -86,17 +96,16 @@ def svg_elements(verification: dict[str, Any]) -> dict[str, str]:
         }
 
 
-def drawable(verification: dict[str, Any]) -> dict[str, Picture]:
+def drawable(verification: MeasuredVerification) -> dict[str, Picture]:
     """The pictures for which there is something to draw: a finite number, at least."""
-    errors = [module for block in verification.get("blocks", ()) for module in block["modules"]]
-    means = [domain["mean_kl"] for domain in verification.get("domains", ())]
-    found = {
-        "sizes": "sizes" in verification,
-        "layers": any(error["relative_error"] is not None for error in errors),
-        "kl": any(verification.get("kl_histogram", {}).get("counts", ())),
-        "domains": any(None not in mean.values() for mean in means),
+    layers = [layer for block in verification.blocks for layer in block.modules]
+    has_numbers = {
+        "sizes": True,
+        "layers": any(layer.relative_error is not None for layer in layers),
+        "kl": any(verification.kl_histogram.counts),
+        "domains": any(domain.mean_kl.is_finite for domain in verification.domains),
     }
-    return {name: picture for name, picture in PICTURES.items() if found[name]}
+    return {name: picture for name, picture in PICTURES.items() if has_numbers[name]}
 
 
 @contextmanager
@@ -113,5 +122,6 @@ def _drawing() -> Iterator[ModuleType]:
         yield canvas
 
 
-def _figure(name: str, verification: dict[str, Any]) -> Any:
-    return import_module(f"nf4_pipeline.report.draw.{name}").draw(verification)
+def _figure(name: str, verification: MeasuredVerification) -> Figure:
+    figure: Figure = import_module(f"nf4_pipeline.report.draw.{name}").draw(verification)
+    return figure

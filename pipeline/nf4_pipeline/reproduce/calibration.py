@@ -7,9 +7,10 @@ is not proven, only that codes and scales follow from them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nf4_pipeline.build_folder import Build
+from nf4_pipeline.calibration.calibrator import CalibratedChoice, Calibrator
+from nf4_pipeline.calibration.facts import CALIBRATION_FILE
 from nf4_pipeline.checkpoint.digest import digest_file
 from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.errors import (
@@ -19,17 +20,16 @@ from nf4_pipeline.errors import (
     ResourceError,
     UsageError,
 )
+from nf4_pipeline.manifest.manifest import CalibrationSummary, Manifest
 from nf4_pipeline.manifest.read import MANIFEST_FILE
 from nf4_pipeline.progress import Reporter
-from nf4_pipeline.stages import Settings
-from nf4_pipeline.stages.calibrate import CALIBRATION_FILE, Calibration, choose
-from nf4_pipeline.stages.quantize import make_plan
+from nf4_pipeline.selection import Plan
 
 if TYPE_CHECKING:
     from nf4_pipeline.calibration.tokens import CalibrationTokens
 
 
-def frozen_tokens(artifact: Path, manifest: dict[str, Any]) -> CalibrationTokens:
+def frozen_tokens(artifact: Path, manifest: Manifest) -> CalibrationTokens:
     """The tokens that an artifact was calibrated on, held against its manifest.
 
     Args:
@@ -41,8 +41,8 @@ def frozen_tokens(artifact: Path, manifest: dict[str, Any]) -> CalibrationTokens
     """
     from nf4_pipeline.calibration.tokens import parse_tokens
 
-    listed = manifest["files"].get(CALIBRATION_FILE)
-    if listed is None or "calibration" not in manifest:
+    listed = manifest.files.get(CALIBRATION_FILE)
+    if listed is None or manifest.calibration is None:
         raise ArtifactError(
             f"{artifact / MANIFEST_FILE} says that codes are calibrated, but not from what: "
             f'expected "calibration", and {CALIBRATION_FILE} among "files". Take the manifest from '
@@ -53,20 +53,20 @@ def frozen_tokens(artifact: Path, manifest: dict[str, Any]) -> CalibrationTokens
         raise ArtifactError(
             f"{artifact} has no {CALIBRATION_FILE}. Its codes are calibrated, and can be chosen "
             "again only from the tokens in that file: put it beside the manifest "
-            f"({listed['size']:,} bytes, sha256 {listed['sha256']})."
+            f"({listed.size:,} bytes, sha256 {listed.sha256})."
         )
-    found = digest_file(path)
-    if found.as_json() != listed:
+    digest = digest_file(path)
+    if digest != listed:
         raise ArtifactError(
-            f"{path} is not the file that the manifest lists: expected {listed['size']:,} bytes "
-            f"with sha256 {listed['sha256']}, found {found.size:,} bytes with sha256 "
-            f"{found.sha256}. Download it again."
+            f"{path} is not the file that the manifest lists: expected {listed.size:,} bytes "
+            f"with sha256 {listed.sha256}, found {digest.size:,} bytes with sha256 "
+            f"{digest.sha256}. Download it again."
         )
     try:
         tokens = parse_tokens(read_json(path))
     except (CheckpointError, RecipeError) as error:
         raise ArtifactError(f"{path} cannot be followed: {error}") from error
-    expected = manifest["calibration"]["tokens_sha256"]
+    expected = manifest.calibration.tokens_sha256
     if tokens.sha256 != expected:
         raise ArtifactError(
             f"{path} holds other tokens than the manifest says: expected sha256 {expected}, found "
@@ -75,20 +75,20 @@ def frozen_tokens(artifact: Path, manifest: dict[str, Any]) -> CalibrationTokens
     return tokens
 
 
-def device_for(manifest: dict[str, Any], asked: str) -> str:
+def device_for(calibration: CalibrationSummary, asked: str) -> str:
     """The device on which codes are chosen again: of the kind on which they were chosen.
 
     Args:
-        manifest: of a calibrated artifact.
+        calibration: of the artifact.
         asked: "auto", "cpu", "cuda" or "cuda:N".
 
     Raises:
-        UsageError: it is of another kind.
-        ResourceError: this machine has none.
+        UsageError: the device that was asked for is of another kind.
+        ResourceError: this machine has no such device.
     """
     from nf4_pipeline.runtime.loader import pick_device
 
-    kind = manifest["calibration"]["device"]
+    kind = calibration.device
     why = (
         f'The artifact was calibrated on a device of the kind "{kind}", and calibrated bytes are '
         "the same only on the same kind"
@@ -106,42 +106,40 @@ def device_for(manifest: dict[str, Any], asked: str) -> str:
 
 
 def choose_again(
-    build: Build,
-    manifest: dict[str, Any],
+    calibrator: Calibrator,
+    plan: Plan,
+    calibration: CalibrationSummary,
     tokens: CalibrationTokens,
-    settings: Settings,
     reporter: Reporter,
-) -> Calibration:
-    """Chooses codes and scales as the artifact's were chosen; what is chosen stands in the build.
+) -> CalibratedChoice:
+    """Chooses codes and scales as the artifact's were chosen.
 
     Args:
-        build: whose download is done.
-        manifest: of the artifact; says which modules stay in 16 bit.
+        calibrator: of the source; what is chosen stands in its folder.
+        plan: before modules are kept for what they lose.
+        calibration: of the artifact; says which modules stay in 16 bit.
         tokens: what the model reads.
-        settings: the recipe and the device.
         reporter: told how far it is.
 
     Raises:
         ArtifactError: a module that is said to stay in 16 bit is none that could be quantized, or
             the tokens are not this model's.
     """
-    plan, _ = make_plan(build, settings)
-    kept = manifest["calibration"]["kept"]
     modules = {tensor.module for tensor in plan.quantized}
-    for module in kept:
-        if module["module"] not in modules:
+    for module in calibration.kept:
+        if module.module not in modules:
             raise ArtifactError(
-                f"{MANIFEST_FILE} says that {module['module']!r} was left in 16 bit for what it "
+                f"{MANIFEST_FILE} says that {module.module!r} was left in 16 bit for what it "
                 "would lose; the source has no such module to quantize."
             )
     try:
-        return choose(build, plan, tokens, settings, reporter, already_kept=kept)
+        return calibrator.choose(plan, tokens, reporter, kept=calibration.kept)
     except RecipeError as error:
         raise ArtifactError(f"{CALIBRATION_FILE} cannot be followed: {error}") from error
 
 
-def name_of(device: str) -> str:
-    """What a device is called: the model of a GPU, or "cpu"."""
+def device_name(device: str) -> str:
+    """What people call a device: the model of a GPU, or "cpu"."""
     import torch
 
     return "cpu" if device == "cpu" else torch.cuda.get_device_name(device)

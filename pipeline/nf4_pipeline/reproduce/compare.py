@@ -12,15 +12,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from nf4_pipeline.calibration.facts import CALIBRATION_FILE
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, digest_tensors
-from nf4_pipeline.checkpoint.layout import FileLayout
+from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor
 from nf4_pipeline.checkpoint.sink import WrittenFile
 from nf4_pipeline.engine.scheduler import Output
-from nf4_pipeline.nf4.layout import StoredTensor
-from nf4_pipeline.progress import Reporter
-from nf4_pipeline.reproduce.derive import Derived, run_engine
-from nf4_pipeline.stages import Settings
-from nf4_pipeline.stages.calibrate import CALIBRATION_FILE
+from nf4_pipeline.progress import SILENT, Reporter
+from nf4_pipeline.reproduce.derive import Derived
 
 _CHUNK: Final = 4 * 2**20
 
@@ -47,10 +45,9 @@ class Difference:
 
 def compare_files(
     artifact: Path,
-    listed: Mapping[str, Any],
+    listed: Mapping[str, FileDigest],
     derived: Derived,
     small: Mapping[str, bytes],
-    settings: Settings,
     reporter: Reporter,
 ) -> list[Difference]:
     """Holds every file of an artifact against what it must be.
@@ -61,7 +58,6 @@ def compare_files(
         listed: size and sha256 of each file, as the manifest has them.
         derived: the weight files.
         small: the other files.
-        settings: threads and memory, to derive a tensor once more.
         reporter: told how far it is.
 
     Returns:
@@ -73,36 +69,37 @@ def compare_files(
     # was published.
     made = listed.keys() - {CALIBRATION_FILE}
     manifest_alone = not any((artifact / name).exists() for name in made)
-    found: list[Difference] = []
+    differences: list[Difference] = []
     with reporter.task("check artifact", sum(digest.size for digest in expected.values())) as task:
         for name in sorted({*expected, *listed}):
             path = artifact / name
             if name not in expected:
-                found.append(Difference(name, "the source does not make it"))
+                differences.append(Difference(name, "the source does not make it"))
             elif manifest_alone and name in listed:
-                if listed[name] != expected[name].as_json():
-                    wanted = FileDigest(listed[name]["size"], listed[name]["sha256"])
-                    found.append(Difference(name, _sizes_or_hashes(wanted, expected[name])))
+                if listed[name] != expected[name]:
+                    what = _sizes_or_hashes(listed[name], expected[name])
+                    differences.append(Difference(name, what))
             elif not path.is_file():
-                found.append(Difference(name, "is missing"))
+                differences.append(Difference(name, "is missing"))
             elif (digest := digest_file(path, task)) != expected[name]:
-                found.append(Difference(name, _sizes_or_hashes(digest, expected[name])))
-            elif name in listed and listed[name] != digest.as_json():
-                found.append(
-                    Difference(name, f"is right, but the manifest lists {listed[name]['sha256']}")
+                differences.append(Difference(name, _sizes_or_hashes(digest, expected[name])))
+            elif name in listed and listed[name] != digest:
+                differences.append(
+                    Difference(name, f"is right, but the manifest lists {listed[name].sha256}")
                 )
     for name in sorted(path.name for path in artifact.glob("*.safetensors")):
         if name not in expected and name not in listed:
-            found.append(Difference(name, "the source does not make it"))
-    if found and (artifact / found[0].file).is_file() and found[0].file in expected:
-        found[0] = _locate(artifact, found[0], derived, small, settings)
-    return found
+            differences.append(Difference(name, "the source does not make it"))
+    first = differences[0] if differences else None
+    if first and (artifact / first.file).is_file() and first.file in expected:
+        differences[0] = _locate(artifact, first, derived, small)
+    return differences
 
 
-def _sizes_or_hashes(found: FileDigest, expected: FileDigest) -> str:
-    if found.size != expected.size:
-        return f"has {found.size:,} bytes, expected {expected.size:,}"
-    return f"has sha256 {found.sha256}, expected {expected.sha256}"
+def _sizes_or_hashes(actual: FileDigest, expected: FileDigest) -> str:
+    if actual.size != expected.size:
+        return f"has {actual.size:,} bytes, expected {expected.size:,}"
+    return f"has sha256 {actual.sha256}, expected {expected.sha256}"
 
 
 def _locate(
@@ -110,7 +107,6 @@ def _locate(
     difference: Difference,
     derived: Derived,
     small: Mapping[str, bytes],
-    settings: Settings,
 ) -> Difference:
     """Says which byte of a file is the first that differs, and in which tensor."""
     name, path = difference.file, artifact / difference.file
@@ -132,29 +128,27 @@ def _locate(
         offset = layout.nbytes if path.stat().st_size > layout.nbytes else None
         return Difference(name, difference.what, offset=offset)
     owner = next(t for t in output.tensors if wrong[0] in {part.name for part in t.stored})
-    sink = _ComparingSink(path, layout, wrong[0])
-    run_engine(
-        derived.checkpoint,
-        derived.plan,
+    sink = ComparingSink(path, layout, wrong[0])
+    derived.run.make(
+        "derive",
         [Output(name, output.source, (owner,), layout)],
-        lambda _: _opened(sink),
+        lambda _: comparing(sink),
         lambda *_: None,
-        derived.rounding,
-        settings,
+        SILENT,
     )
     return Difference(name, difference.what, wrong[0], sink.first)
 
 
-def _first_difference(found: bytes, expected: bytes) -> int | None:
+def _first_difference(actual: bytes, expected: bytes) -> int | None:
     """The first position at which two texts differ, or None if they are equal."""
-    if found == expected:
+    if actual == expected:
         return None
-    length = min(len(found), len(expected))
-    pairs = np.frombuffer(found, np.uint8, length) != np.frombuffer(expected, np.uint8, length)
+    length = min(len(actual), len(expected))
+    pairs = np.frombuffer(actual, np.uint8, length) != np.frombuffer(expected, np.uint8, length)
     return int(pairs.argmax()) if pairs.any() else length
 
 
-class _ComparingSink:
+class ComparingSink:
     """Holds one tensor, as it is made, against the bytes of a file.
 
     Attributes:
@@ -190,7 +184,8 @@ class _ComparingSink:
 
 
 @contextmanager
-def _opened(sink: _ComparingSink) -> Iterator[_ComparingSink]:
+def comparing(sink: ComparingSink) -> Iterator[ComparingSink]:
+    """A sink that compares, for whoever opens sinks in turn; its file is closed in the end."""
     try:
         yield sink
     finally:

@@ -5,29 +5,32 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final
 
-from nf4_pipeline.build_folder import Build
-from nf4_pipeline.checkpoint.atomic import json_bytes
-from nf4_pipeline.checkpoint.digest import FileDigest
-from nf4_pipeline.checkpoint.weight_files import INDEX_FILE
+from nf4_pipeline.calibration.calibrator import Calibrator, calibration_file
+from nf4_pipeline.calibration.facts import CALIBRATION_FILE, public_calibration
+from nf4_pipeline.checkpoint.source import open_checkpoint
+from nf4_pipeline.engine.quantize_checkpoint import CheckpointPlanner
 from nf4_pipeline.errors import ArtifactError, RecipeError
-from nf4_pipeline.manifest.assemble import build_manifest
+from nf4_pipeline.machine import Machine
+from nf4_pipeline.manifest.artifact_files import Weights, assemble_files
+from nf4_pipeline.manifest.manifest import Manifest, Source
 from nf4_pipeline.manifest.read import MANIFEST_FILE, read_manifest
-from nf4_pipeline.manifest.small_files import small_files, stored_tensors_of, weight_index
+from nf4_pipeline.nf4.rounding import NearestOnCpu
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.recipe import Recipe, parse_recipe
-from nf4_pipeline.reproduce.calibration import choose_again, device_for, frozen_tokens, name_of
+from nf4_pipeline.reproduce.calibration import (
+    choose_again,
+    device_for,
+    device_name,
+    frozen_tokens,
+)
 from nf4_pipeline.reproduce.compare import Difference, compare_files
-from nf4_pipeline.reproduce.derive import Derived, derive
+from nf4_pipeline.reproduce.derive import Derivation
 from nf4_pipeline.reproduce.source import open_source
 from nf4_pipeline.resource_usage import measured
-from nf4_pipeline.stages import Settings
-from nf4_pipeline.stages.calibrate import CALIBRATION_FILE, Calibration, as_file
-from nf4_pipeline.stages.download import recorded_facts
 
-if TYPE_CHECKING:
-    from nf4_pipeline.calibration.tokens import CalibrationTokens
+_MACHINE: Final = Machine()
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Reproduction:
     """What came of deriving an artifact again.
 
     Attributes:
-        source: repo, commit and content hash of the checkpoint.
+        source: the checkpoint.
         files: how many files the source makes.
         differences: the files that are not what the source makes; the first one says which byte.
         not_derived: files in the folder that no source makes, such as the model card.
@@ -44,7 +47,7 @@ class Reproduction:
         peak_memory: bytes.
     """
 
-    source: dict[str, Any]
+    source: Source
     files: int
     differences: list[Difference]
     not_derived: list[str]
@@ -60,7 +63,11 @@ class Reproduction:
     def as_json(self) -> dict[str, Any]:
         return {
             "reproduced": not self.differences,
-            "source": self.source,
+            "source": {
+                "repo": self.source.repo,
+                "commit": self.source.commit,
+                "content_sha256": self.source.content_sha256,
+            },
             "files": self.files,
             "equal": self.equal,
             "differences": [difference.as_json() for difference in self.differences],
@@ -72,13 +79,7 @@ class Reproduction:
 
 
 def reproduce(
-    artifact: Path,
-    source: Path | None,
-    reporter: Reporter,
-    *,
-    device: str = "auto",
-    workers: int = 0,
-    memory_budget: int = Settings.memory_budget,
+    artifact: Path, source: Path | None, reporter: Reporter, machine: Machine = _MACHINE
 ) -> Reproduction:
     """Derives an artifact again from its source, and compares every file.
 
@@ -89,10 +90,8 @@ def reproduce(
         artifact: a folder with a manifest, such as a download of a published one.
         source: the folder that holds the checkpoint; None for the commit that the manifest pins.
         reporter: told how far it is.
-        device: where calibrated codes are chosen: "cpu", "cuda", "cuda:N", or "auto" for what the
-            manifest says.
-        workers: threads; 0 for as many as keep the processors busy.
-        memory_budget: bytes for all buffers of the engine together.
+        machine: threads, memory, and where calibrated codes are chosen; its device "auto" means
+            what the manifest says.
 
     Raises:
         ArtifactError: there is no manifest, or not one that can be followed; or no calibration.json
@@ -100,29 +99,52 @@ def reproduce(
         UsageError: the device is not of the kind on which codes were chosen.
         ResourceError: this machine has no such device.
         SourceError: the source is not the one that the manifest pins.
-        HubError: the Hub does not give it.
+        HubError: the Hub does not give the source.
     """
     manifest = read_manifest(artifact)
     recipe = _recipe(manifest, artifact)
     tokens = frozen_tokens(artifact, manifest) if recipe.quantize.calibrate else None
-    settings = Settings(
-        recipe=recipe,
-        device="cpu" if tokens is None else device_for(manifest, device),
-        workers=workers,
-        memory_budget=memory_budget,
-    )
+    summary = manifest.calibration
+    device = "cpu"
+    if tokens is not None and summary is not None:
+        device = device_for(summary, machine.device)
     with measured() as usage, tempfile.TemporaryDirectory(prefix="nf4-reproduce-") as scratch:
-        build = open_source(manifest, source, Path(scratch), reporter)
-        chosen = None
-        if tokens is not None:
-            chosen = choose_again(build, manifest, tokens, settings, reporter)
-        derived = derive(build, settings, reporter, chosen)
-        small = _small(build, manifest, derived, settings, chosen, tokens)
-        listed = manifest["files"]
-        differences = compare_files(artifact, listed, derived, small, settings, reporter)
+        pinned = open_source(manifest, source, Path(scratch), reporter)
+        facts = pinned.record.facts
+        planner = CheckpointPlanner(open_checkpoint(pinned.folder), facts.model, recipe.quantize)
+        choice = None
+        if tokens is not None and summary is not None:
+            calibrator = Calibrator(
+                pinned.folder,
+                facts.content_sha256,
+                Path(scratch) / "calibration",
+                recipe.quantize,
+                device,
+            )
+            choice = choose_again(calibrator, planner.plan(), summary, tokens, reporter)
+        derived = Derivation(
+            planner,
+            NearestOnCpu() if choice is None else choice.rounding(),
+            frozenset() if choice is None else choice.facts.kept_modules,
+            recipe.serialize.max_shard_bytes,
+            machine,
+        ).derive(reporter)
+        calibration = None
+        if choice is not None and tokens is not None:
+            content = calibration_file(tokens, choice.facts)
+            calibration = public_calibration(choice.facts), {CALIBRATION_FILE: content}
+        small = assemble_files(
+            pinned.folder,
+            manifest.source,
+            facts.model.class_name,
+            recipe,
+            Weights(derived.run.plan, derived.shards, derived.relative_rmse, calibration),
+        ).small
+        listed = manifest.files
+        differences = compare_files(artifact, listed, derived, small, reporter)
     made = {*derived.outputs, *small}
     return Reproduction(
-        {name: manifest["source"][name] for name in ("repo", "commit", "content_sha256")},
+        manifest.source,
         len({*made, *listed, *(difference.file for difference in differences)}),
         differences,
         sorted(
@@ -133,52 +155,16 @@ def reproduce(
             and name not in listed
             and not name.endswith(".safetensors")
         ),
-        None if tokens is None else name_of(settings.device),
+        None if tokens is None else device_name(device),
         usage.seconds,
         usage.peak_memory,
     )
 
 
-def _recipe(manifest: dict[str, Any], artifact: Path) -> Recipe:
+def _recipe(manifest: Manifest, artifact: Path) -> Recipe:
     try:
-        return parse_recipe(manifest["recipe"], MANIFEST_FILE)
+        return parse_recipe(manifest.recipe, MANIFEST_FILE)
     except RecipeError as error:
         raise ArtifactError(
             f"{artifact / MANIFEST_FILE} holds a recipe that this version cannot follow: {error}"
         ) from error
-
-
-def _small(
-    build: Build,
-    manifest: dict[str, Any],
-    derived: Derived,
-    settings: Settings,
-    chosen: Calibration | None,
-    tokens: CalibrationTokens | None,
-) -> dict[str, bytes]:
-    """Every file beside the weights, the manifest included."""
-    model_class = recorded_facts(build.need("download")).class_name
-    pinned = {
-        name: FileDigest(entry["size"], entry["sha256"])
-        for name, entry in manifest["source"]["files"].items()
-    }
-    shards = derived.shards
-    small = small_files(build.source, pinned, derived.plan, model_class)
-    if len(shards) > 1:
-        small[INDEX_FILE] = json_bytes(weight_index(shards))
-    if chosen is not None and tokens is not None:
-        small[CALIBRATION_FILE] = as_file(tokens, chosen.kept)
-    files = {name: FileDigest.of(content) for name, content in small.items()}
-    files |= {shard.name: shard.digest for shard in shards}
-    again = build_manifest(
-        source={name: manifest["source"][name] for name in ("repo", "commit", "content_sha256")},
-        source_files=pinned,
-        recipe=settings.recipe,
-        plan=derived.plan,
-        stored=stored_tensors_of(shards),
-        relative_rmse=derived.relative_rmse,
-        files=files,
-        model_class=model_class,
-        calibration=None if chosen is None else chosen.facts,
-    )
-    return {**small, MANIFEST_FILE: json_bytes(again)}

@@ -1,7 +1,9 @@
 """Running a model: loading an artifact on any transformers, and generating text with it.
 
-quiet.py      keeps noise of the libraries underneath away from the user
-artifact.py   what a name means: an artifact, a build, a plain checkpoint, a Hub id
-loader.py     an artifact (or a plain checkpoint, quantized while loading) -> a model
-generate.py   text in, text out
+artifact.py        what a name means: an artifact, a build, a plain checkpoint, a Hub id
+loader.py          an artifact (or a plain checkpoint, quantized while loading) -> a model
+generate.py        text in, text out
+tokenizer.py       what a tokenizer adds to a text of its own accord
+bnb_cpu_fixes.py   4-bit layers that bitsandbytes computes wrongly on a CPU, put right
+threads.py         how many threads of the CPU an operation of torch gets
 """

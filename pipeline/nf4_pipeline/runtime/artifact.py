@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nf4_pipeline.build_folder import find_builds
 from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.errors import ArtifactError, UsageError
 
@@ -19,11 +18,11 @@ def find_model(name: str | Path | None) -> str:
             "sample", a Hub id, or None for the export of the newest build under ./artifacts.
 
     Raises:
-        UsageError: the name is a path that does not exist, or None and there is no build.
-        ArtifactError: a build folder that has no export yet.
+        UsageError: the name is a path that does not exist, or None although there is no build.
+        ArtifactError: the name is a build folder that has no export yet.
     """
     if name is None:
-        exports = [b.export for b in find_builds(ARTIFACTS) if is_model(b.export)]
+        exports = [root / "export" for root in build_roots(ARTIFACTS) if is_model(root / "export")]
         if not exports:
             raise UsageError(
                 f"No artifact was named, and {ARTIFACTS}/ holds no finished build. "
@@ -47,6 +46,14 @@ def find_model(name: str | Path | None) -> str:
     if is_hub_id(str(name)):
         return str(name)
     raise UsageError(f"{name}: no such folder, and not a Hub id of the form ORG/NAME.")
+
+
+def build_roots(artifacts: Path) -> list[Path]:
+    """All build folders under a folder, the one worked on last first."""
+    if not artifacts.is_dir():
+        return []
+    roots = [path.parent for path in artifacts.glob("*/records") if path.is_dir()]
+    return sorted(roots, key=lambda root: (root / "records").stat().st_mtime, reverse=True)
 
 
 def is_model(path: Path) -> bool:

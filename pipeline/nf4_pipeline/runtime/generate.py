@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from nf4_pipeline.errors import ArtifactError, UsageError
+from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.runtime.artifact import find_model
 from nf4_pipeline.runtime.loader import load, load_tokenizer, pick_device
-from nf4_pipeline.runtime.quiet import quiet_loading
 
 DEFAULT_NEW_TOKENS: Final = 128
 """Length of an answer when neither its own nor the whole length is given."""
@@ -106,8 +106,8 @@ class Generator:
     def context(self) -> int | None:
         """How many tokens the model was built for, if its config says so."""
         config = self.model.config.get_text_config()
-        found = getattr(config, "max_position_embeddings", None)
-        return found if isinstance(found, int) and found > 0 else None
+        limit = getattr(config, "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
 
     def encode(self, query: str, *, chat: bool = False) -> Any:
         """Token ids of a prompt, int64 [1, length] on the device.
@@ -133,7 +133,7 @@ class Generator:
             text: str = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-        except Exception as error:  # a template is a stranger's program
+        except Exception as error:  # a template is a program of whoever made the model
             raise ArtifactError(
                 f"The model's chat template fails: {error}. Leave it out (--raw, or chat=False)."
             ) from error
@@ -151,7 +151,9 @@ class Generator:
             streamer: a transformers streamer that sees tokens as they come.
 
         Raises:
-            UsageError: the prompt is empty, or already as long as `max_length`.
+            UsageError: the prompt is empty or gives no token, or is already as long as
+                `max_length` or the model's context.
+            ArtifactError: the chat template fails.
         """
         import torch
 
@@ -181,7 +183,7 @@ class Generator:
         stops = set(ends) if isinstance(ends, list | tuple) else {ends}
         return next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
 
-    def _options(self, prompt_tokens: int, sampling: Sampling) -> dict[str, Any]:
+    def _options(self, prompt_tokens: int, sampling: Sampling) -> dict[str, int | float | None]:
         limit = sampling.max_new_tokens
         if sampling.max_length is not None:
             room = sampling.max_length - prompt_tokens
@@ -199,7 +201,7 @@ class Generator:
                     "in all. Shorten it."
                 )
             limit = min(limit, self.context - prompt_tokens)
-        options: dict[str, Any] = {
+        options: dict[str, int | float | None] = {
             "max_new_tokens": limit,
             "num_beams": 1,
             "return_dict_in_generate": False,
@@ -219,7 +221,7 @@ class Generator:
 
 
 @lru_cache(maxsize=1)
-def _opened(folder: str, device: str) -> Generator:
+def _open_generator(folder: str, device: str) -> Generator:
     return Generator.open(folder, device=device)
 
 
@@ -258,7 +260,9 @@ def prompt(
         The answers, `num_return_sequences` of them, without the query.
 
     Raises:
-        PipelineError: no such model or device, or values that cannot mean anything.
+        UsageError: there is no such model, or a value of the sampling is out of its range.
+        ArtifactError: the model or its tokenizer cannot be loaded, or its chat template fails.
+        ResourceError: this machine has no such device.
     """
     sampling = Sampling(
         max_length=max_length,
@@ -269,5 +273,5 @@ def prompt(
         num_return_sequences=num_return_sequences,
         seed=seed,
     )
-    generator = _opened(find_model(artifact), pick_device(device))
+    generator = _open_generator(find_model(artifact), pick_device(device))
     return [answer.text for answer in generator.answer(query, sampling, chat=chat)]

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from nf4_pipeline.errors import ArtifactError, PipelineError, ResourceError
+from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.model.linear import is_plain_linear
 from nf4_pipeline.model.precision import compute_dtype, float32_parts
 from nf4_pipeline.runtime.artifact import find_model, is_quantized
 from nf4_pipeline.runtime.bnb_cpu_fixes import repair
-from nf4_pipeline.runtime.quiet import quiet_loading
 
 _QUANTIZER_NAME: Final = "bitsandbytes_4bit"
 _swap = threading.Lock()  # the table of quantizers belongs to the whole process
@@ -61,8 +61,10 @@ def load(
         A transformers model in eval mode on the device.
 
     Raises:
-        ArtifactError: the folder holds no model that can be loaded.
-        ResourceError: there is no such device.
+        ArtifactError: the folder holds no model that transformers can load, or 4-bit weights
+            without scales.
+        ResourceError: this machine has no such device.
+        UsageError: the name means nothing, or `dtype` is none that models are computed in.
     """
     return load_with_report(artifact, device=device, quantize=quantize, dtype=dtype)[0]
 
@@ -79,18 +81,23 @@ def load_with_report(
     target = pick_device(device)
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": target}}
     try:
-        options["dtype"] = compute_dtype(_said_dtype(folder), target, dtype) or "auto"
-        if quantize and not is_quantized(folder):
-            options["quantization_config"] = _nf4_config(options["dtype"])
-        with quiet_loading(), _plain_subclasses_quantize():
+        computed_in = compute_dtype(_declared_dtype(folder), target, dtype) or "auto"
+        plain = quantize and not is_quantized(folder)
+        # Named only where it is wanted: None would go over what the artifact's own config says.
+        options = {"quantization_config": _nf4_config(computed_in)} if plain else {}
+        with quiet_loading(), _quantize_plain_subclasses():
             model, report = AutoModelForCausalLM.from_pretrained(
-                folder, trust_remote_code=False, output_loading_info=True, **options
+                folder,
+                trust_remote_code=False,
+                output_loading_info=True,
+                dtype=computed_in,
+                device_map={"": target},
+                **options,
             )
     except PipelineError:
         raise
-    except Exception as error:  # configs and weights of strangers fail in any way they like
+    except Exception as error:  # untrusted configs and weights fail in any way they like
         raise ArtifactError(f"{folder} could not be loaded on {target}: {_brief(error)}") from error
     _check_scales(model, folder)
     _unify_dtypes(model)
@@ -109,7 +116,7 @@ def load_tokenizer(artifact: str | Path | None = None) -> Any:
     try:
         with quiet_loading():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers of strangers fail in any way they like
+    except Exception as error:  # untrusted tokenizers fail in any way they like
         raise ArtifactError(
             f"{folder} has no usable tokenizer (tokenizer.json or tokenizer.model): {_brief(error)}"
         ) from error
@@ -165,7 +172,7 @@ def pick_device(device: str) -> str:
     """Turns "auto" into "cuda:0" or "cpu", and checks that the device exists.
 
     Raises:
-        ResourceError: it does not.
+        ResourceError: `device` is no name of a device, or this machine does not have it.
     """
     import torch
 
@@ -190,7 +197,7 @@ def cuda_devices(device: str) -> list[str]:
     """The CUDA devices that a choice stands for: all for "auto" and "cuda", one if it has a number.
 
     Raises:
-        ResourceError: the named device does not exist.
+        ResourceError: `device` is no name of a device, or this machine does not have it.
     """
     import torch
 
@@ -202,7 +209,7 @@ def cuda_devices(device: str) -> list[str]:
     return [picked]
 
 
-def _said_dtype(folder: str) -> Any:
+def _declared_dtype(folder: str) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -222,7 +229,7 @@ def _nf4_config(dtype: Any) -> Any:
 
 
 @contextmanager
-def _plain_subclasses_quantize() -> Iterator[None]:
+def _quantize_plain_subclasses() -> Iterator[None]:
     """Lets transformers quantize plain subclasses of nn.Linear, too, while the body runs."""
     from torch import nn
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING

@@ -1,8 +1,8 @@
 """The bundled sample: a tiny trained Falcon, 50 questions and a text that it was not trained on.
 
-``scripts/train_sample.py`` makes all three. The questions and the text measure what quantization
-costs: the model knows nothing but its own small world, so any other text would surprise it alike
-before and after.
+``scripts/sample/train_sample.py`` makes all three. The questions and the text measure what
+quantization costs: the model knows nothing but its own small world, so any other text would
+surprise it alike before and after.
 """
 
 from pathlib import Path

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, NamedTuple
 
-from nf4_pipeline.build_folder import Build, Record, digests_json, stage_key
+from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.checkpoint.atomic import make_folder, sync_folder
-from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, digest_files
+from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, digest_files, json_sha256
 from nf4_pipeline.checkpoint.files import PICKLE_FILE, is_of_tokenizer, is_wanted
 from nf4_pipeline.checkpoint.folder_advice import cache_commit
 from nf4_pipeline.checkpoint.source import open_checkpoint, read_json, weight_files
@@ -20,24 +20,19 @@ from nf4_pipeline.checkpoint.strip_prefix import check_prefix, copy_without_pref
 from nf4_pipeline.checkpoint.untrusted import check_file
 from nf4_pipeline.checkpoint.weight_files import choose_weight_files
 from nf4_pipeline.errors import BuildError, UsageError
-from nf4_pipeline.model.architecture import ModelFacts
 from nf4_pipeline.model.config import read_config
 from nf4_pipeline.model.probe import transformers_version
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
-from nf4_pipeline.model.unused_tensors import is_worth_saying
-from nf4_pipeline.progress import Reporter
+from nf4_pipeline.progress import SILENT, Reporter
+from nf4_pipeline.records import DOWNLOAD, DownloadFacts, Reading
 from nf4_pipeline.resource_usage import measured, peak_memory_of_children
-from nf4_pipeline.runtime.artifact import is_hub_id
-from nf4_pipeline.stages import recorded
-from nf4_pipeline.stages.preflight import (
-    Findings,
-    Preflight,
-    check_headers,
-    check_small_files,
-)
+from nf4_pipeline.runtime.artifact import ARTIFACTS, is_hub_id
+from nf4_pipeline.stages.preflight import Findings, Preflight, check_headers, check_small_files
+from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 
 CODE_VERSION: Final = 2
 SAMPLE: Final = "sample"
+SAMPLE_REPO: Final = "nf4-pipeline/sample"
 
 _LOCK_PATIENCE: Final = 5.0  # seconds
 
@@ -53,8 +48,9 @@ class Source:
         files: digest of each file that is taken.
         found: what is known of it without its weights.
         is_sample: it is the model that comes with the package.
-        converted_from: what was found, if the weights were pickles, or a prefix was stripped;
-            `files` are what was made.
+        converted_from: the pickles, if the weights were such, or the files whose tensors had a
+            prefix; `files` are what was made of them.
+        reading: how its tensors are understood.
     """
 
     folder: Path
@@ -64,111 +60,277 @@ class Source:
     found: Findings
     is_sample: bool = False
     converted_from: Mapping[str, FileDigest] | None = None
-
-    @property
-    def content_sha256(self) -> str:
-        """One hash over all files: sha256 of the sorted lines `sha256  name`."""
-        return _content_sha256(self.files)
+    reading: Reading = field(default_factory=Reading)
 
     @property
     def slug(self) -> str:
         """The name of its build folder: `<org>--<name>@<12 digits>`."""
         return _slug(self.repo, self.commit, self.converted_from or self.files)
 
-    def identity(self) -> dict[str, Any]:
-        """What the manifest says of it."""
-        return {"repo": self.repo, "commit": self.commit, "content_sha256": self.content_sha256}
+    def facts(self) -> DownloadFacts:
+        """What the record says of it."""
+        return DownloadFacts(
+            repo=self.repo,
+            commit=self.commit,
+            content_sha256=_content_sha256(self.files),
+            is_sample=self.is_sample,
+            model=self.found.architecture,
+            converted_from=dict(sorted((self.converted_from or {}).items())),
+            tokenizer=self.found.tokenizer,
+            reading=self.reading,
+        )
 
 
-def run(
-    model: str,
-    artifacts: Path,
-    reporter: Reporter,
-    *,
-    revision: str | None = None,
-    build_dir: Path | None = None,
-    offline: bool = False,
-    allow_pickle: bool = False,
-    allow_unused: Sequence[str] = (),
-    strip_prefix: str = "",
-) -> tuple[Build, Record, bool]:
-    """Finds, checks and hashes a checkpoint, and makes or refreshes its build folder.
+@dataclass(frozen=True)
+class DownloadRequest:
+    """Which checkpoint is wanted, and where its build folder shall be.
 
-    Args:
+    Attributes:
         model: Hub id, local folder, or "sample".
         artifacts: the folder that holds builds.
-        reporter: told how far it is.
         revision: of a Hub model; a branch, a tag or a commit.
-        build_dir: the build folder, if not the default one.
+        build_dir: the build folder, if not the default one under `artifacts`.
         offline: take a Hub model as it is cached; HF_HUB_OFFLINE says so, too.
         allow_pickle: convert weights that are pickles, where there are no others.
-        allow_unused: patterns of tensors that the model has no place for and may be left out.
-        strip_prefix: what stands before the names of all tensors; a copy without it is made.
-
-    Returns:
-        The build folder, the record, and whether anything had to be done.
-
-    Raises:
-        SourceError: the checkpoint is not usable; nothing was written.
-        HubError: the Hub could not be asked, or sent wrong bytes.
+        reading: how the tensors are understood.
     """
-    asked = _Asked(
-        revision,
-        offline,
-        allow_pickle,
-        tuple(allow_unused),
-        strip_prefix,
-        lambda slug: build_dir or artifacts / slug,
-    )
-    with measured() as finding:
-        source = _find(model, asked, reporter)
-    finding.peak_memory = max(finding.peak_memory, peak_memory_of_children())
-    for note in source.found.tokenizer.notes(source.repo):
-        reporter.note(note)
-    build = Build(build_dir or artifacts / source.slug)
-    _refuse_foreign_folders(build, source)
-    key = stage_key(
-        {
-            "code": CODE_VERSION,
-            "source": source.identity(),
-            "at": str(source.folder),
-            "transformers": transformers_version(),
-            "allow_unused": asked.allow_unused,
-        }
-    )
 
-    def standing() -> Record | None:
-        record = build.record("download")
-        same = record is not None and record.key == key and _links_stand(build, source)
-        return record if same else None
+    model: str
+    artifacts: Path = ARTIFACTS
+    revision: str | None = None
+    build_dir: Path | None = None
+    offline: bool = False
+    allow_pickle: bool = False
+    reading: Reading = field(default_factory=Reading)
 
-    if record := standing():
-        return build, record, False
-    with _locked_soon(build):
-        if record := standing():
-            return build, record, False
+    def build(self, slug: str) -> Build:
+        """The build folder; `slug` is the default name of it."""
+        return Build(self.build_dir or self.artifacts / slug)
 
-        def work() -> tuple[dict[str, Any], dict[str, Any]]:
-            _link(build, source)
-            outputs = {f"source/{name}": digest for name, digest in source.files.items()}
-            return outputs, {
-                **source.identity(),
-                "is_sample": source.is_sample,
-                "model": source.found.model.as_json(),
-                "reading": {
-                    "allow_unused": list(asked.allow_unused),
-                    "strip_prefix": asked.strip_prefix,
-                },
-                "tokenizer": source.found.tokenizer.as_json(),
-                "unused": {
-                    tensor.name: tensor.reason
-                    for tensor in source.found.unused
-                    if is_worth_saying(tensor.reason or "")
-                },
-                "converted_from": digests_json(source.converted_from or {}),
+
+class Downloaded(NamedTuple):
+    """A checkpoint in its build folder.
+
+    Attributes:
+        build: the build folder.
+        record: what it holds.
+        ran: whether anything had to be done.
+    """
+
+    build: Build
+    record: Record[DownloadFacts]
+    ran: bool
+
+
+@dataclass(frozen=True)
+class Download:
+    """Finds, checks and hashes a checkpoint, and makes or refreshes its build folder."""
+
+    request: DownloadRequest
+    reporter: Reporter = SILENT
+
+    def run(self) -> Downloaded:
+        """Does the work, as far as it is not done.
+
+        Raises:
+            SourceError: the checkpoint is not usable; nothing was written.
+            HubError: the Hub could not be asked, or sent wrong bytes.
+            UsageError: the request means nothing, or the build folder holds something else.
+        """
+        with measured() as finding:
+            source = replace(self._find(), reading=self.request.reading)
+        finding.peak_memory = max(finding.peak_memory, peak_memory_of_children())
+        build = self.request.build(source.slug)
+        _refuse_foreign_folders(build, source)
+        facts = source.facts()
+        for note in facts.notes:
+            self.reporter.note(note)
+        key = json_sha256(
+            {
+                "code": CODE_VERSION,
+                "source": facts.identity,
+                "at": str(source.folder),
+                "transformers": transformers_version(),
+                "reading": self.request.reading.to_json(),
             }
+        )
 
-        return build, recorded(build, "download", key, work, before=finding), True
+        def standing() -> Record[DownloadFacts] | None:
+            record = build.record(DOWNLOAD)
+            same = record is not None and record.key == key and _links_stand(build, source)
+            return record if same else None
+
+        def work() -> Outcome[DownloadFacts]:
+            _link(build, source)
+            return {f"source/{name}": digest for name, digest in source.files.items()}, facts
+
+        if record := standing():
+            return Downloaded(build, record, ran=False)
+        with _locked_soon(build):
+            if record := standing():
+                return Downloaded(build, record, ran=False)
+            record = run_recorded(build, DOWNLOAD, key, work, before=finding)
+            return Downloaded(build, record, ran=True)
+
+    def _find(self) -> Source:
+        model = self.request.model
+        path = Path(model).expanduser()
+        if path.is_dir():
+            self._refuse_revision()
+            snapshot = cache_commit(path.resolve())
+            if snapshot is not None:
+                return self._find_snapshot(path.resolve(), *snapshot)
+            return self._find_local(path.resolve(), path.resolve().name)
+        if model == SAMPLE:
+            self._refuse_revision()
+            from nf4_pipeline.sample import MODEL_DIR
+
+            return self._find_local(MODEL_DIR.resolve(), SAMPLE_REPO, is_sample=True)
+        if is_hub_id(model):
+            return self._find_on_hub()
+        raise UsageError(f"{model}: no such folder, and not a Hub id of the form ORG/NAME.")
+
+    def _refuse_revision(self) -> None:
+        if self.request.revision is not None:
+            raise UsageError(
+                f"--revision {self.request.revision} means nothing for {self.request.model}, a "
+                "local folder."
+            )
+
+    def _find_snapshot(self, folder: Path, repo: str, commit: str) -> Source:
+        """A snapshot of the Hub cache: its commit counts if every file is what the Hub listed."""
+        from nf4_pipeline.hub.cache import are_blobs
+
+        source = self._find_local(folder, repo)
+        if source.converted_from is None and are_blobs(folder, source.files):
+            return replace(source, commit=commit)
+        return source
+
+    def _find_local(self, folder: Path, repo: str, *, is_sample: bool = False) -> Source:
+        check_small_files(folder)
+        if self.request.allow_pickle and weight_files(folder) is None and _pickles_in(folder):
+            files = self._hash({**_small_files_in(folder), **_pickles_in(folder)})
+            return self._convert(folder, repo, None, files)
+        check_headers(folder)
+        prefix, allow_unused = self.request.reading.strip_prefix, self.request.reading.allow_unused
+        if prefix:
+            check_prefix(open_checkpoint(folder), prefix)
+            files = self._hash(_wanted_in(folder))
+            return self._strip_prefix(folder, repo, None, files)
+        preflight = Preflight(folder, allow_unused)
+        files = self._hash(_wanted_in(folder), preflight)
+        found = preflight.wait()
+        files = _with_tokenizer(folder, files, found.tokenizer)
+        return Source(folder, repo, None, files, found, is_sample)
+
+    def _hash(
+        self, paths: Mapping[str, Path], preflight: Preflight | None = None
+    ) -> dict[str, FileDigest]:
+        """Hashes files, until `preflight` finds something wrong."""
+        total = sum(path.stat().st_size for path in paths.values())
+        with self.reporter.task("hash source", total) as task:
+            if preflight is None:
+                return digest_files(paths, task)
+            with preflight.beside(task) as watched:
+                return digest_files(paths, watched)
+
+    def _find_on_hub(self) -> Source:
+        from nf4_pipeline import hub
+
+        request, repo = self.request, self.request.model
+        model = hub.resolve(repo, request.revision, offline=request.offline or None)
+        files: dict[str, FileDigest] = {}
+
+        def fetch(wanted: Iterable[hub.RemoteFile], *, last: bool = False) -> Path:
+            fetched = hub.fetch(model, tuple(wanted), self.reporter, last=last)
+            for name, sha256 in fetched.sha256.items():
+                files[name] = FileDigest((fetched.folder / name).stat().st_size, sha256)
+            return fetched.folder
+
+        whole = hub.wanted_files(model, allow_pickle=request.allow_pickle)  # or has no weights
+        folder = fetch(hub.small_files(model))
+        check_small_files(folder)
+        weights = choose_weight_files(
+            {file.path for file in model.files if "/" not in file.path},
+            read_config(folder),
+            lambda name: read_json(folder / name),
+            f"{repo}@{model.commit[:12]}",
+        )
+        if weights is None:
+            fetch((file for file in whole if file.path not in files), last=True)
+            return self._convert(folder, repo, model.commit, files)
+        # What its config and its tokenizer say is known before the first weight is fetched.
+        asked = Preflight(folder, without_weights=True).wait().tokenizer.asked
+        more = [file for file in hub.named(model, asked) if file.path not in files]
+        if more:
+            fetch(more)
+        fetch(hub.named(model, weights.files), last=True)
+        check_headers(folder)
+        taken = {*_wanted_in(folder), *(file.path for file in more)}
+        files = {name: digest for name, digest in files.items() if name in taken}
+        if request.reading.strip_prefix:
+            check_prefix(open_checkpoint(folder), request.reading.strip_prefix)
+            return self._strip_prefix(folder, repo, model.commit, files)
+        found = Preflight(folder, request.reading.allow_unused).wait()
+        files = _with_tokenizer(folder, files, found.tokenizer)
+        return Source(folder, repo, model.commit, files, found)
+
+    def _convert(
+        self, folder: Path, repo: str, commit: str | None, files: Mapping[str, FileDigest]
+    ) -> Source:
+        """A checkpoint of pickles, as safetensors in converted/ of the build folder."""
+        from nf4_pipeline.pickles.convert import convert
+
+        build = self.request.build(_slug(repo, commit, files))
+        target = build.root.resolve() / "converted"
+        with _locked_soon(build):
+            made = convert(folder, files, target, self.reporter)
+        return self._made(target, made, repo, commit, files)
+
+    def _strip_prefix(
+        self, folder: Path, repo: str, commit: str | None, files: Mapping[str, FileDigest]
+    ) -> Source:
+        """A checkpoint with a wrapper's prefix, copied without it into converted/."""
+        build = self.request.build(_slug(repo, commit, files))
+        target = build.root.resolve() / "converted"
+        prefix = self.request.reading.strip_prefix
+        with _locked_soon(build):
+            made = copy_without_prefix(folder, files, prefix, target, self.reporter)
+        return self._made(target, made, repo, commit, files)
+
+    def _made(
+        self,
+        target: Path,
+        made: Mapping[str, FileDigest],
+        repo: str,
+        commit: str | None,
+        files: Mapping[str, FileDigest],
+    ) -> Source:
+        """The checkpoint in converted/, looked at like any other."""
+        check_small_files(target)
+        check_headers(target)
+        found = Preflight(target, self.request.reading.allow_unused).wait()
+        made = _with_tokenizer(target, made, found.tokenizer)
+        return Source(target, repo, commit, made, found, converted_from=files)
+
+
+def _with_tokenizer(
+    folder: Path, files: Mapping[str, FileDigest], tokenizer: TokenizerFacts
+) -> dict[str, FileDigest]:
+    """The files that are taken: with all that the tokenizer's class asks for.
+
+    Without any, if it needs code of its own: what is left of it would load nowhere.
+    """
+    if tokenizer.status == "code":
+        return {
+            name: digest
+            for name, digest in files.items()
+            if not is_of_tokenizer(name) and name not in tokenizer.files
+        }
+    more = [name for name in tokenizer.files if name not in files]
+    for name in more:
+        check_file(folder, name)
+    return {**files, **{name: digest_file(folder / name) for name in more}}
 
 
 @contextmanager
@@ -187,216 +349,8 @@ def _locked_soon(build: Build) -> Iterator[None]:
         yield
 
 
-def recorded_facts(record: Record) -> ModelFacts:
-    """What transformers said of the architecture when the checkpoint was downloaded."""
-    return ModelFacts.from_json(record.facts["model"])
-
-
-def recorded_tokenizer(record: Record) -> TokenizerFacts | None:
-    """What was found of the tokenizer; None in a record of an older version."""
-    found = record.facts.get("tokenizer")
-    return TokenizerFacts.from_json(found) if found else None
-
-
-def download_notes(record: Record) -> list[str]:
-    """What a person should know of a checkpoint before, and at the end of, hours of work."""
-    found = recorded_tokenizer(record)
-    return found.notes(str(record.facts["repo"])) if found else []
-
-
-def recorded_files(record: Record) -> dict[str, FileDigest]:
-    """The source files of a download record, by name."""
-    return {path.removeprefix("source/"): digest for path, digest in record.outputs.items()}
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """How a checkpoint is to be found; `root` gives the build folder for a slug."""
-
-    revision: str | None
-    offline: bool
-    allow_pickle: bool
-    allow_unused: tuple[str, ...]
-    strip_prefix: str
-    root: Callable[[str], Path]
-
-
-def _find(model: str, asked: _Asked, reporter: Reporter) -> Source:
-    path = Path(model).expanduser()
-    if path.is_dir():
-        _refuse_revision(model, asked)
-        snapshot = cache_commit(path.resolve())
-        if snapshot is not None:
-            return _snapshot(path.resolve(), *snapshot, asked, reporter)
-        return _local(path.resolve(), path.resolve().name, asked, reporter)
-    if model == SAMPLE:
-        _refuse_revision(model, asked)
-        from nf4_pipeline.sample import MODEL_DIR
-
-        return _local(MODEL_DIR.resolve(), "nf4-pipeline/sample", asked, reporter, is_sample=True)
-    if is_hub_id(model):
-        return _hub(model, asked, reporter)
-    raise UsageError(f"{model}: no such folder, and not a Hub id of the form ORG/NAME.")
-
-
-def _snapshot(folder: Path, repo: str, commit: str, asked: _Asked, reporter: Reporter) -> Source:
-    """A snapshot in a Hub cache: its commit is believed if every file is what the Hub listed."""
-    from nf4_pipeline.hub.cache import are_blobs
-
-    source = _local(folder, repo, asked, reporter)
-    if source.converted_from is None and are_blobs(folder, source.files):
-        return replace(source, commit=commit)
-    return source
-
-
-def _refuse_revision(model: str, asked: _Asked) -> None:
-    if asked.revision is not None:
-        raise UsageError(f"--revision {asked.revision} means nothing for {model}, a local folder.")
-
-
-def _local(
-    folder: Path, repo: str, asked: _Asked, reporter: Reporter, *, is_sample: bool = False
-) -> Source:
-    check_small_files(folder)
-    pickles = asked.allow_pickle and weight_files(folder) is None and _pickles_in(folder)
-    if pickles:
-        files = _hashed({**_small_files_in(folder), **pickles}, reporter)
-        return _converted(folder, repo, None, files, asked, reporter)
-    check_headers(folder)
-    if asked.strip_prefix:
-        check_prefix(open_checkpoint(folder), asked.strip_prefix)
-        files = _hashed(_wanted_in(folder), reporter)
-        return _without_prefix(folder, repo, None, files, asked, reporter)
-    preflight = Preflight(folder, asked.allow_unused)
-    files = _hashed(_wanted_in(folder), reporter, preflight)
-    found = preflight.wait()
-    return Source(folder, repo, None, _with_tokenizer(folder, files, found), found, is_sample)
-
-
-def _hashed(
-    paths: Mapping[str, Path], reporter: Reporter, preflight: Preflight | None = None
-) -> dict[str, FileDigest]:
-    """Hashes files, until `preflight` finds something wrong."""
-    total = sum(path.stat().st_size for path in paths.values())
-    with reporter.task("hash source", total) as task:
-        if preflight is None:
-            return digest_files(paths, task)
-        with preflight.beside(task) as watched:
-            return digest_files(paths, watched)
-
-
-def _with_tokenizer(
-    folder: Path, files: Mapping[str, FileDigest], found: Findings
-) -> dict[str, FileDigest]:
-    """The files that are taken: with all that the tokenizer's class asks for.
-
-    Without any, if it needs code of its own: what is left of it would load nowhere.
-    """
-    if found.tokenizer.status == "code":
-        asked = set(found.tokenizer.files)
-        return {
-            name: digest
-            for name, digest in files.items()
-            if not is_of_tokenizer(name) and name not in asked
-        }
-    more = [name for name in found.tokenizer.files if name not in files]
-    for name in more:
-        check_file(folder, name)
-    return {**files, **{name: digest_file(folder / name) for name in more}}
-
-
-def _hub(repo: str, asked: _Asked, reporter: Reporter) -> Source:
-    from nf4_pipeline import hub
-
-    model = hub.resolve(repo, asked.revision, offline=asked.offline or None)
-    files: dict[str, FileDigest] = {}
-
-    def fetch(wanted: Iterable[hub.RemoteFile], *, last: bool = False) -> Path:
-        fetched = hub.fetch(model, tuple(wanted), reporter, last=last)
-        for name, sha256 in fetched.sha256.items():
-            files[name] = FileDigest((fetched.folder / name).stat().st_size, sha256)
-        return fetched.folder
-
-    whole = hub.wanted_files(model, allow_pickle=asked.allow_pickle)  # or there are no weights
-    folder = fetch(hub.small_files(model))
-    check_small_files(folder)
-    weights = choose_weight_files(
-        {file.path for file in model.files if "/" not in file.path},
-        read_config(folder),
-        lambda name: read_json(folder / name),
-        f"{repo}@{model.commit[:12]}",
-    )
-    if weights is None:
-        fetch((file for file in whole if file.path not in files), last=True)
-        return _converted(folder, repo, model.commit, files, asked, reporter)
-    # What its config and its tokenizer say is known before the first weight is fetched.
-    asked_for = Preflight(folder, without_weights=True).wait().tokenizer.asked
-    more = [file for file in hub.named(model, asked_for) if file.path not in files]
-    if more:
-        fetch(more)
-        Preflight(folder, without_weights=True).wait()
-    fetch(hub.named(model, weights.files), last=True)
-    check_headers(folder)
-    taken = {*_wanted_in(folder), *(file.path for file in more)}
-    files = {name: digest for name, digest in files.items() if name in taken}
-    if asked.strip_prefix:
-        check_prefix(open_checkpoint(folder), asked.strip_prefix)
-        return _without_prefix(folder, repo, model.commit, files, asked, reporter)
-    found = Preflight(folder, asked.allow_unused).wait()
-    return Source(folder, repo, model.commit, _with_tokenizer(folder, files, found), found)
-
-
-def _converted(
-    folder: Path,
-    repo: str,
-    commit: str | None,
-    files: Mapping[str, FileDigest],
-    asked: _Asked,
-    reporter: Reporter,
-) -> Source:
-    """A checkpoint of pickles, as safetensors in converted/ of the build folder."""
-    from nf4_pipeline.pickles.convert import convert
-
-    build = Build(asked.root(_slug(repo, commit, files)))
-    target = build.root.resolve() / "converted"
-    with _locked_soon(build):
-        made = convert(folder, files, target, reporter)
-    return _made(target, made, repo, commit, files, asked)
-
-
-def _without_prefix(
-    folder: Path,
-    repo: str,
-    commit: str | None,
-    files: Mapping[str, FileDigest],
-    asked: _Asked,
-    reporter: Reporter,
-) -> Source:
-    """A checkpoint with a wrapper's prefix, copied without it into converted/."""
-    build = Build(asked.root(_slug(repo, commit, files)))
-    target = build.root.resolve() / "converted"
-    with _locked_soon(build):
-        made = copy_without_prefix(folder, files, asked.strip_prefix, target, reporter)
-    return _made(target, made, repo, commit, files, asked)
-
-
-def _made(
-    target: Path,
-    made: Mapping[str, FileDigest],
-    repo: str,
-    commit: str | None,
-    files: Mapping[str, FileDigest],
-    asked: _Asked,
-) -> Source:
-    """The checkpoint in converted/, looked at like any other."""
-    check_small_files(target)
-    check_headers(target)
-    found = Preflight(target, asked.allow_unused).wait()
-    made = _with_tokenizer(target, made, found)
-    return Source(target, repo, commit, made, found, converted_from=files)
-
-
 def _content_sha256(files: Mapping[str, FileDigest]) -> str:
+    """One hash over all files: sha256 of the sorted lines `sha256  name`."""
     lines = sorted(f"{digest.sha256}  {name}\n" for name, digest in files.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -431,7 +385,7 @@ def _refuse_foreign_folders(build: Build, source: Source) -> None:
     """A build empties its folders; they must be its own, and the source must not be among them.
 
     Raises:
-        UsageError: the build folder holds something that no build left there.
+        UsageError: the build folder holds something that no build left there, or the source.
     """
     own = [build.source, build.quantized, build.export]
     inside = [folder for folder in own if source.folder.is_relative_to(folder.resolve())]

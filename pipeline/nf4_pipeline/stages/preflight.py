@@ -16,12 +16,12 @@ from nf4_pipeline.checkpoint.folder_advice import adapter_advice
 from nf4_pipeline.checkpoint.lfs_pointer import check_no_pointer
 from nf4_pipeline.checkpoint.source import open_checkpoint, weight_files
 from nf4_pipeline.checkpoint.untrusted import check_file, check_folder
-from nf4_pipeline.errors import SourceError
-from nf4_pipeline.model.architecture import ModelFacts
+from nf4_pipeline.errors import PipelineError, SourceError
+from nf4_pipeline.model.architecture import Architecture
 from nf4_pipeline.model.config import check_not_quantized, read_config
-from nf4_pipeline.model.config_limits import check_plausible
+from nf4_pipeline.model.config_limits import check_config_limits
 from nf4_pipeline.model.fit import check_fit
-from nf4_pipeline.model.probe import PendingFacts
+from nf4_pipeline.model.probe import Probe
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 from nf4_pipeline.model.unused_tensors import Unused
 from nf4_pipeline.progress import Task
@@ -32,12 +32,12 @@ class Findings:
     """What is known of a checkpoint whose weights were not read.
 
     Attributes:
-        model: what transformers says of its architecture.
+        architecture: what transformers says of its model.
         tokenizer: its tokenizer.
         unused: tensors that the model has no place for.
     """
 
-    model: ModelFacts
+    architecture: Architecture
     tokenizer: TokenizerFacts
     unused: tuple[Unused, ...]
 
@@ -75,7 +75,7 @@ def check_headers(folder: Path) -> None:
     config = read_config(folder)
     checkpoint = open_checkpoint(folder)
     check_not_quantized(config, checkpoint, folder)
-    check_plausible(config, checkpoint)
+    check_config_limits(config, checkpoint)
 
 
 class Preflight:
@@ -93,8 +93,9 @@ class Preflight:
         self._folder = folder
         self._allow_unused = allow_unused
         self._without_weights = without_weights
-        self._pending = PendingFacts(folder, without_weights=without_weights)
+        self._probe = Probe(folder, without_weights=without_weights)
         self._found: Findings | None = None
+        self._failure: PipelineError | None = None
         self._lock = Lock()
 
     @contextmanager
@@ -114,7 +115,7 @@ class Preflight:
         try:
             yield Watched()
         except BaseException:
-            self._pending.cancel()
+            self._probe.cancel()
             raise
 
     def poll(self) -> None:
@@ -123,7 +124,7 @@ class Preflight:
         Raises:
             SourceError: as `wait` does.
         """
-        if self._pending.answered:
+        if self._found is None and (self._failure is not None or self._probe.is_replying):
             self.wait()
 
     def wait(self) -> Findings:
@@ -134,11 +135,21 @@ class Preflight:
                 or the tokenizer does not load.
         """
         with self._lock:
+            if self._failure is not None:
+                raise self._failure
             if self._found is None:
-                model, tokenizer = self._pending.wait()
-                unused: tuple[Unused, ...] = ()
-                if not self._without_weights:
-                    unused = check_fit(open_checkpoint(self._folder), model, self._allow_unused)
-                    tokenizer.check()
-                self._found = Findings(model, tokenizer, unused)
+                try:
+                    self._found = self._judge()
+                except PipelineError as error:
+                    self._failure = error
+                    raise
             return self._found
+
+    def _judge(self) -> Findings:
+        reply = self._probe.wait()
+        unused: tuple[Unused, ...] = ()
+        if not self._without_weights:
+            checkpoint = open_checkpoint(self._folder)
+            unused = check_fit(checkpoint, reply.architecture, self._allow_unused)
+            reply.tokenizer.check()
+        return Findings(reply.architecture, reply.tokenizer, unused)

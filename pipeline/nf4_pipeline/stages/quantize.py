@@ -5,27 +5,33 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Final
+from typing import ClassVar, Final
 
-from nf4_pipeline.build_folder import Build, Record, stage_key
+from nf4_pipeline.build_folder import Build, Record
+from nf4_pipeline.calibration.calibrator import CalibratedChoice, Calibrator
 from nf4_pipeline.checkpoint.atomic import make_folder, write_json
-from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
+from nf4_pipeline.checkpoint.digest import digest_file, json_sha256
 from nf4_pipeline.checkpoint.layout import FileLayout
 from nf4_pipeline.checkpoint.shards import tensor_facts
-from nf4_pipeline.checkpoint.source import Checkpoint, open_checkpoint
+from nf4_pipeline.checkpoint.source import open_checkpoint
+from nf4_pipeline.checkpoint.writer import writing
 from nf4_pipeline.engine.buffers import divide
-from nf4_pipeline.engine.scheduler import QuantizedFile, quantize_files
-from nf4_pipeline.engine.tied import TwinsDifferError
+from nf4_pipeline.engine.quantize_checkpoint import CheckpointPlanner, QuantizationRun
+from nf4_pipeline.engine.scheduler import Output, QuantizedFile
 from nf4_pipeline.errors import PlanMismatchError, ResourceError
-from nf4_pipeline.nf4.layout import blocks_of
+from nf4_pipeline.machine import Machine
+from nf4_pipeline.nf4.packing import blocks_of
 from nf4_pipeline.nf4.rounding import NearestOnCpu, Rounding
-from nf4_pipeline.progress import Reporter
+from nf4_pipeline.progress import SILENT, Reporter
+from nf4_pipeline.recipe import Recipe
+from nf4_pipeline.records import DOWNLOAD, QUANTIZE, FileFacts, QuantizeFacts
 from nf4_pipeline.resource_usage import available_memory, measured, measured_on_device
-from nf4_pipeline.selection import Plan, select
-from nf4_pipeline.stages import Settings, calibrate, recorded
-from nf4_pipeline.stages.download import recorded_facts
+from nf4_pipeline.selection import Plan
+from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 
 CODE_VERSION: Final = 1
 _FACTS_SUFFIX: Final = ".facts.json"
@@ -33,154 +39,168 @@ _MANY_PROCESSORS: Final = 8
 _BYTES_PER_BLOCK: Final = 24  # absmax, three sums, and the rounded scale twice
 
 
-def key(build: Build, settings: Settings) -> str:
-    """Depends on the weights, the config and the recipe's [quantize]."""
-    files = build.need("download").outputs
-    shaping = {
-        name: digest.sha256
-        for name, digest in files.items()
-        if name.endswith((".safetensors", ".safetensors.index.json", "/config.json"))
-    }
-    recipe = settings.recipe.quantize
-    parts = {"code": CODE_VERSION, "files": shaping, "recipe": recipe.shaping()}
-    if recipe.calibrate:
-        parts["calibration"] = calibrate.key_part(build, recipe)
-    return stage_key(parts)
+@dataclass(frozen=True)
+class Quantize:
+    """Quantizes a build's checkpoint, shard by shard; shards that are done already stay."""
 
+    build: Build
+    recipe: Recipe
+    machine: Machine
+    reporter: Reporter = SILENT
 
-def make_plan(
-    build: Build,
-    settings: Settings,
-    different_twins: frozenset[str] = frozenset(),
-    sensitive: frozenset[str] = frozenset(),
-) -> tuple[Plan, Checkpoint]:
-    """The plan of a build, from headers and the facts of its model alone.
+    kind: ClassVar = QUANTIZE
 
-    Args:
-        build: whose download is done.
-        settings: the recipe.
-        different_twins: tied tensors that are known to differ from their twin.
-        sensitive: modules that stay in 16 bit for what they would lose.
+    def key(self) -> str:
+        """Depends on the weights, the config and the recipe's [quantize].
 
-    Raises:
-        SourceError: the checkpoint does not fit its config, or nothing in it can be quantized.
-    """
-    checkpoint = open_checkpoint(build.source)
-    facts = recorded_facts(build.need("download"))
-    plan = select(
-        checkpoint.tensors,
-        facts,
-        settings.recipe.quantize,
-        different_twins=different_twins,
-        sensitive=sensitive,
-    )
-    return plan, checkpoint
+        Raises:
+            BuildError: download is not done.
+            RecipeError: the calibration text cannot be read.
+        """
+        files = self.build.need(DOWNLOAD).outputs
+        shaping = {
+            name: digest.sha256
+            for name, digest in files.items()
+            if name.endswith((".safetensors", ".safetensors.index.json", "/config.json"))
+        }
+        recipe = self.recipe.quantize
+        parts = {"code": CODE_VERSION, "files": shaping, "recipe": recipe.shaping()}
+        if recipe.calibrate:
+            parts["calibration"] = self._calibrator().key_part()
+        return json_sha256(parts)
 
+    def plan(self) -> Plan:
+        """What would happen to each tensor, before calibration keeps any for what they lose.
 
-def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
-    """Quantizes a build's checkpoint, shard by shard; shards that are done already stay.
+        Raises:
+            BuildError: download is not done.
+            SourceError: the checkpoint does not fit its config, or nothing in it can be quantized.
+        """
+        return self._planner().plan()
 
-    Raises:
-        BuildError: download is not done, or the source changed since.
-        SourceError: the checkpoint is not usable.
-        ResourceError: the disk is too full.
-        PlanMismatchError: the bytes written are not the bytes planned.
-    """
-    build.check_inputs("download")
-    plan, checkpoint = make_plan(build, settings)
-    recipe = settings.recipe.quantize
-    check_disk(build, plan, choices=bool(recipe.calibrate))
-    check_memory(plan, settings.memory_budget)
-    with measured() as preparing, measured_on_device() as sampling:
-        tokens = calibrate.tokens_for(build, settings, reporter) if recipe.calibrate else None
-    stage = key(build, settings)  # tokens are part of it
+    def run(self) -> Record[QuantizeFacts]:
+        """Does the work.
 
-    def work() -> tuple[dict[str, Any], dict[str, Any]]:
-        chosen = None
-        if tokens is not None:
-            chosen = calibrate.choose(build, plan, tokens, settings, reporter, sampling=sampling)
-        # Choices made on another kind of device differ: no file of one stands beside the other's.
-        mark = stage if chosen is None else f"{stage}-{chosen.identity}"
-        return _planned(build, plan, checkpoint, settings, mark, chosen, reporter)
+        Raises:
+            BuildError: download is not done, or the source changed since.
+            SourceError: the checkpoint is not usable.
+            ResourceError: the disk is too full, or there is too little memory.
+            UsageError: the memory budget is too small for a single worker.
+            PlanMismatchError: the bytes written are not the bytes planned.
+        """
+        self.build.check_inputs(DOWNLOAD)
+        planner = self._planner()
+        plan = planner.plan()
+        calibrator = self._calibrator() if self.recipe.quantize.calibrate else None
+        self.check_disk(plan, calibrator)
+        check_memory(plan, self.machine.memory_budget)
+        with measured() as preparing, measured_on_device() as sampling:
+            tokens = None if calibrator is None else calibrator.tokens(self.reporter)
+        key = self.key()  # tokens are part of it
 
-    table = settings.recipe.table("quantize")
-    record = recorded(build, "quantize", stage, work, recipe=table, before=preparing)
-    if tokens is not None:
-        calibrate.clear(build)
-    return record
+        def work() -> Outcome[QuantizeFacts]:
+            choice = None
+            if calibrator is not None and tokens is not None:
+                choice = calibrator.choose(plan, tokens, self.reporter, sampling=sampling)
+            return self._quantize(planner, key, choice)
 
+        table = self.recipe.table("quantize")
+        record = run_recorded(self.build, self.kind, key, work, recipe=table, before=preparing)
+        if calibrator is not None:
+            calibrator.clear()
+        return record
 
-def _planned(
-    build: Build,
-    plan: Plan,
-    checkpoint: Checkpoint,
-    settings: Settings,
-    stage: str,
-    chosen: calibrate.Calibration | None,
-    reporter: Reporter,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Quantizes by the plan, or by another one: layers are kept, or tied tensors differ."""
-    sensitive = calibrate.kept_modules(chosen.kept if chosen else ())
-    if sensitive:
-        plan, _ = make_plan(build, settings, sensitive=sensitive)
-    try:
-        return _quantize(build, plan, checkpoint, stage, settings, chosen, reporter)
-    except TwinsDifferError as error:
-        reporter.note(f"{error} Both are kept; starting again.")
-    # Rare: config.json says that tensors are tied which the checkpoint stores as different.
-    different = frozenset(t.source.name for t in plan.tensors if t.twin is not None)
-    plan, _ = make_plan(build, settings, different, sensitive)
-    return _quantize(build, plan, checkpoint, stage, settings, chosen, reporter)
+    def check_disk(self, plan: Plan, calibrator: Calibrator | None = None) -> None:
+        """Refuses to begin what the disk cannot hold.
 
+        Args:
+            plan: what will be written.
+            calibrator: whose codes and scales stand on the disk, too, until all is written.
 
-def _quantize(
-    build: Build,
-    plan: Plan,
-    checkpoint: Checkpoint,
-    stage: str,
-    settings: Settings,
-    chosen: calibrate.Calibration | None,
-    reporter: Reporter,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    make_folder(build.quantized)
-    layouts = plan.layouts()
-    _remove_strangers(build, layouts)
-    results = {
-        file: facts
-        for file in layouts
-        if (facts := _finished(build.quantized / file, stage, layouts[file])) is not None
-    }
-    open_layouts = {file: layout for file, layout in layouts.items() if file not in results}
-
-    def done(file: str, found: QuantizedFile) -> None:
-        results[file] = _file_facts(build.quantized / file, found, layouts[file], stage)
-
-    rounding = rounding_for(settings.device) if chosen is None else chosen.rounding()
-    files = plan.files()
-    total = sum(tensor.source.header.nbytes for file in open_layouts for tensor in files[file])
-    with reporter.task("quantize", total) as task:
-        quantize_files(
-            checkpoint,
-            plan,
-            open_layouts,
-            build.quantized,
-            done,
-            rounding=rounding,
-            budget=divide(
-                settings.memory_budget,
-                settings.workers or rounding.workers,
-                rounding.max_chunk_bytes,
-            ),
-            task=task,
+        Raises:
+            ResourceError: the disk has too little free space.
+        """
+        needed = sum(
+            layout.nbytes
+            for file, layout in plan.layouts().items()
+            if not (self.build.quantized / file).exists()
         )
-    _warn_of_merged(plan, reporter)
-    ordered = {file: results[file] for file in layouts}
-    outputs = {
-        f"quantized/{file}": FileDigest(found["size"], found["sha256"])
-        for file, found in ordered.items()
-    }
-    facts = _facts(plan, layouts, ordered)
-    return outputs, facts if chosen is None else facts | {"calibration": chosen.facts}
+        if calibrator is not None:
+            needed += sum(part.nbytes for tensor in plan.quantized for part in tensor.stored)
+            needed -= calibrator.chosen_bytes()
+        free = shutil.disk_usage(self.build.root).free
+        if needed > free:
+            raise ResourceError(
+                f"{self.build.root} is on a disk with {free / 1e9:.3f} GB free; the quantized "
+                f"model needs {needed / 1e9:.3f} GB. Make space, or name a --build-dir on another "
+                "disk."
+            )
+
+    def _planner(self) -> CheckpointPlanner:
+        return CheckpointPlanner(
+            open_checkpoint(self.build.source),
+            self.build.need(DOWNLOAD).facts.model,
+            self.recipe.quantize,
+        )
+
+    def _calibrator(self) -> Calibrator:
+        return Calibrator(
+            self.build.source,
+            self.build.need(DOWNLOAD).facts.content_sha256,
+            self.build.calibration,
+            self.recipe.quantize,
+            self.machine.device,
+        )
+
+    def _quantize(
+        self, planner: CheckpointPlanner, key: str, choice: CalibratedChoice | None
+    ) -> Outcome[QuantizeFacts]:
+        if choice is None:
+            rounding, kept = rounding_for(self.machine.device), frozenset[str]()
+        else:
+            rounding, kept = choice.rounding(), choice.facts.kept_modules
+            # Choices made on another kind of device differ: no file of one beside the other's.
+            key = f"{key}-{choice.identity}"
+
+        def work(plan: Plan) -> QuantizeFacts:
+            run = QuantizationRun(planner.checkpoint, plan, rounding, self.machine)
+            return QuantizeFacts(
+                predicted_bytes=sum(layout.nbytes for layout in plan.layouts().values()),
+                skip_modules=plan.skip_modules,
+                hidden_modules=plan.hidden_modules,
+                untied=plan.untied,
+                files=self._make_files(run, key),
+                calibration=None if choice is None else choice.facts,
+            )
+
+        facts = planner.run(work, self.reporter, kept)
+        return {f"quantized/{file}": found.digest for file, found in facts.files.items()}, facts
+
+    def _make_files(self, run: QuantizationRun, key: str) -> dict[str, FileFacts]:
+        """Makes those files of quantized/ that do not stand there yet; the facts of all of them."""
+        folder, plan = self.build.quantized, run.plan
+        make_folder(folder)
+        layouts = plan.layouts()
+        _remove_other_files(folder, layouts)
+        finished = {
+            file: facts
+            for file, layout in layouts.items()
+            if (facts := _finished(folder / file, key, layout)) is not None
+        }
+
+        def done(file: str, made: QuantizedFile) -> None:
+            finished[file] = _leave_facts(folder / file, made, layouts[file], key)
+
+        tensors = plan.files()
+        run.make(
+            "quantize",
+            [Output(f, f, tensors[f], layouts[f]) for f in layouts if f not in finished],
+            lambda output: writing(folder / output.name, output.layout),
+            done,
+            self.reporter,
+        )
+        _warn_of_merged(plan, self.reporter)
+        return {file: finished[file] for file in layouts}
 
 
 def _warn_of_merged(plan: Plan, reporter: Reporter) -> None:
@@ -219,39 +239,12 @@ def _may_have_cuda() -> bool:
     return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
 
 
-def check_disk(build: Build, plan: Plan, *, choices: bool = False) -> None:
-    """Refuses to begin what the disk cannot hold.
-
-    Args:
-        build: where.
-        plan: what will be written.
-        choices: calibrated codes and scales stand on it, too, until all is written.
-
-    Raises:
-        ResourceError: it is too full.
-    """
-    needed = sum(
-        layout.nbytes
-        for file, layout in plan.layouts().items()
-        if not (build.quantized / file).exists()
-    )
-    if choices:
-        needed += sum(part.nbytes for tensor in plan.quantized for part in tensor.stored)
-        needed -= calibrate.chosen_bytes(build)
-    free = shutil.disk_usage(build.root).free
-    if needed > free:
-        raise ResourceError(
-            f"{build.root} is on a disk with {free / 1e9:.3f} GB free; the quantized model needs "
-            f"{needed / 1e9:.3f} GB. Make space, or name a --build-dir on another disk."
-        )
-
-
 def check_memory(plan: Plan, budget: int) -> None:
     """Refuses to begin what the memory cannot hold: the buffers, and the scales of two weights.
 
     Raises:
-        ResourceError: there is too little.
-        UsageError: the budget is.
+        ResourceError: less memory is available than the buffers and the scales need.
+        UsageError: the budget is too small for a single worker.
     """
     divide(budget, 1, 1)  # what is too small is not refused after hours of calibration
     blocks = max(blocks_of(prod(tensor.shape)) for tensor in plan.quantized)
@@ -264,33 +257,31 @@ def check_memory(plan: Plan, budget: int) -> None:
         )
 
 
-def _remove_strangers(build: Build, layouts: dict[str, FileLayout]) -> None:
+def _remove_other_files(folder: Path, layouts: Mapping[str, FileLayout]) -> None:
+    """Deletes what a run by another plan left."""
     expected = {name for file in layouts for name in (file, file + _FACTS_SUFFIX)}
-    for path in build.quantized.iterdir():
+    for path in folder.iterdir():
         if path.name not in expected:
             path.unlink()
 
 
-def finished_files(build: Build) -> int:
+def count_finished_files(build: Build) -> int:
     """How many quantized files stand whole, of a run that may have ended early."""
     return len(list(build.quantized.glob(f"*{_FACTS_SUFFIX}")))
 
 
-def _finished(target: Path, stage: str, layout: FileLayout) -> dict[str, Any] | None:
-    """The facts of a shard that an earlier run of the same stage finished, or None."""
+def _finished(target: Path, key: str, layout: FileLayout) -> FileFacts | None:
+    """The facts of a shard that an earlier run with the same key finished, or None."""
     try:
-        facts: dict[str, Any] = json.loads(
-            target.with_name(target.name + _FACTS_SUFFIX).read_text("utf-8")
-        )
-        same = facts["stage"] == stage and target.stat().st_size == facts["size"] == layout.nbytes
-        return facts if same and digest_file(target).sha256 == facts["sha256"] else None
-    except (OSError, ValueError, KeyError, TypeError):
+        text = target.with_name(target.name + _FACTS_SUFFIX).read_text("utf-8")
+        facts = FileFacts.from_json(json.loads(text))
+        same = facts.key == key and target.stat().st_size == facts.size == layout.nbytes
+        return facts if same and digest_file(target).sha256 == facts.sha256 else None
+    except (OSError, ValueError):
         return None
 
 
-def _file_facts(
-    target: Path, found: QuantizedFile, layout: FileLayout, stage: str
-) -> dict[str, Any]:
+def _leave_facts(target: Path, made: QuantizedFile, layout: FileLayout, key: str) -> FileFacts:
     """Holds a finished shard against the plan, and leaves its facts beside it."""
     size = target.stat().st_size
     if size != layout.nbytes:
@@ -298,24 +289,12 @@ def _file_facts(
             f"{target} has {size:,} bytes; the plan said {layout.nbytes:,}. This is a fault of "
             "this program: please report it with the model's name."
         )
-    facts = {
-        "stage": stage,
-        "size": size,
-        "sha256": found.written.digest.sha256,
-        "tensors": tensor_facts(found.written),
-        "relative_rmse": dict(sorted(found.relative_rmse.items())),
-    }
-    write_json(target.with_name(target.name + _FACTS_SUFFIX), facts)
+    facts = FileFacts(
+        key=key,
+        size=size,
+        sha256=made.written.digest.sha256,
+        tensors=tensor_facts(made.written),
+        relative_rmse=dict(sorted(made.relative_rmse.items())),
+    )
+    write_json(target.with_name(target.name + _FACTS_SUFFIX), facts.to_json())
     return facts
-
-
-def _facts(
-    plan: Plan, layouts: dict[str, FileLayout], results: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    return {
-        "predicted_bytes": sum(layout.nbytes for layout in layouts.values()),
-        "skip_modules": list(plan.skip_modules),
-        "hidden_modules": list(plan.hidden_modules),
-        "different_twins": list(plan.different_twins),
-        "files": results,
-    }

@@ -3,170 +3,159 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import ClassVar, Final
 
-from nf4_pipeline.build_folder import Build, Record, stage_key
-from nf4_pipeline.checkpoint.atomic import (
-    json_bytes,
-    link_or_copy,
-    replacing_folder,
-    write_bytes,
-)
-from nf4_pipeline.checkpoint.digest import FileDigest
+from nf4_pipeline.build_folder import Build, Record
+from nf4_pipeline.calibration.calibrator import published_tokens
+from nf4_pipeline.calibration.facts import CALIBRATION_FILE, public_calibration
+from nf4_pipeline.checkpoint.atomic import link_or_copy, replacing_folder, write_bytes
+from nf4_pipeline.checkpoint.digest import json_sha256
 from nf4_pipeline.checkpoint.shards import Shard, name_shards, split_file, write_shard
-from nf4_pipeline.checkpoint.weight_files import INDEX_FILE
-from nf4_pipeline.errors import BuildError, ResourceError
-from nf4_pipeline.manifest.assemble import build_manifest, shown
-from nf4_pipeline.manifest.read import MANIFEST_FILE
-from nf4_pipeline.manifest.small_files import small_files, stored_tensors_of, weight_index
+from nf4_pipeline.checkpoint.source import open_checkpoint
+from nf4_pipeline.engine.quantize_checkpoint import CheckpointPlanner
+from nf4_pipeline.errors import ResourceError
+from nf4_pipeline.manifest.artifact_files import Weights, assemble_files
+from nf4_pipeline.manifest.manifest import Source
 from nf4_pipeline.model.unused_tensors import left_out
-from nf4_pipeline.progress import Reporter
+from nf4_pipeline.progress import SILENT, Reporter
+from nf4_pipeline.recipe import Recipe
+from nf4_pipeline.records import (
+    ATTEST,
+    DOWNLOAD,
+    QUANTIZE,
+    SERIALIZE,
+    VERIFY,
+    QuantizeFacts,
+    SerializeFacts,
+)
 from nf4_pipeline.selection import Plan
-from nf4_pipeline.stages import Settings, calibrate, quantize, recorded
-from nf4_pipeline.stages.calibrate import CALIBRATION_FILE
-from nf4_pipeline.stages.download import recorded_facts, recorded_files
+from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 
 CODE_VERSION: Final = 1
 
 
-def key(build: Build, settings: Settings) -> str:
-    """Depends on what quantize wrote, on the small files of the source, and on [serialize]."""
-    download, quantized = build.need("download"), build.need("quantize")
-    calibration = quantized.facts.get("calibration")
-    small = {
-        name: digest.sha256
-        for name, digest in recorded_files(download).items()
-        if not name.endswith(".safetensors")
-    }
-    return stage_key(
-        {
+@dataclass(frozen=True)
+class Serialize:
+    """Writes the export folder."""
+
+    build: Build
+    recipe: Recipe
+    reporter: Reporter = SILENT
+
+    kind: ClassVar = SERIALIZE
+
+    def key(self) -> str:
+        """Depends on what quantize wrote, on the small files of the source, and on [serialize].
+
+        Raises:
+            BuildError: download or quantize is not done.
+        """
+        download, quantized = self.build.need(DOWNLOAD), self.build.need(QUANTIZE)
+        small = {
+            name: digest.sha256
+            for name, digest in download.outputs_in("source").items()
+            if not name.endswith(".safetensors")
+        }
+        recipe = self.recipe.as_json()
+        parts = {
             "code": CODE_VERSION,
             "quantized": {name: digest.sha256 for name, digest in quantized.outputs.items()},
             "small": small,
-            "recipe": settings.recipe.as_json()["serialize"],
-            "quantize_recipe": settings.recipe.as_json()["quantize"],
-            **({"calibration": shown(calibration)} if calibration else {}),
+            "recipe": recipe["serialize"],
+            "quantize_recipe": recipe["quantize"],
         }
-    )
+        if (calibration := quantized.facts.calibration) is not None:
+            parts["calibration"] = public_calibration(calibration).to_json()
+        return json_sha256(parts)
 
+    def run(self) -> Record[SerializeFacts]:
+        """Does the work.
 
-def run(build: Build, settings: Settings, reporter: Reporter) -> Record:
-    """Writes the export folder.
-
-    Raises:
-        BuildError: quantize is not done, or was done with another recipe.
-        ResourceError: the disk is too full.
-    """
-    record = build.need("quantize")
-    if record.key != quantize.key(build, settings):
-        raise BuildError(
-            f"{build.root}: what `quantize` wrote is stale (its source or its recipe changed). "
-            "Run `nf4 quantize` again, or `nf4 build`."
+        Raises:
+            BuildError: quantize is not done, what it wrote changed since, or the tokens that it
+                calibrated on are gone.
+            ResourceError: the disk is too full.
+        """
+        self.build.check_inputs(QUANTIZE)
+        download, quantized = self.build.need(DOWNLOAD), self.build.need(QUANTIZE)
+        plan = CheckpointPlanner(
+            open_checkpoint(self.build.source), download.facts.model, self.recipe.quantize
+        ).plan(
+            untied=frozenset(quantized.facts.untied),
+            sensitive=quantized.facts.kept_modules,
         )
-    build.check_inputs("quantize")
-    calibration = record.facts.get("calibration")
-    plan, _ = quantize.make_plan(
-        build,
-        settings,
-        frozenset(record.facts["different_twins"]),
-        calibrate.kept_modules(calibration["kept"] if calibration else ()),
-    )
-    model_class = recorded_facts(build.need("download")).class_name
+        source = Source(**download.facts.identity, files=download.outputs_in("source"))
+        model_class = download.facts.model.class_name
 
-    def work() -> tuple[dict[str, Any], dict[str, Any]]:
-        with replacing_folder(build.export) as folder:
-            shards = _weights(build, record, settings, folder, reporter)
-            files = {shard.name: shard.digest for shard in shards}
-            names = recorded_files(build.need("download"))
-            small = small_files(build.source, names, plan, model_class)
-            if len(shards) > 1:
-                small[INDEX_FILE] = json_bytes(weight_index(shards))
-            if calibration:
-                small[CALIBRATION_FILE] = calibrate.published(build, calibration)
-            files |= {name: FileDigest.of(content) for name, content in small.items()}
-            manifest = _manifest(build, settings, plan, model_class, record, shards, files)
-            small[MANIFEST_FILE] = json_bytes(manifest)
-            files[MANIFEST_FILE] = FileDigest.of(small[MANIFEST_FILE])
-            for name, content in small.items():
-                write_bytes(folder / name, content)
-            # The earlier export goes now, and with it what was measured of it.
-            build.forget("attest")
-            build.forget("verify")
-        outputs = {f"export/{name}": digest for name, digest in files.items()}
-        return outputs, {
-            "totals": manifest["totals"],
-            "hidden_modules": list(plan.hidden_modules),
-            "left_out": left_out(
-                (tensor.reason, tensor.source.header.nbytes) for tensor in plan.by_action("drop")
-            ),
-        }
+        def work() -> Outcome[SerializeFacts]:
+            with replacing_folder(self.build.export) as folder:
+                shards = self._place_weights(plan, quantized.facts, folder)
+                weights = self._weights(plan, shards, quantized.facts)
+                files = assemble_files(self.build.source, source, model_class, self.recipe, weights)
+                for name, content in files.small.items():
+                    write_bytes(folder / name, content)
+                # The earlier export goes now, and with it what was measured of it.
+                self.build.forget(ATTEST)
+                self.build.forget(VERIFY)
+            outputs = {f"export/{name}": digest for name, digest in files.digests.items()}
+            return outputs, SerializeFacts(
+                totals=files.manifest.totals,
+                hidden_modules=plan.hidden_modules,
+                left_out=left_out(
+                    (tensor.reason, tensor.source.header.nbytes)
+                    for tensor in plan.by_action("drop")
+                ),
+            )
 
-    table = settings.recipe.table("serialize")
-    return recorded(build, "serialize", key(build, settings), work, recipe=table)
+        table = self.recipe.table("serialize")
+        return run_recorded(self.build, self.kind, self.key(), work, recipe=table)
 
+    def _weights(self, plan: Plan, shards: list[Shard], quantized: QuantizeFacts) -> Weights:
+        calibration = None
+        if (facts := quantized.calibration) is not None:
+            tokens = published_tokens(self.build.calibration, facts)
+            calibration = public_calibration(facts), {CALIBRATION_FILE: tokens}
+        return Weights(plan, shards, quantized.relative_rmse, calibration)
 
-def _weights(
-    build: Build, record: Record, settings: Settings, folder: Path, reporter: Reporter
-) -> list[Shard]:
-    """The weight files: each quantized file as it is, or cut where it is too large."""
-    limit = settings.recipe.serialize.max_shard_bytes
-    pieces = [
-        piece
-        for file in record.facts["files"]
-        for piece in split_file(build.quantized / file, limit)
-    ]
-    names = name_shards(len(pieces))
-    shards = []
-    total = sum(piece.nbytes for piece in pieces if not piece.whole)
-    _check_disk(build, total)
-    with reporter.task("reshard", total) as task:
-        for name, piece in zip(names, pieces, strict=True):
-            target = folder / name
-            if piece.whole:
-                link_or_copy(piece.path, target)
-                found = record.facts["files"][piece.path.name]
-                shards.append(
-                    Shard(name, FileDigest(found["size"], found["sha256"]), found["tensors"])
-                )
-            else:
-                shards.append(write_shard(target, piece, task))
-    return shards
+    def _place_weights(self, plan: Plan, quantized: QuantizeFacts, folder: Path) -> list[Shard]:
+        """The weight files: each quantized file as it is, or cut where it is too large."""
+        limit = self.recipe.serialize.max_shard_bytes
+        groups = {file: [t.stored for t in tensors] for file, tensors in plan.files().items()}
+        pieces = [
+            piece
+            for file in quantized.files
+            for piece in split_file(self.build.quantized / file, limit, groups[file])
+        ]
+        names = name_shards(len(pieces))
+        shards = []
+        total = sum(piece.nbytes for piece in pieces if not piece.whole)
+        self.check_disk(total)
+        with self.reporter.task("reshard", total) as task:
+            for name, piece in zip(names, pieces, strict=True):
+                target = folder / name
+                if piece.whole:
+                    link_or_copy(piece.path, target)
+                    facts = quantized.files[piece.path.name]
+                    shards.append(Shard(name, facts.digest, facts.tensors))
+                else:
+                    shards.append(write_shard(target, piece, task))
+        return shards
 
+    def check_disk(self, needed: int) -> None:
+        """Refuses to begin what the disk cannot hold.
 
-def _check_disk(build: Build, needed: int) -> None:
-    free = shutil.disk_usage(build.root).free
-    if needed > free:
-        raise ResourceError(
-            f"{build.root} is on a disk with {free / 1e9:.3f} GB free; cutting the weights into "
-            f"shards needs {needed / 1e9:.3f} GB. Make space, or leave --max-shard-size out."
-        )
+        Args:
+            needed: bytes of the shards that are cut out of quantized files.
 
-
-def _manifest(
-    build: Build,
-    settings: Settings,
-    plan: Plan,
-    model_class: str,
-    quantized: Record,
-    shards: list[Shard],
-    files: Mapping[str, FileDigest],
-) -> dict[str, Any]:
-    download = build.need("download")
-    errors = {
-        name: value
-        for found in quantized.facts["files"].values()
-        for name, value in found["relative_rmse"].items()
-    }
-    return build_manifest(
-        source={name: download.facts[name] for name in ("repo", "commit", "content_sha256")},
-        source_files=recorded_files(download),
-        recipe=settings.recipe,
-        plan=plan,
-        stored=stored_tensors_of(shards),
-        relative_rmse=errors,
-        files=files,
-        model_class=model_class,
-        calibration=quantized.facts.get("calibration"),
-    )
+        Raises:
+            ResourceError: the disk has too little free space.
+        """
+        free = shutil.disk_usage(self.build.root).free
+        if needed > free:
+            raise ResourceError(
+                f"{self.build.root} is on a disk with {free / 1e9:.3f} GB free; cutting the "
+                f"weights into shards needs {needed / 1e9:.3f} GB. Make space, or leave "
+                "--max-shard-size out."
+            )

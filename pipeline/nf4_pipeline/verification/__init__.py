@@ -1,13 +1,20 @@
 """Evidence about an artifact, gathered from outside: its files, and its behaviour when reloaded.
 
-gates.py          every file, stored tensor and reloaded layer against the manifest
-prompts.py        the questions that both models are asked
-reference.jsonl   those that come with the package
-text.py           the text on which both models are compared, cut into sequences
-texts/            the one that comes with the package, in five domains
-worker.py         a fresh process that loads one model and does what is asked; `python -m`
-answers.py        what a model writes, how fast, and where two answers part
-distance.py       both models on the same tokens, block by block
-nearest.py        plain round to nearest, as a third one beside them
-run.py            starts workers and reads what they found
+check_files.py      every file and stored tensor against the manifest
+check_model.py      every reloaded layer against manifest and source
+prompts.py          the questions that both models are asked
+reference.jsonl     those that come with the package
+eval_text.py        the text on which both models are compared, cut into sequences
+texts/              the one that comes with the package, in five domains
+launch.py           has both models loaded and asked, each in a process of its own
+messages.py         what those processes are asked, and what they reply
+source_worker.py    run there: loads the 16-bit model and asks it
+artifact_worker.py  run there: loads the 4-bit model, compares it with the other, and asks it
+generation.py       what a model writes, how fast, and where two answers part
+compare.py          both models on the same tokens, block by block
+rtn_baseline.py     plain round to nearest, as a third one beside them
+costs.py            what loading and asking took
+document.py         verification.json, as a class
+assemble.py         checks and replies -> that class, with the verdict
+verification.schema.json  its published JSON Schema
 """

@@ -18,23 +18,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from math import sqrt
+from math import isfinite, sqrt
 from typing import Any, Final
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
-from transformers.pytorch_utils import Conv1D
+from einops import rearrange
 
 from nf4_pipeline.blocks.lockstep import Lockstep
-from nf4_pipeline.blocks.streamed import StreamedModel
+from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
+from nf4_pipeline.model.linear import weight_out_in
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.runtime.bnb_cpu_fixes import dequantized, stored_scales
+from nf4_pipeline.verification.document import BlockError, LayerError
 from nf4_pipeline.verification.eval_text import TokenSequence
 from nf4_pipeline.verification.rtn_baseline import NearestTwin
 
 _TOGETHER: Final = 16_384
-"""Tokens whose hidden states wait at a door at once; more are read in several passes."""
+"""Tokens whose hidden states wait at a barrier at once; more are read in several passes."""
 _PART: Final = 4 * 2**20  # weights that are compared at a time; whole blocks
 _SMALL: Final = 0.05
 """Share of a weight's typical block below which a block counts as being that large: stock double
@@ -48,9 +50,9 @@ class _Ratio:
     error: Any = 0.0
     energy: Any = 0.0
 
-    def add(self, found: torch.Tensor, expected: torch.Tensor) -> None:
+    def add(self, actual: torch.Tensor, expected: torch.Tensor) -> None:
         wanted = expected.float().flatten()
-        off = found.float().flatten() - wanted
+        off = actual.float().flatten() - wanted
         self.error = self.error + off.dot(off).double()
         self.energy = self.energy + wanted.dot(wanted).double()
 
@@ -61,18 +63,13 @@ class _Ratio:
 
 
 @dataclass
-class LayerError:
-    """How far a 4-bit layer is from the 16-bit one.
+class LayerComparison:
+    """How far a 4-bit layer is from the 16-bit one, as far as both were looked at.
 
     Attributes:
         output: of its output, for the input that the 16-bit layer gets.
         weight: relative RMSE of its weight.
-        worst: the largest error of a weight, as a share of the largest of its 64 weights.
-        worst_at: the number of that block of 64.
-        scale: the largest error of a scale, as a share of the nested scale that it is stored by.
-        scale_at: the number of the block that it belongs to.
-        reach: the largest scale, whatever its sign, as a share of the largest of its 64 weights.
-        reach_at: the number of that block.
+        worst: see `LayerError` for this and the rest.
     """
 
     output: _Ratio = field(default_factory=_Ratio)
@@ -84,13 +81,45 @@ class LayerError:
     reach: float = 0.0
     reach_at: int = 0
 
+    def error(self, name: str, *, output: bool = True) -> LayerError:
+        """All of it, with six significant digits, as verification.json holds it.
+
+        Args:
+            name: of the layer.
+            output: whether its output was looked at.
+        """
+        return LayerError(
+            name=name,
+            relative_error=_digits(self.output.value) if output else None,
+            weight_error=_digits(self.weight),
+            worst=_digits(self.worst),
+            worst_at=self.worst_at,
+            scale=_digits(self.scale),
+            scale_at=self.scale_at,
+            reach=_digits(self.reach),
+            reach_at=self.reach_at,
+        )
+
 
 @dataclass
-class BlockError:
+class BlockComparison:
     """How far a block is: its hidden states, and its layers by their names within it."""
 
     hidden: _Ratio = field(default_factory=_Ratio)
-    layers: dict[str, LayerError] = field(default_factory=dict)
+    layers: dict[str, LayerComparison] = field(default_factory=dict)
+
+    def error(self, name: str) -> BlockError:
+        """All of it, as verification.json holds it."""
+        return BlockError(
+            name=name,
+            relative_error=_digits(self.hidden.value),
+            modules=tuple(layer.error(inner) for inner, layer in self.layers.items()),
+        )
+
+
+def _digits(value: float) -> float | None:
+    """A number with six significant digits; None if it is not finite."""
+    return float(f"{value:.6g}") if isfinite(value) else None
 
 
 class Comparison:
@@ -113,7 +142,7 @@ class Comparison:
     def __init__(
         self, reference: StreamedModel, model: Any, *, nearest: Sequence[str] | None = None
     ) -> None:
-        self.blocks = {name: BlockError() for name in reference.blocks}
+        self.blocks = {name: BlockComparison() for name in reference.blocks}
         self._reference = reference
         self._model = model
         self._own = {name: model.get_submodule(name) for name in reference.blocks}
@@ -124,14 +153,22 @@ class Comparison:
         self.changed: list[str] = []
         self.nearest: TokenScores | None = None
         self._twin = None if nearest is None else NearestTwin(reference, model, nearest)
-        self.outside: dict[str, LayerError] = {}
+        self.outside: dict[str, LayerComparison] = {}
         for name, module in model.named_modules():
             if isinstance(module, Linear4bit) and not self._in_a_block(name):
-                self.outside[name] = LayerError()
+                self.outside[name] = LayerComparison()
                 _compare_weights(self.outside[name], reference.model.get_submodule(name), module)
         self._compare_kept(
             {name: p for name, p in model.named_parameters() if not self._in_a_block(name)}
         )
+
+    def block_errors(self) -> tuple[BlockError, ...]:
+        """Errors of each block and of the layers in it."""
+        return tuple(block.error(name) for name, block in self.blocks.items())
+
+    def outside_errors(self) -> tuple[LayerError, ...]:
+        """Errors of the layers that no block holds."""
+        return tuple(layer.error(name, output=False) for name, layer in self.outside.items())
 
     def _in_a_block(self, name: str) -> bool:
         return any(name.startswith(f"{block}.") for block in self._own)
@@ -162,7 +199,7 @@ class Comparison:
         models: Sequence[tuple[Any, list[TokenScores]]],
         done: Callable[[int], None],
     ) -> list[Callable[[], None]]:
-        """Runs that follow each other through every door: the reference, then each model."""
+        """Runs that follow each other through every barrier: the reference, then each model."""
         logits: list[torch.Tensor] = []  # of the reference, until the last model is held against it
         device = self._model.get_input_embeddings().weight.device
         ids = torch.from_numpy(sequence.ids.copy())[None].to(device)
@@ -187,7 +224,7 @@ class Comparison:
         if block not in self._looked_at:
             self._looked_at.add(block)
             for name, layer, own in self._layers(block):
-                error = self.blocks[block].layers.setdefault(name, LayerError())
+                error = self.blocks[block].layers.setdefault(name, LayerComparison())
                 _compare_weights(error, layer, own)
             inside = self._own[block].named_parameters()
             self._compare_kept({f"{block}.{name}": parameter for name, parameter in inside})
@@ -224,7 +261,7 @@ class Comparison:
                     self._own[block].register_forward_hook(self._hold_against(errors.hidden)),
                 ]
                 for name, layer, own in self._layers(block):
-                    layer_error = errors.layers.setdefault(name, LayerError())
+                    layer_error = errors.layers.setdefault(name, LayerComparison())
                     hooks.append(layer.register_forward_hook(_ask(own, layer_error.output)))
                 for hook in hooks:
                     stack.callback(hook.remove)
@@ -250,13 +287,12 @@ def _ask(own: Any, ratio: _Ratio) -> Callable[[Any, Any, Any], None]:
 
 
 def _states(output: Any) -> torch.Tensor:
-    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return states
 
 
-def _compare_weights(error: LayerError, layer: Any, own: Any) -> None:
-    expected = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-    wanted, found = expected.reshape(-1), dequantized(own).reshape(-1)
+def _compare_weights(error: LayerComparison, layer: Any, own: Any) -> None:
+    wanted, found = weight_out_in(layer).reshape(-1), dequantized(own).reshape(-1)
     parts = [_in_blocks(f, w) for f, w in zip(found.split(_PART), wanted.split(_PART), strict=True)]
     off, energy, largest_off, largest = (torch.cat(part) for part in zip(*parts, strict=True))
     floor = max(_SMALL * float(largest.double().mean()), 1e-300)
@@ -282,7 +318,10 @@ def _in_blocks(found: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor,
     ragged = -len(exact) % BLOCK_SIZE
     if ragged:
         exact, off = (torch.nn.functional.pad(part, (0, ragged)) for part in (exact, off))
-    exact, off = exact.reshape(-1, BLOCK_SIZE), off.reshape(-1, BLOCK_SIZE)
+    exact, off = (
+        rearrange(part, "(block weight) -> block weight", weight=BLOCK_SIZE)
+        for part in (exact, off)
+    )
     return (
         torch.linalg.vecdot(off, off).double(),
         torch.linalg.vecdot(exact, exact).double(),

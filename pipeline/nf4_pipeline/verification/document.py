@@ -1,164 +1,355 @@
-"""What was found -> verification.json. Pure; its JSON Schema stands beside it."""
+"""verification.json: what was measured of an artifact against its source, and the verdict.
+
+Each class is one object of the file, its attributes are the keys. The published JSON Schema beside
+this module is the contract with other programs. None for a number means that it is not finite.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from nf4_pipeline.fidelity.metrics import Fidelity, is_right
-from nf4_pipeline.fidelity.verdict import Check, accuracy_check, fidelity_checks, verdict
-from nf4_pipeline.recipe import VerifyRecipe
-from nf4_pipeline.verification.checks import kept_gate, reload_gates, weights_gate
-from nf4_pipeline.verification.generation import first_difference, questions
-from nf4_pipeline.verification.prompts import Prompt
+from nf4_pipeline.documents import Document, key, optional
+from nf4_pipeline.fidelity.metrics import (
+    Difference,
+    DomainScore,
+    Fidelity,
+    KlHistogram,
+    PositionScore,
+)
+from nf4_pipeline.fidelity.verdict import Check, Verdict
 
 SCHEMA_VERSION: Final = 3
 SCHEMA: Final = Path(__file__).with_name("verification.schema.json")
-_MEASURED: Final = ("text", "fidelity", "domains", "kl_by_position", "kl_histogram", "nearest")
 
 
-def refused(
-    checks: Sequence[Check], recipe: VerifyRecipe, versions: Mapping[str, str]
-) -> dict[str, Any]:
-    """The report on an artifact that did not come as far as being compared.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thresholds(Document):
+    """The limits of the recipe's [verify] table that the verdict depends on."""
+
+    max_mean_kl: float
+    min_sure_agreement: float
+    max_perplexity_ratio: float
+    max_accuracy_drop: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device(Document):
+    """Where the 4-bit model ran.
+
+    Attributes:
+        kind: of device.
+        name: of the GPU, or of the processor and how many cores of it could be used.
+        dtype: what both models compute in, such as "bfloat16".
+    """
+
+    kind: Literal["cpu", "cuda"]
+    name: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightGroup(Document):
+    """Tensors that differ only in the number of their layer, together.
+
+    Attributes:
+        name: of the tensors, with "*" for the number.
+        before: bytes in the source.
+        after: bytes in the artifact; 0 if they were dropped.
+        quantized: whether they are 4 bit.
+    """
+
+    name: str
+    before: int
+    after: int
+    quantized: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes(Document):
+    """Bytes before and after; all but two of them stand in the manifest's totals as well.
+
+    Attributes:
+        original_bytes: of the source's tensors.
+        artifact_bytes: of all stored tensors.
+        quantized_bytes: of those that hold 4-bit weights.
+        kept_bytes: of those that were copied.
+        dropped_bytes: of redundant tensors that the artifact lacks.
+        ratio: artifact_bytes over original_bytes.
+        bits_per_weight: of all stored tensors.
+        bits_per_quantized_weight: of the 4-bit ones, their scales included.
+        kept_bytes_by_reason: reason for not quantizing -> bytes.
+        layers: how many are quantized.
+        disk_bytes: of all files that the manifest lists.
+        footprint_bytes: what `get_memory_footprint()` of the loaded model says.
+        groups: the largest first.
+    """
+
+    original_bytes: int
+    artifact_bytes: int
+    quantized_bytes: int
+    kept_bytes: int
+    dropped_bytes: int
+    ratio: float
+    bits_per_weight: float
+    bits_per_quantized_weight: float
+    kept_bytes_by_reason: dict[str, int]
+    layers: int
+    disk_bytes: int
+    footprint_bytes: int
+    groups: tuple[WeightGroup, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparedText(Document):
+    """On what both models were compared.
+
+    Attributes:
+        name: where it is from.
+        sha256: of the text; None if there is none and token ids were drawn.
+        sequences: into which it was cut.
+        tokens: on which both models were asked for the next one.
+        length: of the longest sequence, in tokens.
+    """
+
+    name: str
+    sha256: str | None
+    sequences: int
+    tokens: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerError(Document):
+    """How far a 4-bit layer is from the 16-bit one.
+
+    Attributes:
+        name: of the layer; within its block, if it is in one.
+        relative_error: of its output, for the input that the 16-bit layer gets; None also if the
+            output was not looked at.
+        weight_error: relative RMSE of its weight.
+        worst: the largest error of a weight, as a share of the largest of its 64.
+        worst_at: the number of those 64.
+        scale: the largest error of a scale, as a share of the nested scale that it is stored by.
+        scale_at: the number of the 64 that it belongs to.
+        reach: the largest scale, whatever its sign, as a share of the largest of its 64 weights.
+        reach_at: the number of those 64.
+    """
+
+    name: str
+    relative_error: float | None
+    weight_error: float | None
+    worst: float | None
+    worst_at: int
+    scale: float | None = 0.0
+    scale_at: int = 0
+    reach: float | None = 0.0
+    reach_at: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockError(Document):
+    """How far a block is from the 16-bit one.
+
+    Attributes:
+        name: of the block.
+        relative_error: of its output, the errors of the blocks before it included.
+        modules: its 4-bit layers.
+    """
+
+    name: str
+    relative_error: float | None
+    modules: tuple[LayerError, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy(Document):
+    """How many of the questions with one right answer each model answered so."""
+
+    asked: int
+    right_16bit: int
+    right_4bit: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCosts(Document):
+    """What loading and asking a model took.
+
+    Attributes:
+        load_seconds: until it could be asked.
+        tokens_per_second: of all answers; None if no time can be told.
+        first_token_seconds: the median over the answers; None likewise.
+        footprint_bytes: what `get_memory_footprint()` says.
+        streamed: it did not fit the device, and was read block by block for every token.
+        peak_memory_bytes: of the process.
+        peak_device_memory_bytes: of the device; 0 on a CPU.
+    """
+
+    load_seconds: float
+    tokens_per_second: float | None
+    first_token_seconds: float | None
+    footprint_bytes: int
+    streamed: bool
+    peak_memory_bytes: int
+    peak_device_memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models(Document):
+    """The costs of both models."""
+
+    in_16_bit: ModelCosts = field(metadata=key("16bit"))
+    in_4_bit: ModelCosts = field(metadata=key("4bit"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparisonCosts(Document):
+    """What running both models over the text took; `peak_device_memory_bytes` is 0 on a CPU."""
+
+    seconds: float
+    peak_memory_bytes: int
+    peak_device_memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstDifference(Document):
+    """Where two answers part: index of the first token, and of the first character, that differ."""
+
+    token: int
+    character: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerPair(Document):
+    """A prompt, and what both models wrote after it.
+
+    Attributes:
+        prompt: the text.
+        expect: the one right answer; None if there is none.
+        seed: of the draws; None if both answered greedily.
+        answer_16bit: of the source.
+        answer_4bit: of the artifact.
+        same: whether the two are the same text.
+        first_difference: None if they are.
+        right_16bit: whether the source's is what was expected; None if nothing was.
+        right_4bit: whether the artifact's is.
+    """
+
+    prompt: str
+    expect: str | None
+    seed: int | None
+    answer_16bit: str
+    answer_4bit: str
+    same: bool
+    first_difference: FirstDifference | None
+    right_16bit: bool | None = optional()
+    right_4bit: bool | None = optional()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NearestBaseline(Document):
+    """Plain round to nearest of the same layers on the same text, and how this artifact differs."""
+
+    fidelity: Fidelity
+    domains: tuple[DomainScore, ...]
+    difference: Difference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Against(Document):
+    """Another artifact of the same source on the same text, and how this one differs from it.
+
+    Attributes:
+        name: of its folder.
+        manifest_sha256: which artifact it is.
+        rounding: how its codes were chosen.
+        fidelity: its distance from the source.
+        domains: the same by domain.
+        difference: this artifact's mean KL minus, and over, that one's.
+    """
+
+    name: str
+    manifest_sha256: str
+    rounding: str
+    fidelity: Fidelity
+    domains: tuple[DomainScore, ...]
+    difference: Difference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification(Document):
+    """What every verification.json says; all that it says if a check stopped the measurement.
+
+    Attributes:
+        schema_version: of verification.schema.json.
+        verdict: "pass" if every check passed.
+        thresholds: that measurements were held against.
+        checks: in the order they were made.
+        versions: of everything that a figure may depend on, by name.
+    """
+
+    schema_version: Literal[3]
+    verdict: Verdict
+    thresholds: Thresholds
+    checks: tuple[Check, ...]
+    versions: dict[str, str]
+
+    @property
+    def failed_checks(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if not check.passed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredVerification(Verification):
+    """A verification that came as far as comparing the two models.
+
+    Attributes:
+        device: where the 4-bit model ran.
+        sizes: before and after.
+        text: on which both were compared.
+        fidelity: the chief figures of the comparison.
+        domains: the same by domain of the text.
+        kl_by_position: KL along the sequence.
+        kl_histogram: tokens by their KL.
+        nearest: round to nearest beside it; None if that is what the artifact is.
+        blocks: errors of each block and of the layers in it.
+        outside: 4-bit layers that no block holds; their output is not looked at.
+        accuracy: None if no prompt has one right answer.
+        models: what each of them costs.
+        comparison: what comparing them took.
+        answers: of both, to every prompt.
+        against: another artifact; None if none was named.
+    """
+
+    device: Device
+    sizes: Sizes
+    text: ComparedText
+    fidelity: Fidelity
+    domains: tuple[DomainScore, ...]
+    kl_by_position: tuple[PositionScore, ...]
+    kl_histogram: KlHistogram
+    nearest: NearestBaseline | None = optional()
+    blocks: tuple[BlockError, ...]
+    outside: tuple[LayerError, ...] = ()
+    accuracy: Accuracy | None
+    models: Models
+    comparison: ComparisonCosts
+    answers: tuple[AnswerPair, ...]
+    against: Against | None = optional()
+
+
+def parse_verification(value: Any) -> Verification:
+    """What stands in a verification.json.
 
     Args:
-        checks: what was checked; one of them failed.
-        recipe: its limits.
-        versions: of what was used, by name.
+        value: as `json.loads` gives it.
+
+    Returns:
+        A `MeasuredVerification` if the two models were compared.
+
+    Raises:
+        DocumentError: the JSON has another shape.
     """
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "verdict": verdict(checks),
-        "thresholds": {
-            "max_mean_kl": recipe.max_mean_kl,
-            "min_sure_agreement": recipe.min_sure_agreement,
-            "max_perplexity_ratio": recipe.max_perplexity_ratio,
-            "max_accuracy_drop": recipe.max_accuracy_drop,
-        },
-        "checks": [check.as_json() for check in checks],
-        "versions": dict(versions),
-    }
-
-
-def examined(
-    manifest: Mapping[str, Any],
-    gates: Sequence[Check],
-    prompts: Sequence[Prompt],
-    source: Mapping[str, Any],
-    artifact: Mapping[str, Any],
-    recipe: VerifyRecipe,
-    versions: Mapping[str, str],
-) -> dict[str, Any]:
-    """The report on an artifact that was held against its source.
-
-    Args:
-        manifest: of the artifact.
-        gates: checks of its files, all passed.
-        prompts: that both models were asked.
-        source: what the worker found of the 16-bit model.
-        artifact: what it found of the 4-bit one.
-        recipe: the limits.
-        versions: of what was used, by name.
-    """
-    answers = _side_by_side(prompts, source["answers"], artifact["answers"])
-    asked = [a for a in answers if a["expect"] is not None]
-    checks = [
-        *gates,
-        *reload_gates(dict(manifest), dict(artifact)),
-        weights_gate(dict(manifest), artifact["blocks"], artifact["outside"]),
-        kept_gate(artifact["kept"], artifact["changed"]),
-        *fidelity_checks(Fidelity.from_json(artifact["fidelity"]), recipe),
-    ]
-    accuracy = accuracy_check(
-        [a["right_16bit"] for a in asked], [a["right_4bit"] for a in asked], recipe
-    )
-    checks += [accuracy] if accuracy else []
-    return {
-        **refused(checks, recipe, versions),
-        "device": artifact["device"],
-        "sizes": _sizes(manifest, artifact["costs"]["footprint_bytes"]),
-        **{name: artifact[name] for name in _MEASURED if name in artifact},
-        "blocks": artifact["blocks"],
-        "outside": artifact["outside"],
-        "accuracy": _accuracy(asked),
-        "models": {"16bit": source["costs"], "4bit": artifact["costs"]},
-        "comparison": artifact["comparison"],
-        "answers": answers,
-    }
-
-
-def _side_by_side(
-    prompts: Sequence[Prompt], before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    answers = []
-    for question, one, other in zip(questions(prompts), before, after, strict=True):
-        prompt = question.prompt
-        entry: dict[str, Any] = {
-            "prompt": prompt.prompt,
-            "expect": prompt.expect,
-            "seed": question.seed,
-            "answer_16bit": one["text"],
-            "answer_4bit": other["text"],
-            "same": one["text"] == other["text"],
-            "first_difference": first_difference(one, other),
-        }
-        if prompt.expect is not None:
-            entry["right_16bit"] = is_right(one["text"], prompt.expect)
-            entry["right_4bit"] = is_right(other["text"], prompt.expect)
-        answers.append(entry)
-    return answers
-
-
-def _accuracy(asked: Sequence[dict[str, Any]]) -> dict[str, int] | None:
-    if not asked:
-        return None
-    return {
-        "asked": len(asked),
-        "right_16bit": sum(answer["right_16bit"] for answer in asked),
-        "right_4bit": sum(answer["right_4bit"] for answer in asked),
-    }
-
-
-def _sizes(manifest: Mapping[str, Any], footprint: int) -> dict[str, Any]:
-    totals = manifest["totals"]
-    names = (
-        "original_bytes",
-        "artifact_bytes",
-        "quantized_bytes",
-        "kept_bytes",
-        "dropped_bytes",
-        "ratio",
-        "bits_per_weight",
-        "bits_per_quantized_weight",
-        "kept_bytes_by_reason",
-    )
-    return {
-        **{name: totals[name] for name in names},
-        "layers": totals["tensors"]["quantized"],
-        "disk_bytes": sum(entry["size"] for entry in manifest["files"].values()),
-        "footprint_bytes": footprint,
-        "groups": _groups(manifest),
-    }
-
-
-def _groups(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Tensors that differ only in the number of their layer, together; the largest first.
-
-    If a recipe skips some of them, those that are quantized and those that are not are two groups.
-    """
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
-    entries = [
-        (t["name"], t["source_bytes"], t["bytes"], t["quantized"]) for t in manifest["tensors"]
-    ]
-    entries += [(t["name"], t["bytes"], 0, False) for t in manifest["dropped"]]
-    for name, before, after, quantized in entries:
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-        group = groups.setdefault(
-            (pattern, quantized), {"name": pattern, "before": 0, "after": 0, "quantized": quantized}
-        )
-        group["before"] += before
-        group["after"] += after
-    return sorted(groups.values(), key=lambda g: (-g["before"], g["name"]))
+    measured = isinstance(value, dict) and "fidelity" in value
+    return (MeasuredVerification if measured else Verification).from_json(value)

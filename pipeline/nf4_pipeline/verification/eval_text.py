@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +11,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import RecipeError
+from nf4_pipeline.runtime.tokenizer import text_prefix
 
 TEXTS: Final = Path(__file__).with_name("texts")
 BUILT_IN: Final = "built in"
@@ -20,8 +22,8 @@ LENGTH: Final = 512
 """Tokens in a sequence, at most: enough for a model to use what it has read."""
 
 
-@dataclass(frozen=True)
-class Text:
+@dataclass(frozen=True, slots=True)
+class Text(Document):
     """What is read, by domain.
 
     Attributes:
@@ -58,7 +60,7 @@ def read_text(path: Path | None) -> Text:
     """The user's text, or the one that comes with the package.
 
     Raises:
-        RecipeError: the file cannot be read, or is empty.
+        RecipeError: the file cannot be read, is not UTF-8, or holds no words.
     """
     if path is None:
         files = sorted(TEXTS.glob("*.txt"))
@@ -85,32 +87,24 @@ def cut(text: Text, tokenizer: Any, tokens: int, context: int | None) -> tuple[T
         Sequences of at least two tokens. Each begins as the tokenizer begins a text.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: the text, in so many tokens, makes no sequence of two tokens in any domain.
     """
-    begin = beginning(tokenizer)
+    begin = text_prefix(tokenizer)
     room = max(1, min(LENGTH, context or LENGTH) - len(begin))
     share = tokens // max(1, len(text.domains))
-    found = []
+    sequences: list[TokenSequence] = []
     for domain, words in text.domains.items():
         ids = tokenizer(words, add_special_tokens=False, verbose=False).input_ids
         for window in _windows(np.asarray(ids, np.int64), share, room):
             whole = np.concatenate([np.asarray(begin, np.int64), window])
-            found += [TokenSequence(domain, whole)] if len(whole) > 1 else []
-    if not found:
+            sequences += [TokenSequence(domain, whole)] if len(whole) > 1 else []
+    if not sequences:
         raise RecipeError(
             f"{tokens} tokens of the text {text.name} make no sequence of two tokens in any of its "
             f"{len(text.domains)} domains. Ask for more (--eval-tokens), or name a longer text "
             "(--eval-text)."
         )
-    return tuple(found)
-
-
-def beginning(tokenizer: Any) -> list[int]:
-    """What a tokenizer puts before a text; what it may put behind one is left out."""
-    bare = tokenizer("a", add_special_tokens=False).input_ids
-    whole: list[int] = tokenizer("a").input_ids
-    starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-    return whole[: next(starts, 0)]
+    return tuple(sequences)
 
 
 def _windows(ids: NDArray[np.int64], wanted: int, room: int) -> list[NDArray[np.int64]]:
@@ -127,11 +121,6 @@ def random_sequences(
 ) -> tuple[TokenSequence, ...]:
     """Token ids by chance, for a model without a tokenizer; the same ones each time."""
     length = max(2, min(LENGTH, context or LENGTH, tokens))
-    dice = np.random.default_rng(0)
-    ids = dice.integers(0, vocabulary, (max(1, tokens // length), length), dtype=np.int64)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, vocabulary, (max(1, tokens // length), length), dtype=np.int64)
     return tuple(TokenSequence(RANDOM, row) for row in ids)
-
-
-def as_lists(sequences: Sequence[TokenSequence]) -> list[dict[str, Any]]:
-    """Plain JSON, for another process."""
-    return [{"domain": s.domain, "ids": s.ids.tolist()} for s in sequences]

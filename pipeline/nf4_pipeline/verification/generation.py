@@ -5,9 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
+from nf4_pipeline.documents import Document
+from nf4_pipeline.progress import Task
 from nf4_pipeline.runtime.generate import Generator, Sampling
+from nf4_pipeline.runtime.loader import load_tokenizer
+from nf4_pipeline.verification.document import FirstDifference
 from nf4_pipeline.verification.prompts import Prompt
 
 SEED: Final = 0
@@ -32,12 +37,46 @@ class Question:
 
 def questions(prompts: Sequence[Prompt]) -> list[Question]:
     """Every prompt greedily; one that has no right answer also by draws with a fixed seed."""
-    found = []
+    asked = []
     for prompt in prompts:
-        found.append(Question(prompt, None))
+        asked.append(Question(prompt, None))
         if prompt.expect is None:
-            found.append(Question(prompt, SEED))
-    return found
+            asked.append(Question(prompt, SEED))
+    return asked
+
+
+@dataclass(frozen=True, slots=True)
+class TimedAnswer(Document):
+    """What a model wrote after a prompt, and how fast.
+
+    Attributes:
+        text: without the prompt and without special tokens.
+        ids: the tokens that were written.
+        seconds: from the prompt to the last token; 0 if no time can be told.
+        first_token_seconds: from the prompt to the first token; None if none was written, or no
+            time can be told.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    seconds: float
+    first_token_seconds: float | None
+
+
+def open_generator(model: Any, artifact: Path, device: str) -> Generator:
+    """A model with the artifact's tokenizer.
+
+    Args:
+        model: of the artifact or of its source.
+        artifact: the export folder.
+        device: where inputs go, "cpu" or "cuda:N".
+
+    Raises:
+        ArtifactError: the tokenizer cannot be loaded.
+    """
+    import torch
+
+    return Generator(model, load_tokenizer(artifact), torch.device(device))
 
 
 class _FirstToken:
@@ -56,26 +95,36 @@ class _FirstToken:
         """Nothing is left to do."""
 
 
-def answer(generator: Generator, question: Question, max_new_tokens: int) -> dict[str, Any]:
-    """Answers one question.
-
-    Returns:
-        "text", "ids" (list of int), "seconds" and "first_token_seconds" (or None).
-    """
+def answer(generator: Generator, question: Question, max_new_tokens: int) -> TimedAnswer:
+    """Answers one question; with nothing if the prompt leaves no room for an answer."""
     prompt = question.prompt
     if generator.context and length(generator, prompt) >= generator.context:
-        return {"text": "", "ids": [], "seconds": 0.0, "first_token_seconds": None}
+        return TimedAnswer("", (), 0.0, None)
     clock = _FirstToken()
     start = time.perf_counter()
-    found = generator.answer(
+    written = generator.answer(
         prompt.prompt, question.sampling(max_new_tokens), chat=prompt.chat, streamer=clock
     )[0]
-    return {
-        "text": found.text,
-        "ids": list(found.ids),
-        "seconds": found.seconds,
-        "first_token_seconds": None if clock.at is None else clock.at - start,
-    }
+    first_token_seconds = None if clock.at is None else clock.at - start
+    return TimedAnswer(written.text, written.ids, written.seconds, first_token_seconds)
+
+
+def answer_all(
+    generator: Generator, asked: Sequence[Question], max_new_tokens: int, task: Task
+) -> list[TimedAnswer]:
+    """Answers one question after the other.
+
+    Args:
+        generator: the model.
+        asked: the questions.
+        max_new_tokens: of each answer.
+        task: advanced by 1 after each answer.
+    """
+    answers = []
+    for question in asked:
+        answers.append(answer(generator, question, max_new_tokens))
+        task.advance(1)
+    return answers
 
 
 def length(generator: Generator, prompt: Prompt) -> int:
@@ -83,31 +132,31 @@ def length(generator: Generator, prompt: Prompt) -> int:
     return int(generator.encode(prompt.prompt, chat=prompt.chat).shape[1])
 
 
-def tasks(
+def answer_tasks(
     generator: Generator,
     asked: Sequence[Question],
     max_new_tokens: int,
-    found: dict[int, dict[str, Any]],
+    answers: dict[int, TimedAnswer],
 ) -> list[Callable[[], None]]:
-    """One function for each question that leaves its answer in `found`, by its number."""
+    """One function for each question that leaves its answer in `answers`, by its number."""
 
     def task(number: int, question: Question) -> Callable[[], None]:
-        return lambda: found.update({number: answer(generator, question, max_new_tokens)})
+        return lambda: answers.update({number: answer(generator, question, max_new_tokens)})
 
     return [task(number, question) for number, question in enumerate(asked)]
 
 
-def first_difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, int] | None:
-    """Where two answers part, in tokens and in characters; None if they are the same text."""
-    if before["text"] == after["text"]:
+def find_first_difference(before: TimedAnswer, after: TimedAnswer) -> FirstDifference | None:
+    """Where two answers part; None if they are the same text."""
+    if before.text == after.text:
         return None
-    return {
-        "token": _common(before["ids"], after["ids"]),
-        "character": _common(before["text"], after["text"]),
-    }
+    return FirstDifference(
+        token=_common(before.ids, after.ids), character=_common(before.text, after.text)
+    )
 
 
-def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
+def _common(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many items at the beginning are the same in both."""
     for number, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return number

@@ -1,25 +1,39 @@
-"""Starts workers and reads what they found."""
+"""Asks both models, each in a process of its own, and compares what two artifacts left."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
-from nf4_pipeline import errors
-from nf4_pipeline.fidelity.metrics import difference
+from nf4_pipeline.documents import Document
+from nf4_pipeline.errors import VerificationError
+from nf4_pipeline.fidelity.metrics import Difference, difference
 from nf4_pipeline.fidelity.token_scores import TokenScores
-from nf4_pipeline.progress import Reporter, Task
+from nf4_pipeline.processes import child
+from nf4_pipeline.processes.worker import Worker
+from nf4_pipeline.progress import Reporter
 from nf4_pipeline.verification.eval_text import Text
+from nf4_pipeline.verification.messages import (
+    ArtifactReply,
+    ArtifactRequest,
+    SourceReply,
+    SourceRequest,
+)
 from nf4_pipeline.verification.prompts import Prompt
+
+_SOURCE_WORKER: Final = Worker[SourceRequest, SourceReply](
+    "nf4_pipeline.verification.source_worker", SourceReply
+)
+_ARTIFACT_WORKER: Final = Worker[ArtifactRequest, ArtifactReply](
+    "nf4_pipeline.verification.artifact_worker", ArtifactReply
+)
+
+_Request = TypeVar("_Request", bound=Document)
+_Reply = TypeVar("_Reply", bound=Document)
 
 
 @dataclass(frozen=True)
@@ -48,7 +62,7 @@ class Examination:
         """The same, on the text alone."""
         return replace(self, prompts=())
 
-    def ask_source(self, artifact: Path, reporter: Reporter) -> dict[str, Any]:
+    def ask_source(self, artifact: Path, reporter: Reporter) -> SourceReply:
         """The 16-bit model's answers, from a fresh process.
 
         Args:
@@ -56,10 +70,18 @@ class Examination:
             reporter: told how far it is.
 
         Raises:
-            SourceError: it could not be loaded.
+            SourceError: the checkpoint could not be loaded.
             VerificationError: the process died.
         """
-        return self._run("source", artifact, None, reporter)
+        request = SourceRequest(
+            source=self.source,
+            artifact=artifact,
+            device=self.device,
+            device_memory=self.device_memory,
+            prompts=tuple(self.prompts),
+            max_new_tokens=self.max_new_tokens,
+        )
+        return _ask(_SOURCE_WORKER, request, self.source, reporter)
 
     def ask_artifact(
         self,
@@ -68,7 +90,7 @@ class Examination:
         reporter: Reporter,
         *,
         nearest: Sequence[str] | None = None,
-    ) -> dict[str, Any]:
+    ) -> ArtifactReply:
         """The 4-bit model's answers and its distance from the source, from a fresh process.
 
         Args:
@@ -78,42 +100,39 @@ class Examination:
             nearest: measure round to nearest beside it, these modules in 4 bit, too; None not to.
 
         Raises:
-            ArtifactError: it could not be loaded.
-            RecipeError: there is too little text.
+            ArtifactError: the artifact could not be loaded.
+            RecipeError: the text is too short for one sequence.
             VerificationError: the process died.
         """
-        return self._run("artifact", artifact, scores, reporter, nearest)
-
-    def _run(
-        self,
-        kind: str,
-        artifact: Path,
-        scores: Path | None,
-        reporter: Reporter,
-        nearest: Sequence[str] | None = None,
-    ) -> dict[str, Any]:
-        request = {
-            "kind": kind,
-            "bits": 16 if kind == "source" else 4,
-            "source": str(self.source),
-            "artifact": str(artifact),
-            "device": self.device,
-            "device_memory": self.device_memory,
-            "prompts": [asdict(prompt) for prompt in self.prompts],
-            "max_new_tokens": self.max_new_tokens,
-            "text": {"name": self.text.name, "domains": dict(self.text.domains)},
-            "tokens": self.tokens,
-            "scores": str(scores),
-            "nearest": nearest,
-        }
-        with tempfile.TemporaryDirectory(prefix="nf4-verify-") as folder:
-            found = _run_worker(Path(folder), request, reporter)
-        if "error" in found:
-            raise getattr(errors, found["kind"])(found["error"])
-        return found
+        request = ArtifactRequest(
+            source=self.source,
+            artifact=artifact,
+            device=self.device,
+            device_memory=self.device_memory,
+            prompts=tuple(self.prompts),
+            max_new_tokens=self.max_new_tokens,
+            text=self.text,
+            tokens=self.tokens,
+            scores=scores,
+            nearest=None if nearest is None else tuple(nearest),
+        )
+        return _ask(_ARTIFACT_WORKER, request, artifact, reporter)
 
 
-def scores_differ(first: Path, second: Path) -> dict[str, Any]:
+def _ask(
+    worker: Worker[_Request, _Reply], request: _Request, folder: Path, reporter: Reporter
+) -> _Reply:
+    try:
+        return child.run(worker, request, reporter)
+    except child.ChildFailed as failure:
+        signal = " Signal 9 usually means that memory ran out." if failure.status == -9 else ""
+        raise VerificationError(
+            f"The process that runs {folder} ended with status {failure.status}: "
+            f"{failure.cause}.{signal}"
+        ) from failure
+
+
+def compare_scores(first: Path, second: Path) -> Difference:
     """Holds the scores that two artifacts left against each other.
 
     Args:
@@ -122,56 +141,8 @@ def scores_differ(first: Path, second: Path) -> dict[str, Any]:
     """
     with np.load(first) as one, np.load(second) as other:
         lengths, domains = one["lengths"].tolist(), one["domains"].tolist()
-        return difference(_scores(one), _scores(other), lengths, domains)
+        return difference(_load_scores(one), _load_scores(other), lengths, domains)
 
 
-def _scores(stored: Any) -> TokenScores:
-    return TokenScores(*(stored[field.name] for field in fields(TokenScores)))
-
-
-def _run_worker(folder: Path, request: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
-    path, result = folder / "request.json", folder / "result.json"
-    path.write_text(json.dumps({**request, "result": str(result)}), "utf-8")
-    with (folder / "errors").open("w+", encoding="utf-8", errors="replace") as stderr:
-        with subprocess.Popen(
-            [sys.executable, "-P", "-m", "nf4_pipeline.verification.worker", str(path)],
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-        ) as child:
-            try:
-                _follow(child, reporter)
-            finally:
-                child.kill()
-        status = child.returncode
-        if result.is_file():
-            found: dict[str, Any] = json.loads(result.read_text("utf-8"))
-            return found
-        stderr.seek(0)
-        tail = stderr.read().strip().splitlines()[-1:] or ["no message"]
-    signal = " Signal 9 usually means that memory ran out." if status == -9 else ""
-    raise errors.VerificationError(
-        f"The process that runs {request[request['kind']]} ended with status {status}: "
-        f"{tail[0]}.{signal}"
-    )
-
-
-def _follow(child: subprocess.Popen[str], reporter: Reporter) -> None:
-    """Shows what a worker says of its progress, until it ends."""
-    task: Task | None = None
-    with ExitStack() as stack:
-        for line in child.stdout or ():
-            try:
-                news = json.loads(line)
-            except ValueError:
-                continue  # a library that prints
-            if not isinstance(news, dict):
-                continue
-            if "task" in news:
-                stack.close()
-                task = stack.enter_context(
-                    reporter.task(news["task"], news["total"], unit=news["unit"])
-                )
-            elif task is not None and "advance" in news:
-                task.advance(news["advance"])
-        child.wait()
+def _load_scores(arrays: Any) -> TokenScores:
+    return TokenScores(*(arrays[field.name] for field in fields(TokenScores)))

@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import RecipeError
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 
 REFERENCE: Final = Path(__file__).with_name("reference.jsonl")
 
 
-@dataclass(frozen=True)
-class Prompt:
+@dataclass(frozen=True, slots=True)
+class Prompt(Document):
     """One question.
 
     Attributes:
@@ -39,7 +40,8 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     """Reads a JSONL file: one object a line with "prompt", and "expect" or "chat" if wanted.
 
     Raises:
-        RecipeError: no such file, or a line that is something else; the text names the line.
+        RecipeError: the file is missing, unreadable or empty, or a line is something else; the
+            text names the line.
     """
     try:
         lines = path.read_text("utf-8").split("\n")  # splitlines() also splits inside of texts

@@ -11,15 +11,12 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
-from numpy.typing import NDArray
-from transformers.pytorch_utils import Conv1D
 
-from nf4_pipeline.blocks.streamed import StreamedModel
-from nf4_pipeline.nf4.codebook import NF4_LEVELS, SCALE_LEVELS
-from nf4_pipeline.nf4.layout import QUANT_STATE_SUFFIX, quant_state_text
+from nf4_pipeline.blocks.streamed_model import StreamedModel
+from nf4_pipeline.model.linear import weight_out_in
+from nf4_pipeline.nf4.float_bits import bits_of, dtype_name
 from nf4_pipeline.nf4.rtn import round_to_nearest
 from nf4_pipeline.runtime.bnb_cpu_fixes import repair
 
@@ -71,7 +68,7 @@ class NearestTwin:
 
     def _round(self, name: str) -> None:
         source, layer = self._reference.model.get_submodule(name), self.model.get_submodule(name)
-        weight = source.weight.T if isinstance(source, Conv1D) else source.weight
+        weight = weight_out_in(source)
         if weight.isfinite().all():  # else no model gives a number, whatever the codes
             codes, companions = rounded(weight.to(self._dtypes[name]))
             layer.weight = Params4bit.from_prequantized(
@@ -81,7 +78,7 @@ class NearestTwin:
 
 def _empty(layer: Any) -> Linear4bit:
     """A 4-bit layer for a plain one, with its bias and without a weight."""
-    shape = layer.weight.T.shape if isinstance(layer, Conv1D) else layer.weight.shape
+    shape = weight_out_in(layer).shape
     found = Linear4bit(
         shape[1],
         shape[0],
@@ -104,19 +101,6 @@ def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]
         Packed codes, uint8 [ceil(n / 2), 1], and the five tensors beside them by their suffix, on
         the CPU.
     """
-    dtype = str(weight.dtype).removeprefix("torch.")
-    unsigned = torch.uint32 if weight.itemsize == 4 else torch.uint16
-    bits = weight.detach().cpu().reshape(-1).view(unsigned).numpy()
-    packed, nested = round_to_nearest(bits, dtype)
-    text = quant_state_text(tuple(weight.shape), dtype, float(nested.offset))
-    companions: dict[str, NDArray[Any]] = {
-        ".absmax": nested.codes,
-        ".quant_map": NF4_LEVELS,
-        ".nested_absmax": nested.absmax,
-        ".nested_quant_map": SCALE_LEVELS,
-        QUANT_STATE_SUFFIX: np.frombuffer(text, np.uint8).copy(),
-    }
-    return (
-        torch.from_numpy(packed)[:, None],
-        {suffix: torch.from_numpy(part.copy()) for suffix, part in companions.items()},
-    )
+    stored = round_to_nearest(bits_of(weight), dtype_name(weight)).tensors("")
+    tensors = {suffix: torch.from_numpy(part.copy()) for suffix, part in stored.items()}
+    return tensors.pop(""), tensors

@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from nf4_pipeline.report.draw.canvas import AFTER, BEFORE, INK, OTHER, bare, new_figure, plain
-from nf4_pipeline.report.formatting import label
+from nf4_pipeline.report.formatting import is_finite, label
+from nf4_pipeline.verification.document import MeasuredVerification
 
 
-def draw(verification: dict[str, Any]) -> Figure:
+def draw(verification: MeasuredVerification) -> Figure:
     """A dot and its interval for each domain; others for what the artifact is compared with."""
-    domains = verification["domains"]
-    names = [domain["name"] for domain in domains]
+    domains = verification.domains
+    names = [domain.name for domain in domains]
     series = [("this artifact", domains, AFTER, "o")]
-    if nearest := verification.get("nearest"):
-        series.append(("round to nearest", nearest["domains"], INK, "D"))
-    if against := verification.get("against"):
-        series.append((against["name"], against["domains"], OTHER, "s"))
+    if nearest := verification.nearest:
+        series.append(("round to nearest", nearest.domains, INK, "D"))
+    if against := verification.against:
+        series.append((against.name, against.domains, OTHER, "s"))
     figure = new_figure(0.75 + (0.2 + 0.1 * len(series)) * len(domains))
     axes = figure.add_subplot()
     for place, (series_name, rows, colour, marker) in enumerate(series):
         shift = 0.24 * (place - (len(series) - 1) / 2)
         points = [
-            (names.index(row["name"]) + shift, row["mean_kl"])
+            (names.index(row.name) + shift, row.mean_kl)
             for row in rows
-            if row["name"] in names and None not in row["mean_kl"].values()
+            if row.name in names and row.mean_kl.is_finite
         ]
-        values = [interval["value"] for _, interval in points]
+        values = [interval.value for _, interval in points]
         axes.errorbar(
             values,
             [row for row, _ in points],
             xerr=[
-                [max(0.0, i["value"] - i["low"]) for _, i in points],
-                [max(0.0, i["high"] - i["value"]) for _, i in points],
+                [max(0.0, i.value - i.low) for _, i in points],
+                [max(0.0, i.high - i.value) for _, i in points],
             ],
             fmt=marker,
             markersize=5,
@@ -43,8 +42,8 @@ def draw(verification: dict[str, Any]) -> Figure:
             elinewidth=1.6,
             label=label(series_name, 40),
         )
-    overall = verification["fidelity"]["mean_kl"]["value"]
-    if overall is not None:
+    overall = verification.fidelity.mean_kl.value
+    if is_finite(overall):
         axes.axvline(overall, color=BEFORE, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axes.set_xlim(left=0)
     axes.set_ylim(len(domains) - 0.5, -0.5)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from nf4_pipeline.fidelity.metrics import Fidelity, KlHistogram, PositionScore
 from nf4_pipeline.report.draw.canvas import (
     AFTER,
     BARS,
@@ -20,30 +21,30 @@ from nf4_pipeline.report.draw.canvas import (
     new_figure,
     plain,
 )
-from nf4_pipeline.report.formatting import number
+from nf4_pipeline.report.formatting import is_finite, number
+from nf4_pipeline.verification.document import MeasuredVerification
 
 
-def draw(verification: dict[str, Any]) -> Figure:
+def draw(verification: MeasuredVerification) -> Figure:
     """The histogram on the left, the mean along the position on the right."""
     figure = new_figure(3.1)
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
-    _histogram(left, verification["kl_histogram"], verification["fidelity"])
-    _positions(right, verification["kl_by_position"], verification["fidelity"])
+    _histogram(left, verification.kl_histogram, verification.fidelity)
+    _positions(right, verification.kl_by_position, verification.fidelity)
     return figure
 
 
-def _histogram(axes: Axes, histogram: dict[str, Any], fidelity: dict[str, Any]) -> None:
-    edges, counts = np.array(histogram["edges"]), np.array(histogram["counts"])
+def _histogram(axes: Axes, histogram: KlHistogram, fidelity: Fidelity) -> None:
+    edges, counts = np.array(histogram.edges), np.array(histogram.counts)
     axes.set_xscale("log")
     axes.stairs(counts, edges, fill=True, color=BARS)
     top = float(counts.max(initial=1))
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(0, top * 1.36)
-    marks = {"median": "median_kl", "mean": "mean_kl", "p99": "p99_kl"}
-    found = [(fidelity[key]["value"], name) for name, key in marks.items()]
-    found = sorted((value, name) for value, name in found if value is not None)
+    figures = {"median": fidelity.median_kl, "mean": fidelity.mean_kl, "p99": fidelity.p99_kl}
+    marks = sorted((f.value, name) for name, f in figures.items() if is_finite(f.value))
     # From left to right in steps down, so that no line runs through the label of another.
-    for height, (value, name) in zip((1.28, 1.18, 1.08), found, strict=False):
+    for height, (value, name) in zip((1.28, 1.18, 1.08), marks, strict=False):
         at = float(np.clip(value, edges[0], edges[-1]))
         axes.plot([at, at], [0, top * height], color=INK, linewidth=0.9, solid_capstyle="butt")
         right = np.log(at / edges[0]) > 0.8 * np.log(edges[-1] / edges[0])
@@ -66,12 +67,12 @@ def _histogram(axes: Axes, histogram: dict[str, Any], fidelity: dict[str, Any]) 
     bare(axes, grid="y")
 
 
-def _positions(axes: Axes, positions: list[dict[str, Any]], fidelity: dict[str, Any]) -> None:
-    edges = [p["first"] for p in positions] + [p["last"] + 1 for p in positions[-1:]]
-    means = [np.nan if p["mean_kl"] is None else p["mean_kl"] for p in positions]
+def _positions(axes: Axes, positions: Sequence[PositionScore], fidelity: Fidelity) -> None:
+    edges = [part.first for part in positions] + [part.last + 1 for part in positions[-1:]]
+    means = [np.nan if part.mean_kl is None else part.mean_kl for part in positions]
     axes.stairs(means, edges or [0], color=AFTER, linewidth=1.6, baseline=None)
-    overall = fidelity["mean_kl"]["value"]
-    if overall is not None:
+    overall = fidelity.mean_kl.value
+    if is_finite(overall):
         axes.axhline(overall, color=BEFORE, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axes.set_ylim(bottom=0)
     axes.set_title("mean KL along the sequence")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
 import matplotlib
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from nf4_pipeline.report.draw.canvas import BAD, BARS, LINE, PAPER, SMALL, bare, new_figure
 from nf4_pipeline.report.formatting import label
+from nf4_pipeline.verification.document import BlockError, MeasuredVerification
 
 _COLOURS: Final = "cividis"  # the same order of light and dark to every kind of colour vision
 _SHADES: Final = 48
@@ -22,15 +24,15 @@ _LEAST_SPAN: Final = 0.2  # of the largest error: less than that is not blown up
 _FEW: Final = 10  # blocks with their numbers in the cells
 
 
-def draw(verification: dict[str, Any]) -> Figure:
+def draw(verification: MeasuredVerification) -> Figure:
     """Blocks from left to right. A grey cell: no such layer. A cross: an error not finite."""
-    blocks = verification["blocks"]
+    blocks = verification.blocks
     kinds, errors = _grid(blocks)
     rows = max(1, len(kinds))
     figure = new_figure(2.0 + 0.27 * rows)
     above, heat = figure.subplots(2, 1, sharex=True, height_ratios=[1.0, 0.27 * rows])
     at = np.arange(len(blocks))
-    _bars(above, [block["relative_error"] for block in blocks])
+    _bars(above, [block.relative_error for block in blocks])
     above.set_title("error of each block’s output, with all errors before it")
     above.yaxis.set_major_locator(MaxNLocator(3))
     above.yaxis.set_major_formatter(FuncFormatter(_percent))
@@ -40,7 +42,7 @@ def draw(verification: dict[str, Any]) -> Figure:
     heat.set_yticks(range(len(kinds)), [label(kind, 40) for kind in kinds])
     heat.set_ylim(rows - 0.5, -0.5)
     heat.set_xlim(-0.5, len(blocks) - 0.5)
-    names = _numbers([block["name"] for block in blocks])
+    names = _numbers([block.name for block in blocks])
     step = max(1, -(-len(blocks) // 20))
     heat.set_xticks(at[::step], names[::step])
     heat.set_xlabel("block")
@@ -94,7 +96,7 @@ def _heat(figure: Figure, axes: Axes, errors: NDArray[np.float64]) -> None:
     bar.update_ticks()
 
 
-def _grid(blocks: list[dict[str, Any]]) -> tuple[list[str], NDArray[np.float64]]:
+def _grid(blocks: Sequence[BlockError]) -> tuple[list[str], NDArray[np.float64]]:
     """Kinds of layer in the order they come, and [kind, block] errors.
 
     NaN where a block has no such layer; infinity where the error is not finite. Layers whose names
@@ -102,9 +104,9 @@ def _grid(blocks: list[dict[str, Any]]) -> tuple[list[str], NDArray[np.float64]]
     """
     worst: dict[tuple[str, int], float] = {}
     for place, block in enumerate(blocks):
-        for module in block["modules"]:
-            key = re.sub(r"(?<![^.])\d+(?![^.])", "*", module["name"]), place
-            error = module["relative_error"]
+        for layer in block.modules:
+            key = re.sub(r"(?<![^.])\d+(?![^.])", "*", layer.name), place
+            error = layer.relative_error
             worst[key] = max(worst.get(key, 0.0), np.inf if error is None else error)
     kinds = list(dict.fromkeys(kind for kind, _ in worst))
     errors = np.full((len(kinds), len(blocks)), np.nan)
@@ -116,7 +118,7 @@ def _grid(blocks: list[dict[str, Any]]) -> tuple[list[str], NDArray[np.float64]]
 def _numbers(names: list[str]) -> list[str]:
     """The blocks' own numbers; their places if they have none or share them."""
     numbers = [re.findall(r"\d+", name)[-1:] for name in names]
-    own = [found[0] for found in numbers if found]
+    own = [last[0] for last in numbers if last]
     return own if len(set(own)) == len(names) else [str(place) for place in range(len(names))]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from matplotlib.figure import Figure
 
 from nf4_pipeline.report.draw.canvas import AFTER, BEFORE, MUTED, SMALL, bare, new_figure
 from nf4_pipeline.report.formatting import label, size
+from nf4_pipeline.verification.document import MeasuredVerification, Sizes, WeightGroup
 
 _NAMED: Final = 8  # groups that get a row of their own, at most
 _LEAST: Final = 0.005  # of all bytes, to get one
@@ -15,9 +16,9 @@ _ROW: Final = 0.58  # inches
 _BAR: Final = 0.22  # of a row
 
 
-def draw(verification: dict[str, Any]) -> Figure:
+def draw(verification: MeasuredVerification) -> Figure:
     """One row for all tensors, one for each of the biggest groups, one for the rest."""
-    rows = _rows(verification["sizes"])
+    rows = _rows(verification.sizes)
     figure = new_figure(0.05 + _ROW * len(rows))
     axes = figure.add_subplot()
     largest = max(max(before, after) for _, _, before, after in rows) or 1
@@ -41,24 +42,23 @@ def draw(verification: dict[str, Any]) -> Figure:
     return figure
 
 
-def _rows(sizes: dict[str, Any]) -> list[tuple[str, str, int, int]]:
+def _rows(sizes: Sizes) -> list[tuple[str, str, int, int]]:
     """Name, what to say instead of the bytes after, bytes before, bytes after."""
-    groups = sorted(sizes["groups"], key=lambda group: (-group["before"], group["name"]))
-    least = sizes["original_bytes"] * _LEAST
-    named = [group for group in groups if group["before"] >= least][:_NAMED]
+    groups = sorted(sizes.groups, key=lambda group: (-group.before, group.name))
+    least = sizes.original_bytes * _LEAST
+    named = [group for group in groups if group.before >= least][:_NAMED]
     rest = groups[len(named) :]
-    rows = [("all tensors", "", sizes["original_bytes"], sizes["artifact_bytes"])]
+    rows = [("all tensors", "", sizes.original_bytes, sizes.artifact_bytes)]
     for group in named:
-        name = label(group["name"], 70)
-        rows.append((name, _note(group), group["before"], group["after"]))
+        rows.append((label(group.name, 70), _note(group), group.before, group.after))
     if rest:
-        before, after = (sum(group[key] for group in rest) for key in ("before", "after"))
+        before, after = sum(group.before for group in rest), sum(group.after for group in rest)
         groups_word = "other group" if len(rest) == 1 else "other groups"
         rows.append((f"{len(rest)} {groups_word}", "", before, after))
     return rows
 
 
-def _note(group: dict[str, Any]) -> str:
-    if group["quantized"]:
+def _note(group: WeightGroup) -> str:
+    if group.quantized:
         return ""
-    return f"{size(group['after'])}, not quantized" if group["after"] else "left out"
+    return f"{size(group.after)}, not quantized" if group.after else "left out"

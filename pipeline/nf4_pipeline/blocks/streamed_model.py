@@ -1,0 +1,306 @@
+"""A model whose blocks have weights only while they are needed."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from nf4_pipeline.blocks.block_reader import BlockReader, TensorGroup
+from nf4_pipeline.blocks.find_blocks import find_blocks
+from nf4_pipeline.checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
+from nf4_pipeline.errors import CheckpointError
+from nf4_pipeline.library_output import quiet_loading
+from nf4_pipeline.model.config import causal_lm_config, read_config
+from nf4_pipeline.model.meta_model import build_meta_model
+from nf4_pipeline.model.names import NameMap
+from nf4_pipeline.model.precision import compute_dtype, float32_parts, stored_dtype
+from nf4_pipeline.resource_usage import available_memory, peak_memory
+
+_STEM: Final = ""
+
+
+class StreamedModel:
+    """A causal LM in the precision it is stored in; a context manager.
+
+    The stem is on the device from the beginning; a block is there between `open` and `close`, or
+    from `hold` on. What is not there lives on the meta device.
+
+    Args:
+        folder: a 16-bit checkpoint.
+        device: "cpu" or "cuda:N".
+        dtype: what everything is cast to; None for what the config or the weights say, as far as
+            the device computes in it.
+
+    Attributes:
+        model: the transformers model.
+        blocks: by name, in order.
+        device: where they are while they are open.
+        footprint: bytes of all parameters if they were there at once.
+    """
+
+    def __init__(self, folder: Path, device: str, dtype: torch.dtype | None = None) -> None:
+        self._folder = folder
+        checkpoint = open_checkpoint(folder)
+        config = causal_lm_config(read_config(folder), folder)
+        stored = stored_dtype(config, checkpoint)
+        self._dtype = dtype or compute_dtype(stored, device) or stored
+        self.device = torch.device(device)
+        self.model = build_meta_model(config, self._dtype)
+        self.blocks = find_blocks(self.model)
+        self.footprint = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        self._float32 = float32_parts(self.model, self._dtype)
+        self._names = NameMap(self.model, [tensor.name for tensor in checkpoint.tensors])
+        self._groups = _grouped(checkpoint, self._names, self.blocks)
+        self._reader = BlockReader(checkpoint)
+        self._next: dict[str, tuple[torch.Tensor, list[Future[None]]]] = {}
+        self._free: list[torch.Tensor] = []
+        self._empty: dict[str, dict[str, torch.Tensor]] = {}
+        self._held: set[str] = set()
+        try:
+            self._load_stem()
+        except BaseException:
+            self._reader.__exit__(None, None, None)
+            raise
+
+    def __enter__(self) -> StreamedModel:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._reader.__exit__(kind, error, trace)
+
+    def nbytes(self, block: str) -> int:
+        """Bytes of a block on the device."""
+        return self._groups[block].nbytes
+
+    def prefetch(self, block: str) -> None:
+        """Begins to read a block that will be opened soon."""
+        if block in self._next or block in self._held or block not in self._groups:
+            return
+        group = self._groups[block]
+        fitting = [i for i, buffer in enumerate(self._free) if buffer.numel() >= group.nbytes]
+        buffer = self._free.pop(fitting[0]) if fitting else self._host_buffer(group.nbytes)
+        self._next[block] = buffer, self._reader.start(group, buffer)
+
+    def open(self, block: str) -> None:
+        """Gives a block its weights."""
+        if block in self._held or block not in self._groups:
+            return
+        self.prefetch(block)
+        buffer, parts = self._next[block]
+        for part in parts:
+            part.result()
+        group = self._groups[block]
+        on_device = buffer[: group.nbytes].to(self.device)
+        self._fill(block, group.views(on_device))
+
+    def open_ahead(self, block: str, *, again: bool = False) -> None:
+        """Opens a block, and begins to read the one behind it.
+
+        Args:
+            block: its path.
+            again: the first one follows the last, since all blocks are passed more than once.
+        """
+        self.open(block)
+        names = list(self.blocks)
+        following = names.index(block) + 1
+        if again:
+            following %= len(names)
+        if following < len(names):
+            self.prefetch(names[following])
+
+    def close(self, block: str) -> None:
+        """Takes a block's weights away again."""
+        if block in self._held or block not in self._groups:
+            return
+        for name, meta in self._empty.pop(block).items():
+            _assign(self.model, name, meta)
+        self._free.append(self._next.pop(block)[0])
+
+    def hold(self, block: str) -> None:
+        """Gives a block its weights for good."""
+        if block in self._held or block not in self._groups:
+            return
+        self.open(block)
+        self._held.add(block)
+        buffer, _ = self._next.pop(block)
+        if self.device.type != "cpu":
+            self._free.append(buffer)
+
+    def hold_what_fits(self, spare: int, spare_if_not: int | None = None, limit: int = 0) -> bool:
+        """Gives blocks their weights for good as long as there is memory.
+
+        Args:
+            spare: bytes that are left for what the model computes with, if all blocks fit.
+            spare_if_not: bytes that are left if they do not; None for as many.
+            limit: bytes of memory that this process may take in all; 0 for what there is.
+
+        Returns:
+            True if all blocks have them.
+        """
+        sizes = {name: self._size(name) for name in self.blocks}
+        free = free_memory(self.device, limit)
+        whole = sum(sizes.values()) <= free - spare
+        # If one is streamed at a time, it stands in memory twice while it is read.
+        if spare_if_not is None:
+            spare_if_not = spare
+        room = free if whole else free - spare_if_not - 2 * max(sizes.values(), default=0)
+        for name, size in sizes.items():
+            room -= size
+            if room < 0:
+                break
+            self.hold(name)
+        return whole
+
+    def _size(self, block: str) -> int:
+        """Bytes of a block, in what it is read as or what it is cast to."""
+        cast: int = sum(p.numel() * p.element_size() for p in self.blocks[block].parameters())
+        return max(self.nbytes(block), cast)
+
+    def take_generation_config(self) -> None:
+        """Generates as the checkpoint says, if it says anything."""
+        from transformers import GenerationConfig
+
+        if (self._folder / "generation_config.json").is_file():
+            self.model.generation_config = GenerationConfig.from_pretrained(self._folder)
+
+    def _host_buffer(self, nbytes: int) -> torch.Tensor:
+        pinned = self.device.type == "cuda"
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+
+    def _load_stem(self) -> None:
+        """Everything outside the blocks: parameters, tied ones once, and computed buffers."""
+        group = self._groups.pop(_STEM)
+        buffer = torch.empty(group.nbytes, dtype=torch.uint8)
+        for part in self._reader.start(group, buffer):
+            part.result()
+        self._fill(_STEM, group.views(buffer))
+        with quiet_loading():
+            missing = {
+                name for name in self.model.state_dict() if name not in self._names.mapped.values()
+            }
+            self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        for parameter in self.model.parameters():
+            if parameter.device.type != "meta":
+                parameter.data = parameter.data.to(self.device)
+        self._compute_buffers()
+        absent = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.is_meta and not self._block_of(name)
+        ]
+        if absent:
+            raise CheckpointError(
+                f"The checkpoint lacks {len(absent)} of the model's parameters, such as "
+                f"{absent[0]!r}. Download it again."
+            )
+        self.model.eval()
+
+    def _compute_buffers(self) -> None:
+        """Buffers that no checkpoint stores, such as rotary frequencies, made by transformers.
+
+        Its loader leaves them to the model's own initialization; what is marked is left alone.
+        """
+        for module in self.model.modules():
+            for name, value in module._buffers.items():
+                if value is not None and value.is_meta:
+                    module._buffers[name] = torch.empty_like(value, device=self.device)
+                elif value is not None:
+                    module._buffers[name] = value.to(self.device)
+                    module._buffers[name]._is_hf_initialized = True
+        for parameter in self.model.parameters():
+            parameter._is_hf_initialized = True
+        self.model.initialize_weights()
+
+    def _fill(self, block: str, tensors: dict[str, torch.Tensor]) -> None:
+        before: dict[str, torch.Tensor] = {}
+        for name, value in self._parameters(tensors).items():
+            wanted = torch.float32 if self._float32 and self._float32.search(name) else self._dtype
+            if value.is_floating_point():
+                value = value.to(wanted)
+            before[name] = _assign(self.model, name, value)
+        if block != _STEM:
+            self._empty[block] = before
+
+    def _parameters(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Name in the model -> tensor; merges what transformers merges."""
+        whole: dict[str, torch.Tensor] = {}
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            target = self._names.mapped[name]
+            if target is None:
+                continue
+            if name in self._names.merged:
+                parts.setdefault(target, {})[name] = tensor
+            else:
+                whole[target] = tensor
+        for target, pieces in parts.items():
+            whole |= self._names.merge(target, dict(sorted(pieces.items(), key=_natural)))
+        return whole
+
+    def _block_of(self, name: str) -> str:
+        return _block_of(name, self.blocks)
+
+
+def free_memory(device: torch.device, limit: int = 0) -> int:
+    """Bytes of a device, or of this machine, that may still be taken.
+
+    Args:
+        device: a CPU or a CUDA device.
+        limit: bytes that this process may take in all; 0 for what there is. A fraction that torch
+            was given for the device holds besides.
+    """
+    if device.type == "cpu":
+        free, taken = available_memory() or 0, peak_memory()
+    else:
+        free, total = torch.cuda.mem_get_info(device)
+        taken = torch.cuda.memory_allocated(device)
+        fraction = torch.cuda.get_per_process_memory_fraction(device)
+        free = min(free, int(fraction * total) - taken)
+    return min(free, limit - taken) if limit else free
+
+
+def _grouped(
+    checkpoint: Checkpoint, names: NameMap, blocks: dict[str, Any]
+) -> dict[str, TensorGroup]:
+    members: dict[str, list[SourceTensor]] = {_STEM: []}
+    for tensor in checkpoint.tensors:
+        target = names.mapped[tensor.name]
+        if target is not None:
+            members.setdefault(_block_of(target, blocks), []).append(tensor)
+    return {name: TensorGroup.of(tensors) for name, tensors in members.items()}
+
+
+def _block_of(name: str, blocks: dict[str, Any]) -> str:
+    """The block to which a parameter belongs, or "" for the stem."""
+    parts = name.split(".")
+    paths = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return next((path for path in paths if path in blocks), _STEM)
+
+
+def _assign(model: Any, name: str, value: torch.Tensor) -> torch.Tensor:
+    """Puts a tensor in the place of a parameter or buffer; returns what was there."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        before: torch.Tensor = module._parameters[leaf]
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        return before
+    before = module._buffers[leaf]
+    module._buffers[leaf] = value
+    return before
+
+
+def _natural(item: tuple[str, Any]) -> list[Any]:
+    """Sorts expert 10 after expert 9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", item[0])]

@@ -1,0 +1,137 @@
+"""A checkpoint, planned and run through the engine; what serialize and reproduce have in common.
+
+CheckpointPlanner   headers + architecture + recipe -> plan; another if tied tensors differ
+QuantizationRun     plan + rounding + machine -> the engine, with its threads and its memory
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from nf4_pipeline.checkpoint.source import Checkpoint
+from nf4_pipeline.engine.buffers import divide
+from nf4_pipeline.engine.scheduler import Opener, Output, QuantizedFile, make_files
+from nf4_pipeline.errors import TiedWeightsDiffer
+from nf4_pipeline.machine import Machine
+from nf4_pipeline.model.architecture import Architecture
+from nf4_pipeline.nf4.rounding import Rounding
+from nf4_pipeline.progress import Reporter
+from nf4_pipeline.recipe import QuantizeRecipe
+from nf4_pipeline.selection import Plan, select
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class CheckpointPlanner:
+    """Plans what happens to each tensor, from headers and the architecture alone.
+
+    Attributes:
+        checkpoint: the source.
+        architecture: of its model.
+        recipe: which modules to skip.
+    """
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    recipe: QuantizeRecipe
+
+    def plan(
+        self,
+        *,
+        untied: frozenset[str] = frozenset(),
+        sensitive: frozenset[str] = frozenset(),
+    ) -> Plan:
+        """The plan.
+
+        Args:
+            untied: tied tensors that are known to differ from what they are tied to.
+            sensitive: modules that stay in 16 bit for what they would lose.
+
+        Raises:
+            SourceError: the checkpoint does not fit its config, or nothing in it can be quantized.
+        """
+        return select(
+            self.checkpoint.tensors,
+            self.architecture,
+            self.recipe,
+            untied=untied,
+            sensitive=sensitive,
+        )
+
+    def run(
+        self, work: Callable[[Plan], T], reporter: Reporter, sensitive: frozenset[str] = frozenset()
+    ) -> T:
+        """Works by the plan; once more, by another one, if tied tensors turn out to differ.
+
+        Rare: config.json says that tensors are tied which the checkpoint stores as different.
+
+        Args:
+            work: quantizes by a plan.
+            reporter: told that it starts again.
+            sensitive: as in `plan`.
+        """
+        plan = self.plan(sensitive=sensitive)
+        try:
+            return work(plan)
+        except TiedWeightsDiffer as error:
+            reporter.note(f"{error} Both are kept; starting again.")
+        different = frozenset(t.source.name for t in plan.tensors if t.tied_to is not None)
+        return work(self.plan(untied=different, sensitive=sensitive))
+
+
+@dataclass(frozen=True)
+class QuantizationRun:
+    """The engine on one checkpoint, by one plan.
+
+    Attributes:
+        checkpoint: the source.
+        plan: what happens to each tensor.
+        rounding: how codes and scales are chosen.
+        machine: gives threads and memory.
+    """
+
+    checkpoint: Checkpoint
+    plan: Plan
+    rounding: Rounding
+    machine: Machine
+
+    def make(
+        self,
+        title: str,
+        outputs: Sequence[Output],
+        opener: Opener,
+        done: Callable[[str, QuantizedFile], None],
+        reporter: Reporter,
+    ) -> None:
+        """Makes files.
+
+        Args:
+            title: of the task that the reporter shows.
+            outputs: the files.
+            opener: gives what takes the bytes of a file.
+            done: told of each file once it is whole; one call at a time.
+            reporter: told how far it is, in source bytes.
+
+        Raises:
+            CheckpointError: a weight is not finite, or a file became shorter while it was read.
+            TiedWeightsDiffer: a tensor was to be dropped and does not equal its twin.
+        """
+        total = sum(t.source.header.nbytes for output in outputs for t in output.tensors)
+        with reporter.task(title, total) as task:
+            make_files(
+                self.checkpoint,
+                self.plan,
+                outputs,
+                opener,
+                done,
+                rounding=self.rounding,
+                budget=divide(
+                    self.machine.memory_budget,
+                    self.machine.workers or self.rounding.workers,
+                    self.rounding.max_chunk_bytes,
+                ),
+                task=task,
+            )

@@ -1,0 +1,42 @@
+"""GPTQ for a format that bitsandbytes reads: codes that make up for each other's errors.
+
+A linear layer computes W x. Rounding its weight W to Q costs its output, over inputs x whose second
+moment is the Hessian H = mean(x x^T) of that squared error,
+
+    tr((W - Q) H (W - Q)^T)
+
+Rounding each weight to its nearest level ignores H. GPTQ (Frantar et al., 2023, arXiv:2210.17323)
+rounds the columns of W one after the other, and after each of them corrects all columns that are
+still to come, as Optimal Brain Surgeon would. With U the upper Cholesky factor of inverse(H), that
+is inverse(H) = U^T U,
+
+    e_j = (w_j - q_j) / U_jj        w_k -= e_j U_jk  for k > j
+
+and the cost is the sum of all e_j^2 exactly. Rows of W do not touch each other.
+
+What is done here beside the paper:
+
+- Scales are part of the search. A block of 64 weights shares a scale, and NF4's levels are not
+  symmetric, so scales of both signs are tried: shares of the block's largest weight, first with the
+  errors weighted by the diagonal of H (`start_scales`), then again when its columns are due and
+  have been corrected (`refine_scales`). Only scales that can be stored are tried: 8-bit levels of
+  the largest among 256. The offset of double quantization is 0.
+- `act_order` sorts columns by the diagonal of H, but keeps blocks of 64 together, so that what is
+  stored is an ordinary NF4 weight: blocks by their sum, columns within them.
+- Beside `percdamp` of the mean diagonal, elements off the diagonal shrink by columns / tokens, at
+  most `shrinkage`: a finite sample exaggerates correlations.
+- The model that gives the inputs is the 16-bit one throughout, so blocks are independent of each
+  other, and a run that was stopped goes on where it was.
+- Everything after the factor is float32 in one fixed order without fused multiply-adds: a CPU and a
+  CUDA device give the same codes for the same factor, bit for bit.
+
+To read, in this order:
+
+    config.py          what can be varied; the defaults are the recipe
+    hessian.py         H summed up as a model runs; H -> the order of columns, and U
+    quantizer.py       a weight and its factor -> codes and scales, on the CPU
+    kernels_cpu.py     the loops of it, compiled
+    quantizer_cuda.py  the same on a CUDA device
+    kernels_triton.py  the loops of it there
+    precomputed.py     what was chosen, in files, and as the engine's rounding
+"""

@@ -1,0 +1,253 @@
+"""The parent's side: starts a worker, follows it, and takes its reply.
+
+A child never outlives its parent: it is ended when the `with` that holds it ends, and by the system
+when the parent dies (`serve.py`). It sees no secret of the environment and no request in `argv`,
+and its temporary files are in a folder of its own that is deleted after it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import threading
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, suppress
+from typing import IO, Final, Generic, Self
+
+from nf4_pipeline import errors
+from nf4_pipeline.documents import Document, DocumentError
+from nf4_pipeline.errors import PipelineError
+from nf4_pipeline.processes.in_process import is_in_process
+from nf4_pipeline.processes.messages import Crash, Envelope, ExpectedError, Message
+from nf4_pipeline.processes.worker import Reply, Request, Worker, load_function
+from nf4_pipeline.progress import SILENT, Reporter, Task
+
+_TAIL_LINES: Final = 3
+_TAIL_BYTES: Final = 8192
+
+
+class ChildFailed(Exception):
+    """A child ended without a reply, and not by an error of our tree.
+
+    Attributes:
+        status: its exit status; the negative number of a signal that killed it.
+        cause: why, in one line: the exception with its message and last frames, or the end of
+            what the process wrote to stderr.
+        timed_out: the parent ended it, because it took longer than its limit by the clock.
+    """
+
+    def __init__(
+        self, status: int, cause: str, *, timed_out: bool = False, traceback: str = ""
+    ) -> None:
+        super().__init__(f"status {status}: {cause}" + (f"\n{traceback}" if traceback else ""))
+        self.status = status
+        self.cause = cause
+        self.timed_out = timed_out
+
+
+class Child(ABC, Generic[Reply]):
+    """A worker at work. Leaving its `with` ends it, whether it has replied or not."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def wait(self) -> Reply:
+        """Passes its progress on until it replies.
+
+        Raises:
+            PipelineError: the worker raised this error.
+            ChildFailed: the process died, timed out, raised another exception, or replied with
+                something else than its kind of reply.
+        """
+
+    @property
+    @abstractmethod
+    def is_speaking(self) -> bool:
+        """True if something of it has come and waits to be read: progress, its reply, its end."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends it, and deletes what it left."""
+
+
+def start(
+    worker: Worker[Request, Reply], request: Request, reporter: Reporter = SILENT
+) -> Child[Reply]:
+    """Starts a worker and returns at once.
+
+    The thread that calls this must live as long as the child: Linux ends the child with it.
+
+    Args:
+        worker: what to run.
+        request: sent to it.
+        reporter: told how far it is, by the thread that waits for it.
+    """
+    if is_in_process():
+        return _Here(worker, request, reporter)
+    return _Process(worker, request, reporter)
+
+
+def run(worker: Worker[Request, Reply], request: Request, reporter: Reporter = SILENT) -> Reply:
+    """Starts a worker and waits for its reply; arguments and errors are those of both."""
+    with start(worker, request, reporter) as child:
+        return child.wait()
+
+
+class _Process(Child[Reply]):
+    def __init__(
+        self, worker: Worker[Request, Reply], request: Request, reporter: Reporter
+    ) -> None:
+        self._worker = worker
+        self._tasks = _Tasks(reporter)
+        self._timed_out = False
+        self._folder = tempfile.TemporaryDirectory(prefix="nf4-")
+        # A file, not a pipe: nobody need read it, and it can be as long as it likes.
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()
+        self._popen = subprocess.Popen(
+            [sys.executable, "-P", "-m", "nf4_pipeline.processes.serve", worker.module],
+            env=worker.environment.variables() | {"TMPDIR": self._folder.name},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+        )
+        self._timer: threading.Timer | None = None
+        if (seconds := worker.limits.seconds) is not None:
+            self._timer = threading.Timer(seconds, self._time_out)
+            self._timer.daemon = True
+            self._timer.start()
+        try:
+            self._send(Envelope(os.getpid(), worker.limits, request.to_json()))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def is_speaking(self) -> bool:
+        stdout = self._popen.stdout
+        return stdout is None or stdout.closed or bool(select.select([stdout], [], [], 0)[0])
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._popen.kill()
+        self._popen.wait()
+        self._tasks.close()
+        if self._popen.stdout is not None:
+            self._popen.stdout.close()
+        self._stderr.close()
+        self._folder.cleanup()
+
+    def wait(self) -> Reply:
+        last = self._follow()
+        status = self._popen.wait()
+        if last.error is not None:
+            raise _rebuild(last.error)
+        if last.crash is not None:
+            raise ChildFailed(status, str(last.crash), traceback=last.crash.traceback)
+        if last.reply is None:
+            raise ChildFailed(status, self._end_of_stderr(), timed_out=self._timed_out)
+        try:
+            return self._worker.reply.from_json(last.reply)
+        except DocumentError as error:
+            raise ChildFailed(status, f"its reply is malformed: {error}") from error
+
+    def _send(self, envelope: Envelope) -> None:
+        stdin = self._popen.stdin
+        assert stdin is not None
+        with suppress(BrokenPipeError):  # it died; `wait` says of what
+            try:
+                stdin.write(json.dumps(envelope.to_json()).encode())
+            finally:
+                stdin.close()
+
+    def _follow(self) -> Message:
+        """Passes progress on; returns the last message, an empty one if the process just died."""
+        for line in self._popen.stdout or ():
+            try:
+                message = Message.from_json(json.loads(line))
+            except ValueError:
+                if line.endswith(b"\n"):  # else it died in the middle of it
+                    self._popen.kill()
+                return Message()
+            if message.reply is not None or message.error or message.crash:
+                return message
+            self._tasks.take(message)
+        return Message()
+
+    def _time_out(self) -> None:
+        self._timed_out = True
+        self._popen.kill()
+
+    def _end_of_stderr(self) -> str:
+        """The last lines that the process wrote, in one."""
+        size = self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(0, size - _TAIL_BYTES))
+        lines = self._stderr.read().decode("utf-8", "replace").strip().splitlines()
+        return " / ".join(line.strip() for line in lines[-_TAIL_LINES:]) or "no message"
+
+
+class _Tasks:
+    """The tasks that a child has open, shown to a reporter of this process."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._open: dict[int, tuple[AbstractContextManager[Task], Task]] = {}
+
+    def take(self, message: Message) -> None:
+        if (begun := message.started) is not None:
+            context = self._reporter.task(begun.title, begun.total, unit=begun.unit)
+            self._open[begun.number] = (context, context.__enter__())
+        elif (news := message.advanced) is not None and news.number in self._open:
+            self._open[news.number][1].advance(news.amount)
+        elif message.ended in self._open:
+            self._open.pop(message.ended)[0].__exit__(None, None, None)
+        elif message.note is not None:
+            self._reporter.note(message.note)
+
+    def close(self) -> None:
+        """Ends those that a child left open when it died."""
+        while self._open:
+            self._open.popitem()[1][0].__exit__(None, None, None)
+
+
+class _Here(Child[Reply]):
+    """A worker that runs in this process, when it is waited for."""
+
+    def __init__(
+        self, worker: Worker[Request, Reply], request: Request, reporter: Reporter
+    ) -> None:
+        self._worker, self._reporter = worker, reporter
+        self._request = json.dumps(request.to_json())
+
+    @property
+    def is_speaking(self) -> bool:
+        """Never: it begins to work when it is waited for."""
+        return False
+
+    def close(self) -> None:
+        """Nothing is left of it."""
+
+    def wait(self) -> Reply:
+        function, request = load_function(self._worker.module)
+        try:
+            reply: Document = function(request.from_json(json.loads(self._request)), self._reporter)
+        except (PipelineError, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            raise ChildFailed(1, str(Crash.of(error))) from error
+        return self._worker.reply.from_json(json.loads(json.dumps(reply.to_json())))
+
+
+def _rebuild(error: ExpectedError) -> PipelineError:
+    kind = getattr(errors, error.name, None)
+    if isinstance(kind, type) and issubclass(kind, PipelineError):
+        return kind(error.text)
+    return PipelineError(error.text)

@@ -1,0 +1,122 @@
+"""The child's side: `python -P -m nf4_pipeline.processes.serve MODULE`.
+
+The request comes on stdin. What goes to the parent goes through what was stdout at the start; fd 1
+is then the same as fd 2, so that whatever a library prints stands between no two messages.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import IO, Final
+
+from nf4_pipeline.errors import PipelineError
+from nf4_pipeline.library_output import quiet_libraries
+from nf4_pipeline.processes.messages import (
+    Advanced,
+    Crash,
+    Envelope,
+    ExpectedError,
+    Limits,
+    Message,
+    TaskStarted,
+)
+from nf4_pipeline.processes.worker import load_function
+from nf4_pipeline.progress import Task
+
+_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
+
+
+def main() -> None:
+    """Serves the one request that the parent sends, and ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and decides
+    pipe = os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(2, 1)
+    sent = sys.stdin.buffer.read()
+    if not sent:
+        os._exit(1)  # the parent died before it could ask
+    envelope = Envelope.from_json(json.loads(sent))
+    _die_with(envelope.parent)
+    _limit_itself(envelope.limits)
+    quiet_libraries()
+    status = 0
+    reporter = _PipeReporter(pipe)
+    try:
+        function, request = load_function(sys.argv[1])
+        reply = function(request.from_json(envelope.request), reporter)
+        message = Message(reply=reply.to_json())
+    except PipelineError as error:
+        message = Message(error=ExpectedError(type(error).__name__, str(error)))
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        message, status = Message(crash=Crash.of(error)), 1
+    reporter.send(message)
+    # Threads and the teardown of libraries have nothing to add after the last message.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _die_with(parent: int) -> None:
+    """Has the system kill this process when its parent ends, however that comes to pass."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before it could be seen to
+        os._exit(1)
+
+
+def _limit_itself(limits: Limits) -> None:
+    for kind, limit in (
+        (resource.RLIMIT_CPU, limits.processor_seconds),
+        (resource.RLIMIT_DATA, limits.data_bytes),
+    ):
+        if limit is not None:
+            _, hard = resource.getrlimit(kind)
+            soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+            resource.setrlimit(kind, (soft, hard))
+
+
+class _PipeReporter:
+    """Tells the parent what a `Reporter` is told."""
+
+    def __init__(self, pipe: IO[str]) -> None:
+        self._pipe = pipe
+        self._lock = threading.Lock()
+        self._numbers = count(1)
+
+    def send(self, message: Message) -> None:
+        line = json.dumps(message.to_json()) + "\n"
+        with self._lock:
+            self._pipe.write(line)
+            self._pipe.flush()
+
+    def note(self, text: str) -> None:
+        self.send(Message(note=text))
+
+    @contextmanager
+    def task(self, title: str, total: int, *, unit: str = "bytes") -> Iterator[Task]:
+        number = next(self._numbers)
+        self.send(Message(started=TaskStarted(number, title, total, unit)))
+        try:
+            yield _PipeTask(self, number)
+        finally:
+            self.send(Message(ended=number))
+
+
+class _PipeTask:
+    def __init__(self, reporter: _PipeReporter, number: int) -> None:
+        self._reporter, self._number = reporter, number
+
+    def advance(self, amount: int) -> None:
+        self._reporter.send(Message(advanced=Advanced(self._number, amount)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What a worker is: a function in a module of its own that a fresh process runs."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Final, Generic, TypeVar, get_type_hints
+
+from nf4_pipeline.documents import Document
+from nf4_pipeline.processes.messages import Limits
+
+Request = TypeVar("Request", bound=Document)
+Reply = TypeVar("Reply", bound=Document)
+
+_SECRETS: Final = re.compile(
+    r"(TOKEN|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|API_?KEY|ACCESS_KEY|PRIVATE_KEY)(_|$)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The environment variables that a worker sees. None of them is a secret.
+
+    Attributes:
+        keep: names of those that it inherits; None for all.
+        add: further ones.
+    """
+
+    keep: frozenset[str] | None = None
+    add: Mapping[str, str] = field(default_factory=dict)
+
+    def variables(self) -> dict[str, str]:
+        """What is left of this process's own environment, and what is added."""
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not _SECRETS.search(name) and (self.keep is None or name in self.keep)
+        }
+        return inherited | dict(self.add)
+
+
+@dataclass(frozen=True)
+class Worker(Generic[Request, Reply]):
+    """A function that is run in a process of its own; `child.start` does it.
+
+    Attributes:
+        module: holds the function, `run(request: Request, reporter: Reporter) -> Reply`. Only the
+            child imports it, so it may import what is heavy.
+        reply: class of the reply.
+        limits: what it may take.
+        environment: what it sees of this process's environment.
+    """
+
+    module: str
+    reply: type[Reply]
+    limits: Limits = field(default_factory=Limits)
+    environment: Environment = field(default_factory=Environment)
+
+
+def load_function(module: str) -> tuple[Callable[..., Document], type[Document]]:
+    """The function of a worker module and the class of its requests, which its type hint names."""
+    function: Any = import_module(module).run
+    return function, get_type_hints(function)["request"]

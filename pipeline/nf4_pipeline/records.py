@@ -1,0 +1,235 @@
+"""The records of all stages: what each leaves for the others to know. Stages read nothing else.
+
+DOWNLOAD    what was pinned, and what transformers says of its architecture
+QUANTIZE    what stands in quantized/, file by file, and how it was chosen
+SERIALIZE   the totals of the artifact
+VERIFY      verification.json
+ATTEST      nothing beside its outputs
+PUSH        what the Hub holds, and the proof
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from nf4_pipeline.build_folder import Facts, RecordKind
+from nf4_pipeline.calibration.facts import CalibrationFacts
+from nf4_pipeline.checkpoint.digest import FileDigest
+from nf4_pipeline.checkpoint.shards import TensorFacts
+from nf4_pipeline.documents import Document, key, optional
+from nf4_pipeline.hub.local import Proof
+from nf4_pipeline.manifest.manifest import Totals
+from nf4_pipeline.model.architecture import Architecture
+from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
+from nf4_pipeline.model.unused_tensors import LeftOut
+from nf4_pipeline.recipe import QuantizeRecipe, Recipe
+from nf4_pipeline.verification.document import Verification, parse_verification
+
+
+@dataclass(frozen=True)
+class Reading(Document):
+    """How the tensors of a checkpoint are understood, as the user says it.
+
+    Attributes:
+        allow_unused: patterns of tensors that the model has no place for and may be left out.
+        strip_prefix: what stands before the names of all tensors; a copy without it is made.
+    """
+
+    allow_unused: tuple[str, ...] = ()
+    strip_prefix: str = ""
+
+    @classmethod
+    def of(cls, recipe: QuantizeRecipe) -> Reading:
+        """What a recipe says of it."""
+        return cls(recipe.allow_unused, recipe.strip_prefix)
+
+    def into(self, recipe: Recipe) -> Recipe:
+        """A recipe that says the same, where it does not say something else."""
+        own = recipe.quantize
+        return replace(
+            recipe,
+            quantize=replace(
+                own,
+                allow_unused=own.allow_unused or self.allow_unused,
+                strip_prefix=own.strip_prefix or self.strip_prefix,
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadFacts(Document):
+    """What a checkpoint is.
+
+    Attributes:
+        repo: Hub id, or the name of the local folder.
+        commit: 40 hex digits for a Hub model, else None.
+        content_sha256: one hash over all files.
+        is_sample: it is the model that comes with the package.
+        model: what transformers said of its architecture when it was downloaded.
+        converted_from: the pickles that its weights were, or the files whose tensors had a prefix,
+            by name; else empty.
+        tokenizer: what was found of it; None in a record of an older version.
+        reading: how its tensors are understood.
+    """
+
+    repo: str
+    commit: str | None
+    content_sha256: str
+    is_sample: bool
+    model: Architecture
+    converted_from: Mapping[str, FileDigest]
+    tokenizer: TokenizerFacts | None = optional()
+    reading: Reading = field(default_factory=Reading)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know before hours of work, and at their end."""
+        return self.tokenizer.notes(self.repo) if self.tokenizer else []
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the manifest says of the source."""
+        return {"repo": self.repo, "commit": self.commit, "content_sha256": self.content_sha256}
+
+    @property
+    def pinned(self) -> str:
+        """For people: the commit, or the beginning of the content hash."""
+        return self.commit or f"content {self.content_sha256[:12]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileFacts(Document):
+    """A finished file of quantized/; stands beside it while the others are made.
+
+    Attributes:
+        key: of what was quantized, so that no file of another run is taken for one of this.
+        size: of the file, in bytes.
+        sha256: of the file.
+        tensors: that it holds, by name.
+        relative_rmse: of each quantized weight, by name.
+    """
+
+    key: str = field(metadata=key("stage"))
+    size: int
+    sha256: str
+    tensors: Mapping[str, TensorFacts]
+    relative_rmse: Mapping[str, float]
+
+    @property
+    def digest(self) -> FileDigest:
+        return FileDigest(self.size, self.sha256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeFacts(Document):
+    """What was quantized.
+
+    Attributes:
+        predicted_bytes: of all files, known before the first was written.
+        skip_modules: what readers must be told to leave alone.
+        hidden_modules: quantized modules that a stock loader of transformers >= 5.5 passes over.
+        untied: tied tensors that differ, so that both are kept.
+        files: name in quantized/ -> its facts.
+        calibration: how codes and scales were chosen; None if rounded to nearest.
+    """
+
+    predicted_bytes: int
+    skip_modules: tuple[str, ...]
+    hidden_modules: tuple[str, ...]
+    untied: tuple[str, ...] = field(metadata=key("different_twins"))
+    files: Mapping[str, FileFacts]
+    calibration: CalibrationFacts | None = optional()
+
+    @property
+    def kept_modules(self) -> frozenset[str]:
+        """Modules that calibration left in 16 bit."""
+        return self.calibration.kept_modules if self.calibration else frozenset()
+
+    @property
+    def relative_rmse(self) -> dict[str, float]:
+        """Of each quantized weight, by name."""
+        return {
+            name: value
+            for file in self.files.values()
+            for name, value in file.relative_rmse.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SerializeFacts(Document):
+    """What stands in the artifact.
+
+    Attributes:
+        totals: those of its manifest.
+        hidden_modules: as in `QuantizeFacts`.
+        left_out: learned tensors of the source that are not in it.
+    """
+
+    totals: Totals
+    hidden_modules: tuple[str, ...]
+    left_out: tuple[LeftOut, ...] = ()
+
+
+@dataclass(frozen=True)
+class AttestFacts(Document):
+    """Nothing: what attest leaves stands in its outputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushFacts(Document):
+    """What the Hub holds, as `nf4 push --json` says it.
+
+    Attributes:
+        repo_id: ORG/NAME.
+        commit: the commit that holds the files.
+        url: of that commit.
+        branch: main, or refs/pr/N.
+        parent: the commit before it, if one was made now.
+        committed: a commit was made now.
+        created: the repo was made now.
+        private: visibility of the repo.
+        pull_request: its number, if it is one.
+        pull_request_url: where it is.
+        verdict: of verify.
+        allow_unverified: the verdict is not "pass", and the card says so.
+        files: name -> digest of each file that is there.
+        total_bytes: of these files.
+        proof: what the Hub lists for each file beside what was expected.
+    """
+
+    repo_id: str
+    commit: str
+    url: str
+    branch: str
+    parent: str | None
+    committed: bool
+    created: bool
+    private: bool
+    pull_request: int | None
+    pull_request_url: str | None
+    verdict: str
+    allow_unverified: bool
+    files: Mapping[str, FileDigest]
+    total_bytes: int
+    proof: Proof
+
+
+DOWNLOAD: Final = RecordKind("download", DownloadFacts.from_json)
+QUANTIZE: Final = RecordKind("quantize", QuantizeFacts.from_json)
+SERIALIZE: Final = RecordKind("serialize", SerializeFacts.from_json)
+VERIFY: Final[RecordKind[Verification]] = RecordKind("verify", parse_verification)
+ATTEST: Final = RecordKind("attest", AttestFacts.from_json)
+PUSH: Final = RecordKind("push", PushFacts.from_json)
+
+_ALL: Final[tuple[RecordKind[Facts], ...]] = (
+    DOWNLOAD,
+    QUANTIZE,
+    SERIALIZE,
+    VERIFY,
+    ATTEST,
+    PUSH,
+)
+KINDS: Final[dict[str, RecordKind[Facts]]] = {kind.stage: kind for kind in _ALL}
+"""By the stage's name, in the order of the stages."""

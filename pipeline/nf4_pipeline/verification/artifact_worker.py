@@ -1,0 +1,203 @@
+"""Run by a fresh process: the 4-bit artifact is loaded, counted, compared and asked.
+
+It is loaded as anybody loads it, from what is on disk alone; held against its source on a text,
+block by block, with round to nearest beside it if that is wanted; and answers the same prompts as
+the 16-bit model.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nf4_pipeline.fidelity.metrics import by_domain, by_position, compare, difference, histogram
+from nf4_pipeline.fidelity.token_scores import TokenScores
+from nf4_pipeline.progress import Reporter
+from nf4_pipeline.resource_usage import measured
+from nf4_pipeline.runtime.generate import Generator
+from nf4_pipeline.runtime.loader import load_tokenizer, load_with_report
+from nf4_pipeline.runtime.threads import one_thread_if_small
+from nf4_pipeline.verification.costs import limit_device_memory, model_costs, take_peaks
+from nf4_pipeline.verification.document import (
+    ComparedText,
+    ComparisonCosts,
+    Device,
+    NearestBaseline,
+)
+from nf4_pipeline.verification.eval_text import TokenSequence, cut, random_sequences
+from nf4_pipeline.verification.generation import (
+    TimedAnswer,
+    answer_all,
+    open_generator,
+    questions,
+)
+from nf4_pipeline.verification.messages import ArtifactReply, ArtifactRequest, LoadedModel
+
+if TYPE_CHECKING:
+    from nf4_pipeline.verification.compare import Comparison
+
+# The libraries underneath are imported where they are used: that counts as loading.
+
+
+def run(request: ArtifactRequest, reporter: Reporter) -> ArtifactReply:
+    """What came back from disk, its distance from the source, its answers.
+
+    Args:
+        request: what to load, to compare and to ask. The scores of all tokens are left in a file.
+        reporter: told how many tokens are compared and how many questions answered.
+
+    Raises:
+        ArtifactError: the artifact cannot be loaded.
+        SourceError: its source cannot be loaded.
+        RecipeError: the text is too short for one sequence.
+    """
+    limit_device_memory(request.device, request.device_memory)
+    with measured() as loading:
+        start = time.perf_counter()
+        model, report = load_with_report(request.artifact, device=request.device)
+        load_seconds = time.perf_counter() - start
+        memory = _count(model)
+        footprint = int(model.get_memory_footprint())
+    on_load = take_peaks(loading, request.device)
+    # Before anything is asked: on some CPUs bitsandbytes repacks a weight when it is first used.
+    with measured() as comparing, one_thread_if_small(footprint):
+        sequences = _read(request, model)
+        comparison, scores = _compare(request, model, sequences, reporter)
+        lengths = [len(sequence.ids) - 1 for sequence in sequences]
+        domains = [sequence.domain for sequence in sequences]
+        _save_scores(request.scores, scores, lengths, domains)
+        fidelity = compare(scores, lengths)
+        score_by_domain = by_domain(scores, lengths, domains)
+        nearest = _nearest_baseline(comparison, scores, lengths, domains)
+    on_comparison = take_peaks(comparing, request.device)
+    answers: list[TimedAnswer] = []
+    with measured() as answering, one_thread_if_small(footprint):
+        if request.prompts:
+            asked = questions(request.prompts)
+            generator = open_generator(model, request.artifact, request.device)
+            with reporter.task("answer in 4 bit", len(asked), unit="answers") as task:
+                answers = answer_all(generator, asked, request.max_new_tokens, task)
+    peaks = [on_load, take_peaks(answering, request.device)]
+    return ArtifactReply(
+        device=_describe_device(model),
+        missing=tuple(report.missing),
+        unexpected=tuple(report.unexpected),
+        memory=memory,
+        text=ComparedText(
+            name=request.text.name,
+            sha256=request.text.sha256,
+            sequences=len(sequences),
+            tokens=len(scores),
+            length=max(len(sequence.ids) for sequence in sequences),
+        ),
+        fidelity=fidelity,
+        domains=score_by_domain,
+        kl_by_position=by_position(scores, lengths),
+        kl_histogram=histogram(scores),
+        blocks=comparison.block_errors(),
+        outside=comparison.outside_errors(),
+        kept=comparison.kept,
+        changed=tuple(comparison.changed),
+        nearest=nearest,
+        comparison=ComparisonCosts(
+            seconds=round(comparing.seconds, 3),
+            peak_memory_bytes=on_comparison.memory,
+            peak_device_memory_bytes=on_comparison.device_memory,
+        ),
+        answers=tuple(answers),
+        costs=model_costs(answers, load_seconds, footprint, peaks, streamed=False),
+    )
+
+
+def _count(model: Any) -> LoadedModel:
+    """What the loaded model is made of, by kind."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    kept = {id(p): p.numel() for p in model.parameters() if not isinstance(p, Params4bit)}
+    buffers = sum(
+        buffer.numel()
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    )
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit)}
+    codes = (layer.weight for layer in layers.values() if isinstance(layer.weight, Params4bit))
+    return LoadedModel(
+        linear4bit=tuple(layers),
+        code_bytes=sum(p.numel() * p.element_size() for p in codes),
+        kept_weights=sum(kept.values()) + buffers,
+    )
+
+
+def _read(request: ArtifactRequest, model: Any) -> tuple[TokenSequence, ...]:
+    """The text as the model reads it; random token ids if there is no text."""
+    # A checkpoint need not have a tokenizer to be verified.
+    tokenizer = load_tokenizer(request.artifact) if request.text.domains else None
+    context = Generator(model, tokenizer).context
+    if tokenizer is not None:
+        return cut(request.text, tokenizer, request.tokens, context)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return random_sequences(vocabulary, request.tokens, context)
+
+
+def _compare(
+    request: ArtifactRequest, model: Any, sequences: Sequence[TokenSequence], reporter: Reporter
+) -> tuple[Comparison, TokenScores]:
+    """Runs both models over the sequences, in what the 4-bit one computes in."""
+    from nf4_pipeline.blocks.streamed_model import StreamedModel
+    from nf4_pipeline.verification.compare import Comparison
+
+    total = sum(len(sequence.ids) for sequence in sequences)
+    with (
+        reporter.task("compare block by block", total, unit="tokens") as task,
+        StreamedModel(request.source, request.device, _dtype(model)) as streamed,
+    ):
+        comparison = Comparison(streamed, model, nearest=request.nearest)
+        return comparison, comparison.run(sequences, task.advance)
+
+
+def _save_scores(
+    path: Path, scores: TokenScores, lengths: Sequence[int], domains: Sequence[str]
+) -> None:
+    arrays = {name: getattr(scores, name) for name in TokenScores.__dataclass_fields__}
+    np.savez(path, lengths=lengths, domains=domains, **arrays)
+
+
+def _nearest_baseline(
+    comparison: Comparison, scores: TokenScores, lengths: Sequence[int], domains: Sequence[str]
+) -> NearestBaseline | None:
+    if comparison.nearest is None:
+        return None
+    return NearestBaseline(
+        fidelity=compare(comparison.nearest, lengths),
+        domains=by_domain(comparison.nearest, lengths, domains),
+        difference=difference(scores, comparison.nearest, lengths, domains),
+    )
+
+
+def _describe_device(model: Any) -> Device:
+    import torch
+
+    device, dtype = model.device, str(_dtype(model)).removeprefix("torch.")
+    if device.type == "cuda":
+        return Device(kind="cuda", name=torch.cuda.get_device_name(device), dtype=dtype)
+    return Device(kind="cpu", name=_processor(), dtype=dtype)
+
+
+def _processor() -> str:
+    """The name of the processor, and how many cores of it this process may use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, {len(os.sched_getaffinity(0))} cores"
+
+
+def _dtype(model: Any) -> Any:
+    return model.get_input_embeddings().weight.dtype

@@ -1,0 +1,125 @@
+"""What verification asks of a worker process, and what the worker replies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nf4_pipeline.documents import Document, optional
+from nf4_pipeline.fidelity.metrics import DomainScore, Fidelity, KlHistogram, PositionScore
+from nf4_pipeline.verification.document import (
+    BlockError,
+    ComparedText,
+    ComparisonCosts,
+    Device,
+    LayerError,
+    ModelCosts,
+    NearestBaseline,
+)
+from nf4_pipeline.verification.eval_text import Text
+from nf4_pipeline.verification.generation import TimedAnswer
+from nf4_pipeline.verification.prompts import Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRequest(Document):
+    """Load the 16-bit model and ask it.
+
+    Attributes:
+        source: the checkpoint folder.
+        artifact: the export folder, whose tokenizer is used for both models.
+        device: "cpu" or "cuda:N".
+        device_memory: bytes of the device that may be used; 0 for all that is free.
+        prompts: what is asked.
+        max_new_tokens: of each answer.
+    """
+
+    source: Path
+    artifact: Path
+    device: str
+    device_memory: int
+    prompts: tuple[Prompt, ...]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactRequest(SourceRequest):
+    """Load the 4-bit model, compare it with its source on a text, and ask it.
+
+    Attributes:
+        text: on which both are compared; random token ids if it has no domains.
+        tokens: of it, at most.
+        scores: where the scores of all tokens are left (.npz).
+        nearest: measure round to nearest as well, with these modules in 4 bit, too; None not to.
+    """
+
+    text: Text
+    tokens: int
+    scores: Path
+    nearest: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceReply(Document):
+    """The 16-bit model's answers, in the order of the questions, and what they cost."""
+
+    answers: tuple[TimedAnswer, ...]
+    costs: ModelCosts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel(Document):
+    """What a loaded model is made of.
+
+    Attributes:
+        linear4bit: names of its `Linear4bit` modules.
+        code_bytes: of their packed codes.
+        kept_weights: numbers in all other parameters and persistent buffers.
+    """
+
+    linear4bit: tuple[str, ...]
+    code_bytes: int
+    kept_weights: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactReply(Document):
+    """What the 4-bit model is, how far it is from its source, what it answers and costs.
+
+    Attributes:
+        device: where it ran.
+        missing: names that the loader looked for and did not find.
+        unexpected: names in the files that the model has no place for.
+        memory: what came back from disk.
+        text: on which it was compared.
+        fidelity: see `MeasuredVerification` for this and all up to `outside`.
+        domains: by domain.
+        kl_by_position: by position.
+        kl_histogram: by KL.
+        blocks: errors of blocks and their layers.
+        outside: errors of layers outside of blocks.
+        kept: how many parameters that are not 4 bit were held against the source.
+        changed: the names of those that differ.
+        nearest: round to nearest beside it; None if it was not measured.
+        comparison: what comparing took.
+        answers: in the order of the questions.
+        costs: of loading and asking.
+    """
+
+    device: Device
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    memory: LoadedModel
+    text: ComparedText
+    fidelity: Fidelity
+    domains: tuple[DomainScore, ...]
+    kl_by_position: tuple[PositionScore, ...]
+    kl_histogram: KlHistogram
+    blocks: tuple[BlockError, ...]
+    outside: tuple[LayerError, ...]
+    kept: int
+    changed: tuple[str, ...]
+    nearest: NearestBaseline | None = optional()
+    comparison: ComparisonCosts
+    answers: tuple[TimedAnswer, ...]
+    costs: ModelCosts

@@ -1,0 +1,8 @@
+"""Long-running drivers: a few rounds of each run in the tests, hundreds in scripts/campaigns/.
+
+kills.py         SIGKILL at random moments of quantize and serialize
+disk.py          full disks
+headers.py       mutations of safetensors headers
+hub_faults.py    every fault at every endpoint of a Hub
+hub_kills.py     SIGKILL at random moments of download and push
+"""
