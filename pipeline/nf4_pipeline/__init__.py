@@ -3,6 +3,42 @@
 load(artifact)            a model that is ready to generate, on transformers >= 5.5
 prompt(query, artifact)   text generation in one call
 PipelineError             every expected failure
+
+The house, from the top floor down; a room imports only from rooms below it (`make lint`):
+
+    cli/               one file per command
+    job.py             stages in their order; nothing valid is done again
+    reproduce/         an artifact derived again from its source, every byte compared
+    doctor.py          what this machine has, and known traps on it
+    stages/            download, quantize, serialize, verify, attest, push
+    records.py         what each stage leaves for the others to know
+    build_folder.py    where stages leave their files and their records
+    report/            the model card, the report's page and its pictures
+    calibration/       codes and scales chosen from what a layer's inputs look like
+    verification/      the artifact, reloaded, against the 16-bit model
+    provenance/        who made it from what, in forms that other programs check; signatures
+    engine/            checkpoint files in, quantized files out, in chunks
+    manifest/          what an artifact holds, and its files beside the weights
+    blocks/            a model run block by block, its weights streamed
+    gptq/              codes that make up for each other's errors
+    selection.py       which tensors are quantized, which stay, and why
+    runtime/           loading an artifact, generating text
+    model/             a model's architecture, from its config, without its weights
+    hub/               downloads and pushes that are proved
+    pickles/           weights in pickles, made safetensors without running them
+    fidelity/          metrics: how far the 4-bit model is from the 16-bit one
+    recipe.py          what shapes the bytes
+    machine.py         what the machine gives: device, workers, memory
+    nf4/               the format: arithmetic, and the six tensors of a weight
+    processes/         child processes, by one protocol
+    checkpoint/        safetensors bytes on disk
+    errors.py          every failure that a user can meet
+    progress.py        who is told how far a job is
+    resource_usage.py  what a piece of work takes: time and memory
+    documents.py       JSON documents as frozen dataclasses
+    library_output.py  what libraries print and warn of, kept quiet
+    sample/            a tiny model that comes with the package
+    __main__.py        python -m nf4_pipeline
 """
 
 from __future__ import annotations

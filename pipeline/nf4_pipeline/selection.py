@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
+
+from numpy.typing import NDArray
 
 from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.source import SourceTensor
@@ -17,7 +19,8 @@ from nf4_pipeline.errors import ArchitectureError, CheckpointError, RecipeError
 from nf4_pipeline.model.architecture import Architecture, LinearFact
 from nf4_pipeline.model.fit import check_complete, check_shape, unused_tensors
 from nf4_pipeline.model.unused_tensors import check_all_known
-from nf4_pipeline.nf4.stored_weight import stored_tensors
+from nf4_pipeline.nf4.double_quant import NestedScales
+from nf4_pipeline.nf4.stored_weight import QUANT_TYPE, companions, stored_tensors
 from nf4_pipeline.recipe import QuantizeRecipe
 
 QUANTIZABLE_DTYPES: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -66,6 +69,11 @@ class TensorPlan:
             return (StoredTensor(self.name, header.dtype, header.shape, header.nbytes),)
         return ()
 
+    def companions(self, scales: NestedScales) -> dict[str, NDArray[Any]]:
+        """What is written beside the codes of a quantized tensor, by name, in this order."""
+        dtype = QUANTIZABLE_DTYPES[self.source.header.dtype]
+        return companions(self.name, self.shape, dtype, scales)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -82,6 +90,11 @@ class Plan:
     skip_modules: tuple[str, ...]
     hidden_modules: tuple[str, ...]
     untied: tuple[str, ...]
+
+    @property
+    def quant_type(self) -> str:
+        """What bitsandbytes calls the codebook of quantized tensors."""
+        return QUANT_TYPE
 
     @property
     def quantized(self) -> tuple[TensorPlan, ...]:

@@ -218,7 +218,8 @@ def test_by_position_counts_every_token_once(lengths: list[int]) -> None:
         assert after.first == before.last + 1
     for part in parts:  # KL is the position here, so a mean says which tokens were counted
         inside = positions[(positions >= part.first) & (positions <= part.last)]
-        assert (part.tokens, part.mean_kl) == (len(inside), pytest.approx(inside.mean()))
+        assert part.tokens == len(inside)
+        assert part.mean_kl == pytest.approx(inside.mean())
 
 
 def test_a_position_that_is_not_finite_is_null() -> None:

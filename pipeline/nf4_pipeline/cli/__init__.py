@@ -2,6 +2,14 @@
 
 A command's file is imported only when the command is named, and what is heavy only inside its call,
 so `nf4 --help` answers at once.
+
+    options.py    options that commands share, and what they become
+    reporting.py  progress on stderr
+    summary.py    what a person sees at the end of `nf4 build`
+
+and the commands, as `COMMANDS` tells them: build.py, download.py, quantize.py, serialize.py,
+verify.py, attest.py, push.py, prompt.py, inspect.py, reproduce.py, sign.py, check.py, status.py,
+doctor.py.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """The streaming engine: checkpoint files in, quantized files out, in chunks of whole blocks.
 
-    chunks.py     a plan's tensors cut into chunks, and how each chunk's bytes are read
-    buffers.py    a fixed memory budget, divided among the workers
-    tied.py       tensors that the source stores twice, compared as one of them is copied
-    shard_job.py  one output file: what happens to each of its chunks, what is known at the end
-    scheduler.py  worker threads over the chunks of all files
+    chunks.py               a plan's tensors cut into chunks, and how each chunk's bytes are read
+    buffers.py              a fixed memory budget, divided among the workers
+    tied.py                 tensors that the source stores twice, compared as one of them is copied
+    shard_job.py            one output file: what happens to its chunks, what is known at the end
+    scheduler.py            worker threads over the chunks of all files
+    quantize_checkpoint.py  a checkpoint, planned and run; planned again if tied tensors differ
 
 A worker owns one chunk at a time from reading to writing, so reading, computing and writing overlap
 across workers, and memory is `workers x chunk`, whatever the size of a tensor or a shard. Where a

@@ -19,7 +19,6 @@ from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.nf4.packing import packed_bytes
 from nf4_pipeline.nf4.rounding import Rounding, WeightRounding
-from nf4_pipeline.nf4.stored_weight import companions
 from nf4_pipeline.progress import Task
 from nf4_pipeline.selection import QUANTIZABLE_DTYPES, TensorPlan
 
@@ -154,8 +153,7 @@ class ShardJob:
     def _finish(self, weight: _Weight) -> None:
         """All codes are chosen: the scales and the other companions are written."""
         plan, rounded = weight.plan, weight.rounding.finish()
-        dtype = QUANTIZABLE_DTYPES[plan.source.header.dtype]
-        for name, data in companions(plan.name, plan.shape, dtype, rounded.scales).items():
+        for name, data in plan.companions(rounded.scales).items():
             self._output.write(name, 0, data)
         with self._lock:
             self.relative_rmse[plan.name] = rounded.relative_rmse

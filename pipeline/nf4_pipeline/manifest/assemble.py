@@ -17,6 +17,7 @@ from nf4_pipeline.manifest.manifest import (
     Tensor,
     TensorCounts,
     Totals,
+    format_name,
 )
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.selection import Plan, TensorPlan
@@ -49,7 +50,7 @@ def build_manifest(
     tensors = [_tensor(t, stored, relative_rmse) for t in plan.tensors if t.action != "drop"]
     return Manifest(
         schema_version=SCHEMA_VERSION,
-        format="bitsandbytes NF4, block 64, double quantization in blocks of 256",
+        format=format_name(plan.quant_type),
         model_class=model_class,
         source=replace(source, files=dict(sorted(source.files.items()))),
         recipe={name: tables[name] for name in ("quantize", "serialize")},

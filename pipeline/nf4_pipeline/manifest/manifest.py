@@ -7,8 +7,17 @@ from typing import Any, Final, Literal
 
 from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.documents import Document, optional
+from nf4_pipeline.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 
 SCHEMA_VERSION: Final = 1
+
+
+def format_name(quant_type: str) -> str:
+    """What the format of weights is called, such as "bitsandbytes NF4, block 64, …"."""
+    return (
+        f"bitsandbytes {quant_type.upper()}, block {BLOCK_SIZE}, double quantization in blocks of "
+        f"{NESTED_BLOCK_SIZE}"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +221,11 @@ class Manifest(Document):
     tensors: tuple[Tensor, ...]
     dropped: tuple[DroppedTensor, ...]
     calibration: CalibrationSummary | None = optional()
+
+    @property
+    def codebook(self) -> str:
+        """What the format calls its codebook: "NF4"."""
+        return self.format.split()[1].rstrip(",")
 
     @property
     def rounding(self) -> Literal["nearest", "calibrated"]:

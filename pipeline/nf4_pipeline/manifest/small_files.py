@@ -35,7 +35,7 @@ def small_files(
         stored = Counter(tensor.source.header.dtype for tensor in plan.quantized)
         dtype = QUANTIZABLE_DTYPES[stored.most_common(1)[0][0]]
         config["torch_dtype"] = dtype
-    config["quantization_config"] = quantization_config(dtype, plan.skip_modules)
+    config["quantization_config"] = quantization_config(dtype, plan)
     # Configs of state-space models hold an Infinity, which every reader of theirs takes.
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     written = {CONFIG_FILE: text.encode()}
@@ -53,12 +53,12 @@ def _without_remote_tokenizer(name: str, path: Path) -> bytes:
     return json_bytes(without_remote_code(read_json(path)))
 
 
-def quantization_config(dtype: str, skip_modules: tuple[str, ...]) -> dict[str, Any]:
+def quantization_config(dtype: str, plan: Plan) -> dict[str, Any]:
     """What config.json tells transformers: the values of a `BitsAndBytesConfig`.
 
     Args:
         dtype: in which 4-bit layers compute, such as "bfloat16".
-        skip_modules: modules that are not 4 bit.
+        plan: which modules are not 4 bit, and what the codebook is called.
     """
     return {
         "quant_method": "bitsandbytes",
@@ -66,11 +66,11 @@ def quantization_config(dtype: str, skip_modules: tuple[str, ...]) -> dict[str, 
         "load_in_8bit": False,
         "bnb_4bit_compute_dtype": dtype,
         "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_quant_type": plan.quant_type,
         "bnb_4bit_use_double_quant": True,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": list(skip_modules),
+        "llm_int8_skip_modules": list(plan.skip_modules),
         "llm_int8_threshold": 6.0,
     }
 

@@ -29,11 +29,14 @@ from nf4_pipeline.nf4.dequantize import dequantize
 from nf4_pipeline.nf4.double_quant import NestedScales, nested_blocks_of
 from nf4_pipeline.nf4.packing import blocks_of, packed_bytes
 
+QUANT_TYPE: Final = "nf4"
+"""What bitsandbytes calls the codebook."""
+
 _SCALES: Final = ".absmax"
 _LEVELS: Final = ".quant_map"
 _NESTED_SCALES: Final = ".nested_absmax"
 _NESTED_LEVELS: Final = ".nested_quant_map"
-_QUANT_STATE: Final = ".quant_state.bitsandbytes__nf4"
+_QUANT_STATE: Final = f".quant_state.bitsandbytes__{QUANT_TYPE}"
 
 
 def stored_tensors(name: str, shape: tuple[int, ...], dtype: str) -> tuple[StoredTensor, ...]:
@@ -138,7 +141,7 @@ def _quant_state(shape: tuple[int, ...], dtype: str, offset: float) -> bytes:
     not depend on the weights, and every file's size and header are known before the work begins.
     """
     state = {
-        "quant_type": "nf4",
+        "quant_type": QUANT_TYPE,
         "blocksize": BLOCK_SIZE,
         "dtype": dtype,
         "shape": list(shape),

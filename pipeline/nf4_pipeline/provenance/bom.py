@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from nf4_pipeline import __version__
 from nf4_pipeline.manifest.manifest import Manifest, Source
+from nf4_pipeline.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from nf4_pipeline.provenance.identifiers import licenses, model_purl
 
 _NAMESPACE: Final = uuid.uuid5(uuid.NAMESPACE_URL, "pkg:pypi/nf4-pipeline#bom")
@@ -94,10 +95,10 @@ def _properties(manifest: Manifest) -> list[dict[str, str]]:
     totals = manifest.totals
     values = {
         "method": "bitsandbytes",
-        "type": "nf4",
+        "type": manifest.codebook.lower(),
         "double_quantization": "true",
-        "block_size": 64,
-        "nested_block_size": 256,
+        "block_size": BLOCK_SIZE,
+        "nested_block_size": NESTED_BLOCK_SIZE,
         "bits_per_weight": totals.bits_per_weight,
         "bits_per_quantized_weight": totals.bits_per_quantized_weight,
         "original_bytes": totals.original_bytes,

@@ -56,7 +56,7 @@ def model_card(
     measured = verification if isinstance(verification, MeasuredVerification) else None
     parts = [
         "---\n" + yaml.safe_dump(metadata, sort_keys=False) + "---",
-        f"# {name}, NF4",
+        f"# {name}, {manifest.codebook}",
         _what(manifest),
         *_left_out(manifest),
         *([_sizes(measured.sizes)] if measured else []),
@@ -74,7 +74,7 @@ def _metadata(manifest: Manifest, source_metadata: Mapping[str, object]) -> dict
         "base_model_relation": "quantized",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["nf4", "4-bit", "bitsandbytes"],
+        "tags": [manifest.codebook.lower(), "4-bit", "bitsandbytes"],
     }
     # Only what the source says of itself: a license is inherited, never invented.
     for key in ("license", "license_name", "license_link", "language"):
@@ -93,8 +93,8 @@ def _what(manifest: Manifest) -> str:
         else f"with content hash `{source.content_sha256[:16]}…`"
     )
     return (
-        f"`{source.repo}` ({pinned}) in 4 bit: bitsandbytes NF4 with double quantization. "
-        "What is not quantized is copied exactly."
+        f"`{source.repo}` ({pinned}) in 4 bit: bitsandbytes {manifest.codebook} with double "
+        "quantization. What is not quantized is copied exactly."
     )
 
 

@@ -80,7 +80,9 @@ def pictures(manifest: Manifest, verification: Verification) -> dict[str, bytes]
     with _drawing() as canvas:
         for name, picture in drawable(verification).items():
             if picture.file is not None:
-                title = f"{model} in NF4: {picture.title[0].lower()}{picture.title[1:]}"
+                title = (
+                    f"{model} in {manifest.codebook}: {picture.title[0].lower()}{picture.title[1:]}"
+                )
                 files[picture.file] = canvas.to_png(_figure(name, verification), title)
     return files
 
