@@ -20,7 +20,7 @@ from nf4_pipeline.runtime.loader import load
 from nf4_pipeline.sample import MODEL_DIR
 from nf4_pipeline.verification import compare
 from nf4_pipeline.verification.compare import Comparison
-from nf4_pipeline.verification.rtn_baseline import NearestTwin, rounded
+from nf4_pipeline.verification.rtn_baseline import RtnBaseline, round_weight
 
 from tests.support.checkpoints import make_checkpoint, read_tensors
 from tests.support.jobs import CPU, download
@@ -128,7 +128,7 @@ def test_the_reference_stays_what_it_is(built: dict[str, tuple[Path, Path]]) -> 
     model = other_codes(artifact)
     codes = {n: m.weight.data.clone() for n, m in model.named_modules() if n and _is_4bit(m)}
     with StreamedModel(source, "cpu") as streamed:
-        twin = NearestTwin(streamed, model)
+        twin = RtnBaseline(streamed, model)
         stem = dict(streamed.model.state_dict())
         for block in streamed.blocks:
             streamed.open(block)
@@ -185,7 +185,7 @@ def test_codes_and_scales_are_those_that_bitsandbytes_makes(
     stock_kernel = torch.ops.bitsandbytes.quantize_4bit.default
     codes, absmax = stock_kernel(weight, 64, "nf4", torch.uint8)
     monkeypatch.setattr(nearest, "_PART", 128)  # several threads, and an end that is ragged
-    found, beside = rounded(weight)
+    found, beside = round_weight(weight)
     assert torch.equal(found, codes.reshape(-1, 1))
     state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)[1]
     offset = absmax.mean()
@@ -209,7 +209,7 @@ def test_the_stored_tensors_are_those_of_the_built_artifact(
         plain = read_tensors(source)
         for name in weights:
             original = next(plain[n] for n in plain if name.endswith(n))
-            codes, beside = rounded(original.T if kind == "gpt2" else original)
+            codes, beside = round_weight(original.T if kind == "gpt2" else original)
             assert torch.equal(codes, tensors[name])
             for part in PARTS:
                 assert torch.equal(beside[part], tensors[name + part]), part

@@ -14,7 +14,7 @@ are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,7 +33,7 @@ from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.runtime.bnb_cpu_fixes import dequantized, stored_scales
 from nf4_pipeline.verification.document import BlockError, LayerError
 from nf4_pipeline.verification.eval_text import TokenSequence
-from nf4_pipeline.verification.rtn_baseline import NearestTwin
+from nf4_pipeline.verification.rtn_baseline import RtnBaseline
 
 _TOGETHER: Final = 16_384
 """Tokens whose hidden states wait at a barrier at once; more are read in several passes."""
@@ -152,7 +152,7 @@ class Comparison:
         self.kept = 0
         self.changed: list[str] = []
         self.nearest: TokenScores | None = None
-        self._twin = None if nearest is None else NearestTwin(reference, model, nearest)
+        self._baseline = None if nearest is None else RtnBaseline(reference, model, nearest)
         self.outside: dict[str, LayerComparison] = {}
         for name, module in model.named_modules():
             if isinstance(module, Linear4bit) and not self._in_a_block(name):
@@ -182,9 +182,9 @@ class Comparison:
         """
         models: list[tuple[Any, list[TokenScores]]] = [(self._model, [])]
         blocks = [self._reference.blocks, self._own]
-        if self._twin is not None:
-            models.append((self._twin.model, []))
-            blocks.append(self._twin.blocks)
+        if self._baseline is not None:
+            models.append((self._baseline.model, []))
+            blocks.append(self._baseline.blocks)
         for wave in _waves(sequences):
             with self._watched():
                 lockstep = Lockstep(blocks, self._opened, self._closed)
@@ -228,15 +228,15 @@ class Comparison:
                 _compare_weights(error, layer, own)
             inside = self._own[block].named_parameters()
             self._compare_kept({f"{block}.{name}": parameter for name, parameter in inside})
-        if self._twin is not None:
-            self._twin.open(block)
+        if self._baseline is not None:
+            self._baseline.open(block)
 
     def _closed(self, block: str) -> None:
         self._reference.close(block)
-        if self._twin is not None:
-            self._twin.close(block)
+        if self._baseline is not None:
+            self._baseline.close(block)
 
-    def _compare_kept(self, parameters: dict[str, Any]) -> None:
+    def _compare_kept(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """What is not 4 bit was copied exactly, and both sides cast it alike."""
         for name, own in parameters.items():
             if isinstance(own, Params4bit):
@@ -292,8 +292,9 @@ def _states(output: Any) -> torch.Tensor:
 
 
 def _compare_weights(error: LayerComparison, layer: Any, own: Any) -> None:
-    wanted, found = weight_out_in(layer).reshape(-1), dequantized(own).reshape(-1)
-    parts = [_in_blocks(f, w) for f, w in zip(found.split(_PART), wanted.split(_PART), strict=True)]
+    wanted, actual = weight_out_in(layer).reshape(-1), dequantized(own).reshape(-1)
+    pairs = zip(actual.split(_PART), wanted.split(_PART), strict=True)
+    parts = [_in_blocks(one, other) for one, other in pairs]
     off, energy, largest_off, largest = (torch.cat(part) for part in zip(*parts, strict=True))
     floor = max(_SMALL * float(largest.double().mean()), 1e-300)
     share = largest_off.double() / largest.double().clamp(min=floor)
@@ -311,10 +312,10 @@ def _compare_weights(error: LayerComparison, layer: Any, own: Any) -> None:
     error.reach_at = int(reach.argmax())
 
 
-def _in_blocks(found: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _in_blocks(actual: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Squared differences, squares, largest difference and largest weight of each block of 64."""
     exact = wanted.float()
-    off = found.float() - exact
+    off = actual.float() - exact
     ragged = -len(exact) % BLOCK_SIZE
     if ragged:
         exact, off = (torch.nn.functional.pad(part, (0, ragged)) for part in (exact, off))

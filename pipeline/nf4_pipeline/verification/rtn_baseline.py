@@ -1,6 +1,6 @@
 """Plain round to nearest beside an artifact that chose its codes in another way.
 
-It needs no second artifact: a twin of the 4-bit model shares everything with it but the codes and
+It needs no second artifact: a copy of the 4-bit model shares everything with it but the codes and
 scales of its 4-bit layers, which are made from the 16-bit weights when a block opens and dropped
 when it closes. The layers are the same, so both run through the same kernels.
 """
@@ -21,17 +21,17 @@ from nf4_pipeline.nf4.rtn import round_to_nearest
 from nf4_pipeline.runtime.bnb_cpu_fixes import repair
 
 
-class NearestTwin:
+class RtnBaseline:
     """The 4-bit model as round to nearest would have made it.
 
     Args:
         reference: the 16-bit model; a weight is rounded as it stands there.
         model: the 4-bit one, which has computed nothing yet.
-        kept: modules that are not 4 bit in it for what they would lose; in the twin they are.
+        kept: modules that are not 4 bit in it for what they would lose; in the baseline they are.
 
     Attributes:
-        model: the twin; a block of it can be run between `open` and `close`.
-        blocks: of the twin, by name.
+        model: the baseline; a block of it can be run between `open` and `close`.
+        blocks: of the baseline, by name.
     """
 
     def __init__(self, reference: StreamedModel, model: Any, kept: Sequence[str] = ()) -> None:
@@ -70,7 +70,7 @@ class NearestTwin:
         source, layer = self._reference.model.get_submodule(name), self.model.get_submodule(name)
         weight = weight_out_in(source)
         if weight.isfinite().all():  # else no model gives a number, whatever the codes
-            codes, companions = rounded(weight.to(self._dtypes[name]))
+            codes, companions = round_weight(weight.to(self._dtypes[name]))
             layer.weight = Params4bit.from_prequantized(
                 codes, companions, device=weight.device, module=layer
             )
@@ -79,7 +79,7 @@ class NearestTwin:
 def _empty(layer: Any) -> Linear4bit:
     """A 4-bit layer for a plain one, with its bias and without a weight."""
     shape = weight_out_in(layer).shape
-    found = Linear4bit(
+    empty = Linear4bit(
         shape[1],
         shape[0],
         bias=layer.bias is not None,
@@ -87,12 +87,12 @@ def _empty(layer: Any) -> Linear4bit:
         quant_type="nf4",
         device="meta",
     )
-    found.bias = layer.bias
-    return found
+    empty.bias = layer.bias
+    return empty
 
 
-def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """What an artifact of round to nearest stores of a weight.
+def round_weight(weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Rounds a weight to nearest, as an artifact stores it.
 
     Args:
         weight: bfloat16, float16 or float32, [out_features, in_features], all finite.
