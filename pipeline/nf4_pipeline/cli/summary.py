@@ -25,13 +25,12 @@ _SHOWN_ANSWERS: Final = 3
 def summary(build: Build, results: dict[str, StageResult]) -> dict[str, Any]:
     """The result of a build as plain JSON."""
     serialized = results["serialize"].record
-    totals = serialized.facts.totals
     verification = results["verify"].record.facts.to_json()
     return {
         "build": str(build.root),
         "artifact": str(build.export),
         "verdict": verification["verdict"],
-        "totals": totals,
+        "totals": serialized.facts.totals.to_json(),
         "disk_bytes": serialized.total_bytes,
         "stages": {
             name: {

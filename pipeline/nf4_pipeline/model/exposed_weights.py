@@ -183,7 +183,7 @@ def _taken_in_source(module: Any) -> set[str]:
     names = {name for name, _ in module.named_modules() if name}
     found: set[str] = set()
     for kind in type(module).__mro__:
-        if kind.__module__.startswith("transformers.models."):
+        if kind is not object and not kind.__module__.startswith("torch."):
             found |= _weights_in(kind) & names
     return found
 
