@@ -48,7 +48,7 @@ class Choosing(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.plain(hidden).sum() > 0:
-            return nn.functional.linear(hidden, self.gate.weight)
+            hidden = nn.functional.linear(hidden, self.gate.weight)
         return hidden
 
 
@@ -63,7 +63,8 @@ class Whole(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
         hidden: torch.Tensor = self.inner(self.embed(input_ids))
-        return self.asked(hidden.to(self.asked.weight.device)) + hidden
+        out: torch.Tensor = self.asked(hidden.to(self.asked.weight.device)) + hidden
+        return out
 
 
 def test_what_cannot_run_is_read() -> None:

@@ -43,6 +43,8 @@ class Architecture(Document):
         ignorable: names in the checkpoint that the architecture itself passes over.
         optional: names in the model that a checkpoint need not have.
         embedding: the weight of its input embedding; "" if it has none.
+        dtype: that config.json names, such as "bfloat16".
+        never_cast: names in the model of what transformers does not cast to that dtype.
     """
 
     model_type: str
@@ -57,6 +59,8 @@ class Architecture(Document):
     ignorable: frozenset[str]
     optional: frozenset[str]
     embedding: str = ""
+    dtype: str | None = None
+    never_cast: frozenset[str] = frozenset()
 
     @property
     def embedding_rows(self) -> int | None:

@@ -15,6 +15,7 @@ from nf4_pipeline.model.exposed_weights import exposed_modules
 from nf4_pipeline.model.linear import is_plain_linear
 from nf4_pipeline.model.named_class import check_named_class
 from nf4_pipeline.model.names import NameMap
+from nf4_pipeline.model.precision import float32_parts
 
 
 def build_meta_model(config: Any, dtype: Any = None) -> Any:
@@ -60,6 +61,8 @@ def read_architecture(config: dict[str, Any], names: Iterable[str], where: Path)
     head = model.get_output_embeddings()
     unexpected = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
     missing = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    dtype = dtype if isinstance(dtype, str) else None
     embeddings = _input_embeddings(model)
     linears = _linears(model)
     architecture = Architecture(
@@ -80,6 +83,8 @@ def read_architecture(config: dict[str, Any], names: Iterable[str], where: Path)
             (f"{n}.weight" for n, m in model.named_modules() if m is embeddings and m is not None),
             "",
         ),
+        dtype=dtype,
+        never_cast=_never_cast(model, dtype),
     )
     # Last, for the model is of no use afterwards.
     exposed = exposed_modules(model, frozenset(fact.module for fact in linears.values()))
@@ -88,6 +93,19 @@ def read_architecture(config: dict[str, Any], names: Iterable[str], where: Path)
         for name, fact in linears.items()
     }
     return replace(architecture, linears=marked)
+
+
+def _never_cast(model: Any, dtype: str | None) -> frozenset[str]:
+    """Buffers, and parameters that the architecture wants in float32."""
+    import torch
+
+    float32 = float32_parts(model, getattr(torch, dtype or "", None))
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return frozenset(
+        name
+        for name in model.state_dict()
+        if name not in parameters or (float32 is not None and float32.search(name))
+    )
 
 
 def _input_embeddings(model: Any) -> Any:
