@@ -49,9 +49,8 @@ def check_small_files(folder: Path) -> None:
         SourceError: the folder is no checkpoint, or a file in it is not what its name says.
         AlreadyQuantizedError: its config says that it is quantized.
     """
-    config = read_config(folder)
     check_folder(folder)
-    check_not_quantized(config, None, folder)
+    check_not_quantized(read_config(folder), None, folder)
     whole = (folder / "adapter_config.json").is_file() and list(folder.glob("adapter_model.*"))
     if whole:
         raise SourceError(
