@@ -76,7 +76,7 @@ def verified(
     recipe = load_recipe(quick_recipe)
     folder = tmp_path_factory.mktemp("verified")
     build, results = run_build(DownloadRequest(str(tiny_falcon), folder), recipe, CPU, SILENT)
-    assert results["verify"].record.facts["verdict"] == "pass"
+    assert results["verify"].record.facts.verdict == "pass"
     return build.root
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
@@ -320,8 +320,8 @@ def parse_recipe(tables: dict[str, Any], where: str) -> Recipe:
     return Recipe(**parts)
 
 
-def _reject_unknown(found: dict[str, Any], known: dict[str, Any], where: str) -> None:
-    unknown = sorted(set(found) - set(known))
+def _reject_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> None:
+    unknown = sorted(set(keys) - set(known))
     if unknown:
         raise RecipeError(f"{where}: {unknown[0]!r} is unknown; expected {', '.join(known)}.")
 

@@ -68,7 +68,7 @@ def verified(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> Callable[[Build
     def verify(build: Build) -> dict[str, Any]:
         record = run_stage(build, "verify", recipe, CPU, SILENT).record
         found: dict[str, Any] = json.loads((build.export / "verification.json").read_text("utf-8"))
-        assert found == json.loads(json.dumps(record.facts))
+        assert found == json.loads(json.dumps(record.facts.to_json()))
         return found
 
     return verify

@@ -67,7 +67,7 @@ def verified(build: Build, recipe: Recipe, against: Path | None = None) -> dict[
     assert result.ran
     found: dict[str, Any] = json.loads((build.export / "verification.json").read_text("utf-8"))
     jsonschema.validate(found, json.loads(SCHEMA.read_text("utf-8")))
-    assert found == json.loads(json.dumps(result.record.facts))
+    assert found == json.loads(json.dumps(result.record.facts.to_json()))
     return found
 
 

@@ -62,4 +62,4 @@ def test_a_worker_that_is_killed_leaves_what_was_there(
     assert _workers() == []
     assert (content_of(build.export), content_of(build.root / "records")) == before
     with in_process():
-        assert run_stage(build, "verify", recipe, CPU, SILENT).record.facts["verdict"] == "pass"
+        assert run_stage(build, "verify", recipe, CPU, SILENT).record.facts.verdict == "pass"

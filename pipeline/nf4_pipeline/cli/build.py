@@ -29,11 +29,11 @@ def command(ui: Ui, request: DownloadRequest, recipe: PartialRecipe, machine: Ma
 
     What is done and still valid is not done again. Exits 1 if the verdict is "fail".
     """
-    from nf4_pipeline.cli.summary import show_summary, summary
+    from nf4_pipeline.cli.summary import Summary, show_summary
     from nf4_pipeline.job import run_build
 
     build, results = run_build(request, recipe.recipe, machine, ui.reporter())
-    value = summary(build, results)
-    ui.result(value, lambda: show_summary(value))
-    if value["verdict"] != "pass":
+    summary = Summary.of(build, results)
+    ui.result(summary.to_json(), lambda: show_summary(summary))
+    if summary.verification.verdict != "pass":
         sys.exit(1)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from nf4_pipeline.cli.options import Ui, output_options
+
+if TYPE_CHECKING:
+    from nf4_pipeline.manifest.manifest import Manifest
 
 
 @click.command("inspect")
@@ -23,48 +26,44 @@ def command(ui: Ui, artifact: str, tensors: bool) -> None:
     from nf4_pipeline.runtime.artifact import find_model
 
     folder = Path(find_model(artifact))
-    manifest = read_manifest(folder).to_json()
-    ui.result(manifest, lambda: _show(folder, manifest, tensors))
+    manifest = read_manifest(folder)
+    ui.result(manifest.to_json(), lambda: _show(folder, manifest, tensors))
 
 
-def _show(folder: Path, manifest: dict[str, Any], tensors: bool) -> None:
+def _show(folder: Path, manifest: Manifest, tensors: bool) -> None:
     from nf4_pipeline.report.formatting import both_units
 
-    totals, source = manifest["totals"], manifest["source"]
-    pinned = source["commit"] or f"content {source['content_sha256'][:12]}"
+    totals, source, counts = manifest.totals, manifest.source, manifest.totals.tensors
+    pinned = source.commit or f"content {source.content_sha256[:12]}"
     click.echo(f"{folder}")
-    click.echo(f"  model        {manifest['model_class']} from {source['repo']} at {pinned}")
-    click.echo(f"  format       {manifest['format']}")
-    click.echo(f"  original     {both_units(totals['original_bytes'])}")
+    click.echo(f"  model        {manifest.model_class} from {source.repo} at {pinned}")
+    click.echo(f"  format       {manifest.format}")
+    click.echo(f"  original     {both_units(totals.original_bytes)}")
+    click.echo(f"  artifact     {both_units(totals.artifact_bytes)}, {totals.ratio:.1%} of it")
     click.echo(
-        f"  artifact     {both_units(totals['artifact_bytes'])}, {totals['ratio']:.1%} of it"
+        f"  bits         {totals.bits_per_weight:.3f} per weight, "
+        f"{totals.bits_per_quantized_weight:.3f} per quantized weight"
     )
     click.echo(
-        f"  bits         {totals['bits_per_weight']:.3f} per weight, "
-        f"{totals['bits_per_quantized_weight']:.3f} per quantized weight"
-    )
-    counts = totals["tensors"]
-    click.echo(
-        f"  tensors      {counts['quantized']} quantized, {counts['kept']} kept, "
-        f"{counts['dropped']} dropped"
+        f"  tensors      {counts.quantized} quantized, {counts.kept} kept, {counts.dropped} dropped"
     )
     click.echo("  not quantized:")
-    for reason, nbytes in totals["kept_bytes_by_reason"].items():
+    for reason, nbytes in totals.kept_bytes_by_reason.items():
         click.echo(f"    {both_units(nbytes):<28} {reason}")
-    for dropped in manifest["dropped"]:
-        click.echo(f"  dropped      {dropped['name']}: {dropped['reason']}")
-    errors = [t["relative_rmse"] for t in manifest["tensors"] if t["quantized"]]
+    for dropped in manifest.dropped:
+        click.echo(f"  dropped      {dropped.name}: {dropped.reason}")
+    errors = manifest.relative_rmse.values()
     click.echo(f"  weight error {min(errors):.4f} to {max(errors):.4f} relative RMSE per tensor")
-    if manifest["hidden_modules"]:
+    if manifest.hidden_modules:
         click.echo(
-            f"  loading      {len(manifest['hidden_modules'])} modules are of a class that stock "
+            f"  loading      {len(manifest.hidden_modules)} modules are of a class that stock "
             "transformers >= 5.5 passes over; use nf4_pipeline.load (see README.md)"
         )
-    if tensors:
-        for tensor in manifest["tensors"]:
-            what = (
-                f"nf4, error {tensor['relative_rmse']:.4f}"
-                if tensor["quantized"]
-                else (f"{tensor['dtype']}, {tensor['reason']}")
-            )
-            click.echo(f"  {tensor['bytes']:>14,}  {tensor['name']}  {tensor['shape']}  {what}")
+    for tensor in manifest.tensors if tensors else ():
+        what = (
+            f"{tensor.dtype}, {tensor.reason}"
+            if tensor.relative_rmse is None
+            else f"nf4, error {tensor.relative_rmse:.4f}"
+        )
+        shape = list(tensor.shape)
+        click.echo(f"  {tensor.bytes:>14,}  {tensor.name}  {shape}  {what}")

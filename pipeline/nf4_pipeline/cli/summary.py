@@ -3,102 +3,131 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import click
 
-from nf4_pipeline.build_folder import Build
+from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.fidelity.metrics import Fidelity
 from nf4_pipeline.job import StageResult
+from nf4_pipeline.records import SerializeFacts
 from nf4_pipeline.report.formatting import both_units, interval, plain_size
 from nf4_pipeline.verification.document import (
     Against,
+    AnswerPair,
     MeasuredVerification,
     NearestBaseline,
     Verification,
-    parse_verification,
 )
 
 _SHOWN_ANSWERS: Final = 3
 
 
-def summary(build: Build, results: dict[str, StageResult]) -> dict[str, Any]:
-    """The result of a build as plain JSON."""
-    serialized = results["serialize"].record
-    verification = results["verify"].record.facts.to_json()
-    return {
-        "build": str(build.root),
-        "artifact": str(build.export),
-        "verdict": verification["verdict"],
-        "totals": serialized.facts.totals.to_json(),
-        "disk_bytes": serialized.total_bytes,
-        "stages": {
-            name: {
-                "ran": result.ran,
-                "seconds": round(result.record.seconds, 2),
-                "peak_memory_bytes": result.record.peak_memory,
-            }
-            for name, result in results.items()
-        },
-        "hidden_modules": len(serialized.facts.hidden_modules),
-        "left_out": [part.to_json() for part in serialized.facts.left_out],
-        "notes": results["download"].record.facts.notes,
-        "verification": {key: value for key, value in verification.items() if key != "answers"},
-        "answers": verification.get("answers", []),
-    }
+@dataclass(frozen=True)
+class Summary:
+    """The result of a build.
+
+    Attributes:
+        build: the build folder.
+        results: of its stages, by name.
+        serialized: the record of serialize.
+        verification: what verify says.
+    """
+
+    build: Build
+    results: Mapping[str, StageResult]
+    serialized: Record[SerializeFacts]
+    verification: Verification
+
+    @classmethod
+    def of(cls, build: Build, results: Mapping[str, StageResult]) -> Summary:
+        return cls(build, results, results["serialize"].record, results["verify"].record.facts)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of the source."""
+        notes: list[str] = self.results["download"].record.facts.notes
+        return notes
+
+    def to_json(self) -> dict[str, Any]:
+        """What `nf4 build --json` says."""
+        verification = self.verification.to_json()
+        answers = verification.pop("answers", [])
+        return {
+            "build": str(self.build.root),
+            "artifact": str(self.build.export),
+            "verdict": self.verification.verdict,
+            "totals": self.serialized.facts.totals.to_json(),
+            "disk_bytes": self.serialized.total_bytes,
+            "stages": {
+                name: {
+                    "ran": result.ran,
+                    "seconds": round(result.record.seconds, 2),
+                    "peak_memory_bytes": result.record.peak_memory,
+                }
+                for name, result in self.results.items()
+            },
+            "hidden_modules": len(self.serialized.facts.hidden_modules),
+            "left_out": [part.to_json() for part in self.serialized.facts.left_out],
+            "notes": self.notes,
+            "verification": verification,
+            "answers": answers,
+        }
 
 
-def show_summary(value: dict[str, Any]) -> None:
+def show_summary(summary: Summary) -> None:
     """Prints it for people."""
-    totals = value["totals"]
+    totals, verification = summary.serialized.facts.totals, summary.verification
     click.echo()
-    click.echo(f"  original    {both_units(totals['original_bytes'])}")
+    click.echo(f"  original    {both_units(totals.original_bytes)}")
     click.echo(
-        f"  NF4         {both_units(totals['artifact_bytes'])}: {1 - totals['ratio']:.1%} smaller, "
-        f"{1 / totals['ratio']:.2f} x"
+        f"  NF4         {both_units(totals.artifact_bytes)}: {1 - totals.ratio:.1%} smaller, "
+        f"{1 / totals.ratio:.2f} x"
     )
     click.echo(
-        f"  bits        {totals['bits_per_weight']:.3f} per weight; "
-        f"{totals['bits_per_quantized_weight']:.3f} per quantized weight "
-        f"({totals['tensors']['quantized']} layers)"
+        f"  bits        {totals.bits_per_weight:.3f} per weight; "
+        f"{totals.bits_per_quantized_weight:.3f} per quantized weight "
+        f"({totals.tensors.quantized} layers)"
     )
     kept = ", ".join(
-        f"{reason} {plain_size(nbytes)}"
-        for reason, nbytes in totals["kept_bytes_by_reason"].items()
+        f"{reason} {plain_size(nbytes)}" for reason, nbytes in totals.kept_bytes_by_reason.items()
     )
     click.echo(f"  in 16 bit   {kept or 'nothing'}")
-    for part in value["left_out"]:
-        sized = f"{part['tensors']} tensors, {plain_size(part['bytes'])}"
-        click.echo(f"  left out    {sized}: {part['reason']}")
-    for note in value["notes"]:
+    for part in summary.serialized.facts.left_out:
+        sized = f"{part.tensors} tensors, {plain_size(part.bytes)}"
+        click.echo(f"  left out    {sized}: {part.reason}")
+    for note in summary.notes:
         click.echo(f"  note        {note.removeprefix('Warning: ')}")
     click.echo()
     click.echo("  stage         time   peak memory")
-    for name, stage in value["stages"].items():
-        took = f"{stage['seconds']:6.1f} s" if stage["ran"] else "  (done)"
-        click.echo(f"  {name:<10} {took}   {plain_size(stage['peak_memory_bytes']):>9}")
-    _show_answers(value["answers"])
-    show_checks(parse_verification({**value["verification"], "answers": value["answers"]}))
-    click.echo(f"  artifact    {value['artifact']}")
-    if value["hidden_modules"]:
+    for name, result in summary.results.items():
+        took = f"{round(result.record.seconds, 2):6.1f} s" if result.ran else "  (done)"
+        click.echo(f"  {name:<10} {took}   {plain_size(result.record.peak_memory):>9}")
+    if isinstance(verification, MeasuredVerification):
+        _show_answers(verification.answers)
+    show_checks(verification)
+    click.echo(f"  artifact    {summary.build.export}")
+    if summary.serialized.facts.hidden_modules:
         click.echo(
             "  loading     nf4_pipeline.load(…); stock transformers >= 5.5 needs the line that "
             "README.md there gives"
         )
-    build = shlex.quote(value["build"])
+    build = shlex.quote(str(summary.build.root))
     click.echo(f'  next        nf4 prompt {build} "…"')
     click.echo(f"              nf4 push --dry-run --repo-id ORG/NAME --build-dir {build}")
 
 
-def _show_answers(answers: list[dict[str, Any]]) -> None:
+def _show_answers(answers: Sequence[AnswerPair]) -> None:
     if not answers:
         return
     click.echo()
     for answer in answers[:_SHOWN_ANSWERS]:
-        click.echo(f"  prompt      {_line(answer['prompt'])}")
-        click.echo(f"    16 bit    {_line(answer['answer_16bit'])}")
-        click.echo(f"    NF4       {_line(answer['answer_4bit'])}")
-    same = sum(answer["same"] for answer in answers)
+        click.echo(f"  prompt      {_line(answer.prompt)}")
+        click.echo(f"    16 bit    {_line(answer.answer_16bit)}")
+        click.echo(f"    NF4       {_line(answer.answer_4bit)}")
+    same = sum(answer.same for answer in answers)
     click.echo(f"  {same} of {len(answers)} answers are the same to the letter")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,7 +17,6 @@ from typing import Final
 from nf4_pipeline.checkpoint.layout import FileLayout
 from nf4_pipeline.checkpoint.sink import Sink, WrittenFile
 from nf4_pipeline.checkpoint.source import Checkpoint
-from nf4_pipeline.checkpoint.writer import writing
 from nf4_pipeline.engine.buffers import Budget
 from nf4_pipeline.engine.chunks import Chunk, cut
 from nf4_pipeline.engine.shard_job import ShardJob, ThreadBuffers
@@ -66,47 +65,6 @@ class QuantizedFile:
 
     written: WrittenFile
     relative_rmse: dict[str, float]
-
-
-def quantize_files(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    layouts: Mapping[str, FileLayout],
-    target: Path,
-    done: Callable[[str, QuantizedFile], None],
-    *,
-    rounding: Rounding,
-    budget: Budget,
-    task: Task,
-) -> None:
-    """Writes the quantized counterpart of checkpoint files; each complete, or not at all.
-
-    Args:
-        checkpoint: the source.
-        plan: what happens to each tensor.
-        layouts: of the files to write, by the name of the source file.
-        target: the folder that they go to.
-        done: told of each file once it stands in its place; one call at a time.
-        rounding: chooses codes and scales.
-        budget: threads and chunk size.
-        task: advanced by the source bytes that are done.
-
-    Raises:
-        CheckpointError: a weight holds an infinity or a NaN, or a file cannot be read or became
-            shorter while it was read.
-        TiedWeightsDiffer: a tensor was to be dropped and does not equal the one it is tied to.
-    """
-    files = plan.files()
-    make_files(
-        checkpoint,
-        plan,
-        [Output(file, file, files[file], layout) for file, layout in layouts.items()],
-        lambda output: writing(target / output.name, output.layout),
-        done,
-        rounding=rounding,
-        budget=budget,
-        task=task,
-    )
 
 
 def make_files(

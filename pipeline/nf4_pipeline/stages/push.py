@@ -201,28 +201,28 @@ def _checked_files(build: Build, manifest: Manifest, reporter: Reporter) -> dict
         for path in sorted(build.export.rglob("*"))
         if path.is_file()
     }
-    found = {}
+    actual = {}
     with reporter.task("check export", sum(path.stat().st_size for path in paths.values())) as task:
         for name in sorted(expected.keys() | paths.keys()):
             if name in paths and name in expected:
-                found[name] = digest_file(paths[name], task)
-            if found.get(name) != expected.get(name) or name not in found:
+                actual[name] = digest_file(paths[name], task)
+            if actual.get(name) != expected.get(name) or name not in actual:
                 what = "is missing" if name not in paths else "is not what was verified"
                 raise ArtifactError(
                     f"{build.export / name} {what}. Run `nf4 build` (or `nf4 serialize` and "
                     "`nf4 verify`) again."
                 )
-    _check_provenance(build, found)
-    return found
+    _check_provenance(build, actual)
+    return actual
 
 
-def _check_provenance(build: Build, found: dict[str, FileDigest]) -> None:
+def _check_provenance(build: Build, files: dict[str, FileDigest]) -> None:
     """A statement of an earlier run may speak of files that verify has written anew since."""
-    if PROVENANCE_FILE not in found:
+    if PROVENANCE_FILE not in files:
         return
     subjects = read_json(build.export / PROVENANCE_FILE)["subject"]
     for subject in subjects:
-        digest = found.get(subject["name"])
+        digest = files.get(subject["name"])
         if digest is None or digest.sha256 != subject["digest"]["sha256"]:
             raise ArtifactError(
                 f"{build.export / PROVENANCE_FILE} speaks of another {subject['name']} than the "

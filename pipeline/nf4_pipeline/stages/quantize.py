@@ -174,7 +174,7 @@ class Quantize:
             )
 
         facts = planner.run(work, self.reporter, kept)
-        return {f"quantized/{file}": found.digest for file, found in facts.files.items()}, facts
+        return {f"quantized/{file}": made.digest for file, made in facts.files.items()}, facts
 
     def _make_files(self, run: QuantizationRun, key: str) -> dict[str, FileFacts]:
         """Makes those files of quantized/ that do not stand there yet; the facts of all of them."""
