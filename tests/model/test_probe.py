@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -14,12 +13,10 @@ from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.processes.messages import Limits
 from nf4_pipeline.processes.worker import Environment
 
-from tests.support.hub_client import ROOT
+from tests.support.hub_client import PYTHONPATH
 from tests.support.tiny import copy_of, edit_json
 
-FROM_TESTS: Final = Environment(
-    add={"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "pipeline")])}
-)
+FROM_TESTS: Final = Environment(add={"PYTHONPATH": PYTHONPATH})
 
 
 def test_a_process_of_its_own_and_this_one_say_the_same(tiny_falcon: Path) -> None:
