@@ -42,11 +42,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     tensors |= {n: 1.001 * t.float() for n, t in tensors.items() if "norm" in n}
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     build = folder / "build"
-    for arguments in (
+    steps: list[list[str | Path]] = [
         ["download", source, "--build-dir", build],
         ["quantize", "--build-dir", build, "--device", "cpu"],
         ["serialize", "--build-dir", build],
-    ):
+    ]
+    for arguments in steps:
         done = nf4(*arguments, cwd=folder)
         assert done.status == 0, done.err
     return source, build / "export"

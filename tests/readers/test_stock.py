@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import transformers
 from nf4_pipeline.manifest.read import read_manifest
+from nf4_pipeline.processes.worker import Script
 from nf4_pipeline.readers import stock
 from nf4_pipeline.readers.document import ReaderResult, reader_checks
 from nf4_pipeline.readers.logits import write_logits
@@ -105,7 +106,7 @@ def _reply(**changes: object) -> StockReply:
 
 class _Answering(StockReader):
     def __init__(self, reply: StockReply, logits: Path | None, *, lora: bool = True) -> None:
-        self._request = StockRequest("", "cpu", 1, None, logits and str(logits), lora)
+        self._request = StockRequest("", "cpu", 1, None, str(logits) if logits else None, lora)
         self._awkward = 0 if logits else 2
         self._lora_wanted = lora
         self._child = self  # type: ignore[assignment]
@@ -178,7 +179,7 @@ def test_a_reader_that_dies_is_a_result(
 ) -> None:
     script = tmp_path / "dies.py"
     script.write_text("raise SystemExit('out of something')")
-    monkeypatch.setattr(stock, "READER", stock.Script(script, StockReply))
+    monkeypatch.setattr(stock, "READER", Script(script, StockReply))
     (found, peft) = _ask(export, tmp_path, None, lora=True)
     assert (found.outcome, peft.outcome) == ("failed", "failed")
     assert "out of something" in found.why

@@ -1,5 +1,6 @@
 """The readers that the model card promises: each loads the export as its users do.
 
+read.py           all of them for one export, and when each begins
 document.py       what one of them found: a row of `readers` in verification.json and of the card
 promises.py       which of them the card promises, and the line that it publishes for a Falcon
 stock_reader.py   a script: transformers and PEFT, without this package

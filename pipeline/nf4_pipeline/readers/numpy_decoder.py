@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 STATE = ".quant_state.bitsandbytes__nf4"
-TYPES = {"U8": np.dtype("u1"), "F32": np.dtype("<f4")}
+TYPES: dict[str, Any] = {"U8": np.dtype("u1"), "F32": np.dtype("<f4")}
 PIECE = 2**20  # weights at a time; whole blocks
 
 
