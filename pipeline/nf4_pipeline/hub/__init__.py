@@ -38,7 +38,7 @@ test in `tests/hub`):
 from nf4_pipeline.hub.download import Fetched, fetch, file_digests
 from nf4_pipeline.hub.local import LocalFile
 from nf4_pipeline.hub.lookup import resolve
-from nf4_pipeline.hub.remote import RemoteFile, RemoteModel, wanted_files
+from nf4_pipeline.hub.remote import RemoteFile, RemoteModel, named, small_files, wanted_files
 from nf4_pipeline.hub.upload import (
     CommitMessage,
     Earlier,
@@ -61,8 +61,10 @@ __all__ = [
     "commit_url",
     "fetch",
     "file_digests",
+    "named",
     "publish",
     "pull_request_url",
     "resolve",
+    "small_files",
     "wanted_files",
 ]

@@ -12,13 +12,15 @@ names alone.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.errors import HubError
 from nf4_pipeline.hub import replies
 from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
@@ -180,6 +182,23 @@ def _cached_file(path: Path, name: str) -> RemoteFile:
     sha256 = hashed if replies.SHA256.fullmatch(hashed) else None
     git_sha1 = hashed if replies.COMMIT.fullmatch(hashed) else None
     return RemoteFile(name, path.stat().st_size, sha256, git_sha1)
+
+
+def are_blobs(folder: Path, files: Mapping[str, FileDigest]) -> bool:
+    """Whether files of a snapshot hash to the names of their blobs, which are as the Hub lists.
+
+    Args:
+        folder: the snapshot.
+        files: digest of each file.
+    """
+    for name, digest in files.items():
+        listed = _cached_file(folder / name, name)
+        content = (folder / name).read_bytes() if listed.git_sha1 else b""
+        head = b"blob %d\0" % len(content)
+        found = hashlib.sha1(head + content, usedforsecurity=False).hexdigest()
+        if listed.sha256 != digest.sha256 and listed.git_sha1 != found:
+            return False
+    return True
 
 
 def is_cached(model: RemoteModel, file: RemoteFile) -> bool:

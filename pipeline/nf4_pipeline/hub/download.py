@@ -43,6 +43,7 @@ def fetch(
     reporter: Reporter,
     *,
     allow_unhashed: bool = False,
+    last: bool = True,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Fetched:
     """Brings `files` into the user's Hub cache at the pinned commit and hashes every one of them.
@@ -55,6 +56,7 @@ def fetch(
         files: what to fetch of it, as a rule `wanted_files(model)`.
         reporter: gets two tasks in bytes, "download" and "check".
         allow_unhashed: take files without a hash to check them by, too; the result names them.
+        last: no more files of this commit will be asked for; only then the ref moves.
         sleep: waits between tries, in seconds.
 
     Raises:
@@ -71,7 +73,7 @@ def fetch(
     if not model.offline:
         cache.purge_leftovers(model.repo_id)
     _check_disk(model, files)
-    if model.offline:
+    if model.offline and last:
         reporter.note(f"offline: {model.repo_id} at commit {model.commit}, as cached in {folder}")
 
     def download(file: RemoteFile, gauge: _Gauge) -> None:
@@ -84,7 +86,8 @@ def fetch(
     with client.quiet():
         _in_threads("download", download, files, reporter)
         hashes = _in_threads("check", check, files, reporter)
-    cache.remember(model)
+    if last:
+        cache.remember(model)
     sha256 = {file.path: sha for file, sha in zip(files, hashes, strict=True)}
     return Fetched(folder, sha256, unchecked)
 

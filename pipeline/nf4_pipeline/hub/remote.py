@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -66,6 +67,22 @@ def wanted_files(model: RemoteModel, *, allow_pickle: bool = False) -> tuple[Rem
             f"revision that has them{', or see --allow-pickle' if pickles else ''}."
         )
     return tuple(file for file in model.files if is_wanted(file.path))
+
+
+def small_files(model: RemoteModel) -> tuple[RemoteFile, ...]:
+    """Those of the wanted files that are no weights, and every index of weights."""
+    return tuple(
+        file
+        for file in model.files
+        if ("/" not in file.path and file.path.endswith(".safetensors.index.json"))
+        or (is_wanted(file.path) and not file.path.endswith(".safetensors"))
+    )
+
+
+def named(model: RemoteModel, names: Iterable[str]) -> tuple[RemoteFile, ...]:
+    """The files of a model with these names; a name that it does not have is passed over."""
+    wanted = set(names)
+    return tuple(file for file in model.files if file.path in wanted)
 
 
 def _matches(path: str, patterns: tuple[str, ...]) -> bool:

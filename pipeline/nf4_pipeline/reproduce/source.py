@@ -9,7 +9,7 @@ from nf4_pipeline.build_folder import Record
 from nf4_pipeline.errors import SourceError, UsageError
 from nf4_pipeline.manifest.manifest import Manifest, Source
 from nf4_pipeline.progress import Reporter
-from nf4_pipeline.records import DownloadFacts
+from nf4_pipeline.records import DownloadFacts, Reading
 from nf4_pipeline.stages.download import SAMPLE, SAMPLE_REPO, Download, DownloadRequest
 
 
@@ -44,7 +44,9 @@ def open_source(
     """
     source = manifest.source
     model, revision = _where(source, folder)
-    request = DownloadRequest(model, scratch, revision, scratch / "build")
+    said = manifest.recipe["quantize"]
+    reading = Reading(tuple(said.get("allow_unused", ())), said.get("strip_prefix", ""))
+    request = DownloadRequest(model, scratch, revision, scratch / "build", reading=reading)
     build, record, _ = Download(request, reporter).run()
     files = record.outputs_in("source")
     for name, expected in source.files.items():
