@@ -19,6 +19,7 @@ The house, from the top floor down; a room imports only from rooms below it (`ma
     provenance/        who made it from what, in forms that other programs check; signatures
     engine/            checkpoint files in, quantized files out, in chunks
     manifest/          what an artifact holds, and its files beside the weights
+    readers/           an artifact as its users load it: without this package
     blocks/            a model run block by block, its weights streamed
     gptq/              codes that make up for each other's errors
     selection.py       which tensors are quantized, which stay, and why

@@ -150,7 +150,7 @@ def check_all_known(unused: Sequence[Unused], class_name: str, hint: str = "") -
         hint: what else the checkpoint looks like, as a sentence; "" for nothing.
 
     Raises:
-        CheckpointError: it is not known what a tensor without a place is.
+        CheckpointError: a tensor has no place in the model, and nothing says what it is.
     """
     unknown = [tensor.name for tensor in unused if tensor.reason is None]
     if not unknown:
