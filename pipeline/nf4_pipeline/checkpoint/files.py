@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Final
 
 # No dot between "model" and the suffix: model.fp16.safetensors is a second copy of the weights.
@@ -47,6 +48,15 @@ def is_tokenizer(name: str) -> bool:
 def travels(name: str) -> bool:
     """True for a file that `serialize` copies into the export as it is."""
     return _matches(name, ("generation_config.json", *TOKENIZER_FILES, "LICENSE*", "NOTICE*"))
+
+
+def entries(folder: Path) -> dict[str, Path]:
+    """Everything in a folder and below it that is not a folder itself, links included, by path."""
+    return {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_symlink() or not path.is_dir()
+    }
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,7 +11,13 @@ from typing import Final, NamedTuple
 
 from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.checkpoint.atomic import make_folder, sync_folder
-from nf4_pipeline.checkpoint.digest import FileDigest, digest_files, json_sha256
+from nf4_pipeline.checkpoint.digest import (
+    FileDigest,
+    FileStamp,
+    content_sha256,
+    digest_files,
+    json_sha256,
+)
 from nf4_pipeline.checkpoint.files import PICKLE_FILE, is_wanted
 from nf4_pipeline.checkpoint.source import has_weights, open_checkpoint
 from nf4_pipeline.checkpoint.untrusted import check_folder
@@ -43,6 +48,7 @@ class Source:
         repo: Hub id, or the name of the local folder.
         commit: 40 hex digits for a Hub model, else None.
         files: digest of each file that is taken.
+        stamps: of these files, from before they were hashed.
         model: what transformers says of its architecture.
         is_sample: it is the model that comes with the package.
         converted_from: the pickles, if the weights were such; `files` are what was made of them.
@@ -52,6 +58,7 @@ class Source:
     repo: str
     commit: str | None
     files: Mapping[str, FileDigest]
+    stamps: Mapping[str, FileStamp]
     model: Architecture
     is_sample: bool = False
     converted_from: Mapping[str, FileDigest] | None = None
@@ -66,7 +73,7 @@ class Source:
         return DownloadFacts(
             repo=self.repo,
             commit=self.commit,
-            content_sha256=_content_sha256(self.files),
+            content_sha256=content_sha256(self.files),
             is_sample=self.is_sample,
             model=self.model,
             converted_from=dict(sorted((self.converted_from or {}).items())),
@@ -156,7 +163,8 @@ class Download:
         with _locked_soon(build):
             if record := standing():
                 return Downloaded(build, record, ran=False)
-            record = run_recorded(build, DOWNLOAD, key, work, before=finding)
+            stamps = {f"source/{name}": stamp for name, stamp in source.stamps.items()}
+            record = run_recorded(build, DOWNLOAD, key, work, before=finding, stamps=stamps)
             return Downloaded(build, record, ran=True)
 
     def _find(self) -> Source:
@@ -189,11 +197,13 @@ class Download:
         _check(folder)
         probe = Probe(folder)
         try:
-            files = self._hash(_wanted_in(folder))
+            paths = _wanted_in(folder)
+            stamps = _stamps(paths)
+            files = self._hash(paths)
         except BaseException:
             probe.cancel()
             raise
-        return Source(folder, repo, None, files, probe.wait(), is_sample)
+        return Source(folder, repo, None, files, stamps, probe.wait(), is_sample)
 
     def _hash(self, paths: Mapping[str, Path]) -> dict[str, FileDigest]:
         total = sum(path.stat().st_size for path in paths.values())
@@ -249,14 +259,8 @@ def _locked_soon(build: Build) -> Iterator[None]:
         yield
 
 
-def _content_sha256(files: Mapping[str, FileDigest]) -> str:
-    """One hash over all files: sha256 of the sorted lines `sha256  name`."""
-    lines = sorted(f"{digest.sha256}  {name}\n" for name, digest in files.items())
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
 def _slug(repo: str, commit: str | None, files: Mapping[str, FileDigest]) -> str:
-    return f"{repo.replace('/', '--')}@{(commit or _content_sha256(files))[:12]}"
+    return f"{repo.replace('/', '--')}@{(commit or content_sha256(files))[:12]}"
 
 
 def _check(folder: Path) -> None:
