@@ -88,6 +88,68 @@ def test_only_the_alias_is_stored() -> None:
     without = [t for t in TENSORS if t.name != "model.embed.weight"]
     plan = select(without, FACTS, QuantizeRecipe())
     assert reasons(plan)["head.weight"] == ("keep", "output head")
+    # Under the name that every version of transformers ties the others to.
+    assert {t.source.name: t.name for t in plan.tensors}["head.weight"] == "model.embed.weight"
+    assert "head" in plan.skip_modules
+
+
+def test_only_two_aliases_are_stored() -> None:
+    shapes = {**SHAPES, "second.weight": (100, 8)}
+    tied = {"head.weight": "model.embed.weight", "second.weight": "model.embed.weight"}
+    facts = replace(FACTS, shapes=shapes, tied=tied, names={name: name for name in shapes})
+    without = [t for t in TENSORS if t.name != "model.embed.weight"]
+    plan = select([*without, tensor("second.weight", (100, 8))], facts, QuantizeRecipe())
+    assert reasons(plan)["second.weight"] == ("drop", "equals head.weight, to which it is tied")
+    assert "model.embed.weight" in {t.name for t in plan.tensors}
+
+
+def test_readers_are_told_both_names_of_a_module() -> None:
+    names = {**FACTS.names, "embed_out.weight": "head.weight"}
+    del names["head.weight"]
+    facts = replace(FACTS, tied={}, names=names)
+    tensors = [t for t in TENSORS if t.name != "head.weight"]
+    plan = select([*tensors, tensor("embed_out.weight", (100, 8))], facts, QuantizeRecipe())
+    assert plan.skip_modules == ("embed_out", "head", "model.h.1.router")
+
+
+def test_readers_are_told_of_a_matrix_that_is_a_layer_elsewhere() -> None:
+    linears = {name: fact for name, fact in LINEARS.items() if "router" not in name}
+    plan = select(TENSORS, replace(FACTS, linears=linears), QuantizeRecipe())
+    assert reasons(plan)["model.h.1.router.weight"][1] == "not the weight of a linear layer"
+    assert plan.skip_modules == ("head", "model.h.1.router")
+
+
+def test_kept_tensors_of_several_dtypes_are_cast() -> None:
+    tensors = [
+        tensor(name, dtype="F32" if "norm" in name or "attn.weight" in name else "BF16")
+        for name in SHAPES
+    ]
+    plan = select(tensors, replace(FACTS, dtype="bfloat16"), QuantizeRecipe())
+    by_name = {t.source.name: t for t in plan.tensors}
+    norm = by_name["model.h.0.norm.weight"]
+    assert (norm.cast_to, norm.reason) == ("BF16", "normalization; F32 cast to the model's BF16")
+    assert [(s.dtype, s.nbytes) for s in norm.stored] == [("BF16", 16)]
+    assert {t.source.name for t in plan.tensors if t.cast_to} == {norm.source.name}
+
+
+def test_what_transformers_does_not_cast_is_not_cast() -> None:
+    tensors = [tensor(name, dtype="F32" if "norm" in name else "BF16") for name in SHAPES]
+    never = frozenset({"model.h.0.norm.weight"})
+    plan = select(tensors, replace(FACTS, dtype="bfloat16", never_cast=never), QuantizeRecipe())
+    assert not any(t.cast_to for t in plan.tensors)
+
+
+@pytest.mark.parametrize("said", ["bfloat16", "float32", None])
+def test_kept_tensors_of_one_dtype_are_exact(said: str | None) -> None:
+    tensors = [tensor(name, dtype="F16") for name in SHAPES]
+    plan = select(tensors, replace(FACTS, dtype=said), QuantizeRecipe())
+    assert not any(t.cast_to for t in plan.tensors)
+
+
+def test_a_config_without_a_dtype_leaves_it_to_the_weights() -> None:
+    tensors = [tensor(name, dtype="F32" if "norm" in name else "F16") for name in SHAPES]
+    plan = select(tensors, FACTS, QuantizeRecipe())
+    assert {t.cast_to for t in plan.tensors} == {None, "F16"}
 
 
 def test_a_recipe_skips_and_readers_are_told() -> None:

@@ -7,12 +7,15 @@ knows every output tensor and its bytes before anything is read (`checkpoint/lay
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Final, Literal
 
 from numpy.typing import NDArray
 
+from nf4_pipeline.checkpoint.header import DTYPE_BYTES
 from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.source import SourceTensor
 from nf4_pipeline.errors import ArchitectureError, CheckpointError, RecipeError
@@ -25,6 +28,8 @@ QUANTIZABLE_DTYPES: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float
 """Source dtypes that can be quantized, as safetensors and as torch call them."""
 
 Action = Literal["quantize", "keep", "drop"]
+
+_NOT_LINEAR: Final = "not the weight of a linear layer"
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class TensorPlan:
         transposed: the source stores [in, out]; the output is [out, in].
         tied_to: name in the source of the tensor that it must equal to be dropped.
         merged: transformers merges it with others on loading, so it cannot be 4 bit.
+        cast_to: dtype that it is stored in, as safetensors names it, if that is not its own.
     """
 
     source: SourceTensor
@@ -50,6 +56,7 @@ class TensorPlan:
     transposed: bool = False
     tied_to: str | None = None
     merged: bool = False
+    cast_to: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,7 +71,9 @@ class TensorPlan:
         if self.action == "quantize":
             return stored_tensors(self.name, self.shape, QUANTIZABLE_DTYPES[header.dtype])
         if self.action == "keep":
-            return (StoredTensor(self.name, header.dtype, header.shape, header.nbytes),)
+            dtype = self.cast_to or header.dtype
+            nbytes = prod(header.shape) * DTYPE_BYTES[dtype]
+            return (StoredTensor(self.name, dtype, header.shape, nbytes),)
         return ()
 
     def companions(self, scales: NestedScales) -> dict[str, NDArray[Any]]:
@@ -151,13 +160,20 @@ def select(
     plans = {tensor.name: _decide(tensor, facts, recipe, sensitive) for tensor in tensors}
     for tensor in tensors:
         canonical = facts.tied.get(facts.names.get(tensor.name) or "", "")
+        if canonical and canonical not in by_model_name and plans[tensor.name].action == "keep":
+            # transformers 4 finds the values of tied parameters under the first of their names only
+            by_model_name[canonical] = tensor.name
+            plans[tensor.name] = replace(plans[tensor.name], name=canonical)
+    for tensor in tensors:
+        canonical = facts.tied.get(facts.names.get(tensor.name) or "", "")
         other = by_model_name.get(canonical)
         # Only with a tensor that is copied can it be compared while the work goes on.
-        if other and plans[other].action == "keep" and tensor.name not in untied:
+        tied = other and other != tensor.name and tensor.name not in untied
+        if other and tied and plans[other].action == "keep":
             why = f"equals {other}, to which it is tied"
             name = plans[tensor.name].name
             plans[tensor.name] = TensorPlan(tensor, name, "drop", why, tied_to=other)
-    decided = tuple(plans.values())
+    decided = _of_one_dtype(tuple(plans.values()), facts)
     _check_distinct(decided)
     if not any(plan.action == "quantize" for plan in decided):
         raise ArchitectureError(
@@ -257,6 +273,49 @@ def skips(pattern: str, module: str) -> bool:
     return re.search(rf"(?:^|\.){parts}(?:\.|$)", module) is not None
 
 
+def _of_one_dtype(plans: Sequence[TensorPlan], facts: Architecture) -> tuple[TensorPlan, ...]:
+    """Casts what is kept to the dtype of the model, if it has several dtypes.
+
+    transformers >= 5.5 casts a checkpoint as it loads it, but nothing beside 4-bit weights: a model
+    with norms in float32 and an output head in bfloat16 ends in an error.
+    """
+    castable = [
+        plan
+        for plan in plans
+        if plan.action == "keep"
+        and plan.source.header.dtype in QUANTIZABLE_DTYPES
+        and facts.names[plan.source.name] not in facts.never_cast
+    ]
+    found = {plan.source.header.dtype for plan in castable}
+    if len(found) < 2 or not any(plan.action == "quantize" for plan in plans):
+        return tuple(plans)
+    wanted = model_dtype(facts.dtype, plans)
+    cast = {
+        plan.source.name: replace(
+            plan,
+            cast_to=wanted,
+            reason=f"{plan.reason}; {plan.source.header.dtype} cast to the model's {wanted}",
+        )
+        for plan in castable
+        if plan.source.header.dtype != wanted
+    }
+    return tuple(cast.get(plan.source.name, plan) for plan in plans)
+
+
+def model_dtype(said: str | None, plans: Iterable[TensorPlan]) -> str:
+    """The dtype of a model, as safetensors names it.
+
+    Args:
+        said: what config.json says, such as "bfloat16".
+        plans: that of most quantized tensors counts if it says nothing.
+    """
+    names = {name: dtype for dtype, name in QUANTIZABLE_DTYPES.items()}
+    if said in names:
+        return names[said]
+    stored = Counter(plan.source.header.dtype for plan in plans if plan.action == "quantize")
+    return stored.most_common(1)[0][0]
+
+
 def _container(name: str) -> str:
     """The module that readers must leave alone for a merged tensor: its list of experts, if any."""
     parts = name.split(".")
@@ -273,13 +332,27 @@ def _kind_of(tensor: SourceTensor) -> str:
         return "normalization"
     if "emb" in name or "wte" in name or "wpe" in name:
         return "embedding"
-    return "not the weight of a linear layer"
+    return _NOT_LINEAR
 
 
 def _skip_modules(plans: Iterable[TensorPlan], facts: Architecture) -> tuple[str, ...]:
-    """Modules that a reader would take for 4-bit if config.json did not name them."""
-    kept = {plan.module for plan in plans if plan.action == "keep" and plan.module}
-    return tuple(sorted(kept | facts.head_modules))
+    """Modules that a reader would take for 4-bit if config.json did not name them.
+
+    Their names and classes differ between versions of transformers: version 4 knows some by the
+    checkpoint's name, and some matrices that are bare parameters in 5 are linear layers there.
+    """
+    names = set(facts.head_modules)
+    for plan in plans:
+        if plan.action != "keep":
+            continue
+        model_name = facts.names[plan.source.name] or ""
+        matrix = plan.reason == _NOT_LINEAR and len(plan.shape) == 2
+        if plan.merged:
+            names.add(plan.module or "")
+        elif model_name.endswith(".weight") and (plan.module or matrix):
+            stored = _stored_name(plan.source.name, model_name)
+            names |= {name.removesuffix(".weight") for name in (model_name, stored)}
+    return tuple(sorted(names))
 
 
 def _check_complete(facts: Architecture, present: set[str]) -> None:

@@ -31,7 +31,7 @@ from tests.support.tamper import (
     zero_scale_byte,
 )
 from tests.support.tiny import SHARDS, copy_of, edit_json
-from tests.support.verified import skip_documents
+from tests.support.verified import skip_documents, skip_readers
 
 pytestmark = pytest.mark.usefixtures("workers_here")
 
@@ -64,6 +64,7 @@ def recipe(quick_recipe: Path) -> Recipe:
 def verified(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> Callable[[Build], dict[str, Any]]:
     """Runs the stage, in this process; gives what stands in verification.json."""
     skip_documents(monkeypatch)
+    skip_readers(monkeypatch)
 
     def verify(build: Build) -> dict[str, Any]:
         record = run_stage(build, "verify", recipe, CPU, SILENT).record

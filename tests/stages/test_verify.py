@@ -34,7 +34,7 @@ from tests.support.checkpoints import make_checkpoint, read_tensors
 from tests.support.jobs import CPU, download
 from tests.support.tamper import agree, change, swap
 from tests.support.tiny import content_of, copy_of, edit_json, flip_byte, nf4
-from tests.support.verified import skip_documents
+from tests.support.verified import skip_documents, skip_readers
 
 pytestmark = pytest.mark.usefixtures("workers_here")
 
@@ -54,6 +54,7 @@ def build(exported_falcon: Path, tmp_path: Path) -> Build:
 @pytest.fixture
 def without_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     skip_documents(monkeypatch)
+    skip_readers(monkeypatch)
 
 
 def with_verify(recipe: Recipe, **changes: Any) -> Recipe:

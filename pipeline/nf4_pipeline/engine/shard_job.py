@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from nf4_pipeline.engine.chunks import Chunk, read_chunk, will_read
 from nf4_pipeline.engine.tied import TiedTensor
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.nf4 import BLOCK_SIZE
+from nf4_pipeline.nf4.float_bits import bits_in, float32_of
 from nf4_pipeline.nf4.packing import packed_bytes
 from nf4_pipeline.nf4.rounding import Rounding, WeightRounding
 from nf4_pipeline.progress import Task
@@ -96,6 +98,8 @@ class ShardJob:
         data = read_chunk(self._source, chunk, self._buffers.get("in", chunk.nbytes))
         for other in tied:
             other.check(data, chunk, self._buffers.get("tied", chunk.nbytes))
+        if chunk.tensor.cast_to is not None:
+            data = _cast(data, chunk.tensor)
         self._output.write(chunk.tensor.name, chunk.start * data.itemsize, data)
 
     def _quantize(self, chunk: Chunk) -> None:
@@ -137,3 +141,17 @@ class ShardJob:
             self._output.write(name, 0, data)
         with self._lock:
             self.relative_rmse[plan.name] = rounded.relative_rmse
+
+
+def _cast(bits: NDArray[Any], plan: TensorPlan) -> NDArray[Any]:
+    """The bits of a kept tensor in the dtype that it is stored in."""
+    source, wanted = plan.source, QUANTIZABLE_DTYPES[plan.cast_to or ""]
+    values = float32_of(bits, QUANTIZABLE_DTYPES[source.header.dtype])
+    cast = bits_in(values, wanted)
+    if (np.isinf(float32_of(cast, wanted)) & np.isfinite(values)).any():
+        raise CheckpointError(
+            f"{source.name!r} in {source.file} is {source.header.dtype} and holds numbers too "
+            f"large for {wanted}, in which config.json has this model computed. Set torch_dtype "
+            "in the source's config.json to bfloat16 or float32."
+        )
+    return cast

@@ -102,7 +102,7 @@ def totals(plan: Plan, stored: Mapping[str, StoredTensorEntry]) -> Totals:
     quantized, kept, dropped = (plan.by_action(a) for a in ("quantize", "keep", "drop"))
     original = sum(tensor.source.header.nbytes for tensor in plan.tensors)
     quantized_bytes = sum(stored[part.name].bytes for t in quantized for part in t.stored)
-    kept_bytes = sum(tensor.source.header.nbytes for tensor in kept)
+    kept_bytes = sum(part.nbytes for tensor in kept for part in tensor.stored)
     quantized_weights = sum(prod(tensor.shape) for tensor in quantized)
     weights = quantized_weights + sum(prod(tensor.shape) for tensor in kept)
     artifact = quantized_bytes + kept_bytes
@@ -125,5 +125,6 @@ def totals(plan: Plan, stored: Mapping[str, StoredTensorEntry]) -> Totals:
 def _bytes_by_reason(tensors: tuple[TensorPlan, ...]) -> dict[str, int]:
     sums: dict[str, int] = {}
     for tensor in tensors:
-        sums[tensor.reason] = sums.get(tensor.reason, 0) + tensor.source.header.nbytes
+        nbytes = sum(part.nbytes for part in tensor.stored)
+        sums[tensor.reason] = sums.get(tensor.reason, 0) + nbytes
     return dict(sorted(sums.items()))

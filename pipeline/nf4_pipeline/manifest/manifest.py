@@ -69,7 +69,8 @@ class Tensor(Document):
 
     Attributes:
         name: in the artifact.
-        quantized: whether it is NF4; else it was copied exactly.
+        quantized: whether it is NF4; else it was copied exactly, or cast if its stored dtype is
+            not that of the source.
         reason: why, in words for people.
         shape: of the weight, [out, in] of a linear layer.
         dtype: in the source, such as "BF16".

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from nf4_pipeline.checkpoint.atomic import json_bytes
 from nf4_pipeline.checkpoint.files import travels
@@ -14,7 +13,10 @@ from nf4_pipeline.checkpoint.shards import Shard
 from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.manifest.manifest import StoredTensorEntry
 from nf4_pipeline.model.config import CONFIG_FILE, read_config, without_remote_code
-from nf4_pipeline.selection import QUANTIZABLE_DTYPES, Plan
+from nf4_pipeline.selection import QUANTIZABLE_DTYPES, Plan, model_dtype
+
+TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+_NOT_FOR_ALL: Final = b'"auto_map"', b'"TokenizersBackend"', b'"extra_special_tokens"'
 
 
 def small_files(
@@ -30,10 +32,9 @@ def small_files(
     """
     config = without_remote_code(read_config(source))
     config["architectures"] = [model_class]
-    dtype = str(config.get("dtype") or config.get("torch_dtype"))
-    if dtype not in QUANTIZABLE_DTYPES.values():
-        stored = Counter(tensor.source.header.dtype for tensor in plan.quantized)
-        dtype = QUANTIZABLE_DTYPES[stored.most_common(1)[0][0]]
+    said = str(config.get("dtype") or config.get("torch_dtype"))
+    dtype = QUANTIZABLE_DTYPES[model_dtype(said, plan.tensors)]
+    if dtype != said:
         config["torch_dtype"] = dtype
     config["quantization_config"] = quantization_config(dtype, plan)
     # Configs of state-space models hold an Infinity, which every reader of theirs takes.
@@ -41,16 +42,37 @@ def small_files(
     written = {CONFIG_FILE: text.encode()}
     for name in names:
         if travels(name):
-            written[name] = _without_remote_tokenizer(name, source / name)
+            path = source / name
+            written[name] = (
+                tokenizer_config(path) if name == TOKENIZER_CONFIG else path.read_bytes()
+            )
     return dict(sorted(written.items()))
 
 
-def _without_remote_tokenizer(name: str, path: Path) -> bytes:
-    """A tokenizer config may point at code that does not come along; everything else is exact."""
+def tokenizer_config(path: Path) -> bytes:
+    """A tokenizer_config.json that every version of transformers reads; most are exact copies.
+
+    What points at code that does not come along goes. transformers 5 writes a class that 4 does not
+    have, and a list under a name that is of objects there; both know the older names.
+
+    Args:
+        path: of the source's file.
+
+    Raises:
+        CheckpointError: the file says one of these things and is not a JSON object.
+    """
     content = path.read_bytes()
-    if name != "tokenizer_config.json" or b'"auto_map"' not in content:
+    if not any(word in content for word in _NOT_FOR_ALL):
         return content
-    return json_bytes(without_remote_code(read_json(path)))
+    said = read_json(path)
+    config = without_remote_code(said)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    special = config.get("extra_special_tokens")
+    if isinstance(special, list) and "additional_special_tokens" not in config:
+        del config["extra_special_tokens"]
+        config["additional_special_tokens"] = special
+    return content if config == said else json_bytes(config)
 
 
 def quantization_config(dtype: str, plan: Plan) -> dict[str, Any]:

@@ -42,6 +42,8 @@ class Architecture(Document):
         merged: names in the checkpoint of tensors that transformers merges with others on loading.
         ignorable: names in the checkpoint that the architecture itself passes over.
         optional: names in the model that a checkpoint need not have.
+        dtype: that config.json names, such as "bfloat16".
+        never_cast: names in the model of what transformers does not cast to that dtype.
     """
 
     model_type: str
@@ -55,3 +57,5 @@ class Architecture(Document):
     merged: frozenset[str]
     ignorable: frozenset[str]
     optional: frozenset[str]
+    dtype: str | None = None
+    never_cast: frozenset[str] = frozenset()

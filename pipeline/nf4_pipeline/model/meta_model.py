@@ -12,6 +12,7 @@ from nf4_pipeline.model.architecture import Architecture, LinearFact
 from nf4_pipeline.model.config import brief_text, causal_lm_config
 from nf4_pipeline.model.linear import is_plain_linear
 from nf4_pipeline.model.names import NameMap
+from nf4_pipeline.model.precision import float32_parts
 
 
 def build_meta_model(config: Any, dtype: Any = None) -> Any:
@@ -55,6 +56,8 @@ def read_architecture(config: dict[str, Any], names: Iterable[str], where: Path)
     head = model.get_output_embeddings()
     unexpected = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
     missing = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    dtype = dtype if isinstance(dtype, str) else None
     return Architecture(
         model_type=model.config.model_type,
         class_name=type(model).__name__,
@@ -69,6 +72,21 @@ def read_architecture(config: dict[str, Any], names: Iterable[str], where: Path)
         merged=name_map.merged,
         ignorable=frozenset(n for n in name_map.mapped if any(re.search(p, n) for p in unexpected)),
         optional=frozenset(n for n in shapes if any(re.search(p, n) for p in missing)),
+        dtype=dtype,
+        never_cast=_never_cast(model, dtype),
+    )
+
+
+def _never_cast(model: Any, dtype: str | None) -> frozenset[str]:
+    """Buffers, and parameters that the architecture wants in float32."""
+    import torch
+
+    float32 = float32_parts(model, getattr(torch, dtype or "", None))
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return frozenset(
+        name
+        for name in model.state_dict()
+        if name not in parameters or (float32 is not None and float32.search(name))
     )
 
 

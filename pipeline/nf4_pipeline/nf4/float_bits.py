@@ -47,3 +47,20 @@ def float32_of(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     if dtype == "bfloat16":
         return (bits.astype(np.uint32) << 16).view(np.float32)
     return bits.view(np.float16 if dtype == "float16" else np.float32).astype(np.float32)
+
+
+def bits_in(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """The bits of float32 values in a dtype, rounded to the nearest, ties to even, as torch does.
+
+    Returns:
+        uint16 for "bfloat16" and "float16", uint32 for "float32".
+    """
+    if dtype == "float32":
+        return values.view(np.uint32)
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).view(np.uint16)
+    bits = values.view(np.uint32)
+    rounded = ((bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    rounded[np.isnan(values)] = 0x7FC0  # the carry could make an infinity of it
+    return rounded

@@ -8,7 +8,7 @@
 A worker module defines one function, `run(request, reporter) -> reply`; request and reply are
 documents. Whoever wants it run describes it once: `Worker(MODULE, ReplyType, limits, environment)`.
 
-worker.py       what a worker is: its module, its reply, its limits, its environment
+worker.py       what a worker or a script is: its code, its reply, its limits, its environment
 child.py        the parent's side: start, progress, reply, and what is said when it fails
 in_process.py   for tests: workers run in the process that asks for them
 serve.py        the child's side: limits, death with the parent, every exception reported

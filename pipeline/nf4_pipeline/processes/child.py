@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import threading
 from abc import ABC, abstractmethod
@@ -22,7 +21,7 @@ from nf4_pipeline.documents import Document, DocumentError
 from nf4_pipeline.errors import PipelineError
 from nf4_pipeline.processes.in_process import is_in_process
 from nf4_pipeline.processes.messages import Crash, Envelope, ExpectedError, Message
-from nf4_pipeline.processes.worker import Reply, Request, Worker, load_function
+from nf4_pipeline.processes.worker import Reply, Request, Script, Worker, load_function
 from nf4_pipeline.progress import SILENT, Reporter, Task
 
 _TAIL_LINES: Final = 3
@@ -73,7 +72,9 @@ class Child(ABC, Generic[Reply]):
 
 
 def start(
-    worker: Worker[Request, Reply], request: Request, reporter: Reporter = SILENT
+    worker: Worker[Request, Reply] | Script[Request, Reply],
+    request: Request,
+    reporter: Reporter = SILENT,
 ) -> Child[Reply]:
     """Starts a worker and returns at once.
 
@@ -84,12 +85,16 @@ def start(
         request: sent to it.
         reporter: told how far it is, by the thread that waits for it.
     """
-    if is_in_process():
+    if is_in_process() and isinstance(worker, Worker):
         return _Here(worker, request, reporter)
     return _Process(worker, request, reporter)
 
 
-def run(worker: Worker[Request, Reply], request: Request, reporter: Reporter = SILENT) -> Reply:
+def run(
+    worker: Worker[Request, Reply] | Script[Request, Reply],
+    request: Request,
+    reporter: Reporter = SILENT,
+) -> Reply:
     """Starts a worker and waits for its reply; arguments and errors are those of both."""
     with start(worker, request, reporter) as child:
         return child.wait()
@@ -97,7 +102,10 @@ def run(worker: Worker[Request, Reply], request: Request, reporter: Reporter = S
 
 class _Process(Child[Reply]):
     def __init__(
-        self, worker: Worker[Request, Reply], request: Request, reporter: Reporter
+        self,
+        worker: Worker[Request, Reply] | Script[Request, Reply],
+        request: Request,
+        reporter: Reporter,
     ) -> None:
         self._worker = worker
         self._tasks = _Tasks(reporter)
@@ -106,7 +114,7 @@ class _Process(Child[Reply]):
         # A file, not a pipe: nobody need read it, and it can be as long as it likes.
         self._stderr: IO[bytes] = tempfile.TemporaryFile()
         self._popen = subprocess.Popen(
-            [sys.executable, "-P", "-m", "nf4_pipeline.processes.serve", worker.module],
+            worker.command,
             env=worker.environment.variables() | {"TMPDIR": self._folder.name},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

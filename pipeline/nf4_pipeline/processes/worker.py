@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Final, Generic, TypeVar, get_type_hints
 
 from nf4_pipeline.documents import Document
@@ -59,6 +61,38 @@ class Worker(Generic[Request, Reply]):
     reply: type[Reply]
     limits: Limits = field(default_factory=Limits)
     environment: Environment = field(default_factory=Environment)
+
+    @property
+    def command(self) -> list[str]:
+        """What the parent starts."""
+        return [sys.executable, "-P", "-m", "nf4_pipeline.processes.serve", self.module]
+
+
+@dataclass(frozen=True)
+class Script(Generic[Request, Reply]):
+    """A file that is run in a process of its own and imports nothing of this package.
+
+    It keeps to the protocol by itself: reads an envelope from stdin, ends when its parent does,
+    and writes messages to stdout, the reply last.
+
+    Attributes:
+        path: the file.
+        reply: class of the reply.
+        limits: only the time by the clock; a script sets no limits itself.
+        environment: what it sees of this process's environment.
+        python: the interpreter.
+    """
+
+    path: Path
+    reply: type[Reply]
+    limits: Limits = field(default_factory=Limits)
+    environment: Environment = field(default_factory=Environment)
+    python: Path = field(default_factory=lambda: Path(sys.executable))
+
+    @property
+    def command(self) -> list[str]:
+        """What the parent starts."""
+        return [str(self.python), "-P", str(self.path)]
 
 
 def load_function(module: str) -> tuple[Callable[..., Document], type[Document]]:

@@ -9,6 +9,8 @@ import yaml
 
 from nf4_pipeline.fidelity.metrics import Fidelity
 from nf4_pipeline.manifest.manifest import Manifest
+from nf4_pipeline.readers.document import ReaderResult
+from nf4_pipeline.readers.promises import published_lines
 from nf4_pipeline.report.calibration import (
     describe_extra_bytes,
     describe_tokens,
@@ -60,6 +62,7 @@ def model_card(
         _checks(verification),
         *(_quality(manifest, measured) if measured else []),
         _loading(manifest),
+        *([_readers(measured.readers)] if measured and measured.readers else []),
         _making(manifest),
     ]
     return "\n\n".join(parts) + "\n"
@@ -91,8 +94,15 @@ def _what(manifest: Manifest) -> str:
     )
     return (
         f"`{source.repo}` ({pinned}) in 4 bit: bitsandbytes {manifest.codebook} with double "
-        "quantization. What is not quantized is copied exactly."
+        f"quantization. What is not quantized is copied exactly{_but_for_casts(manifest)}."
     )
+
+
+def _but_for_casts(manifest: Manifest) -> str:
+    cast = [t for t in manifest.tensors if not t.quantized and t.stored[0].dtype != t.dtype]
+    if not cast:
+        return ""
+    return f", but for {len(cast)} tensors that were cast to the dtype in `config.json`"
 
 
 def _sizes(sizes: Sizes) -> str:
@@ -260,12 +270,26 @@ model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPO", device_map="auto")
 
 
 def _patch(manifest: Manifest) -> str:
-    if not manifest.model_class.startswith("Falcon"):
+    lines = published_lines(manifest.model_class, manifest.hidden_modules)
+    if lines is None:
         return "the first snippet instead, which handles every such architecture."
-    return (
-        "```python\nimport torch\nfrom transformers.models.falcon import modeling_falcon\n\n"
-        "modeling_falcon.FalconLinear = torch.nn.Linear\n```"
-    )
+    return f"```python\n{lines}```"
+
+
+def _readers(readers: Sequence[ReaderResult]) -> str:
+    """Who read it, and how that went."""
+    rows = [
+        (
+            result.name,
+            result.version or "",
+            result.outcome if result.outcome != "failed" else "FAILED",
+            _cell(result.why),
+            "" if result.logits_distance is None else f"{result.logits_distance:.3g}",
+        )
+        for result in readers
+    ]
+    head = ("reader", "version", "", "", "logits, from our loader's")
+    return "Each of these loaded it as its users do:\n\n" + _table(head, rows)
 
 
 def _making(manifest: Manifest) -> str:

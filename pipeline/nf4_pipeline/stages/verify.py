@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,7 @@ from nf4_pipeline.machine import Machine
 from nf4_pipeline.manifest.manifest import Manifest
 from nf4_pipeline.manifest.read import MANIFEST_FILE, read_manifest
 from nf4_pipeline.progress import SILENT, Reporter
+from nf4_pipeline.readers.read import Export, OwnReading, Readers
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import DOWNLOAD, SERIALIZE, VERIFY
 from nf4_pipeline.report import model_card as card
@@ -35,7 +37,7 @@ from nf4_pipeline.verification.eval_text import RANDOM, Text, read_text
 from nf4_pipeline.verification.launch import Examination, compare_scores
 from nf4_pipeline.verification.prompts import REFERENCE, Prompt, read_prompts
 
-CODE_VERSION: Final = 3
+CODE_VERSION: Final = 4
 VERIFICATION_FILE: Final = "verification.json"
 CARD_FILE: Final = "README.md"
 REPORT_FILE: Final = "report.html"
@@ -181,16 +183,32 @@ class Verify:
             text=self._text(),
             tokens=recipe.eval_tokens,
         )
-        with tempfile.TemporaryDirectory(prefix="nf4-scores-") as folder:
-            own, others = Path(folder) / "own.npz", Path(folder) / "others.npz"
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nf4-scores-")))
+            own, others = folder / "own.npz", folder / "others.npz"
+            readers = stack.enter_context(Readers(_read(export, manifest), asked.device, folder))
             source = asked.ask_source(export, self.reporter)
             try:
-                nearest = _modules_kept_by_budget(manifest)
-                artifact = asked.ask_artifact(export, own, self.reporter, nearest=nearest)
+                artifact = asked.ask_artifact(
+                    export,
+                    own,
+                    self.reporter,
+                    nearest=_modules_kept_by_budget(manifest),
+                    logits=readers.own_logits,
+                )
             except ArtifactError as error:
                 return assemble_stopped([*checks, report_unloadable(str(error))], recipe, versions)
+            found = readers.results(
+                OwnReading(
+                    version=__version__,
+                    layers=artifact.memory.linear4bit,
+                    lost=[*artifact.missing, *artifact.unexpected],
+                    dtype=artifact.device.dtype,
+                ),
+                self.reporter,
+            )
             verification = assemble_measured(
-                manifest, checks, prompts, source, artifact, recipe, versions
+                manifest, checks, prompts, source, artifact, recipe, versions, found
             )
             if self.against is not None:
                 against = _compare(asked, _artifact(self.against), own, others, self.reporter)
@@ -225,6 +243,18 @@ class Verify:
         """The front matter of the source's own card: its license is inherited, never invented."""
         path = self.build.source / CARD_FILE
         return card.front_matter(path.read_text("utf-8", "replace")) if path.is_file() else {}
+
+
+def _read(export: Path, manifest: Manifest) -> Export:
+    """What the manifest says of an export to those who read it."""
+    quantized = [tensor for tensor in manifest.tensors if tensor.quantized]
+    return Export(
+        folder=export,
+        model_class=manifest.model_class,
+        hidden_modules=manifest.hidden_modules,
+        modules=[tensor.module for tensor in quantized if tensor.module is not None],
+        shapes={tensor.name: tensor.shape for tensor in quantized},
+    )
 
 
 def check_gpu(machine: Machine) -> None:

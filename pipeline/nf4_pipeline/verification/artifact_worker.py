@@ -18,6 +18,7 @@ import numpy as np
 from nf4_pipeline.fidelity.metrics import by_domain, by_position, compare, difference, histogram
 from nf4_pipeline.fidelity.token_scores import TokenScores
 from nf4_pipeline.progress import Reporter
+from nf4_pipeline.readers.logits import write_logits
 from nf4_pipeline.resource_usage import measured
 from nf4_pipeline.runtime.generate import Generator
 from nf4_pipeline.runtime.loader import load_tokenizer, load_with_report
@@ -75,6 +76,9 @@ def run(request: ArtifactRequest, reporter: Reporter) -> ArtifactReply:
         score_by_domain = by_domain(scores, lengths, domains)
         nearest = _nearest_baseline(comparison, scores, lengths, domains)
     on_comparison = take_peaks(comparing, request.device)
+    if request.logits is not None:
+        with one_thread_if_small(footprint):
+            write_logits(model, request.logits)
     answers: list[TimedAnswer] = []
     with measured() as answering, one_thread_if_small(footprint):
         if request.prompts:

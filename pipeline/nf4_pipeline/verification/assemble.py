@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from nf4_pipeline.fidelity.metrics import is_right
 from nf4_pipeline.fidelity.verdict import Check, accuracy_check, fidelity_checks, verdict
 from nf4_pipeline.manifest.manifest import Manifest
+from nf4_pipeline.readers.document import ReaderResult, reader_checks
 from nf4_pipeline.recipe import VerifyRecipe
 from nf4_pipeline.verification.check_model import check_kept, check_reloaded, check_weights
 from nf4_pipeline.verification.document import (
@@ -53,6 +54,7 @@ def assemble_measured(
     artifact: ArtifactReply,
     recipe: VerifyRecipe,
     versions: Mapping[str, str],
+    readers: Sequence[ReaderResult] = (),
 ) -> MeasuredVerification:
     """The verification of an artifact that was held against its source.
 
@@ -64,6 +66,7 @@ def assemble_measured(
         artifact: what it replied of the 4-bit one.
         recipe: the limits.
         versions: of what was used, by name.
+        readers: what each reader of the export found.
     """
     answers = _pair_answers(prompts, source.answers, artifact.answers)
     accuracy = _accuracy(answers)
@@ -72,6 +75,7 @@ def assemble_measured(
         *check_reloaded(manifest, artifact),
         check_weights(manifest, artifact.blocks, artifact.outside),
         check_kept(artifact.kept, artifact.changed),
+        *reader_checks(readers),
         *fidelity_checks(artifact.fidelity, recipe),
     ]
     if accuracy is not None:
@@ -98,6 +102,7 @@ def assemble_measured(
         models=Models(in_16_bit=source.costs, in_4_bit=artifact.costs),
         comparison=artifact.comparison,
         answers=answers,
+        readers=tuple(readers) or None,
     )
 
 

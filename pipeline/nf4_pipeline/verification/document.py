@@ -19,6 +19,7 @@ from nf4_pipeline.fidelity.metrics import (
     PositionScore,
 )
 from nf4_pipeline.fidelity.verdict import Check, Verdict
+from nf4_pipeline.readers.document import ReaderResult
 
 SCHEMA_VERSION: Final = 3
 SCHEMA: Final = Path(__file__).with_name("verification.schema.json")
@@ -320,6 +321,7 @@ class MeasuredVerification(Verification):
         comparison: what comparing them took.
         answers: of both, to every prompt.
         against: another artifact; None if none was named.
+        readers: what each reader of the export found; None if none was tried.
     """
 
     device: Device
@@ -337,6 +339,7 @@ class MeasuredVerification(Verification):
     comparison: ComparisonCosts
     answers: tuple[AnswerPair, ...]
     against: Against | None = optional()
+    readers: tuple[ReaderResult, ...] | None = optional()
 
 
 def parse_verification(value: Any) -> Verification:

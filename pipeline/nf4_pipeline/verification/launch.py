@@ -90,6 +90,7 @@ class Examination:
         reporter: Reporter,
         *,
         nearest: Sequence[str] | None = None,
+        logits: Path | None = None,
     ) -> ArtifactReply:
         """The 4-bit model's answers and its distance from the source, from a fresh process.
 
@@ -98,6 +99,7 @@ class Examination:
             scores: where the scores of all tokens are left (.npz).
             reporter: told how far it is.
             nearest: measure round to nearest beside it, these modules in 4 bit, too; None not to.
+            logits: where logits to hold other readers against are left (.npy); None not to.
 
         Raises:
             ArtifactError: the artifact could not be loaded.
@@ -115,6 +117,7 @@ class Examination:
             tokens=self.tokens,
             scores=scores,
             nearest=None if nearest is None else tuple(nearest),
+            logits=logits,
         )
         return _ask(_ARTIFACT_WORKER, request, artifact, reporter)
 

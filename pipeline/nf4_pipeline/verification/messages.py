@@ -51,12 +51,15 @@ class ArtifactRequest(SourceRequest):
         tokens: of it, at most.
         scores: where the scores of all tokens are left (.npz).
         nearest: measure round to nearest as well, with these modules in 4 bit, too; None not to.
+        logits: where the logits that other readers are held against are left (.npy); None for no
+            such file.
     """
 
     text: Text
     tokens: int
     scores: Path
     nearest: tuple[str, ...] | None
+    logits: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
