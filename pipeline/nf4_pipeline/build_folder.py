@@ -202,9 +202,7 @@ class Build:
                 return None
             outputs = _digests(value["outputs"])
             stamps = {
-                path: FileStamp(
-                    entry["size"], entry["mtime_ns"], entry["ctime_ns"], entry["inode"]
-                )
+                path: FileStamp(entry["size"], entry["mtime_ns"], entry["ctime_ns"], entry["inode"])
                 for path, entry in value["outputs"].items()
                 if {"mtime_ns", "ctime_ns", "inode"} <= entry.keys()
             }

@@ -225,7 +225,7 @@ class Download:
         if any(PICKLE_FILE.fullmatch(name) for name in files):
             return self._convert(folder, repo, model.commit, files)
         _check(folder)
-        return Source(folder, repo, model.commit, files, Probe(folder).wait())
+        return Source(folder, repo, model.commit, files, fetched.stamps, Probe(folder).wait())
 
     def _convert(
         self, folder: Path, repo: str, commit: str | None, files: Mapping[str, FileDigest]
@@ -240,7 +240,10 @@ class Download:
         with _locked_soon(build):
             made = convert(folder, files, target, self.reporter)
         _check(target)
-        return Source(target, repo, commit, made, Probe(target).wait(), converted_from=files)
+        stamps = _stamps({name: target / name for name in made})
+        return Source(
+            target, repo, commit, made, stamps, Probe(target).wait(), converted_from=files
+        )
 
 
 @contextmanager
@@ -257,6 +260,10 @@ def _locked_soon(build: Build) -> Iterator[None]:
                     raise
                 time.sleep(0.05)
         yield
+
+
+def _stamps(paths: Mapping[str, Path]) -> dict[str, FileStamp]:
+    return {name: FileStamp.of(path) for name, path in paths.items()}
 
 
 def _slug(repo: str, commit: str | None, files: Mapping[str, FileDigest]) -> str:
