@@ -7,10 +7,10 @@
       records/       one small JSON per finished stage
       .lock          held by the process that works here
 
-A record holds the stage's key, every output with its size, sha256 and stamp (times and inode), what
-the next stages need to know, and what the work took; that of a stage that judges holds the files that
-it judged, too. It is written last. A stage is done if its record has the key that it would have now,
-and its outputs still hash as recorded; a record that cannot be read counts as none.
+A record holds the stage's key, every output with its size, sha256 and stamp (times and inode),
+what the next stages need to know, and what the work took; that of a stage that judges holds the
+files that it judged, too. It is written last. A stage is done if its record has the key that it
+would have now, and its outputs still hash as recorded; a record that cannot be read counts as none.
 """
 
 from __future__ import annotations

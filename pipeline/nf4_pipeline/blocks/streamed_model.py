@@ -41,12 +41,13 @@ class StreamedModel:
         model: the transformers model.
         blocks: by name, in order.
         device: where they are while they are open.
+        checkpoint: what the folder holds.
         footprint: bytes of all parameters if they were there at once.
     """
 
     def __init__(self, folder: Path, device: str, dtype: torch.dtype | None = None) -> None:
         self._folder = folder
-        checkpoint = open_checkpoint(folder)
+        self.checkpoint = checkpoint = open_checkpoint(folder)
         config = causal_lm_config(read_config(folder), folder)
         stored = stored_dtype(config, checkpoint)
         self._dtype = dtype or compute_dtype(stored, device) or stored
@@ -103,6 +104,17 @@ class StreamedModel:
         group = self._groups[block]
         on_device = buffer[: group.nbytes].to(self.device)
         self._fill(block, group.views(on_device))
+
+    def stored(self, block: str) -> dict[str, torch.Tensor]:
+        """What the checkpoint holds of a block that was just opened, by its names there.
+
+        As it stands in the files, on the CPU: not cast, not merged, and, as long as the block has
+        not run, not changed. Nothing for a block that is held.
+        """
+        if block not in self._next:
+            return {}
+        buffer, _ = self._next[block]
+        return self._groups[block].views(buffer)
 
     def open_ahead(self, block: str, *, again: bool = False) -> None:
         """Opens a block, and begins to read the one behind it.
