@@ -164,7 +164,7 @@ class Inputs:
                 raise BuildError(
                     f"{path.resolve()} was changed or touched while it was read: expected it to "
                     f"stay as `{self.stage}` recorded it. Nothing that was made of it counts. Let "
-                    "it rest, then run `nf4 build` again."
+                    "it rest, then run the same command again."
                 )
 
 

@@ -86,7 +86,7 @@ def test_block_by_block_is_whole(kind: str, tmp_path: Path) -> None:
     assert_same(scores, scored_whole(whole(folder), model, sequences()), within=1e-6)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gptj"])
+@pytest.mark.parametrize("name", ["mixtral", "gptj", "rwkv"])
 def test_other_decoders(name: str, tmp_path: Path) -> None:
     write_decoder(tmp_path / name, name)
     model = in_4_bit(tmp_path / name)

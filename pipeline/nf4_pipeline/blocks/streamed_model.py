@@ -217,6 +217,8 @@ class StreamedModel:
                 f"{absent[0]!r}. Download it again."
             )
         self.model.eval()
+        if self._rescale_every:
+            self.model.base_model.layers_are_rescaled = True
 
     def _compute_buffers(self) -> None:
         """Buffers that no checkpoint stores, such as rotary frequencies, made by transformers.
@@ -243,6 +245,22 @@ class StreamedModel:
             before[name] = _assign(self.model, name, value)
         if block != _STEM:
             self._empty[block] = before
+            self._rescale(block)
+
+    @property
+    def _rescale_every(self) -> int:
+        """After how many layers an RWKV halves its hidden states; 0 for all other models."""
+        rescales = hasattr(self.model.base_model, "layers_are_rescaled")
+        return int(self.model.config.rescale_every) if rescales else 0
+
+    def _rescale(self, block: str) -> None:
+        """Does what an RWKV does to its weights, once, when it first runs; here they come anew."""
+        if not self._rescale_every:
+            return
+        factor = 2 ** (list(self.blocks).index(block) // self._rescale_every)
+        for name in ("attention.output.weight", "feed_forward.value.weight"):
+            weight = self.blocks[block].get_parameter(name)
+            _assign(self.blocks[block], name, weight / factor)
 
     def _parameters(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Name in the model -> tensor; merges what transformers merges."""

@@ -50,10 +50,26 @@ def cached_model(repo_id: str, revision: str) -> RemoteModel:
             f"offline, and {storage(repo_id)} holds no {repo_id}@{revision}: run once without "
             "HF_HUB_OFFLINE, or set HF_HOME to a cache that has it."
         )
-    folder = snapshot(repo_id, commit)
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = tuple(_cached_file(path, path.relative_to(folder).as_posix()) for path in paths)
+    files = listed(snapshot(repo_id, commit))
     return RemoteModel(repo_id, commit, files, revision, offline=True)
+
+
+def listed(snapshot: Path) -> tuple[RemoteFile, ...]:
+    """What the Hub listed for the files of a snapshot, as far as the names of their blobs say."""
+    paths = sorted(path for path in snapshot.rglob("*") if path.is_file())
+    return tuple(_cached_file(path, path.relative_to(snapshot).as_posix()) for path in paths)
+
+
+def as_snapshot(folder: Path) -> tuple[str, str] | None:
+    """Of a folder that is a snapshot in some Hub cache: `models--ORG--NAME`, and the commit."""
+    path = folder.resolve()
+    known = (
+        re.fullmatch("[0-9a-f]{40}", path.name)
+        and path.parent.name == "snapshots"
+        and path.parent.parent.name.startswith("models--")
+        and (path.parent.parent / "blobs").is_dir()
+    )
+    return (path.parent.parent.name, path.name) if known else None
 
 
 def _cached_file(path: Path, name: str) -> RemoteFile:

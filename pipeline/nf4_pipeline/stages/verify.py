@@ -46,7 +46,7 @@ from nf4_pipeline.verification.check_files import (
     check_manifest,
     check_source,
 )
-from nf4_pipeline.verification.check_model import report_unloadable
+from nf4_pipeline.verification.check_model import check_kept, check_weights, report_unloadable
 from nf4_pipeline.verification.document import Against, MeasuredVerification, Verification
 from nf4_pipeline.verification.eval_text import RANDOM, Text, read_text
 from nf4_pipeline.verification.launch import Examination, compare_scores
@@ -224,13 +224,12 @@ class Verify:
 
     def _check_files(self, manifest: Manifest) -> CheckedFiles:
         """Hashes what lies in the export, and holds it against manifest, record and source."""
-        export, download = self.build.export, self.build.need(DOWNLOAD)
+        export = self.build.export
         recorded = self.build.need(SERIALIZE).outputs_in("export")[MANIFEST_FILE]
         files = check_files(export, manifest, self.reporter, others=(MANIFEST_FILE, SIGNATURE_FILE))
-        source = Source(**download.facts.identity, files=download.outputs_in("source"))
         checks = [
             check_manifest(files.digests[MANIFEST_FILE], recorded),
-            check_source(manifest.source, source),
+            check_source(manifest.source, self._source()),
             *files.checks,
         ]
         return replace(files, checks=checks)
@@ -288,9 +287,21 @@ class Verify:
                 manifest, checks, prompts, source, artifact, recipe, versions, found
             )
             if self.against is not None:
-                against = _compare(asked, _artifact(self.against), own, others, self.reporter)
+                against = _compare(
+                    asked,
+                    _artifact(self.against),
+                    own,
+                    others,
+                    self._source(),
+                    self.reporter,
+                )
                 verification = replace(verification, against=against)
         return verification
+
+    def _source(self) -> Source:
+        """As download pinned it: what the manifest should say."""
+        download = self.build.need(DOWNLOAD)
+        return Source(**download.facts.identity, files=download.outputs_in("source"))
 
     def _check_other(self, other: Path) -> None:
         """Refuses an artifact that cannot be compared with, before any work is done.
@@ -400,7 +411,12 @@ def _versions() -> dict[str, str]:
 
 
 def _compare(
-    asked: Examination, other: Path, own_scores: Path, scores: Path, reporter: Reporter
+    asked: Examination,
+    other: Path,
+    own_scores: Path,
+    scores: Path,
+    source: Source,
+    reporter: Reporter,
 ) -> Against:
     """Another artifact of the same source on the same text.
 
@@ -409,10 +425,31 @@ def _compare(
         other: the export folder of the other.
         own_scores: that this artifact left.
         scores: where those of the other are left.
+        source: of both, as this build has downloaded and hashed it.
         reporter: told how far it is.
+
+    Raises:
+        ArtifactError: the other one does not hold the weights of the source.
     """
     theirs = read_manifest(other)
     reply = asked.without_prompts().ask_artifact(other, scores, reporter)
+    for check in (
+        check_weights(theirs, reply.blocks, reply.outside, reply.malformed),
+        check_kept(reply.kept, reply.changed),
+    ):
+        if not check.passed:
+            raise ArtifactError(
+                f"{other} was not made from this source, whatever its manifest says: {check.name}: "
+                f"expected {check.expected}, found {check.found}."
+            )
+    said = theirs.source
+    not_checked = None
+    if (said.repo, said.commit) != (source.repo, source.commit):
+        not_checked = (
+            f"that its source is {said.repo} at {said.commit or 'no commit'}; its content is that "
+            f"of {source.repo} at {source.version[:12]}, which this build has downloaded"
+        )
+        reporter.note(f"{other}: not checked: {not_checked}.")
     return Against(
         name=other.parent.name if other.name == "export" else other.name,
         manifest_sha256=digest_file(other / MANIFEST_FILE).sha256,
@@ -420,6 +457,7 @@ def _compare(
         fidelity=reply.fidelity,
         domains=reply.domains,
         difference=compare_scores(own_scores, scores),
+        not_checked=not_checked,
     )
 
 

@@ -165,15 +165,17 @@ class WeightComparison:
         if found.shape != wanted.shape:
             return False
         if header.dtype not in DTYPES or found.dtype == wanted.dtype:
-            compare, found, wanted = torch.equal, _bytes_of(found), _bytes_of(wanted)
+            found, wanted = _bytes_of(found), _bytes_of(wanted)
         else:
-            compare, found, wanted = _same_cast, found.reshape(-1), wanted.reshape(-1)
+            found, wanted = found.reshape(-1), wanted.reshape(-1)
         pairs = zip(torch.split(found, _PART), torch.split(wanted, _PART), strict=True)
-        return all(compare(one, other) for one, other in pairs)
+        return all(_same(one, other) for one, other in pairs)
 
 
-def _same_cast(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Equal, with a NaN for a NaN: which of them a cast gives is not said anywhere."""
+def _same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Equal, or what a cast gives, with a NaN for a NaN: which of them is not said anywhere."""
+    if found.dtype == wanted.dtype:
+        return torch.equal(found, wanted)
     cast = wanted.to(found.dtype)
     return bool(((found == cast) | (found.isnan() & cast.isnan())).all())
 
