@@ -36,6 +36,10 @@ MENDED = [(kind, files[-1]) for kind, (_, files) in DAMAGES.items()]
 """Each damage to one file: to mend it takes longer than to see it."""
 
 
+RECORDED = ("manifest and record rewritten", "source in manifest and record forged")
+"""Nothing tells `build` that serialize did not write this: it verifies anew, and fails."""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
     """No pictures, and no readers in processes of their own."""
@@ -76,7 +80,7 @@ def test_status_push_and_check_see_it(signed: Signed, tmp_path: Path, kind: str,
 def test_verify_sees_it(signed: Signed, tmp_path: Path, kind: str, name: str) -> None:
     build, file = damaged(signed, tmp_path / "build", kind, name)
     said = ask_verify(signed, build, file)
-    if file in (*DOCUMENTS, *ATTESTED) and kind != "two files swapped":
+    if file in (*DOCUMENTS, *ATTESTED):
         assert said == "made anew"
     else:
         assert said in ("fail", "ArtifactError")
@@ -85,4 +89,8 @@ def test_verify_sees_it(signed: Signed, tmp_path: Path, kind: str, name: str) ->
 @pytest.mark.parametrize(("kind", "name"), MENDED)
 def test_build_mends_it_and_says_so(signed: Signed, tmp_path: Path, kind: str, name: str) -> None:
     build, file = damaged(signed, tmp_path / "build", kind, name)
-    assert ask_build(signed, build, file).startswith("again: ")
+    said = ask_build(signed, build, file)
+    if kind in RECORDED:
+        assert said == "fail"
+    else:
+        assert said.startswith("again: ")

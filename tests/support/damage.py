@@ -317,12 +317,17 @@ def ask_check(signed: Signed, build: Build, name: str) -> str:
 
 
 def ask_build(signed: Signed, build: Build, name: str) -> str:
-    """`nf4 build`: the stages that it did again, and said so, until all was as before."""
+    """`nf4 build`: the stages that it did again, and said so, until all was as before; or "fail".
+
+    Anything else is "ok", and wrong.
+    """
     recipe, notes = signed.recipe, Notes()
     request = DownloadRequest(str(signed.model), build_dir=build.root)
     _, results = run_build(request, recipe, CPU, notes)
     again = [stage for stage, result in results.items() if result.ran]
-    if not again or results["verify"].record.facts.verdict != "pass":
+    if again and results["verify"].record.facts.verdict != "pass":
+        return "fail"
+    if not again:
         return "ok"
     left = {
         path for path, digest in contents(build).items() if digest != contents(signed).get(path)

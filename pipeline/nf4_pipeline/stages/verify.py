@@ -232,7 +232,9 @@ class Verify:
             check_source(manifest.source, self._source()),
             *files.checks,
         ]
-        return replace(files, checks=checks)
+        # A signature signs what is judged here, and comes later.
+        judged = {n: digest for n, digest in files.digests.items() if n != SIGNATURE_FILE}
+        return CheckedFiles(checks, judged)
 
     def _documents(self, manifest: Manifest, verification: Verification) -> dict[str, bytes]:
         """The verification, for machines and for people, by file name."""
