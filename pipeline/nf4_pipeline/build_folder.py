@@ -260,7 +260,7 @@ class Build:
                 if not claimed and stamps[name] == record.stamps.get(name):
                     continue
                 if digest_file(self.root / name) != expected:
-                    problem = "changed since it was recorded"
+                    problem = f"changed since `{kind.stage}` recorded it"
             if problem is not None:
                 raise BuildError(
                     f"{self.root / name} {problem}: expected {expected.size:,} bytes with sha256 "

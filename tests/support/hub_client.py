@@ -32,7 +32,7 @@ def isolated(home: Path, endpoint: str, **variables: str) -> dict[str, str]:
         "HF_HUB_DISABLE_XET": "1",
         "HOME": str(home),
         "NO_PROXY": "127.0.0.1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "pipeline")]),
         **variables,
     }
 
