@@ -287,8 +287,8 @@ class Build:
                 "key": record.key,
                 "outputs": {
                     path: {
-                        **digest.to_json(),
                         **(record.stamps.get(path) or FileStamp.of(self.root / path)).to_json(),
+                        **digest.to_json(),
                     }
                     for path, digest in sorted(record.outputs.items())
                 },
