@@ -263,17 +263,13 @@ KINDS: dict[str, tuple[Damage, str]] = {
         points_at("model-00009-of-00009.safetensors"),
         "lacks 1 of the 3 shards",
     ),
-    "an index of a tensor that is not there": (
-        weight_map(lambda found: found.update({"no.such": SHARD})),
-        "'no.such' is not in",
-    ),
     "an index that is huge": (sparse(INDEX, 33 * MIB), "no real model.safetensors.index.json has"),
     # Links and odd files
     "a shard that is a link out": (link_out(SHARD), f"{SHARD} is a link out of its folder"),
     "a tokenizer that is a link out": (link_out("tokenizer.json"), "tokenizer.json is a link out"),
     "a license that is a link out": (link_out("LICENSE"), "LICENSE is a link out"),
     "a folder that is a link out": (link_folder_out, "a.jinja is a link out"),
-    "a link to nowhere": (dangling, "tokenizer.json is not a file"),
+    "a link to nowhere": (dangling, "tokenizer.json is a dead link"),
     "a pipe": (pipe("tokenizer_config.json"), "tokenizer_config.json is not a file"),
     "a config that is a pipe": (pipe("config.json"), "config.json is not a file"),
     "a tokenizer that is a folder": (

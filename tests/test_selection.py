@@ -233,12 +233,14 @@ def test_tensors_that_the_model_does_not_know() -> None:
         names={**FACTS.names, "model.h.0.attn.masked_bias": None, "stray": None},
         ignorable=frozenset({"model.h.0.attn.masked_bias"}),
     )
-    found = reasons(select(more, facts, QuantizeRecipe()))
+    with pytest.raises(CheckpointError, match=r"no place for 1 tensors.*--allow-unused 'stray'"):
+        select(more, facts, QuantizeRecipe())
+    found = reasons(select(more, facts, QuantizeRecipe(allow_unused=("stray",))))
     assert found["model.h.0.attn.masked_bias"] == (
         "drop",
         "a buffer that the model computes itself",
     )
-    assert found["stray"] == ("drop", "the model has no place for it")
+    assert found["stray"] == ("drop", "left out, as --allow-unused 'stray' says")
 
 
 def test_tensors_that_are_merged_on_loading_stay() -> None:

@@ -24,6 +24,7 @@ _LIBRARIES: Final = (
     "huggingface_hub",
     "numba",
 )
+_TOKENIZERS: Final = ("sentencepiece", "tiktoken", "mistral-common")
 _FALCON_BYTES: Final = 19e9  # falcon-7b-instruct and its artifact
 _AMPERE: Final = 8  # the first compute capability with bfloat16 arithmetic
 
@@ -73,6 +74,7 @@ class MachineReport(Document):
         processors: that this process may use.
         available_memory_bytes: that can be used without swapping; None if the system does not say.
         libraries: name -> version, None if it is not installed.
+        tokenizers: the same of packages that only some tokenizers need.
         gpus: CUDA devices that torch can use.
         disks: free space for builds and for the Hub cache.
         hub: how the Hub would be reached.
@@ -85,6 +87,7 @@ class MachineReport(Document):
     processors: int
     available_memory_bytes: int | None
     libraries: Mapping[str, str | None]
+    tokenizers: Mapping[str, str | None]
     gpus: tuple[Gpu, ...]
     disks: Mapping[str, Disk]
     hub: HubAccess
@@ -104,6 +107,7 @@ def examine(artifacts: Path) -> MachineReport:
         processors=len(os.sched_getaffinity(0)),
         available_memory_bytes=available_memory(),
         libraries={name: _version(name) for name in _LIBRARIES},
+        tokenizers={name: _version(name) for name in _TOKENIZERS},
         gpus=tuple(_gpus()),
         disks={"builds": _disk(artifacts), "hub_cache": _disk(_hub_cache())},
         hub=HubAccess(
@@ -121,6 +125,13 @@ def find_traps(machine: MachineReport) -> Iterator[Finding]:
     if missing:
         text = f"not installed: {', '.join(missing)}. Install this package again."
         yield Finding(kind="problem", text=text)
+    lacking = [name for name, value in machine.tokenizers.items() if value is None]
+    if lacking:
+        yield Finding(
+            kind="note",
+            text=f"not installed: {', '.join(lacking)}, which only tokenizers without a "
+            "tokenizer.json need; pip install 'nf4-pipeline[tokenizers]' brings them",
+        )
     yield from _gpu_findings(machine.gpus)
     transformers = machine.libraries["transformers"]
     if transformers and _numbers(transformers) >= (5, 5):

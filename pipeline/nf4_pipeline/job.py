@@ -13,7 +13,15 @@ from nf4_pipeline.errors import BuildError, RecipeError, StoppedError, of_system
 from nf4_pipeline.machine import Machine
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.recipe import TABLES, PartialRecipe, Recipe
-from nf4_pipeline.records import DOWNLOAD, KINDS, QUANTIZE, SERIALIZE, VERIFY, strangers
+from nf4_pipeline.records import (
+    DOWNLOAD,
+    KINDS,
+    QUANTIZE,
+    SERIALIZE,
+    VERIFY,
+    Reading,
+    strangers,
+)
 from nf4_pipeline.stages.attest import Attest
 from nf4_pipeline.stages.download import Download, Downloaded, DownloadRequest
 from nf4_pipeline.stages.quantize import Quantize, count_finished_files
@@ -66,7 +74,8 @@ def run_build(
 
     Args:
         request: the model, and where its build folder shall be.
-        recipe: everything that shapes bytes and verdict.
+        recipe: everything that shapes bytes and verdict; what the request says of the tensors
+            counts where it does not.
         machine: what the work may use.
         reporter: told how far it is.
 
@@ -75,6 +84,8 @@ def run_build(
     """
     check_gpu(machine)
     text_path(recipe.quantize)  # a text that is not there is known before any byte
+    recipe = request.reading.into(recipe)
+    request = replace(request, reading=Reading.of(recipe.quantize))
     build, record, ran = run_download(request, reporter)
     results = {"download": StageResult(record, ran)}
     stages = make_stages(build, recipe, machine, reporter)
@@ -145,10 +156,11 @@ def complete_recipe(
         recipe: what was said.
         before: the stage that comes next (see `PartialRecipe.completed`).
     """
-    if isinstance(recipe, Recipe):
-        return recipe
-    records = {name: build.record(KINDS[name]) for name in TABLES}
-    return recipe.completed({name: r.recipe for name, r in records.items() if r}, before)
+    if not isinstance(recipe, Recipe):
+        records = {name: build.record(KINDS[name]) for name in TABLES}
+        recipe = recipe.completed({name: r.recipe for name, r in records.items() if r}, before)
+    downloaded = build.record(DOWNLOAD)
+    return downloaded.facts.reading.into(recipe) if downloaded else recipe
 
 
 def _ensure(

@@ -50,6 +50,9 @@ class QuantizeRecipe:
             in 16 bit, such as "5%"; needs calibration.
         rounding: how codes and scales are chosen; "nearest" is what bitsandbytes does, and
             "calibrated" follows from `calibrate`.
+        allow_unused: tensors of the checkpoint that may be left out though nobody knows what they
+            are (see `model.unused_tensors.matches`).
+        strip_prefix: what stands before the names of all tensors and is no part of them.
     """
 
     skip_modules: tuple[str, ...] = ()
@@ -57,6 +60,8 @@ class QuantizeRecipe:
     calibration_tokens: int = 16_384
     extra_bytes: str = ""
     rounding: str = ""
+    allow_unused: tuple[str, ...] = ()
+    strip_prefix: str = ""
 
     def __post_init__(self) -> None:
         rounding = "calibrated" if self.calibrate else "nearest"
@@ -92,6 +97,18 @@ class QuantizeRecipe:
             list(self.skip_modules),
             "names of modules, none of them empty",
         )
+        _require(
+            all(pattern.strip("*.") for pattern in self.allow_unused),
+            "quantize.allow_unused",
+            list(self.allow_unused),
+            "names of tensors, each with more in it than *",
+        )
+        _require(
+            not self.strip_prefix or self.strip_prefix.endswith("."),
+            "quantize.strip_prefix",
+            self.strip_prefix,
+            'a prefix with its dot, such as "_orig_mod."',
+        )
 
     @property
     def extra_share(self) -> float:
@@ -106,6 +123,9 @@ class QuantizeRecipe:
                 del plain[name]
         elif self.calibrate != "self":
             plain["calibrate"] = "text"
+        for name in ("allow_unused", "strip_prefix"):  # recipes of most models have neither
+            if not plain[name]:
+                del plain[name]
         return plain
 
 

@@ -11,7 +11,7 @@ PUSH        what the Hub holds, and the proof
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from nf4_pipeline.build_folder import Build, Facts, RecordKind
@@ -23,8 +23,41 @@ from nf4_pipeline.documents import Document, key, optional
 from nf4_pipeline.hub.local import Proof
 from nf4_pipeline.manifest.manifest import Totals
 from nf4_pipeline.model.architecture import Architecture
+from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
+from nf4_pipeline.model.unused_tensors import LeftOut
 from nf4_pipeline.provenance.signing import SIGNATURE_FILE
+from nf4_pipeline.recipe import QuantizeRecipe, Recipe
 from nf4_pipeline.verification.document import Verification, parse_verification
+
+
+@dataclass(frozen=True)
+class Reading(Document):
+    """How the tensors of a checkpoint are understood, as the user says it.
+
+    Attributes:
+        allow_unused: patterns of tensors that the model has no place for and may be left out.
+        strip_prefix: what stands before the names of all tensors; a copy without it is made.
+    """
+
+    allow_unused: tuple[str, ...] = ()
+    strip_prefix: str = ""
+
+    @classmethod
+    def of(cls, recipe: QuantizeRecipe) -> Reading:
+        """What a recipe says of it."""
+        return cls(recipe.allow_unused, recipe.strip_prefix)
+
+    def into(self, recipe: Recipe) -> Recipe:
+        """A recipe that says the same, where it does not say something else."""
+        own = recipe.quantize
+        return replace(
+            recipe,
+            quantize=replace(
+                own,
+                allow_unused=own.allow_unused or self.allow_unused,
+                strip_prefix=own.strip_prefix or self.strip_prefix,
+            ),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +70,10 @@ class DownloadFacts(Document):
         content_sha256: one hash over all files.
         is_sample: it is the model that comes with the package.
         model: what transformers said of its architecture when it was downloaded.
-        converted_from: the pickles that its weights were, by name; else empty.
+        converted_from: the pickles that its weights were, or the files whose tensors had a prefix,
+            by name; else empty.
+        tokenizer: what was found of it; None in a record of an older version.
+        reading: how its tensors are understood.
     """
 
     repo: str
@@ -46,6 +82,13 @@ class DownloadFacts(Document):
     is_sample: bool
     model: Architecture
     converted_from: Mapping[str, FileDigest]
+    tokenizer: TokenizerFacts | None = optional()
+    reading: Reading = field(default_factory=Reading)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know before hours of work, and at their end."""
+        return self.tokenizer.notes(self.repo) if self.tokenizer else []
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -123,10 +166,12 @@ class SerializeFacts(Document):
     Attributes:
         totals: those of its manifest.
         hidden_modules: as in `QuantizeFacts`.
+        left_out: learned tensors of the source that are not in it.
     """
 
     totals: Totals
     hidden_modules: tuple[str, ...]
+    left_out: tuple[LeftOut, ...] = ()
 
 
 @dataclass(frozen=True)

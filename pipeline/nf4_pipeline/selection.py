@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Final, Literal
@@ -20,6 +20,8 @@ from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.source import SourceTensor
 from nf4_pipeline.errors import ArchitectureError, CheckpointError, RecipeError
 from nf4_pipeline.model.architecture import Architecture, LinearFact
+from nf4_pipeline.model.fit import check_complete, check_shape, unused_tensors
+from nf4_pipeline.model.unused_tensors import check_all_known
 from nf4_pipeline.nf4.double_quant import NestedScales
 from nf4_pipeline.nf4.stored_weight import QUANT_TYPE, companions, stored_tensors
 from nf4_pipeline.recipe import QuantizeRecipe
@@ -156,8 +158,11 @@ def select(
         for tensor in tensors
         if (model_name := facts.names.get(tensor.name)) is not None
     }
-    _check_complete(facts, set(by_model_name))
-    plans = {tensor.name: _decide(tensor, facts, recipe, sensitive) for tensor in tensors}
+    check_complete(tensors, facts)
+    unused = unused_tensors(tensors, facts, recipe.allow_unused)
+    check_all_known(unused, facts.class_name)
+    reasons = {tensor.name: tensor.reason or "" for tensor in unused}
+    plans = {tensor.name: _decide(tensor, facts, recipe, sensitive, reasons) for tensor in tensors}
     for tensor in tensors:
         canonical = facts.tied.get(facts.names.get(tensor.name) or "", "")
         if canonical and canonical not in by_model_name and plans[tensor.name].action == "keep":
@@ -206,20 +211,20 @@ def _check_patterns(recipe: QuantizeRecipe, facts: Architecture) -> None:
 
 
 def _decide(
-    tensor: SourceTensor, facts: Architecture, recipe: QuantizeRecipe, sensitive: frozenset[str]
+    tensor: SourceTensor,
+    facts: Architecture,
+    recipe: QuantizeRecipe,
+    sensitive: frozenset[str],
+    reasons: Mapping[str, str],
 ) -> TensorPlan:
     model_name = facts.names.get(tensor.name)
     if tensor.name in facts.merged:
         why = "merged with others on loading, which 4-bit weights cannot be"
         return TensorPlan(tensor, tensor.name, "keep", why, _container(tensor.name), merged=True)
     if model_name is None:
-        known = tensor.name in facts.ignorable
-        why = (
-            "a buffer that the model computes itself" if known else "the model has no place for it"
-        )
-        return TensorPlan(tensor, tensor.name, "drop", why)
+        return TensorPlan(tensor, tensor.name, "drop", reasons[tensor.name])
     name = _stored_name(tensor.name, model_name)
-    _check_shape(tensor, facts.shapes[model_name])
+    check_shape(tensor, facts.shapes[model_name], facts)
     linear = facts.linears.get(model_name)
     if linear is None:
         return TensorPlan(tensor, name, "keep", _kind_of(tensor))
@@ -355,25 +360,6 @@ def _skip_modules(plans: Iterable[TensorPlan], facts: Architecture) -> tuple[str
     return tuple(sorted(names))
 
 
-def _check_complete(facts: Architecture, present: set[str]) -> None:
-    """Every parameter must be there, or another that it shares its values with."""
-    families: dict[str, set[str]] = {}
-    for alias, canonical in facts.tied.items():
-        families.setdefault(canonical, {canonical}).add(alias)
-    shared = {name: family for family in families.values() for name in family}
-    missing = sorted(
-        name
-        for name in facts.shapes
-        if name not in facts.optional and not shared.get(name, {name}) & present
-    )
-    if missing:
-        raise CheckpointError(
-            f"The checkpoint lacks {len(missing)} tensors that a {facts.class_name} needs, "
-            f"first {missing[0]!r}. transformers would fill them with random numbers. "
-            "Download the checkpoint again."
-        )
-
-
 def _check_distinct(plans: Sequence[TensorPlan]) -> None:
     """Two tensors of a checkpoint can mean the same place in the model, under two names."""
     owners: dict[str, TensorPlan] = {}
@@ -386,14 +372,6 @@ def _check_distinct(plans: Sequence[TensorPlan]) -> None:
                     f"{other.source.file} both become {stored.name!r}; expected one of them. "
                     "Download the checkpoint again."
                 )
-
-
-def _check_shape(tensor: SourceTensor, expected: tuple[int, ...]) -> None:
-    if tensor.header.shape != expected:
-        raise CheckpointError(
-            f"{tensor.name!r} in {tensor.file} has the shape {tensor.header.shape}; the model of "
-            f"config.json has {expected}. The weights and the config do not belong together."
-        )
 
 
 def _count_reasons(plans: Sequence[TensorPlan]) -> str:

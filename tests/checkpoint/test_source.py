@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from nf4_pipeline.checkpoint.source import INDEX_FILE, SINGLE_FILE, open_checkpoint, read_json
+from nf4_pipeline.checkpoint.source import open_checkpoint, read_json
+from nf4_pipeline.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE
 from nf4_pipeline.errors import CheckpointError, SourceError
 from safetensors.torch import save_file
 
@@ -54,16 +55,16 @@ def test_a_truncated_shard_is_named(sharded: Path) -> None:
         open_checkpoint(sharded)
 
 
-def test_an_absent_tensor_is_named(sharded: Path) -> None:
+def test_an_absent_tensor_is_remembered(sharded: Path) -> None:
+    """Whether the model needs it is not known here."""
     write_index(sharded, {"a": FIRST, "b": FIRST, "c": SECOND, "d": SECOND})
-    with pytest.raises(CheckpointError, match=f"'d' is not in {SECOND}"):
-        open_checkpoint(sharded)
+    assert open_checkpoint(sharded).promised == {"d": SECOND}
 
 
 def test_a_tensor_in_another_shard_than_the_index_says(sharded: Path) -> None:
     write_index(sharded, {"a": SECOND, "b": FIRST, "c": SECOND})
-    with pytest.raises(CheckpointError, match=f"'a' is not in {SECOND}"):
-        open_checkpoint(sharded)
+    first = open_checkpoint(sharded).tensors[0]
+    assert (first.name, first.file) == ("a", FIRST)
 
 
 @pytest.mark.parametrize(
@@ -87,15 +88,30 @@ def test_a_shard_name_that_escapes_or_is_no_name(sharded: Path, name: Any) -> No
         open_checkpoint(sharded)
 
 
-def test_a_duplicate_counts_where_the_index_says(sharded: Path) -> None:
+def test_of_a_duplicate_the_last_counts_as_in_transformers(sharded: Path) -> None:
     save_file({"a": torch.zeros(2), "c": torch.ones(4)}, sharded / SECOND)
     found = open_checkpoint(sharded)
-    assert [(t.name, t.file) for t in found.tensors] == [("a", FIRST), ("b", FIRST), ("c", SECOND)]
+    assert [(t.name, t.file) for t in found.tensors] == [("b", FIRST), ("a", SECOND), ("c", SECOND)]
 
 
 def test_a_tensor_that_the_index_forgot_is_still_there(sharded: Path) -> None:
     write_index(sharded, {"a": FIRST, "c": SECOND})
     assert [t.name for t in open_checkpoint(sharded).tensors] == ["a", "b", "c"]
+
+
+def test_the_single_file_comes_before_the_index(sharded: Path) -> None:
+    save_file({"x": torch.ones(2)}, sharded / SINGLE_FILE)
+    (sharded / FIRST).unlink()
+    assert [t.name for t in open_checkpoint(sharded).tensors] == ["x"]
+
+
+@pytest.mark.parametrize("named", [SECOND, "other.safetensors.index.json"])
+def test_what_the_config_names_comes_first(sharded: Path, named: str) -> None:
+    save_file({"x": torch.ones(2)}, sharded / SINGLE_FILE)
+    other = json.dumps({"weight_map": {"c": SECOND}})
+    (sharded / "other.safetensors.index.json").write_text(other)
+    (sharded / "config.json").write_text(json.dumps({"transformers_weights": named}))
+    assert [t.name for t in open_checkpoint(sharded).tensors] == ["c"]
 
 
 def test_two_keys_of_one_name_in_an_index_do_not_hide_a_shard(sharded: Path) -> None:

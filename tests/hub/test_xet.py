@@ -15,6 +15,7 @@ from tests.support.tiny import content_of, copy_of
 hf_xet = pytest.importorskip("hf_xet")  # huggingface_hub asks for it on most machines, not all
 
 REPO = "me/tiny-nf4"
+BY_XET = {"HF_HUB_DISABLE_XET": "0", "TESTS_XET_STORE": "folder"}
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_round_trip_by_xet(
     build = Build(copy_of(verified, tmp_path / "build"))
     if pull_request:
         hub.store.add(REPO, {"a": b"a"})
-    with Worker(tmp_path / "mine", hub.url, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="0") as worker:
+    with Worker(tmp_path / "mine", hub.url, HF_TOKEN=TOKEN, **BY_XET) as worker:
         outcome = worker.push(build.root, REPO, private=False, pull_request=pull_request)
         assert outcome.error == "", outcome.message
         assert worker.push(build.root, REPO, pull_request=pull_request).value["committed"] is False
@@ -46,7 +47,7 @@ def test_round_trip_by_xet(
     assert hub.count("POST", "/api/models/*/commit/*") == 1
 
     revision = outcome.value["branch"]
-    with Worker(tmp_path / "stranger", hub.url, HF_HUB_DISABLE_XET="0") as stranger:
+    with Worker(tmp_path / "stranger", hub.url, **BY_XET) as stranger:
         fetched = stranger.download(REPO, revision)
     assert fetched.error == "", fetched.message
     export = content_of(build.export)
@@ -54,3 +55,29 @@ def test_round_trip_by_xet(
     assert found == {path: hashlib.sha256(data).hexdigest() for path, data in export.items()}
     assert hub.count("GET", "*/xet-read-token/*") > 0
     assert hub.count("GET", "*.safetensors", cdn=True) == 0  # the bytes came from the store
+
+
+def test_a_folder_is_no_store_that_a_hub_may_name(
+    hub: HubServer, store: XetStore, verified: Path, tmp_path: Path
+) -> None:
+    """hf_xet takes `local://` from anybody, and writes there."""
+    build = Build(copy_of(verified, tmp_path / "build"))
+    with Worker(tmp_path / "mine", hub.url, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="0") as worker:
+        outcome = worker.push(build.root, REPO, private=False)
+    assert outcome.error == "HubError"
+    assert "as the store of its files" in outcome.message
+    assert list((tmp_path / "cas").iterdir()) == []
+
+
+def test_the_store_that_was_checked_is_the_one_that_is_used(
+    hub: HubServer, store: XetStore, verified: Path, tmp_path: Path
+) -> None:
+    """The Hub tells hf_xet itself about another one."""
+    (tmp_path / "other").mkdir()
+    store.url_in_body = f"local://{tmp_path / 'other'}"
+    build = Build(copy_of(verified, tmp_path / "build"))
+    with Worker(tmp_path / "mine", hub.url, HF_TOKEN=TOKEN, **BY_XET) as worker:
+        outcome = worker.push(build.root, REPO, private=False)
+    assert outcome.error == "", outcome.message
+    assert list((tmp_path / "cas").iterdir()) != []
+    assert list((tmp_path / "other").iterdir()) == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -14,12 +13,10 @@ from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.processes.messages import Limits
 from nf4_pipeline.processes.worker import Environment
 
-from tests.support.hub_client import ROOT
+from tests.support.hub_client import PYTHONPATH
 from tests.support.tiny import copy_of, edit_json
 
-FROM_TESTS: Final = Environment(
-    add={"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "pipeline")])}
-)
+FROM_TESTS: Final = Environment(add={"PYTHONPATH": PYTHONPATH})
 
 
 def test_a_process_of_its_own_and_this_one_say_the_same(tiny_falcon: Path) -> None:
@@ -28,8 +25,11 @@ def test_a_process_of_its_own_and_this_one_say_the_same(tiny_falcon: Path) -> No
         here = Probe(tiny_falcon).wait()
     there = probe.wait()
     assert there == here
-    assert here.class_name == "FalconForCausalLM"
-    assert {linear.class_name for linear in here.linears.values()} == {"FalconLinear", "Linear"}
+    assert here.architecture.class_name == "FalconForCausalLM"
+    assert {fact.class_name for fact in here.architecture.linears.values()} == {
+        "FalconLinear",
+        "Linear",
+    }
 
 
 def test_what_is_no_causal_lm(tiny_falcon: Path, tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_config_that_takes_all_processors_is_ended(tmp_path: Path) -> None:
         environment=FROM_TESTS,
     )
     with pytest.raises(ArchitectureError) as caught:
-        Probe(tmp_path / "model", worker).wait()
+        Probe(tmp_path / "model", worker=worker).wait()
     assert str(caught.value) == (
         f"Building the model of {tmp_path / 'model'} without weights took more than 1 s of "
         "processor time, which no real config.json needs."
@@ -60,4 +60,4 @@ def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(
         ArchitectureError, match=r"ended with status 1: ModuleNotFoundError: No module named 'tests"
     ):
-        Probe(tmp_path, worker).wait()
+        Probe(tmp_path, worker=worker).wait()

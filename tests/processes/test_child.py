@@ -25,9 +25,9 @@ from nf4_pipeline.processes.worker import Environment, Worker
 from nf4_pipeline.progress import Task
 
 from tests.processes.example_worker import Order, Outcome
-from tests.support.hub_client import ROOT
+from tests.support.hub_client import PYTHONPATH
 
-PATHS: Final = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "pipeline")])}
+PATHS: Final = {"PYTHONPATH": PYTHONPATH}
 EXAMPLE: Final[Worker[Order, Outcome]] = Worker(
     "tests.processes.example_worker", Outcome, environment=Environment(add=PATHS)
 )

@@ -127,9 +127,7 @@ def test_forged_claims_of_a_snapshot(
     assert found.differences == []
     if forged:
         assert found.origin.is_open
-        assert f"is a snapshot of models--some-org--tiny at {COMMIT}" in str(
-            found.origin.not_checked
-        )
+        assert f"is a snapshot of some-org/tiny at {COMMIT}" in str(found.origin.not_checked)
     else:
         assert found.origin.confirmed_by == f"the Hub cache, {snapshot}"
 

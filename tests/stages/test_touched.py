@@ -14,6 +14,7 @@ from nf4_pipeline.checkpoint.digest import FileStamp
 from nf4_pipeline.engine.quantize_checkpoint import QuantizationRun
 from nf4_pipeline.errors import BuildError, PipelineError
 from nf4_pipeline.job import run_stage, states
+from nf4_pipeline.manifest.artifact_files import assemble_files
 from nf4_pipeline.model.probe import Probe
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe
@@ -164,11 +165,10 @@ def test_a_source_that_changes_while_it_is_serialized(
     build: Build, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_stage(build, "quantize", Recipe(), CPU, SILENT)
-    assemble = serialize.assemble_files
 
     def change_then_assemble(*args: Any) -> Any:
         change_and_keep_the_time(model / "tokenizer.json", 30)
-        return assemble(*args)
+        return assemble_files(*args)
 
     monkeypatch.setattr(serialize, "assemble_files", change_then_assemble)
     with pytest.raises(BuildError, match=r"tokenizer\.json was changed or touched while"):

@@ -19,6 +19,10 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).parents[2]
+
+PYTHONPATH = os.pathsep.join([str(ROOT), str(ROOT / "pipeline")])
+"""For processes that import this tree and its tests."""
+
 _FOREIGN = ("HF_", "HUGGING", "TRANSFORMERS_", "XDG_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 
 
@@ -32,7 +36,7 @@ def isolated(home: Path, endpoint: str, **variables: str) -> dict[str, str]:
         "HF_HUB_DISABLE_XET": "1",
         "HOME": str(home),
         "NO_PROXY": "127.0.0.1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "pipeline")]),
+        "PYTHONPATH": PYTHONPATH,
         **variables,
     }
 

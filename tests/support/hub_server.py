@@ -147,6 +147,7 @@ class XetStore:
     url: str
     hashes: Mapping[str, str]
     content: Mapping[str, bytes]
+    url_in_body: str | None = None  # what hf_xet is told, if that is something else
 
 
 Handler = Callable[[Call], Answer]

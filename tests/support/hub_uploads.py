@@ -228,7 +228,11 @@ def xet_token(call: Call) -> Answer:
         "X-Xet-Access-Token": "of-the-store",
         "X-Xet-Token-Expiration": str(expires),
     }
-    body = {"accessToken": "of-the-store", "exp": expires, "casUrl": call.hub.xet.url}
+    body = {
+        "accessToken": "of-the-store",
+        "exp": expires,
+        "casUrl": call.hub.xet.url_in_body or call.hub.xet.url,
+    }
     return Answer(body=body, headers=headers)
 
 

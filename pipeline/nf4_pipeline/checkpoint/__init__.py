@@ -1,10 +1,15 @@
 """The only code that knows safetensors bytes on disk.
 
     files.py        which files of a repository are taken, and which travel into an export
+    weight_files.py which weight files of a folder are the model: those that transformers loads
     header.py       parsing and writing the header, strictly: every byte is accounted for
     strict_json.py  untrusted JSON, limited before it is parsed
     untrusted.py    an untrusted folder: links, sizes, small files
+    lfs_pointer.py  Git LFS pointers in place of files
+    folder_advice.py  what a folder without a usable checkpoint looks like, and the way out
     source.py       a checkpoint folder (one file, or shards with an index) as a list of tensors
+    quantized_formats.py  which quantization a checkpoint already has, by its tensors
+    strip_prefix.py a checkpoint copied without a wrapper's prefix on its names
     layout.py       where each tensor of an output file will stand, before any byte is written
     sink.py         what takes the bytes of an output file: a file, or hashes alone
     writer.py       an output file that is complete or absent, written by any thread

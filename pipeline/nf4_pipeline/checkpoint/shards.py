@@ -11,7 +11,7 @@ from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.checkpoint.header import HeaderTensor, read_header
 from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.sink import WrittenFile
-from nf4_pipeline.checkpoint.source import SINGLE_FILE
+from nf4_pipeline.checkpoint.weight_files import SINGLE_FILE
 from nf4_pipeline.checkpoint.writer import writing
 from nf4_pipeline.documents import Document
 from nf4_pipeline.progress import Task

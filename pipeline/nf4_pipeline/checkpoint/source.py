@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from nf4_pipeline.checkpoint.folder_advice import how_to_complete, without_weights
 from nf4_pipeline.checkpoint.header import HeaderTensor, read_header
 from nf4_pipeline.checkpoint.strict_json import parse_json
+from nf4_pipeline.checkpoint.weight_files import WeightFiles, choose_weight_files
 from nf4_pipeline.errors import CheckpointError, SourceError
 
-SINGLE_FILE: Final = "model.safetensors"
-INDEX_FILE: Final = "model.safetensors.index.json"
 _MAX_JSON_BYTES: Final = 32 * 2**20
 
 
@@ -35,11 +36,15 @@ class Checkpoint:
         folder: where the files are.
         files: the names of the weight files, in their order.
         tensors: all tensors, by file and by position in it.
+        index: the file that names the weight files, if one does.
+        promised: tensors that the index names and no file holds, and the file it gives for each.
     """
 
     folder: Path
     files: tuple[str, ...]
     tensors: tuple[SourceTensor, ...]
+    index: str | None = None
+    promised: Mapping[str, str] = field(default_factory=dict)
 
     def path(self, file: str) -> Path:
         return self.folder / file
@@ -76,75 +81,42 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def has_weights(folder: Path) -> bool:
-    """True if a folder has weights in safetensors, whatever else it has."""
-    return (folder / INDEX_FILE).is_file() or (folder / SINGLE_FILE).is_file()
+def weight_files(folder: Path) -> WeightFiles | None:
+    """The weight files that transformers would load, or None if there are none in safetensors.
+
+    Raises:
+        CheckpointError: config.json or the index is malformed, or names no file of the folder.
+    """
+    config = folder / "config.json"
+    return choose_weight_files(
+        {path.name for path in folder.glob("*.safetensors*") if path.is_file()},
+        read_json(config) if config.is_file() else {},
+        lambda name: read_json(folder / name),
+        str(folder),
+    )
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Reads every header of a checkpoint and holds it against the index.
+    """Reads every header of the weight files that transformers would load.
 
     Raises:
         SourceError: there are no safetensors weights here.
-        CheckpointError: a shard is missing or malformed, or the index and the shards disagree.
+        CheckpointError: a file is missing or malformed.
     """
-    index = folder / INDEX_FILE
-    if index.is_file():
-        return _open_sharded(folder, read_json(index))
-    if (folder / SINGLE_FILE).is_file():
-        tensors = tuple(SourceTensor(SINGLE_FILE, t) for t in read_header(folder / SINGLE_FILE))
-        return Checkpoint(folder, (SINGLE_FILE,), tensors)
-    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
-        p.name for p in folder.glob("*.pt")
-    )
-    if pickles:
-        raise SourceError(
-            f"{folder} holds its weights only as Python pickles ({pickles[0]}, …), which can run "
-            "code when they are read. Take a checkpoint in safetensors, or see --allow-pickle of "
-            "`nf4 build` and `nf4 download`."
-        )
-    raise SourceError(f"{folder} holds no weights: expected {INDEX_FILE} or {SINGLE_FILE} in it.")
-
-
-def _open_sharded(folder: Path, index: dict[str, Any]) -> Checkpoint:
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map. Download it again.")
-    files = sorted({_shard_name(folder, file) for file in weight_map.values()})
-    missing = [file for file in files if not (folder / file).is_file()]
+    chosen = weight_files(folder)
+    if chosen is None:
+        raise SourceError(without_weights(folder))
+    missing = [file for file in chosen.files if not (folder / file).is_file()]
     if missing:
         raise CheckpointError(
-            f"{folder} lacks {len(missing)} of the {len(files)} shards that {INDEX_FILE} names: "
-            f"{', '.join(missing[:5])}. Download the checkpoint again."
+            f"{folder} lacks {len(missing)} of the {len(chosen.files)} shards that {chosen.index} "
+            f"names: {', '.join(missing[:5])}. {how_to_complete(folder, missing[0])}"
         )
-    tensors: list[SourceTensor] = []
-    held: set[str] = set()
-    for file in files:
+    last: dict[str, SourceTensor] = {}
+    for file in chosen.files:
         for tensor in read_header(folder / file):
-            # A shard's tensor that the index forgot is still part of the checkpoint: transformers
-            # reads whole shards.
-            if weight_map.get(tensor.name, file) == file and tensor.name not in held:
-                tensors.append(SourceTensor(file, tensor))
-                held.add(tensor.name)
-    absent = sorted(set(weight_map) - held)
-    if absent:
-        raise CheckpointError(
-            f"{INDEX_FILE} in {folder} names {len(absent)} tensors that their shards do not hold: "
-            f"{absent[0]!r} is not in {weight_map[absent[0]]}. Download the checkpoint again."
-        )
-    return Checkpoint(folder, tuple(files), tuple(tensors))
-
-
-def _shard_name(folder: Path, file: object) -> str:
-    """A shard must be a plain file name in the folder: an index is not to be trusted with paths."""
-    if (
-        not isinstance(file, str)
-        or Path(file).name != file
-        or not file.endswith(".safetensors")
-        or not file.isprintable()
-    ):
-        raise CheckpointError(
-            f"{folder / INDEX_FILE} names {str(file)[:80]!r} as a shard; "
-            "expected the plain name of a .safetensors file beside it."
-        )
-    return file
+            # As transformers reads: of two tensors of one name the later file's is the model's.
+            last.pop(tensor.name, None)
+            last[tensor.name] = SourceTensor(file, tensor)
+    promised = {name: str(file) for name, file in chosen.promised.items() if name not in last}
+    return Checkpoint(folder, chosen.files, tuple(last.values()), chosen.index, promised)

@@ -7,7 +7,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
-from nf4_pipeline.checkpoint.files import is_wanted
+from nf4_pipeline.checkpoint.files import is_legal, is_wanted
+from nf4_pipeline.checkpoint.folder_advice import dead_link
+from nf4_pipeline.checkpoint.lfs_pointer import check_no_pointer
 from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.errors import CheckpointError
 
@@ -22,11 +24,11 @@ _SIZE_LIMITS: Final = (
     ("chat_template.*", 4 * _MIB),
     ("additional_chat_templates/*", 4 * _MIB),
     ("*.md", 16 * _MIB),
-    ("LICENSE*", 16 * _MIB),
-    ("NOTICE*", 16 * _MIB),
     ("*", 256 * _MIB),
 )
 """Bytes that a file beside the weights may have; the largest real tokenizers have 35 MB."""
+
+_LEGAL_LIMIT: Final = 16 * _MIB
 
 _OBJECTS: Final = (
     "generation_config.json",
@@ -46,13 +48,27 @@ def check_folder(folder: Path) -> None:
     """
     for path in sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")]):
         name = path.relative_to(folder).as_posix()
-        if not is_wanted(name):
-            continue
-        _check_link(folder, name)
-        if not name.endswith(".safetensors"):
-            check_size(path, name)
-        if name in _OBJECTS:
-            read_json(path)
+        if is_wanted(name):
+            check_file(folder, name)
+
+
+def check_file(folder: Path, name: str) -> None:
+    """Looks at one file of a checkpoint folder that will be taken.
+
+    Raises:
+        CheckpointError: it is a link to somewhere else or to nothing, a Git LFS pointer, too large,
+            or not what its name says.
+    """
+    path = folder / name
+    if (link := dead_link(path)) is not None:
+        raise CheckpointError(link)
+    _check_link(folder, name)
+    if name.endswith(".safetensors"):
+        return
+    check_size(path, name)
+    check_no_pointer(path)
+    if name in _OBJECTS:
+        read_json(path)
 
 
 def check_size(path: Path, name: str) -> None:
@@ -64,6 +80,7 @@ def check_size(path: Path, name: str) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file. Copy or download the checkpoint again.")
     limit = next(size for pattern, size in _SIZE_LIMITS if fnmatchcase(name, pattern))
+    limit = min(limit, _LEGAL_LIMIT) if is_legal(name) else limit
     size = path.stat().st_size
     if size > limit:
         raise CheckpointError(

@@ -53,7 +53,7 @@ def build_dir_option(command: Command) -> Command:
 
 
 def download_options(command: Command) -> Command:
-    """MODEL, --revision, --offline, --allow-pickle, --build-dir; the command gets a `request`."""
+    """MODEL, where it is and how it is read; the command gets a `request`."""
 
     @click.argument("model")
     @click.option("--revision", help="Branch, tag or commit of a Hub model.  [default: main]")
@@ -65,6 +65,20 @@ def download_options(command: Command) -> Command:
         is_flag=True,
         help="Also pytorch_model*.bin: scanned, then converted in a process of its own.",
     )
+    @click.option(
+        "--allow-unused",
+        multiple=True,
+        metavar="PATTERN",
+        help="Tensors that the model has no place for and that may be left out, such as score or "
+        "*.k_scale; may be given several times.",
+    )
+    @click.option(
+        "--strip-prefix",
+        default="",
+        metavar="PREFIX",
+        help="What a wrapper left before the names of tensors, such as _orig_mod. or module.; a "
+        "copy without it is made in the build folder.",
+    )
     @build_dir_option
     @wraps(command)
     def wrapped(
@@ -72,12 +86,23 @@ def download_options(command: Command) -> Command:
         revision: str | None,
         offline: bool,
         allow_pickle: bool,
+        allow_unused: tuple[str, ...],
+        strip_prefix: str,
         build_dir: Path | None,
         **values: Any,
     ) -> Any:
+        from nf4_pipeline.records import Reading
         from nf4_pipeline.stages.download import DownloadRequest
 
-        request = DownloadRequest(model, ARTIFACTS, revision, build_dir, offline, allow_pickle)
+        request = DownloadRequest(
+            model,
+            ARTIFACTS,
+            revision,
+            build_dir,
+            offline,
+            allow_pickle,
+            Reading(allow_unused, strip_prefix),
+        )
         return command(request=request, **values)
 
     return wrapped

@@ -45,6 +45,12 @@ class Summary:
     def of(cls, build: Build, results: Mapping[str, StageResult]) -> Summary:
         return cls(build, results, results["serialize"].record, results["verify"].record.facts)
 
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of the source."""
+        notes: list[str] = self.results["download"].record.facts.notes
+        return notes
+
     def to_json(self) -> dict[str, Any]:
         """What `nf4 build --json` says."""
         verification = self.verification.to_json()
@@ -64,6 +70,8 @@ class Summary:
                 for name, result in self.results.items()
             },
             "hidden_modules": len(self.serialized.facts.hidden_modules),
+            "left_out": [part.to_json() for part in self.serialized.facts.left_out],
+            "notes": self.notes,
             "verification": verification,
             "answers": answers,
         }
@@ -87,6 +95,11 @@ def show_summary(summary: Summary) -> None:
         f"{reason} {plain_size(nbytes)}" for reason, nbytes in totals.kept_bytes_by_reason.items()
     )
     click.echo(f"  in 16 bit   {kept or 'nothing'}")
+    for part in summary.serialized.facts.left_out:
+        sized = f"{part.tensors} tensors, {plain_size(part.bytes)}"
+        click.echo(f"  left out    {sized}: {part.reason}")
+    for note in summary.notes:
+        click.echo(f"  note        {note.removeprefix('Warning: ')}")
     click.echo()
     click.echo("  stage         time   peak memory")
     for name, result in summary.results.items():

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from nf4_pipeline.checkpoint.sink import Sink
 from nf4_pipeline.engine.chunks import Chunk, read_chunk, will_read
+from nf4_pipeline.engine.finite import first_not_finite
 from nf4_pipeline.engine.tied import TiedTensor
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.nf4 import BLOCK_SIZE
@@ -38,6 +39,23 @@ class ThreadBuffers(threading.local):
             buffer = self._rounding.buffer(max(nbytes, self._chunk_bytes // share))
             self._buffers[purpose] = buffer
         return buffer[:nbytes]
+
+
+def _check_finite(data: NDArray[Any], chunk: Chunk) -> None:
+    """Refuses an infinity or a NaN among values that are copied.
+
+    Raises:
+        CheckpointError: the chunk holds one.
+    """
+    source = chunk.tensor.source
+    bad = first_not_finite(data, source.header.dtype)
+    if bad is not None:
+        place = np.unravel_index(chunk.start + bad, source.header.shape)
+        raise CheckpointError(
+            f"{source.name!r} in {source.file} holds an infinity or a NaN, the first at "
+            f"{[int(index) for index in place]} of {list(source.header.shape)}. Such a checkpoint "
+            "is damaged or its training failed; look for a corrected revision."
+        )
 
 
 @dataclass
@@ -96,6 +114,7 @@ class ShardJob:
 
     def _copy(self, chunk: Chunk, tied: Sequence[TiedTensor]) -> None:
         data = read_chunk(self._source, chunk, self._buffers.get("in", chunk.nbytes))
+        _check_finite(data, chunk)
         for other in tied:
             other.check(data, chunk, self._buffers.get("tied", chunk.nbytes))
         if chunk.tensor.cast_to is not None:

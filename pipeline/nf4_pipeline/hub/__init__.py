@@ -5,9 +5,13 @@
 
     publish(files, target, message) ──► Published                   upload.py, local.py
 
-    client.py   every call of huggingface_hub: quiet, patient to a limit, tried again
-    errors.py   its errors: may they pass, and one message each that says what to do
-    cache.py    the Hub cache on disk: blobs/<hash>, snapshots/<commit>/<path>, refs/<revision>
+    client.py     every call of huggingface_hub: quiet, patient to a limit, tried again
+    transport.py  every request and answer of it: to whom the token goes, what may come back
+    replies.py    the forms of what a Hub says: names, hashes, addresses, JSON
+    limits.py     how much one call may take: bytes, time in proportion, requests
+    xet.py        what hf_xet, which asks by itself, is told
+    errors.py     its errors: may they pass, and one message each that says what to do
+    cache.py      the Hub cache on disk: blobs/<hash>, snapshots/<commit>/<path>, refs/<revision>
 
 Only this package imports huggingface_hub, and only inside functions: the import takes a while, and
 reads HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE once.
@@ -21,6 +25,11 @@ test in `tests/hub`):
 - a disk that is too small gets a warning, and is filled: `fetch` refuses before the first blob
 - a killed download leaves its half file for ever: `fetch` removes those that nobody writes to
 - listings, uploads and commits wait for ever for an answer: every session gets a timeout
+- an ETag is joined into a path, and may lead anywhere: `transport` lets none pass that is not the
+  hash of the file that is fetched
+- the token goes to whom a listing's next page, an upload's verification or a Xet route names:
+  `transport` sends it to HF_ENDPOINT alone
+- a body, a listing and a slow answer have no end: `limits`
 - a failed commit is not tried again, and one whose answer is lost would be made twice with a pull
   request: `publish` looks at the repo first
 - with Xet, `upload_folder` may make several commits: `publish` makes one
@@ -29,7 +38,7 @@ test in `tests/hub`):
 from nf4_pipeline.hub.download import Fetched, fetch, file_digests
 from nf4_pipeline.hub.local import LocalFile
 from nf4_pipeline.hub.lookup import resolve
-from nf4_pipeline.hub.remote import RemoteFile, RemoteModel, wanted_files
+from nf4_pipeline.hub.remote import RemoteFile, RemoteModel, named, small_files, wanted_files
 from nf4_pipeline.hub.upload import (
     CommitMessage,
     Earlier,
@@ -52,8 +61,10 @@ __all__ = [
     "commit_url",
     "fetch",
     "file_digests",
+    "named",
     "publish",
     "pull_request_url",
     "resolve",
+    "small_files",
     "wanted_files",
 ]

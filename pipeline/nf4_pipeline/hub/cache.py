@@ -4,16 +4,29 @@ $HF_HOME/hub/models--ORG--NAME/
   blobs/<sha256 or git sha1>          the bytes, named by what the Hub lists
   snapshots/<commit>/<path>           links to blobs (copies, where there are no links)
   refs/<revision>                     the commit that a branch or tag had when last fetched
+
+Somebody else may have prepared it. What is opened, replaced or deleted lies in it, with every link
+followed: `check_links` before anything is written, `check_file` before a file is read, `discard` by
+names alone.
 """
 
 from __future__ import annotations
 
-import re
+import hashlib
+import json
+import os
 import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
+from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.errors import HubError
+from nf4_pipeline.hub import replies
 from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
+from nf4_pipeline.printable import printable
+
+_LARGEST_TREE: Final = 64 << 20  # bytes of a listing that the client keeps
 
 
 def storage(repo_id: str) -> Path:
@@ -28,12 +41,127 @@ def snapshot(repo_id: str, commit: str) -> Path:
     return storage(repo_id) / "snapshots" / commit
 
 
+def _root() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _leads_out(path: Path, folders: Sequence[Path]) -> bool:
+    """Whether a path, with every link followed, ends in none of these folders."""
+    end = os.path.realpath(path)
+    return not any(
+        end == real or end.startswith(real + os.sep) for real in map(os.path.realpath, folders)
+    )
+
+
+def _refuse(path: Path) -> HubError:
+    return HubError(
+        f"{printable(str(path))} is a link that leads out of the Hub cache. Remove it, or "
+        "set HF_HOME to a cache of your own; a cache on another disk is named by HF_HOME, too."
+    )
+
+
+def check_links(model: RemoteModel, files: Sequence[RemoteFile]) -> None:
+    """Looks at each place that a download of these files opens, replaces or deletes.
+
+    Raises:
+        HubError: one of these folders is a link out of the cache.
+    """
+    root, own = _root(), storage(model.repo_id)
+    locks = root / ".locks" / own.name
+    real = Path(os.path.realpath(root))
+    for folder in (*_folders(model, files), root / "blobs", locks, root / "CACHEDIR.TAG"):
+        if os.path.realpath(folder) != str(real / folder.relative_to(root)):
+            raise _refuse(folder)
+    for lock in locks.glob("*"):
+        if lock.is_symlink():
+            raise _refuse(lock)
+    for file in files:
+        check_file(snapshot(model.repo_id, model.commit) / file.path)
+        if file.is_hashed:
+            check_file(own / "blobs" / (file.sha256 or file.git_sha1 or ""))
+    _drop_odd_listing(own / "trees" / f"{model.commit}.json")
+
+
+def _folders(model: RemoteModel, files: Sequence[RemoteFile]) -> Iterator[Path]:
+    own, folder = storage(model.repo_id), snapshot(model.repo_id, model.commit)
+    yield from (own, own / "blobs", own / "snapshots", folder, own / "refs", own / "trees")
+    yield from (own / ".no_exist", own / ".no_exist" / model.commit)
+    for file in files:
+        for parent in (folder / file.path).parents:
+            if parent == folder:
+                break
+            yield parent
+
+
+def _root_of(path: Path) -> tuple[Path, Path]:
+    """The cache that holds a file of a snapshot, and the repo's part of it; not always the user's.
+
+    A user may name a snapshot in any cache.
+    """
+    root = _root()
+    if path.is_relative_to(root):
+        return root, root / path.relative_to(root).parts[0]
+    for parent in path.parents:
+        if parent.name == "snapshots":
+            return parent.parent.parent, parent.parent
+    return path.parent, path.parent
+
+
+def check_file(path: Path) -> None:
+    """Looks at a file of the cache that is about to be read, if it is there.
+
+    Raises:
+        HubError: the file, or a folder on the way to it, is a link out of the repo's part of the
+            cache; or the file is no plain one.
+    """
+    root, own = _root_of(path)
+    if _leads_out(path, (own, root / "blobs")):
+        raise _refuse(path)
+    if path.exists() and not path.is_file():
+        raise HubError(f"{printable(str(path))} is no plain file. Remove it.")
+
+
+def _drop_odd_listing(path: Path) -> None:
+    """Deletes a listing that the client would take hashes, and so paths, from, if it holds others.
+
+    The client keeps one for each commit, for files of Xet repos, and reads it unchecked.
+    """
+    if not os.path.lexists(path):
+        return
+    try:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > _LARGEST_TREE:
+            raise replies.ReplyError("no listing")
+        for entry in json.loads(path.read_bytes())["files"].values():
+            sha256 = entry.get("lfs_sha256")
+            if sha256 is not None and not replies.SHA256.fullmatch(sha256):
+                raise replies.ReplyError("no hash")
+    except (replies.ReplyError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+    except OSError:
+        pass  # what cannot be read here cannot be read by the client
+
+
 def cached_commit(repo_id: str, revision: str) -> str | None:
     """The commit that the cache has for `revision`, if it has any file of it."""
-    ref = storage(repo_id) / "refs" / revision
-    commit = ref.read_text().strip() if ref.is_file() else revision
-    known = re.fullmatch("[0-9a-f]{40}", commit) and snapshot(repo_id, commit).is_dir()
-    return commit if known else None
+    if not replies.is_revision(revision):
+        return None
+    own = storage(repo_id)
+    ref = own / "refs" / revision
+    commit = revision
+    try:
+        if ref.is_file():
+            if _leads_out(ref, (own,)):
+                return None
+            with ref.open("rb") as stream:
+                commit = stream.read(64).decode("ascii", "replace").strip()
+        folder = snapshot(repo_id, commit)
+        known = replies.COMMIT.fullmatch(commit) and folder.is_dir()
+        return commit if known and not _leads_out(folder, (own,)) else None
+    except OSError:
+        return None
 
 
 def cached_model(repo_id: str, revision: str) -> RemoteModel:
@@ -60,23 +188,34 @@ def listed(snapshot: Path) -> tuple[RemoteFile, ...]:
     return tuple(_cached_file(path, path.relative_to(snapshot).as_posix()) for path in paths)
 
 
-def as_snapshot(folder: Path) -> tuple[str, str] | None:
-    """Of a folder that is a snapshot in some Hub cache: `models--ORG--NAME`, and the commit."""
-    path = folder.resolve()
-    known = (
-        re.fullmatch("[0-9a-f]{40}", path.name)
-        and path.parent.name == "snapshots"
-        and path.parent.parent.name.startswith("models--")
-        and (path.parent.parent / "blobs").is_dir()
-    )
-    return (path.parent.parent.name, path.name) if known else None
-
-
 def _cached_file(path: Path, name: str) -> RemoteFile:
-    blob = path.readlink().name if path.is_symlink() else ""
-    sha256 = blob if re.fullmatch("[0-9a-f]{64}", blob) else None
-    git_sha1 = blob if re.fullmatch("[0-9a-f]{40}", blob) else None
+    try:
+        replies.check_name(name)
+    except replies.ReplyError as error:
+        raise HubError(f"{printable(str(path.parent))}: the cache {error}") from None
+    check_file(path)
+    blob = path.readlink() if path.is_symlink() else Path()
+    hashed = blob.name if blob.parent.name == "blobs" else ""
+    sha256 = hashed if replies.SHA256.fullmatch(hashed) else None
+    git_sha1 = hashed if replies.COMMIT.fullmatch(hashed) else None
     return RemoteFile(name, path.stat().st_size, sha256, git_sha1)
+
+
+def are_blobs(folder: Path, files: Mapping[str, FileDigest]) -> bool:
+    """Whether files of a snapshot hash to the names of their blobs, which are as the Hub lists.
+
+    Args:
+        folder: the snapshot.
+        files: digest of each file.
+    """
+    for name, digest in files.items():
+        listed = _cached_file(folder / name, name)
+        content = (folder / name).read_bytes() if listed.git_sha1 else b""
+        head = b"blob %d\0" % len(content)
+        found = hashlib.sha1(head + content, usedforsecurity=False).hexdigest()
+        if listed.sha256 != digest.sha256 and listed.git_sha1 != found:
+            return False
+    return True
 
 
 def is_cached(model: RemoteModel, file: RemoteFile) -> bool:
@@ -94,14 +233,16 @@ def remember(model: RemoteModel) -> None:
     if model.offline or model.revision is None or model.revision == model.commit:
         return
     ref = storage(model.repo_id) / "refs" / model.revision
+    if not replies.is_revision(model.revision) or _leads_out(ref.parent, (storage(model.repo_id),)):
+        return
     try:
-        if not ref.is_file() or ref.read_text() != model.commit:
+        if cached_commit(model.repo_id, model.revision) != model.commit:
             ref.parent.mkdir(parents=True, exist_ok=True)
             fresh = ref.with_name(f"{ref.name}.{uuid.uuid4().hex[:8]}.tmp")
             fresh.write_text(model.commit)
             fresh.replace(ref)
-    except PermissionError:
-        pass
+    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError):
+        pass  # read-only, or a branch of this name does not go beside one that was fetched before
 
 
 def purge_leftovers(repo_id: str) -> None:
@@ -123,7 +264,33 @@ def purge_leftovers(repo_id: str) -> None:
 
 
 def discard(path: Path) -> None:
-    """Takes a snapshot's file and its bytes out of the cache."""
+    """Takes a snapshot's file and its bytes out of the cache.
+
+    It goes by names: the bytes are those of the repo's `blobs/<hash>`, or of the cache's own
+    `blobs/<xx>/<hash>` where that one is a link to it. No other link is followed.
+
+    Raises:
+        HubError: a folder on the way to the file is a link out of the cache.
+    """
+    root, own = _root_of(path)
+    if _leads_out(path.parent, (own,)):
+        raise _refuse(path.parent)
     if path.is_symlink():
-        path.resolve().unlink(missing_ok=True)
+        blob = own / "blobs" / path.readlink().name
+        target = path.parent / path.readlink()
+        is_own = os.path.realpath(target.parent) == os.path.realpath(blob.parent)
+        if is_own and replies.HASH.fullmatch(blob.name) and not _leads_out(blob.parent, (own,)):
+            _discard_shared(blob, root)
+            blob.unlink(missing_ok=True)
     path.unlink(missing_ok=True)
+
+
+def _discard_shared(blob: Path, root: Path) -> None:
+    """Deletes the file that several repos share, if this is a link to one."""
+    if not blob.is_symlink():
+        return
+    name = blob.readlink().name
+    shared = root / "blobs" / name[:2] / name
+    is_shared = os.path.realpath(blob) == os.path.realpath(shared)
+    if replies.SHA256.fullmatch(name) and is_shared and not _leads_out(shared, (root / "blobs",)):
+        shared.unlink(missing_ok=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, Protocol, TypeVar
 
-from nf4_pipeline.hub.errors import Request, failures, may_pass, translate_error
-from nf4_pipeline.hub.remote import RemoteModel
+from nf4_pipeline.errors import PipelineError
+from nf4_pipeline.hub import limits, replies
+from nf4_pipeline.hub.errors import Request, may_pass, translate_error
+from nf4_pipeline.hub.limits import Allowance
+from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
 
 T = TypeVar("T")
 
@@ -22,9 +24,11 @@ DELAYS: Final = (0.5, 1.0, 2.0, 4.0)
 ONCE_MORE: Final = (1.0,)
 """For calls that the client itself tries six times, in 23 s."""
 
-_LONGEST_DELAY = 30.0  # seconds, however long a Retry-After asks for
-_ONE_BY_ONE = threading.Lock()
-_SILENCE = 6  # times HF_HUB_DOWNLOAD_TIMEOUT, a minute by default: then nobody answers any more
+_LONGEST_DELAY = 30  # seconds, however long a Retry-After asks for
+
+
+class StoppedTransfer(BaseException):
+    """Another file failed, or the user interrupted: this one's transfer ends."""
 
 
 class Gauge(Protocol):
@@ -34,12 +38,12 @@ class Gauge(Protocol):
         """Begins at byte `at`, for the first time or again."""
 
     def advance(self, amount: int) -> None:
-        """Counts bytes; raises to end the download."""
+        """Counts bytes; raises StoppedTransfer to end the download."""
 
 
 def download(
     model: RemoteModel,
-    path: str,
+    file: RemoteFile,
     gauge: Gauge,
     sleep: Callable[[float], None],
     *,
@@ -56,7 +60,7 @@ def download(
     def once() -> str:
         return hf_hub_download(
             model.repo_id,
-            path,
+            file.path,
             revision=model.commit,
             force_download=force,
             tqdm_class=_bar_class(gauge),
@@ -64,7 +68,13 @@ def download(
         )
 
     revision = model.revision or model.commit
-    attempt(once, Request(model.repo_id, revision, f"downloading {path}"), sleep)
+    allowance = limits.for_file(file.size, file.sha256 or file.git_sha1, model.commit)
+    attempt(
+        once,
+        Request(model.repo_id, revision, f"downloading {file.path}"),
+        sleep,
+        allowance=allowance,
+    )
 
 
 def _bar_class(gauge: Gauge) -> Any:
@@ -109,39 +119,6 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def end_silences() -> None:
-    """Gives the requests of the client a timeout where they have none.
-
-    By itself the client waits for ever for the answer to a listing, an upload or a commit.
-    """
-    from huggingface_hub import get_session, set_client_factory
-    from huggingface_hub.utils import _http
-
-    def limited(make: Callable[[], Any]) -> Callable[[], Any]:
-        def factory() -> Any:
-            session = make()
-            hooks = session.event_hooks
-            session.event_hooks = {**hooks, "request": [*hooks["request"], _limit_silence]}
-            return session
-
-        return factory
-
-    with _ONE_BY_ONE:
-        if _limit_silence not in get_session().event_hooks["request"]:
-            # There is no public way to ask for the factory that is set; it may be the user's own.
-            set_client_factory(limited(_http._GLOBAL_CLIENT_FACTORY))
-
-
-def _limit_silence(request: Any) -> None:
-    """Called by the HTTP library with each request; some ask for no timeout at all by name."""
-    from huggingface_hub import constants
-
-    limit = _SILENCE * constants.HF_HUB_DOWNLOAD_TIMEOUT
-    asked = request.extensions.get("timeout", {})
-    limits = {phase: asked.get(phase) or limit for phase in ("connect", "read", "write", "pool")}
-    request.extensions = {**request.extensions, "timeout": limits}
-
-
 def attempt(
     call: Callable[[], T],
     request: Request,
@@ -149,21 +126,34 @@ def attempt(
     *,
     delays: Sequence[float] = DELAYS,
     passing: Callable[[BaseException], bool] = may_pass,
+    allowance: Allowance | None = None,
 ) -> T:
     """Makes a call of the client, again after each of `delays` seconds if the fault may pass.
 
+    `allowance` is what all its tries together may take; by default, what a look-up needs.
+
     Raises:
-        HubError: the Hub refused the request, or the last of several tries failed.
+        HubError: the Hub refused the request, the last of several tries failed, or it sent what no
+            Hub sends.
         ResourceError: the disk of the cache is full.
     """
-    end_silences()
+    from nf4_pipeline.hub import transport
+
+    transport.install()
+    allowance = allowance or limits.for_replies()
     for delay in (*delays, None):
         try:
-            return call()
-        except failures() as error:
+            allowance.again()
+            with limits.allowed(allowance):
+                return call()
+        except PipelineError:
+            raise
+        # Whatever the client does with an answer that it did not expect ends here, in words.
+        except Exception as error:
             if delay is None or not passing(error):
                 # The cause's text may hold a token.
                 raise translate_error(error, request) from None
-            asked = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
-            sleep(min(max(delay, float(asked) if asked.isdigit() else 0.0), _LONGEST_DELAY))
+            headers = getattr(getattr(error, "response", None), "headers", {})
+            asked = replies.number(headers.get("retry-after"), _LONGEST_DELAY)
+            sleep(max(delay, float(asked or 0)))
     raise AssertionError("the last try returns or raises")

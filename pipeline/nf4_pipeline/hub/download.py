@@ -14,7 +14,8 @@ from typing import NamedTuple, TypeVar
 
 from nf4_pipeline.checkpoint.digest import FileStamp
 from nf4_pipeline.errors import HubError, ResourceError
-from nf4_pipeline.hub import cache, client
+from nf4_pipeline.hub import cache, client, replies
+from nf4_pipeline.hub.client import StoppedTransfer
 from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
 from nf4_pipeline.progress import Reporter, Task
 
@@ -26,17 +27,16 @@ _CHUNK = 4 << 20  # bytes hashed at a time
 
 @dataclass(frozen=True)
 class Fetched:
-    """A snapshot folder in the Hub cache, and each file that was asked for, by its path.
+    """A snapshot folder in the Hub cache, and the sha256 of each file asked for, by its path.
 
-    Attributes:
-        folder: the snapshot.
-        sha256: of each file.
-        stamps: of each file, from before it was hashed.
+    `stamps` are from before they were hashed. `unchecked` names those of them that the Hub lists no
+    hash for: they are what came, and whether that is right nobody knows.
     """
 
     folder: Path
     sha256: dict[str, str]
     stamps: dict[str, FileStamp]
+    unchecked: tuple[str, ...] = ()
 
 
 class _Hashed(NamedTuple):
@@ -51,6 +51,8 @@ def fetch(
     files: Sequence[RemoteFile],
     reporter: Reporter,
     *,
+    allow_unhashed: bool = False,
+    last: bool = True,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Fetched:
     """Brings `files` into the user's Hub cache at the pinned commit and hashes every one of them.
@@ -62,23 +64,30 @@ def fetch(
         model: from `resolve`.
         files: what to fetch of it, as a rule `wanted_files(model)`.
         reporter: gets two tasks in bytes, "download" and "check".
+        allow_unhashed: take files without a hash to check them by, too; the result names them.
+        last: no more files of this commit will be asked for; only then the ref moves.
         sleep: waits between tries, in seconds.
 
     Raises:
         HubError: the Hub refuses a file or does not answer, or sent wrong bytes for one twice (it
-            is then out of the cache).
+            is then out of the cache); a file has no hash, and that is not allowed; or the cache
+            leads out of its own folder.
         ResourceError: the disk of the cache has no room for the files that are missing.
     """
+    unchecked = _check_files(model, files, allow_unhashed)
+    for path in unchecked:
+        reporter.note(f"{path}: there is no hash to check it by, as --allow-unhashed allows")
+    cache.check_links(model, files)
     folder = cache.snapshot(model.repo_id, model.commit)
     if not model.offline:
         cache.purge_leftovers(model.repo_id)
     _check_disk(model, files)
-    if model.offline:
+    if model.offline and last:
         reporter.note(f"offline: {model.repo_id} at commit {model.commit}, as cached in {folder}")
 
     def download(file: RemoteFile, gauge: _Gauge) -> None:
         if not model.offline and not (folder / file.path).exists():
-            client.download(model, file.path, gauge, sleep)
+            client.download(model, file, gauge, sleep)
 
     def check(file: RemoteFile, gauge: _Gauge) -> _Hashed:
         return _hash_or_fetch_again(model, file, folder / file.path, gauge, reporter, sleep)
@@ -86,13 +95,38 @@ def fetch(
     with client.quiet():
         _in_threads("download", download, files, reporter)
         hashes = _in_threads("check", check, files, reporter)
-    cache.remember(model)
+    if last:
+        cache.remember(model)
     hashed = dict(zip((file.path for file in files), hashes, strict=True))
     return Fetched(
         folder,
         {path: one.sha256 for path, one in hashed.items()},
         {path: one.stamp for path, one in hashed.items()},
+        unchecked,
     )
+
+
+def _check_files(
+    model: RemoteModel, files: Sequence[RemoteFile], allow_unhashed: bool
+) -> tuple[str, ...]:
+    """Names those without a hash; refuses them, and names that cannot be in one folder."""
+    try:
+        for file in files:
+            replies.check_name(file.path)
+        replies.check_listing(file.path for file in files)
+        replies.check_cases(file.path for file in files)
+        replies.check_commit(model.commit)
+    except replies.ReplyError as error:
+        raise HubError(f"{model.repo_id}: the Hub {error}") from None
+    unchecked = tuple(file.path for file in files if not file.is_hashed)
+    if unchecked and not allow_unhashed:
+        named = ", ".join(unchecked[:3]) + (", …" if unchecked[3:] else "")
+        who = "the cache knows" if model.offline else "the Hub lists"
+        raise HubError(
+            f"{model.repo_id}@{model.commit[:12]}: {who} no hash of {named}, so nothing can tell "
+            "whether the bytes are right. Take another source, or say --allow-unhashed."
+        )
+    return unchecked
 
 
 def _check_disk(model: RemoteModel, files: Sequence[RemoteFile]) -> None:
@@ -122,7 +156,7 @@ def _hash_or_fetch_again(
         )
     if wrong:
         reporter.note(f"{file.path}: {wrong}; fetching it again")
-        client.download(model, file.path, gauge, sleep, force=True)
+        client.download(model, file, gauge, sleep, force=True)
         hashed, wrong = _compare(path, file, gauge)
     if wrong or hashed is None:
         cache.discard(path)
@@ -136,8 +170,9 @@ def _hash_or_fetch_again(
 def _compare(path: Path, file: RemoteFile, gauge: _Gauge) -> tuple[_Hashed | None, str | None]:
     """Hashes a file and, unless it is what the Hub lists, says what differs."""
     gauge.restart()
-    if not path.exists():
+    if not path.is_file():
         return None, f"expected {file.size:,} bytes, got no file"
+    cache.check_file(path)
     stamp = FileStamp.of(path)
     if stamp.size != file.size:
         return None, f"expected {file.size:,} bytes, got {stamp.size:,}"
@@ -164,10 +199,6 @@ def file_digests(
     return sha256.hexdigest(), sha1.hexdigest() if sha1 else None
 
 
-class _Stopped(Exception):
-    """Another file failed, or the user interrupted: this one's work ends."""
-
-
 class _Gauge:
     """One file's part of a task: never goes back when a try starts again, nor beyond its size."""
 
@@ -180,7 +211,7 @@ class _Gauge:
 
     def advance(self, amount: int) -> None:
         if self._stop.is_set():
-            raise _Stopped
+            raise StoppedTransfer
         self._now = min(self._now + amount, self._size)
         if self._now > self._shown:
             self._task.advance(self._now - self._shown)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from nf4_pipeline.errors import ConflictError, HubError, NotFoundError, PipelineError, ResourceError
 from nf4_pipeline.hub import cache
+from nf4_pipeline.hub.replies import ReplyError, shown
+from nf4_pipeline.printable import printable
 
 # Names, because the client's HTTP library is httpx up to 1.x and httpx2 since; RuntimeError is what
 # its transfer library for Xet repos raises.
@@ -36,20 +38,13 @@ class Request:
     commits: bool = False
 
 
-def failures() -> tuple[type[Exception], ...]:
-    """What calls of the client raise; KeyError and TypeError if an answer is not of its form."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # The first base is the HTTPError of the client's HTTP library.
-    library = HfHubHTTPError.__bases__[:1]
-    return (*library, OSError, ValueError, RuntimeError, LookupError, TypeError)
-
-
 def may_pass(error: BaseException) -> bool:
     """Whether the same call may go well in a moment."""
     from huggingface_hub import errors
 
     error = _root(error)
+    if isinstance(error, ReplyError):
+        return error.passing
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         # What a signed address refuses, a newly signed one may give. 422: bytes came wrong.
@@ -100,6 +95,11 @@ def translate_error(error: BaseException, request: Request) -> PipelineError:
         )
     elif isinstance(error, errors.OfflineModeIsEnabled):
         text = f"{request.doing}: HF_HUB_OFFLINE is set. Unset it: this needs the Hub."
+    elif isinstance(error, ReplyError):
+        text = (
+            f"{request.doing}: {endpoint} {error}. No Hub does that: check HF_ENDPOINT, and what "
+            "stands between this machine and it."
+        )
     elif token and not (token.isascii() and token.isprintable()):
         text = f"{request.doing}: HF_TOKEN has characters that no token has: copy it again."
     elif status == 401 and token and not _is_elsewhere(_url(error)):
@@ -110,7 +110,7 @@ def translate_error(error: BaseException, request: Request) -> PipelineError:
         kind = ConflictError if status == 412 and request.commits else HubError
         text = f"{request.doing}: {_fault(error, status, endpoint, token)}. "
         text += _remedy(status, request, error)
-    return kind(without_secrets(text, token))
+    return kind(printable(without_secrets(text, token)))
 
 
 def _remedy(status: int | None, request: Request, error: BaseException) -> str:
@@ -174,8 +174,9 @@ def _fault(error: BaseException, status: int | None, endpoint: str, token: str |
         return f"{endpoint} answered {status}" + (f" ({first})" if first else "")
     if "Consistency check failed" in first:
         return f"{endpoint} sent more or fewer bytes than it announced"
-    if isinstance(error, LookupError | TypeError):
-        return f"{endpoint} answered in a form that the client cannot read ({error!r})"
+    if isinstance(error, LookupError | TypeError | AttributeError | ArithmeticError):
+        kind = type(error).__name__
+        return f"{endpoint} answered in a form that the client cannot read ({kind}: {shown(first)})"
     if was_not_answered(error):
         return f"{endpoint} stopped answering ({type(error).__name__})"
     what = (

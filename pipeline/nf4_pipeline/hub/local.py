@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from nf4_pipeline.checkpoint.files import WEIGHT_FILE
-from nf4_pipeline.checkpoint.source import INDEX_FILE
+from nf4_pipeline.checkpoint.weight_files import INDEX_FILE
 from nf4_pipeline.documents import Document
 from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
+from typing import Any
 
-from nf4_pipeline.errors import HubError, UsageError
-from nf4_pipeline.hub import cache, client
+from nf4_pipeline.errors import UsageError
+from nf4_pipeline.hub import cache, client, replies
 from nf4_pipeline.hub.errors import Request
 from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
 
@@ -33,7 +33,7 @@ def resolve(
     Raises:
         NotFoundError: the Hub has no such repo or revision, or the token has no access to it.
         HubError: the Hub refuses or does not answer, or, offline, the cache holds no such snapshot.
-        UsageError: `repo_id` cannot be the name of a repo.
+        UsageError: `repo_id` cannot be the name of a repo, or `revision` that of a branch.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HFValidationError
@@ -45,6 +45,8 @@ def resolve(
     except HFValidationError:
         raise UsageError(f"{repo_id!r} is no Hub model id: expected ORG/NAME") from None
     revision = revision or constants.DEFAULT_REVISION
+    if not replies.is_revision(revision):
+        raise UsageError(f"{replies.shown(revision)} is no branch, tag or commit")
     if constants.HF_HUB_OFFLINE if offline is None else offline:
         return cache.cached_model(repo_id, revision)
 
@@ -52,21 +54,23 @@ def resolve(
     request = Request(repo_id, revision, f"looking up {repo_id}@{revision}")
     with client.quiet():
         info = client.attempt(lambda: api.model_info(repo_id, revision=revision), request, sleep)
+        # The client has seen what `replies` let through, but not what it makes of it.
         commit = info.sha or ""
-        if not re.fullmatch("[0-9a-f]{40}", commit):
-            raise HubError(f"{request.doing}: expected a commit of 40 hex digits, got {commit!r}")
-        tree = client.attempt(
-            lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)),
-            request,
-            sleep,
-            delays=client.ONCE_MORE,
-        )
-    files = [
-        RemoteFile(entry.path, entry.lfs.size, entry.lfs.sha256, None)
-        if entry.lfs
-        else RemoteFile(entry.path, entry.size, None, entry.blob_id)
-        for entry in tree
-        if isinstance(entry, RepoFile)
-    ]
-    listed = tuple(sorted(files, key=lambda f: f.path))
-    return RemoteModel(repo_id, commit, listed, revision, private=bool(info.private))
+
+        def listed() -> list[RemoteFile]:
+            replies.check_commit(commit)
+            entries = api.list_repo_tree(repo_id, recursive=True, revision=commit)
+            files = [_remote_file(entry) for entry in entries if isinstance(entry, RepoFile)]
+            replies.check_listing(file.path for file in files)
+            return files
+
+        files = client.attempt(listed, request, sleep, delays=client.ONCE_MORE)
+    ordered = tuple(sorted(files, key=lambda f: f.path))
+    return RemoteModel(repo_id, commit, ordered, revision, private=bool(info.private))
+
+
+def _remote_file(entry: Any) -> RemoteFile:
+    """What is used of the client's RepoFile; a hash that is none is "" there (`replies`)."""
+    if entry.lfs:
+        return RemoteFile(entry.path, entry.lfs.size, entry.lfs.sha256 or None, None)
+    return RemoteFile(entry.path, entry.size, None, entry.blob_id or None)

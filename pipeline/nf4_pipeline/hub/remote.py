@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -15,13 +16,19 @@ _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gg
 class RemoteFile:
     """One file of a model repo: `size` in bytes, and the hash that the Hub lists for it.
 
-    LFS files list a sha256, the others the sha1 of their git blob. A cached file may have neither.
+    LFS files list a sha256, the others the sha1 of their git blob. A file may have neither: where a
+    Hub lists none, and in a cache without links. Then nothing says whether its bytes are right.
     """
 
     path: str
     size: int
     sha256: str | None
     git_sha1: str | None
+
+    @property
+    def is_hashed(self) -> bool:
+        """Whether its bytes can be checked."""
+        return self.sha256 is not None or self.git_sha1 is not None
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,22 @@ def wanted_files(model: RemoteModel, *, allow_pickle: bool = False) -> tuple[Rem
             f"revision that has them{', or see --allow-pickle' if pickles else ''}."
         )
     return tuple(file for file in model.files if is_wanted(file.path))
+
+
+def small_files(model: RemoteModel) -> tuple[RemoteFile, ...]:
+    """Those of the wanted files that are no weights, and every index of weights."""
+    return tuple(
+        file
+        for file in model.files
+        if ("/" not in file.path and file.path.endswith(".safetensors.index.json"))
+        or (is_wanted(file.path) and not file.path.endswith(".safetensors"))
+    )
+
+
+def named(model: RemoteModel, names: Iterable[str]) -> tuple[RemoteFile, ...]:
+    """The files of a model with these names; a name that it does not have is passed over."""
+    wanted = set(names)
+    return tuple(file for file in model.files if file.path in wanted)
 
 
 def _matches(path: str, patterns: tuple[str, ...]) -> bool:

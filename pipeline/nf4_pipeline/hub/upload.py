@@ -19,7 +19,7 @@ from itertools import count
 from typing import Any, TypeVar
 
 from nf4_pipeline.errors import ConflictError, HubError, NotFoundError
-from nf4_pipeline.hub import client, local
+from nf4_pipeline.hub import client, limits, local
 from nf4_pipeline.hub.errors import Request, may_pass, was_not_answered
 from nf4_pipeline.hub.local import LocalFile, Proof
 from nf4_pipeline.hub.lookup import resolve
@@ -378,7 +378,8 @@ class _Push:
         self, call: Callable[[], T], doing: str, *, commits: bool = False, **options: Any
     ) -> T:
         request = Request(self._repo_id, MAIN, doing, writes=True, commits=commits)
-        return client.attempt(call, request, self._sleep, **options)
+        allowance = limits.for_upload()
+        return client.attempt(call, request, self._sleep, allowance=allowance, **options)
 
 
 def _branch(number: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from nf4_pipeline.checkpoint.atomic import json_bytes
 from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.checkpoint.shards import Shard
-from nf4_pipeline.checkpoint.source import INDEX_FILE
+from nf4_pipeline.checkpoint.weight_files import INDEX_FILE
 from nf4_pipeline.manifest.assemble import build_manifest
 from nf4_pipeline.manifest.manifest import CalibrationSummary, Manifest, Source
 from nf4_pipeline.manifest.read import MANIFEST_FILE

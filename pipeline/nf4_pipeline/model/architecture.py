@@ -42,6 +42,7 @@ class Architecture(Document):
         merged: names in the checkpoint of tensors that transformers merges with others on loading.
         ignorable: names in the checkpoint that the architecture itself passes over.
         optional: names in the model that a checkpoint need not have.
+        embedding: the weight of its input embedding; "" if it has none.
         dtype: that config.json names, such as "bfloat16".
         never_cast: names in the model of what transformers does not cast to that dtype.
     """
@@ -57,5 +58,12 @@ class Architecture(Document):
     merged: frozenset[str]
     ignorable: frozenset[str]
     optional: frozenset[str]
+    embedding: str = ""
     dtype: str | None = None
     never_cast: frozenset[str] = frozenset()
+
+    @property
+    def embedding_rows(self) -> int | None:
+        """How many tokens the model has an embedding for, if that is known."""
+        shape = self.shapes.get(self.embedding)
+        return shape[0] if shape else None

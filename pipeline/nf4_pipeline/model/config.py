@@ -9,7 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from nf4_pipeline.checkpoint.source import read_json
+from nf4_pipeline.checkpoint.folder_advice import without_config
+from nf4_pipeline.checkpoint.quantized_formats import quantization_of
+from nf4_pipeline.checkpoint.source import Checkpoint, read_json
+from nf4_pipeline.checkpoint.weight_files import NAMED_IN_CONFIG
 from nf4_pipeline.errors import AlreadyQuantizedError, ArchitectureError, SourceError
 
 CONFIG_FILE: Final = "config.json"
@@ -26,6 +29,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
+        if (advice := without_config(folder)) is not None:
+            raise SourceError(advice)
         raise SourceError(
             f"{folder} has no {CONFIG_FILE}, so it is not a Hugging Face checkpoint. "
             "Name a folder that `save_pretrained` wrote, or a model id on the Hub."
@@ -33,26 +38,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def check_not_quantized(config: dict[str, Any], where: Path) -> None:
-    """Refuses a checkpoint that says it is quantized.
+def check_not_quantized(config: dict[str, Any], checkpoint: Checkpoint | None, where: Path) -> None:
+    """Refuses a checkpoint that is quantized already.
+
+    Args:
+        config: its config.json.
+        checkpoint: the headers of its weights; None if they cannot be read yet.
+        where: the folder.
 
     Raises:
-        AlreadyQuantizedError: the config has a quantization_config.
+        AlreadyQuantizedError: the config, the tensors or a file beside them say so.
     """
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = (
-            quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else ""
-        )
+    tensors = [tensor.header for tensor in checkpoint.tensors] if checkpoint else []
+    names = {path.name for path in where.iterdir()} if where.is_dir() else set()
+    how = quantization_of(tensors, config, names)
+    if how is not None:
         raise AlreadyQuantizedError(
-            f"{where} is already quantized (quant_method {method!r} in {CONFIG_FILE}). "
+            f"{where} is already quantized, as {how}. "
             "Start from the 16-bit checkpoint that it was made from."
         )
 
 
 def without_remote_code(config: dict[str, Any]) -> dict[str, Any]:
     """The config without its pointers to custom code and without a quantization config."""
-    dropped = {"auto_map", "custom_pipelines", "quantization_config"}
+    dropped = {"auto_map", "custom_pipelines", "quantization_config", NAMED_IN_CONFIG}
     return {key: value for key, value in config.items() if key not in dropped}
 
 
@@ -91,12 +100,6 @@ def causal_lm_config(config: dict[str, Any], where: Path) -> Any:
             f"{transformers.__version__} does not know. Code that comes with a checkpoint is never "
             "run; a newer transformers may know it."
         )
-    names = config.get("architectures") or []
-    if names and not any(str(name).endswith(_CAUSAL_SUFFIXES) for name in names):
-        raise ArchitectureError(
-            f"{where} holds a {names[0]}, which is not a causal LM; only models that generate "
-            "text from left to right can be quantized here."
-        )
     try:
         built = CONFIG_MAPPING[model_type].from_dict(_with_floats(without_remote_code(config)))
     except Exception as error:  # a config class may reject values in any way it likes
@@ -109,4 +112,21 @@ def causal_lm_config(config: dict[str, Any], where: Path) -> Any:
             "causal LM for it; only models that generate text from left to right can be "
             "quantized here."
         )
+    names = config.get("architectures") or []
+    causal = any(str(name).endswith(_CAUSAL_SUFFIXES) for name in names)
+    if names and not causal and not has_text_model(built):
+        raise ArchitectureError(
+            f"{where} holds a {names[0]}, which is not a causal LM; only models that generate "
+            "text from left to right can be quantized here."
+        )
     return built
+
+
+def has_text_model(config: Any) -> bool:
+    """True of the config of a larger model from which transformers builds only the text model."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    text = type(config).sub_configs.get("text_config")
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    several = classes if isinstance(classes, tuple | list) else (classes,)
+    return text is not None and any(getattr(item, "config_class", None) is text for item in several)

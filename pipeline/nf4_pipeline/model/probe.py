@@ -1,4 +1,4 @@
-"""Asks for the architecture of a checkpoint in a process of its own.
+"""Asks for the architecture and the tokenizer of a checkpoint in a process of its own.
 
 Importing torch and transformers takes seconds and half a gigabyte, and building a model on the meta
 device needs both. A child process does it, while this one hashes or reads; afterwards nothing of it
@@ -17,6 +17,7 @@ from typing import Final
 from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import ArchitectureError
 from nf4_pipeline.model.architecture import Architecture
+from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 from nf4_pipeline.processes.child import ChildFailed, start
 from nf4_pipeline.processes.messages import Limits
 from nf4_pipeline.processes.worker import Worker
@@ -30,14 +31,28 @@ _DATA_BYTES: Final = 8 * 2**30
 
 @dataclass(frozen=True)
 class ProbeRequest(Document):
-    """Which checkpoint folder is meant."""
+    """Which checkpoint folder is meant; `without_weights`: there are none in it yet."""
 
     folder: Path
+    without_weights: bool = False
 
 
-WORKER: Final[Worker[ProbeRequest, Architecture]] = Worker(
+@dataclass(frozen=True)
+class ProbeReply(Document):
+    """What transformers says of a checkpoint.
+
+    Attributes:
+        architecture: of its model; without names of tensors, if there were none.
+        tokenizer: how it loads.
+    """
+
+    architecture: Architecture
+    tokenizer: TokenizerFacts
+
+
+WORKER: Final[Worker[ProbeRequest, ProbeReply]] = Worker(
     "nf4_pipeline.model.probe_worker",
-    Architecture,
+    ProbeReply,
     Limits(processor_seconds=_PROCESSOR_SECONDS, data_bytes=_DATA_BYTES),
 )
 
@@ -47,15 +62,27 @@ class Probe:
 
     Args:
         folder: the checkpoint.
+        without_weights: there are none in it yet.
         worker: what does it.
     """
 
-    def __init__(self, folder: Path, worker: Worker[ProbeRequest, Architecture] = WORKER) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        without_weights: bool = False,
+        worker: Worker[ProbeRequest, ProbeReply] = WORKER,
+    ) -> None:
         self._folder = folder
         self._limits = worker.limits
-        self._child = start(worker, ProbeRequest(folder))
+        self._child = start(worker, ProbeRequest(folder, without_weights))
 
-    def wait(self) -> Architecture:
+    @property
+    def is_replying(self) -> bool:
+        """True if `wait` takes no longer than reading the reply."""
+        return self._child.is_speaking
+
+    def wait(self) -> ProbeReply:
         """What it found.
 
         Raises:

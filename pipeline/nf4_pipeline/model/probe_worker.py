@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from nf4_pipeline.checkpoint.source import open_checkpoint
-from nf4_pipeline.model.architecture import Architecture
 from nf4_pipeline.model.config import read_config
 from nf4_pipeline.model.meta_model import read_architecture
-from nf4_pipeline.model.probe import ProbeRequest
+from nf4_pipeline.model.probe import ProbeReply, ProbeRequest
+from nf4_pipeline.model.tokenizer_probe import probe_tokenizer
 from nf4_pipeline.progress import Reporter
 
 
-def run(request: ProbeRequest, reporter: Reporter) -> Architecture:
-    """The architecture of the checkpoint in a folder.
+def run(request: ProbeRequest, reporter: Reporter) -> ProbeReply:
+    """The architecture and the tokenizer of the checkpoint in a folder.
 
     Raises:
         ArchitectureError: there is no causal LM for its config.
         SourceError: a file of it is missing or malformed.
     """
-    names = [tensor.name for tensor in open_checkpoint(request.folder).tensors]
-    return read_architecture(read_config(request.folder), names, request.folder)
+    folder = request.folder
+    checkpoint = None if request.without_weights else open_checkpoint(folder)
+    names = [tensor.name for tensor in checkpoint.tensors] if checkpoint else []
+    architecture = read_architecture(read_config(folder), names, folder)
+    return ProbeReply(architecture, probe_tokenizer(folder, architecture.embedding_rows))

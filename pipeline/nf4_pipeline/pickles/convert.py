@@ -11,7 +11,7 @@ from typing import Final
 from nf4_pipeline.checkpoint.atomic import remove_leftovers, write_bytes, write_json
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
 from nf4_pipeline.checkpoint.files import PICKLE_FILE
-from nf4_pipeline.checkpoint.source import INDEX_FILE
+from nf4_pipeline.checkpoint.weight_files import INDEX_FILE
 from nf4_pipeline.documents import Document, key, optional
 from nf4_pipeline.errors import SourceError, UsageError
 from nf4_pipeline.pickles.scan import scan

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import tempfile
 import threading
@@ -65,6 +66,11 @@ class Child(ABC, Generic[Reply]):
             ChildFailed: the process died, timed out, raised another exception, or replied with
                 something else than its kind of reply.
         """
+
+    @property
+    @abstractmethod
+    def is_speaking(self) -> bool:
+        """True if something of it has come and waits to be read: progress, its reply, its end."""
 
     @abstractmethod
     def close(self) -> None:
@@ -130,6 +136,11 @@ class _Process(Child[Reply]):
         except BaseException:
             self.close()
             raise
+
+    @property
+    def is_speaking(self) -> bool:
+        stdout = self._popen.stdout
+        return stdout is None or stdout.closed or bool(select.select([stdout], [], [], 0)[0])
 
     def close(self) -> None:
         if self._timer is not None:
@@ -223,6 +234,11 @@ class _Here(Child[Reply]):
     ) -> None:
         self._worker, self._reporter = worker, reporter
         self._request = json.dumps(request.to_json())
+
+    @property
+    def is_speaking(self) -> bool:
+        """Never: it begins to work when it is waited for."""
+        return False
 
     def close(self) -> None:
         """Nothing is left of it."""

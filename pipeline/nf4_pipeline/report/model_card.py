@@ -7,8 +7,10 @@ from typing import Any, Final
 
 import yaml
 
+from nf4_pipeline.checkpoint.files import is_of_tokenizer
 from nf4_pipeline.fidelity.metrics import Fidelity
 from nf4_pipeline.manifest.manifest import Manifest
+from nf4_pipeline.model.unused_tensors import left_out
 from nf4_pipeline.readers.document import ReaderResult
 from nf4_pipeline.readers.promises import published_lines
 from nf4_pipeline.report.calibration import (
@@ -58,6 +60,7 @@ def model_card(
         "---\n" + yaml.safe_dump(metadata, sort_keys=False) + "---",
         f"# {name}, {manifest.codebook}",
         _what(manifest),
+        *_left_out(manifest),
         *([_sizes(measured.sizes)] if measured else []),
         _checks(verification),
         *(_quality(manifest, measured) if measured else []),
@@ -96,6 +99,20 @@ def _what(manifest: Manifest) -> str:
         f"`{source.repo}` ({pinned}) in 4 bit: bitsandbytes {manifest.codebook} with double "
         f"quantization. What is not quantized is copied exactly{_but_for_casts(manifest)}."
     )
+
+
+def _left_out(manifest: Manifest) -> list[str]:
+    """What the source has and the artifact lacks: heads that do not generate, its tokenizer."""
+    lines = [
+        f"- {part.tensors} tensors ({_size(part.bytes)}): {part.reason}."
+        for part in left_out((tensor.reason, tensor.bytes) for tensor in manifest.dropped)
+    ]
+    if not any(is_of_tokenizer(name) for name in manifest.files):
+        lines.append(
+            "- A tokenizer: the source has none that loads without code of its own. What there is "
+            f"of it is in `{manifest.source.repo}`."
+        )
+    return ["\n".join(["## Not in this artifact", "", *lines])] if lines else []
 
 
 def _but_for_casts(manifest: Manifest) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nf4_pipeline.checkpoint.folder_advice import cache_commit
 from nf4_pipeline.errors import HubError, SourceError, UsageError
 from nf4_pipeline.hub.local import LocalFile
 from nf4_pipeline.hub.remote import RemoteFile
@@ -49,13 +50,13 @@ class Origin:
 
 
 def check_origin(
-    source: Source, paths: Mapping[str, Path], folder: Path | None, *, is_sample: bool
+    source: Source, files: Mapping[str, LocalFile], folder: Path | None, *, is_sample: bool
 ) -> Origin:
     """Asks who else says that these files are of that repo at that commit.
 
     Args:
-        source: what is claimed of repo and commit; its files were hashed.
-        paths: where each of these files is.
+        source: what is claimed of repo and commit.
+        files: those of them that a Hub would know, as they were hashed.
         folder: that the user has named; None if the files came from the claimed commit on the Hub.
         is_sample: the files are those of the sample that comes with this package.
 
@@ -71,10 +72,6 @@ def check_origin(
         return Origin(f"the Hub at {constants.ENDPOINT}")
     if not is_hub_id(source.repo) or "--" in source.repo:
         return Origin(not_checked=f"{source.repo!r} is not the name of a Hub repo")
-    files = {
-        name: LocalFile(paths[name], digest.size, digest.sha256)
-        for name, digest in source.files.items()
-    }
     other = None
     if folder is not None:
         by, other = _named_snapshot(folder, source, files)
@@ -99,13 +96,13 @@ def _named_snapshot(
     """The folder itself as a snapshot in a Hub cache: who confirms it, or what it is instead."""
     from nf4_pipeline.hub import cache
 
-    found = cache.as_snapshot(folder)
+    found = cache_commit(folder.resolve())
     if found is None:
         return None, f"{folder} is no snapshot in a Hub cache"
-    name, commit = found
-    if (name, commit) != (cache.storage(source.repo).name, source.commit):
-        return None, f"{folder} is a snapshot of {name} at {commit}"
-    lacking = _not_listed(cache.listed(folder), files)
+    repo, commit = found
+    if (repo, commit) != (source.repo, source.commit):
+        return None, f"{folder} is a snapshot of {repo} at {commit}"
+    lacking = _not_listed(cache.listed(folder.resolve()), files)
     if lacking:
         return None, f"{folder} does not say what the Hub listed for {lacking[0]}"
     return f"the Hub cache, {folder}", None

@@ -8,10 +8,12 @@ from pathlib import Path
 from nf4_pipeline.build_folder import Inputs
 from nf4_pipeline.checkpoint.digest import content_sha256, digest_file
 from nf4_pipeline.errors import ArtifactError, SourceError, UsageError
+from nf4_pipeline.hub import cache
+from nf4_pipeline.hub.local import LocalFile
 from nf4_pipeline.manifest.manifest import Manifest, Source
 from nf4_pipeline.manifest.read import MANIFEST_FILE
 from nf4_pipeline.progress import Reporter
-from nf4_pipeline.records import DOWNLOAD, DownloadFacts
+from nf4_pipeline.records import DOWNLOAD, DownloadFacts, Reading
 from nf4_pipeline.reproduce.origin import Origin, check_origin
 from nf4_pipeline.stages.download import SAMPLE, SAMPLE_REPO, Download, DownloadRequest
 
@@ -62,7 +64,9 @@ def open_source(
             "it from where the artifact was published."
         )
     model, revision = _where(source, folder)
-    request = DownloadRequest(model, scratch, revision, scratch / "build")
+    said = manifest.recipe["quantize"]
+    reading = Reading(tuple(said.get("allow_unused", ())), said.get("strip_prefix", ""))
+    request = DownloadRequest(model, scratch, revision, scratch / "build", reading=reading)
     build, record, _ = Download(request, reporter).run()
     if folder is None and record.facts.commit != source.commit:
         raise SourceError(
@@ -91,10 +95,17 @@ def open_source(
         )
     inputs = build.check_inputs(DOWNLOAD)
     hashed = {name: files[name] for name in source.files}
+    listed = {name: (build.source / name).resolve() for name in hashed}
+    if made_from := dict(record.facts.converted_from):  # a Hub knows what these were made from
+        original = folder or cache.snapshot(source.repo, source.commit or "")
+        listed = {name: original / name for name in made_from}
     found = replace(source, content_sha256=content_sha256(hashed), files=hashed)
     origin = check_origin(
         found,
-        {name: (build.source / name).resolve() for name in hashed},
+        {
+            name: LocalFile(listed[name], d.size, d.sha256)
+            for name, d in (made_from or hashed).items()
+        },
         folder,
         is_sample=record.facts.is_sample or (source.repo == SAMPLE_REPO and _is_sample(found)),
     )

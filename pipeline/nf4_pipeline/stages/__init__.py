@@ -1,6 +1,7 @@
 """The stages. Each reads the records before it, does one thing, and writes its record last.
 
     run_recorded.py  what a stage is; forget the record, work, write the record
+    preflight.py     what can be known of a checkpoint before its first weight is read
     download.py      a name -> a pinned, hashed checkpoint in source/
     quantize.py      source/ -> quantized/
     serialize.py     quantized/ -> export/: the artifact and its manifest

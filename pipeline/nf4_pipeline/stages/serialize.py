@@ -18,6 +18,7 @@ from nf4_pipeline.engine.quantize_checkpoint import CheckpointPlanner
 from nf4_pipeline.errors import ResourceError
 from nf4_pipeline.manifest.artifact_files import Weights, assemble_files
 from nf4_pipeline.manifest.manifest import Source
+from nf4_pipeline.model.unused_tensors import left_out
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import (
@@ -101,7 +102,12 @@ class Serialize:
                 self.build.forget(VERIFY)
             outputs = {f"export/{name}": digest for name, digest in files.digests.items()}
             return outputs, SerializeFacts(
-                totals=files.manifest.totals, hidden_modules=plan.hidden_modules
+                totals=files.manifest.totals,
+                hidden_modules=plan.hidden_modules,
+                left_out=left_out(
+                    (tensor.reason, tensor.source.header.nbytes)
+                    for tensor in plan.by_action("drop")
+                ),
             )
 
         table = self.recipe.table("serialize")

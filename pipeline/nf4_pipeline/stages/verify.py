@@ -50,7 +50,7 @@ from nf4_pipeline.verification.check_model import check_kept, check_weights, rep
 from nf4_pipeline.verification.document import Against, MeasuredVerification, Verification
 from nf4_pipeline.verification.eval_text import RANDOM, Text, read_text
 from nf4_pipeline.verification.launch import Examination, compare_scores
-from nf4_pipeline.verification.prompts import REFERENCE, Prompt, read_prompts
+from nf4_pipeline.verification.prompts import REFERENCE, Prompt, asked_with, read_prompts
 
 CODE_VERSION: Final = 5
 VERIFICATION_FILE: Final = "verification.json"
@@ -332,7 +332,8 @@ class Verify:
 
     def _prompts(self) -> tuple[Prompt, ...]:
         if self._has_tokenizer():
-            return read_prompts(self.prompts_path())
+            tokenizer = self.build.need(DOWNLOAD).facts.tokenizer
+            return asked_with(tokenizer, read_prompts(self.prompts_path()))
         self.reporter.note(
             "This checkpoint has no tokenizer: no prompt can be answered, and the models are "
             "compared on random token ids."
@@ -352,7 +353,10 @@ class Verify:
         return read_text(None)
 
     def _has_tokenizer(self) -> bool:
-        return any(is_tokenizer(name) for name in self.build.need(DOWNLOAD).outputs_in("source"))
+        record = self.build.need(DOWNLOAD)
+        if record.facts.tokenizer is not None:
+            return record.facts.tokenizer.status == "loads"
+        return any(is_tokenizer(name) for name in record.outputs_in("source"))
 
     def _source_metadata(self) -> dict[str, Any]:
         """The front matter of the source's own card: its license is inherited, never invented."""

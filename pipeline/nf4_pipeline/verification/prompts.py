@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import RecipeError
+from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 
 REFERENCE: Final = Path(__file__).with_name("reference.jsonl")
 
@@ -26,6 +27,13 @@ class Prompt(Document):
     prompt: str
     expect: str | None = None
     chat: bool = False
+
+
+def asked_with(tokenizer: TokenizerFacts | None, prompts: tuple[Prompt, ...]) -> tuple[Prompt, ...]:
+    """Prompts as a tokenizer can take them: without its chat template, if that fails."""
+    if tokenizer is None or tokenizer.template != "fails":
+        return prompts
+    return tuple(replace(prompt, chat=False) for prompt in prompts)
 
 
 def read_prompts(path: Path) -> tuple[Prompt, ...]:

@@ -1,0 +1,154 @@
+"""What can be known of a checkpoint before its first weight is read: headers, model, tokenizer.
+
+A child process builds the model and loads the tokenizer while this one hashes. What it finds wrong
+ends the hashing at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+from nf4_pipeline.checkpoint.folder_advice import adapter_advice
+from nf4_pipeline.checkpoint.lfs_pointer import check_no_pointer
+from nf4_pipeline.checkpoint.source import open_checkpoint, weight_files
+from nf4_pipeline.checkpoint.untrusted import check_file, check_folder
+from nf4_pipeline.errors import PipelineError, SourceError
+from nf4_pipeline.model.architecture import Architecture
+from nf4_pipeline.model.config import check_not_quantized, read_config
+from nf4_pipeline.model.config_limits import check_config_limits
+from nf4_pipeline.model.fit import check_fit
+from nf4_pipeline.model.probe import Probe
+from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
+from nf4_pipeline.model.unused_tensors import Unused
+from nf4_pipeline.progress import Task
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is known of a checkpoint whose weights were not read.
+
+    Attributes:
+        architecture: what transformers says of its model.
+        tokenizer: its tokenizer.
+        unused: tensors that the model has no place for.
+    """
+
+    architecture: Architecture
+    tokenizer: TokenizerFacts
+    unused: tuple[Unused, ...]
+
+
+def check_small_files(folder: Path) -> None:
+    """What can be known without the weights being there.
+
+    Raises:
+        SourceError: the folder is no checkpoint, or a file in it is not what its name says.
+        AlreadyQuantizedError: its config says that it is quantized.
+    """
+    check_folder(folder)
+    check_not_quantized(read_config(folder), None, folder)
+    whole = (folder / "adapter_config.json").is_file() and list(folder.glob("adapter_model.*"))
+    if whole:
+        raise SourceError(
+            f"{adapter_advice(folder)} (A whole model lies beside it: if that is to be quantized "
+            "as it is, take adapter_config.json out of the folder.)"
+        )
+
+
+def check_headers(folder: Path) -> None:
+    """What can be known from the headers of the weights, without asking transformers.
+
+    Raises:
+        SourceError: weights are missing, malformed or pointers, or do not fit config.json.
+        AlreadyQuantizedError: the tensors are those of a quantized model.
+    """
+    chosen = weight_files(folder)
+    for file in chosen.files if chosen else ():
+        if (folder / file).is_file():
+            check_file(folder, file)
+            check_no_pointer(folder / file)
+    config = read_config(folder)
+    checkpoint = open_checkpoint(folder)
+    check_not_quantized(config, checkpoint, folder)
+    check_config_limits(config, checkpoint)
+
+
+class Preflight:
+    """Looks at a checkpoint in a child process, while this one does something else.
+
+    Args:
+        folder: the checkpoint; `check_small_files` and `check_headers` passed.
+        allow_unused: patterns of tensors that may be left out.
+        without_weights: the weights are not there yet; the tokenizer may lack files, too.
+    """
+
+    def __init__(
+        self, folder: Path, allow_unused: Sequence[str] = (), *, without_weights: bool = False
+    ) -> None:
+        self._folder = folder
+        self._allow_unused = allow_unused
+        self._without_weights = without_weights
+        self._probe = Probe(folder, without_weights=without_weights)
+        self._found: Findings | None = None
+        self._failure: PipelineError | None = None
+        self._lock = Lock()
+
+    @contextmanager
+    def beside(self, task: Task) -> Iterator[Task]:
+        """A task that ends as soon as the child has found something wrong; then so does the child.
+
+        Args:
+            task: the one to advance.
+        """
+        preflight = self
+
+        class Watched:
+            def advance(self, amount: int) -> None:
+                preflight.poll()
+                task.advance(amount)
+
+        try:
+            yield Watched()
+        except BaseException:
+            self._probe.cancel()
+            raise
+
+    def poll(self) -> None:
+        """Judges what the child found, if it has answered.
+
+        Raises:
+            SourceError: as `wait` does.
+        """
+        if self._found is None and (self._failure is not None or self._probe.is_replying):
+            self.wait()
+
+    def wait(self) -> Findings:
+        """What was found.
+
+        Raises:
+            SourceError: config.json makes no causal LM, or the weights are not those of its model,
+                or the tokenizer does not load.
+        """
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            if self._found is None:
+                try:
+                    self._found = self._judge()
+                except PipelineError as error:
+                    self._failure = error
+                    raise
+            return self._found
+
+    def _judge(self) -> Findings:
+        reply = self._probe.wait()
+        unused: tuple[Unused, ...] = ()
+        if not self._without_weights:
+            checkpoint = open_checkpoint(self._folder)
+            unused = check_fit(checkpoint, reply.architecture, self._allow_unused)
+            reply.tokenizer.check()
+        return Findings(reply.architecture, reply.tokenizer, unused)
