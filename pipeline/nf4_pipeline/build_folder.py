@@ -7,8 +7,9 @@
       records/       one small JSON per finished stage
       .lock          held by the process that works here
 
-A record holds the stage's key, every output with its size and sha256, what the next stages need to
-know, and what the work took. It is written last. A stage is done if its record has the key that it
+A record holds the stage's key, every output with its size, sha256 and stamp (times and inode),
+what the next stages need to know, and what the work took; that of a stage that judges holds the
+files that it judged, too. It is written last. A stage is done if its record has the key that it
 would have now, and its outputs still hash as recorded; a record that cannot be read counts as none.
 """
 
@@ -31,7 +32,12 @@ from nf4_pipeline.checkpoint.atomic import (
     sync_folder,
     write_json,
 )
-from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
+from nf4_pipeline.checkpoint.digest import (
+    FileDigest,
+    FileStamp,
+    digest_file,
+    digests_json,
+)
 from nf4_pipeline.errors import BuildError
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.runtime.artifact import build_roots
@@ -75,6 +81,10 @@ class Record(Generic[F_co]):
         peak_memory: bytes.
         finished: when, in UTC, as ISO 8601; empty until it is written.
         recipe: the table of the recipe that is named for the stage; empty if there is none.
+        inputs: path relative to the build folder -> digest of what was found there, of the files
+            that the facts are a verdict about; empty for a stage that judges nothing.
+        stamps: of outputs, from before they were hashed; an output without one is as it is when the
+            record is written.
     """
 
     kind: RecordKind[F_co]
@@ -85,6 +95,8 @@ class Record(Generic[F_co]):
     peak_memory: int
     finished: str = ""
     recipe: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, FileDigest] = field(default_factory=dict)
+    stamps: dict[str, FileStamp] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -97,12 +109,20 @@ class Record(Generic[F_co]):
         Args:
             folder: its name, such as "export".
         """
-        prefix = f"{folder}/"
-        return {
-            path.removeprefix(prefix): digest
-            for path, digest in self.outputs.items()
-            if path.startswith(prefix)
-        }
+        return _inside(folder, self.outputs)
+
+    def inputs_in(self, folder: str) -> dict[str, FileDigest]:
+        """The files in one folder of the build that were judged, by their path in it."""
+        return _inside(folder, self.inputs)
+
+
+def _inside(folder: str, files: dict[str, FileDigest]) -> dict[str, FileDigest]:
+    prefix = f"{folder}/"
+    return {
+        path.removeprefix(prefix): digest
+        for path, digest in files.items()
+        if path.startswith(prefix)
+    }
 
 
 @dataclass(frozen=True)
@@ -111,6 +131,41 @@ class State:
 
     status: Literal["done", "stale", "missing"]
     why: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The outputs of a stage, as another one found them before it read them.
+
+    Attributes:
+        root: the build folder.
+        stage: the one that left them.
+        stamps: by path in the build folder.
+    """
+
+    root: Path
+    stage: str
+    stamps: dict[str, FileStamp]
+
+    def check_untouched(self) -> None:
+        """Holds them against what they were, after they have been read.
+
+        Raises:
+            BuildError: one of them was touched in the meantime, so what was read of it may be of
+                neither state.
+        """
+        for name, before in self.stamps.items():
+            path = self.root / name
+            try:
+                touched = FileStamp.of(path) != before
+            except OSError:
+                touched = True
+            if touched:
+                raise BuildError(
+                    f"{path.resolve()} was changed or touched while it was read: expected it to "
+                    f"stay as `{self.stage}` recorded it. Nothing that was made of it counts. Let "
+                    "it rest, then run the same command again."
+                )
 
 
 class Build:
@@ -145,9 +200,11 @@ class Build:
             value = json.loads(self._record_path(kind).read_text("utf-8"))
             if value["version"] != RECORD_VERSION or value["stage"] != kind.stage:
                 return None
-            outputs = {
-                path: FileDigest(int(entry["size"]), str(entry["sha256"]))
+            outputs = _digests(value["outputs"])
+            stamps = {
+                path: FileStamp(entry["size"], entry["mtime_ns"], entry["ctime_ns"], entry["inode"])
                 for path, entry in value["outputs"].items()
+                if {"mtime_ns", "ctime_ns", "inode"} <= entry.keys()
             }
             return Record(
                 kind,
@@ -158,6 +215,8 @@ class Build:
                 int(value["peak_memory_bytes"]),
                 str(value["finished"]),
                 dict(value.get("recipe", {})),
+                _digests(value.get("inputs", {})),
+                stamps,
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
@@ -176,34 +235,47 @@ class Build:
             )
         return record
 
-    def check_inputs(self, kind: RecordKind[Facts]) -> None:
+    def check_inputs(self, kind: RecordKind[Facts], *, claimed: bool = False) -> Inputs:
         """Refuses to build on outputs of a stage that changed since it wrote them.
 
-        A file with the recorded size and time counts as unchanged, as for git and make; any other
-        is hashed.
+        A file whose stamp is the recorded one is not hashed again; any other is.
+
+        Args:
+            kind: of the stage.
+            claimed: what follows says what these files hold, so that all of them are hashed.
+
+        Returns:
+            What to hold them against once they have been read.
 
         Raises:
-            BuildError: the stage has no record, or a file that it left is gone or has other bytes.
+            BuildError: the stage has no record, or a file that it left is gone, has other bytes, or
+                has become a link.
         """
         record = self.need(kind)
-        times = json.loads(self._record_path(kind).read_text("utf-8"))["outputs"]
+        stamps = {}
         for name, expected in record.outputs.items():
-            path = self.root / name
-            if not path.is_file():
+            problem = self._find_problem(name)
+            if problem is None:
+                stamps[name] = FileStamp.of(self.root / name)
+                if not claimed and stamps[name] == record.stamps.get(name):
+                    continue
+                if digest_file(self.root / name) != expected:
+                    problem = f"changed since `{kind.stage}` recorded it"
+            if problem is not None:
                 raise BuildError(
-                    f"{path} is gone, which `{kind.stage}` left there. Run `nf4 {kind.stage}` "
-                    "again."
+                    f"{self.root / name} {problem}: expected {expected.size:,} bytes with sha256 "
+                    f"{expected.sha256[:12]}…, as `{kind.stage}` left there. Run "
+                    f"`nf4 {kind.stage}` again."
                 )
-            now = path.stat()
-            unchanged = (now.st_size, now.st_mtime_ns) == (
-                expected.size,
-                times[name].get("mtime_ns"),
-            )
-            if not unchanged and digest_file(path) != expected:
-                raise BuildError(
-                    f"{path} changed since `{kind.stage}` recorded it (sha256 "
-                    f"{expected.sha256[:12]}…). Run `nf4 {kind.stage}` again."
-                )
+        return Inputs(self.root, kind.stage, stamps)
+
+    def _find_problem(self, name: str) -> str | None:
+        """What is wrong with an output, as far as that shows without reading it."""
+        path = self.root / name
+        # Only download leaves links: what any other points at can change unseen.
+        if path.is_symlink() and not name.startswith("source/"):
+            return "is a link"
+        return None if path.is_file() else "is gone"
 
     def write_record(self, record: Record[Facts]) -> None:
         """Writes a record; the last thing that a stage does."""
@@ -214,9 +286,13 @@ class Build:
                 "stage": record.kind.stage,
                 "key": record.key,
                 "outputs": {
-                    path: {**digest.to_json(), "mtime_ns": (self.root / path).stat().st_mtime_ns}
+                    path: {
+                        **(record.stamps.get(path) or FileStamp.of(self.root / path)).to_json(),
+                        **digest.to_json(),
+                    }
                     for path, digest in sorted(record.outputs.items())
                 },
+                "inputs": digests_json(record.inputs),
                 "seconds": round(record.seconds, 3),
                 "peak_memory_bytes": record.peak_memory,
                 "finished": record.finished or datetime.now(UTC).isoformat(timespec="seconds"),
@@ -242,8 +318,8 @@ class Build:
         with reporter.task(f"check {kind.stage}", record.total_bytes) as task:
             for name, expected in record.outputs.items():
                 path = self.root / name
-                if not path.is_file():
-                    return State("stale", f"{name} is gone")
+                if problem := self._find_problem(name):
+                    return State("stale", f"{name} {problem}")
                 if path.stat().st_size != expected.size or digest_file(path, task) != expected:
                     return State("stale", f"{name} is not what the stage wrote")
         return State("done", "outputs hash as recorded")
@@ -276,6 +352,12 @@ class Build:
             yield
         finally:
             os.close(descriptor)
+
+
+def _digests(value: dict[str, Any]) -> dict[str, FileDigest]:
+    return {
+        path: FileDigest(int(entry["size"]), str(entry["sha256"])) for path, entry in value.items()
+    }
 
 
 def find_builds(artifacts: Path) -> list[Build]:

@@ -20,6 +20,9 @@
     ├── TiedWeightsDiffer         tensors that config.json ties differ; caught, and both are kept
     └── StoppedError              the user stopped it: exit code 130
 
+Exit code 3 is no error: `nf4 reproduce` derived every byte again, and could not check where its
+source is said to be from (`NOT_CHECKED`).
+
 A message says what happened, where, what was expected and what was found, and what to do next.
 Only the command line turns an error into text and an exit code (`cli/__init__.py`).
 """
@@ -27,6 +30,10 @@ Only the command line turns an error into text and an exit code (`cli/__init__.p
 from __future__ import annotations
 
 import errno
+from typing import Final
+
+NOT_CHECKED: Final = 3
+"""Exit code: all that could be checked is right, and something that is claimed could not be."""
 
 
 class PipelineError(Exception):

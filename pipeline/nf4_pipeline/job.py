@@ -13,7 +13,15 @@ from nf4_pipeline.errors import BuildError, RecipeError, StoppedError, of_system
 from nf4_pipeline.machine import Machine
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.recipe import TABLES, PartialRecipe, Recipe
-from nf4_pipeline.records import DOWNLOAD, KINDS, QUANTIZE, Reading
+from nf4_pipeline.records import (
+    DOWNLOAD,
+    KINDS,
+    QUANTIZE,
+    SERIALIZE,
+    VERIFY,
+    Reading,
+    strangers,
+)
 from nf4_pipeline.stages.attest import Attest
 from nf4_pipeline.stages.download import Download, Downloaded, DownloadRequest
 from nf4_pipeline.stages.quantize import Quantize, count_finished_files
@@ -104,6 +112,9 @@ def run_stage(
 ) -> StageResult:
     """Runs one stage of an existing build, unless its result is still valid.
 
+    Verify always runs: whoever asks for it alone wants to know what lies there now. What attest
+    speaks of is hashed, too, before anything is said of it.
+
     Args:
         build: the build folder.
         name: of the stage.
@@ -125,7 +136,14 @@ def run_stage(
     with translate_errors(name, build), build.locked():
         whole = complete_recipe(build, recipe, before=name)
         stages = make_stages(build, whole, machine, reporter, against)
-        return _ensure(build, stages, name, whole, reporter)
+        if name == "attest":
+            for kind in (SERIALIZE, VERIFY):
+                build.check_inputs(kind, claimed=True)
+            if found := strangers(build):
+                raise BuildError(
+                    f"{build.export / found[0]} was left by no stage. Run `nf4 build`."
+                )
+        return _ensure(build, stages, name, whole, reporter, anew=name == "verify")
 
 
 def complete_recipe(
@@ -146,14 +164,28 @@ def complete_recipe(
 
 
 def _ensure(
-    build: Build, stages: Mapping[str, Stage], name: str, recipe: Recipe, reporter: Reporter
+    build: Build,
+    stages: Mapping[str, Stage],
+    name: str,
+    recipe: Recipe,
+    reporter: Reporter,
+    *,
+    anew: bool = False,
 ) -> StageResult:
-    """Runs a stage if it is not done; the build folder must be locked."""
+    """Runs a stage if it is not done, or if it shall run anew; the build folder must be locked.
+
+    A verdict is repeated only where the stage before has just been found to be done: its key holds
+    the hashes of what was judged, and those of serialize were compared with the files just now.
+    """
     stage = stages[name]
     with translate_errors(name, build):
-        if build.state(stage.kind, stage.key(), reporter).status == "done":
-            record = build.need(stage.kind)
-            return StageResult(_refresh_recipe(build, record, recipe), ran=False)
+        if not anew:
+            state = _check_state(build, stage, reporter)
+            if state.status == "done":
+                record = build.need(stage.kind)
+                return StageResult(_refresh_recipe(build, record, recipe), ran=False)
+            if state.status == "stale":
+                reporter.note(f"{name}: {state.why}; done again.")
         if name == "serialize":
             _refuse_stale_weights(build, stages["quantize"])
         return StageResult(stage.run(), ran=True)
@@ -243,6 +275,14 @@ def states(
 
 def _state(build: Build, stage: Stage, reporter: Reporter) -> State:
     try:
-        return build.state(stage.kind, stage.key(), reporter)
+        return _check_state(build, stage, reporter)
     except RecipeError as error:  # a text that it names is gone
         return State("stale", str(error))
+
+
+def _check_state(build: Build, stage: Stage, reporter: Reporter) -> State:
+    """The state of a stage; serialize owns its folder, in which nothing else may lie."""
+    state = build.state(stage.kind, stage.key(), reporter)
+    if state.status == "done" and stage.kind is SERIALIZE and (found := strangers(build)):
+        return State("stale", f"export/{found[0]} was left by no stage")
+    return state

@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from nf4_pipeline.build_folder import Facts, RecordKind
+from nf4_pipeline.build_folder import Build, Facts, RecordKind
 from nf4_pipeline.calibration.facts import CalibrationFacts
 from nf4_pipeline.checkpoint.digest import FileDigest
+from nf4_pipeline.checkpoint.files import entries
 from nf4_pipeline.checkpoint.shards import TensorFacts
 from nf4_pipeline.documents import Document, key, optional
 from nf4_pipeline.hub.local import Proof
@@ -24,6 +25,7 @@ from nf4_pipeline.manifest.manifest import Totals
 from nf4_pipeline.model.architecture import Architecture
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 from nf4_pipeline.model.unused_tensors import LeftOut
+from nf4_pipeline.provenance.signing import SIGNATURE_FILE
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe
 from nf4_pipeline.verification.document import Verification, parse_verification
 
@@ -233,3 +235,18 @@ _ALL: Final[tuple[RecordKind[Facts], ...]] = (
 )
 KINDS: Final[dict[str, RecordKind[Facts]]] = {kind.stage: kind for kind in _ALL}
 """By the stage's name, in the order of the stages."""
+
+
+def recorded_files(build: Build) -> dict[str, FileDigest]:
+    """What the stages say that they left in the export, by its path there."""
+    files: dict[str, FileDigest] = {}
+    for kind in KINDS.values():
+        record = build.record(kind)
+        files |= record.outputs_in("export") if record else {}
+    return files
+
+
+def strangers(build: Build) -> list[str]:
+    """What lies in the export and no stage left there, but for a signature, sorted."""
+    known = {*recorded_files(build), SIGNATURE_FILE}
+    return sorted(entries(build.export).keys() - known)

@@ -12,7 +12,7 @@ from nf4_pipeline.stages import verify
 def skip_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the test ends, verify draws no pictures and writes no report."""
     monkeypatch.setattr(verify, "pictures", lambda manifest, verification: {})
-    monkeypatch.setattr(verify, "report_page", lambda manifest, verification: "")
+    monkeypatch.setattr(verify, "report_page", lambda *_: "<p>Not the report.</p>\n")
 
 
 def skip_readers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def failed(checks: list[Check]) -> dict[str, str]:
 
 
 def test_a_good_artifact(build: Build, manifest: Manifest) -> None:
-    files, tensors = check_files(build.export, manifest)
+    files, tensors = check_files(build.export, manifest).checks
     assert (files.name, files.passed) == (FILES, True)
     assert files.found == f"{len(manifest.files)} files hash right"
     assert (tensors.name, tensors.passed) == (TENSORS, True)
@@ -63,7 +63,7 @@ FORGED: Final[dict[str, tuple[Callable[[Build], None], str]]] = {
 def test_a_forged_tensor_is_named(build: Build, manifest: Manifest, case: str) -> None:
     forge, words = FORGED[case]
     forge(build)
-    found = failed(check_files(build.export, manifest))
+    found = failed(check_files(build.export, manifest).checks)
     assert set(found) == {FILES, TENSORS}
     assert f"{SHARDS[0]} has other bytes" in found[FILES]
     assert words in found[TENSORS]
@@ -76,23 +76,25 @@ def test_one_bit_of_any_tensor_is_seen(build: Build, manifest: Manifest) -> None
         before = shard.read_bytes()
         length = int.from_bytes(before[:8], "little")
         flip_byte(shard, 8 + length if position is None else position)
-        found = failed(check_files(build.export, manifest))
+        found = failed(check_files(build.export, manifest).checks)
         assert SHARDS[1] in found[FILES]
         assert TENSORS in found
         shard.unlink()
         shard.write_bytes(before)
-    assert failed(check_files(build.export, manifest)) == {}
+    assert failed(check_files(build.export, manifest).checks) == {}
 
 
 def test_a_small_file_that_changed(build: Build, manifest: Manifest) -> None:
     edit_json(build.export / "config.json", rope_theta=1.0)
-    assert list(failed(check_files(build.export, manifest))) == [FILES]
-    assert "config.json has other bytes" in failed(check_files(build.export, manifest))[FILES]
+    assert list(failed(check_files(build.export, manifest).checks)) == [FILES]
+    assert (
+        "config.json has other bytes" in failed(check_files(build.export, manifest).checks)[FILES]
+    )
 
 
 def test_a_file_that_is_gone(build: Build, manifest: Manifest) -> None:
     (build.export / SHARDS[1]).unlink()
-    found = failed(check_files(build.export, manifest))
+    found = failed(check_files(build.export, manifest).checks)
     assert found[FILES] == f"{SHARDS[1]} is missing"
     assert found[TENSORS].startswith("missing: transformer.h.1.")
     assert " more" in found[TENSORS]
@@ -100,14 +102,14 @@ def test_a_file_that_is_gone(build: Build, manifest: Manifest) -> None:
 
 def test_a_file_that_is_cut_short(build: Build, manifest: Manifest) -> None:
     os.truncate(build.export / SHARDS[0], 3000)
-    found = failed(check_files(build.export, manifest))
+    found = failed(check_files(build.export, manifest).checks)
     assert SHARDS[0] in found[FILES]
     assert "missing: " in found[TENSORS]
 
 
 def test_a_weight_file_that_nobody_listed(build: Build, manifest: Manifest) -> None:
     save_file({"x": torch.zeros(2)}, build.export / "adapter_model.safetensors")
-    assert failed(check_files(build.export, manifest)) == {
+    assert failed(check_files(build.export, manifest).checks) == {
         FILES: "adapter_model.safetensors is not in the manifest"
     }
 
@@ -117,14 +119,14 @@ def test_a_tensor_that_nobody_listed(build: Build, manifest: Manifest) -> None:
     tensors = load_file(path)
     path.unlink()
     save_file({**tensors, "stray": torch.zeros(2)}, path, metadata={"format": "pt"})
-    found = failed(check_files(build.export, manifest))
+    found = failed(check_files(build.export, manifest).checks)
     assert found[TENSORS] == "extra: stray"
 
 
 def test_many_wrong_files_are_three_words_long(build: Build, manifest: Manifest) -> None:
     for name in manifest.files:
         (build.export / name).unlink()
-    found = failed(check_files(build.export, manifest))
+    found = failed(check_files(build.export, manifest).checks)
     assert found[FILES].count(" is missing") == 3
 
 

@@ -7,24 +7,27 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import numpy as np
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
+from nf4_pipeline.job import run_stage
 from nf4_pipeline.library_output import quiet_loading
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.runtime.bnb_cpu_fixes import dequantized
 from nf4_pipeline.runtime.loader import load
 from nf4_pipeline.verification import compare
-from nf4_pipeline.verification.compare import Comparison, _same_bits
+from nf4_pipeline.verification.compare import Comparison
 from nf4_pipeline.verification.eval_text import TokenSequence
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from tests.support.checkpoints import make_checkpoint
 from tests.support.decoders import write_decoder
+from tests.support.jobs import CPU, download
 from tests.support.sequences import FIELDS, LENGTHS, sequences
 
 
@@ -38,10 +41,20 @@ def in_4_bit(folder: Path) -> Any:
     return load(folder, device="cpu")
 
 
-def compared(folder: Path, model: Any, read: Sequence[TokenSequence]) -> tuple[Comparison, Any]:
+def exported(folder: Path, where: Path) -> Path:
+    """The artifact of a checkpoint."""
+    build, *_ = download(folder, where / "artifacts")
+    for stage in ("quantize", "serialize"):
+        run_stage(build, stage, Recipe(), CPU, SILENT)
+    return build.export
+
+
+def compared(
+    folder: Path, model: Any, read: Sequence[TokenSequence], artifact: Path | None = None
+) -> tuple[Comparison, Any]:
     done: list[int] = []
     with StreamedModel(folder, "cpu") as streamed:
-        comparison = Comparison(streamed, model)
+        comparison = Comparison(streamed, model, artifact)
         scores = comparison.run(read, done.append)
     assert done == [len(sequence.ids) for sequence in read]
     return comparison, scores
@@ -73,7 +86,7 @@ def test_block_by_block_is_whole(kind: str, tmp_path: Path) -> None:
     assert_same(scores, scored_whole(whole(folder), model, sequences()), within=1e-6)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gptj"])
+@pytest.mark.parametrize("name", ["mixtral", "gptj", "rwkv"])
 def test_other_decoders(name: str, tmp_path: Path) -> None:
     write_decoder(tmp_path / name, name)
     model = in_4_bit(tmp_path / name)
@@ -106,7 +119,6 @@ def test_a_text_that_is_read_in_several_passes(
         for layer, error in block.layers.items():
             other = again.blocks[name].layers[layer]
             assert other.output.value == pytest.approx(error.output.value)
-            assert (other.weight, other.worst) == (error.weight, error.worst)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -147,10 +159,11 @@ def flat(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["falcon-7b", "gpt2"])
 def test_the_error_of_each_layer_and_block(kind: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / kind, kind)
-    reference, model = whole(folder), in_4_bit(folder)
+    artifact = exported(folder, tmp_path)
+    reference, model = whole(folder), in_4_bit(artifact)
     layers = [name for name, m in model.named_modules() if isinstance(m, Linear4bit)]
     weights = {name: dequantized(model.get_submodule(name)).clone() for name in layers}
-    comparison, _ = compared(folder, model, sequences())
+    comparison, _ = compared(folder, model, sequences(), artifact)
     named = {
         f"{block}.{layer}": error
         for block, errors in comparison.blocks.items()
@@ -161,7 +174,8 @@ def test_the_error_of_each_layer_and_block(kind: str, tmp_path: Path) -> None:
     own = outputs(model, list(comparison.blocks), sequences())
     for name, error in named.items():
         expected = weight_of(reference.get_submodule(name))
-        assert error.weight == pytest.approx(relative(weights[name], expected), rel=1e-4)
+        # The file is compared in float32, and the loaded model has the weight in bfloat16.
+        assert error.weight == pytest.approx(relative(weights[name], expected), rel=1e-3)
         assert 0.05 < error.weight < 0.15
         layer = model.get_submodule(name)
         with torch.inference_mode():
@@ -177,92 +191,11 @@ def test_the_error_of_each_layer_and_block(kind: str, tmp_path: Path) -> None:
 def test_layers_outside_of_the_blocks_are_compared_as_well(tmp_path: Path) -> None:
     """OPT projects its narrow embedding before the first block, and back after the last."""
     folder = make_checkpoint(tmp_path / "opt", "opt")
-    model = in_4_bit(folder)
+    artifact = exported(folder, tmp_path)
+    model = in_4_bit(artifact)
     layers = {name for name, m in model.named_modules() if isinstance(m, Linear4bit)}
     assert {"model.decoder.project_in", "model.decoder.project_out"} <= layers
-    comparison, _ = compared(folder, model, sequences((5,)))
+    comparison, _ = compared(folder, model, sequences((5,)), artifact)
     found = {f"{name}.{layer}" for name, e in comparison.blocks.items() for layer in e.layers}
     assert found | comparison.outside.keys() == layers
     assert all(0 < error.worst < 0.2 for error in comparison.outside.values())
-
-
-def forged(folder: Path, layer: str, forge: Any) -> tuple[Comparison, torch.Tensor, torch.Tensor]:
-    """A comparison with a 4-bit model of which one layer's state was changed in memory."""
-    model = in_4_bit(folder)
-    forge(model.get_submodule(layer).weight)
-    found = dequantized(model.get_submodule(layer)).clone()
-    comparison, _ = compared(folder, model, sequences((5,)))
-    return comparison, found, weight_of(whole(folder).get_submodule(layer)).detach()
-
-
-@pytest.mark.parametrize(
-    ("kind", "block", "layer", "number"),
-    [
-        ("falcon-7b", "transformer.h.1", "mlp.dense_h_to_4h", 0),
-        ("falcon-7b", "transformer.h.1", "mlp.dense_h_to_4h", 700),
-        # 45 x 135 weights are 94 blocks and 59 weights: the last block is ragged.
-        ("gpt2", "transformer.h.1", "attn.c_attn", 94),
-    ],
-)
-def test_64_wrong_weights_are_found(
-    kind: str, block: str, layer: str, number: int, tmp_path: Path
-) -> None:
-    def negate(weight: Any) -> None:
-        """Half the levels of a byte's two codes: another sign, about the same size."""
-        codes = weight.data.view(-1)
-        codes[number * 32 : number * 32 + 32] ^= 0x88
-
-    folder = make_checkpoint(tmp_path / kind, kind)
-    comparison, found, expected = forged(folder, f"{block}.{layer}", negate)
-    error = comparison.blocks[block].layers[layer]
-    assert error.worst_at == number
-    span = slice(number * 64, number * 64 + 64)
-    exact = expected.flatten()[span].double()
-    off = (found.flatten()[span].double() - exact).abs().max() / exact.abs().max()
-    assert error.worst == pytest.approx(float(off), rel=1e-3)
-    assert error.worst > 0.5
-    for name, other in comparison.blocks[block].layers.items():
-        if name != layer:
-            assert other.worst < 0.2
-
-
-def test_a_block_of_near_zeros_may_get_any_small_scale(tmp_path: Path) -> None:
-    """The first weights of the first layer are zeros, and their scales come back as something."""
-    folder = make_checkpoint(tmp_path / "falcon", "falcon-7b")
-    comparison, _ = compared(folder, in_4_bit(folder), sequences((5,)))
-    for block in comparison.blocks.values():
-        for error in block.layers.values():
-            assert error.worst < 0.2
-
-
-def test_how_far_a_scale_reaches_whatever_its_sign(tmp_path: Path) -> None:
-    """Three times as large and of the other sign, among those that round to nearest makes."""
-
-    def turn(weight: Any) -> None:
-        state = weight.quant_state
-        scales = bitsandbytes.functional.dequantize_blockwise(state.absmax, state.state2)
-        scales += state.offset
-        scales[2] *= -3
-        top = scales.abs().max()
-        state.absmax, state.state2 = bitsandbytes.functional.quantize_blockwise(
-            scales / top, blocksize=256
-        )
-        state.state2.absmax *= top
-        state.offset = torch.tensor(0.0)
-
-    folder = make_checkpoint(tmp_path / "llama", "llama")
-    layer = "model.layers.1.mlp.down_proj"
-    comparison, _, _ = forged(folder, layer, turn)
-    error = comparison.blocks["model.layers.1"].layers["mlp.down_proj"]
-    assert (error.reach_at, error.scale_at) == (2, 2)
-    assert error.reach == pytest.approx(3, rel=0.03)
-    other = comparison.blocks["model.layers.1"].layers["mlp.up_proj"]
-    assert other.reach == pytest.approx(1, rel=0.03)
-
-
-def test_a_nan_equals_itself_and_nothing_else() -> None:
-    values = torch.tensor([1.0, float("nan")])
-    assert _same_bits(values, values.clone())
-    assert not _same_bits(values, torch.tensor([1.0, 2.0]))
-    assert not _same_bits(values, values.bfloat16())
-    assert not _same_bits(torch.tensor(0.0), torch.tensor(-0.0))

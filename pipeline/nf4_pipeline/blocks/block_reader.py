@@ -19,7 +19,7 @@ _ALIGN: Final = 256  # of a tensor in the buffer; CUDA's kernels like it
 _PART: Final = 16 * 2**20  # bytes that one thread reads at a time
 _READERS: Final = 8
 
-_DTYPES: Final = {
+DTYPES: Final[dict[str, torch.dtype]] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -61,13 +61,13 @@ class TensorGroup:
         views = {}
         for tensor, offset in zip(self.tensors, self.offsets, strict=True):
             header = tensor.header
-            if header.dtype not in _DTYPES:
+            if header.dtype not in DTYPES:
                 raise CheckpointError(
                     f"{tensor.name!r} in {tensor.file} is {header.dtype}, which a 16-bit model "
-                    f"does not hold; expected one of {', '.join(_DTYPES)}."
+                    f"does not hold; expected one of {', '.join(DTYPES)}."
                 )
             part = buffer[offset : offset + header.nbytes]
-            views[tensor.name] = part.view(_DTYPES[header.dtype]).reshape(header.shape)
+            views[tensor.name] = part.view(DTYPES[header.dtype]).reshape(header.shape)
         return views
 
 

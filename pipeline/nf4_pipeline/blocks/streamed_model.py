@@ -41,12 +41,13 @@ class StreamedModel:
         model: the transformers model.
         blocks: by name, in order.
         device: where they are while they are open.
+        checkpoint: what the folder holds.
         footprint: bytes of all parameters if they were there at once.
     """
 
     def __init__(self, folder: Path, device: str, dtype: torch.dtype | None = None) -> None:
         self._folder = folder
-        checkpoint = open_checkpoint(folder)
+        self.checkpoint = checkpoint = open_checkpoint(folder)
         config = causal_lm_config(read_config(folder), folder)
         stored = stored_dtype(config, checkpoint)
         self._dtype = dtype or compute_dtype(stored, device) or stored
@@ -103,6 +104,17 @@ class StreamedModel:
         group = self._groups[block]
         on_device = buffer[: group.nbytes].to(self.device)
         self._fill(block, group.views(on_device))
+
+    def stored(self, block: str) -> dict[str, torch.Tensor]:
+        """What the checkpoint holds of a block that was just opened, by its names there.
+
+        As it stands in the files, on the CPU: not cast, not merged, and, as long as the block has
+        not run, not changed. Nothing for a block that is held.
+        """
+        if block not in self._next:
+            return {}
+        buffer, _ = self._next[block]
+        return self._groups[block].views(buffer)
 
     def open_ahead(self, block: str, *, again: bool = False) -> None:
         """Opens a block, and begins to read the one behind it.
@@ -205,6 +217,8 @@ class StreamedModel:
                 f"{absent[0]!r}. Download it again."
             )
         self.model.eval()
+        if self._rescale_every:
+            self.model.base_model.layers_are_rescaled = True
 
     def _compute_buffers(self) -> None:
         """Buffers that no checkpoint stores, such as rotary frequencies, made by transformers.
@@ -231,6 +245,22 @@ class StreamedModel:
             before[name] = _assign(self.model, name, value)
         if block != _STEM:
             self._empty[block] = before
+            self._rescale(block)
+
+    @property
+    def _rescale_every(self) -> int:
+        """After how many layers an RWKV halves its hidden states; 0 for all other models."""
+        rescales = hasattr(self.model.base_model, "layers_are_rescaled")
+        return int(self.model.config.rescale_every) if rescales else 0
+
+    def _rescale(self, block: str) -> None:
+        """Does what an RWKV does to its weights, once, when it first runs; here they come anew."""
+        if not self._rescale_every:
+            return
+        factor = 2 ** (list(self.blocks).index(block) // self._rescale_every)
+        for name in ("attention.output.weight", "feed_forward.value.weight"):
+            weight = self.blocks[block].get_parameter(name)
+            _assign(self.blocks[block], name, weight / factor)
 
     def _parameters(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Name in the model -> tensor; merges what transformers merges."""

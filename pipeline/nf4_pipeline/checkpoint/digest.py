@@ -31,6 +31,51 @@ class FileDigest(Document):
         return cls(len(content), hashlib.sha256(content).hexdigest())
 
 
+@dataclass(frozen=True, slots=True)
+class FileStamp(Document):
+    """What a file cannot keep when other bytes are put into it; of a link, that of its target.
+
+    A time of change (ctime) cannot be set, so a kept time of modification hides nothing. That two
+    stamps are equal may save work; a claim is made only of bytes that were hashed.
+
+    Attributes:
+        size: in bytes.
+        mtime_ns: time of modification.
+        ctime_ns: time of change, of the bytes or of what the system keeps beside them.
+        inode: which file it is.
+    """
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileStamp:
+        """As it is now."""
+        now = path.stat()
+        return cls(now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino)
+
+
+def content_sha256(files: Mapping[str, FileDigest]) -> str:
+    """One hash over files: sha256 of the sorted lines `sha256  name`.
+
+    As `sha256sum` writes them: a line whose name holds a newline, a carriage return or a backslash
+    begins with a backslash, and these are written as two characters. So no name can stand for two
+    files, and the text can be checked by `sha256sum --check`.
+    """
+    lines = sorted(_checksum_line(digest.sha256, name) for name, digest in files.items())
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+_ESCAPES: Final = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r"})
+
+
+def _checksum_line(sha256: str, name: str) -> str:
+    escaped = name.translate(_ESCAPES)
+    return f"{'' if escaped == name else chr(92)}{sha256}  {escaped}\n"
+
+
 def digests_json(digests: Mapping[str, FileDigest]) -> dict[str, Any]:
     """Digests as plain JSON, by name."""
     return {name: digest.to_json() for name, digest in sorted(digests.items())}

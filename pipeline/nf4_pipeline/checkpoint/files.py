@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Final
 
 from nf4_pipeline.checkpoint.weight_files import INDEX_FILE
@@ -77,6 +78,15 @@ def travels(name: str) -> bool:
         "config.json",
         CARD_FILE,
     )
+
+
+def entries(folder: Path) -> dict[str, Path]:
+    """Everything in a folder and below it that is not a folder itself, links included, by path."""
+    return {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_symlink() or not path.is_dir()
+    }
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

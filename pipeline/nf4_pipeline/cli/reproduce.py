@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nf4_pipeline.cli.options import Ui, check_device, output_options
+from nf4_pipeline.errors import NOT_CHECKED
 
 if TYPE_CHECKING:
     from nf4_pipeline.reproduce.reproduce import Reproduction
@@ -45,7 +46,11 @@ def command(
     """Derive ARTIFACT again from its pinned source, and compare every byte that it must hold.
 
     ARTIFACT is a downloaded artifact, an export folder or a build folder. The work is done on the
-    CPU and nothing of the artifact is written. Exits 1 if anything differs.
+    CPU and nothing of the artifact is written.
+
+    Nothing that the manifest says is believed: the source's files are hashed, and its repo and
+    commit are held against what a Hub lists there, or against the Hub cache. Exits 1 if anything
+    differs; 3 if every byte is derived again, and nobody could be asked for repo and commit.
 
     Calibrated codes are chosen again from the tokens in calibration.json, on the kind of device on
     which they were chosen. On another model of GPU or processor some of them may differ, since the
@@ -65,6 +70,8 @@ def command(
     ui.result(result.as_json(), lambda: _show(result))
     if result.differences:
         sys.exit(1)
+    if result.origin.is_open:
+        sys.exit(NOT_CHECKED)
 
 
 def artifact_folder(path: Path) -> Path:
@@ -78,8 +85,14 @@ def artifact_folder(path: Path) -> Path:
 
 def _show(result: Reproduction) -> None:
     source = result.source
-    pinned = source.commit or f"content {source.content_sha256[:12]}"
-    click.echo(f"source: {source.repo} at {pinned}")
+    if result.origin.confirmed_by is not None:
+        pinned = source.commit or f"content {source.content_sha256[:12]}"
+        click.echo(f"source: {source.repo} at {pinned}")
+        click.echo(f"confirmed by: {result.origin.confirmed_by}")
+    else:
+        pinned = source.repo if source.commit is None else f"{source.repo} at {source.commit}"
+        click.echo(f"source: content {source.content_sha256[:12]}, {len(source.files)} files")
+        click.echo(f"not checked: that it is {pinned} ({result.origin.not_checked})")
     for difference in result.differences:
         place = ""
         if difference.tensor is not None:

@@ -142,6 +142,8 @@ def show_checks(verification: Verification) -> None:
         on = f", measured on {verification.device.name} in {verification.device.dtype}"
         _show_beside(verification.fidelity, verification.nearest, "round to nearest")
         _show_beside(verification.fidelity, verification.against, "the other")
+        if verification.against is not None and verification.against.not_checked is not None:
+            click.echo(f"  not checked of the other: {verification.against.not_checked}")
     colour = "green" if verification.verdict == "pass" else "red"
     click.echo("  verdict     " + click.style(verification.verdict, fg=colour, bold=True) + on)
 

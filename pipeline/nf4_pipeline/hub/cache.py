@@ -95,6 +95,20 @@ def _folders(model: RemoteModel, files: Sequence[RemoteFile]) -> Iterator[Path]:
             yield parent
 
 
+def _root_of(path: Path) -> tuple[Path, Path]:
+    """The cache that holds a file of a snapshot, and the repo's part of it; not always the user's.
+
+    A user may name a snapshot in any cache.
+    """
+    root = _root()
+    if path.is_relative_to(root):
+        return root, root / path.relative_to(root).parts[0]
+    for parent in path.parents:
+        if parent.name == "snapshots":
+            return parent.parent.parent, parent.parent
+    return path.parent, path.parent
+
+
 def check_file(path: Path) -> None:
     """Looks at a file of the cache that is about to be read, if it is there.
 
@@ -102,8 +116,7 @@ def check_file(path: Path) -> None:
         HubError: the file, or a folder on the way to it, is a link out of the repo's part of the
             cache; or the file is no plain one.
     """
-    root = _root()
-    own = root / path.relative_to(root).parts[0]
+    root, own = _root_of(path)
     if _leads_out(path, (own, root / "blobs")):
         raise _refuse(path)
     if path.exists() and not path.is_file():
@@ -165,10 +178,14 @@ def cached_model(repo_id: str, revision: str) -> RemoteModel:
             f"offline, and {storage(repo_id)} holds no {repo_id}@{revision}: run once without "
             "HF_HUB_OFFLINE, or set HF_HOME to a cache that has it."
         )
-    folder = snapshot(repo_id, commit)
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = tuple(_cached_file(path, path.relative_to(folder).as_posix()) for path in paths)
+    files = listed(snapshot(repo_id, commit))
     return RemoteModel(repo_id, commit, files, revision, offline=True)
+
+
+def listed(snapshot: Path) -> tuple[RemoteFile, ...]:
+    """What the Hub listed for the files of a snapshot, as far as the names of their blobs say."""
+    paths = sorted(path for path in snapshot.rglob("*") if path.is_file())
+    return tuple(_cached_file(path, path.relative_to(snapshot).as_posix()) for path in paths)
 
 
 def _cached_file(path: Path, name: str) -> RemoteFile:
@@ -260,8 +277,7 @@ def discard(path: Path) -> None:
     Raises:
         HubError: a folder on the way to the file is a link out of the cache.
     """
-    root = _root()
-    own = root / path.relative_to(root).parts[0]
+    root, own = _root_of(path)
     if _leads_out(path.parent, (own,)):
         raise _refuse(path.parent)
     if path.is_symlink():

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+from nf4_pipeline.checkpoint.digest import FileStamp
 from nf4_pipeline.errors import HubError, ResourceError
 from nf4_pipeline.hub import cache, client, replies
 from nf4_pipeline.hub.client import StoppedTransfer
@@ -28,13 +29,21 @@ _CHUNK = 4 << 20  # bytes hashed at a time
 class Fetched:
     """A snapshot folder in the Hub cache, and the sha256 of each file asked for, by its path.
 
-    `unchecked` names those of them that the Hub lists no hash for: they are what came, and whether
-    that is right nobody knows.
+    `stamps` are from before they were hashed. `unchecked` names those of them that the Hub lists no
+    hash for: they are what came, and whether that is right nobody knows.
     """
 
     folder: Path
     sha256: dict[str, str]
+    stamps: dict[str, FileStamp]
     unchecked: tuple[str, ...] = ()
+
+
+class _Hashed(NamedTuple):
+    """A file's sha256, and its stamp from before it was hashed."""
+
+    sha256: str
+    stamp: FileStamp
 
 
 def fetch(
@@ -80,7 +89,7 @@ def fetch(
         if not model.offline and not (folder / file.path).exists():
             client.download(model, file, gauge, sleep)
 
-    def check(file: RemoteFile, gauge: _Gauge) -> str:
+    def check(file: RemoteFile, gauge: _Gauge) -> _Hashed:
         return _hash_or_fetch_again(model, file, folder / file.path, gauge, reporter, sleep)
 
     with client.quiet():
@@ -88,8 +97,13 @@ def fetch(
         hashes = _in_threads("check", check, files, reporter)
     if last:
         cache.remember(model)
-    sha256 = {file.path: sha for file, sha in zip(files, hashes, strict=True)}
-    return Fetched(folder, sha256, unchecked)
+    hashed = dict(zip((file.path for file in files), hashes, strict=True))
+    return Fetched(
+        folder,
+        {path: one.sha256 for path, one in hashed.items()},
+        {path: one.stamp for path, one in hashed.items()},
+        unchecked,
+    )
 
 
 def _check_files(
@@ -133,9 +147,9 @@ def _hash_or_fetch_again(
     gauge: _Gauge,
     reporter: Reporter,
     sleep: Callable[[float], None],
-) -> str:
-    """Gives the sha256 of a file that is what the Hub lists; if it is not, fetches it once more."""
-    sha256, wrong = _compare(path, file, gauge)
+) -> _Hashed:
+    """Hashes a file that is what the Hub lists; if it is not, fetches it once more."""
+    hashed, wrong = _compare(path, file, gauge)
     if wrong and model.offline:
         raise HubError(
             f"{path}: {wrong}. The cached file is damaged: run once without HF_HUB_OFFLINE."
@@ -143,30 +157,31 @@ def _hash_or_fetch_again(
     if wrong:
         reporter.note(f"{file.path}: {wrong}; fetching it again")
         client.download(model, file, gauge, sleep, force=True)
-        sha256, wrong = _compare(path, file, gauge)
-    if wrong:
+        hashed, wrong = _compare(path, file, gauge)
+    if wrong or hashed is None:
         cache.discard(path)
         raise HubError(
             f"{file.path} of {model.repo_id}@{model.commit[:12]} came wrong twice: {wrong}. The "
             "cache keeps none of it. Look for a proxy or mirror that alters files, or try later."
         )
-    return sha256
+    return hashed
 
 
-def _compare(path: Path, file: RemoteFile, gauge: _Gauge) -> tuple[str, str | None]:
-    """Gives a file's sha256 and, unless it is what the Hub lists, what differs."""
+def _compare(path: Path, file: RemoteFile, gauge: _Gauge) -> tuple[_Hashed | None, str | None]:
+    """Hashes a file and, unless it is what the Hub lists, says what differs."""
     gauge.restart()
     if not path.is_file():
-        return "", f"expected {file.size:,} bytes, got no file"
+        return None, f"expected {file.size:,} bytes, got no file"
     cache.check_file(path)
-    if (size := path.stat().st_size) != file.size:
-        return "", f"expected {file.size:,} bytes, got {size:,}"
+    stamp = FileStamp.of(path)
+    if stamp.size != file.size:
+        return None, f"expected {file.size:,} bytes, got {stamp.size:,}"
     sha256, git_sha1 = file_digests(path, git=file.git_sha1 is not None, advance=gauge.advance)
     if file.sha256 not in (None, sha256):
-        return sha256, f"expected sha256 {file.sha256}, got {sha256}"
+        return None, f"expected sha256 {file.sha256}, got {sha256}"
     if file.git_sha1 != git_sha1:
-        return sha256, f"expected git sha1 {file.git_sha1}, got {git_sha1}"
-    return sha256, None
+        return None, f"expected git sha1 {file.git_sha1}, got {git_sha1}"
+    return _Hashed(sha256, stamp), None
 
 
 def file_digests(

@@ -27,7 +27,7 @@ class Source(Document):
     Attributes:
         repo: Hub id, or the name of the local folder.
         commit: 40 hex digits; None for a local folder.
-        content_sha256: over the sorted lines `sha256  name` of all files.
+        content_sha256: over the sorted lines `sha256  name` of all files, as sha256sum writes them.
         files: every file that was taken from it, by path.
     """
 

@@ -27,6 +27,7 @@ from nf4_pipeline.reproduce.calibration import (
 )
 from nf4_pipeline.reproduce.compare import Difference, compare_files
 from nf4_pipeline.reproduce.derive import Derivation
+from nf4_pipeline.reproduce.origin import Origin
 from nf4_pipeline.reproduce.source import open_source
 from nf4_pipeline.resource_usage import measured
 
@@ -38,7 +39,8 @@ class Reproduction:
     """What came of deriving an artifact again.
 
     Attributes:
-        source: the checkpoint.
+        source: the checkpoint, as it was found.
+        origin: who confirms its repo and commit.
         files: how many files the source makes.
         differences: the files that are not what the source makes; the first one says which byte.
         not_derived: files in the folder that no source makes, such as the model card.
@@ -48,6 +50,7 @@ class Reproduction:
     """
 
     source: Source
+    origin: Origin
     files: int
     differences: list[Difference]
     not_derived: list[str]
@@ -67,6 +70,8 @@ class Reproduction:
                 "repo": self.source.repo,
                 "commit": self.source.commit,
                 "content_sha256": self.source.content_sha256,
+                "files": len(self.source.files),
+                "origin": self.origin.as_json(),
             },
             "files": self.files,
             "equal": self.equal,
@@ -98,7 +103,9 @@ def reproduce(
             beside one that needs it.
         UsageError: the device is not of the kind on which codes were chosen.
         ResourceError: this machine has no such device.
-        SourceError: the source is not the one that the manifest pins.
+        SourceError: the source is not the one that the manifest pins, or not of the repo and commit
+            that it names, as far as a Hub or its cache can tell.
+        BuildError: the source was touched while it was read.
         HubError: the Hub does not give the source.
     """
     manifest = read_manifest(artifact)
@@ -110,7 +117,7 @@ def reproduce(
         device = device_for(summary, machine.device)
     with measured() as usage, tempfile.TemporaryDirectory(prefix="nf4-reproduce-") as scratch:
         pinned = open_source(manifest, source, Path(scratch), reporter)
-        facts = pinned.record.facts
+        facts = pinned.facts
         planner = CheckpointPlanner(open_checkpoint(pinned.folder), facts.model, recipe.quantize)
         choice = None
         if tokens is not None and summary is not None:
@@ -135,16 +142,18 @@ def reproduce(
             calibration = public_calibration(choice.facts), {CALIBRATION_FILE: content}
         small = assemble_files(
             pinned.folder,
-            manifest.source,
+            pinned.source,
             facts.model.class_name,
             recipe,
             Weights(derived.run.plan, derived.shards, derived.relative_rmse, calibration),
         ).small
         listed = manifest.files
         differences = compare_files(artifact, listed, derived, small, reporter)
+        pinned.inputs.check_untouched()
     made = {*derived.outputs, *small}
     return Reproduction(
-        manifest.source,
+        pinned.source,
+        pinned.origin,
         len({*made, *listed, *(difference.file for difference in differences)}),
         differences,
         sorted(

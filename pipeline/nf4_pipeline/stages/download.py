@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,7 +11,14 @@ from typing import Final, NamedTuple
 
 from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.checkpoint.atomic import make_folder, sync_folder
-from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, digest_files, json_sha256
+from nf4_pipeline.checkpoint.digest import (
+    FileDigest,
+    FileStamp,
+    content_sha256,
+    digest_file,
+    digest_files,
+    json_sha256,
+)
 from nf4_pipeline.checkpoint.files import PICKLE_FILE, is_of_tokenizer, is_wanted
 from nf4_pipeline.checkpoint.folder_advice import cache_commit
 from nf4_pipeline.checkpoint.source import open_checkpoint, read_json, weight_files
@@ -72,7 +78,7 @@ class Source:
         return DownloadFacts(
             repo=self.repo,
             commit=self.commit,
-            content_sha256=_content_sha256(self.files),
+            content_sha256=content_sha256(self.files),
             is_sample=self.is_sample,
             model=self.found.architecture,
             converted_from=dict(sorted((self.converted_from or {}).items())),
@@ -128,6 +134,8 @@ class Download:
 
     request: DownloadRequest
     reporter: Reporter = SILENT
+    _stamps: dict[Path, FileStamp] = field(default_factory=dict, init=False, repr=False)
+    """Of files that were hashed, from before that; by where they are, with all links followed."""
 
     def run(self) -> Downloaded:
         """Does the work, as far as it is not done.
@@ -169,8 +177,18 @@ class Download:
         with _locked_soon(build):
             if record := standing():
                 return Downloaded(build, record, ran=False)
-            record = run_recorded(build, DOWNLOAD, key, work, before=finding)
+            stamps = self._stamps_of(source)
+            record = run_recorded(build, DOWNLOAD, key, work, before=finding, stamps=stamps)
             return Downloaded(build, record, ran=True)
+
+    def _stamps_of(self, source: Source) -> dict[str, FileStamp]:
+        """For the record: a file that changes after it was hashed is found to have changed."""
+        places = {name: (source.folder / name).resolve() for name in source.files}
+        return {
+            f"source/{name}": self._stamps[place]
+            for name, place in places.items()
+            if place in self._stamps
+        }
 
     def _find(self) -> Source:
         model = self.request.model
@@ -227,7 +245,9 @@ class Download:
         self, paths: Mapping[str, Path], preflight: Preflight | None = None
     ) -> dict[str, FileDigest]:
         """Hashes files, until `preflight` finds something wrong."""
-        total = sum(path.stat().st_size for path in paths.values())
+        stamps = {path.resolve(): FileStamp.of(path) for path in paths.values()}
+        self._stamps.update(stamps)
+        total = sum(stamp.size for stamp in stamps.values())
         with self.reporter.task("hash source", total) as task:
             if preflight is None:
                 return digest_files(paths, task)
@@ -244,7 +264,9 @@ class Download:
         def fetch(wanted: Iterable[hub.RemoteFile], *, last: bool = False) -> Path:
             fetched = hub.fetch(model, tuple(wanted), self.reporter, last=last)
             for name, sha256 in fetched.sha256.items():
-                files[name] = FileDigest((fetched.folder / name).stat().st_size, sha256)
+                stamp = fetched.stamps[name]
+                files[name] = FileDigest(stamp.size, sha256)
+                self._stamps[(fetched.folder / name).resolve()] = stamp
             return fetched.folder
 
         whole = hub.wanted_files(model, allow_pickle=request.allow_pickle)  # or has no weights
@@ -349,14 +371,8 @@ def _locked_soon(build: Build) -> Iterator[None]:
         yield
 
 
-def _content_sha256(files: Mapping[str, FileDigest]) -> str:
-    """One hash over all files: sha256 of the sorted lines `sha256  name`."""
-    lines = sorted(f"{digest.sha256}  {name}\n" for name, digest in files.items())
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
 def _slug(repo: str, commit: str | None, files: Mapping[str, FileDigest]) -> str:
-    return f"{repo.replace('/', '--')}@{(commit or _content_sha256(files))[:12]}"
+    return f"{repo.replace('/', '--')}@{(commit or content_sha256(files))[:12]}"
 
 
 def _wanted_in(folder: Path) -> dict[str, Path]:

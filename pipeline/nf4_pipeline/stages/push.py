@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from nf4_pipeline import __version__
 from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, json_sha256
+from nf4_pipeline.checkpoint.files import entries
 from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.errors import ArtifactError, VerificationError
 from nf4_pipeline.manifest.manifest import Manifest
 from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.provenance.signing import SIGNATURE_FILE
-from nf4_pipeline.records import KINDS, PUSH, VERIFY, PushFacts
+from nf4_pipeline.records import PUSH, VERIFY, PushFacts, recorded_files
 from nf4_pipeline.resource_usage import measured
 
 if TYPE_CHECKING:
@@ -191,29 +192,38 @@ def with_warning(card: str, verdict: str, failed: list[str]) -> str:
 
 
 def _checked_files(build: Build, manifest: Manifest, reporter: Reporter) -> dict[str, FileDigest]:
-    """Every file of the export, each as the manifest and the records have it."""
-    expected = {**manifest.files, **_recorded_files(build)}
-    signature = build.export / SIGNATURE_FILE
-    if signature.is_file():  # it signs what is checked here, and nothing signs it
-        expected[SIGNATURE_FILE] = digest_file(signature)
-    paths = {
-        path.relative_to(build.export).as_posix(): path
-        for path in sorted(build.export.rglob("*"))
-        if path.is_file()
-    }
+    """Every file of the export, each as it was verified, and as manifest and records have it."""
+    verified = build.need(VERIFY).inputs_in("export")
+    if not verified:
+        raise ArtifactError(
+            f"{build.root / 'records' / 'verify.json'} does not say which bytes were verified: an "
+            "earlier version left it. Run `nf4 verify` and `nf4 attest` again."
+        )
+    claims = [verified, manifest.files, recorded_files(build)]
+    paths = entries(build.export)
+    signature = paths.pop(SIGNATURE_FILE, None)
+    names = sorted({*paths, *(name for claim in claims for name in claim)})
     actual = {}
     with reporter.task("check export", sum(path.stat().st_size for path in paths.values())) as task:
-        for name in sorted(expected.keys() | paths.keys()):
-            if name in paths and name in expected:
-                actual[name] = digest_file(paths[name], task)
-            if actual.get(name) != expected.get(name) or name not in actual:
-                what = "is missing" if name not in paths else "is not what was verified"
-                raise ArtifactError(
-                    f"{build.export / name} {what}. Run `nf4 build` (or `nf4 serialize` and "
-                    "`nf4 verify`) again."
-                )
+        for name in [*names, *([SIGNATURE_FILE] if signature else [])]:
+            path = build.export / name
+            if path.is_symlink():
+                raise _refused(path, "is a link, which holds no bytes of its own")
+            if not path.is_file():
+                raise _refused(path, "is missing")
+            actual[name] = digest_file(path, task)
+            said = [claim[name] for claim in claims if name in claim]
+            # A signature signs what is checked here, and nothing signs it.
+            if name != SIGNATURE_FILE and (not said or any(one != actual[name] for one in said)):
+                raise _refused(path, "is not what was verified")
     _check_provenance(build, actual)
     return actual
+
+
+def _refused(path: Path, what: str) -> ArtifactError:
+    return ArtifactError(
+        f"{path} {what}. Run `nf4 build` (or `nf4 serialize` and `nf4 verify`) again."
+    )
 
 
 def _check_provenance(build: Build, files: dict[str, FileDigest]) -> None:
@@ -228,15 +238,6 @@ def _check_provenance(build: Build, files: dict[str, FileDigest]) -> None:
                 f"{build.export / PROVENANCE_FILE} speaks of another {subject['name']} than the "
                 "one that is there. Run `nf4 attest` again."
             )
-
-
-def _recorded_files(build: Build) -> dict[str, FileDigest]:
-    """What the stages say that they left in the export: manifest, verification, card, pictures."""
-    files: dict[str, FileDigest] = {}
-    for kind in KINDS.values():
-        record = build.record(kind)
-        files |= record.outputs_in("export") if record else {}
-    return files
 
 
 def _earlier(build: Build, repo_id: str) -> Earlier | None:

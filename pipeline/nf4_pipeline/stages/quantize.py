@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import ClassVar, Final
 
-from nf4_pipeline.build_folder import Build, Record
+from nf4_pipeline.build_folder import Build, Inputs, Record
 from nf4_pipeline.calibration.calibrator import CalibratedChoice, Calibrator
 from nf4_pipeline.checkpoint.atomic import make_folder, write_json
 from nf4_pipeline.checkpoint.digest import digest_file, json_sha256
@@ -82,13 +82,13 @@ class Quantize:
         """Does the work.
 
         Raises:
-            BuildError: download is not done, or the source changed since.
+            BuildError: download is not done, or the source changed since, or while it was read.
             SourceError: the checkpoint is not usable.
             ResourceError: the disk is too full, or there is too little memory.
             UsageError: the memory budget is too small for a single worker.
             PlanMismatchError: the bytes written are not the bytes planned.
         """
-        self.build.check_inputs(DOWNLOAD)
+        source = self.build.check_inputs(DOWNLOAD)
         planner = self._planner()
         plan = planner.plan()
         calibrator = self._calibrator() if self.recipe.quantize.calibrate else None
@@ -102,7 +102,9 @@ class Quantize:
             choice = None
             if calibrator is not None and tokens is not None:
                 choice = calibrator.choose(plan, tokens, self.reporter, sampling=sampling)
-            return self._quantize(planner, key, choice)
+            outcome = self._quantize(planner, key, choice, source)
+            source.check_untouched()
+            return outcome
 
         table = self.recipe.table("quantize")
         record = run_recorded(self.build, self.kind, key, work, recipe=table, before=preparing)
@@ -153,7 +155,11 @@ class Quantize:
         )
 
     def _quantize(
-        self, planner: CheckpointPlanner, key: str, choice: CalibratedChoice | None
+        self,
+        planner: CheckpointPlanner,
+        key: str,
+        choice: CalibratedChoice | None,
+        source: Inputs,
     ) -> Outcome[QuantizeFacts]:
         if choice is None:
             rounding, kept = rounding_for(self.machine.device), frozenset[str]()
@@ -169,14 +175,14 @@ class Quantize:
                 skip_modules=plan.skip_modules,
                 hidden_modules=plan.hidden_modules,
                 untied=plan.untied,
-                files=self._make_files(run, key),
+                files=self._make_files(run, key, source),
                 calibration=None if choice is None else choice.facts,
             )
 
         facts = planner.run(work, self.reporter, kept)
         return {f"quantized/{file}": made.digest for file, made in facts.files.items()}, facts
 
-    def _make_files(self, run: QuantizationRun, key: str) -> dict[str, FileFacts]:
+    def _make_files(self, run: QuantizationRun, key: str, source: Inputs) -> dict[str, FileFacts]:
         """Makes those files of quantized/ that do not stand there yet; the facts of all of them."""
         folder, plan = self.build.quantized, run.plan
         make_folder(folder)
@@ -189,6 +195,7 @@ class Quantize:
         }
 
         def done(file: str, made: QuantizedFile) -> None:
+            source.check_untouched()  # else the file would count as finished
             finished[file] = _leave_facts(folder / file, made, layouts[file], key)
 
         tensors = plan.files()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from nf4_pipeline.build_folder import Build, Facts, Record, RecordKind
-from nf4_pipeline.checkpoint.digest import FileDigest
+from nf4_pipeline.checkpoint.digest import FileDigest, FileStamp
 from nf4_pipeline.resource_usage import Usage, measured
 
 F = TypeVar("F", bound=Facts)
@@ -37,6 +37,8 @@ def run_recorded(
     *,
     recipe: dict[str, Any] | None = None,
     before: Usage | None = None,
+    inputs: Mapping[str, FileDigest] | None = None,
+    stamps: Mapping[str, FileStamp] | None = None,
     child_peak: Callable[[F], int] = lambda facts: 0,
 ) -> Record[F]:
     """Runs a stage's work between forgetting its old record and writing the new one.
@@ -48,6 +50,8 @@ def run_recorded(
         work: does it.
         recipe: the stage's table, as plain values; None if it has none.
         before: what was spent before the key was known; it counts, too.
+        inputs: the files that the facts are a verdict about, as `Record` has them.
+        stamps: of outputs that were hashed earlier, as `Record` has them.
         child_peak: the peak memory of processes that the work started, from its facts.
     """
     build.forget(kind)
@@ -62,6 +66,8 @@ def run_recorded(
         earlier.seconds + usage.seconds,
         max(earlier.peak_memory, usage.peak_memory, child_peak(facts)),
         recipe=recipe or {},
+        inputs=dict(inputs or {}),
+        stamps=dict(stamps or {}),
     )
     build.write_record(record)
     return record

@@ -74,11 +74,11 @@ class Serialize:
         """Does the work.
 
         Raises:
-            BuildError: quantize is not done, what it wrote changed since, or the tokens that it
-                calibrated on are gone.
+            BuildError: quantize is not done, what it or download left changed since, the source
+                was touched while it was read, or the tokens that quantize calibrated on are gone.
             ResourceError: the disk is too full.
         """
-        self.build.check_inputs(QUANTIZE)
+        inputs = self.build.check_inputs(DOWNLOAD), self.build.check_inputs(QUANTIZE, claimed=True)
         download, quantized = self.build.need(DOWNLOAD), self.build.need(QUANTIZE)
         plan = CheckpointPlanner(
             open_checkpoint(self.build.source), download.facts.model, self.recipe.quantize
@@ -96,6 +96,7 @@ class Serialize:
                 files = assemble_files(self.build.source, source, model_class, self.recipe, weights)
                 for name, content in files.small.items():
                     write_bytes(folder / name, content)
+                inputs[0].check_untouched()
                 # The earlier export goes now, and with it what was measured of it.
                 self.build.forget(ATTEST)
                 self.build.forget(VERIFY)

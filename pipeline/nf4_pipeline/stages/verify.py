@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -11,33 +12,47 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from nf4_pipeline import __version__
-from nf4_pipeline.build_folder import Build, Record
+from nf4_pipeline.build_folder import Build, Inputs, Record
 from nf4_pipeline.checkpoint.atomic import json_bytes, write_bytes
-from nf4_pipeline.checkpoint.digest import digest_file, json_sha256
-from nf4_pipeline.checkpoint.files import is_tokenizer
+from nf4_pipeline.checkpoint.digest import (
+    FileDigest,
+    FileStamp,
+    content_sha256,
+    digest_file,
+    json_sha256,
+)
+from nf4_pipeline.checkpoint.files import entries, is_tokenizer
 from nf4_pipeline.errors import ArtifactError, RecipeError, ResourceError
+from nf4_pipeline.fidelity.verdict import Check
 from nf4_pipeline.machine import Machine
-from nf4_pipeline.manifest.manifest import Manifest
+from nf4_pipeline.manifest.manifest import Manifest, Source
 from nf4_pipeline.manifest.read import MANIFEST_FILE, read_manifest
 from nf4_pipeline.progress import SILENT, Reporter
+from nf4_pipeline.provenance.signing import SIGNATURE_FILE
 from nf4_pipeline.readers.read import Export, OwnReading, Readers
 from nf4_pipeline.recipe import Recipe
-from nf4_pipeline.records import DOWNLOAD, SERIALIZE, VERIFY
+from nf4_pipeline.records import ATTEST, DOWNLOAD, SERIALIZE, VERIFY
 from nf4_pipeline.report import model_card as card
 from nf4_pipeline.report.page import report_page
 from nf4_pipeline.report.pictures import PICTURES, pictures
+from nf4_pipeline.resource_usage import measured
 from nf4_pipeline.runtime.artifact import find_model
 from nf4_pipeline.runtime.loader import pick_device
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 from nf4_pipeline.verification.assemble import assemble_measured, assemble_stopped
-from nf4_pipeline.verification.check_files import check_files, check_manifest
-from nf4_pipeline.verification.check_model import report_unloadable
+from nf4_pipeline.verification.check_files import (
+    CheckedFiles,
+    check_files,
+    check_manifest,
+    check_source,
+)
+from nf4_pipeline.verification.check_model import check_kept, check_weights, report_unloadable
 from nf4_pipeline.verification.document import Against, MeasuredVerification, Verification
 from nf4_pipeline.verification.eval_text import RANDOM, Text, read_text
 from nf4_pipeline.verification.launch import Examination, compare_scores
 from nf4_pipeline.verification.prompts import REFERENCE, Prompt, asked_with, read_prompts
 
-CODE_VERSION: Final = 4
+CODE_VERSION: Final = 5
 VERIFICATION_FILE: Final = "verification.json"
 CARD_FILE: Final = "README.md"
 REPORT_FILE: Final = "report.html"
@@ -83,10 +98,11 @@ class Verify:
         record = self.build.record(VERIFY) if against is None else None
         if record and isinstance(record.facts, MeasuredVerification) and record.facts.against:
             against = record.facts.against.manifest_sha256
-        return self._key(against)
+        return self._key(against, self.build.need(SERIALIZE).outputs_in("export"))
 
-    def _key(self, against: str | None) -> str:
-        download, serialized = self.build.need(DOWNLOAD), self.build.need(SERIALIZE)
+    def _key(self, against: str | None, export: Mapping[str, FileDigest]) -> str:
+        """The key of a verdict about files; by their names in the export."""
+        download = self.build.need(DOWNLOAD)
         recipe = {**self.recipe.as_json()["verify"]}
         # What the files hold matters, not where they lie.
         del recipe["prompts"], recipe["eval_text"]
@@ -94,7 +110,7 @@ class Verify:
             {
                 "code": CODE_VERSION,
                 "source": download.facts.content_sha256,
-                "export": {name: digest.sha256 for name, digest in serialized.outputs.items()},
+                "export": {name: digest.sha256 for name, digest in export.items()},
                 "recipe": recipe,
                 "prompts": digest_file(self.prompts_path()).sha256,
                 "text": self._text().sha256,
@@ -127,33 +143,98 @@ class Verify:
         return REFERENCE
 
     def run(self) -> Record[Verification]:
-        """Does the work.
+        """Does the work, whatever an earlier run found; its verdict goes first.
 
         Raises:
             ArtifactError: the export is no artifact, or the one to compare with is not of its
                 source.
+            BuildError: the source changed since it was downloaded, or source or export were touched
+                while they were read.
             SourceError: the source does not load.
             ResourceError: there is no such device, or too little memory on it.
             VerificationError: a process that loads a model died.
         """
-        key = self._key(self._manifest_of_other())
-        self.build.check_inputs(DOWNLOAD)
-        manifest = read_manifest(self.build.export)
+        against = self._manifest_of_other()
+        self._key(against, {})  # prompts, text or device that are not there are known now
+        self.build.need(SERIALIZE)
+        source = self.build.check_inputs(DOWNLOAD)
+        try:
+            manifest = read_manifest(self.build.export)
+        except ArtifactError:
+            self._forget_verdict()
+            raise
         if self.against is not None:
-            _check_other(manifest, _artifact(self.against), self.reporter)
+            self._check_other(_artifact(self.against))
+        self._forget_verdict()
+        with measured() as checking:
+            export = self._stamps()
+            files = self._check_files(manifest)
 
         def work() -> Outcome[Verification]:
-            verification = self._verify(manifest)
-            files = self._documents(manifest, verification)
-            for name in _WRITTEN - set(files):
-                (self.build.export / name).unlink(missing_ok=True)  # of a run that had more to say
-            for name, content in files.items():
+            verification = self._verify(manifest, files.checks)
+            source.check_untouched()
+            export.check_untouched()
+            documents = self._documents(manifest, verification)
+            for name, content in documents.items():
                 write_bytes(self.build.export / name, content)
-            outputs = {f"export/{name}": digest_file(self.build.export / name) for name in files}
+            outputs = {
+                f"export/{name}": FileDigest.of(content) for name, content in documents.items()
+            }
             return outputs, verification
 
-        table = self.recipe.table("verify")
-        return run_recorded(self.build, self.kind, key, work, recipe=table, child_peak=_peak_memory)
+        return run_recorded(
+            self.build,
+            self.kind,
+            self._key(against, files.digests),
+            work,
+            recipe=self.recipe.table("verify"),
+            before=checking,
+            inputs={f"export/{name}": digest for name, digest in files.digests.items()},
+            child_peak=_peak_memory,
+        )
+
+    def _forget_verdict(self) -> None:
+        """Takes away what an earlier run said of the export, and what attest said of that.
+
+        No verdict lies beside files that it may not be about; what somebody changed in it is gone,
+        too, and said.
+        """
+        for kind in (ATTEST, VERIFY):
+            record = self.build.record(kind)
+            for name, digest in (record.outputs_in("export") if record else {}).items():
+                path = self.build.export / name
+                plain = path.is_file() and not path.is_symlink()
+                if not plain or digest_file(path) != digest:
+                    self.reporter.note(
+                        f"export/{name} is not what `{kind.stage}` left there: it is made anew."
+                    )
+                path.unlink(missing_ok=True)
+            self.build.forget(kind)
+        for name in _WRITTEN:
+            (self.build.export / name).unlink(missing_ok=True)
+
+    def _stamps(self) -> Inputs:
+        """The export as it is before it is read."""
+        stamps = {
+            f"export/{name}": FileStamp.of(path)
+            for name, path in entries(self.build.export).items()
+            if path.is_file()
+        }
+        return Inputs(self.build.root, "serialize", stamps)
+
+    def _check_files(self, manifest: Manifest) -> CheckedFiles:
+        """Hashes what lies in the export, and holds it against manifest, record and source."""
+        export = self.build.export
+        recorded = self.build.need(SERIALIZE).outputs_in("export")[MANIFEST_FILE]
+        files = check_files(export, manifest, self.reporter, others=(MANIFEST_FILE, SIGNATURE_FILE))
+        checks = [
+            check_manifest(files.digests[MANIFEST_FILE], recorded),
+            check_source(manifest.source, self._source()),
+            *files.checks,
+        ]
+        # A signature signs what is judged here, and comes later.
+        judged = {n: digest for n, digest in files.digests.items() if n != SIGNATURE_FILE}
+        return CheckedFiles(checks, judged)
 
     def _documents(self, manifest: Manifest, verification: Verification) -> dict[str, bytes]:
         """The verification, for machines and for people, by file name."""
@@ -164,13 +245,10 @@ class Verify:
             CARD_FILE: card.model_card(manifest, verification, self._source_metadata()).encode(),
         }
 
-    def _verify(self, manifest: Manifest) -> Verification:
-        """The files, then both models; if a file is wrong, nothing is learned of the models."""
+    def _verify(self, manifest: Manifest, checks: Sequence[Check]) -> Verification:
+        """Both models; if a check of the files failed, nothing is learned of them."""
         recipe, export = self.recipe.verify, self.build.export
         versions = _versions()
-        recorded_manifest = self.build.need(SERIALIZE).outputs_in("export")[MANIFEST_FILE]
-        checks = [check_manifest(digest_file(export / MANIFEST_FILE), recorded_manifest)]
-        checks += check_files(export, manifest, self.reporter)
         if not all(check.passed for check in checks):
             return assemble_stopped(checks, recipe, versions)
         prompts = self._prompts()
@@ -211,9 +289,46 @@ class Verify:
                 manifest, checks, prompts, source, artifact, recipe, versions, found
             )
             if self.against is not None:
-                against = _compare(asked, _artifact(self.against), own, others, self.reporter)
+                against = _compare(
+                    asked,
+                    _artifact(self.against),
+                    own,
+                    others,
+                    self._source(),
+                    self.reporter,
+                )
                 verification = replace(verification, against=against)
         return verification
+
+    def _source(self) -> Source:
+        """As download pinned it: what the manifest should say."""
+        download = self.build.need(DOWNLOAD)
+        return Source(**download.facts.identity, files=download.outputs_in("source"))
+
+    def _check_other(self, other: Path) -> None:
+        """Refuses an artifact that cannot be compared with, before any work is done.
+
+        What its manifest says is believed nowhere: its files are hashed, and its source must be the
+        one that this build has hashed.
+        """
+        theirs = read_manifest(other)
+        claimed, listed = theirs.source.content_sha256, content_sha256(theirs.source.files)
+        if claimed != listed:
+            raise ArtifactError(
+                f"{other / MANIFEST_FILE} contradicts itself: it says that the source has the "
+                f"content {claimed[:12]}…, and the files that it lists make {listed[:12]}…. Take "
+                "the manifest from where the artifact was published."
+            )
+        own = content_sha256(self.build.need(DOWNLOAD).outputs_in("source"))
+        if listed != own:
+            raise ArtifactError(
+                f"{other} was made from another source ({theirs.source.repo}, content "
+                f"{listed[:12]}…) than this artifact ({own[:12]}…). Only artifacts of one source "
+                "can be compared."
+            )
+        failed = [c for c in check_files(other, theirs, self.reporter).checks if not c.passed]
+        if failed:
+            raise ArtifactError(f"{other} is not what its manifest says: {failed[0].found}.")
 
     def _prompts(self) -> tuple[Prompt, ...]:
         if self._has_tokenizer():
@@ -301,23 +416,13 @@ def _versions() -> dict[str, str]:
     return {"nf4-pipeline": __version__, "python": platform.python_version(), **used}
 
 
-def _check_other(manifest: Manifest, other: Path, reporter: Reporter) -> None:
-    """Refuses an artifact that cannot be compared with, before any work is done."""
-    theirs = read_manifest(other)
-    if theirs.source.content_sha256 != manifest.source.content_sha256:
-        raise ArtifactError(
-            f"{other} was made from another source ({theirs.source.repo}, content "
-            f"{theirs.source.content_sha256[:12]}…) than this artifact "
-            f"({manifest.source.content_sha256[:12]}…). Only artifacts of one source can be "
-            "compared."
-        )
-    failed = [check for check in check_files(other, theirs, reporter) if not check.passed]
-    if failed:
-        raise ArtifactError(f"{other} is not what its manifest says: {failed[0].found}.")
-
-
 def _compare(
-    asked: Examination, other: Path, own_scores: Path, scores: Path, reporter: Reporter
+    asked: Examination,
+    other: Path,
+    own_scores: Path,
+    scores: Path,
+    source: Source,
+    reporter: Reporter,
 ) -> Against:
     """Another artifact of the same source on the same text.
 
@@ -326,10 +431,31 @@ def _compare(
         other: the export folder of the other.
         own_scores: that this artifact left.
         scores: where those of the other are left.
+        source: of both, as this build has downloaded and hashed it.
         reporter: told how far it is.
+
+    Raises:
+        ArtifactError: the other one does not hold the weights of the source.
     """
     theirs = read_manifest(other)
     reply = asked.without_prompts().ask_artifact(other, scores, reporter)
+    for check in (
+        check_weights(theirs, reply.blocks, reply.outside, reply.malformed),
+        check_kept(reply.kept, reply.changed),
+    ):
+        if not check.passed:
+            raise ArtifactError(
+                f"{other} was not made from this source, whatever its manifest says: {check.name}: "
+                f"expected {check.expected}, found {check.found}."
+            )
+    said = theirs.source
+    not_checked = None
+    if (said.repo, said.commit) != (source.repo, source.commit):
+        not_checked = (
+            f"that its source is {said.repo} at {said.commit or 'no commit'}; its content is that "
+            f"of {source.repo} at {source.version[:12]}, which this build has downloaded"
+        )
+        reporter.note(f"{other}: not checked: {not_checked}.")
     return Against(
         name=other.parent.name if other.name == "export" else other.name,
         manifest_sha256=digest_file(other / MANIFEST_FILE).sha256,
@@ -337,6 +463,7 @@ def _compare(
         fidelity=reply.fidelity,
         domains=reply.domains,
         difference=compare_scores(own_scores, scores),
+        not_checked=not_checked,
     )
 
 

@@ -65,7 +65,6 @@ def run(request: ArtifactRequest, reporter: Reporter) -> ArtifactReply:
         memory = _count(model)
         footprint = int(model.get_memory_footprint())
     on_load = take_peaks(loading, request.device)
-    # Before anything is asked: on some CPUs bitsandbytes repacks a weight when it is first used.
     with measured() as comparing, one_thread_if_small(footprint):
         sequences = _read(request, model)
         comparison, scores = _compare(request, model, sequences, reporter)
@@ -86,6 +85,8 @@ def run(request: ArtifactRequest, reporter: Reporter) -> ArtifactReply:
             generator = open_generator(model, request.artifact, request.device)
             with reporter.task("answer in 4 bit", len(asked), unit="answers") as task:
                 answers = answer_all(generator, asked, request.max_new_tokens, task)
+    weights = comparison.weights
+    assert weights is not None  # the artifact's folder was given
     peaks = [on_load, take_peaks(answering, request.device)]
     return ArtifactReply(
         device=_describe_device(model),
@@ -105,8 +106,9 @@ def run(request: ArtifactRequest, reporter: Reporter) -> ArtifactReply:
         kl_histogram=histogram(scores),
         blocks=comparison.block_errors(),
         outside=comparison.outside_errors(),
-        kept=comparison.kept,
-        changed=tuple(comparison.changed),
+        kept=weights.kept,
+        changed=(*weights.changed, *weights.missing),
+        malformed=tuple(weights.malformed),
         nearest=nearest,
         comparison=ComparisonCosts(
             seconds=round(comparing.seconds, 3),
@@ -161,7 +163,7 @@ def _compare(
         reporter.task("compare block by block", total, unit="tokens") as task,
         StreamedModel(request.source, request.device, _dtype(model)) as streamed,
     ):
-        comparison = Comparison(streamed, model, nearest=request.nearest)
+        comparison = Comparison(streamed, model, request.artifact, nearest=request.nearest)
         return comparison, comparison.run(sequences, task.advance)
 
 

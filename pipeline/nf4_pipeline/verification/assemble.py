@@ -73,7 +73,7 @@ def assemble_measured(
     checks = [
         *file_checks,
         *check_reloaded(manifest, artifact),
-        check_weights(manifest, artifact.blocks, artifact.outside),
+        check_weights(manifest, artifact.blocks, artifact.outside, artifact.malformed),
         check_kept(artifact.kept, artifact.changed),
         *reader_checks(readers),
         *fidelity_checks(artifact.fidelity, recipe),

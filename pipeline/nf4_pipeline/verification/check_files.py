@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
-from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, digest_tensors
+from nf4_pipeline.checkpoint.digest import (
+    FileDigest,
+    content_sha256,
+    digest_file,
+    digest_tensors,
+)
+from nf4_pipeline.checkpoint.files import entries
 from nf4_pipeline.checkpoint.header import read_header
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.fidelity.verdict import Check
-from nf4_pipeline.manifest.manifest import Manifest, StoredTensorEntry
+from nf4_pipeline.manifest.manifest import Manifest, Source, StoredTensorEntry
 from nf4_pipeline.progress import SILENT, Reporter
 
 
@@ -22,20 +30,66 @@ def check_manifest(digest: FileDigest, recorded: FileDigest) -> Check:
     )
 
 
-def check_files(artifact: Path, manifest: Manifest, reporter: Reporter = SILENT) -> list[Check]:
+def check_source(found: Source, expected: Source) -> Check:
+    """What the manifest says of the source, against the source that this build has hashed.
+
+    Args:
+        found: in the manifest.
+        expected: of the checkpoint that stands in the build.
+    """
+    pairs = (
+        ("repo", found.repo, expected.repo),
+        ("commit", found.commit, expected.commit),
+        ("content_sha256", found.content_sha256, content_sha256(expected.files)),
+    )
+    problems = [f"{name} {said}, not {real}" for name, said, real in pairs if said != real]
+    names = sorted(found.files.keys() | expected.files.keys())
+    differ = [name for name in names if found.files.get(name) != expected.files.get(name)]
+    problems += [f"other bytes of {name} than in source/" for name in differ[:3]]
+    words = f"{expected.repo} at {expected.version[:12]}, {len(expected.files)} files"
+    return Check("source as the manifest says", not problems, "; ".join(problems) or words, words)
+
+
+@dataclass(frozen=True)
+class CheckedFiles:
+    """What came of holding an artifact's files against its manifest.
+
+    Attributes:
+        checks: of files, and of tensors.
+        digests: of everything that was found, by path; without a hash where it is no file.
+    """
+
+    checks: list[Check]
+    digests: dict[str, FileDigest]
+
+
+def check_files(
+    artifact: Path,
+    manifest: Manifest,
+    reporter: Reporter = SILENT,
+    *,
+    others: Collection[str] | None = None,
+) -> CheckedFiles:
     """Hashes all files and tensors of an artifact.
 
     Args:
         artifact: the export folder.
         manifest: read from it.
         reporter: told how far the hashing is.
+        others: the only files that may stand there besides those of the manifest, and then there
+            may be no link; None to look for other weights alone, as beside a published artifact.
     """
     problems: list[str] = []
     tensors: dict[str, StoredTensorEntry] = {}
+    digests: dict[str, FileDigest] = {}
+    found = entries(artifact)
     total = sum(digest.size for digest in manifest.files.values())
     with reporter.task("check files", total) as task:
         for name, expected in manifest.files.items():
             path = artifact / name
+            if others is not None and path.is_symlink():
+                problems.append(f"{name} is a link")
+                continue
             if not path.is_file():
                 problems.append(f"{name} is missing")
                 continue
@@ -44,6 +98,7 @@ def check_files(artifact: Path, manifest: Manifest, reporter: Reporter = SILENT)
                     headers = read_header(path)
                 except CheckpointError as error:
                     problems.append(str(error))
+                    digests[name] = digest_file(path, task)
                     continue
                 digest, by_name = digest_tensors(path, headers)
                 task.advance(digest.size)
@@ -58,22 +113,31 @@ def check_files(artifact: Path, manifest: Manifest, reporter: Reporter = SILENT)
                     )
             else:
                 digest = digest_file(path, task)
+            digests[name] = digest
             if digest != expected:
                 problems.append(f"{name} has other bytes ({digest.size:,}, {digest.sha256[:12]}…)")
-    problems += [
-        f"{path.name} is not in the manifest"
-        for path in artifact.glob("*.safetensors")
-        if path.name not in manifest.files
-    ]
-    return [
-        Check(
-            "files as in the manifest",
-            not problems,
-            "; ".join(problems[:3]) if problems else f"{len(manifest.files)} files hash right",
-            f"{len(manifest.files)} files, each with its sha256",
-        ),
-        _check_tensors(manifest, tensors),
-    ]
+    for name in sorted(found.keys() - digests.keys()):
+        path = found[name]
+        plain = path.is_file() and not path.is_symlink()
+        if others is not None:
+            digests[name] = digest_file(path) if plain else FileDigest(0, "")
+        if name in manifest.files:
+            continue
+        known = not name.endswith(".safetensors") if others is None else name in others and plain
+        if not known:
+            problems.append(f"{name} is not in the manifest" if plain else f"{name} is a link")
+    return CheckedFiles(
+        [
+            Check(
+                "files as in the manifest",
+                not problems,
+                "; ".join(problems[:3]) if problems else f"{len(manifest.files)} files hash right",
+                f"{len(manifest.files)} files, each with its sha256",
+            ),
+            _check_tensors(manifest, tensors),
+        ],
+        digests,
+    )
 
 
 def _check_tensors(manifest: Manifest, stored: dict[str, StoredTensorEntry]) -> Check:

@@ -55,8 +55,7 @@ _BOUNDS: Final = {
     ),
 }
 _SAME_ERROR: Final = 0.01
-"""Share by which a layer's error may differ from the manifest's four digits: readers give the
-weights in 16 bit, the manifest speaks of float32."""
+"""Share by which a layer's error may differ from that in the manifest, which has four digits."""
 _ROUNDING: Final = 0.004  # of bfloat16 itself, for weights that are nearly exact
 
 
@@ -124,9 +123,12 @@ def _check_memory(manifest: Manifest, memory: LoadedModel) -> Check:
 
 
 def check_weights(
-    manifest: Manifest, blocks: Sequence[BlockError], outside: Sequence[LayerError]
+    manifest: Manifest,
+    blocks: Sequence[BlockError],
+    outside: Sequence[LayerError],
+    malformed: Sequence[str] = (),
 ) -> Check:
-    """Every 4-bit weight that the loader made, against the 16-bit weight of the source.
+    """Every 4-bit weight in the artifact's files, against the 16-bit weight of the source.
 
     Whatever the manifest says of itself, codes of another layer, in another order or with a wrong
     scale are far from what they stand for.
@@ -135,6 +137,7 @@ def check_weights(
         manifest: of the artifact; what its rounding can do is not held against it.
         blocks: errors of the layers in each block.
         outside: of those that no block holds.
+        malformed: weights that cannot be decoded as the format says, each with why.
     """
     bounds = _BOUNDS[manifest.rounding]
     promised = {
@@ -146,6 +149,7 @@ def check_weights(
     for block in blocks:
         compared |= {f"{block.name}.{layer.name}": layer for layer in block.modules}
     problems = [(inf, f"{name} was not compared") for name in promised.keys() - compared.keys()]
+    problems += [(inf, problem) for problem in malformed]
     common = {name: compared[name] for name in promised if name in compared}
     for name, layer in common.items():
         problem = _find_problem(layer, promised[name], bounds)
@@ -200,7 +204,7 @@ def check_kept(count: int, changed: Sequence[str]) -> Check:
     """What is not 4 bit, against the source.
 
     Args:
-        count: parameters that were compared.
+        count: tensors that were compared.
         changed: the names of those that differ.
     """
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""

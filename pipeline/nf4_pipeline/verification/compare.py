@@ -3,8 +3,9 @@
 The 4-bit model stands on the device as anybody's loader put it there; of the 16-bit one, a block is
 there only while both pass it. So what is looked at in each block costs no second reading:
 
-- every 4-bit weight against the 16-bit one that it stands for, and each block of 64 of them;
-- everything that is not 4 bit, which must be what the source has;
+- every 4-bit weight in the artifact's files against the 16-bit one that it stands for, and each
+  block of 64 of them (`compare_weights.py`);
+- everything that is not 4 bit, which must be what the source has, bit for bit;
 - the output of every 4-bit layer, given the input that the 16-bit one gets;
 - what has become of the hidden states after the block, all errors before it included.
 
@@ -14,112 +15,27 @@ are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from math import isfinite, sqrt
+from pathlib import Path
 from typing import Any, Final
 
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
-from einops import rearrange
+from bitsandbytes.nn import Linear4bit
 
 from nf4_pipeline.blocks.lockstep import Lockstep
 from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
-from nf4_pipeline.model.linear import weight_out_in
-from nf4_pipeline.nf4 import BLOCK_SIZE
-from nf4_pipeline.runtime.bnb_cpu_fixes import dequantized, stored_scales
+from nf4_pipeline.manifest.read import read_manifest
+from nf4_pipeline.verification.compare_weights import WeightComparison
+from nf4_pipeline.verification.distance import BlockDistance, LayerDistance, Ratio
 from nf4_pipeline.verification.document import BlockError, LayerError
 from nf4_pipeline.verification.eval_text import TokenSequence
 from nf4_pipeline.verification.rtn_baseline import RtnBaseline
 
 _TOGETHER: Final = 16_384
 """Tokens whose hidden states wait at a barrier at once; more are read in several passes."""
-_PART: Final = 4 * 2**20  # weights that are compared at a time; whole blocks
-_SMALL: Final = 0.05
-"""Share of a weight's typical block below which a block counts as being that large: stock double
-quantization gives near-zero blocks any small scale, and nobody can tell."""
-
-
-@dataclass
-class _Ratio:
-    """A relative error that is being summed: sqrt(sum of squared differences / sum of squares)."""
-
-    error: Any = 0.0
-    energy: Any = 0.0
-
-    def add(self, actual: torch.Tensor, expected: torch.Tensor) -> None:
-        wanted = expected.float().flatten()
-        off = actual.float().flatten() - wanted
-        self.error = self.error + off.dot(off).double()
-        self.energy = self.energy + wanted.dot(wanted).double()
-
-    @property
-    def value(self) -> float:
-        error, energy = float(self.error), float(self.energy)
-        return sqrt(error / energy) if energy else (0.0 if error == 0 else float("inf"))
-
-
-@dataclass
-class LayerComparison:
-    """How far a 4-bit layer is from the 16-bit one, as far as both were looked at.
-
-    Attributes:
-        output: of its output, for the input that the 16-bit layer gets.
-        weight: relative RMSE of its weight.
-        worst: see `LayerError` for this and the rest.
-    """
-
-    output: _Ratio = field(default_factory=_Ratio)
-    weight: float = 0.0
-    worst: float = 0.0
-    worst_at: int = 0
-    scale: float = 0.0
-    scale_at: int = 0
-    reach: float = 0.0
-    reach_at: int = 0
-
-    def error(self, name: str, *, output: bool = True) -> LayerError:
-        """All of it, with six significant digits, as verification.json holds it.
-
-        Args:
-            name: of the layer.
-            output: whether its output was looked at.
-        """
-        return LayerError(
-            name=name,
-            relative_error=_digits(self.output.value) if output else None,
-            weight_error=_digits(self.weight),
-            worst=_digits(self.worst),
-            worst_at=self.worst_at,
-            scale=_digits(self.scale),
-            scale_at=self.scale_at,
-            reach=_digits(self.reach),
-            reach_at=self.reach_at,
-        )
-
-
-@dataclass
-class BlockComparison:
-    """How far a block is: its hidden states, and its layers by their names within it."""
-
-    hidden: _Ratio = field(default_factory=_Ratio)
-    layers: dict[str, LayerComparison] = field(default_factory=dict)
-
-    def error(self, name: str) -> BlockError:
-        """All of it, as verification.json holds it."""
-        return BlockError(
-            name=name,
-            relative_error=_digits(self.hidden.value),
-            modules=tuple(layer.error(inner) for inner, layer in self.layers.items()),
-        )
-
-
-def _digits(value: float) -> float | None:
-    """A number with six significant digits; None if it is not finite."""
-    return float(f"{value:.6g}") if isfinite(value) else None
 
 
 class Comparison:
@@ -128,39 +44,41 @@ class Comparison:
     Args:
         reference: the 16-bit model.
         model: the 4-bit one, whole.
+        artifact: the folder that it was loaded from; None not to look at weights.
         nearest: measure round to nearest as well, with these modules in 4 bit, too, which the
             artifact leaves in 16 bit for what they would lose; None not to.
 
     Attributes:
         blocks: errors by the name of the block.
         outside: 4-bit layers that no block holds, by name; their output is not looked at.
-        kept: how many parameters that are not 4 bit were held against the source.
-        changed: the names of those that differ.
+        weights: what the files hold; None if they are not looked at.
         nearest: after `run`, the scores of round to nearest; None if it is not measured.
     """
 
     def __init__(
-        self, reference: StreamedModel, model: Any, *, nearest: Sequence[str] | None = None
+        self,
+        reference: StreamedModel,
+        model: Any,
+        artifact: Path | None = None,
+        *,
+        nearest: Sequence[str] | None = None,
     ) -> None:
-        self.blocks = {name: BlockComparison() for name in reference.blocks}
+        self.blocks = {name: BlockDistance() for name in reference.blocks}
         self._reference = reference
         self._model = model
         self._own = {name: model.get_submodule(name) for name in reference.blocks}
         self._names = list(reference.blocks)
         self._looked_at: set[str] = set()
         self._hidden: torch.Tensor | None = None
-        self.kept = 0
-        self.changed: list[str] = []
         self.nearest: TokenScores | None = None
         self._baseline = None if nearest is None else RtnBaseline(reference, model, nearest)
-        self.outside: dict[str, LayerComparison] = {}
-        for name, module in model.named_modules():
-            if isinstance(module, Linear4bit) and not self._in_a_block(name):
-                self.outside[name] = LayerComparison()
-                _compare_weights(self.outside[name], reference.model.get_submodule(name), module)
-        self._compare_kept(
-            {name: p for name, p in model.named_parameters() if not self._in_a_block(name)}
-        )
+        self.outside: dict[str, LayerDistance] = {}
+        self.weights: WeightComparison | None = None
+        if artifact is not None:
+            manifest = read_manifest(artifact)
+            self.weights = WeightComparison(
+                reference.checkpoint, artifact, manifest, self._distance, reference.device
+            )
 
     def block_errors(self) -> tuple[BlockError, ...]:
         """Errors of each block and of the layers in it."""
@@ -170,8 +88,13 @@ class Comparison:
         """Errors of the layers that no block holds."""
         return tuple(layer.error(name, output=False) for name, layer in self.outside.items())
 
-    def _in_a_block(self, name: str) -> bool:
-        return any(name.startswith(f"{block}.") for block in self._own)
+    def _distance(self, module: str) -> LayerDistance:
+        """Of a layer, wherever it is."""
+        for block, errors in self.blocks.items():
+            if module.startswith(f"{block}."):
+                name = module.removeprefix(f"{block}.")
+                return errors.layers.setdefault(name, LayerDistance())
+        return self.outside.setdefault(module, LayerDistance())
 
     def run(self, sequences: Sequence[TokenSequence], done: Callable[[int], None]) -> TokenScores:
         """Scores all tokens, in the order of the sequences.
@@ -189,6 +112,8 @@ class Comparison:
             with self._watched():
                 lockstep = Lockstep(blocks, self._opened, self._closed)
                 lockstep.run([task for s in wave for task in self._runs(s, models, done)])
+        if self.weights is not None:
+            self.weights.compare_rest()  # what no block holds, or none that ran
         own, *nearest = (TokenScores.joined(parts) for _, parts in models)
         self.nearest = nearest[0] if nearest else None
         return own
@@ -223,11 +148,8 @@ class Comparison:
         self._reference.open_ahead(block)
         if block not in self._looked_at:
             self._looked_at.add(block)
-            for name, layer, own in self._layers(block):
-                error = self.blocks[block].layers.setdefault(name, LayerComparison())
-                _compare_weights(error, layer, own)
-            inside = self._own[block].named_parameters()
-            self._compare_kept({f"{block}.{name}": parameter for name, parameter in inside})
+            if self.weights is not None:
+                self.weights.compare(self._reference.stored(block))
         if self._baseline is not None:
             self._baseline.open(block)
 
@@ -235,15 +157,6 @@ class Comparison:
         self._reference.close(block)
         if self._baseline is not None:
             self._baseline.close(block)
-
-    def _compare_kept(self, parameters: Mapping[str, torch.Tensor]) -> None:
-        """What is not 4 bit was copied exactly, and both sides cast it alike."""
-        for name, own in parameters.items():
-            if isinstance(own, Params4bit):
-                continue
-            self.kept += 1
-            if not _same_bits(own, self._reference.model.get_parameter(name)):
-                self.changed.append(name)
 
     def _layers(self, block: str) -> Iterator[tuple[str, Any, Any]]:
         """Each 4-bit layer of a block: its name in it, the 16-bit layer, the 4-bit one."""
@@ -261,7 +174,7 @@ class Comparison:
                     self._own[block].register_forward_hook(self._hold_against(errors.hidden)),
                 ]
                 for name, layer, own in self._layers(block):
-                    layer_error = errors.layers.setdefault(name, LayerComparison())
+                    layer_error = errors.layers.setdefault(name, LayerDistance())
                     hooks.append(layer.register_forward_hook(_ask(own, layer_error.output)))
                 for hook in hooks:
                     stack.callback(hook.remove)
@@ -270,7 +183,7 @@ class Comparison:
     def _keep(self, module: Any, inputs: Any, output: Any) -> None:
         self._hidden = _states(output)
 
-    def _hold_against(self, ratio: _Ratio) -> Callable[[Any, Any, Any], None]:
+    def _hold_against(self, ratio: Ratio) -> Callable[[Any, Any, Any], None]:
         def hook(module: Any, inputs: Any, output: Any) -> None:
             if self._hidden is not None:
                 ratio.add(_states(output), self._hidden)
@@ -279,7 +192,7 @@ class Comparison:
         return hook
 
 
-def _ask(own: Any, ratio: _Ratio) -> Callable[[Any, Any, Any], None]:
+def _ask(own: Any, ratio: Ratio) -> Callable[[Any, Any, Any], None]:
     def hook(module: Any, inputs: Any, output: Any) -> None:
         ratio.add(own(inputs[0]), output)
 
@@ -289,46 +202,6 @@ def _ask(own: Any, ratio: _Ratio) -> Callable[[Any, Any, Any], None]:
 def _states(output: Any) -> torch.Tensor:
     states: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return states
-
-
-def _compare_weights(error: LayerComparison, layer: Any, own: Any) -> None:
-    wanted, actual = weight_out_in(layer).reshape(-1), dequantized(own).reshape(-1)
-    pairs = zip(actual.split(_PART), wanted.split(_PART), strict=True)
-    parts = [_in_blocks(one, other) for one, other in pairs]
-    off, energy, largest_off, largest = (torch.cat(part) for part in zip(*parts, strict=True))
-    floor = max(_SMALL * float(largest.double().mean()), 1e-300)
-    share = largest_off.double() / largest.double().clamp(min=floor)
-    total = float(energy.sum())
-    error.weight = sqrt(float(off.sum()) / total) if total else 0.0
-    error.worst = float(share.max())
-    error.worst_at = int(share.argmax())
-    scales, nested = stored_scales(own)
-    scale_error = (scales - largest).abs().double() / nested.double()
-    scale_error = torch.where(scales == largest, 0.0, scale_error)  # of a group of equal scales
-    error.scale = float(scale_error.max())
-    error.scale_at = int(scale_error.argmax())
-    reach = scales.abs().double() / largest.double().clamp(min=floor)
-    error.reach = float(reach.max())
-    error.reach_at = int(reach.argmax())
-
-
-def _in_blocks(actual: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Squared differences, squares, largest difference and largest weight of each block of 64."""
-    exact = wanted.float()
-    off = actual.float() - exact
-    ragged = -len(exact) % BLOCK_SIZE
-    if ragged:
-        exact, off = (torch.nn.functional.pad(part, (0, ragged)) for part in (exact, off))
-    exact, off = (
-        rearrange(part, "(block weight) -> block weight", weight=BLOCK_SIZE)
-        for part in (exact, off)
-    )
-    return (
-        torch.linalg.vecdot(off, off).double(),
-        torch.linalg.vecdot(exact, exact).double(),
-        off.abs().amax(dim=1),
-        exact.abs().amax(dim=1),
-    )
 
 
 def _waves(sequences: Sequence[TokenSequence]) -> Iterator[list[TokenSequence]]:
@@ -342,11 +215,3 @@ def _waves(sequences: Sequence[TokenSequence]) -> Iterator[list[TokenSequence]]:
         size += len(sequence.ids)
     if wave:
         yield wave
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are the same; a NaN equals itself."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    first, second = (values.detach().reshape(-1).view(torch.uint8) for values in (one, other))
-    return torch.equal(first, second)

@@ -268,6 +268,8 @@ class Against(Document):
         fidelity: its distance from the source.
         domains: the same by domain.
         difference: this artifact's mean KL minus, and over, that one's.
+        not_checked: what its manifest says of its source and nobody could confirm here; None if it
+            says the same as this build.
     """
 
     name: str
@@ -276,6 +278,7 @@ class Against(Document):
     fidelity: Fidelity
     domains: tuple[DomainScore, ...]
     difference: Difference
+    not_checked: str | None = optional()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -101,8 +101,9 @@ class ArtifactReply(Document):
         kl_histogram: by KL.
         blocks: errors of blocks and their layers.
         outside: errors of layers outside of blocks.
-        kept: how many parameters that are not 4 bit were held against the source.
+        kept: how many tensors that are not 4 bit were held against the source.
         changed: the names of those that differ.
+        malformed: 4-bit weights whose files are not what the format says, each with why.
         nearest: round to nearest beside it; None if it was not measured.
         comparison: what comparing took.
         answers: in the order of the questions.
@@ -122,6 +123,7 @@ class ArtifactReply(Document):
     outside: tuple[LayerError, ...]
     kept: int
     changed: tuple[str, ...]
+    malformed: tuple[str, ...] = ()
     nearest: NearestBaseline | None = optional()
     comparison: ComparisonCosts
     answers: tuple[TimedAnswer, ...]
