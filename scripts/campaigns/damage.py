@@ -27,7 +27,7 @@ from tests.support.jobs import CPU, download
 from tests.support.tiny import write_falcon, write_recipe
 from tests.support.verified import skip_documents, skip_readers
 
-_KIND: Final = {"ArtifactError": "refused"}
+_KIND: Final = {"ArtifactError": "refused", "again": "mended"}
 
 
 def main() -> int:
