@@ -12,7 +12,7 @@ The house, from the top floor down; a room imports only from rooms below it (`ma
     doctor.py          what this machine has, and known traps on it
     stages/            download, quantize, serialize, verify, attest, push
     records.py         what each stage leaves for the others to know
-    build_folder.py    where stages leave their files and their records
+    build_folder/      where stages leave their files and their records
     report/            the model card, the report's page and its pictures
     calibration/       codes and scales chosen from what a layer's inputs look like
     verification/      the artifact, reloaded, against the 16-bit model

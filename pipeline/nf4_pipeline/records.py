@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from nf4_pipeline.build_folder import Build, Facts, RecordKind
-from nf4_pipeline.calibration.facts import CalibrationFacts
+from nf4_pipeline.calibration.calibration_facts import CalibrationFacts
 from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.checkpoint.files import entries
 from nf4_pipeline.checkpoint.shards import TensorFacts

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from nf4_pipeline.checkpoint.header import HeaderTensor
+from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor
 from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import CheckpointError
 
