@@ -253,7 +253,7 @@ def test_a_child_does_not_outlive_its_parent(number: signal.Signals) -> None:
         """
         from nf4_pipeline.processes.parent_side import run
         from tests.processes.example_worker import Order
-        from tests.processes.test_child import EXAMPLE
+        from tests.processes.test_parent_side import EXAMPLE
 
         class Reporter:
             def task(self, title, total, *, unit="bytes"):

@@ -182,7 +182,7 @@ def test_what_was_not_touched_is_not_hashed_again(
     def fail(path: Path, *_: Any) -> Any:
         raise AssertionError(f"{path} was hashed")
 
-    monkeypatch.setattr("nf4_pipeline.build_folder.digest_file", fail)
+    monkeypatch.setattr("nf4_pipeline.build_folder.freshness.digest_file", fail)
     build.check_inputs(DOWNLOAD)
     with pytest.raises(AssertionError, match="was hashed"):
         build.check_inputs(DOWNLOAD, claimed=True)

@@ -40,7 +40,7 @@ DECODERS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     # It divides weights in place when it first runs, and hidden states after every third layer.
     "rwkv": (
         "Rwkv",
-        {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 8, "rescale_every": 3},
+        {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 4, "rescale_every": 3},
     ),
 }
 """Name -> prefix of its classes in transformers, and what of its config is not the default."""

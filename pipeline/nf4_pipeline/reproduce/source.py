@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nf4_pipeline.build_folder import Inputs
 from nf4_pipeline.checkpoint.digest import content_sha256, digest_file
+from nf4_pipeline.checkpoint.weight_files import INDEX_FILE
 from nf4_pipeline.errors import ArtifactError, SourceError, UsageError
 from nf4_pipeline.hub import cache
 from nf4_pipeline.hub.local import LocalFile
@@ -64,6 +65,10 @@ def open_source(
             "it from where the artifact was published."
         )
     model, revision = _where(source, folder)
+    if folder is not None:  # said before anything is made of the folder
+        for name in source.files:
+            if not name.endswith((".safetensors", INDEX_FILE)) and not (folder / name).exists():
+                raise _lacks(model, name, source)
     said = manifest.recipe["quantize"]
     reading = Reading(tuple(said.get("allow_unused", ())), said.get("strip_prefix", ""))
     request = DownloadRequest(
@@ -84,10 +89,7 @@ def open_source(
     files = record.outputs_in("source")
     for name, expected in source.files.items():
         if name not in files:
-            raise SourceError(
-                f"{model} lacks {name}, which the artifact was made from. Name the folder, or the "
-                f"commit, that the manifest pins: content {source.content_sha256[:12]}…"
-            )
+            raise _lacks(model, name, source)
         if files[name] != expected:
             raise SourceError(
                 f"{name} of {model} is not what the artifact was made from: expected "
@@ -127,6 +129,13 @@ def _is_sample(source: Source) -> bool:
     if not all(path.is_file() for path in paths.values()):
         return False
     return {name: digest_file(path) for name, path in paths.items()} == source.files
+
+
+def _lacks(model: str, name: str, source: Source) -> SourceError:
+    return SourceError(
+        f"{model} lacks {name}, which the artifact was made from. Name the folder, or the commit, "
+        f"that the manifest pins: content {source.content_sha256[:12]}…"
+    )
 
 
 def _where(source: Source, folder: Path | None) -> tuple[str, str | None]:
