@@ -6,7 +6,7 @@ from dataclasses import replace
 from math import prod
 
 import pytest
-from nf4_pipeline.checkpoint.header import DTYPE_BYTES, HeaderTensor
+from nf4_pipeline.checkpoint.safetensors_header import DTYPE_BYTES, HeaderTensor
 from nf4_pipeline.checkpoint.source import SourceTensor
 from nf4_pipeline.errors import ArchitectureError, CheckpointError, RecipeError
 from nf4_pipeline.model.architecture import Architecture, LinearFact

@@ -12,13 +12,14 @@ The house, from the top floor down; a room imports only from rooms below it (`ma
     doctor.py          what this machine has, and known traps on it
     stages/            download, quantize, serialize, verify, attest, push
     records.py         what each stage leaves for the others to know
-    build_folder.py    where stages leave their files and their records
+    build_folder/      where stages leave their files and their records
     report/            the model card, the report's page and its pictures
     calibration/       codes and scales chosen from what a layer's inputs look like
     verification/      the artifact, reloaded, against the 16-bit model
     provenance/        who made it from what, in forms that other programs check; signatures
     engine/            checkpoint files in, quantized files out, in chunks
     manifest/          what an artifact holds, and its files beside the weights
+    readers/           an artifact as its users load it: without this package
     blocks/            a model run block by block, its weights streamed
     gptq/              codes that make up for each other's errors
     selection.py       which tensors are quantized, which stay, and why

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from nf4_pipeline.build_folder import Build, Facts, RecordKind
-from nf4_pipeline.calibration.facts import CalibrationFacts
+from nf4_pipeline.calibration.calibration_facts import CalibrationFacts
 from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.checkpoint.files import entries
 from nf4_pipeline.checkpoint.shards import TensorFacts
@@ -74,6 +74,7 @@ class DownloadFacts(Document):
             by name; else empty.
         tokenizer: what was found of it; None in a record of an older version.
         reading: how its tensors are understood.
+        unchecked: files that the Hub listed without a hash; None for none.
     """
 
     repo: str
@@ -84,6 +85,7 @@ class DownloadFacts(Document):
     converted_from: Mapping[str, FileDigest]
     tokenizer: TokenizerFacts | None = optional()
     reading: Reading = field(default_factory=Reading)
+    unchecked: tuple[str, ...] | None = optional()
 
     @property
     def notes(self) -> list[str]:
@@ -93,7 +95,12 @@ class DownloadFacts(Document):
     @property
     def identity(self) -> dict[str, Any]:
         """What the manifest says of the source."""
-        return {"repo": self.repo, "commit": self.commit, "content_sha256": self.content_sha256}
+        return {
+            "repo": self.repo,
+            "commit": self.commit,
+            "content_sha256": self.content_sha256,
+            **({"unchecked": self.unchecked} if self.unchecked else {}),
+        }
 
     @property
     def pinned(self) -> str:

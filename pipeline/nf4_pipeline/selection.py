@@ -15,8 +15,8 @@ from typing import Any, Final, Literal
 
 from numpy.typing import NDArray
 
-from nf4_pipeline.checkpoint.header import DTYPE_BYTES
 from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor, plan_layout
+from nf4_pipeline.checkpoint.safetensors_header import DTYPE_BYTES
 from nf4_pipeline.checkpoint.source import SourceTensor
 from nf4_pipeline.errors import ArchitectureError, CheckpointError, RecipeError
 from nf4_pipeline.model.architecture import Architecture, LinearFact

@@ -27,7 +27,7 @@ from nf4_pipeline.calibration.tokens import CalibrationTokens
 from nf4_pipeline.fidelity.bootstrap import Resampling, mean
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
 from nf4_pipeline.gptq.config import GptqConfig
-from nf4_pipeline.gptq.precomputed import read_codes
+from nf4_pipeline.gptq.saved_codes import read_codes
 from nf4_pipeline.machine import Machine
 from nf4_pipeline.model.linear import as_held
 from nf4_pipeline.nf4.dequantize import dequantize

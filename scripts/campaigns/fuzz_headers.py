@@ -28,7 +28,7 @@ def fuzz(folder: Path) -> None:
 
     # Only what is imported here for the first time is watched.
     with atheris.instrument_imports(include=["nf4_pipeline.checkpoint"]):
-        from nf4_pipeline.checkpoint.header import read_header
+        from nf4_pipeline.checkpoint.safetensors_header import read_header
     from nf4_pipeline.errors import CheckpointError
 
     path = folder / "fuzz.safetensors"

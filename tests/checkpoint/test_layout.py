@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
-from nf4_pipeline.checkpoint.header import DTYPE_BYTES, read_header
 from nf4_pipeline.checkpoint.layout import StoredTensor, plan_layout
+from nf4_pipeline.checkpoint.safetensors_header import DTYPE_BYTES, read_header
 from nf4_pipeline.checkpoint.writer import writing
 from nf4_pipeline.nf4.stored_weight import stored_tensors
 from safetensors.torch import load_file

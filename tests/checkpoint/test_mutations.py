@@ -21,7 +21,7 @@ text = large()[sys.argv[1]]
 path = Path(sys.argv[2])
 path.write_bytes(pack(text, b""))
 del text
-from nf4_pipeline.checkpoint.header import read_header
+from nf4_pipeline.checkpoint.safetensors_header import read_header
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.resource_usage import measured
 with measured() as usage:

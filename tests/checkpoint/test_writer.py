@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nf4_pipeline.checkpoint.digest import digest_file, digest_tensors
-from nf4_pipeline.checkpoint.header import read_header
 from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor, plan_layout
+from nf4_pipeline.checkpoint.safetensors_header import read_header
 from nf4_pipeline.checkpoint.writer import writing
 from safetensors.numpy import load_file
 

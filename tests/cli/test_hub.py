@@ -76,6 +76,26 @@ def test_two_downloads_of_one_model_at_a_time(
     }
 
 
+def test_what_has_no_hash_is_refused_or_said(
+    hub: HubServer, shell: Shell, tiny_falcon: Path, quick_recipe: Path
+) -> None:
+    hub.store.add(REPO, tiny_falcon)
+    hub.unhashed = {"generation_config.json", "tokenizer_config.json"}
+    hub.unhashed &= {path.name for path in tiny_falcon.iterdir()}
+    assert hub.unhashed
+    refused = shell("download", REPO)
+    assert refused.status == 1
+    assert "no hash of" in refused.err
+    assert "--allow-unhashed" in refused.err
+    built = shell("build", REPO, "--allow-unhashed", "--recipe", quick_recipe, "--json")
+    assert built.status == 0, built.err
+    (root,) = (shell.folder / "artifacts").iterdir()
+    record = json.loads((root / "records" / "download.json").read_text("utf-8"))
+    manifest = json.loads((root / "export" / "manifest.json").read_text("utf-8"))
+    assert record["facts"]["unchecked"] == manifest["source"]["unchecked"] == sorted(hub.unhashed)
+    assert "listed no hash of" in (root / "export" / "README.md").read_text("utf-8")
+
+
 def test_offline_says_which_commit_it_takes(
     hub: HubServer, shell: Shell, tiny_falcon: Path
 ) -> None:

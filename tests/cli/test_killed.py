@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from nf4_pipeline.build_folder import Build
-from nf4_pipeline.checkpoint.header import read_header
+from nf4_pipeline.checkpoint.safetensors_header import read_header
 from nf4_pipeline.records import QUANTIZE
 
 from tests.campaigns import kills

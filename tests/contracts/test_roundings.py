@@ -10,8 +10,8 @@ from typing import Any, Final
 import numpy as np
 import pytest
 import torch
-from nf4_pipeline.gptq.precomputed import PrecomputedRounding, tensors_of
 from nf4_pipeline.gptq.quantizer import QuantizedWeight
+from nf4_pipeline.gptq.saved_codes import PrecomputedRounding, tensors_of
 from nf4_pipeline.nf4.dequantize import dequantize
 from nf4_pipeline.nf4.double_quant import NestedScales
 from nf4_pipeline.nf4.float_bits import bits_of, float32_of

@@ -14,7 +14,7 @@ import pytest
 from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.sink import HashingSink, Sink, WrittenFile, hashing
 from nf4_pipeline.checkpoint.writer import writing
-from nf4_pipeline.reproduce.compare import ComparingSink, comparing
+from nf4_pipeline.reproduce.compare_files import ComparingSink, comparing
 
 Part = tuple[str, int, bytes]
 Opener = Callable[[Path, FileLayout], AbstractContextManager[Sink]]

@@ -12,7 +12,7 @@ import torch
 from nf4_pipeline.checkpoint.digest import digest_file
 from nf4_pipeline.errors import SourceError, UsageError
 from nf4_pipeline.pickles.convert import WORKER, ConvertRequest, convert
-from nf4_pipeline.processes.child import run
+from nf4_pipeline.processes.parent_side import run
 from nf4_pipeline.progress import SILENT
 from safetensors.torch import load_file
 

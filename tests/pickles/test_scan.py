@@ -19,7 +19,7 @@ import torch
 from nf4_pipeline.errors import SourceError
 from nf4_pipeline.pickles.convert import WORKER, ConvertRequest
 from nf4_pipeline.pickles.scan import scan
-from nf4_pipeline.processes.child import run
+from nf4_pipeline.processes.parent_side import run
 
 
 class Calls:

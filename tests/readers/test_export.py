@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from nf4_pipeline.checkpoint.header import HeaderTensor
+from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor
 from nf4_pipeline.checkpoint.source import SourceTensor
 from nf4_pipeline.engine.shard_job import _cast
 from nf4_pipeline.errors import CheckpointError

@@ -12,7 +12,7 @@ import pytest
 import torch
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.checkpoint.digest import digest_file
-from nf4_pipeline.checkpoint.header import read_header
+from nf4_pipeline.checkpoint.safetensors_header import read_header
 from nf4_pipeline.errors import ArtifactError, ResourceError, UsageError
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.machine import Machine

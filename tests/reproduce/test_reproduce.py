@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.checkpoint import sink
-from nf4_pipeline.checkpoint.header import read_header
+from nf4_pipeline.checkpoint.safetensors_header import read_header
 from nf4_pipeline.errors import ArtifactError, SourceError, UsageError
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.machine import Machine
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe, SerializeRecipe
 from nf4_pipeline.records import QUANTIZE
-from nf4_pipeline.reproduce.compare import Difference
+from nf4_pipeline.reproduce.compare_files import Difference
 from nf4_pipeline.reproduce.reproduce import reproduce
 
 from tests.support.checkpoints import make_checkpoint

@@ -12,7 +12,7 @@ from typing import Final
 
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.checkpoint.files import entries
-from nf4_pipeline.checkpoint.header import read_header
+from nf4_pipeline.checkpoint.safetensors_header import read_header
 from nf4_pipeline.errors import PipelineError
 from nf4_pipeline.hub import Target
 from nf4_pipeline.job import run_build, run_stage, states

@@ -186,6 +186,7 @@ class HubServer:
     def __init__(self) -> None:
         self.store = Store()
         self.faults: list[Fault] = []
+        self.unhashed: set[str] = set()  # files that are listed without a hash
         self.seen: list[Seen] = []
         self.bugs: list[BaseException] = []
         self.lock = threading.Lock()
@@ -425,6 +426,8 @@ def tree(call: Call) -> Answer:
             folder = "/".join(parts[:depth])
             entries[folder] = {"type": "directory", "oid": "0" * 40, "size": 0, "path": folder}
         entries[path] = _entry(path, blob)
+        if path in call.hub.unhashed:
+            entries[path] |= {"oid": None} | ({"lfs": {"oid": None, "size": 0}} if blob.lfs else {})
     listed = [entry for path, entry in sorted(entries.items()) if recursive or "/" not in path]
     start = int(call.query.get("cursor", ["0"])[0])
     end = start + call.hub.page_size

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.checkpoint.digest import digest_file, digest_tensors
-from nf4_pipeline.checkpoint.header import read_header
+from nf4_pipeline.checkpoint.safetensors_header import read_header
 from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import INDEX_FILE, read_tensors, weight_files

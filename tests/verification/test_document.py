@@ -14,7 +14,7 @@ from nf4_pipeline.documents import DocumentError
 from nf4_pipeline.fidelity.verdict import Check
 from nf4_pipeline.manifest.manifest import Manifest
 from nf4_pipeline.recipe import VerifyRecipe
-from nf4_pipeline.verification.assemble import assemble_measured, assemble_stopped
+from nf4_pipeline.verification.assemble_document import assemble_measured, assemble_stopped
 from nf4_pipeline.verification.document import (
     SCHEMA,
     SCHEMA_VERSION,

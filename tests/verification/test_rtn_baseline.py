@@ -18,8 +18,8 @@ from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe
 from nf4_pipeline.runtime.loader import load
 from nf4_pipeline.sample import MODEL_DIR
-from nf4_pipeline.verification import compare
-from nf4_pipeline.verification.compare import Comparison
+from nf4_pipeline.verification import compare_models as compare
+from nf4_pipeline.verification.compare_models import Comparison
 from nf4_pipeline.verification.rtn_baseline import RtnBaseline, round_weight
 
 from tests.support.checkpoints import make_checkpoint, read_tensors

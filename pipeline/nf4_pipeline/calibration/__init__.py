@@ -5,7 +5,7 @@
     sampling.py          the model writes its tokens
     calibration_pass.py  the pass through the model: blocks are watched, then rounded by `gptq`
     calibrator.py        all of it in order: tokens, then codes and scales for a whole checkpoint
-    facts.py             what the record of quantize says of it
+    calibration_facts.py  what the record of quantize says of it
     block_store.py       what was chosen, block by block, on disk: a killed run goes on from there
     sensitivity.py       what each layer loses by 4 bits, measured
     allocation.py        which layers to leave in 16 bit for a byte budget

@@ -20,8 +20,8 @@ from nf4_pipeline.checkpoint.atomic import (
     write_bytes,
     write_json,
 )
-from nf4_pipeline.gptq.precomputed import tensors_of
 from nf4_pipeline.gptq.quantizer import QuantizedWeight
+from nf4_pipeline.gptq.saved_codes import tensors_of
 
 _FACTS: Final = "nf4"
 _SUFFIX: Final = ".safetensors"

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from nf4_pipeline.calibration.facts import CalibrationFacts
+from nf4_pipeline.calibration.calibration_facts import CalibrationFacts
 from nf4_pipeline.checkpoint.atomic import json_bytes, make_folder, write_json
 from nf4_pipeline.checkpoint.digest import digest_file, json_sha256
 from nf4_pipeline.errors import BuildError, PlanMismatchError, RecipeError, ResourceError
@@ -49,7 +49,7 @@ class CalibratedChoice:
 
     def rounding(self) -> Rounding:
         """The choices, for the engine; weights without one are rounded to nearest."""
-        from nf4_pipeline.gptq.precomputed import PrecomputedRounding
+        from nf4_pipeline.gptq.saved_codes import PrecomputedRounding
 
         return PrecomputedRounding(self.files, NearestOnCpu())
 

@@ -24,7 +24,7 @@ from nf4_pipeline.calibration.calibration_pass import deterministic_threads
 from nf4_pipeline.calibration.tokens import CalibrationTokens
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.fidelity.token_scores import score_tokens
-from nf4_pipeline.gptq.precomputed import read_codes
+from nf4_pipeline.gptq.saved_codes import read_codes
 from nf4_pipeline.model.linear import as_held, weight_out_in
 from nf4_pipeline.nf4.dequantize import dequantize_on
 from nf4_pipeline.nf4.float_bits import bits_of, dtype_name

@@ -2,7 +2,7 @@
 
     files.py        which files of a repository are taken, and which travel into an export
     weight_files.py which weight files of a folder are the model: those that transformers loads
-    header.py       parsing and writing the header, strictly: every byte is accounted for
+    safetensors_header.py  parsing and writing the header, strictly: every byte is accounted for
     strict_json.py  untrusted JSON, limited before it is parsed
     untrusted.py    an untrusted folder: links, sizes, small files
     lfs_pointer.py  Git LFS pointers in place of files

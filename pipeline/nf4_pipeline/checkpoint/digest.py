@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from nf4_pipeline.checkpoint.header import HeaderTensor
+from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor
 from nf4_pipeline.documents import Document
 from nf4_pipeline.progress import Task
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from nf4_pipeline.checkpoint.header import DTYPE_BYTES, HeaderTensor, header_bytes
+from nf4_pipeline.checkpoint.safetensors_header import DTYPE_BYTES, HeaderTensor, header_bytes
 
 _ALIGNMENT = 8  # of the widest element
 _DATA_ALIGNMENT = 64

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Final
 
-from nf4_pipeline.checkpoint.header import HeaderTensor
+from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor
 
 _NOTES: Final = {
     "quantize_config.json": "GPTQ",

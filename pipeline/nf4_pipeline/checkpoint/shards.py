@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from nf4_pipeline.checkpoint.digest import FileDigest
-from nf4_pipeline.checkpoint.header import HeaderTensor, read_header
 from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor, plan_layout
+from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor, read_header
 from nf4_pipeline.checkpoint.sink import WrittenFile
 from nf4_pipeline.checkpoint.weight_files import SINGLE_FILE
 from nf4_pipeline.checkpoint.writer import writing

@@ -12,8 +12,8 @@ from typing import Any, Final, Protocol
 from numpy.typing import NDArray
 
 from nf4_pipeline.checkpoint.digest import FileDigest
-from nf4_pipeline.checkpoint.header import HeaderTensor
 from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor
+from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor
 
 HELD_BYTES: Final = 128 * 2**20
 """What a `HashingSink` holds back at most: bytes that came before their turn. Enough for a chunk of

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nf4_pipeline.checkpoint.folder_advice import how_to_complete, without_weights
-from nf4_pipeline.checkpoint.header import HeaderTensor, read_header
+from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor, read_header
 from nf4_pipeline.checkpoint.strict_json import parse_json
 from nf4_pipeline.checkpoint.weight_files import WeightFiles, choose_weight_files
 from nf4_pipeline.errors import CheckpointError, SourceError

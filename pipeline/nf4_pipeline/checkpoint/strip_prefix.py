@@ -13,8 +13,8 @@ from typing import Any, Final
 
 from nf4_pipeline.checkpoint.atomic import remove_leftovers, write_bytes, write_json
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
-from nf4_pipeline.checkpoint.header import HeaderTensor
 from nf4_pipeline.checkpoint.layout import StoredTensor, plan_layout
+from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor
 from nf4_pipeline.checkpoint.source import Checkpoint, open_checkpoint
 from nf4_pipeline.checkpoint.writer import writing
 from nf4_pipeline.errors import CheckpointError, UsageError

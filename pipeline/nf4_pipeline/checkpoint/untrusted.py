@@ -56,8 +56,8 @@ def check_file(folder: Path, name: str) -> None:
     """Looks at one file of a checkpoint folder that will be taken.
 
     Raises:
-        CheckpointError: it is a link to somewhere else or to nothing, a Git LFS pointer, too large,
-            or not what its name says.
+        CheckpointError: the file is a link to somewhere else or to nothing, a Git LFS pointer, too
+            large, or not what its name says.
     """
     path = folder / name
     if (link := dead_link(path)) is not None:

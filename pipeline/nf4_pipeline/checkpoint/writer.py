@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from nf4_pipeline.checkpoint.atomic import replacing, start_writing_out, write_at
 from nf4_pipeline.checkpoint.digest import FileDigest
-from nf4_pipeline.checkpoint.header import HeaderTensor
 from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor
+from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor
 from nf4_pipeline.checkpoint.sink import WrittenFile
 
 _HASH_WINDOW: Final = 16 * 2**20

@@ -66,6 +66,12 @@ def download_options(command: Command) -> Command:
         help="Also pytorch_model*.bin: scanned, then converted in a process of its own.",
     )
     @click.option(
+        "--allow-unhashed",
+        is_flag=True,
+        help="Also files for which the Hub lists no hash: nothing can tell whether they are right, "
+        "and record, manifest and card say so.",
+    )
+    @click.option(
         "--allow-unused",
         multiple=True,
         metavar="PATTERN",
@@ -86,6 +92,7 @@ def download_options(command: Command) -> Command:
         revision: str | None,
         offline: bool,
         allow_pickle: bool,
+        allow_unhashed: bool,
         allow_unused: tuple[str, ...],
         strip_prefix: str,
         build_dir: Path | None,
@@ -101,6 +108,7 @@ def download_options(command: Command) -> Command:
             build_dir,
             offline,
             allow_pickle,
+            allow_unhashed,
             Reading(allow_unused, strip_prefix),
         )
         return command(request=request, **values)

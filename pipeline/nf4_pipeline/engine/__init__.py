@@ -3,7 +3,7 @@
     chunks.py               a plan's tensors cut into chunks, and how each chunk's bytes are read
     buffers.py              a fixed memory budget, divided among the workers
     finite.py               infinities and NaNs among copied values, found as they pass by
-    tied.py                 tensors that the source stores twice, compared as one of them is copied
+    tied_weights.py         tensors that the source stores twice, compared as one of them is copied
     shard_job.py            one output file: what happens to its chunks, what is known at the end
     scheduler.py            worker threads over the chunks of all files
     quantize_checkpoint.py  a checkpoint, planned and run; planned again if tied tensors differ

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nf4_pipeline.checkpoint.header import DTYPE_BYTES
+from nf4_pipeline.checkpoint.safetensors_header import DTYPE_BYTES
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.selection import TensorPlan

@@ -20,7 +20,7 @@ from nf4_pipeline.checkpoint.source import Checkpoint
 from nf4_pipeline.engine.buffers import Budget
 from nf4_pipeline.engine.chunks import Chunk, cut
 from nf4_pipeline.engine.shard_job import ShardJob, ThreadBuffers
-from nf4_pipeline.engine.tied import TiedTensor
+from nf4_pipeline.engine.tied_weights import TiedTensor
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.nf4.rounding import Rounding
 from nf4_pipeline.progress import Task

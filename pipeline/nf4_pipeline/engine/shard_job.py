@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nf4_pipeline.checkpoint.sink import Sink
 from nf4_pipeline.engine.chunks import Chunk, read_chunk, will_read
 from nf4_pipeline.engine.finite import first_not_finite
-from nf4_pipeline.engine.tied import TiedTensor
+from nf4_pipeline.engine.tied_weights import TiedTensor
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.nf4.float_bits import bits_in, float32_of

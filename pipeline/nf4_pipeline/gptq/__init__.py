@@ -38,5 +38,5 @@ To read, in this order:
     kernels_cpu.py     the loops of it, compiled
     quantizer_cuda.py  the same on a CUDA device
     kernels_triton.py  the loops of it there
-    precomputed.py     what was chosen, in files, and as the engine's rounding
+    saved_codes.py     what was chosen, in files, and as the engine's rounding
 """

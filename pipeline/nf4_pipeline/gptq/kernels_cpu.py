@@ -13,13 +13,13 @@ from numba import njit
 from numpy.typing import NDArray
 
 from nf4_pipeline.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
-from nf4_pipeline.nf4.bisection import nearest_code, nearest_scale_code
 from nf4_pipeline.nf4.codebook import (
     NF4_LEVELS,
     SCALE_LEVELS,
     SCALE_MIDPOINTS,
     ZERO_CODE,
 )
+from nf4_pipeline.nf4.nearest_level import nearest_code, nearest_scale_code
 
 _SMALLEST: Final = np.float32(2.0**-126)  # the smallest normal number
 _INFINITE: Final = np.float32(np.inf)

@@ -194,6 +194,11 @@ def _cached_file(path: Path, name: str) -> RemoteFile:
     except replies.ReplyError as error:
         raise HubError(f"{printable(str(path.parent))}: the cache {error}") from None
     check_file(path)
+    return _listed(path, name)
+
+
+def _listed(path: Path, name: str) -> RemoteFile:
+    """What the Hub listed of a file: its blob is named by its hash."""
     blob = path.readlink() if path.is_symlink() else Path()
     hashed = blob.name if blob.parent.name == "blobs" else ""
     sha256 = hashed if replies.SHA256.fullmatch(hashed) else None
@@ -209,7 +214,7 @@ def are_blobs(folder: Path, files: Mapping[str, FileDigest]) -> bool:
         files: digest of each file.
     """
     for name, digest in files.items():
-        listed = _cached_file(folder / name, name)
+        listed = _listed(folder / name, name)
         content = (folder / name).read_bytes() if listed.git_sha1 else b""
         head = b"blob %d\0" % len(content)
         found = hashlib.sha1(head + content, usedforsecurity=False).hexdigest()

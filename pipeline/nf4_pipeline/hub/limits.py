@@ -62,7 +62,7 @@ class Allowance:
         """Counts a request.
 
         Raises:
-            ReplyError: there were too many, or too many answers that broke off, or silences.
+            ReplyError: the call asked too often, or too many answers broke off or fell silent.
         """
         self._requests += 1
         if self._requests > _REQUESTS + self._moved // _PER_REQUEST:
@@ -83,7 +83,7 @@ class Allowance:
         """Counts bytes that came or went, and the time that it took.
 
         Raises:
-            ReplyError: they are too slow, or too many.
+            ReplyError: the bytes come too slowly, or more came than the call may take.
         """
         self._moved += amount
         self._received += amount if received else 0

@@ -81,7 +81,7 @@ def origin(address: str) -> Origin:
     """Where an address leads.
 
     Raises:
-        ReplyError: it is no plain http or https address, or names a user.
+        ReplyError: the address is no plain http or https one, or names a user.
     """
     match = _ADDRESS.fullmatch(address) if len(address) <= _LONGEST_ADDRESS else None
     if match is None or not 0 <= int(match["port"] or 1) <= 65_535:
@@ -94,8 +94,8 @@ def check_target(address: str, endpoint: Origin) -> Origin:
     """Where an address leads that a Hub named, and that is asked without the token.
 
     Raises:
-        ReplyError: it is no address; it goes from https to http; or a Hub out in the world names
-            this machine or its network.
+        ReplyError: the text is no address; the address goes from https to http; or a Hub out in
+            the world names this machine or its network.
     """
     target = origin(address)
     if endpoint.scheme == "https" and target.scheme != "https":
@@ -123,8 +123,8 @@ def check_name(path: object) -> str:
     """The path of a file or folder in a repo, if it can be one on any disk.
 
     Raises:
-        ReplyError: it is no text, or empty, or absolute; it leads out of its folder; it holds
-            backslashes, or characters that cannot be shown; or it is too long.
+        ReplyError: the name is no text, or empty, or absolute; leads out of its folder; holds
+            backslashes, or characters that cannot be shown; or is too long.
     """
     if not isinstance(path, str):
         raise ReplyError(f"listed {shown(path)} in the place of a file's name")
@@ -146,7 +146,8 @@ def check_listing(files: Iterable[str]) -> None:
     """Whether these files can be in one folder.
 
     Raises:
-        ReplyError: there are too many; one stands twice; one is a file and a folder.
+        ReplyError: the listing has too many names, a name twice, or one that is a file and a
+            folder.
     """
     paths: set[str] = set()
     for path in files:
@@ -196,7 +197,7 @@ def check_etag(text: str) -> str:
     """The hash in an ETag.
 
     Raises:
-        ReplyError: there is none, or there is more.
+        ReplyError: the ETag holds no hash, or more than a hash.
     """
     match = _ETAG.fullmatch(text)
     if match is None:
@@ -208,7 +209,7 @@ def check_commit(value: object) -> str:
     """A commit.
 
     Raises:
-        ReplyError: it is none.
+        ReplyError: the value is no text of 40 hex digits.
     """
     if not isinstance(value, str) or COMMIT.fullmatch(value) is None:
         raise ReplyError(f"expected a commit of 40 hex digits, got {shown(value)}")
@@ -222,7 +223,7 @@ def parsed(body: bytes) -> Any:
     """The JSON of a body.
 
     Raises:
-        ReplyError: it is none; it is nested too deep; or it holds numbers that are none, or that
+        ReplyError: the body is no JSON; is nested too deep; or holds numbers that are none, or that
             are longer than any size.
     """
     try:
@@ -453,7 +454,7 @@ def own_address(address: str, endpoint: Origin) -> None:
     """Whether an address is the Hub's own, so that it may have the token.
 
     Raises:
-        ReplyError: it is another's.
+        ReplyError: the address is on another scheme, host or port than the endpoint.
     """
     target = origin(_by_endpoint(address, endpoint))
     if target != endpoint:

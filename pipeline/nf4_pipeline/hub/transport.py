@@ -166,7 +166,7 @@ class _Answer:
         """The answer, if the client may see it.
 
         Raises:
-            ReplyError: it may not.
+            ReplyError: the answer breaks a rule of the protocol or a limit; the text says which.
         """
         headers, status = self._response.headers, self._response.status_code
         if len(headers) > _MOST_HEADERS:
@@ -334,7 +334,7 @@ class _Answer:
         """All of it, decoded.
 
         Raises:
-            ReplyError: it is larger than that, or encoded in a way that nobody asked for.
+            ReplyError: the body is larger than that, or encoded in a way that nobody asked for.
         """
         coding = self._response.headers.get("content-encoding", "").strip().lower()
         body = bytearray()

@@ -20,7 +20,8 @@ def check_store(address: str, home: replies.Origin) -> None:
     """Whether a Hub may name this as the store of its Xet files.
 
     Raises:
-        ReplyError: it is no address of the network, or one that `replies.check_target` refuses.
+        ReplyError: the store is no address of the network, or one that `replies.check_target`
+            refuses.
     """
     scheme = address.partition("://")[0]
     if scheme not in SCHEMES:

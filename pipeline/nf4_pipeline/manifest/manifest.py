@@ -29,12 +29,14 @@ class Source(Document):
         commit: 40 hex digits; None for a local folder.
         content_sha256: over the sorted lines `sha256  name` of all files, as sha256sum writes them.
         files: every file that was taken from it, by path.
+        unchecked: those that the Hub listed without a hash; None for none.
     """
 
     repo: str
     commit: str | None
     content_sha256: str
     files: dict[str, FileDigest]
+    unchecked: tuple[str, ...] | None = optional()
 
     @property
     def version(self) -> str:

@@ -5,8 +5,8 @@ config.py         config.json, untrusted -> a transformers config; remote code i
 config_limits.py  its sizes against the weights, before a model is built from them
 named_class.py    whether the class that is built is the one that config.json names
 linear.py         which modules are plain linear maps, decided by what they compute
-names.py          checkpoint names -> names in the model; merges that transformers does on loading
-precision.py      the precision that transformers would load a checkpoint in
+tensor_names.py   checkpoint names -> names in the model; merges that transformers does on loading
+load_dtype.py     the precision that transformers would load a checkpoint in
 exposed_weights.py  layers whose weight the model uses itself, found by watching it
 meta_model.py     the model on the meta device -> its architecture
 fit.py            whether the tensors of a checkpoint and the model belong together

@@ -115,7 +115,7 @@ def check_shape(tensor: SourceTensor, expected: tuple[int, ...], model: Architec
     """A tensor has the shape of its place in the model.
 
     Raises:
-        CheckpointError: it has another one.
+        CheckpointError: the tensor has another shape than the model's.
     """
     shape = tensor.header.shape
     if shape == expected:

@@ -13,9 +13,9 @@ from nf4_pipeline.model.architecture import Architecture, LinearFact
 from nf4_pipeline.model.config import brief_text, causal_lm_config
 from nf4_pipeline.model.exposed_weights import exposed_modules
 from nf4_pipeline.model.linear import is_plain_linear
+from nf4_pipeline.model.load_dtype import float32_parts
 from nf4_pipeline.model.named_class import check_named_class
-from nf4_pipeline.model.names import NameMap
-from nf4_pipeline.model.precision import float32_parts
+from nf4_pipeline.model.tensor_names import NameMap
 
 
 def build_meta_model(config: Any, dtype: Any = None) -> Any:

@@ -18,8 +18,8 @@ from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import ArchitectureError
 from nf4_pipeline.model.architecture import Architecture
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
-from nf4_pipeline.processes.child import ChildFailed, start
 from nf4_pipeline.processes.messages import Limits
+from nf4_pipeline.processes.parent_side import ChildFailed, start
 from nf4_pipeline.processes.worker import Worker
 
 _PROCESSOR_SECONDS: Final = 240

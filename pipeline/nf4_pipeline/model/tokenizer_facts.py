@@ -38,7 +38,7 @@ class TokenizerFacts(Document):
         """Refuses a tokenizer that will not do.
 
         Raises:
-            SourceError: it does not load, or makes tokens that the model has no row for.
+            SourceError: the tokenizer does not load, or makes tokens that the model has no row for.
         """
         if self.problem and self.status != "code":
             raise SourceError(self.problem)

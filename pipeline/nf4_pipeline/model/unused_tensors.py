@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from nf4_pipeline.checkpoint.header import HeaderTensor
+from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor
 from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import CheckpointError
 
@@ -150,7 +150,7 @@ def check_all_known(unused: Sequence[Unused], class_name: str, hint: str = "") -
         hint: what else the checkpoint looks like, as a sentence; "" for nothing.
 
     Raises:
-        CheckpointError: it is not known what a tensor without a place is.
+        CheckpointError: a tensor has no place in the model, and nothing says what it is.
     """
     unknown = [tensor.name for tensor in unused if tensor.reason is None]
     if not unknown:

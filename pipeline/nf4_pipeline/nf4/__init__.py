@@ -1,7 +1,7 @@
 """The only NF4 arithmetic in the project. Pure: touches no file, no network, no model.
 
 codebook.py           the 16 NF4 levels, the 256 levels of scales, midpoints between levels
-bisection.py          which level is nearest, for compiled kernels
+nearest_level.py      which level is nearest, for compiled kernels
 packing.py            weights counted in blocks, two codes in a byte
 float_bits.py         floats as the unsigned integers of their bits
 cpu.py                compiled kernels: blocks of weights -> codes and absmax; scales -> 8 bit

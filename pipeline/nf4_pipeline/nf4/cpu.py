@@ -21,12 +21,12 @@ from numba import njit
 from numpy.typing import NDArray
 
 from nf4_pipeline.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
-from nf4_pipeline.nf4.bisection import nearest_code, nearest_scale_code
 from nf4_pipeline.nf4.codebook import (
     NF4_LEVELS,
     SCALE_LEVELS,
     SCALE_MIDPOINTS,
 )
+from nf4_pipeline.nf4.nearest_level import nearest_code, nearest_scale_code
 
 _SMALLEST: Final = np.float32(1e-38)  # keeps 1 / absmax finite for a block of zeros
 _ZERO: Final = np.float32(0.0)

@@ -15,7 +15,7 @@ from nf4_pipeline.checkpoint.weight_files import INDEX_FILE
 from nf4_pipeline.documents import Document, key, optional
 from nf4_pipeline.errors import SourceError, UsageError
 from nf4_pipeline.pickles.scan import scan
-from nf4_pipeline.processes.child import ChildFailed, run
+from nf4_pipeline.processes.parent_side import ChildFailed, run
 from nf4_pipeline.processes.worker import Environment, Worker
 from nf4_pipeline.progress import Reporter
 

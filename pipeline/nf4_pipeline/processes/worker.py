@@ -65,7 +65,7 @@ class Worker(Generic[Request, Reply]):
     @property
     def command(self) -> list[str]:
         """What the parent starts."""
-        return [sys.executable, "-P", "-m", "nf4_pipeline.processes.serve", self.module]
+        return [sys.executable, "-P", "-m", "nf4_pipeline.processes.child_side", self.module]
 
 
 @dataclass(frozen=True)

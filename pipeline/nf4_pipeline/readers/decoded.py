@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nf4_pipeline.checkpoint.header import read_header
+from nf4_pipeline.checkpoint.safetensors_header import read_header
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.nf4.dequantize import dequantize
 from nf4_pipeline.nf4.stored_weight import StoredWeight

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nf4_pipeline.documents import Document
-from nf4_pipeline.processes import child
+from nf4_pipeline.processes import parent_side as child
 from nf4_pipeline.processes.worker import Script
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.readers.document import Outcome, ReaderResult

@@ -98,6 +98,17 @@ def _what(manifest: Manifest) -> str:
     return (
         f"`{source.repo}` ({pinned}) in 4 bit: bitsandbytes {manifest.codebook} with double "
         f"quantization. What is not quantized is copied exactly{_but_for_casts(manifest)}."
+        + _unchecked(source.unchecked or ())
+    )
+
+
+def _unchecked(names: Sequence[str]) -> str:
+    """What nobody could check when the source was fetched."""
+    if not names:
+        return ""
+    return (
+        f" The Hub listed no hash of {len(names)} of its files ({_cell(', '.join(names))}), so "
+        "nothing could tell whether they came as they were published."
     )
 
 

@@ -4,6 +4,6 @@ source.py       manifest -> the checkpoint that it pins, with every file's hash 
 origin.py       who else says that the source is of the repo and commit that the manifest names
 calibration.py  the artifact's tokens -> calibrated codes and scales, chosen again
 derive.py       checkpoint + recipe -> what every file of the artifact must hash to, streaming
-compare.py      the artifact against that; the first difference, down to tensor and byte
+compare_files.py  the artifact against that; the first difference, down to tensor and byte
 reproduce.py    all of it in turn
 """

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nf4_pipeline.calibration.calibration_facts import CALIBRATION_FILE
 from nf4_pipeline.calibration.calibrator import CalibratedChoice, Calibrator
-from nf4_pipeline.calibration.facts import CALIBRATION_FILE
 from nf4_pipeline.checkpoint.digest import digest_file
 from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.errors import (

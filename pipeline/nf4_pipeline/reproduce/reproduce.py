@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from nf4_pipeline.calibration.calibration_facts import CALIBRATION_FILE, public_calibration
 from nf4_pipeline.calibration.calibrator import Calibrator, calibration_file
-from nf4_pipeline.calibration.facts import CALIBRATION_FILE, public_calibration
 from nf4_pipeline.checkpoint.source import open_checkpoint
 from nf4_pipeline.engine.quantize_checkpoint import CheckpointPlanner
 from nf4_pipeline.errors import ArtifactError, RecipeError
@@ -25,7 +25,7 @@ from nf4_pipeline.reproduce.calibration import (
     device_name,
     frozen_tokens,
 )
-from nf4_pipeline.reproduce.compare import Difference, compare_files
+from nf4_pipeline.reproduce.compare_files import Difference, compare_files
 from nf4_pipeline.reproduce.derive import Derivation
 from nf4_pipeline.reproduce.origin import Origin
 from nf4_pipeline.reproduce.source import open_source

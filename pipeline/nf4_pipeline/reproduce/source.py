@@ -66,7 +66,14 @@ def open_source(
     model, revision = _where(source, folder)
     said = manifest.recipe["quantize"]
     reading = Reading(tuple(said.get("allow_unused", ())), said.get("strip_prefix", ""))
-    request = DownloadRequest(model, scratch, revision, scratch / "build", reading=reading)
+    request = DownloadRequest(
+        model,
+        scratch,
+        revision,
+        scratch / "build",
+        allow_unhashed=bool(source.unchecked),  # the manifest has their hashes
+        reading=reading,
+    )
     build, record, _ = Download(request, reporter).run()
     if folder is None and record.facts.commit != source.commit:
         raise SourceError(

@@ -17,7 +17,7 @@ from typing import Any, Final
 from nf4_pipeline.errors import ArtifactError, PipelineError, ResourceError
 from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.model.linear import is_plain_linear
-from nf4_pipeline.model.precision import compute_dtype, float32_parts
+from nf4_pipeline.model.load_dtype import compute_dtype, float32_parts
 from nf4_pipeline.runtime.artifact import find_model, is_quantized
 from nf4_pipeline.runtime.bnb_cpu_fixes import repair
 

@@ -57,6 +57,7 @@ class Source:
         converted_from: the pickles, if the weights were such, or the files whose tensors had a
             prefix; `files` are what was made of them.
         reading: how its tensors are understood.
+        unchecked: those of its files that the Hub listed without a hash.
     """
 
     folder: Path
@@ -67,6 +68,7 @@ class Source:
     is_sample: bool = False
     converted_from: Mapping[str, FileDigest] | None = None
     reading: Reading = field(default_factory=Reading)
+    unchecked: tuple[str, ...] = ()
 
     @property
     def slug(self) -> str:
@@ -84,6 +86,7 @@ class Source:
             converted_from=dict(sorted((self.converted_from or {}).items())),
             tokenizer=self.found.tokenizer,
             reading=self.reading,
+            unchecked=self.unchecked or None,
         )
 
 
@@ -98,6 +101,7 @@ class DownloadRequest:
         build_dir: the build folder, if not the default one under `artifacts`.
         offline: take a Hub model as it is cached; HF_HUB_OFFLINE says so, too.
         allow_pickle: convert weights that are pickles, where there are no others.
+        allow_unhashed: take files for which the Hub lists no hash, too.
         reading: how the tensors are understood.
     """
 
@@ -107,6 +111,7 @@ class DownloadRequest:
     build_dir: Path | None = None
     offline: bool = False
     allow_pickle: bool = False
+    allow_unhashed: bool = False
     reading: Reading = field(default_factory=Reading)
 
     def build(self, slug: str) -> Build:
@@ -136,6 +141,8 @@ class Download:
     reporter: Reporter = SILENT
     _stamps: dict[Path, FileStamp] = field(default_factory=dict, init=False, repr=False)
     """Of files that were hashed, from before that; by where they are, with all links followed."""
+    _unchecked: set[str] = field(default_factory=set, init=False, repr=False)
+    """Files that the Hub listed without a hash, by name."""
 
     def run(self) -> Downloaded:
         """Does the work, as far as it is not done.
@@ -146,7 +153,10 @@ class Download:
             UsageError: the request means nothing, or the build folder holds something else.
         """
         with measured() as finding:
-            source = replace(self._find(), reading=self.request.reading)
+            source = self._find()
+            taken = {*source.files, *(source.converted_from or ())}
+            unchecked = tuple(sorted(taken & self._unchecked))
+            source = replace(source, reading=self.request.reading, unchecked=unchecked)
         finding.peak_memory = max(finding.peak_memory, peak_memory_of_children())
         build = self.request.build(source.slug)
         _refuse_foreign_folders(build, source)
@@ -262,7 +272,14 @@ class Download:
         files: dict[str, FileDigest] = {}
 
         def fetch(wanted: Iterable[hub.RemoteFile], *, last: bool = False) -> Path:
-            fetched = hub.fetch(model, tuple(wanted), self.reporter, last=last)
+            fetched = hub.fetch(
+                model,
+                tuple(wanted),
+                self.reporter,
+                allow_unhashed=request.allow_unhashed,
+                last=last,
+            )
+            self._unchecked.update(fetched.unchecked)
             for name, sha256 in fetched.sha256.items():
                 stamp = fetched.stamps[name]
                 files[name] = FileDigest(stamp.size, sha256)

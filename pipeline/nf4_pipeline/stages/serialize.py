@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from nf4_pipeline.build_folder import Build, Record
+from nf4_pipeline.calibration.calibration_facts import CALIBRATION_FILE, public_calibration
 from nf4_pipeline.calibration.calibrator import published_tokens
-from nf4_pipeline.calibration.facts import CALIBRATION_FILE, public_calibration
 from nf4_pipeline.checkpoint.atomic import link_or_copy, replacing_folder, write_bytes
 from nf4_pipeline.checkpoint.digest import json_sha256
 from nf4_pipeline.checkpoint.shards import Shard, name_shards, split_file, write_shard

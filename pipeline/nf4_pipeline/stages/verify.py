@@ -39,7 +39,7 @@ from nf4_pipeline.resource_usage import measured
 from nf4_pipeline.runtime.artifact import find_model
 from nf4_pipeline.runtime.loader import pick_device
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
-from nf4_pipeline.verification.assemble import assemble_measured, assemble_stopped
+from nf4_pipeline.verification.assemble_document import assemble_measured, assemble_stopped
 from nf4_pipeline.verification.check_files import (
     CheckedFiles,
     check_files,

@@ -11,12 +11,12 @@ messages.py         what those processes are asked, and what they reply
 source_worker.py    run there: loads the 16-bit model and asks it
 artifact_worker.py  run there: loads the 4-bit model, compares it with the other, and asks it
 generation.py       what a model writes, how fast, and where two answers part
-compare.py          both models on the same tokens, block by block
+compare_models.py   both models on the same tokens, block by block
 compare_weights.py  the files of the artifact against those of the source, tensor by tensor
 distance.py         how far layers and blocks are from those of the 16-bit model
 rtn_baseline.py     plain round to nearest, as a third one beside them
 costs.py            what loading and asking took
 document.py         verification.json, as a class
-assemble.py         checks and replies -> that class, with the verdict
+assemble_document.py  checks and replies -> that class, with the verdict
 verification.schema.json  its published JSON Schema
 """

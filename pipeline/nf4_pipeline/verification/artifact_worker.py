@@ -40,7 +40,7 @@ from nf4_pipeline.verification.generation import (
 from nf4_pipeline.verification.messages import ArtifactReply, ArtifactRequest, LoadedModel
 
 if TYPE_CHECKING:
-    from nf4_pipeline.verification.compare import Comparison
+    from nf4_pipeline.verification.compare_models import Comparison
 
 # The libraries underneath are imported where they are used: that counts as loading.
 
@@ -156,7 +156,7 @@ def _compare(
 ) -> tuple[Comparison, TokenScores]:
     """Runs both models over the sequences, in what the 4-bit one computes in."""
     from nf4_pipeline.blocks.streamed_model import StreamedModel
-    from nf4_pipeline.verification.compare import Comparison
+    from nf4_pipeline.verification.compare_models import Comparison
 
     total = sum(len(sequence.ids) for sequence in sequences)
     with (

@@ -13,7 +13,7 @@ from nf4_pipeline.checkpoint.digest import (
     digest_tensors,
 )
 from nf4_pipeline.checkpoint.files import entries
-from nf4_pipeline.checkpoint.header import read_header
+from nf4_pipeline.checkpoint.safetensors_header import read_header
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.fidelity.verdict import Check
 from nf4_pipeline.manifest.manifest import Manifest, Source, StoredTensorEntry

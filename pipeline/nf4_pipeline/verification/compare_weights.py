@@ -18,7 +18,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 
 from nf4_pipeline.blocks.block_reader import DTYPES
-from nf4_pipeline.checkpoint.header import HeaderTensor, read_header
+from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor, read_header
 from nf4_pipeline.checkpoint.source import Checkpoint
 from nf4_pipeline.manifest.manifest import Manifest, Tensor
 from nf4_pipeline.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE

@@ -13,7 +13,7 @@ from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import VerificationError
 from nf4_pipeline.fidelity.metrics import Difference, difference
 from nf4_pipeline.fidelity.token_scores import TokenScores
-from nf4_pipeline.processes import child
+from nf4_pipeline.processes import parent_side as child
 from nf4_pipeline.processes.worker import Worker
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.verification.eval_text import Text

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from nf4_pipeline.checkpoint.header import (
+from nf4_pipeline.checkpoint.safetensors_header import (
     DTYPE_BYTES,
     MAX_HEADER_BYTES,
     HeaderTensor,

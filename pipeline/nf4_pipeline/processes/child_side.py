@@ -1,4 +1,4 @@
-"""The child's side: `python -P -m nf4_pipeline.processes.serve MODULE`.
+"""The child's side: `python -P -m nf4_pipeline.processes.child_side MODULE`.
 
 The request comes on stdin. What goes to the parent goes through what was stdout at the start; fd 1
 is then the same as fd 2, so that whatever a library prints stands between no two messages.

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from nf4_pipeline.checkpoint.header import read_header
+from nf4_pipeline.checkpoint.safetensors_header import read_header
 from nf4_pipeline.checkpoint.source import SourceTensor
 from nf4_pipeline.engine.chunks import cut, read_chunk
-from nf4_pipeline.engine.tied import TiedTensor
+from nf4_pipeline.engine.tied_weights import TiedTensor
 from nf4_pipeline.errors import TiedWeightsDiffer
 from nf4_pipeline.selection import TensorPlan
 from safetensors.numpy import save_file

@@ -17,7 +17,7 @@ from nf4_pipeline.fidelity.verdict import Check
 from nf4_pipeline.manifest.manifest import Manifest
 from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.recipe import VerifyRecipe
-from nf4_pipeline.verification.assemble import assemble_measured, assemble_stopped
+from nf4_pipeline.verification.assemble_document import assemble_measured, assemble_stopped
 from nf4_pipeline.verification.document import (
     SCHEMA,
     Accuracy,

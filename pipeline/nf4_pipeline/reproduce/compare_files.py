@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from nf4_pipeline.calibration.facts import CALIBRATION_FILE
+from nf4_pipeline.calibration.calibration_facts import CALIBRATION_FILE
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, digest_tensors
 from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor
 from nf4_pipeline.checkpoint.sink import WrittenFile

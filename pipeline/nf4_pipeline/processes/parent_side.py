@@ -1,8 +1,8 @@
 """The parent's side: starts a worker, follows it, and takes its reply.
 
 A child never outlives its parent: it is ended when the `with` that holds it ends, and by the system
-when the parent dies (`serve.py`). It sees no secret of the environment and no request in `argv`,
-and its temporary files are in a folder of its own that is deleted after it.
+when the parent dies (`child_side.py`). It sees no secret of the environment and no request in
+`argv`, and its temporary files are in a folder of its own that is deleted after it.
 """
 
 from __future__ import annotations

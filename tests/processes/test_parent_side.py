@@ -18,9 +18,9 @@ from typing import Final
 import pytest
 from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import ArchitectureError
-from nf4_pipeline.processes.child import ChildFailed, run, start
 from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.processes.messages import Limits
+from nf4_pipeline.processes.parent_side import ChildFailed, run, start
 from nf4_pipeline.processes.worker import Environment, Worker
 from nf4_pipeline.progress import Task
 
@@ -251,7 +251,7 @@ def test_a_task_that_is_open_when_the_child_dies_is_closed() -> None:
 def test_a_child_does_not_outlive_its_parent(number: signal.Signals) -> None:
     program = textwrap.dedent(
         """
-        from nf4_pipeline.processes.child import run
+        from nf4_pipeline.processes.parent_side import run
         from tests.processes.example_worker import Order
         from tests.processes.test_child import EXAMPLE
 
@@ -282,7 +282,7 @@ def test_a_child_does_not_outlive_its_parent(number: signal.Signals) -> None:
 
 def test_a_child_whose_parent_died_before_it_could_ask() -> None:
     """An orphan gets no envelope, or one of a parent that is not its own."""
-    command = [sys.executable, "-P", "-m", "nf4_pipeline.processes.serve", EXAMPLE.module]
+    command = [sys.executable, "-P", "-m", "nf4_pipeline.processes.child_side", EXAMPLE.module]
     orphan = b'{"parent": 1, "limits": {}, "request": {"deed": "sleep"}}'
     for sent in (b"", orphan):
         done = subprocess.run(

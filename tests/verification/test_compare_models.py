@@ -19,8 +19,8 @@ from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.runtime.bnb_cpu_fixes import dequantized
 from nf4_pipeline.runtime.loader import load
-from nf4_pipeline.verification import compare
-from nf4_pipeline.verification.compare import Comparison
+from nf4_pipeline.verification import compare_models as compare
+from nf4_pipeline.verification.compare_models import Comparison
 from nf4_pipeline.verification.eval_text import TokenSequence
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D

@@ -1,0 +1,24 @@
+"""The build folder: where each stage leaves its files, and the record that says it is done.
+
+    artifacts/<slug>/
+      source/        the pinned checkpoint: links to where its files are
+      quantized/     one safetensors per source shard, each complete or absent
+      export/        the publishable folder
+      records/       one small JSON per finished stage
+      .lock          held by the process that works here
+
+A record holds the stage's key, every output with its size, sha256 and stamp (times and inode),
+what the next stages need to know, and what the work took; that of a stage that judges holds the
+files that it judged, too. It is written last. A stage is done if its record has the key that it
+would have now, and its outputs still hash as recorded; a record that cannot be read counts as none.
+
+build.py      the folder: where things are, its lock
+record.py     what a finished stage leaves, in memory and as JSON
+freshness.py  whether a stage is done, stale or missing; whether its outputs are what it left
+"""
+
+from nf4_pipeline.build_folder.build import Build, find_builds
+from nf4_pipeline.build_folder.freshness import Inputs, State
+from nf4_pipeline.build_folder.record import Facts, Record, RecordKind
+
+__all__ = ["Build", "Facts", "Inputs", "Record", "RecordKind", "State", "find_builds"]

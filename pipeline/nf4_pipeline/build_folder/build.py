@@ -1,0 +1,140 @@
+"""The build folder: where things are, and its lock."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nf4_pipeline.build_folder.freshness import Inputs, State, check_outputs, find_state
+from nf4_pipeline.build_folder.record import (
+    F,
+    Facts,
+    Record,
+    RecordKind,
+    read_record,
+    write_record,
+)
+from nf4_pipeline.checkpoint.atomic import (
+    make_folder,
+    recover_folder,
+    remove_leftovers,
+    sync_folder,
+)
+from nf4_pipeline.errors import BuildError
+from nf4_pipeline.progress import SILENT, Reporter
+from nf4_pipeline.runtime.artifact import build_roots
+
+
+class Build:
+    """A build folder. Creating the object touches nothing on disk."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def source(self) -> Path:
+        return self.root / "source"
+
+    @property
+    def quantized(self) -> Path:
+        return self.root / "quantized"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export"
+
+    @property
+    def calibration(self) -> Path:
+        """Where quantize keeps the tokens that it calibrates on, and its choices."""
+        return self.root / "calibration"
+
+    def _record_path(self, kind: RecordKind[Facts]) -> Path:
+        return self.root / "records" / f"{kind.stage}.json"
+
+    def record(self, kind: RecordKind[F]) -> Record[F] | None:
+        """The record of a stage, or None if there is none that can be read."""
+        return read_record(self._record_path(kind), kind)
+
+    def need(self, kind: RecordKind[F]) -> Record[F]:
+        """The record of a stage that must be done.
+
+        Raises:
+            BuildError: the stage has no record that can be read.
+        """
+        record = self.record(kind)
+        if record is None:
+            raise BuildError(
+                f"{self.root} has no finished `{kind.stage}` stage. Run `nf4 {kind.stage}` on it "
+                "first, or `nf4 build` for all stages."
+            )
+        return record
+
+    def check_inputs(self, kind: RecordKind[Facts], *, claimed: bool = False) -> Inputs:
+        """Refuses to build on outputs of a stage that changed since it wrote them.
+
+        A file whose stamp is the recorded one is not hashed again; any other is.
+
+        Args:
+            kind: of the stage.
+            claimed: what follows says what these files hold, so that all of them are hashed.
+
+        Returns:
+            What to hold them against once they have been read.
+
+        Raises:
+            BuildError: the stage has no record, or a file that it left is gone, has other bytes, or
+                has become a link.
+        """
+        return check_outputs(self.root, self.need(kind), claimed=claimed)
+
+    def write_record(self, record: Record[Facts]) -> None:
+        """Writes a record; the last thing that a stage does."""
+        write_record(self._record_path(record.kind), record, self.root)
+
+    def forget(self, kind: RecordKind[Facts]) -> None:
+        """Deletes a stage's record, before its outputs change."""
+        path = self._record_path(kind)
+        if path.exists():
+            path.unlink()
+            sync_folder(path.parent)
+
+    def state(self, kind: RecordKind[Facts], key: str, reporter: Reporter = SILENT) -> State:
+        """Whether a stage with this key is done; hashes its outputs to know."""
+        return find_state(self.root, self.record(kind), key, reporter)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the build folder for this process; the lock of a dead process does not count.
+
+        What a dead process left half done is deleted.
+
+        Raises:
+            BuildError: another live process holds this build folder.
+        """
+        make_folder(self.root)
+        descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+                raise BuildError(
+                    f"{self.root} is in use by another nf4 process (pid {owner}). "
+                    "Wait for it to end, or name another --build-dir."
+                ) from error
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            recover_folder(self.export)
+            for folder in (self.root / "records", self.quantized, self.export):
+                remove_leftovers(folder)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def find_builds(artifacts: Path) -> list[Build]:
+    """All builds under a folder, the one worked on last first."""
+    return [Build(root) for root in build_roots(artifacts)]

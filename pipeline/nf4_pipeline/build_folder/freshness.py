@@ -1,0 +1,121 @@
+"""Whether a stage is done, stale or missing, and whether its outputs are what it left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nf4_pipeline.build_folder.record import Facts, Record
+from nf4_pipeline.checkpoint.digest import FileStamp, digest_file
+from nf4_pipeline.errors import BuildError
+from nf4_pipeline.progress import Reporter
+
+
+@dataclass(frozen=True)
+class State:
+    """Whether a stage is done, and if not, why."""
+
+    status: Literal["done", "stale", "missing"]
+    why: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The outputs of a stage, as another one found them before it read them.
+
+    Attributes:
+        root: the build folder.
+        stage: the one that left them.
+        stamps: by path in the build folder.
+    """
+
+    root: Path
+    stage: str
+    stamps: dict[str, FileStamp]
+
+    def check_untouched(self) -> None:
+        """Holds them against what they were, after they have been read.
+
+        Raises:
+            BuildError: one of them was touched in the meantime, so what was read of it may be of
+                neither state.
+        """
+        for name, before in self.stamps.items():
+            path = self.root / name
+            try:
+                touched = FileStamp.of(path) != before
+            except OSError:
+                touched = True
+            if touched:
+                raise BuildError(
+                    f"{path.resolve()} was changed or touched while it was read: expected it to "
+                    f"stay as `{self.stage}` recorded it. Nothing that was made of it counts. Let "
+                    "it rest, then run the same command again."
+                )
+
+
+def find_state(root: Path, record: Record[Facts] | None, key: str, reporter: Reporter) -> State:
+    """Whether a stage is done; hashes its outputs to know.
+
+    Args:
+        root: the build folder.
+        record: of the stage, if there is one.
+        key: that the stage would have now.
+        reporter: told how far the hashing is.
+    """
+    if record is None:
+        return State("missing", "not run yet")
+    if record.key != key:
+        return State("stale", "its inputs, its recipe or this program changed since")
+    with reporter.task(f"check {record.kind.stage}", record.total_bytes) as task:
+        for name, expected in record.outputs.items():
+            path = root / name
+            if problem := _find_problem(path, name):
+                return State("stale", f"{name} {problem}")
+            if path.stat().st_size != expected.size or digest_file(path, task) != expected:
+                return State("stale", f"{name} is not what the stage wrote")
+    return State("done", "outputs hash as recorded")
+
+
+def check_outputs(root: Path, record: Record[Facts], *, claimed: bool) -> Inputs:
+    """Refuses outputs that changed since their stage wrote them.
+
+    A file whose stamp is the recorded one is not hashed again; any other is.
+
+    Args:
+        root: the build folder.
+        record: of the stage.
+        claimed: what follows says what these files hold, so that all of them are hashed.
+
+    Returns:
+        What to hold them against once they have been read.
+
+    Raises:
+        BuildError: a file that the stage left is gone, has other bytes, or has become a link.
+    """
+    stage = record.kind.stage
+    stamps = {}
+    for name, expected in record.outputs.items():
+        path = root / name
+        problem = _find_problem(path, name)
+        if problem is None:
+            stamps[name] = FileStamp.of(path)
+            if not claimed and stamps[name] == record.stamps.get(name):
+                continue
+            if digest_file(path) != expected:
+                problem = f"changed since `{stage}` recorded it"
+        if problem is not None:
+            raise BuildError(
+                f"{path} {problem}: expected {expected.size:,} bytes with sha256 "
+                f"{expected.sha256[:12]}…, as `{stage}` left there. Run `nf4 {stage}` again."
+            )
+    return Inputs(root, stage, stamps)
+
+
+def _find_problem(path: Path, name: str) -> str | None:
+    """What is wrong with an output, as far as that shows without reading it."""
+    # Only download leaves links: what any other points at can change unseen.
+    if path.is_symlink() and not name.startswith("source/"):
+        return "is a link"
+    return None if path.is_file() else "is gone"
