@@ -188,8 +188,8 @@ def test_only_the_pinned_source_is_taken(made: Made, artifact: Path, tmp_path: P
     with pytest.raises(SourceError, match=f"{SHARDS[1]} of .*expected .* found"):
         reproduce(artifact, other, SILENT)
     lacking = copy_of(made.model, tmp_path / "lacking")
-    (lacking / "tokenizer.json").unlink()
-    with pytest.raises(SourceError, match=r"lacks tokenizer\.json"):
+    (lacking / "tokenizer_config.json").unlink()
+    with pytest.raises(SourceError, match=r"lacks tokenizer_config\.json"):
         reproduce(artifact, lacking, SILENT)
     with pytest.raises(UsageError, match=r"local folder named 'tiny-falcon'.*--source DIR"):
         reproduce(artifact, None, SILENT)
