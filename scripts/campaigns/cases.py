@@ -40,8 +40,8 @@ def main() -> int:
             if not re.search(options.only, f"{case.case}: {case.kind}"):
                 continue
             outcome = run_case(case, good, recipe, folder / f"{number:02d}")
-            text = textwrap.shorten(outcome.text, 150, placeholder=" …").replace("|", "\\|")
-            cells = [case.case, case.kind, text, outcome.stopped, f"{outcome.seconds:.0f}"]
+            text = textwrap.shorten(outcome.text, 200, placeholder=" …").replace("|", "\\|")
+            cells = [case.case, case.kind, text, outcome.stopped or "—", f"{outcome.seconds:.0f}"]
             print(f"| {' | '.join(cells)} | {'no' if outcome.faults else 'yes'} |", flush=True)
             if outcome.faults:
                 faults = ", ".join(outcome.faults)

@@ -332,11 +332,13 @@ def keeps(*names: str) -> Right:
 
 
 def names_dropped(prefix: str) -> Right:
-    """The manifest names the tensors that were left out."""
+    """The manifest names the tensors that were left out, and the card the head that they are."""
 
     def right(model: Path, export: Path) -> bool:
         dropped = [tensor.name for tensor in read_manifest(export).dropped]
-        return bool(dropped) and all(name.startswith(prefix) for name in dropped)
+        card = (export / "README.md").read_text("utf-8")
+        named = bool(dropped) and all(name.startswith(prefix) for name in dropped)
+        return named and "multi-token prediction head" in " ".join(card.split())
 
     return right
 
