@@ -7,6 +7,7 @@ anything is written.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -271,10 +272,14 @@ def in_cache(folder: Path) -> None:
     for snapshot in (_COMMIT, _GONE):
         (root / "snapshots" / snapshot).mkdir(parents=True)
     for path in [path for path in folder.iterdir() if path.is_file()]:
-        path.rename(root / "blobs" / path.name)
+        content = path.read_bytes()
+        of_git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
+        of_lfs = hashlib.sha256(content)
+        digest = (of_lfs if path.name == s.SINGLE else of_git).hexdigest()
+        path.rename(root / "blobs" / digest)
         for snapshot in (_COMMIT, _GONE):
             gone = snapshot == _GONE and path.name == s.SINGLE
-            blob = f"../../blobs/{'gone' if gone else path.name}"
+            blob = f"../../blobs/{'gone' if gone else digest}"
             (root / "snapshots" / snapshot / path.name).symlink_to(blob)
 
 
