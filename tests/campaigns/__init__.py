@@ -5,4 +5,5 @@ disk.py          full disks
 headers.py       mutations of safetensors headers
 hub_faults.py    every fault at every endpoint of a Hub
 hub_kills.py     SIGKILL at random moments of download and push
+cases.py         what people give to build, kind by kind (only in scripts/campaigns/)
 """
