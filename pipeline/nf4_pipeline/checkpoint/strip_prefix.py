@@ -18,7 +18,7 @@ from nf4_pipeline.checkpoint.layout import StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor
 from nf4_pipeline.checkpoint.source import Checkpoint, open_checkpoint
 from nf4_pipeline.checkpoint.writer import writing
-from nf4_pipeline.documents import Document, key
+from nf4_pipeline.documents import Document, key, optional
 from nf4_pipeline.errors import CheckpointError, UsageError
 from nf4_pipeline.progress import Reporter, Task
 
@@ -44,10 +44,15 @@ class Origin(Document):
 
 @dataclass(frozen=True)
 class Note(Document):
-    """conversion.json of a copy: what it was made from, and the digest of each file of it."""
+    """conversion.json of a copy.
+
+    Attributes:
+        origin: what it is made from.
+        made: digest of each of its files, by name; None as long as it is being made.
+    """
 
     origin: Origin = field(metadata=key("from"))
-    made: dict[str, FileDigest]
+    made: dict[str, FileDigest] | None = optional()
 
 
 def check_prefix(checkpoint: Checkpoint, prefix: str) -> None:
@@ -105,7 +110,7 @@ def copy_without_prefix(
         return done
     _clear(target)
     checkpoint = open_checkpoint(source)
-    write_json(target / NOTE_FILE, {"from": origin})
+    write_json(target / NOTE_FILE, Note(origin).to_json())
     made: dict[str, FileDigest] = {}
     with reporter.task("strip prefix", checkpoint.nbytes) as task:
         for file in checkpoint.files:
