@@ -65,7 +65,7 @@ def optional(name: str | None = None) -> Any:
     return field(default=None, metadata={_OPTIONAL: True} | (key(name) if name else {}))
 
 
-def key(name: str) -> dict[str, Any]:
+def key(name: str) -> dict[str, str]:
     """Metadata of a field whose JSON key is not its name: `field(metadata=key("16bit"))`."""
     return {_KEY: name}
 

@@ -21,9 +21,14 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from nf4_pipeline.errors import RecipeError
+
+RecipeValue = str | int | float | list[str]
+"""What a key of a recipe may hold, as TOML and JSON have it."""
+RecipeTable = dict[str, RecipeValue]
+"""One table of a recipe as plain values."""
 
 _PATHS: Final = {"calibrate", "prompts", "eval_text"}  # of files, unless empty or "self"
 _UNITS: Final = {
@@ -115,9 +120,9 @@ class QuantizeRecipe:
         """Of the bytes of the 4-bit layers."""
         return float(self.extra_bytes.rstrip(" %") or 0) / 100
 
-    def shaping(self) -> dict[str, Any]:
+    def shaping(self) -> RecipeTable:
         """Plain JSON of what shapes the bytes; where a text lies is not part of it."""
-        plain: dict[str, Any] = _plain(asdict(self))
+        plain = _table(self)
         if not self.calibrate:
             for name in ("calibrate", "calibration_tokens", "extra_bytes"):
                 del plain[name]
@@ -202,28 +207,28 @@ class Recipe:
     serialize: SerializeRecipe = field(default_factory=SerializeRecipe)
     verify: VerifyRecipe = field(default_factory=VerifyRecipe)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, RecipeTable]:
         """Plain JSON values, in the order of the fields."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain | {"quantize": self.quantize.shaping()}
+        return {
+            "quantize": self.quantize.shaping(),
+            "serialize": _table(self.serialize),
+            "verify": _table(self.verify),
+        }
 
-    def table(self, name: str) -> dict[str, Any]:
+    def table(self, name: str) -> RecipeTable:
         """One table as plain values, all of it, as `parse_recipe` reads it from anywhere."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        table: dict[str, Any] = plain[name]
+        table = _table(getattr(self, name))
         for key in _PATHS & set(table):
             if table[key] not in ("", "self"):
-                table[key] = str(Path(table[key]).absolute())
+                table[key] = str(Path(str(table[key])).absolute())
         return table
 
 
-_TABLES: Final[dict[str, Any]] = {
-    "quantize": QuantizeRecipe,
-    "serialize": SerializeRecipe,
-    "verify": VerifyRecipe,
-}
-TABLES: Final = tuple(_TABLES)
+TABLES: Final = tuple(part.name for part in fields(Recipe))
 """Of a recipe, in the order of the stages that they are named for."""
+
+
+T = TypeVar("T", QuantizeRecipe, SerializeRecipe, VerifyRecipe)
 
 
 @dataclass(frozen=True)
@@ -240,9 +245,7 @@ class PartialRecipe:
     recipe: Recipe
     given: frozenset[str]
 
-    def completed(
-        self, recorded: Mapping[str, Mapping[str, Any]], before: str | None = None
-    ) -> Recipe:
+    def completed(self, recorded: Mapping[str, RecipeTable], before: str | None = None) -> Recipe:
         """The recipe with those tables that a build was made with, where no other was given.
 
         Args:
@@ -258,17 +261,18 @@ class PartialRecipe:
             if name in self.given or not recorded.get(name):
                 continue
             try:
-                table = parse_recipe({name: dict(recorded[name])}, f"the record of {name}")
+                table = parse_recipe({name: recorded[name]}, f"the record of {name}")
             except RecipeError:  # of another version; the key will say that the stage is stale
                 continue
             recipe = replace(recipe, **{name: getattr(table, name)})
         return recipe
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+def _table(part: QuantizeRecipe | SerializeRecipe | VerifyRecipe) -> RecipeTable:
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in asdict(part).items()
+    }
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -281,7 +285,7 @@ def load_recipe(path: Path) -> Recipe:
     return parse_recipe(read_tables(path), str(path))
 
 
-def read_tables(path: Path) -> dict[str, Any]:
+def read_tables(path: Path) -> dict[str, object]:
     """The tables of a recipe file; what stands in them is not looked at.
 
     Raises:
@@ -295,29 +299,33 @@ def read_tables(path: Path) -> dict[str, Any]:
         raise RecipeError(f"The recipe {path} is not valid TOML: {error}.") from error
 
 
-def parse_recipe(tables: dict[str, Any], where: str) -> Recipe:
+def parse_recipe(tables: Mapping[str, object], where: str) -> Recipe:
     """Turns plain values (of TOML, or of a manifest) into a recipe.
 
     Raises:
         RecipeError: a key is unknown, or a value has a wrong type or is out of range.
     """
-    _reject_unknown(tables, _TABLES, f"{where}: tables")
-    parts: dict[str, Any] = {}
-    for name, kind in _TABLES.items():
-        table = tables.get(name, {})
-        if not isinstance(table, dict):
-            raise RecipeError(f"{where}: {name} is {table!r}; expected a table [{name}].")
-        defaults = {item.name: getattr(kind(), item.name) for item in fields(kind)}
-        _reject_unknown(table, defaults, f"{where}: keys of [{name}]")
-        values = {
-            key: _typed(value, defaults[key], f"{where}: {name}.{key}")
-            for key, value in table.items()
-        }
-        try:
-            parts[name] = kind(**values)
-        except RecipeError as error:
-            raise RecipeError(f"{where}: {error}") from error
-    return Recipe(**parts)
+    _reject_unknown(tables, TABLES, f"{where}: tables")
+    return Recipe(
+        _parse_table(QuantizeRecipe, "quantize", tables, where),
+        _parse_table(SerializeRecipe, "serialize", tables, where),
+        _parse_table(VerifyRecipe, "verify", tables, where),
+    )
+
+
+def _parse_table(kind: type[T], name: str, tables: Mapping[str, object], where: str) -> T:
+    table = tables.get(name, {})
+    if not isinstance(table, dict):
+        raise RecipeError(f"{where}: {name} is {table!r}; expected a table [{name}].")
+    defaults = {item.name: getattr(kind(), item.name) for item in fields(kind)}
+    _reject_unknown(table, defaults, f"{where}: keys of [{name}]")
+    values = {
+        key: _typed(value, defaults[key], f"{where}: {name}.{key}") for key, value in table.items()
+    }
+    try:
+        return kind(**values)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
 
 
 def _reject_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -326,7 +334,7 @@ def _reject_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> No
         raise RecipeError(f"{where}: {unknown[0]!r} is unknown; expected {', '.join(known)}.")
 
 
-def _typed(value: Any, default: Any, where: str) -> Any:
+def _typed(value: object, default: object, where: str) -> Any:
     if isinstance(default, tuple):
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Final
 
 from nf4_pipeline.build_folder import Build, Facts, RecordKind
 from nf4_pipeline.calibration.calibration_facts import CalibrationFacts
@@ -21,7 +21,7 @@ from nf4_pipeline.checkpoint.files import entries
 from nf4_pipeline.checkpoint.shards import TensorFacts
 from nf4_pipeline.documents import Document, key, optional
 from nf4_pipeline.hub.local import Proof
-from nf4_pipeline.manifest.manifest import Totals
+from nf4_pipeline.manifest.manifest import Source, Totals
 from nf4_pipeline.model.architecture import Architecture
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 from nf4_pipeline.model.unused_tensors import LeftOut
@@ -61,6 +61,16 @@ class Reading(Document):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceIdentity(Document):
+    """Which checkpoint it is; the fields are those of `manifest.Source`, without its files."""
+
+    repo: str
+    commit: str | None
+    content_sha256: str
+    unchecked: tuple[str, ...] | None = optional()
+
+
+@dataclass(frozen=True, kw_only=True)
 class DownloadFacts(Document):
     """What a checkpoint is.
 
@@ -93,14 +103,24 @@ class DownloadFacts(Document):
         return self.tokenizer.notes(self.repo) if self.tokenizer else []
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What the manifest says of the source."""
-        return {
-            "repo": self.repo,
-            "commit": self.commit,
-            "content_sha256": self.content_sha256,
-            **({"unchecked": self.unchecked} if self.unchecked else {}),
-        }
+    def identity(self) -> SourceIdentity:
+        """What the manifest says of the source, but for its files."""
+        return SourceIdentity(
+            repo=self.repo,
+            commit=self.commit,
+            content_sha256=self.content_sha256,
+            unchecked=self.unchecked or None,
+        )
+
+    def source(self, files: dict[str, FileDigest]) -> Source:
+        """What the manifest says of the source, which holds these files."""
+        return Source(
+            repo=self.repo,
+            commit=self.commit,
+            content_sha256=self.content_sha256,
+            files=files,
+            unchecked=self.unchecked or None,
+        )
 
     @property
     def pinned(self) -> str:

@@ -265,7 +265,7 @@ def tokens() -> CalibrationTokens:
 
 def test_tokens_survive_json(tmp_path: Path) -> None:
     path = tmp_path / "tokens.json"
-    path.write_text(json.dumps(tokens().as_json()))
+    path.write_text(json.dumps(tokens().document().to_json()))
     found = read_tokens(path)
     assert found is not None
     assert (found.ids == tokens().ids).all()
@@ -305,7 +305,7 @@ DAMAGE: Final[dict[str, Callable[[str], str]]] = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_tokens_are_not_believed(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "tokens.json"
-    path.write_text(DAMAGE[damage](json.dumps(tokens().as_json())))
+    path.write_text(DAMAGE[damage](json.dumps(tokens().document().to_json())))
     assert read_tokens(path) is None
     assert read_tokens(tmp_path / "none.json") is None
 

@@ -235,7 +235,7 @@ def test_the_command(made: Made, artifact: Path, tmp_path: Path) -> None:
     assert done.value["differences"] == [
         Difference(
             path.name, done.value["differences"][0]["what"], tensor.name, tensor.offset + 3
-        ).as_json()
+        ).to_json()
     ]
     done = nf4("reproduce", "-q", artifact, "--source", made.model, cwd=tmp_path)
     assert f"first in {tensor.name} at byte {tensor.offset + 3:,}" in done.out

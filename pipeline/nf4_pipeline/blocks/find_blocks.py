@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
-def find_blocks(model: Any) -> dict[str, Any]:
+def find_blocks(model: Any) -> dict[str, nn.Module]:
     """The blocks of a causal LM by name, in the order in which they stand.
 
     These are the members of the outermost module lists: what is repeated holds nearly all weights.
@@ -15,9 +18,9 @@ def find_blocks(model: Any) -> dict[str, Any]:
     """
     from torch import nn
 
-    blocks: dict[str, Any] = {}
+    blocks: dict[str, nn.Module] = {}
 
-    def visit(prefix: str, module: Any) -> None:
+    def visit(prefix: str, module: nn.Module) -> None:
         for name, child in module.named_children():
             path = f"{prefix}{name}"
             if isinstance(child, nn.ModuleList):

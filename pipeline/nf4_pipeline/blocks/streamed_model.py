@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -301,7 +302,7 @@ def free_memory(device: torch.device, limit: int = 0) -> int:
 
 
 def _grouped(
-    checkpoint: Checkpoint, names: NameMap, blocks: dict[str, Any]
+    checkpoint: Checkpoint, names: NameMap, blocks: Mapping[str, nn.Module]
 ) -> dict[str, TensorGroup]:
     members: dict[str, list[SourceTensor]] = {_STEM: []}
     for tensor in checkpoint.tensors:
@@ -311,7 +312,7 @@ def _grouped(
     return {name: TensorGroup.of(tensors) for name, tensors in members.items()}
 
 
-def _block_of(name: str, blocks: dict[str, Any]) -> str:
+def _block_of(name: str, blocks: Mapping[str, nn.Module]) -> str:
     """The block to which a parameter belongs, or "" for the stem."""
     parts = name.split(".")
     paths = (".".join(parts[:end]) for end in range(1, len(parts)))

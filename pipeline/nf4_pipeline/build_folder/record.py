@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 from nf4_pipeline.checkpoint.atomic import write_json
 from nf4_pipeline.checkpoint.digest import FileDigest, FileStamp, digests_json
+from nf4_pipeline.recipe import RecipeTable
 
 RECORD_VERSION: Final = 1
 
@@ -64,7 +65,7 @@ class Record(Generic[F_co]):
     seconds: float
     peak_memory: int
     finished: str = ""
-    recipe: dict[str, Any] = field(default_factory=dict)
+    recipe: RecipeTable = field(default_factory=dict)
     inputs: dict[str, FileDigest] = field(default_factory=dict)
     stamps: dict[str, FileStamp] = field(default_factory=dict)
 
@@ -159,7 +160,7 @@ def write_record(path: Path, record: Record[Facts], root: Path) -> None:
     )
 
 
-def _digests(value: dict[str, Any]) -> dict[str, FileDigest]:
+def _digests(value: Mapping[str, Mapping[str, int | str]]) -> dict[str, FileDigest]:
     return {
         name: FileDigest(int(entry["size"]), str(entry["sha256"])) for name, entry in value.items()
     }

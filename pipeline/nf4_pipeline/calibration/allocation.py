@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+
+from nf4_pipeline.documents import Document
 
 
 @dataclass(frozen=True)
-class LayerLoss:
+class LayerLoss(Document):
     """What one layer loses.
 
     Attributes:
@@ -20,9 +21,6 @@ class LayerLoss:
     module: str
     kl: float
     bytes: int
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def select_within_budget(losses: Sequence[LayerLoss], budget: int) -> list[LayerLoss]:

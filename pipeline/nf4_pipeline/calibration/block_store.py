@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,12 +21,32 @@ from nf4_pipeline.checkpoint.atomic import (
     write_bytes,
     write_json,
 )
+from nf4_pipeline.documents import Document, key
 from nf4_pipeline.gptq.quantizer import QuantizedWeight
 from nf4_pipeline.gptq.saved_codes import tensors_of
 
 _FACTS: Final = "nf4"
 _SUFFIX: Final = ".safetensors"
 _LOSSES: Final = "sensitivity.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockFacts(Document):
+    """What is noted of a block beside its codes and scales.
+
+    Attributes:
+        block: its name.
+        weights: those that were calibrated, sorted.
+        costs: of each of them.
+        fallbacks: name of a weight that was not calibrated -> why not.
+        sha256: of what the file holds.
+    """
+
+    block: str = field(metadata=key("unit"))
+    weights: tuple[str, ...]
+    costs: dict[str, float]
+    fallbacks: dict[str, str]
+    sha256: str
 
 
 class BlockStore:
@@ -46,24 +67,24 @@ class BlockStore:
     def path(self, block: str) -> Path:
         return self.folder / f"{block}{_SUFFIX}"
 
-    def facts(self, block: str) -> dict[str, Any] | None:
+    def facts(self, block: str) -> BlockFacts | None:
         """What was noted of a block, or None if it is not done."""
         try:
             with safe_open(self.path(block), framework="np") as file:
-                facts: dict[str, Any] = json.loads(file.metadata()[_FACTS])
-                return facts if facts["unit"] == block else None
+                facts = BlockFacts.from_json(json.loads(file.metadata()[_FACTS]))
+                return facts if facts.block == block else None
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
 
     def is_done(self, block: str, weights: Collection[str]) -> bool:
         """Whether a block's file holds what was written, and all of these weights; reads it."""
         facts = self.facts(block)
-        if facts is None or {*facts["weights"], *facts["fallbacks"]} != set(weights):
+        if facts is None or {*facts.weights, *facts.fallbacks} != set(weights):
             return False
         try:
             with safe_open(self.path(block), framework="np") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-            return bool(facts["sha256"] == _digest(tensors))
+            return bool(facts.sha256 == _digest(tensors))
         except (OSError, SafetensorError, KeyError):
             return False
 
@@ -72,7 +93,7 @@ class BlockStore:
         files: dict[str, Path] = {}
         for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
             facts = self.facts(path.name.removesuffix(_SUFFIX))
-            files |= dict.fromkeys((facts or {}).get("weights", ()), path)
+            files |= dict.fromkeys(facts.weights if facts else (), path)
         return files
 
     def fallbacks(self) -> dict[str, str]:
@@ -80,7 +101,7 @@ class BlockStore:
         reasons: dict[str, str] = {}
         for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
             facts = self.facts(path.name.removesuffix(_SUFFIX))
-            reasons |= (facts or {}).get("fallbacks", {})
+            reasons |= facts.fallbacks if facts else {}
         return dict(sorted(reasons.items()))
 
     def read_losses(self) -> list[LayerLoss] | None:
@@ -93,23 +114,30 @@ class BlockStore:
 
     def write_losses(self, losses: list[LayerLoss]) -> None:
         """Keeps what each layer loses."""
-        write_json(self.folder / _LOSSES, [loss.as_json() for loss in losses])
+        write_json(self.folder / _LOSSES, [loss.to_json() for loss in losses])
 
     def write(
-        self, block: str, weights: Mapping[str, QuantizedWeight], facts: Mapping[str, Any]
+        self, block: str, weights: Mapping[str, QuantizedWeight], fallbacks: dict[str, str]
     ) -> None:
         """Keeps a block.
 
         Args:
             block: its name.
             weights: codes and scales by the name of the weight.
-            facts: plain JSON, of which "weights" and "fallbacks" name every weight of it.
+            fallbacks: name of each weight of it that was not calibrated -> why not.
         """
-        tensors: dict[str, Any] = {}
+        tensors: dict[str, NDArray[Any]] = {}
         for name, weight in weights.items():
             tensors |= tensors_of(name, weight)
         tensors = tensors or {":nothing": np.zeros(1, np.uint8)}
-        noted = json.dumps({**facts, "unit": block, "sha256": _digest(tensors)}, sort_keys=True)
+        facts = BlockFacts(
+            block=block,
+            weights=tuple(sorted(weights)),
+            costs={name: weight.cost for name, weight in weights.items()},
+            fallbacks=fallbacks,
+            sha256=_digest(tensors),
+        )
+        noted = json.dumps(facts.to_json(), sort_keys=True)
         write_bytes(self.path(block), save(tensors, {_FACTS: noted}))
 
 

@@ -225,13 +225,8 @@ class _Pass:
                         else:
                             fallbacks[name] = "what rounding it costs is beyond float32"
                 del factor  # before the next one takes its place
-        facts = {
-            "weights": sorted(quantized),
-            "costs": {name: weight.cost for name, weight in sorted(quantized.items())},
-            "fallbacks": fallbacks,
-        }
         with self.timed("writing"):
-            self._store.write(block, quantized, facts)
+            self._store.write(block, quantized, fallbacks)
 
     def _factor(self, accumulator: HessianAccumulator, leader: str) -> HessianFactor:
         hessian, tokens = accumulator.take(leader), accumulator.tokens(leader)

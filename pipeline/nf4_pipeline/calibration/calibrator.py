@@ -77,7 +77,7 @@ class Calibrator:
     def tokens_path(self) -> Path:
         return self.folder / TOKENS_FILE
 
-    def key_part(self) -> dict[str, Any]:
+    def key_part(self) -> dict[str, int | str | None]:
         """What calibration adds to the key of what is quantized; no tokens, nothing done yet.
 
         Raises:
@@ -131,7 +131,7 @@ class Calibrator:
                 reporter,
             )
         make_folder(self.folder)
-        write_json(self.tokens_path, tokens.as_json())
+        write_json(self.tokens_path, tokens.document().to_json())
         return tokens
 
     def choose(
@@ -275,7 +275,7 @@ def published_tokens(folder: Path, facts: CalibrationFacts) -> bytes:
 
 def calibration_file(tokens: CalibrationTokens, facts: CalibrationFacts) -> bytes:
     """The content of calibration.json: the tokens, and the modules that were kept."""
-    return json_bytes({**tokens.as_json(), "kept": [module.to_json() for module in facts.kept]})
+    return json_bytes(tokens.document(tuple(facts.kept)).to_json())
 
 
 def _check_complete(plan: Plan, store: BlockStore, fallbacks: dict[str, str]) -> None:

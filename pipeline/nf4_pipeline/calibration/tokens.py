@@ -18,13 +18,32 @@ import numpy as np
 from einops import rearrange, repeat
 from numpy.typing import NDArray
 
+from nf4_pipeline.documents import Document, optional
 from nf4_pipeline.errors import CheckpointError, RecipeError
+from nf4_pipeline.manifest.manifest import KeptModule
 from nf4_pipeline.runtime.tokenizer import text_prefix
 
 LENGTH: Final = 256
 """Tokens of a sequence, at most."""
 _TOGETHER: Final = 32  # sequences that are sampled at a time
 OPENINGS: Final = Path(__file__).with_name("openings.txt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensDocument(Document):
+    """Tokens in a file: as a calibrator keeps them, or in calibration.json of an artifact.
+
+    Attributes:
+        key: of what they were made from.
+        source: "self" or "text".
+        ids: [sequences, length].
+        kept: the modules that stay in 16 bit; in calibration.json alone.
+    """
+
+    key: str
+    source: str
+    ids: tuple[tuple[int, ...], ...]
+    kept: tuple[KeptModule, ...] | None = optional()
 
 
 @dataclass(frozen=True)
@@ -47,9 +66,14 @@ class CalibrationTokens:
         shape = "x".join(str(size) for size in self.ids.shape)
         return hashlib.sha256(shape.encode() + self.ids.astype("<i4").tobytes()).hexdigest()
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain JSON; `parse_tokens` is the way back."""
-        return {"key": self.key, "source": self.source, "ids": self.ids.tolist()}
+    def document(self, kept: tuple[KeptModule, ...] | None = None) -> TokensDocument:
+        """For a file; `parse_tokens` is the way back from its JSON.
+
+        Args:
+            kept: the modules that stay in 16 bit, for calibration.json.
+        """
+        ids = tuple(tuple(row) for row in self.ids.tolist())
+        return TokensDocument(key=self.key, source=self.source, ids=ids, kept=kept)
 
 
 def parse_tokens(value: Any) -> CalibrationTokens:

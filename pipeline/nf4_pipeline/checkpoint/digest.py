@@ -76,7 +76,7 @@ def _checksum_line(sha256: str, name: str) -> str:
     return f"{'' if escaped == name else chr(92)}{sha256}  {escaped}\n"
 
 
-def digests_json(digests: Mapping[str, FileDigest]) -> dict[str, Any]:
+def digests_json(digests: Mapping[str, FileDigest]) -> dict[str, dict[str, int | str]]:
     """Digests as plain JSON, by name."""
     return {name: digest.to_json() for name, digest in sorted(digests.items())}
 

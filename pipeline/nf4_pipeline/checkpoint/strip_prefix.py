@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from nf4_pipeline.checkpoint.atomic import remove_leftovers, write_bytes, write_json
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
@@ -17,12 +18,41 @@ from nf4_pipeline.checkpoint.layout import StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor
 from nf4_pipeline.checkpoint.source import Checkpoint, open_checkpoint
 from nf4_pipeline.checkpoint.writer import writing
+from nf4_pipeline.documents import Document, key, optional
 from nf4_pipeline.errors import CheckpointError, UsageError
 from nf4_pipeline.progress import Reporter, Task
 
 NOTE_FILE: Final = "conversion.json"
 _CODE_VERSION: Final = 1
 _CHUNK: Final = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Origin(Document):
+    """What a copy was made from.
+
+    Attributes:
+        code: version of the code that made it.
+        prefix: that names lost.
+        files: digest of each file, by name.
+    """
+
+    code: int
+    prefix: str
+    files: dict[str, FileDigest]
+
+
+@dataclass(frozen=True)
+class Note(Document):
+    """conversion.json of a copy.
+
+    Attributes:
+        origin: what it is made from.
+        made: digest of each of its files, by name; None as long as it is being made.
+    """
+
+    origin: Origin = field(metadata=key("from"))
+    made: dict[str, FileDigest] | None = optional()
 
 
 def check_prefix(checkpoint: Checkpoint, prefix: str) -> None:
@@ -75,16 +105,12 @@ def copy_without_prefix(
     Raises:
         UsageError: `target` is somebody else's folder.
     """
-    origin = {
-        "code": _CODE_VERSION,
-        "prefix": prefix,
-        "files": {name: digest.to_json() for name, digest in sorted(files.items())},
-    }
+    origin = Origin(_CODE_VERSION, prefix, dict(sorted(files.items())))
     if done := _standing(target, origin):
         return done
     _clear(target)
     checkpoint = open_checkpoint(source)
-    write_json(target / NOTE_FILE, {"from": origin})
+    write_json(target / NOTE_FILE, Note(origin).to_json())
     made: dict[str, FileDigest] = {}
     with reporter.task("strip prefix", checkpoint.nbytes) as task:
         for file in checkpoint.files:
@@ -101,8 +127,7 @@ def copy_without_prefix(
             write_bytes(target / name, (source / name).read_bytes())
         made[name] = digest_file(target / name)
     made = dict(sorted(made.items()))
-    listed = {name: digest.to_json() for name, digest in made.items()}
-    write_json(target / NOTE_FILE, {"from": origin, "made": listed})
+    write_json(target / NOTE_FILE, Note(origin, made).to_json())
     return made
 
 
@@ -126,12 +151,14 @@ def _copy(
         return output.finish().digest
 
 
-def _standing(target: Path, origin: dict[str, Any]) -> dict[str, FileDigest] | None:
+def _standing(target: Path, origin: Origin) -> dict[str, FileDigest] | None:
     """The files of an earlier copy of the same files, if they are still what it wrote."""
     try:
         note = json.loads((target / NOTE_FILE).read_text("utf-8"))
         made = {name: FileDigest(d["size"], d["sha256"]) for name, d in note["made"].items()}
-        same = note["from"] == origin and all(digest_file(target / n) == d for n, d in made.items())
+        same = note["from"] == origin.to_json() and all(
+            digest_file(target / n) == d for n, d in made.items()
+        )
         return made if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -25,7 +25,7 @@ def command(ui: Ui, request: DownloadRequest) -> None:
     facts = record.facts
     value = {
         "build": str(build.root),
-        **facts.identity,
+        **facts.identity.to_json(),
         "files": digests_json(record.outputs_in("source")),
         "bytes": record.total_bytes,
     }

@@ -193,11 +193,16 @@ def check_device(device: str) -> None:
 
 def _calibrated(recipe: Recipe, calibrate: str | None, extra_bytes: str | None) -> Recipe:
     """A recipe with what the options say instead of what it said."""
-    asked = {"calibrate": calibrate, "extra_bytes": extra_bytes}
-    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-    if not changes:
+    if calibrate is None and extra_bytes is None:
         return recipe
-    return replace(recipe, quantize=replace(recipe.quantize, **changes, rounding=""))
+    own = recipe.quantize
+    quantize = replace(
+        own,
+        calibrate=own.calibrate if calibrate is None else calibrate,
+        extra_bytes=own.extra_bytes if extra_bytes is None else extra_bytes,
+        rounding="",
+    )
+    return replace(recipe, quantize=quantize)
 
 
 class Ui:

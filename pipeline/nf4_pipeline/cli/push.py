@@ -81,7 +81,7 @@ def command(
     push = Push(existing_build(model, build_dir), target, ui.reporter(), allow_unverified)
     if dry_run:
         upload = push.plan()
-        ui.result(upload.as_json(), lambda: _show_plan(upload))
+        ui.result(upload.document.to_json(), lambda: _show_plan(upload))
     else:
         facts = push.run().facts
         ui.result(facts.to_json(), lambda: _show_push(facts))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +16,7 @@ from nf4_pipeline.cli.options import (
     recipe_options,
     run_one_stage,
 )
+from nf4_pipeline.documents import Document
 
 if TYPE_CHECKING:
     from nf4_pipeline.machine import Machine
@@ -49,28 +51,52 @@ def command(
     stage = Quantize(build, recipe.recipe, machine)
     plan = stage.plan()
     stage.check_disk(plan)
-    ui.result(_plan_json(plan), lambda: _show(plan))
+    ui.result(PlanDocument.of(plan).to_json(), lambda: _show(plan))
 
 
-def _plan_json(plan: Plan) -> dict[str, Any]:
-    return {
-        "files": {file: layout.nbytes for file, layout in plan.layouts().items()},
-        "skip_modules": list(plan.skip_modules),
-        "hidden_modules": list(plan.hidden_modules),
-        "tensors": [
-            {
-                "name": tensor.name,
-                "source_name": tensor.source.name,
-                "file": tensor.source.file,
-                "action": tensor.action,
-                "reason": tensor.reason,
-                "shape": list(tensor.shape),
-                "source_bytes": tensor.source.header.nbytes,
-                "bytes": sum(stored.nbytes for stored in tensor.stored),
-            }
-            for tensor in plan.tensors
-        ],
-    }
+@dataclass(frozen=True, kw_only=True)
+class PlannedTensor(Document):
+    """What would happen to one tensor, as `nf4 quantize --dry-run --json` says it."""
+
+    name: str
+    source_name: str
+    file: str
+    action: str
+    reason: str
+    shape: tuple[int, ...]
+    source_bytes: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanDocument(Document):
+    """A plan, as `nf4 quantize --dry-run --json` says it; `files` have their sizes in bytes."""
+
+    files: dict[str, int]
+    skip_modules: tuple[str, ...]
+    hidden_modules: tuple[str, ...]
+    tensors: tuple[PlannedTensor, ...]
+
+    @classmethod
+    def of(cls, plan: Plan) -> PlanDocument:
+        return cls(
+            files={file: layout.nbytes for file, layout in plan.layouts().items()},
+            skip_modules=tuple(plan.skip_modules),
+            hidden_modules=tuple(plan.hidden_modules),
+            tensors=tuple(
+                PlannedTensor(
+                    name=tensor.name,
+                    source_name=tensor.source.name,
+                    file=tensor.source.file,
+                    action=tensor.action,
+                    reason=tensor.reason,
+                    shape=tuple(tensor.shape),
+                    source_bytes=tensor.source.header.nbytes,
+                    bytes=sum(stored.nbytes for stored in tensor.stored),
+                )
+                for tensor in plan.tensors
+            ),
+        )
 
 
 def _show(plan: Plan) -> None:

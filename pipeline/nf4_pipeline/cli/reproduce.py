@@ -67,7 +67,7 @@ def command(
         memory_budget=parse_size(memory_budget, "--memory-budget"),
     )
     result = reproduce(artifact_folder(artifact), source, ui.reporter(), machine)
-    ui.result(result.as_json(), lambda: _show(result))
+    ui.result(result.document.to_json(), lambda: _show(result))
     if result.differences:
         sys.exit(1)
     if result.origin.is_open:

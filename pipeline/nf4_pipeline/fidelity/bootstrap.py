@@ -50,7 +50,7 @@ class Interval(Document):
         """ "value [low, high]", each number in the format `spec`."""
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, float | None]:
         numbers = {"value": self.value, "low": self.low, "high": self.high}
         return {name: finite_or_none(number) for name, number in numbers.items()}
 

@@ -64,7 +64,9 @@ class HessianAccumulator:
         return None if total is None else total.div_(max(1, self._counts[leader]))
 
     def _hook(self, name: str) -> Any:
-        def watch(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        def watch(
+            module: Any, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]
+        ) -> None:
             x = inputs[0] if inputs else next(iter(named.values()))
             leader = next((other for other, seen in self._seen if seen is x), name)
             # The first tokens that come decide who shares; a router may send others elsewhere.

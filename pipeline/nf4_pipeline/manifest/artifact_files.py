@@ -67,7 +67,7 @@ def assemble_files(
     """
     small = small_files(folder, source.files, weights.plan, model_class)
     if len(weights.shards) > 1:
-        small[INDEX_FILE] = json_bytes(weight_index(weights.shards))
+        small[INDEX_FILE] = json_bytes(weight_index(weights.shards).to_json())
     calibration = None
     if weights.calibration is not None:
         calibration, tokens = weights.calibration

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from nf4_pipeline.checkpoint.atomic import json_bytes
 from nf4_pipeline.checkpoint.files import travels
 from nf4_pipeline.checkpoint.shards import Shard
 from nf4_pipeline.checkpoint.source import read_json
+from nf4_pipeline.documents import Document
 from nf4_pipeline.manifest.manifest import StoredTensorEntry
 from nf4_pipeline.model.config import CONFIG_FILE, read_config, without_remote_code
 from nf4_pipeline.selection import QUANTIZABLE_DTYPES, Plan, model_dtype
@@ -75,7 +77,7 @@ def tokenizer_config(path: Path) -> bytes:
     return content if config == said else json_bytes(config)
 
 
-def quantization_config(dtype: str, plan: Plan) -> dict[str, Any]:
+def quantization_config(dtype: str, plan: Plan) -> dict[str, str | bool | float | list[str]]:
     """What config.json tells transformers: the values of a `BitsAndBytesConfig`.
 
     Args:
@@ -97,11 +99,31 @@ def quantization_config(dtype: str, plan: Plan) -> dict[str, Any]:
     }
 
 
-def weight_index(shards: Sequence[Shard]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class IndexMetadata(Document):
+    """What an index says of all files together: the bytes of their tensors."""
+
+    total_size: int
+
+
+@dataclass(frozen=True)
+class WeightIndex(Document):
+    """Which file holds which tensor.
+
+    Attributes:
+        metadata: of all files together.
+        weight_map: name of a tensor -> its file.
+    """
+
+    metadata: IndexMetadata
+    weight_map: dict[str, str]
+
+
+def weight_index(shards: Sequence[Shard]) -> WeightIndex:
     """model.safetensors.index.json of an artifact with several weight files."""
     weight_map = {name: shard.name for shard in shards for name in shard.tensors}
     total = sum(part.bytes for shard in shards for part in shard.tensors.values())
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return WeightIndex(IndexMetadata(total), dict(sorted(weight_map.items())))
 
 
 def stored_tensors_of(shards: Sequence[Shard]) -> dict[str, StoredTensorEntry]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 class NameMap:
@@ -51,7 +54,7 @@ class NameMap:
     def merged(self) -> frozenset[str]:
         return frozenset(self._patterns)
 
-    def merge(self, target: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    def merge(self, target: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Merges tensors as transformers does.
 
         Args:

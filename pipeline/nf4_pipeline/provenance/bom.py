@@ -15,7 +15,7 @@ _NAMESPACE: Final = uuid.uuid5(uuid.NAMESPACE_URL, "pkg:pypi/nf4-pipeline#bom")
 
 
 def bill_of_materials(
-    manifest: Manifest, manifest_sha256: str, card: Mapping[str, Any]
+    manifest: Manifest, manifest_sha256: str, card: Mapping[str, object]
 ) -> dict[str, Any]:
     """Puts the bill together; deterministic, as the manifest is.
 
@@ -76,7 +76,7 @@ def bill_of_materials(
     }
 
 
-def _ancestor(source: Source, inherited: list[dict[str, Any]]) -> dict[str, Any]:
+def _ancestor(source: Source, inherited: list[dict[str, dict[str, str]]]) -> dict[str, Any]:
     ancestor: dict[str, Any] = {
         "type": "machine-learning-model",
         "bom-ref": "source",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
-from typing import Any, Final
+from typing import Final
 from urllib.parse import quote
 
 from nf4_pipeline import __version__
@@ -30,7 +30,7 @@ def model_purl(repo: str, commit: str | None) -> str | None:
     return None if commit is None else f"pkg:huggingface/{quote(repo)}@{commit}"
 
 
-def licenses(card: Mapping[str, Any]) -> list[dict[str, Any]]:
+def licenses(card: Mapping[str, object]) -> list[dict[str, dict[str, str]]]:
     """What the front matter of a model's card says of its license, as CycloneDX has it.
 
     Inherited, never invented: without a word in the card the list is empty.
@@ -45,7 +45,7 @@ def licenses(card: Mapping[str, Any]) -> list[dict[str, Any]]:
             entries.append({"license": {"id": known}})
             continue
         name = card.get("license_name") if item == "other" else item
-        license_: dict[str, Any] = {"name": str(name or item)}
+        license_ = {"name": str(name or item)}
         link = card.get("license_link")
         if isinstance(link, str) and link.startswith("https://") and link.isprintable():
             license_["url"] = quote(link, safe=":/?#[]@!$&'()*+,;=%~-._")

@@ -64,7 +64,7 @@ def statement(
     }
 
 
-def _internal_parameters(manifest: Manifest) -> dict[str, Any]:
+def _internal_parameters(manifest: Manifest) -> dict[str, str]:
     """What shapes the bytes and is no wish of the user: the kind of device that calibrated."""
     calibration = manifest.calibration
     return {} if calibration is None else {"calibration_device": calibration.device}

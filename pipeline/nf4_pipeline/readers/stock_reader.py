@@ -10,6 +10,8 @@ last line on stdout:
                "unexpected", "seconds", "lora": null or {"peft", "error", "loss"}}}
 """
 
+from __future__ import annotations
+
 import ctypes
 import json
 import os
@@ -17,10 +19,43 @@ import signal
 import sys
 import time
 from importlib import metadata, util
-from typing import Any
+from typing import Any, TypedDict
 
 RANK = 4
 LENGTH, TEXTS = 12, 2
+
+
+class Asked(TypedDict):
+    """The request."""
+
+    artifact: str
+    device: str
+    threads: int | None
+    lines: str | None
+    logits: str | None
+    lora: bool
+
+
+class Trained(TypedDict):
+    """What came of LoRA."""
+
+    peft: str | None
+    error: str | None
+    loss: float | None
+
+
+class Found(TypedDict):
+    """The reply."""
+
+    linear4bit: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    error: str | None
+    lora: Trained | None
+    transformers: str
+    torch: str
+    bitsandbytes: str
+    seconds: float
 
 
 def main() -> None:
@@ -44,18 +79,20 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def look(asked: dict[str, Any]) -> dict[str, Any]:
+def look(asked: Asked) -> Found:
     """Loads, computes and trains, as far as it comes."""
     start = time.perf_counter()
-    found: dict[str, Any] = {
+    found: Found = {
         "linear4bit": [],
         "missing": [],
         "unexpected": [],
         "error": None,
         "lora": None,
+        "transformers": metadata.version("transformers"),
+        "torch": metadata.version("torch"),
+        "bitsandbytes": metadata.version("bitsandbytes"),
+        "seconds": 0.0,
     }
-    for name in ("transformers", "torch", "bitsandbytes"):
-        found[name] = metadata.version(name)
     try:
         model = load(asked, found)
         if asked["logits"] is not None:
@@ -64,10 +101,11 @@ def look(asked: dict[str, Any]) -> dict[str, Any]:
         found["error"] = words(error)
     if asked["lora"] and found["error"] is None:
         found["lora"] = train(model)
-    return {**found, "seconds": round(time.perf_counter() - start, 3)}
+    found["seconds"] = round(time.perf_counter() - start, 3)
+    return found
 
 
-def load(asked: dict[str, Any], found: dict[str, Any]) -> Any:
+def load(asked: Asked, found: Found) -> Any:
     """The snippet on the card, and what it says."""
     import torch
     import transformers
@@ -106,11 +144,11 @@ def write_logits(model: Any, path: str) -> None:
         np.save(path, model(input_ids=token_ids(model)).logits.float().cpu().numpy())
 
 
-def train(model: Any) -> dict[str, Any]:
+def train(model: Any) -> Trained:
     """One step of LoRA on every 4-bit layer."""
     if util.find_spec("peft") is None:
         return {"peft": None, "error": "peft is not installed", "loss": None}
-    found: dict[str, Any] = {"peft": metadata.version("peft"), "error": None, "loss": None}
+    found: Trained = {"peft": metadata.version("peft"), "error": None, "loss": None}
     try:
         found["loss"] = step(model)
     except Exception as error:

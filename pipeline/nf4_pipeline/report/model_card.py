@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import yaml
 
@@ -31,7 +31,7 @@ from nf4_pipeline.verification.document import (
 _MAX_CARD_ANSWERS: Final = 4
 
 
-def front_matter(text: str) -> dict[str, Any]:
+def front_matter(text: str) -> dict[str, object]:
     """The YAML between the first two `---` lines of a card; {} if none can be read."""
     if not text.startswith("---\n"):
         return {}

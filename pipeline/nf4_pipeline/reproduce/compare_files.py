@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from nf4_pipeline.calibration.calibration_facts import CALIBRATION_FILE
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, digest_tensors
 from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor
 from nf4_pipeline.checkpoint.sink import WrittenFile
+from nf4_pipeline.documents import Document
 from nf4_pipeline.engine.scheduler import Output
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.reproduce.derive import Derived
@@ -24,7 +25,7 @@ _CHUNK: Final = 4 * 2**20
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(Document):
     """A file that is not what the source makes.
 
     Attributes:
@@ -38,9 +39,6 @@ class Difference:
     what: str
     tensor: str | None = None
     offset: int | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def compare_files(

@@ -8,11 +8,11 @@ are named by what a Hub listed once; against either, every file is held.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from nf4_pipeline.checkpoint.folder_advice import cache_commit
+from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import HubError, SourceError, UsageError
 from nf4_pipeline.hub.local import LocalFile
 from nf4_pipeline.hub.remote import RemoteFile
@@ -22,31 +22,24 @@ from nf4_pipeline.stages.download import SAMPLE_REPO
 
 
 @dataclass(frozen=True)
-class Origin:
+class Origin(Document):
     """How far a source's repo and commit are known to be what the manifest says.
 
     Attributes:
-        confirmed_by: who says so, too; None if nobody was found who does.
-        not_checked: why not; None if it is confirmed.
         claimed: false for the name of a local folder: nobody can mean anything by it, and the hash
             of the content says all.
+        confirmed_by: who says so, too; None if nobody was found who does.
+        not_checked: why not; None if it is confirmed.
     """
 
+    claimed: bool = field(default=True, kw_only=True)
     confirmed_by: str | None = None
     not_checked: str | None = None
-    claimed: bool = True
 
     @property
     def is_open(self) -> bool:
         """Whether something is claimed that could not be checked."""
         return self.claimed and self.confirmed_by is None
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "claimed": self.claimed,
-            "confirmed_by": self.confirmed_by,
-            "not_checked": self.not_checked,
-        }
 
 
 def check_origin(

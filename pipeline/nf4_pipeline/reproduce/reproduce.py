@@ -5,11 +5,12 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from nf4_pipeline.calibration.calibration_facts import CALIBRATION_FILE, public_calibration
 from nf4_pipeline.calibration.calibrator import Calibrator, calibration_file
 from nf4_pipeline.checkpoint.source import open_checkpoint
+from nf4_pipeline.documents import Document
 from nf4_pipeline.engine.quantize_checkpoint import CheckpointPlanner
 from nf4_pipeline.errors import ArtifactError, RecipeError
 from nf4_pipeline.machine import Machine
@@ -32,6 +33,32 @@ from nf4_pipeline.reproduce.source import open_source
 from nf4_pipeline.resource_usage import measured
 
 _MACHINE: Final = Machine()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceDocument(Document):
+    """The source as `nf4 reproduce --json` says it; `files` is how many it has."""
+
+    repo: str
+    commit: str | None
+    content_sha256: str
+    files: int
+    origin: Origin
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproductionDocument(Document):
+    """A `Reproduction` as `nf4 reproduce --json` says it."""
+
+    reproduced: bool
+    source: SourceDocument
+    files: int
+    equal: int
+    differences: tuple[Difference, ...]
+    not_derived: tuple[str, ...]
+    calibrated_on: str | None
+    seconds: float
+    peak_memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -63,24 +90,26 @@ class Reproduction:
         """How many files are what the source makes."""
         return self.files - len(self.differences)
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "reproduced": not self.differences,
-            "source": {
-                "repo": self.source.repo,
-                "commit": self.source.commit,
-                "content_sha256": self.source.content_sha256,
-                "files": len(self.source.files),
-                "origin": self.origin.as_json(),
-            },
-            "files": self.files,
-            "equal": self.equal,
-            "differences": [difference.as_json() for difference in self.differences],
-            "not_derived": self.not_derived,
-            "calibrated_on": self.calibrated_on,
-            "seconds": round(self.seconds, 3),
-            "peak_memory_bytes": self.peak_memory,
-        }
+    @property
+    def document(self) -> ReproductionDocument:
+        """What `nf4 reproduce --json` says."""
+        return ReproductionDocument(
+            reproduced=not self.differences,
+            source=SourceDocument(
+                repo=self.source.repo,
+                commit=self.source.commit,
+                content_sha256=self.source.content_sha256,
+                files=len(self.source.files),
+                origin=self.origin,
+            ),
+            files=self.files,
+            equal=self.equal,
+            differences=tuple(self.differences),
+            not_derived=tuple(self.not_derived),
+            calibrated_on=self.calibrated_on,
+            seconds=round(self.seconds, 3),
+            peak_memory_bytes=self.peak_memory,
+        )
 
 
 def reproduce(

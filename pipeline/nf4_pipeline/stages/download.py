@@ -166,7 +166,7 @@ class Download:
         key = json_sha256(
             {
                 "code": CODE_VERSION,
-                "source": facts.identity,
+                "source": facts.identity.to_json(),
                 "at": str(source.folder),
                 "transformers": transformers_version(),
                 "reading": self.request.reading.to_json(),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from nf4_pipeline import __version__
 from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, json_sha256
 from nf4_pipeline.checkpoint.files import entries
 from nf4_pipeline.checkpoint.source import read_json
+from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import ArtifactError, VerificationError
 from nf4_pipeline.manifest.manifest import Manifest
 from nf4_pipeline.manifest.read import read_manifest
@@ -25,6 +26,19 @@ if TYPE_CHECKING:
 CODE_VERSION: Final = 1
 CARD_FILE: Final = "README.md"
 PROVENANCE_FILE: Final = "provenance.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UploadDocument(Document):
+    """An `Upload` as `nf4 push --dry-run --json` says it."""
+
+    repo_id: str
+    private: bool
+    pull_request: bool
+    verdict: str
+    total_bytes: int
+    files: dict[str, FileDigest]
+    card: str
 
 
 @dataclass(frozen=True)
@@ -51,16 +65,18 @@ class Upload:
     def total_bytes(self) -> int:
         return sum(digest.size for digest in self.files.values())
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "repo_id": self.target.repo_id,
-            "private": self.target.private is not False,
-            "pull_request": self.target.pull_request,
-            "verdict": self.verdict,
-            "total_bytes": self.total_bytes,
-            "files": {name: digest.to_json() for name, digest in self.files.items()},
-            "card": self.card,
-        }
+    @property
+    def document(self) -> UploadDocument:
+        """What `nf4 push --dry-run --json` says."""
+        return UploadDocument(
+            repo_id=self.target.repo_id,
+            private=self.target.private is not False,
+            pull_request=self.target.pull_request,
+            verdict=self.verdict,
+            total_bytes=self.total_bytes,
+            files=self.files,
+            card=self.card,
+        )
 
     def local_files(self) -> dict[str, LocalFile]:
         """The files as the Hub room takes them."""

@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 from nf4_pipeline.build_folder import Build, Facts, Record, RecordKind
 from nf4_pipeline.checkpoint.digest import FileDigest, FileStamp
+from nf4_pipeline.recipe import RecipeTable
 from nf4_pipeline.resource_usage import Usage, measured
 
 F = TypeVar("F", bound=Facts)
@@ -35,7 +36,7 @@ def run_recorded(
     key: str,
     work: Callable[[], Outcome[F]],
     *,
-    recipe: dict[str, Any] | None = None,
+    recipe: RecipeTable | None = None,
     before: Usage | None = None,
     inputs: Mapping[str, FileDigest] | None = None,
     stamps: Mapping[str, FileStamp] | None = None,

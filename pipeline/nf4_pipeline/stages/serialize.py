@@ -17,7 +17,6 @@ from nf4_pipeline.checkpoint.source import open_checkpoint
 from nf4_pipeline.engine.quantize_checkpoint import CheckpointPlanner
 from nf4_pipeline.errors import ResourceError
 from nf4_pipeline.manifest.artifact_files import Weights, assemble_files
-from nf4_pipeline.manifest.manifest import Source
 from nf4_pipeline.model.unused_tensors import left_out
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.recipe import Recipe
@@ -86,7 +85,7 @@ class Serialize:
             untied=frozenset(quantized.facts.untied),
             sensitive=quantized.facts.kept_modules,
         )
-        source = Source(**download.facts.identity, files=download.outputs_in("source"))
+        source = download.facts.source(download.outputs_in("source"))
         model_class = download.facts.model.class_name
 
         def work() -> Outcome[SerializeFacts]:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 from nf4_pipeline import __version__
 from nf4_pipeline.build_folder import Build, Inputs, Record
@@ -303,7 +303,7 @@ class Verify:
     def _source(self) -> Source:
         """As download pinned it: what the manifest should say."""
         download = self.build.need(DOWNLOAD)
-        return Source(**download.facts.identity, files=download.outputs_in("source"))
+        return download.facts.source(download.outputs_in("source"))
 
     def _check_other(self, other: Path) -> None:
         """Refuses an artifact that cannot be compared with, before any work is done.
@@ -358,7 +358,7 @@ class Verify:
             return record.facts.tokenizer.status == "loads"
         return any(is_tokenizer(name) for name in record.outputs_in("source"))
 
-    def _source_metadata(self) -> dict[str, Any]:
+    def _source_metadata(self) -> dict[str, object]:
         """The front matter of the source's own card: its license is inherited, never invented."""
         path = self.build.source / CARD_FILE
         return card.front_matter(path.read_text("utf-8", "replace")) if path.is_file() else {}
