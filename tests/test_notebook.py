@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
-import html
 import getpass
+import html
 import json
 import os
 import re

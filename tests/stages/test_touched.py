@@ -184,8 +184,9 @@ def test_what_was_not_touched_is_not_hashed_again(
 
     monkeypatch.setattr("nf4_pipeline.build_folder.freshness.digest_file", fail)
     build.check_inputs(DOWNLOAD)
+    build.check_inputs(DOWNLOAD, claimed=True)  # hashed by this process
     with pytest.raises(AssertionError, match="was hashed"):
-        build.check_inputs(DOWNLOAD, claimed=True)
+        Build(build.root).check_inputs(DOWNLOAD, claimed=True)  # of which there is only a record
 
 
 def test_a_record_without_stamps_counts_as_changed(build: Build, model: Path) -> None:

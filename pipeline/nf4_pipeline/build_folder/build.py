@@ -6,6 +6,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from nf4_pipeline.build_folder.freshness import Inputs, State, check_outputs, find_state
@@ -23,6 +24,7 @@ from nf4_pipeline.checkpoint.atomic import (
     remove_leftovers,
     sync_folder,
 )
+from nf4_pipeline.checkpoint.digest import FileStamp
 from nf4_pipeline.errors import BuildError
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.runtime.artifact import build_roots
@@ -33,6 +35,7 @@ class Build:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._written: dict[str, FileStamp] = {}  # outputs that this process hashed as it made them
 
     @property
     def source(self) -> Path:
@@ -79,7 +82,8 @@ class Build:
 
         Args:
             kind: of the stage.
-            claimed: what follows says what these files hold, so that all of them are hashed.
+            claimed: what follows says what these files hold, so that no record is believed: all of
+                them are hashed, but for those that this process hashed as it wrote them.
 
         Returns:
             What to hold them against once they have been read.
@@ -88,11 +92,14 @@ class Build:
             BuildError: the stage has no record, or a file that it left is gone, has other bytes, or
                 has become a link.
         """
-        return check_outputs(self.root, self.need(kind), claimed=claimed)
+        record = self.need(kind)
+        return check_outputs(self.root, record, self._written if claimed else record.stamps)
 
     def write_record(self, record: Record[Facts]) -> None:
         """Writes a record; the last thing that a stage does."""
-        write_record(self._record_path(record.kind), record, self.root)
+        stamps = {name: FileStamp.of(self.root / name) for name in record.outputs} | record.stamps
+        write_record(self._record_path(record.kind), replace(record, stamps=stamps))
+        self._written |= stamps
 
     def forget(self, kind: RecordKind[Facts]) -> None:
         """Deletes a stage's record, before its outputs change."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -78,15 +79,17 @@ def find_state(root: Path, record: Record[Facts] | None, key: str, reporter: Rep
     return State("done", "outputs hash as recorded")
 
 
-def check_outputs(root: Path, record: Record[Facts], *, claimed: bool) -> Inputs:
+def check_outputs(
+    root: Path, record: Record[Facts], stamps_of_hashed: Mapping[str, FileStamp]
+) -> Inputs:
     """Refuses outputs that changed since their stage wrote them.
 
-    A file whose stamp is the recorded one is not hashed again; any other is.
+    A file that has the stamp that it had when it was hashed is not hashed again; any other is.
 
     Args:
         root: the build folder.
         record: of the stage.
-        claimed: what follows says what these files hold, so that all of them are hashed.
+        stamps_of_hashed: by path in the build folder; of files whose hash is known.
 
     Returns:
         What to hold them against once they have been read.
@@ -101,7 +104,7 @@ def check_outputs(root: Path, record: Record[Facts], *, claimed: bool) -> Inputs
         problem = _find_problem(path, name)
         if problem is None:
             stamps[name] = FileStamp.of(path)
-            if not claimed and stamps[name] == record.stamps.get(name):
+            if stamps[name] == stamps_of_hashed.get(name):
                 continue
             if digest_file(path) != expected:
                 problem = f"changed since `{stage}` recorded it"

@@ -129,13 +129,12 @@ def read_record(path: Path, kind: RecordKind[F]) -> Record[F] | None:
         return None
 
 
-def write_record(path: Path, record: Record[Facts], root: Path) -> None:
+def write_record(path: Path, record: Record[Facts]) -> None:
     """Writes a record, complete or not at all.
 
     Args:
         path: where to.
-        record: what it says.
-        root: the build folder, in which the outputs are.
+        record: what it says; with the stamps of all outputs.
     """
     write_json(
         path,
@@ -145,7 +144,7 @@ def write_record(path: Path, record: Record[Facts], root: Path) -> None:
             "key": record.key,
             "outputs": {
                 name: {
-                    **(record.stamps.get(name) or FileStamp.of(root / name)).to_json(),
+                    **record.stamps[name].to_json(),
                     **digest.to_json(),
                 }
                 for name, digest in sorted(record.outputs.items())
