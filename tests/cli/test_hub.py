@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from nf4_pipeline.build_folder import Build
 
 from tests.support import hub_uploads
+from tests.support.checkpoints import make_checkpoint
 from tests.support.hub_client import isolated
 from tests.support.hub_server import TOKEN, Fault, HubServer
+from tests.support.sources import Change, with_extra, without
 from tests.support.tiny import Done, content_of, copy_of
 
 assert hub_uploads  # its routes are registered by importing it
@@ -94,6 +97,55 @@ def test_what_has_no_hash_is_refused_or_said(
     manifest = json.loads((root / "export" / "manifest.json").read_text("utf-8"))
     assert record["facts"]["unchecked"] == manifest["source"]["unchecked"] == sorted(hub.unhashed)
     assert "listed no hash of" in (root / "export" / "README.md").read_text("utf-8")
+
+
+WRONG_WEIGHTS: dict[str, tuple[Change, str]] = {
+    "scales of a quantization": (
+        with_extra(model__layers__0__mlp__up_proj__weight_scale_inv=torch.ones(1)),
+        "up_proj.weight_scale_inv",
+    ),
+    "a tensor without a place": (
+        with_extra(model__somewhere=torch.ones(3)),
+        "--allow-unused",
+    ),
+    "a tensor that is missing": (without("layers.1.mlp.up_proj"), "layers.1.mlp.up_proj"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_WEIGHTS)
+def test_what_headers_tell_is_known_before_the_weights_are_fetched(
+    case: str, hub: HubServer, shell: Shell
+) -> None:
+    change, said = WRONG_WEIGHTS[case]
+    model = make_checkpoint(shell.folder / "model", "llama")
+    change(model)
+    hub.store.add(REPO, model)
+    done = shell("download", REPO)
+    assert done.status == 1
+    assert said in done.err
+    assert "/tmp/nf4-" not in done.err
+    cached = [path.name for path in (shell.folder / "hf").rglob("*")]
+    assert "config.json" in cached
+    assert "model.safetensors" not in cached
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("*.safetensors", cdn=True, flip_bit=8 * 300),
+        Fault("*.safetensors", cdn=True, cut_after=50),
+        Fault("*.safetensors", cdn=True, ignore_range=True),
+        Fault("*.safetensors", cdn=True, status=503, times=2),
+    ],
+    ids=["flipped", "cut", "whole", "503"],
+)
+def test_a_header_that_came_wrong_is_asked_for_again(
+    fault: Fault, hub: HubServer, shell: Shell, tiny_falcon: Path
+) -> None:
+    hub.store.add(REPO, tiny_falcon)
+    hub.faults.append(fault)
+    done = shell("download", REPO)
+    assert done.status == 0, done.err
 
 
 def test_offline_says_which_commit_it_takes(

@@ -31,6 +31,11 @@ def test_a_promised_reader_decides(outcome: str, passes: bool) -> None:
     assert check.found == "because"
 
 
+def test_what_only_loads_is_said_to() -> None:
+    (check,) = reader_checks([_row(outcome="loaded only", why="no such kernel")])
+    assert (check.passed, check.found) == (True, "loaded only: no such kernel")
+
+
 def test_a_promised_reader_that_was_not_tried_is_no_pass() -> None:
     (check,) = reader_checks([_row(outcome="not tried", why="no memory", version=None)])
     assert (check.name, check.passed) == ("read by transformers", False)

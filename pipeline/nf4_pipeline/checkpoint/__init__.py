@@ -8,6 +8,7 @@
     lfs_pointer.py  Git LFS pointers in place of files
     folder_advice.py  what a folder without a usable checkpoint looks like, and the way out
     source.py       a checkpoint folder (one file, or shards with an index) as a list of tensors
+    skeleton.py     a folder of small files and headers, without weights
     quantized_formats.py  which quantization a checkpoint already has, by its tensors
     strip_prefix.py a checkpoint copied without a wrapper's prefix on its names
     layout.py       where each tensor of an output file will stand, before any byte is written

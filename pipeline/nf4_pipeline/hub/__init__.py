@@ -5,6 +5,7 @@
 
     publish(files, target, message) ──► Published                   upload.py, local.py
 
+    headers.py    what weights hold, before they are fetched
     client.py     every call of huggingface_hub: quiet, patient to a limit, tried again
     transport.py  every request and answer of it: to whom the token goes, what may come back
     replies.py    the forms of what a Hub says: names, hashes, addresses, JSON
@@ -36,6 +37,7 @@ test in `tests/hub`):
 """
 
 from nf4_pipeline.hub.download import Fetched, fetch, file_digests
+from nf4_pipeline.hub.headers import fetch_headers
 from nf4_pipeline.hub.local import LocalFile
 from nf4_pipeline.hub.lookup import resolve
 from nf4_pipeline.hub.remote import RemoteFile, RemoteModel, named, small_files, wanted_files
@@ -60,6 +62,7 @@ __all__ = [
     "Target",
     "commit_url",
     "fetch",
+    "fetch_headers",
     "file_digests",
     "named",
     "publish",

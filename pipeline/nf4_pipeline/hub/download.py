@@ -62,7 +62,7 @@ def fetch(
 
     Args:
         model: from `resolve`.
-        files: what to fetch of it, as a rule `wanted_files(model)`.
+        files: what to fetch of it, as a rule `wanted_files(model)`; none only moves the ref.
         reporter: gets two tasks in bytes, "download" and "check".
         allow_unhashed: take files without a hash to check them by, too; the result names them.
         last: no more files of this commit will be asked for; only then the ref moves.
@@ -92,9 +92,11 @@ def fetch(
     def check(file: RemoteFile, gauge: _Gauge) -> _Hashed:
         return _hash_or_fetch_again(model, file, folder / file.path, gauge, reporter, sleep)
 
-    with client.quiet():
-        _in_threads("download", download, files, reporter)
-        hashes = _in_threads("check", check, files, reporter)
+    hashes = []
+    if files:
+        with client.quiet():
+            _in_threads("download", download, files, reporter)
+            hashes = _in_threads("check", check, files, reporter)
     if last:
         cache.remember(model)
     hashed = dict(zip((file.path for file in files), hashes, strict=True))

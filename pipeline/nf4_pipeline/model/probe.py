@@ -31,10 +31,9 @@ _DATA_BYTES: Final = 8 * 2**30
 
 @dataclass(frozen=True)
 class ProbeRequest(Document):
-    """Which checkpoint folder is meant; `without_weights`: there are none in it yet."""
+    """Which checkpoint folder is meant."""
 
     folder: Path
-    without_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class ProbeReply(Document):
     """What transformers says of a checkpoint.
 
     Attributes:
-        architecture: of its model; without names of tensors, if there were none.
+        architecture: of its model.
         tokenizer: how it loads.
     """
 
@@ -62,7 +61,6 @@ class Probe:
 
     Args:
         folder: the checkpoint.
-        without_weights: there are none in it yet.
         worker: what does it.
     """
 
@@ -70,12 +68,11 @@ class Probe:
         self,
         folder: Path,
         *,
-        without_weights: bool = False,
         worker: Worker[ProbeRequest, ProbeReply] = WORKER,
     ) -> None:
         self._folder = folder
         self._limits = worker.limits
-        self._child = start(worker, ProbeRequest(folder, without_weights))
+        self._child = start(worker, ProbeRequest(folder))
 
     @property
     def is_replying(self) -> bool:

@@ -18,7 +18,6 @@ def run(request: ProbeRequest, reporter: Reporter) -> ProbeReply:
         SourceError: a file of it is missing or malformed.
     """
     folder = request.folder
-    checkpoint = None if request.without_weights else open_checkpoint(folder)
-    names = [tensor.name for tensor in checkpoint.tensors] if checkpoint else []
+    names = [tensor.name for tensor in open_checkpoint(folder).tensors]
     architecture = read_architecture(read_config(folder), names, folder)
     return ProbeReply(architecture, probe_tokenizer(folder, architecture.embedding_rows))

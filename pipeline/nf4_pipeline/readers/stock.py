@@ -162,11 +162,13 @@ class StockReader:
         lost = [*reply.missing, *reply.unexpected]
         wrong = reply.error or names_wrong(reply.linear4bit, expected, lost)
         apart: float | None = None
+        outcome: Outcome = "passed"
         why = "loads and computes as our loader does"
         if self._request.logits is None:
+            outcome = "loaded only"
             why = (
-                f"loads; logits not compared: bitsandbytes {reply.bitsandbytes} computes layers "
-                f"like {self._awkward} of these wrongly on a CPU"
+                f"bitsandbytes {reply.bitsandbytes} computes layers like {self._awkward} of these "
+                "wrongly on a CPU; verify on a GPU to compare logits"
             )
         elif not wrong:
             apart, bound = distance(Path(self._request.logits), own_logits), BOUNDS[dtype]
@@ -178,7 +180,7 @@ class StockReader:
             name="transformers",
             version=reply.transformers,
             promised=promised,
-            outcome="failed" if wrong else "passed",
+            outcome="failed" if wrong else outcome,
             why=wrong or why,
             layers=len(reply.linear4bit) if reply.linear4bit else None,
             logits_distance=None if apart is None else float(f"{apart:.3g}"),

@@ -25,7 +25,7 @@ from nf4_pipeline.checkpoint.source import open_checkpoint, read_json, weight_fi
 from nf4_pipeline.checkpoint.strip_prefix import check_prefix, copy_without_prefix
 from nf4_pipeline.checkpoint.untrusted import check_file
 from nf4_pipeline.checkpoint.weight_files import choose_weight_files
-from nf4_pipeline.errors import BuildError, UsageError
+from nf4_pipeline.errors import BuildError, SourceError, UsageError
 from nf4_pipeline.model.config import read_config
 from nf4_pipeline.model.probe import transformers_version
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
@@ -33,10 +33,17 @@ from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.records import DOWNLOAD, DownloadFacts, Reading
 from nf4_pipeline.resource_usage import measured, peak_memory_of_children
 from nf4_pipeline.runtime.artifact import ARTIFACTS, is_hub_id
-from nf4_pipeline.stages.preflight import Findings, Preflight, check_headers, check_small_files
+from nf4_pipeline.stages.preflight import (
+    Findings,
+    Preflight,
+    check_headers,
+    check_small_files,
+    look,
+    look_ahead,
+)
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 
-CODE_VERSION: Final = 2
+CODE_VERSION: Final = 3
 SAMPLE: Final = "sample"
 SAMPLE_REPO: Final = "nf4-pipeline/sample"
 
@@ -298,19 +305,39 @@ class Download:
         if weights is None:
             fetch((file for file in whole if file.path not in files), last=True)
             return self._convert(folder, repo, model.commit, files)
-        # What its config and its tokenizer say is known before the first weight is fetched.
-        asked = Preflight(folder, without_weights=True).wait().tokenizer.asked
-        more = [file for file in hub.named(model, asked) if file.path not in files]
+        parts = hub.named(model, weights.files)
+        ahead = not model.offline and not all((folder / part.path).is_file() for part in parts)
+        if not ahead:
+            fetch(parts)
+        starts = hub.fetch_headers(model, parts) if ahead else {}
+
+        def findings() -> Findings:
+            if not ahead:
+                return look(folder, request.reading)
+            holes = {part.path: (starts[part.path], part.size) for part in parts}
+            return look_ahead(folder, files, holes, request.reading)
+
+        try:
+            found = findings()
+        except SourceError:
+            # These bytes are of no hash; what was wrong with them may have come on their way.
+            first, starts = starts, hub.fetch_headers(model, parts) if ahead else {}
+            if starts == first:
+                raise
+            found = findings()
+        more = [file for file in hub.named(model, found.tokenizer.asked) if file.path not in files]
         if more:
             fetch(more)
-        fetch(hub.named(model, weights.files), last=True)
-        check_headers(folder)
+            found = findings()
+        found.tokenizer.check()
+        fetch(parts if ahead else (), last=True)
+        if not _begin_so(folder, starts):
+            found = look(folder, request.reading)
+            found.tokenizer.check()
         taken = {*_wanted_in(folder), *(file.path for file in more)}
         files = {name: digest for name, digest in files.items() if name in taken}
         if request.reading.strip_prefix:
-            check_prefix(open_checkpoint(folder), request.reading.strip_prefix)
             return self._strip_prefix(folder, repo, model.commit, files)
-        found = Preflight(folder, request.reading.allow_unused).wait()
         files = _with_tokenizer(folder, files, found.tokenizer)
         return Source(folder, repo, model.commit, files, found)
 
@@ -351,6 +378,16 @@ class Download:
         found = Preflight(target, self.request.reading.allow_unused).wait()
         made = _with_tokenizer(target, made, found.tokenizer)
         return Source(target, repo, commit, made, found, converted_from=files)
+
+
+def _begin_so(folder: Path, starts: Mapping[str, bytes]) -> bool:
+    """Whether the files are those whose first bytes were looked at."""
+
+    def begins_so(name: str, start: bytes) -> bool:
+        with (folder / name).open("rb") as file:
+            return file.read(len(start)) == start
+
+    return all(begins_so(name, start) for name, start in starts.items())
 
 
 def _with_tokenizer(

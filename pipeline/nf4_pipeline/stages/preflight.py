@@ -6,15 +6,17 @@ ends the hashing at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 
 from nf4_pipeline.checkpoint.folder_advice import adapter_advice
 from nf4_pipeline.checkpoint.lfs_pointer import check_no_pointer
+from nf4_pipeline.checkpoint.skeleton import skeleton
 from nf4_pipeline.checkpoint.source import open_checkpoint, weight_files
+from nf4_pipeline.checkpoint.strip_prefix import check_prefix
 from nf4_pipeline.checkpoint.untrusted import check_file, check_folder
 from nf4_pipeline.errors import PipelineError, SourceError
 from nf4_pipeline.model.architecture import Architecture
@@ -25,6 +27,7 @@ from nf4_pipeline.model.probe import Probe
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 from nf4_pipeline.model.unused_tensors import Unused
 from nf4_pipeline.progress import Task
+from nf4_pipeline.records import Reading
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,15 @@ class Findings:
     architecture: Architecture
     tokenizer: TokenizerFacts
     unused: tuple[Unused, ...]
+
+    def renamed(self, seen: Path, folder: str) -> Findings:
+        """These, in words about the folder that was meant instead of the one that was seen."""
+        tokenizer = replace(
+            self.tokenizer,
+            problem=self.tokenizer.problem.replace(str(seen), folder),
+            template_problem=self.tokenizer.template_problem.replace(str(seen), folder),
+        )
+        return replace(self, tokenizer=tokenizer)
 
 
 def check_small_files(folder: Path) -> None:
@@ -77,22 +89,72 @@ def check_headers(folder: Path) -> None:
     check_config_limits(config, checkpoint)
 
 
+def look(folder: Path, reading: Reading) -> Findings:
+    """What can be known of a checkpoint whose tokenizer may still lack files.
+
+    Raises:
+        SourceError: the weights are malformed or not those of config.json's model, or lack the
+            prefix that is to be stripped.
+        AlreadyQuantizedError: the tensors are those of a quantized model.
+    """
+    check_headers(folder)
+    if reading.strip_prefix:
+        check_prefix(open_checkpoint(folder), reading.strip_prefix)
+    preflight = Preflight(
+        folder,
+        reading.allow_unused,
+        fits=not reading.strip_prefix,  # its tensors have other names than the model's
+        has_tokenizer=False,
+    )
+    return preflight.wait()
+
+
+def look_ahead(
+    folder: Path,
+    small: Iterable[str],
+    weights: Mapping[str, tuple[bytes, int]],
+    reading: Reading,
+) -> Findings:
+    """What `look` finds, of weights of which only the headers are there.
+
+    Args:
+        folder: where the small files are, and the weights will be.
+        small: names of those that are there.
+        weights: the first bytes of each file of weights with its header in them, and its size.
+        reading: how the tensors are understood.
+
+    Raises:
+        SourceError: as `look` does.
+    """
+    with skeleton(folder, small, weights) as made:
+        try:
+            return look(made, reading).renamed(made, str(folder))
+        except PipelineError as error:
+            raise type(error)(str(error).replace(str(made), str(folder))) from None
+
+
 class Preflight:
     """Looks at a checkpoint in a child process, while this one does something else.
 
     Args:
         folder: the checkpoint; `check_small_files` and `check_headers` passed.
         allow_unused: patterns of tensors that may be left out.
-        without_weights: the weights are not there yet; the tokenizer may lack files, too.
+        fits: whether its tensors should be those of its model.
+        has_tokenizer: whether all files of its tokenizer are there, so that it should load.
     """
 
     def __init__(
-        self, folder: Path, allow_unused: Sequence[str] = (), *, without_weights: bool = False
+        self,
+        folder: Path,
+        allow_unused: Sequence[str] = (),
+        *,
+        fits: bool = True,
+        has_tokenizer: bool = True,
     ) -> None:
         self._folder = folder
         self._allow_unused = allow_unused
-        self._without_weights = without_weights
-        self._probe = Probe(folder, without_weights=without_weights)
+        self._fits, self._has_tokenizer = fits, has_tokenizer
+        self._probe = Probe(folder)
         self._found: Findings | None = None
         self._failure: PipelineError | None = None
         self._lock = Lock()
@@ -147,8 +209,9 @@ class Preflight:
     def _judge(self) -> Findings:
         reply = self._probe.wait()
         unused: tuple[Unused, ...] = ()
-        if not self._without_weights:
+        if self._fits:
             checkpoint = open_checkpoint(self._folder)
             unused = check_fit(checkpoint, reply.architecture, self._allow_unused)
+        if self._has_tokenizer:
             reply.tokenizer.check()
         return Findings(reply.architecture, reply.tokenizer, unused)

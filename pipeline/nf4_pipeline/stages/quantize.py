@@ -33,7 +33,7 @@ from nf4_pipeline.resource_usage import available_memory, measured, measured_on_
 from nf4_pipeline.selection import Plan
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 
-CODE_VERSION: Final = 1
+CODE_VERSION: Final = 2
 _FACTS_SUFFIX: Final = ".facts.json"
 _MANY_PROCESSORS: Final = 8
 _BYTES_PER_BLOCK: Final = 24  # absmax, three sums, and the rounded scale twice

@@ -32,7 +32,7 @@ from nf4_pipeline.records import (
 from nf4_pipeline.selection import Plan
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 
-CODE_VERSION: Final = 1
+CODE_VERSION: Final = 2
 
 
 @dataclass(frozen=True)

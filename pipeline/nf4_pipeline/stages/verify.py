@@ -52,7 +52,7 @@ from nf4_pipeline.verification.eval_text import RANDOM, Text, read_text
 from nf4_pipeline.verification.launch import Examination, compare_scores
 from nf4_pipeline.verification.prompts import REFERENCE, Prompt, asked_with, read_prompts
 
-CODE_VERSION: Final = 5
+CODE_VERSION: Final = 6
 VERIFICATION_FILE: Final = "verification.json"
 CARD_FILE: Final = "README.md"
 REPORT_FILE: Final = "report.html"
