@@ -72,8 +72,11 @@ def _first_bytes(
 
 def _read(model: RemoteModel, file: RemoteFile, wanted: int) -> bytes:
     """Reads so many bytes, whether the Hub sends only them or begins to send the file."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+    from huggingface_hub import get_session, hf_hub_url
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # its public names
+        build_hf_headers,
+        hf_raise_for_status,
+    )
 
     url = hf_hub_url(model.repo_id, file.path, revision=model.commit)
     headers = build_hf_headers(library_name=client.LIBRARY) | {"range": f"bytes=0-{wanted - 1}"}
