@@ -12,6 +12,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain, count, repeat
 from pathlib import Path
@@ -631,13 +632,20 @@ SLOW: dict[str, tuple[str, str, Change]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SLOW)
-def test_an_answer_that_comes_too_slowly(
-    stranger: Stranger, victim: Victim, world: Path, name: str
-) -> None:
-    method, path, change = SLOW[name]
-    stranger.twists.append(Twist(method, path, change))
-    refused(harmless(stranger, victim, world))
+def test_answers_that_come_too_slowly(tmp_path: Path) -> None:
+    """All at once, each to a process of its own: it takes 15 seconds until one is refused."""
+
+    def ask(name: str) -> None:
+        method, path, change = SLOW[name]
+        world = tmp_path / name
+        with Stranger() as stranger, Victim(world / "victim", stranger.url) as victim:
+            stranger.twists.append(Twist(method, path, change))
+            refused(harmless(stranger, victim, world))
+
+    with ThreadPoolExecutor(len(SLOW)) as pool:
+        asked = {name: pool.submit(ask, name) for name in SLOW}
+    failures = {name: future.exception() for name, future in asked.items()}
+    assert not any(failures.values()), failures
 
 
 def page(stranger: Stranger, where: Callable[[int], str], entries: bool = False) -> Twist:
