@@ -6,7 +6,9 @@ from dataclasses import replace
 from math import prod
 
 import pytest
+from nf4_pipeline import selection
 from nf4_pipeline.checkpoint.safetensors_header import DTYPE_BYTES, HeaderTensor
+from nf4_pipeline.checkpoint.shards import name_shards
 from nf4_pipeline.checkpoint.source import SourceTensor
 from nf4_pipeline.errors import ArchitectureError, CheckpointError, RecipeError
 from nf4_pipeline.model.architecture import Architecture, LinearFact
@@ -288,9 +290,27 @@ def test_files_hold_what_is_left_and_layouts_know_their_bytes() -> None:
     lone = tensor("head.weight", file="f9")
     spread = [lone if t.name == lone.name else t for t in spread]
     plan = select(spread, FACTS, QuantizeRecipe())
-    assert set(plan.files()) == {"f0", "f1"}  # the dropped head was alone in its file
+    # The dropped head was alone in its file.
+    assert list(plan.files()) == [f"model-{i:05d}-of-00002.safetensors" for i in (1, 2)]
+    assert [{t.source.file for t in ts} for ts in plan.files().values()] == [{"f0"}, {"f1"}]
     layouts = plan.layouts()
     stored = {t.name: t for plan_of in plan.tensors for t in plan_of.stored}
     placed = {t.name: t for layout in layouts.values() for t in layout.tensors}
     assert {n: t.nbytes for n, t in placed.items()} == {n: t.nbytes for n, t in stored.items()}
     assert len(placed) == 2 * 6 + 4
+
+
+@pytest.mark.parametrize("limit", [1, 3_000, 20_000, 10**9])
+def test_no_file_is_larger_than_the_limit_unless_a_weight_is(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spread = [tensor(t.name, file=f"f{i % 2}") for i, t in enumerate(TENSORS)]
+    plan = select(spread, FACTS, QuantizeRecipe())
+    whole = plan.files()
+    monkeypatch.setattr(selection, "LARGEST_FILE", limit)
+    files, layouts = plan.files(), plan.layouts()
+    assert list(files) == name_shards(len(files))
+    for name, tensors in files.items():
+        assert layouts[name].nbytes <= limit or len(tensors) == 1
+        assert len({t.source.file for t in tensors}) == 1
+    assert [t for ts in files.values() for t in ts] == [t for ts in whole.values() for t in ts]

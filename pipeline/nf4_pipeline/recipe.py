@@ -6,7 +6,7 @@ A recipe is a TOML file with up to three tables, named for the stage that reads 
     skip_modules = ["h.31.mlp"]      # left in 16 bit, besides the output head
 
     [serialize]
-    max_shard_size = "5GB"
+    max_shard_size = "1GB"
 
     [verify]
     max_mean_kl = 0.5
@@ -139,10 +139,10 @@ class SerializeRecipe:
     """How the artifact is cut into files.
 
     Attributes:
-        max_shard_size: of one weight file, such as "5GB" or "500MB".
+        max_shard_size: of one weight file, such as "500MB"; without it they have 1 GB at most.
     """
 
-    max_shard_size: str = "5GB"
+    max_shard_size: str = "1GB"
 
     def __post_init__(self) -> None:
         _require(self.max_shard_bytes > 0, "serialize.max_shard_size", self.max_shard_size, "> 0")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.safetensors_header import DTYPE_BYTES
+from nf4_pipeline.checkpoint.shards import name_shards
 from nf4_pipeline.checkpoint.source import SourceTensor
 from nf4_pipeline.errors import ArchitectureError, CheckpointError, RecipeError
 from nf4_pipeline.model.architecture import Architecture, LinearFact
@@ -28,6 +29,12 @@ from nf4_pipeline.recipe import QuantizeRecipe
 
 QUANTIZABLE_DTYPES: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """Source dtypes that can be quantized, as safetensors and as torch call them."""
+
+LARGEST_FILE: Final = 1_000_000_000
+"""Bytes of a file in quantized/, unless a single weight is larger. A sha256 takes one thread, so it
+is several files that are hashed side by side."""
+
+_HEADER_ENTRY: Final = 160  # bytes in a header for one tensor at most, but for its name
 
 Action = Literal["quantize", "keep", "drop"]
 
@@ -113,12 +120,22 @@ class Plan:
         return tuple(tensor for tensor in self.tensors if tensor.action == action)
 
     def files(self) -> dict[str, tuple[TensorPlan, ...]]:
-        """The tensors of each source file that has any left in the output."""
-        grouped: dict[str, list[TensorPlan]] = {}
+        """The tensors of each file in quantized/: of one source file, at most 1 GB."""
+        parts: list[list[TensorPlan]] = []
+        sizes: dict[str, tuple[int, int]] = {}  # by source file: its last part, and how full it is
         for tensor in self.tensors:
-            if tensor.action != "drop":
-                grouped.setdefault(tensor.source.file, []).append(tensor)
-        return {file: tuple(tensors) for file, tensors in grouped.items()}
+            if tensor.action == "drop":
+                continue
+            nbytes = sum(one.nbytes + len(one.name) + _HEADER_ENTRY for one in tensor.stored)
+            part, full = sizes.get(tensor.source.file, (-1, LARGEST_FILE))
+            if full + nbytes > LARGEST_FILE:
+                part, full = len(parts), _HEADER_ENTRY
+                parts.append([])
+            parts[part].append(tensor)
+            sizes[tensor.source.file] = part, full + nbytes
+        parts.sort(key=lambda tensors: tensors[0].source.file)
+        names = name_shards(len(parts))
+        return {name: tuple(tensors) for name, tensors in zip(names, parts, strict=True)}
 
     def layouts(self) -> dict[str, FileLayout]:
         """The layout of each file in quantized/."""

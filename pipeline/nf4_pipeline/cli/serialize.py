@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @click.command("serialize")
 @click.argument("model", required=False)
-@click.option("--max-shard-size", help='Such as "5GB" or "500MB"; wins over the recipe.')
+@click.option("--max-shard-size", help='Such as "500MB", at most 1GB; wins over the recipe.')
 @build_dir_option
 @recipe_options
 @output_options

@@ -28,7 +28,7 @@ from nf4_pipeline.selection import Plan, TensorPlan
 
 Call = Callable[[], None]
 
-_OPEN_FILES: Final = 2, 4
+_OPEN_FILES: Final = 2, 8
 """Output files in work at a time, at least and at most: while one is hashed to its end and synced,
 the next goes on; and where many threads work, the hash of one file cannot keep up with them."""
 
@@ -39,15 +39,18 @@ class Output:
 
     Attributes:
         name: of the file.
-        source: the checkpoint file that all of its tensors come from.
-        tensors: in the order in which they are made.
+        tensors: in the order in which they are made; all from one checkpoint file.
         layout: where each of their stored tensors goes.
     """
 
     name: str
-    source: str
     tensors: tuple[TensorPlan, ...]
     layout: FileLayout
+
+    @property
+    def source(self) -> str:
+        """The checkpoint file that they come from."""
+        return self.tensors[0].source.file
 
 
 Opener = Callable[[Output], AbstractContextManager[Sink]]

@@ -129,7 +129,7 @@ def _locate(
     sink = ComparingSink(path, layout, wrong[0])
     derived.run.make(
         "derive",
-        [Output(name, output.source, (owner,), layout)],
+        [Output(name, (owner,), layout)],
         lambda _: comparing(sink),
         lambda *_: None,
         SILENT,

@@ -105,11 +105,11 @@ def plan_outputs(plan: Plan, limit: int) -> list[Output]:
         together = [tensor.stored for tensor in tensors]
         groups = split_tensors(layout.tensors, layout.nbytes, limit, together)
         if len(groups) == 1:
-            pieces.append((file, tensors, layout))
+            pieces.append((tensors, layout))
             continue
         owner = {stored.name: tensor for tensor in tensors for stored in tensor.stored}
         for group in groups:
             owners = tuple(dict.fromkeys(owner[part.name] for part in group))
-            pieces.append((file, owners, piece_layout(group)))
+            pieces.append((owners, piece_layout(group)))
     names = name_shards(len(pieces))
     return [Output(name, *piece) for name, piece in zip(names, pieces, strict=True)]

@@ -201,7 +201,7 @@ class Quantize:
         tensors = plan.files()
         run.make(
             "quantize",
-            [Output(f, f, tensors[f], layouts[f]) for f in layouts if f not in finished],
+            [Output(f, tensors[f], layouts[f]) for f in layouts if f not in finished],
             lambda output: writing(folder / output.name, output.layout),
             done,
             self.reporter,
