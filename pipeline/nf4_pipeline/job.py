@@ -23,7 +23,8 @@ from nf4_pipeline.records import (
     strangers,
 )
 from nf4_pipeline.stages.attest import Attest
-from nf4_pipeline.stages.download import Download, Downloaded, DownloadRequest
+from nf4_pipeline.stages.download import Download, Downloaded
+from nf4_pipeline.stages.find_source import DownloadRequest
 from nf4_pipeline.stages.quantize import Quantize, count_finished_files
 from nf4_pipeline.stages.run_recorded import Stage
 from nf4_pipeline.stages.serialize import Serialize
@@ -91,7 +92,7 @@ def run_build(
     stages = make_stages(build, recipe, machine, reporter)
     with translate_errors("build", build), build.locked():
         for name in stages:
-            results[name] = _ensure(build, stages, name, recipe, reporter)
+            results[name] = _ensure(build, stages, name, recipe, reporter, check=request.check)
     return build, results
 
 
@@ -171,16 +172,18 @@ def _ensure(
     reporter: Reporter,
     *,
     anew: bool = False,
+    check: bool = True,
 ) -> StageResult:
     """Runs a stage if it is not done, or if it shall run anew; the build folder must be locked.
 
     A verdict is repeated only where the stage before has just been found to be done: its key holds
-    the hashes of what was judged, and those of serialize were compared with the files just now.
+    the hashes of what was judged, and serialize's files hash so, or are untouched since they did.
+    Without `check`, what was not touched is not hashed.
     """
     stage = stages[name]
     with translate_errors(name, build):
         if not anew:
-            state = _check_state(build, stage, reporter)
+            state = _check_state(build, stage, reporter, check=check)
             if state.status == "done":
                 record = build.need(stage.kind)
                 return StageResult(_refresh_recipe(build, record, recipe), ran=False)
@@ -280,9 +283,9 @@ def _state(build: Build, stage: Stage, reporter: Reporter) -> State:
         return State("stale", str(error))
 
 
-def _check_state(build: Build, stage: Stage, reporter: Reporter) -> State:
+def _check_state(build: Build, stage: Stage, reporter: Reporter, *, check: bool = True) -> State:
     """The state of a stage; serialize owns its folder, in which nothing else may lie."""
-    state = build.state(stage.kind, stage.key(), reporter)
+    state = build.state(stage.kind, stage.key(), reporter, check=check)
     if state.status == "done" and stage.kind is SERIALIZE and (found := strangers(build)):
         return State("stale", f"export/{found[0]} was left by no stage")
     return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 DEFAULT_MEMORY_BUDGET: Final = 256 * 2**20
@@ -25,3 +26,8 @@ class Machine:
     workers: int = 0
     memory_budget: int = DEFAULT_MEMORY_BUDGET
     device_memory: int = 0
+
+
+def may_have_cuda() -> bool:
+    """False where there can be no CUDA device; known without importing torch."""
+    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()

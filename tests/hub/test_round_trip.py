@@ -12,7 +12,7 @@ from nf4_pipeline.build_folder import Build
 from nf4_pipeline.job import run_build
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe, load_recipe
-from nf4_pipeline.stages.download import DownloadRequest
+from nf4_pipeline.stages.find_source import DownloadRequest
 
 from tests.support.hub_client import isolated
 from tests.support.hub_server import HubServer

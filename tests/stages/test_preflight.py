@@ -15,7 +15,8 @@ from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import SERIALIZE, Reading
-from nf4_pipeline.stages.download import Download, DownloadRequest
+from nf4_pipeline.stages.download import Download
+from nf4_pipeline.stages.find_source import DownloadRequest
 from safetensors.torch import load_file
 
 from tests.support import sources as s

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 from nf4_pipeline.machine import Machine
 from nf4_pipeline.progress import SILENT
-from nf4_pipeline.stages.download import Download, Downloaded, DownloadRequest
+from nf4_pipeline.stages.download import Download, Downloaded
+from nf4_pipeline.stages.find_source import DownloadRequest
 from nf4_pipeline.verification.document import Thresholds, Verification
 
 CPU: Final = Machine(device="cpu")

@@ -108,9 +108,11 @@ class Build:
             path.unlink()
             sync_folder(path.parent)
 
-    def state(self, kind: RecordKind[Facts], key: str, reporter: Reporter = SILENT) -> State:
-        """Whether a stage with this key is done; hashes its outputs to know."""
-        return find_state(self.root, self.record(kind), key, reporter)
+    def state(
+        self, kind: RecordKind[Facts], key: str, reporter: Reporter = SILENT, *, check: bool = True
+    ) -> State:
+        """Whether a stage with this key is done; see `find_state`."""
+        return find_state(self.root, self.record(kind), key, reporter, check=check)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -56,24 +56,34 @@ class Inputs:
                 )
 
 
-def find_state(root: Path, record: Record[Facts] | None, key: str, reporter: Reporter) -> State:
-    """Whether a stage is done; hashes its outputs to know.
+def find_state(
+    root: Path, record: Record[Facts] | None, key: str, reporter: Reporter, *, check: bool
+) -> State:
+    """Whether a stage is done.
 
     Args:
         root: the build folder.
         record: of the stage, if there is one.
         key: that the stage would have now.
         reporter: told how far the hashing is.
+        check: hash all of its outputs to know; else those that were touched since they were hashed.
     """
     if record is None:
         return State("missing", "not run yet")
     if record.key != key:
         return State("stale", "its inputs, its recipe or this program changed since")
-    with reporter.task(f"check {record.kind.stage}", record.total_bytes) as task:
-        for name, expected in record.outputs.items():
+    touched = {}
+    for name, expected in record.outputs.items():
+        if problem := _find_problem(root / name, name):
+            return State("stale", f"{name} {problem}")
+        if check or FileStamp.of(root / name) != record.stamps.get(name):
+            touched[name] = expected
+    if not touched:
+        return State("done", "outputs are untouched since they were hashed")
+    total = sum(digest.size for digest in touched.values())
+    with reporter.task(f"check {record.kind.stage}", total) as task:
+        for name, expected in touched.items():
             path = root / name
-            if problem := _find_problem(path, name):
-                return State("stale", f"{name} {problem}")
             if path.stat().st_size != expected.size or digest_file(path, task) != expected:
                 return State("stale", f"{name} is not what the stage wrote")
     return State("done", "outputs hash as recorded")

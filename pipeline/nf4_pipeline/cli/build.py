@@ -17,7 +17,7 @@ from nf4_pipeline.cli.options import (
 if TYPE_CHECKING:
     from nf4_pipeline.machine import Machine
     from nf4_pipeline.recipe import PartialRecipe
-    from nf4_pipeline.stages.download import DownloadRequest
+    from nf4_pipeline.stages.find_source import DownloadRequest
 
 
 @click.command("build")

@@ -10,7 +10,7 @@ import click
 from nf4_pipeline.cli.options import Ui, download_options, output_options
 
 if TYPE_CHECKING:
-    from nf4_pipeline.stages.download import DownloadRequest
+    from nf4_pipeline.stages.find_source import DownloadRequest
 
 
 @click.command("download")

@@ -72,6 +72,11 @@ def download_options(command: Command) -> Command:
         "and record, manifest and card say so.",
     )
     @click.option(
+        "--check",
+        is_flag=True,
+        help="Hash everything again, also what looks untouched since it was hashed.",
+    )
+    @click.option(
         "--allow-unused",
         multiple=True,
         metavar="PATTERN",
@@ -93,13 +98,14 @@ def download_options(command: Command) -> Command:
         offline: bool,
         allow_pickle: bool,
         allow_unhashed: bool,
+        check: bool,
         allow_unused: tuple[str, ...],
         strip_prefix: str,
         build_dir: Path | None,
         **values: Any,
     ) -> Any:
         from nf4_pipeline.records import Reading
-        from nf4_pipeline.stages.download import DownloadRequest
+        from nf4_pipeline.stages.find_source import DownloadRequest
 
         request = DownloadRequest(
             model,
@@ -110,6 +116,7 @@ def download_options(command: Command) -> Command:
             allow_pickle,
             allow_unhashed,
             Reading(allow_unused, strip_prefix),
+            check,
         )
         return command(request=request, **values)
 

@@ -36,6 +36,7 @@ test in `tests/hub`):
 - with Xet, `upload_folder` may make several commits: `publish` makes one
 """
 
+from nf4_pipeline.hub.cache import snapshot
 from nf4_pipeline.hub.download import Fetched, fetch, file_digests
 from nf4_pipeline.hub.headers import fetch_headers
 from nf4_pipeline.hub.local import LocalFile
@@ -69,5 +70,6 @@ __all__ = [
     "pull_request_url",
     "resolve",
     "small_files",
+    "snapshot",
     "wanted_files",
 ]

@@ -2,6 +2,7 @@
 
     run_recorded.py  what a stage is; forget the record, work, write the record
     preflight.py     what can be known of a checkpoint before its first weight is read
+    find_source.py   a name -> a checkpoint that was found, looked at, fetched and hashed
     download.py      a name -> a pinned, hashed checkpoint in source/
     quantize.py      source/ -> quantized/
     serialize.py     quantized/ -> export/: the artifact and its manifest

@@ -23,7 +23,7 @@ from nf4_pipeline.engine.buffers import divide
 from nf4_pipeline.engine.quantize_checkpoint import CheckpointPlanner, QuantizationRun
 from nf4_pipeline.engine.scheduler import Output, QuantizedFile
 from nf4_pipeline.errors import PlanMismatchError, ResourceError
-from nf4_pipeline.machine import Machine
+from nf4_pipeline.machine import Machine, may_have_cuda
 from nf4_pipeline.nf4.packing import blocks_of
 from nf4_pipeline.nf4.rounding import NearestOnCpu, Rounding
 from nf4_pipeline.progress import SILENT, Reporter
@@ -229,7 +229,7 @@ def rounding_for(device: str) -> Rounding:
             are as fast as the disk themselves, and starting CUDA takes longer than they need.
     """
     few = len(os.sched_getaffinity(0)) < _MANY_PROCESSORS
-    if device == "cpu" or (device == "auto" and not (few and _may_have_cuda())):
+    if device == "cpu" or (device == "auto" and not (few and may_have_cuda())):
         return NearestOnCpu()
     from nf4_pipeline.runtime.loader import cuda_devices
 
@@ -239,11 +239,6 @@ def rounding_for(device: str) -> Rounding:
     from nf4_pipeline.nf4.cuda import NearestOnCuda
 
     return NearestOnCuda(devices)
-
-
-def _may_have_cuda() -> bool:
-    """False where there can be no CUDA device; known without importing torch."""
-    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
 
 
 def check_memory(plan: Plan, budget: int) -> None:

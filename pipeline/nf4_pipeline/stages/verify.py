@@ -24,7 +24,7 @@ from nf4_pipeline.checkpoint.digest import (
 from nf4_pipeline.checkpoint.files import entries, is_tokenizer
 from nf4_pipeline.errors import ArtifactError, RecipeError, ResourceError
 from nf4_pipeline.fidelity.verdict import Check
-from nf4_pipeline.machine import Machine
+from nf4_pipeline.machine import Machine, may_have_cuda
 from nf4_pipeline.manifest.manifest import Manifest, Source
 from nf4_pipeline.manifest.read import MANIFEST_FILE, read_manifest
 from nf4_pipeline.progress import SILENT, Reporter
@@ -114,10 +114,17 @@ class Verify:
                 "recipe": recipe,
                 "prompts": digest_file(self.prompts_path()).sha256,
                 "text": self._text().sha256,
-                "device": pick_device(self.machine.device).partition(":")[0],
+                "device": self._device_kind(),
                 "against": against,
             }
         )
+
+    def _device_kind(self) -> str:
+        """What a verdict is about: "cpu" or "cuda"; torch is only asked where it must be."""
+        device = self.machine.device
+        if device == "cpu" or (device == "auto" and not may_have_cuda()):
+            return "cpu"
+        return pick_device(device).partition(":")[0]
 
     def _manifest_of_other(self) -> str | None:
         """The hash of the manifest of the artifact to compare with, if there is one."""
