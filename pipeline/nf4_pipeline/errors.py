@@ -16,6 +16,7 @@
     ├── PlanMismatchError         the bytes written differ from the bytes predicted
     ├── ResourceError             not enough disk, memory, or no such device
     │   └── AccessError           a file or a folder cannot be read or written
+    │       └── UnfitFileError    a pipe, a device, or far too many bytes, where a file should be
     ├── VerificationError         the verdict is "fail"
     ├── TiedWeightsDiffer         tensors that config.json ties differ; caught, and both are kept
     └── StoppedError              the user stopped it: exit code 130
@@ -30,6 +31,7 @@ Only the command line turns an error into text and an exit code (`cli/__init__.p
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 from typing import Final
 
 NOT_CHECKED: Final = 3
@@ -104,6 +106,23 @@ class AccessError(ResourceError):
     """A file or a folder cannot be read or written: permissions, a read-only or a failing disk."""
 
 
+class UnfitFileError(AccessError, OSError):
+    """What should be a file is none, or is larger than any real one; an `OSError`, too.
+
+    So whoever turns an unreadable file into an error of its own does so with this one.
+
+    Args:
+        path: of the file.
+        why: in words that can follow "cannot be read: ", without a full stop.
+    """
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(errno.EINVAL, why, str(path))
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be read: {self.strerror}. Name or bring the file itself."
+
+
 class StoppedError(PipelineError):
     """The user stopped the work; the text says what is kept, and how to go on."""
 
@@ -132,6 +151,8 @@ def of_system(error: OSError | MemoryError, doing: str) -> PipelineError:
         error: what it said.
         doing: what was going on, such as "quantize".
     """
+    if isinstance(error, UnfitFileError):
+        return error
     if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
         return ResourceError(
             f"{doing}: memory ran out. Give it a smaller --memory-budget, or end other programs, "

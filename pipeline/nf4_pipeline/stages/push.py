@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from nf4_pipeline import __version__
 from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, json_sha256
-from nf4_pipeline.checkpoint.files import entries
+from nf4_pipeline.checkpoint.files import CARD_FILE, entries
 from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import ArtifactError, VerificationError
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from nf4_pipeline.hub import Earlier, LocalFile, Published, Target
 
 CODE_VERSION: Final = 1
-CARD_FILE: Final = "README.md"
 PROVENANCE_FILE: Final = "provenance.json"
 
 
