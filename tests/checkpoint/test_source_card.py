@@ -1,4 +1,4 @@
-"""A card is a stranger's: there is always an answer, soon, and what is in it can be written down."""
+"""A card is a stranger's: there is always an answer, soon, and it can be written down."""
 
 from __future__ import annotations
 
@@ -65,9 +65,7 @@ READ: Final[dict[str, tuple[str, SourceCard]]] = {
         SourceCard(license=("mit",), license_name="a b"),
     ),
     "bombs in other keys": (
-        front(
-            "a: &a [x, x]", "b: &b [*a, *a]", "c: *b", "d: !!python/name:os.system", "license: mit"
-        ),
+        front("a: &a [x, x]", "b: &b [*a, *a]", "c: *b", "d: !!python/name:x", "license: mit"),
         MIT,
     ),
     "no YAML in other keys": (front("a: [", "b: }{", "\tc", "license: mit", "d: 'x"), MIT),
@@ -114,7 +112,7 @@ ODD: Final[dict[str, tuple[str, str]]] = {
     "an empty list": ("license: []", "an empty list"),
     "an anchor": ("license: &a mit", "an anchor or an alias"),
     "an alias": ("a: &a mit\nlicense: *a", "an anchor or an alias"),
-    "a bomb": ("license: [&a [x, x], &b [*a, *a], *b]", "something deeper"),
+    "a bomb": ("license: [&a [x, x], &b [*a, *a], *b]", "an anchor or an alias"),
     "a merge bomb": ("license: {<<: &a {x: y}}", "something deeper"),
     "a Python object": ("license: !!python/object/apply:os.system [id]", "a tag"),
     "binary": ("license: !!binary bWl0", "a tag"),
@@ -212,21 +210,19 @@ def test_a_card_on_disk(tmp_path: Path) -> None:
     assert read_card(path) == MIT
     path.unlink()
     path.mkdir()
-    assert read_card(path).left_out == (
-        "all of it: it cannot be read: it is a folder, not a plain file",
-    )
+    (said,) = read_card(path).left_out
+    assert said == "all of it: it cannot be read: it is a folder, not a plain file"
 
 
-YAML: Final = st.sampled_from(
+WORDS: Final = (
     "license license_name license_link language : - # [ ] { } , & * ! | > ' \" % @ ` ? ~ << "
-    "&a *a !!str !!binary !!python/name:x mit en no 0o7 1e400 .nan 2001-13-45 \\ud800".split()
-    + ["\n", "\n  ", "\n- ", ": ", "\t", "\r\n", "\0", "\u2028", "\ud800", "\x85", "---\n", "...\n"]
+    "&a *a !!str !!binary !!python/name:x mit en no 0o7 1e400 .nan 2001-13-45 \\ud800"
 )
+SPACES: Final = "\n", "\n  ", "\n- ", ": ", "\t", "\r\n", "\0", "\u2028", "\ud800", "\x85", "---\n"
+PARTS: Final = st.one_of(st.sampled_from([*WORDS.split(), *SPACES]), st.text(max_size=3))
 
 
 @settings(max_examples=400, deadline=None)
-@given(
-    st.one_of(st.text(), st.lists(st.one_of(YAML, st.text(max_size=3))).map("".join)), st.booleans()
-)
+@given(st.one_of(st.text(), st.lists(PARTS).map("".join)), st.booleans())
 def test_any_text_has_an_answer(text: str, whole: bool) -> None:
     answer(text if whole else front("license: " + text, "language: " + text))
