@@ -31,7 +31,6 @@ Only the command line turns an error into text and an exit code (`cli/__init__.p
 from __future__ import annotations
 
 import errno
-from pathlib import Path
 from typing import Final
 
 NOT_CHECKED: Final = 3
@@ -112,15 +111,16 @@ class UnfitFileError(AccessError, OSError):
     So whoever turns an unreadable file into an error of its own does so with this one.
 
     Args:
-        path: of the file.
-        why: in words that can follow "cannot be read: ", without a full stop.
+        text: all that the user sees, unless it is turned into another error.
+        why: its reason alone, for `strerror`.
     """
 
-    def __init__(self, path: Path, why: str) -> None:
-        super().__init__(errno.EINVAL, why, str(path))
+    def __init__(self, text: str, why: str = "") -> None:
+        super().__init__(errno.EINVAL, why or text)
+        self._text = text
 
     def __str__(self) -> str:
-        return f"{self.filename} cannot be read: {self.strerror}. Name or bring the file itself."
+        return self._text
 
 
 class StoppedError(PipelineError):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 from nf4_pipeline.errors import UnfitFileError
 
@@ -41,8 +42,8 @@ def check_plain(path: Path, limit: int | None = None) -> int:
     return _check(path, path.stat(), limit)
 
 
-def open_plain(path: Path, limit: int | None = None) -> BinaryIO:
-    """Opens a plain file for reading, without a buffer.
+def open_plain(path: Path, limit: int | None = None) -> BufferedReader:
+    """Opens a plain file for reading.
 
     Args:
         path: of the file; links are followed.
@@ -57,7 +58,7 @@ def open_plain(path: Path, limit: int | None = None) -> BinaryIO:
     descriptor = os.open(path, _FLAGS)
     try:
         _check(path, os.fstat(descriptor), limit)
-        return os.fdopen(descriptor, "rb", buffering=0)
+        return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
@@ -77,8 +78,25 @@ def read_plain(path: Path, limit: int) -> bytes:
     """
     content = read_beginning(path, limit + 1, limit)
     if len(content) > limit:
-        raise UnfitFileError(path, f"it grew beyond {limit:,} bytes while it was read")
+        raise _unfit(path, f"it grew beyond {limit:,} bytes while it was read")
     return content
+
+
+def read_text(path: Path, limit: int) -> str:
+    """The whole of a plain file as text, its line breaks as Python has them.
+
+    Args:
+        path: of the file; links are followed.
+        limit: bytes that it may have.
+
+    Raises:
+        UnfitFileError: the path leads to something else than a plain file, or the file has more
+            than `limit` bytes, or gets them while it is read.
+        OSError: there is no such file, or it cannot be read.
+        UnicodeDecodeError: the file is not UTF-8.
+    """
+    text = read_plain(path, limit).decode("utf-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_beginning(path: Path, nbytes: int, limit: int | None = None) -> bytes:
@@ -94,21 +112,23 @@ def read_beginning(path: Path, nbytes: int, limit: int | None = None) -> bytes:
             than `limit` bytes.
         OSError: there is no such file, or it cannot be read.
     """
-    parts: list[bytes] = []
-    left = nbytes
     with open_plain(path, limit) as file:
-        while left and (part := file.read(min(left, 2**20))):
-            parts.append(part)
-            left -= len(part)
-    return b"".join(parts)
+        return file.read(nbytes)
+
+
+def why_unreadable(error: OSError | UnicodeDecodeError) -> str:
+    """The reason alone, to follow "PATH cannot be read: "."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _unfit(path: Path, why: str) -> UnfitFileError:
+    return UnfitFileError(f"{path} cannot be read: {why}. Name or bring the file itself.", why)
 
 
 def _check(path: Path, found: os.stat_result, limit: int | None) -> int:
     for is_kind, name in _KINDS:
         if is_kind(found.st_mode):
-            raise UnfitFileError(path, f"it is {name}, not a plain file")
+            raise _unfit(path, f"it is {name}, not a plain file")
     if limit is not None and found.st_size > limit:
-        raise UnfitFileError(
-            path, f"it has {found.st_size:,} bytes; no real one has more than {limit:,}"
-        )
+        raise _unfit(path, f"it has {found.st_size:,} bytes; no real one has more than {limit:,}")
     return found.st_size

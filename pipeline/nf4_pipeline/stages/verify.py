@@ -22,6 +22,7 @@ from nf4_pipeline.checkpoint.digest import (
     json_sha256,
 )
 from nf4_pipeline.checkpoint.files import CARD_FILE, entries, is_tokenizer
+from nf4_pipeline.checkpoint.plain_file import check_plain
 from nf4_pipeline.errors import ArtifactError, RecipeError, ResourceError
 from nf4_pipeline.fidelity.verdict import Check
 from nf4_pipeline.machine import Machine
@@ -50,7 +51,7 @@ from nf4_pipeline.verification.check_model import check_kept, check_weights, rep
 from nf4_pipeline.verification.document import Against, MeasuredVerification, Verification
 from nf4_pipeline.verification.eval_text import RANDOM, Text, read_text
 from nf4_pipeline.verification.launch import Examination, compare_scores
-from nf4_pipeline.verification.prompts import REFERENCE, Prompt, asked_with, read_prompts
+from nf4_pipeline.verification.prompts import LARGEST, REFERENCE, Prompt, asked_with, read_prompts
 
 CODE_VERSION: Final = 5
 VERIFICATION_FILE: Final = "verification.json"
@@ -128,12 +129,17 @@ class Verify:
         """The user's prompts, or those of the sample, or those for any model.
 
         Raises:
-            RecipeError: the recipe names a file that does not exist.
+            RecipeError: the recipe names a file that does not exist, is no plain file, or is too
+                large.
         """
         if self.recipe.verify.prompts:
             path = Path(self.recipe.verify.prompts)
-            if not path.is_file():
-                raise RecipeError(f"The prompts {path} cannot be read: there is no such file.")
+            try:
+                check_plain(path, LARGEST)
+            except OSError as error:
+                raise RecipeError(
+                    f"The prompts {path} cannot be read: {error.strerror}."
+                ) from error
             return path
         if self.build.need(DOWNLOAD).facts.is_sample:
             from nf4_pipeline.sample import QUESTIONS
