@@ -272,7 +272,7 @@ def test_it_says_what_lies_there(make: Callable[[Path], None], tmp_path: Path) -
     make(tmp_path / "file")
     with pytest.raises(UnfitFileError, match=r"it is a \w+, not a plain file\. Name or") as caught:
         read_plain(tmp_path / "file", 10)
-    assert caught.value.strerror in str(caught.value)
+    assert str(caught.value.strerror) in str(caught.value)
 
 
 def test_the_limit_is_that_of_the_caller(tmp_path: Path) -> None:

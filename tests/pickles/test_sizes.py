@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import shutil
 import struct
 import zipfile
 from collections import OrderedDict
@@ -17,7 +18,6 @@ import pytest
 import torch
 from nf4_pipeline.checkpoint.digest import digest_file
 from nf4_pipeline.errors import ResourceError, SourceError
-from nf4_pipeline.pickles import convert as conversion
 from nf4_pipeline.pickles import scan as scanning
 from nf4_pipeline.pickles.convert import convert
 from nf4_pipeline.pickles.scan import scan
@@ -253,7 +253,7 @@ def test_a_disk_without_room_is_known_before_anything_is_written(
     path = tmp_path / "pytorch_model.bin"
     torch.save({"a": torch.zeros(1000)}, path)
     full = type("Usage", (), {"free": 3999})
-    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda _: full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     with pytest.raises(ResourceError, match="take 4,000 bytes as safetensors, and 3,999 are free"):
         convert(tmp_path, {path.name: digest_file(path)}, tmp_path / "converted", SILENT)
     assert not (tmp_path / "converted").exists()

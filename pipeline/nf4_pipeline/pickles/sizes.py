@@ -61,9 +61,9 @@ def tensor_sizes(program: bytes, storages: Mapping[str, int]) -> dict[str, int]:
         storages: the bytes that the archive holds for each storage, by its key.
 
     Raises:
-        ValueError: it rebuilds something else than tensors by name, a tensor that reaches beyond
-            its storage or repeats parts of it, or more than `MAX_REPEATS` times the bytes there
-            are; a storage has another size than the archive's entry.
+        ValueError: the program rebuilds something else than tensors by name, a tensor that reaches
+            beyond its storage or repeats parts of it, or more than `MAX_REPEATS` times the bytes
+            there are; or a storage has another size than the archive's entry.
     """
     follower = _Follower(program, storages)
     try:
@@ -106,7 +106,7 @@ class _Follower(pickle.Unpickler):
         """A stand-in for what the program names.
 
         Raises:
-            ValueError: it is nothing that a state dict needs.
+            ValueError: the name is of nothing that a state dict needs.
         """
         if module == "torch" and name in _ITEM_BYTES:
             return _Kind(_ITEM_BYTES[name])
@@ -123,8 +123,8 @@ class _Follower(pickle.Unpickler):
         """A stand-in for a storage.
 
         Raises:
-            ValueError: it is described otherwise than torch.save does, or has another size than the
-                archive's entry.
+            ValueError: the storage is described otherwise than torch.save does, or has another size
+                than the archive's entry.
         """
         match pid:
             case ("storage", _Kind(item_bytes=item_bytes), str(key), str(), int(items)):
