@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from nf4_pipeline.checkpoint.plain_file import read_text
 from nf4_pipeline.errors import RecipeError
 
 RecipeValue = str | int | float | list[str]
@@ -30,6 +31,7 @@ RecipeValue = str | int | float | list[str]
 RecipeTable = dict[str, RecipeValue]
 """One table of a recipe as plain values."""
 
+_LARGEST: Final = 2**20  # bytes of a recipe file
 _PATHS: Final = {"calibrate", "prompts", "eval_text"}  # of files, unless empty or "self"
 _UNITS: Final = {
     "": 1,
@@ -279,8 +281,8 @@ def load_recipe(path: Path) -> Recipe:
     """Reads a recipe file.
 
     Raises:
-        RecipeError: there is no such file, it is not TOML, or it holds an unknown key, a wrong type
-            or a value out of range.
+        RecipeError: there is no such file, it is no plain file or too large, it is not TOML, or it
+            holds an unknown key, a wrong type or a value out of range.
     """
     return parse_recipe(read_tables(path), str(path))
 
@@ -289,10 +291,10 @@ def read_tables(path: Path) -> dict[str, object]:
     """The tables of a recipe file; what stands in them is not looked at.
 
     Raises:
-        RecipeError: there is no such file, or it is not TOML.
+        RecipeError: there is no such file, it is no plain file or too large, or it is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(read_text(path, _LARGEST))
     except OSError as error:
         raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

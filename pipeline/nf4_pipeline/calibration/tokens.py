@@ -18,6 +18,7 @@ import numpy as np
 from einops import rearrange, repeat
 from numpy.typing import NDArray
 
+from nf4_pipeline.checkpoint.plain_file import read_plain, read_text, why_unreadable
 from nf4_pipeline.documents import Document, optional
 from nf4_pipeline.errors import CheckpointError, RecipeError
 from nf4_pipeline.manifest.manifest import KeptModule
@@ -25,6 +26,7 @@ from nf4_pipeline.runtime.tokenizer import text_prefix
 
 LENGTH: Final = 256
 """Tokens of a sequence, at most."""
+_LARGEST: Final = 256 * 2**20  # bytes of a text, or of tokens that were kept
 _TOGETHER: Final = 32  # sequences that are sampled at a time
 OPENINGS: Final = Path(__file__).with_name("openings.txt")
 
@@ -96,7 +98,7 @@ def parse_tokens(value: Any) -> CalibrationTokens:
 def read_tokens(path: Path) -> CalibrationTokens | None:
     """What an earlier run kept, or None."""
     try:
-        return parse_tokens(json.loads(path.read_text("utf-8")))
+        return parse_tokens(json.loads(read_plain(path, _LARGEST)))
     except (OSError, ValueError, RecipeError):
         return None
 
@@ -246,7 +248,8 @@ def tokens_of_text(path: Path, tokenizer: Any, sequences: int, length: int) -> N
         int32 [sequences, length].
 
     Raises:
-        RecipeError: the file cannot be read, or holds less than one sequence.
+        RecipeError: the file cannot be read, is no plain file or too large, or holds less than one
+            sequence.
     """
     if tokenizer is None:
         raise RecipeError(
@@ -254,9 +257,10 @@ def tokens_of_text(path: Path, tokenizer: Any, sequences: int, length: int) -> N
             "Let the model write its own tokens: --calibrate self."
         )
     try:
-        text = path.read_text("utf-8")
+        text = read_text(path, _LARGEST)
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"The calibration text {path} cannot be read: {error}.") from error
+        why = why_unreadable(error)
+        raise RecipeError(f"The calibration text {path} cannot be read: {why}.") from error
     if path.suffix in (".jsonl", ".ndjson"):
         ids = [
             i

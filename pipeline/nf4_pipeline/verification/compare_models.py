@@ -200,7 +200,7 @@ def _ask(own: Any, ratio: Ratio) -> Callable[[Any, Any, Any], None]:
 
 
 def _states(output: Any) -> torch.Tensor:
-    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    states: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
     return states
 
 
