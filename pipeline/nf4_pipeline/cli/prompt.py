@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
 
 from nf4_pipeline.cli.options import Ui, output_options
+from nf4_pipeline.cli.terminal import say
 
 
 @click.command("prompt")
@@ -48,7 +50,7 @@ def command(ui: Ui, artifact: str, text: str, raw: bool, device: str, **values: 
         if streams:
             return
         for number, answer in enumerate(answers, start=1):
-            click.echo(f"[{number}] {answer.text.strip()}")
+            say(f"[{number}] {answer.text.strip()}", lines=True, limit=sys.maxsize)
 
     ui.result(value, show)
 
