@@ -54,10 +54,10 @@ def check(found: Fork, what: str, folder: Path) -> None:
 
 
 def test_a_good_one_works(children: Forks, folder: Path) -> None:
-    found = children.ask(folder, "decode")
+    found = children.ask(folder, "decode", 30)
     assert (found.error, found.size) == ("", 128)
     write_template(folder, "{{ messages[0].content }}")
-    found = children.ask(folder, "template")
+    found = children.ask(folder, "template", 30)
     assert (found.error, found.size) == ("", len(TEXT))
 
 
