@@ -16,7 +16,8 @@ from nf4_pipeline.processes.temporary import TemporaryFolder, remove_abandoned
 PROGRAM = """
 import os, signal
 from nf4_pipeline.processes.temporary import TemporaryFolder
-(TemporaryFolder().path / "left").write_text("x")
+folder = TemporaryFolder()
+(folder.path / "left").write_text("x")
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
