@@ -127,8 +127,7 @@ def named(name: str, read: Callable[[Path], Any]) -> Callable[[Path], Any]:
     return reader
 
 
-def no_words(*_: object, **__: object) -> SimpleNamespace:
-    return SimpleNamespace(input_ids=[])
+NO_WORDS: Final[Any] = SimpleNamespace(ids=lambda text: [], prefix=list)
 
 
 def signature(path: Path) -> int:
@@ -193,7 +192,7 @@ READERS: Final[dict[str, Callable[[Path], Any]]] = {
     "recipe": load_recipe,
     "text": read_text,
     "prompts": read_prompts,
-    "calibration text": lambda path: tokens_of_text(path, no_words, 8, 8),
+    "calibration text": lambda path: tokens_of_text(path, NO_WORDS, 8, 8),
     "kept tokens": read_tokens,
     "pickle": scan,
     "private key": lambda path: signing.sign(KEYS["artifact"], path),

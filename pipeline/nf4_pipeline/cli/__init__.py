@@ -4,6 +4,7 @@ A command's file is imported only when the command is named, and what is heavy o
 so `nf4 --help` answers at once.
 
     options.py    options that commands share, and what they become
+    terminal.py   the one place that prints; what controls a terminal is shown instead
     reporting.py  progress on stderr
     summary.py    what a person sees at the end of `nf4 build`
 
@@ -17,16 +18,20 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import threading
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any, Final
 
 import click
 
 from nf4_pipeline import __version__
+from nf4_pipeline.cli.terminal import guarded, say
 from nf4_pipeline.errors import PipelineError, StoppedError, of_system
+from nf4_pipeline.printable import printable
 
 COMMANDS: Final = {
     "build": "download, quantize, serialize, verify and attest; skips what is done and still valid",
@@ -73,29 +78,73 @@ def cli() -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command line and exits: 0 good, 1 the job failed, 2 wrong usage, 130 stopped."""
-    with _interruptible():
+    """Runs the command line and exits: 0 good, 1 the job failed, 2 wrong usage, 128 + a signal."""
+    with guarded(), _interruptible():
+        status = _run(args)
+        sys.exit(status)
+
+
+def _run(args: list[str] | None) -> int:
+    """Runs the command line; every error becomes a message and an exit code here."""
+    try:
         try:
             status: Any = cli.main(args=args, prog_name="nf4", standalone_mode=False)
-        except click.ClickException as error:
-            error.show()
-            sys.exit(error.exit_code)
-        except (click.Abort, KeyboardInterrupt):
-            _say_stopped(_STOPPED)
-            sys.exit(130)
-        except StoppedError as error:
-            _say_stopped(str(error))
-            sys.exit(130)
-        except PipelineError as error:
-            click.echo(f"Error: {error}", err=True)
-            sys.exit(error.exit_code)
-        except BrokenPipeError:
-            sys.stderr.close()
-            sys.exit(1)
-        except (OSError, MemoryError) as error:
-            click.echo(f"Error: {of_system(error, 'nf4')}", err=True)
-            sys.exit(1)
-        sys.exit(status if isinstance(status, int) else 0)
+        except SystemExit as ended:
+            status = ended.code
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except click.ClickException as error:
+        _say_usage(error)
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _say_stopped(_STOPPED)
+        return _stopped_status()
+    except StoppedError as error:
+        _say_stopped(str(error))
+        return _stopped_status()
+    except PipelineError as error:
+        return _fail(str(error), error.exit_code)
+    except BrokenPipeError:  # nobody reads on, as behind `| head`
+        return 1
+    except (OSError, MemoryError) as error:
+        return _fail(str(of_system(error, "nf4")))
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        return _fail(_say_bug(error))
+
+
+def _fail(text: str, exit_code: int = 1) -> int:
+    with suppress(OSError):  # the disk or the pipe behind stderr
+        say(f"Error: {text}", err=True)
+    return exit_code
+
+
+def _say_usage(error: click.ClickException) -> None:
+    """What click says of a command that cannot be read: the usage, and what is wrong."""
+    context = getattr(error, "ctx", None)
+    if context is not None:
+        say(context.get_usage(), err=True, lines=True)
+        say(f"Try '{context.command_path} --help' for help.", err=True)
+        say(err=True)
+    _fail(error.format_message())
+
+
+def _say_bug(error: BaseException) -> str:
+    """The message for an error that nobody expected; its traceback goes into a file."""
+    trace = "".join(traceback.format_exception(error))
+    text = " ".join(str(error).split())[:500]
+    what = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if os.environ.get("NF4_DEBUG"):
+        say(trace, err=True, lines=True, limit=len(trace))
+        return f"{what}. This is a bug in nf4-pipeline; please report it."
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", prefix="nf4_bug_", suffix=".txt", delete=False
+        ) as file:
+            file.write(printable(trace, len(trace), lines=True))
+        where = f"with the traceback in {file.name}"
+    except OSError:
+        where = "with the traceback that NF4_DEBUG=1 shows"
+    return f"{what}. This is a bug in nf4-pipeline; please report it, {where}."
 
 
 _STOPPED: Final = "Stopped. What is finished is kept; run the same command again to continue there."
@@ -104,36 +153,49 @@ _PATIENCE: Final = 1.5
 file that counts is complete or absent at any moment."""
 
 
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_stopped_by: list[int] = []
+
+
+def _stopped_status() -> int:
+    """130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP: as a shell says of the signal."""
+    return 128 + (_stopped_by[0] if _stopped_by else signal.SIGINT)
+
+
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends a command soon, whatever it waits for; a second one ends it at once."""
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a job in the background
-    if ignored or threading.current_thread() is not threading.main_thread():
+    """A signal that asks for the end gets one soon, whatever a command waits for; a second at once.
+
+    The end is an orderly one: child processes and their temporary folders go, too.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    asked = False
+    # Ignored are they in a job in the background, or behind `nohup`.
+    heard = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
 
-    def interrupt(*_: object) -> None:
-        nonlocal asked
-        if asked:
+    def interrupt(number: int, _: object) -> None:
+        if _stopped_by:
             _end_now()
-        asked = True
+        _stopped_by.append(number)
         timer = threading.Timer(_PATIENCE, _end_now)
         timer.daemon = True
         timer.start()
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, interrupt)
+    for number in heard:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        if not asked:  # the work is over; what is left are milliseconds of the interpreter's end
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if not _stopped_by:  # the work is over; what is left are milliseconds of the end
+            for number in heard:
+                signal.signal(number, signal.SIG_IGN)
 
 
 def _end_now() -> None:
     _say_stopped(_STOPPED)
-    os._exit(130)
+    os._exit(_stopped_status())
 
 
 _said: list[str] = []
@@ -143,4 +205,5 @@ def _say_stopped(text: str) -> None:
     """Says once that, and with what left, the command was stopped."""
     if not _said:
         _said.append(text)
-        print(f"\n{text}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            say(f"\n{text}", err=True, lines=True)

@@ -8,6 +8,7 @@ import click
 
 from nf4_pipeline.cli.options import Ui, output_options
 from nf4_pipeline.cli.reproduce import artifact_folder
+from nf4_pipeline.cli.terminal import say
 
 
 @click.command("check")
@@ -30,4 +31,4 @@ def command(ui: Ui, artifact: Path, key: Path) -> None:
     folder = artifact_folder(artifact)
     count = check(folder, key)
     value = {"artifact": str(folder), "signed": True, "files": count}
-    ui.result(value, lambda: click.echo(f"signed with that key: {count} files, none else"))
+    ui.result(value, lambda: say(f"signed with that key: {count} files, none else"))

@@ -8,6 +8,7 @@ from typing import Final
 import click
 
 from nf4_pipeline.cli.options import ARTIFACTS, Ui, output_options
+from nf4_pipeline.cli.terminal import say
 from nf4_pipeline.doctor import MachineReport, examine
 
 _MARKS: Final = {"ok": "ok      ", "note": "note    ", "problem": "PROBLEM "}
@@ -29,22 +30,20 @@ def command(ui: Ui) -> None:
 def _show(report: MachineReport) -> None:
     memory = report.available_memory_bytes
     free = f", {memory / 1e9:.1f} GB of memory free" if memory else ""
-    click.echo(f"  nf4-pipeline {report.nf4_pipeline}, Python {report.python}")
-    click.echo(f"  {report.system}, {report.processors} processors{free}")
+    say(f"  nf4-pipeline {report.nf4_pipeline}, Python {report.python}")
+    say(f"  {report.system}, {report.processors} processors{free}")
     for gpu in report.gpus:
         major, minor = gpu.capability
-        click.echo(
+        say(
             f"  GPU        {gpu.name}, {gpu.memory_bytes / 1e9:.1f} GB, compute capability "
             f"{major}.{minor}"
         )
     for name, version in report.libraries.items():
-        click.echo(f"  {name:<17} {version or 'not installed'}")
+        say(f"  {name:<17} {version or 'not installed'}")
     for name, disk in report.disks.items():
-        click.echo(
-            f"  {name.replace('_', ' '):<17} {disk.free_bytes / 1e9:.1f} GB free at {disk.folder}"
-        )
+        say(f"  {name.replace('_', ' '):<17} {disk.free_bytes / 1e9:.1f} GB free at {disk.folder}")
     token = "with a token" if report.hub.token else "no token"
-    click.echo(f"  Hub               {report.hub.endpoint}, {token}")
-    click.echo()
+    say(f"  Hub               {report.hub.endpoint}, {token}")
+    say()
     for finding in report.findings:
-        click.echo(f"  {_MARKS[finding.kind]}{finding.text}")
+        say(f"  {_MARKS[finding.kind]}{finding.text}")

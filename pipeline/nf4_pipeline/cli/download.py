@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nf4_pipeline.cli.options import Ui, download_options, output_options
+from nf4_pipeline.cli.terminal import say
 
 if TYPE_CHECKING:
     from nf4_pipeline.stages.find_source import DownloadRequest
@@ -31,12 +32,12 @@ def command(ui: Ui, request: DownloadRequest) -> None:
     }
 
     def show() -> None:
-        click.echo(
+        say(
             f"{facts.repo} at {facts.pinned}: {len(record.outputs)} files, "
             f"{record.total_bytes:,} bytes"
         )
         place = shlex.quote(str(build.root))
-        click.echo(f"build:  {place}")
-        click.echo(f"next:   nf4 quantize --build-dir {place}")
+        say(f"build:  {place}")
+        say(f"next:   nf4 quantize --build-dir {place}")
 
     ui.result(value, show)

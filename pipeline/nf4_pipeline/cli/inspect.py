@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nf4_pipeline.cli.options import Ui, output_options
+from nf4_pipeline.cli.terminal import say
 
 if TYPE_CHECKING:
     from nf4_pipeline.manifest.manifest import Manifest
@@ -23,9 +24,11 @@ def command(ui: Ui, artifact: str, tensors: bool) -> None:
     ARTIFACT is an export folder or a build folder.
     """
     from nf4_pipeline.manifest.read import read_manifest
+    from nf4_pipeline.model.check_folder import check_small_files
     from nf4_pipeline.runtime.artifact import find_model
 
     folder = Path(find_model(artifact))
+    check_small_files(folder)
     manifest = read_manifest(folder)
     ui.result(manifest.to_json(), lambda: _show(folder, manifest, tensors))
 
@@ -35,27 +38,27 @@ def _show(folder: Path, manifest: Manifest, tensors: bool) -> None:
 
     totals, source, counts = manifest.totals, manifest.source, manifest.totals.tensors
     pinned = source.commit or f"content {source.content_sha256[:12]}"
-    click.echo(f"{folder}")
-    click.echo(f"  model        {manifest.model_class} from {source.repo} at {pinned}")
-    click.echo(f"  format       {manifest.format}")
-    click.echo(f"  original     {both_units(totals.original_bytes)}")
-    click.echo(f"  artifact     {both_units(totals.artifact_bytes)}, {totals.ratio:.1%} of it")
-    click.echo(
+    say(f"{folder}")
+    say(f"  model        {manifest.model_class} from {source.repo} at {pinned}")
+    say(f"  format       {manifest.format}")
+    say(f"  original     {both_units(totals.original_bytes)}")
+    say(f"  artifact     {both_units(totals.artifact_bytes)}, {totals.ratio:.1%} of it")
+    say(
         f"  bits         {totals.bits_per_weight:.3f} per weight, "
         f"{totals.bits_per_quantized_weight:.3f} per quantized weight"
     )
-    click.echo(
+    say(
         f"  tensors      {counts.quantized} quantized, {counts.kept} kept, {counts.dropped} dropped"
     )
-    click.echo("  not quantized:")
+    say("  not quantized:")
     for reason, nbytes in totals.kept_bytes_by_reason.items():
-        click.echo(f"    {both_units(nbytes):<28} {reason}")
+        say(f"    {both_units(nbytes):<28} {reason}")
     for dropped in manifest.dropped:
-        click.echo(f"  dropped      {dropped.name}: {dropped.reason}")
+        say(f"  dropped      {dropped.name}: {dropped.reason}")
     errors = manifest.relative_rmse.values()
-    click.echo(f"  weight error {min(errors):.4f} to {max(errors):.4f} relative RMSE per tensor")
+    say(f"  weight error {min(errors):.4f} to {max(errors):.4f} relative RMSE per tensor")
     if manifest.hidden_modules:
-        click.echo(
+        say(
             f"  loading      {len(manifest.hidden_modules)} modules are of a class that stock "
             "transformers >= 5.5 passes over; use nf4_pipeline.load (see README.md)"
         )
@@ -66,4 +69,4 @@ def _show(folder: Path, manifest: Manifest, tensors: bool) -> None:
             else f"nf4, error {tensor.relative_rmse:.4f}"
         )
         shape = list(tensor.shape)
-        click.echo(f"  {tensor.bytes:>14,}  {tensor.name}  {shape}  {what}")
+        say(f"  {tensor.bytes:>14,}  {tensor.name}  {shape}  {what}")

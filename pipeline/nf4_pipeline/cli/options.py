@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Callable
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
+
+from nf4_pipeline.cli.terminal import say, say_json
 
 if TYPE_CHECKING:
     from nf4_pipeline.build_folder import Build, Record
@@ -228,7 +229,7 @@ class Ui:
     def result(self, value: Any, show: Callable[[], None]) -> None:
         """Prints the result: as JSON if that was asked for, else as `show` does."""
         if self.as_json:
-            click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+            say_json(value)
         else:
             show()
 
@@ -308,8 +309,8 @@ def run_one_stage(
 
     def show() -> None:
         done = f"in {record.seconds:.1f} s" if result.ran else "was done, still valid"
-        click.echo(f"{name}: {done}; {len(record.outputs)} files, {record.total_bytes:,} bytes")
-        click.echo(f"build:  {shlex.quote(str(build.root))}")
+        say(f"{name}: {done}; {len(record.outputs)} files, {record.total_bytes:,} bytes")
+        say(f"build:  {shlex.quote(str(build.root))}")
 
     ui.result(value, show)
     return record

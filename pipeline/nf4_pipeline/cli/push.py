@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nf4_pipeline.cli.options import Command, Ui, build_dir_option, existing_build, output_options
+from nf4_pipeline.cli.terminal import let_bars_through, say
 
 if TYPE_CHECKING:
     from nf4_pipeline.records import PushFacts
@@ -27,6 +28,7 @@ def _client_bars(command: Command) -> Command:
     def wrapped(quiet: bool, **values: Any) -> Any:
         if sys.stderr.isatty() and not quiet:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+            let_bars_through()
         return command(quiet=quiet, **values)
 
     return wrapped
@@ -91,30 +93,30 @@ def _show_plan(upload: Upload) -> None:
     target = upload.target
     visibility = "public" if target.private is False else "private"
     how = " as a pull request" if target.pull_request else ""
-    click.echo(f"would upload to {target.repo_id}{how} ({visibility} if it has to be created):")
+    say(f"would upload to {target.repo_id}{how} ({visibility} if it has to be created):")
     for name, digest in upload.files.items():
-        click.echo(f"  {digest.size:>14,}  {digest.sha256[:12]}  {name}")
-    click.echo(f"  {upload.total_bytes:>14,}  bytes in {len(upload.files)} files")
-    click.echo(f"verdict: {upload.verdict}; the Hub was not asked. Its card, README.md, would be:")
+        say(f"  {digest.size:>14,}  {digest.sha256[:12]}  {name}")
+    say(f"  {upload.total_bytes:>14,}  bytes in {len(upload.files)} files")
+    say(f"verdict: {upload.verdict}; the Hub was not asked. Its card, README.md, would be:")
     for line in upload.card.splitlines():
-        click.echo(f"  | {line}".rstrip())
+        say(f"  | {line}".rstrip())
 
 
 def _show_push(facts: PushFacts) -> None:
     visibility = "private" if facts.private else "public"
     new = ", new" if facts.created else ""
     done = "pushed to" if facts.committed else "nothing to do:"
-    click.echo(f"{done} {facts.repo_id} ({visibility}{new}), {facts.branch}")
+    say(f"{done} {facts.repo_id} ({visibility}{new}), {facts.branch}")
     if facts.pull_request:
-        click.echo(f"pull request  {facts.pull_request_url}")
+        say(f"pull request  {facts.pull_request_url}")
     made = "" if facts.committed else "  (was there; nothing was committed)"
-    click.echo(f"commit        {facts.url}{made}")
-    click.echo(
+    say(f"commit        {facts.url}{made}")
+    say(
         f"proof         the Hub lists the expected checksum for all {len(facts.files)} files, "
         f"{facts.total_bytes:,} bytes"
     )
     others = [path for path in facts.proof.others if path != ".gitattributes"]
     if others:
-        click.echo(f"left alone    {', '.join(others[:4])}{', …' if others[4:] else ''}")
+        say(f"left alone    {', '.join(others[:4])}{', …' if others[4:] else ''}")
     if facts.allow_unverified:
-        click.echo('warning       its verdict is not "pass", and the card on the Hub says so')
+        say('warning       its verdict is not "pass", and the card on the Hub says so')

@@ -16,6 +16,7 @@ from nf4_pipeline.cli.options import (
     recipe_options,
     run_one_stage,
 )
+from nf4_pipeline.cli.terminal import say
 from nf4_pipeline.documents import Document
 
 if TYPE_CHECKING:
@@ -108,11 +109,9 @@ def _show(plan: Plan) -> None:
             if tensor.action == action:
                 groups.setdefault(tensor.reason, []).append(tensor.source.header.nbytes)
         for reason, sizes in sorted(groups.items()):
-            click.echo(
-                f"  {verb:<10} {len(sizes):>5} tensors  {both_units(sum(sizes)):<28} {reason}"
-            )
-    click.echo("  files, to the byte:")
+            say(f"  {verb:<10} {len(sizes):>5} tensors  {both_units(sum(sizes)):<28} {reason}")
+    say("  files, to the byte:")
     for file, layout in plan.layouts().items():
-        click.echo(f"  {layout.nbytes:>18,}  {file}")
+        say(f"  {layout.nbytes:>18,}  {file}")
     total = sum(layout.nbytes for layout in plan.layouts().values())
-    click.echo(f"  {total:>18,}  in all")
+    say(f"  {total:>18,}  in all")

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from nf4_pipeline.cli.terminal import say, terminal_of
+from nf4_pipeline.printable import printable
 from nf4_pipeline.progress import Reporter, Task
 
 _PLAIN_EVERY: Final = 5.0
@@ -27,10 +29,12 @@ class _Bars:
     def __init__(self) -> None:
         from rich.console import Console
 
-        self._console = Console(stderr=True)
+        self._console = Console(file=terminal_of(sys.stderr))
 
     def note(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(
+            printable(text), markup=False, emoji=False, highlight=False, soft_wrap=True
+        )
 
     @contextmanager
     def task(self, title: str, total: int, *, unit: str = "bytes") -> Iterator[Task]:
@@ -46,13 +50,27 @@ class _Bars:
             TransferSpeedColumn,
         )
 
-        columns: list[ProgressColumn] = [TextColumn("{task.description:<14}"), BarColumn(32)]
+        columns: list[ProgressColumn] = [
+            TextColumn("{task.description:<14}", markup=False),
+            BarColumn(32),
+        ]
         if unit == "bytes":
             columns += [DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
         else:
-            columns += [MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn()]
-        with Progress(*columns, console=self._console, transient=True) as progress:
-            identity = progress.add_task(title, total=total)
+            columns += [
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[unit]}", markup=False),
+                TimeElapsedColumn(),
+            ]
+        # What others print meanwhile passes the filter of `terminal.guarded`, not rich.
+        with Progress(
+            *columns,
+            console=self._console,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        ) as progress:
+            identity = progress.add_task(printable(title), total=total, unit=printable(unit))
 
             class Bar:
                 def advance(self, amount: int) -> None:
@@ -63,7 +81,7 @@ class _Bars:
 
 class _Lines:
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr)
+        say(text, err=True)
 
     @contextmanager
     def task(self, title: str, total: int, *, unit: str = "bytes") -> Iterator[Task]:
@@ -108,4 +126,4 @@ class _Line:
                 f"{self._done / scale:.2f} of {self._total / scale:.2f} {unit} ({share:.0%}), "
                 f"{rate / 1e6:.0f} MB/s, {left:.0f} s left"
             )
-        print(f"{self._title}: {text}", file=sys.stderr, flush=True)
+        say(f"{self._title}: {text}", err=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nf4_pipeline.cli.options import Ui, check_device, output_options
+from nf4_pipeline.cli.terminal import say
 from nf4_pipeline.errors import NOT_CHECKED
 
 if TYPE_CHECKING:
@@ -87,24 +88,24 @@ def _show(result: Reproduction) -> None:
     source = result.source
     if result.origin.confirmed_by is not None:
         pinned = source.commit or f"content {source.content_sha256[:12]}"
-        click.echo(f"source: {source.repo} at {pinned}")
-        click.echo(f"confirmed by: {result.origin.confirmed_by}")
+        say(f"source: {source.repo} at {pinned}")
+        say(f"confirmed by: {result.origin.confirmed_by}")
     else:
         pinned = source.repo if source.commit is None else f"{source.repo} at {source.commit}"
-        click.echo(f"source: content {source.content_sha256[:12]}, {len(source.files)} files")
-        click.echo(f"not checked: that it is {pinned} ({result.origin.not_checked})")
+        say(f"source: content {source.content_sha256[:12]}, {len(source.files)} files")
+        say(f"not checked: that it is {pinned} ({result.origin.not_checked})")
     for difference in result.differences:
         place = ""
         if difference.tensor is not None:
             place += f", first in {difference.tensor}"
         if difference.offset is not None:
             place += f" at byte {difference.offset:,}"
-        click.echo(f"differs: {difference.file} {difference.what}{place}")
+        say(f"differs: {difference.file} {difference.what}{place}")
     if result.not_derived:
-        click.echo(f"not derived: {', '.join(result.not_derived)}")
+        say(f"not derived: {', '.join(result.not_derived)}")
     if result.differences and result.calibrated_on:
-        click.echo(
+        say(
             f"calibrated: again, on {result.calibrated_on}. Codes hang on how a device computes: "
             "on another model of GPU or processor than the artifact's some may differ."
         )
-    click.echo(f"reproduced: {result.equal} of {result.files} files")
+    say(f"reproduced: {result.equal} of {result.files} files")

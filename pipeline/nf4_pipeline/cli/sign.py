@@ -8,6 +8,7 @@ import click
 
 from nf4_pipeline.cli.options import Ui, output_options
 from nf4_pipeline.cli.reproduce import artifact_folder
+from nf4_pipeline.cli.terminal import say
 
 
 @click.command("sign")
@@ -33,4 +34,4 @@ def command(ui: Ui, artifact: Path, key: Path, password: str | None) -> None:
     from nf4_pipeline.provenance.signing import sign
 
     signature = sign(artifact_folder(artifact), key, password)
-    ui.result({"signature": str(signature)}, lambda: click.echo(f"signed: {signature}"))
+    ui.result({"signature": str(signature)}, lambda: say(f"signed: {signature}"))

@@ -15,6 +15,7 @@ from nf4_pipeline.cli.options import (
     output_options,
     recipe_options,
 )
+from nf4_pipeline.cli.terminal import say
 
 if TYPE_CHECKING:
     from nf4_pipeline.machine import Machine
@@ -44,11 +45,11 @@ def command(
 
     def show() -> None:
         if not by_build:
-            click.echo(f"No builds under {ARTIFACTS}/. Start one: nf4 build sample")
+            say(f"No builds under {ARTIFACTS}/. Start one: nf4 build sample")
         for root, stages in by_build.items():
-            click.echo(root)
+            say(root)
             for stage, state in stages.items():
-                click.echo(f"  {stage:<10} {state.status:<8} {state.why}")
+                say(f"  {stage:<10} {state.status:<8} {state.why}")
 
     value = {
         root: {stage: {"status": s.status, "why": s.why} for stage, s in stages.items()}

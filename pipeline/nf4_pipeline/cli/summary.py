@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import click
-
 from nf4_pipeline.build_folder import Build, Record
+from nf4_pipeline.cli.terminal import say
 from nf4_pipeline.fidelity.metrics import Fidelity
 from nf4_pipeline.job import StageResult
 from nf4_pipeline.records import SerializeFacts
@@ -80,13 +79,13 @@ class Summary:
 def show_summary(summary: Summary) -> None:
     """Prints it for people."""
     totals, verification = summary.serialized.facts.totals, summary.verification
-    click.echo()
-    click.echo(f"  original    {both_units(totals.original_bytes)}")
-    click.echo(
+    say()
+    say(f"  original    {both_units(totals.original_bytes)}")
+    say(
         f"  NF4         {both_units(totals.artifact_bytes)}: {1 - totals.ratio:.1%} smaller, "
         f"{1 / totals.ratio:.2f} x"
     )
-    click.echo(
+    say(
         f"  bits        {totals.bits_per_weight:.3f} per weight; "
         f"{totals.bits_per_quantized_weight:.3f} per quantized weight "
         f"({totals.tensors.quantized} layers)"
@@ -94,66 +93,67 @@ def show_summary(summary: Summary) -> None:
     kept = ", ".join(
         f"{reason} {plain_size(nbytes)}" for reason, nbytes in totals.kept_bytes_by_reason.items()
     )
-    click.echo(f"  in 16 bit   {kept or 'nothing'}")
+    say(f"  in 16 bit   {kept or 'nothing'}")
     for part in summary.serialized.facts.left_out:
         sized = f"{part.tensors} tensors, {plain_size(part.bytes)}"
-        click.echo(f"  left out    {sized}: {part.reason}")
+        say(f"  left out    {sized}: {part.reason}")
     for note in summary.notes:
-        click.echo(f"  note        {note.removeprefix('Warning: ')}")
-    click.echo()
-    click.echo("  stage         time   peak memory")
+        say(f"  note        {note.removeprefix('Warning: ')}")
+    say()
+    say("  stage         time   peak memory")
     for name, result in summary.results.items():
         took = f"{round(result.record.seconds, 2):6.1f} s" if result.ran else "  (done)"
-        click.echo(f"  {name:<10} {took}   {plain_size(result.record.peak_memory):>9}")
+        say(f"  {name:<10} {took}   {plain_size(result.record.peak_memory):>9}")
     if isinstance(verification, MeasuredVerification):
         _show_answers(verification.answers)
     show_checks(verification)
-    click.echo(f"  artifact    {summary.build.export}")
+    say(f"  artifact    {summary.build.export}")
     if summary.serialized.facts.hidden_modules:
-        click.echo(
+        say(
             "  loading     nf4_pipeline.load(…); stock transformers >= 5.5 needs the line that "
             "README.md there gives"
         )
     build = shlex.quote(str(summary.build.root))
-    click.echo(f'  next        nf4 prompt {build} "…"')
-    click.echo(f"              nf4 push --dry-run --repo-id ORG/NAME --build-dir {build}")
+    say(f'  next        nf4 prompt {build} "…"')
+    say(f"              nf4 push --dry-run --repo-id ORG/NAME --build-dir {build}")
 
 
 def _show_answers(answers: Sequence[AnswerPair]) -> None:
     if not answers:
         return
-    click.echo()
+    say()
     for answer in answers[:_SHOWN_ANSWERS]:
-        click.echo(f"  prompt      {_line(answer.prompt)}")
-        click.echo(f"    16 bit    {_line(answer.answer_16bit)}")
-        click.echo(f"    NF4       {_line(answer.answer_4bit)}")
+        say(f"  prompt      {_line(answer.prompt)}")
+        say(f"    16 bit    {_line(answer.answer_16bit)}")
+        say(f"    NF4       {_line(answer.answer_4bit)}")
     same = sum(answer.same for answer in answers)
-    click.echo(f"  {same} of {len(answers)} answers are the same to the letter")
+    say(f"  {same} of {len(answers)} answers are the same to the letter")
 
 
 def show_checks(verification: Verification) -> None:
     """Prints the checks and the verdict."""
-    click.echo()
+    say()
     for check in verification.checks:
         mark = "ok  " if check.passed else "FAIL"
-        click.echo(f"  {mark}  {check.name}: {check.found} (expected: {check.expected})")
+        say(f"  {mark}  {check.name}: {check.found} (expected: {check.expected})")
     on = ""
     if isinstance(verification, MeasuredVerification):
         on = f", measured on {verification.device.name} in {verification.device.dtype}"
         _show_beside(verification.fidelity, verification.nearest, "round to nearest")
         _show_beside(verification.fidelity, verification.against, "the other")
         if verification.against is not None and verification.against.not_checked is not None:
-            click.echo(f"  not checked of the other: {verification.against.not_checked}")
+            say(f"  not checked of the other: {verification.against.not_checked}")
     colour = "green" if verification.verdict == "pass" else "red"
-    click.echo("  verdict     " + click.style(verification.verdict, fg=colour, bold=True) + on)
+    verdict = verification.verdict
+    say(f"  verdict     {verdict}{on}", highlight=(verdict, colour))
 
 
 def _show_beside(own: Fidelity, other: NearestBaseline | Against | None, name: str) -> None:
     """What the artifact was compared with, if it was."""
     if other is None:
         return
-    click.echo()
-    click.echo(f"  {'':<22}  {'this artifact':<28}  {name}")
+    say()
+    say(f"  {'':<22}  {'this artifact':<28}  {name}")
     for title, one, two in (
         ("mean KL", own.mean_kl, other.fidelity.mean_kl),
         ("99th percentile of KL", own.p99_kl, other.fidelity.p99_kl),
@@ -161,10 +161,10 @@ def _show_beside(own: Fidelity, other: NearestBaseline | Against | None, name: s
         ("where 16 bit is sure", own.sure_agreement, other.fidelity.sure_agreement),
         ("perplexity", own.perplexity_4bit, other.fidelity.perplexity_4bit),
     ):
-        click.echo(f"  {title:<22}  {interval(one, '.4f'):<28}  {interval(two, '.4f')}")
+        say(f"  {title:<22}  {interval(one, '.4f'):<28}  {interval(two, '.4f')}")
     ratio = interval(other.difference.mean_kl_ratio, ".4f")
-    click.echo(f"  mean KL of this one over {name}: {ratio}")
-    click.echo()
+    say(f"  mean KL of this one over {name}: {ratio}")
+    say()
 
 
 def _line(text: str, width: int = 88) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nf4_pipeline.checkpoint.source import open_checkpoint
+from nf4_pipeline.model.check_folder import build_seconds, building
 from nf4_pipeline.model.config import read_config
 from nf4_pipeline.model.meta_model import read_architecture
 from nf4_pipeline.model.probe import ProbeReply, ProbeRequest
@@ -19,5 +20,6 @@ def run(request: ProbeRequest, reporter: Reporter) -> ProbeReply:
     """
     folder = request.folder
     names = [tensor.name for tensor in open_checkpoint(folder).tensors]
-    architecture = read_architecture(read_config(folder), names, folder)
+    with building(folder, build_seconds(len(names))):
+        architecture = read_architecture(read_config(folder), names, folder)
     return ProbeReply(architecture, probe_tokenizer(folder, architecture.embedding_rows))

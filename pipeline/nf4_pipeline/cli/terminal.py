@@ -1,0 +1,168 @@
+"""The one place that writes to the terminal: what controls it is shown, not sent.
+
+Commands say what they have to say through `say` and `say_json`. What libraries print, log or warn
+of passes through the same filter, since `guarded` puts it before stdout and stderr; so nothing that
+a stranger wrote reaches the terminal as it is, whoever prints it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Final, TextIO
+
+import click
+
+from nf4_pipeline.printable import LONGEST, printable
+
+_STANDARD: Final = (0, 1, 2)
+_OF_A_BAR: Final = re.compile(r"\r(?P<text>[^\r]*)|(?:\n|\x1b\[A)+")
+"""What tqdm writes in one go: a line over the last one, or the way to another bar."""
+
+
+def say(
+    text: str = "",
+    *,
+    err: bool = False,
+    lines: bool = False,
+    limit: int = LONGEST,
+    highlight: tuple[str, str] | None = None,
+) -> None:
+    """Prints a text and ends the line.
+
+    Args:
+        text: what control characters it holds is shown as `\\x1b`.
+        err: to stderr.
+        lines: line breaks and tabs stay, as in an answer; else they are shown, too, so that no
+            text can pass for two lines.
+        limit: characters of it, at most.
+        highlight: a word of the text, and the colour that it has on a terminal.
+    """
+    stream = sys.stderr if err else sys.stdout
+    shown = printable(text, limit, lines=lines)
+    if highlight is not None and stream.isatty():
+        word, colour = highlight
+        shown = shown.replace(word, click.style(word, fg=colour, bold=True), 1)
+    _unguarded(stream).write(shown + "\n")
+    stream.flush()
+
+
+def say_piece(text: str) -> None:
+    """Prints a piece of a text on stdout that comes bit by bit; the line goes on.
+
+    Args:
+        text: line breaks and tabs stay; other control characters are shown.
+    """
+    _unguarded(sys.stdout).write(printable(text, len(text), lines=True))
+    sys.stdout.flush()
+
+
+def say_json(value: Any) -> None:
+    """Prints a JSON value on stdout, in ASCII."""
+    text = json.dumps(value, indent=2).replace("\x7f", "\\u007f")
+    _unguarded(sys.stdout).write(text + "\n")
+    sys.stdout.flush()
+
+
+def terminal_of(stream: TextIO) -> TextIO:
+    """What is behind the filter of a stream, for a library that draws on a terminal itself.
+
+    Whoever hands it a text makes it `printable` first.
+    """
+    return _unguarded(stream)
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Has everything that is printed pass the filter, whoever prints it.
+
+    A stream that was closed when the program began (`2>&-`) leads nowhere: else the next file that
+    is opened would have its number, and what is printed would go into it.
+    """
+    _open_closed()
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_Guarded(_or_nowhere(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _flush(stream)
+        sys.stdout, sys.stderr = before
+
+
+def let_bars_through() -> None:
+    """Lets the progress bars of a library be drawn on stderr; what they say is filtered still."""
+    if isinstance(sys.stderr, _Guarded):
+        sys.stderr.draws_bars = True
+
+
+class _Guarded(io.TextIOBase):
+    """A text stream that shows what controls a terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.draws_bars = False
+        if isinstance(stream, io.TextIOWrapper):  # a locale without the letter is no failure
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        self.stream.write(self._shown(text))
+        return len(text)
+
+    def _shown(self, text: str) -> str:
+        if self.draws_bars and (bar := _OF_A_BAR.fullmatch(text)):
+            line = bar["text"]
+            return text if line is None else "\r" + printable(line)
+        return printable(text, len(text), lines=True)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self.stream.encoding
+
+    @property
+    def errors(self) -> str | None:  # type: ignore[override]
+        return self.stream.errors
+
+
+def _unguarded(stream: TextIO) -> TextIO:
+    return stream.stream if isinstance(stream, _Guarded) else stream
+
+
+def _or_nowhere(stream: TextIO | None) -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: PTH123
+
+
+def _open_closed() -> None:
+    for number in _STANDARD:
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+
+
+def _flush(stream: TextIO) -> None:
+    """Writes what is left; nothing more is tried where nobody takes it."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
