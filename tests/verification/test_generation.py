@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 import torch
@@ -12,15 +15,17 @@ from nf4_pipeline.errors import RecipeError
 from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.runtime.generate import Generator, Sampling
+from nf4_pipeline.verification import batches
+from nf4_pipeline.verification.batches import Draws, _drawn, cut_batches
 from nf4_pipeline.verification.generation import (
     SEED,
+    Answered,
     Question,
     TimedAnswer,
-    answer,
     answer_all,
-    answer_tasks,
+    answer_streamed,
+    encode,
     find_first_difference,
-    length,
     questions,
 )
 from nf4_pipeline.verification.prompts import REFERENCE, Prompt, read_prompts
@@ -57,11 +62,6 @@ def test_what_has_one_right_answer_is_asked_greedily_and_all_else_by_draws_too()
         Question(free, SEED),
         Question(closed, None),
     ]
-    greedy, drawn, _ = questions([free, closed])
-    assert not greedy.sampling(7).draws
-    assert drawn.sampling(7).draws
-    assert drawn.sampling(7).seed == SEED
-    assert (greedy.sampling(7).max_new_tokens, drawn.sampling(7).max_new_tokens) == (7, 7)
 
 
 def test_the_reference_prompts() -> None:
@@ -107,6 +107,15 @@ def test_prompts_that_cannot_be_used(tmp_path: Path, content: bytes | None, mess
     assert message in str(raised.value)
 
 
+def answer_each(generator: Generator, asked: Sequence[Question], tokens: int) -> Answered:
+    with SILENT.task("answer", len(asked)) as task:
+        return answer_all(generator, asked, tokens, task)
+
+
+def answer(generator: Generator, question: Question, tokens: int) -> TimedAnswer:
+    return answer_each(generator, [question], tokens).answers[0]
+
+
 def test_an_answer_and_what_it_took(generator: Generator) -> None:
     found = answer(generator, HELLO, 6)
     plain = generator.answer("Hello there", Sampling(max_new_tokens=6))[0]
@@ -122,30 +131,97 @@ def test_draws_are_the_same_each_time_and_not_the_greedy_answer(generator: Gener
     assert first.ids == again.ids != answer(generator, HELLO, 12).ids
 
 
+def test_draws_are_as_likely_as_the_model_says() -> None:
+    """A token whose probability is p is drawn about p times n, and none beyond the top k."""
+    logits = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0])
+    draws = 4_000
+    drawn = _drawn(Draws(temperature=0.8, top_k=3, seeds=tuple(range(draws))))
+    picked = drawn(None, logits.repeat(draws, 1)).argmax(-1)
+    counts = torch.bincount(picked, minlength=5) / draws
+    expected = torch.cat([(logits[:3] / 0.8).softmax(0), torch.zeros(2)])
+    assert (counts - expected).abs().max() < 0.03
+
+
 def test_answers_end_where_the_context_ends(generator: Generator) -> None:
     long = Question(Prompt("x" * (CONTEXT - 3)), None)
     assert len(answer(generator, long, 10).ids) == 3
     for count in (CONTEXT, CONTEXT + 5):
         full = Question(Prompt("x" * count), None)
-        assert length(generator, full.prompt) == count
+        assert len(encode(generator, full.prompt)) == count
         assert answer(generator, full, 10) == TimedAnswer("", (), 0.0, None)
+    beside = answer_each(generator, [long, HELLO, full], 10)
+    assert [len(one.ids) for one in beside.answers] == [3, 10, 0]
 
 
-def test_tasks_leave_their_answers_by_number(generator: Generator) -> None:
-    asked = [HELLO, Question(HELLO.prompt, SEED)]
-    answers: dict[int, TimedAnswer] = {}
-    for task in reversed(answer_tasks(generator, asked, 5, answers)):
-        task()
-    assert sorted(answers) == [0, 1]
-    for number, question in enumerate(asked):
-        assert answers[number].ids == answer(generator, question, 5).ids
+TEXTS: Final = ("Hello there", "x", "Once upon a time", "y" * 30, "Hi", "no", "Once upon")
 
 
-def test_questions_are_answered_in_order_and_counted(generator: Generator) -> None:
-    asked = [HELLO, Question(HELLO.prompt, SEED)]
-    with SILENT.task("answer", len(asked)) as task:
-        answers = answer_all(generator, asked, 5, task)
-    assert [one.ids for one in answers] == [answer(generator, q, 5).ids for q in asked]
+def test_answers_do_not_depend_on_the_others_of_a_batch(generator: Generator) -> None:
+    prompts = [Prompt(text) for text in TEXTS]
+    asked = [Question(prompt, seed) for prompt in prompts for seed in (None, SEED, 7)]
+    found = answer_each(generator, asked, 9)
+    assert found.together == 2 * len(TEXTS)  # those that are drawn
+    assert found.seconds > 0
+    alone = [answer(generator, question, 9) for question in asked]
+    assert [one.ids for one in found.answers] == [one.ids for one in alone]
+    assert [one.text for one in found.answers] == [one.text for one in alone]
+
+
+def _without_mask(forward: Callable[..., Any], **inputs: Any) -> Any:
+    return forward(**inputs | {"attention_mask": None})
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "ctrl", "mamba", "maskless", "penalty"])
+def test_what_may_not_be_padded_is_not(kind: str, generator: Generator, tmp_path: Path) -> None:
+    lengths = [3, 9, 3, 5]
+    model = generator.model
+    if kind in ("ctrl", "mamba"):
+        made = transformers.AutoConfig.for_model(
+            kind, vocab_size=VOCABULARY, hidden_size=32, n_embd=32, n_head=2, num_hidden_layers=1
+        )
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(made).eval()
+    if kind == "maskless":  # an architecture that passes over what is masked
+        model = copy.deepcopy(model)
+        model.forward = partial(_without_mask, model.forward)
+    other = Generator(model, generator.tokenizer)
+    before = other.model.generation_config
+    try:
+        if kind == "penalty":
+            other.model.generation_config = transformers.GenerationConfig(repetition_penalty=1.2)
+        batches = list(cut_batches(other, lengths, 4, pad=True))
+    finally:
+        other.model.generation_config = before
+    assert sorted(number for batch in batches for number in batch) == [0, 1, 2, 3]
+    assert (len(batches) == 1) == (kind in ("gpt2", "ctrl"))
+    if len(batches) > 1:
+        assert all(len({lengths[number] for number in batch}) == 1 for batch in batches)
+
+
+def test_a_batch_is_no_larger_than_its_cache_may_be(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "_CACHE_BYTES", 2 * 2 * 32 * (5 + 4) * 3)  # three of the longest
+    found = list(cut_batches(generator, [3, 4, 5, 3, 5, 5, 3], 4, pad=True))
+    assert [len(batch) for batch in found] == [3, 3, 1]
+
+
+def test_streamed_answers_are_those_of_the_whole_model(generator: Generator) -> None:
+    asked = [Question(Prompt(text), seed) for text in TEXTS for seed in (None, SEED)]
+
+    def run(functions: Sequence[Callable[[], None]]) -> None:
+        for function in reversed(functions):
+            function()
+
+    streamed = answer_streamed(generator, asked, 5, run)
+    whole = answer_each(generator, asked, 5)
+    assert [one.ids for one in streamed.answers] == [one.ids for one in whole.answers]
+    assert {one.seconds for one in streamed.answers} == {0.0}
+    assert streamed.seconds == 0
+
+
+def test_no_question(generator: Generator) -> None:
+    assert answer_each(generator, [], 5) == Answered((), 0.0, 0)
 
 
 def said(text: str, *ids: int) -> TimedAnswer:

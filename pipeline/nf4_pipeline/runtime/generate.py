@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -153,26 +153,51 @@ class Generator:
         ids = self.encode(query, chat=chat)
         start = time.perf_counter()
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.inference_mode(), quiet_loading():
+        with torch.random.fork_rng(devices=devices):
             torch.manual_seed(sampling.seed)
-            written = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                streamer=streamer,
-                **self._options(ids.shape[1], sampling),
+            written = self.write(
+                ids, torch.ones_like(ids), streamer, **self._options(ids.shape[1], sampling)
             )
         seconds = time.perf_counter() - start
-        answers = []
-        for sequence in written:
-            new = [int(t) for t in sequence[ids.shape[1] :]]
-            end = self._end(new)
-            answers.append(Answer(self.tokenizer.decode(new[:end]), tuple(new[: end + 1]), seconds))
-        return answers
+        return [Answer(self.text(new), new, seconds) for new in written]
 
-    def _end(self, tokens: Sequence[int]) -> int:
-        """Where the first end-of-text stands: what follows it only pads the batch."""
+    def write(
+        self, ids: Any, mask: Any, streamer: Any = None, **options: Any
+    ) -> list[tuple[int, ...]]:
+        """Continues sequences of tokens.
+
+        Args:
+            ids: int64 [sequences, length] on the device.
+            mask: int64 like it; 0 where a sequence is only padded.
+            streamer: a transformers streamer that sees tokens as they come.
+            options: of transformers' `generate`.
+
+        Returns:
+            What was written after each, up to the token that ended it, which is there, too.
+        """
+        import torch
+
+        with torch.inference_mode(), quiet_loading():
+            written = self.model.generate(
+                ids,
+                attention_mask=mask,
+                streamer=streamer,
+                num_beams=1,
+                return_dict_in_generate=False,
+                pad_token_id=self._pad_token(),
+                **options,
+            )
         stops = end_tokens(self.model.generation_config)
-        return next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
+        return [_to_end(sequence[ids.shape[1] :].tolist(), stops) for sequence in written]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of an answer, without the token that ended it.
+
+        Raises:
+            ArtifactError: the tokenizer fails.
+        """
+        ended = bool(tokens) and tokens[-1] in end_tokens(self.model.generation_config)
+        return self.tokenizer.decode(list(tokens[: -1 if ended else None]))
 
     def _options(self, prompt_tokens: int, sampling: Sampling) -> dict[str, int | float | None]:
         limit = sampling.max_new_tokens
@@ -194,11 +219,8 @@ class Generator:
             limit = min(limit, self.context - prompt_tokens)
         options: dict[str, int | float | None] = {
             "max_new_tokens": limit,
-            "num_beams": 1,
-            "return_dict_in_generate": False,
             "num_return_sequences": sampling.num_return_sequences,
             "do_sample": sampling.draws,
-            "pad_token_id": self._pad_token(),
         }
         if sampling.draws:
             options["top_k"] = sampling.top_k or 0
@@ -209,6 +231,12 @@ class Generator:
     def _pad_token(self) -> int | None:
         pad = self.tokenizer.special_id("pad_token_id")
         return pad if pad is not None else self.tokenizer.special_id("eos_token_id")
+
+
+def _to_end(tokens: Sequence[int], stops: Container[int]) -> tuple[int, ...]:
+    """Tokens up to the first that ends a text: what follows it only pads the batch."""
+    end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
+    return tuple(tokens[: end + 1])
 
 
 def context_of(model: Any) -> int | None:

@@ -11,6 +11,7 @@ messages.py         what those processes are asked, and what they reply
 source_worker.py    run there: loads the 16-bit model and asks it
 artifact_worker.py  run there: loads the 4-bit model, compares it with the other, and asks it
 generation.py       what a model writes, how fast, and where two answers part
+batches.py          prompts answered many at a time
 compare_models.py   both models on the same tokens, block by block
 compare_weights.py  the files of the artifact against those of the source, tensor by tensor
 distance.py         how far layers and blocks are from those of the 16-bit model

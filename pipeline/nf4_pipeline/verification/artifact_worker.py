@@ -33,7 +33,7 @@ from nf4_pipeline.verification.document import (
 )
 from nf4_pipeline.verification.eval_text import TokenSequence, cut, random_sequences
 from nf4_pipeline.verification.generation import (
-    TimedAnswer,
+    Answered,
     answer_all,
     open_generator,
     questions,
@@ -79,13 +79,13 @@ def run(request: ArtifactRequest, reporter: Reporter) -> ArtifactReply:
     if request.logits is not None:
         with one_thread_if_small(footprint):
             write_logits(model, request.logits)
-    answers: list[TimedAnswer] = []
+    answered = Answered(())
     with measured() as answering, one_thread_if_small(footprint):
         if request.prompts:
             asked = questions(request.prompts)
             generator = open_generator(model, request.artifact, request.device)
             with reporter.task("answer in 4 bit", len(asked), unit="answers") as task:
-                answers = answer_all(generator, asked, request.max_new_tokens, task)
+                answered = answer_all(generator, asked, request.max_new_tokens, task)
     weights = comparison.weights
     assert weights is not None  # the artifact's folder was given
     peaks = [on_load, take_peaks(answering, request.device)]
@@ -116,8 +116,8 @@ def run(request: ArtifactRequest, reporter: Reporter) -> ArtifactReply:
             peak_memory_bytes=on_comparison.memory,
             peak_device_memory_bytes=on_comparison.device_memory,
         ),
-        answers=tuple(answers),
-        costs=model_costs(answers, load_seconds, footprint, peaks, streamed=False),
+        answers=answered.answers,
+        costs=model_costs(answered, load_seconds, footprint, peaks, streamed=False),
     )
 
 

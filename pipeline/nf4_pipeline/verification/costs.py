@@ -8,7 +8,7 @@ from statistics import median
 
 from nf4_pipeline.resource_usage import Usage
 from nf4_pipeline.verification.document import ModelCosts
-from nf4_pipeline.verification.generation import TimedAnswer
+from nf4_pipeline.verification.generation import Answered
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def take_peaks(usage: Usage, device: str) -> Peaks:
 
 
 def model_costs(
-    answers: Sequence[TimedAnswer],
+    answered: Answered,
     load_seconds: float,
     footprint: int,
     peaks: Sequence[Peaks],
@@ -51,18 +51,21 @@ def model_costs(
     """Sums up what a model took.
 
     Args:
-        answers: of it.
+        answered: what it wrote.
         load_seconds: until it could be asked.
         footprint: bytes of its parameters and buffers.
         peaks: of loading and of answering.
         streamed: its blocks were read for every token.
     """
-    seconds = sum(answer.seconds for answer in answers)
+    answers, seconds = answered.answers, answered.seconds
     first = [a.first_token_seconds for a in answers if a.first_token_seconds is not None]
+    each = [len(answer.ids) / answer.seconds for answer in answers if answer.seconds]
     tokens = sum(len(answer.ids) for answer in answers)
     return ModelCosts(
         load_seconds=round(load_seconds, 3),
         tokens_per_second=round(tokens / seconds, 2) if seconds else None,
+        sequence_tokens_per_second=round(median(each), 2) if each else None,
+        answered_together=answered.together or None,
         first_token_seconds=round(median(first), 4) if first else None,
         footprint_bytes=footprint,
         streamed=streamed,

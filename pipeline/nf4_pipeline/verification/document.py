@@ -179,7 +179,10 @@ class ModelCosts(Document):
 
     Attributes:
         load_seconds: until it could be asked.
-        tokens_per_second: of all answers; None if no time can be told.
+        tokens_per_second: of all answers, which are written many at a time; None if no time can be
+            told.
+        sequence_tokens_per_second: of one answer among others, the median; None likewise.
+        answered_together: questions of the largest batch; None if nothing was asked.
         first_token_seconds: the median over the answers; None likewise.
         footprint_bytes: what `get_memory_footprint()` says.
         streamed: it did not fit the device, and was read block by block for every token.
@@ -189,6 +192,8 @@ class ModelCosts(Document):
 
     load_seconds: float
     tokens_per_second: float | None
+    sequence_tokens_per_second: float | None = optional()
+    answered_together: int | None = optional()
     first_token_seconds: float | None
     footprint_bytes: int
     streamed: bool

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from nf4_pipeline.documents import Document
 from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.progress import Task
-from nf4_pipeline.runtime.generate import Generator, Sampling
+from nf4_pipeline.runtime.generate import Generator
+from nf4_pipeline.verification.batches import Draws, cut_batches, write_batch
 from nf4_pipeline.verification.document import FirstDifference
 from nf4_pipeline.verification.prompts import Prompt
 
@@ -26,13 +28,6 @@ class Question:
 
     prompt: Prompt
     seed: int | None
-
-    def sampling(self, max_new_tokens: int) -> Sampling:
-        if self.seed is None:
-            return Sampling(max_new_tokens=max_new_tokens)
-        return Sampling(
-            max_new_tokens=max_new_tokens, temperature=_TEMPERATURE, top_k=_TOP_K, seed=self.seed
-        )
 
 
 def questions(prompts: Sequence[Prompt]) -> list[Question]:
@@ -52,9 +47,9 @@ class TimedAnswer(Document):
     Attributes:
         text: without the prompt and without special tokens.
         ids: the tokens that were written.
-        seconds: from the prompt to the last token; 0 if no time can be told.
-        first_token_seconds: from the prompt to the first token; None if none was written, or no
-            time can be told.
+        seconds: from the beginning of its batch to its last token; 0 if no time can be told.
+        first_token_seconds: from the beginning of its batch to its first token; None if none was
+            written, or no time can be told.
     """
 
     text: str
@@ -79,71 +74,113 @@ def open_generator(model: Any, artifact: Path, device: str) -> Generator:
     return Generator(model, LimitedTokenizer.open(artifact), torch.device(device))
 
 
-class _FirstToken:
-    """A streamer that notes when the first token after the prompt comes."""
+@dataclass(frozen=True)
+class Answered:
+    """Everything that a model wrote.
 
-    def __init__(self) -> None:
-        self.at: float | None = None
-        self._prompt_seen = False
+    Attributes:
+        answers: in the order of the questions.
+        seconds: of all batches; 0 if no time can be told.
+        together: questions of the largest batch.
+    """
 
-    def put(self, value: Any) -> None:
-        if self._prompt_seen and self.at is None:
-            self.at = time.perf_counter()
-        self._prompt_seen = True
-
-    def end(self) -> None:
-        """Nothing is left to do."""
-
-
-def answer(generator: Generator, question: Question, max_new_tokens: int) -> TimedAnswer:
-    """Answers one question; with nothing if the prompt leaves no room for an answer."""
-    prompt = question.prompt
-    if generator.context and length(generator, prompt) >= generator.context:
-        return TimedAnswer("", (), 0.0, None)
-    clock = _FirstToken()
-    start = time.perf_counter()
-    written = generator.answer(
-        prompt.prompt, question.sampling(max_new_tokens), chat=prompt.chat, streamer=clock
-    )[0]
-    first_token_seconds = None if clock.at is None else clock.at - start
-    return TimedAnswer(written.text, written.ids, written.seconds, first_token_seconds)
+    answers: tuple[TimedAnswer, ...]
+    seconds: float = 0.0
+    together: int = 0
 
 
 def answer_all(
     generator: Generator, asked: Sequence[Question], max_new_tokens: int, task: Task
-) -> list[TimedAnswer]:
-    """Answers one question after the other.
+) -> Answered:
+    """Answers questions, many at a time.
 
     Args:
         generator: the model.
         asked: the questions.
         max_new_tokens: of each answer.
-        task: advanced by 1 after each answer.
+        task: advanced by the answers of each batch.
     """
-    answers = []
-    for question in asked:
-        answers.append(answer(generator, question, max_new_tokens))
-        task.advance(1)
-    return answers
+    plan = _Plan(generator, asked, max_new_tokens, pad=True)
+    seconds = 0.0
+    for batch in plan.batches:
+        start = time.perf_counter()
+        plan.answer(batch)
+        seconds += time.perf_counter() - start
+        task.advance(len(batch))
+    task.advance(len(asked) - sum(map(len, plan.batches)))
+    return Answered(plan.answers(), seconds, max(map(len, plan.batches), default=0))
 
 
-def length(generator: Generator, prompt: Prompt) -> int:
-    """Tokens of a prompt."""
-    return int(generator.encode(prompt.prompt, chat=prompt.chat).shape[1])
-
-
-def answer_tasks(
+def answer_streamed(
     generator: Generator,
     asked: Sequence[Question],
     max_new_tokens: int,
-    answers: dict[int, TimedAnswer],
-) -> list[Callable[[], None]]:
-    """One function for each question that leaves its answer in `answers`, by its number."""
+    run: Callable[[list[Callable[[], None]]], None],
+) -> Answered:
+    """Answers questions by a model whose blocks pass by.
 
-    def task(number: int, question: Question) -> Callable[[], None]:
-        return lambda: answers.update({number: answer(generator, question, max_new_tokens)})
+    Args:
+        generator: the model.
+        asked: the questions.
+        max_new_tokens: of each answer.
+        run: runs functions that all wait for each other at every block.
+    """
+    plan = _Plan(generator, asked, max_new_tokens, pad=False)
+    run([partial(plan.answer, batch) for batch in plan.batches])
+    # All of them were held at every block, so the time of any one says nothing.
+    answers = [replace(one, seconds=0.0, first_token_seconds=None) for one in plan.answers()]
+    return Answered(tuple(answers), 0.0, max(map(len, plan.batches), default=0))
 
-    return [task(number, question) for number, question in enumerate(asked)]
+
+class _Plan:
+    """Questions, cut into batches of one kind of decoding, and the answers to them."""
+
+    def __init__(
+        self, generator: Generator, asked: Sequence[Question], max_new_tokens: int, *, pad: bool
+    ) -> None:
+        self._generator = generator
+        self._asked = asked
+        self._max_new_tokens = max_new_tokens
+        self._ids = [encode(generator, question.prompt) for question in asked]
+        self._answers: dict[int, TimedAnswer] = {}
+        self.batches = [batch for drawn in (False, True) for batch in self._cut(drawn, pad)]
+
+    def _cut(self, drawn: bool, pad: bool) -> Iterator[list[int]]:
+        """The questions of each batch, by number; one without room for an answer is in none."""
+        context = self._generator.context
+        numbers = [
+            number
+            for number, (question, ids) in enumerate(zip(self._asked, self._ids, strict=True))
+            if (question.seed is not None) == drawn and (context is None or len(ids) < context)
+        ]
+        if numbers:
+            lengths = [len(self._ids[number]) for number in numbers]
+            for batch in cut_batches(self._generator, lengths, self._max_new_tokens, pad=pad):
+                yield [numbers[place] for place in batch]
+
+    def answer(self, batch: Sequence[int]) -> None:
+        """Answers a batch."""
+        seeds = [seed for number in batch if (seed := self._asked[number].seed) is not None]
+        written = write_batch(
+            self._generator,
+            [self._ids[number] for number in batch],
+            self._max_new_tokens,
+            Draws(_TEMPERATURE, _TOP_K, tuple(seeds)) if seeds else None,
+        )
+        for number, one in zip(batch, written, strict=True):
+            text = self._generator.text(one.ids)
+            self._answers[number] = TimedAnswer(text, one.ids, one.seconds, one.first_token_seconds)
+
+    def answers(self) -> tuple[TimedAnswer, ...]:
+        """In the order of the questions."""
+        nothing = TimedAnswer("", (), 0.0, None)
+        return tuple(self._answers.get(number, nothing) for number in range(len(self._asked)))
+
+
+def encode(generator: Generator, prompt: Prompt) -> list[int]:
+    """The tokens of a prompt."""
+    ids: list[int] = generator.encode(prompt.prompt, chat=prompt.chat)[0].tolist()
+    return ids
 
 
 def find_first_difference(before: TimedAnswer, after: TimedAnswer) -> FirstDifference | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -18,10 +17,10 @@ from nf4_pipeline.runtime.generate import Generator
 from nf4_pipeline.runtime.threads import one_thread_if_small
 from nf4_pipeline.verification.costs import limit_device_memory, model_costs, take_peaks
 from nf4_pipeline.verification.generation import (
+    Answered,
     Question,
-    TimedAnswer,
     answer_all,
-    answer_tasks,
+    answer_streamed,
     open_generator,
     questions,
 )
@@ -47,7 +46,7 @@ def run(request: SourceRequest, reporter: Reporter) -> SourceReply:
     from nf4_pipeline.blocks.streamed_model import StreamedModel
 
     limit_device_memory(request.device, request.device_memory)
-    answers: list[TimedAnswer] = []
+    answered = Answered(())
     with measured() as usage:
         start = time.perf_counter()
         with StreamedModel(request.source, request.device) as streamed:
@@ -57,16 +56,16 @@ def run(request: SourceRequest, reporter: Reporter) -> SourceReply:
             if request.prompts:
                 streamed.take_generation_config()
                 with one_thread_if_small(footprint):
-                    answers = _answer(request, streamed, reporter, whole=whole)
+                    answered = _answer(request, streamed, reporter, whole=whole)
     peaks = [take_peaks(usage, request.device)]
-    costs = model_costs(answers, load_seconds, footprint, peaks, streamed=not whole)
-    return SourceReply(answers=tuple(answers), costs=costs)
+    costs = model_costs(answered, load_seconds, footprint, peaks, streamed=not whole)
+    return SourceReply(answers=answered.answers, costs=costs)
 
 
 def _answer(
     request: SourceRequest, streamed: StreamedModel, reporter: Reporter, *, whole: bool
-) -> list[TimedAnswer]:
-    """Answers one after the other if the model is there, else all together, a block at a time."""
+) -> Answered:
+    """Answers batch by batch if the model is there, else all batches together, block by block."""
     asked = questions(request.prompts)
     generator = open_generator(streamed.model, request.artifact, request.device)
     if whole:
@@ -83,7 +82,7 @@ def _answer_streamed(
     max_new_tokens: int,
     streamed: StreamedModel,
     task: Task,
-) -> list[TimedAnswer]:
+) -> Answered:
     from nf4_pipeline.blocks.lockstep import Lockstep
 
     last = list(streamed.blocks)[-1]
@@ -93,11 +92,5 @@ def _answer_streamed(
         if block == last:
             task.advance(1)
 
-    answers: dict[int, TimedAnswer] = {}
     lockstep = Lockstep([streamed.blocks], partial(streamed.open_ahead, again=True), closed)
-    lockstep.run(answer_tasks(generator, asked, max_new_tokens, answers))
-    # All of them were held at every block, so the time of any one says nothing.
-    return [
-        replace(answers[number], seconds=0.0, first_token_seconds=None)
-        for number in range(len(asked))
-    ]
+    return answer_streamed(generator, asked, max_new_tokens, lockstep.run)
