@@ -18,7 +18,7 @@ from nf4_pipeline.processes.phase import PhaseLimits, limited
 
 T = TypeVar("T")
 
-_SECONDS: Final = 15.0
+_SECONDS: Final = 10.0
 """For loading it and for all that is asked of it, beyond what follows."""
 _SECONDS_A_CALL: Final = 0.05
 _BYTES_A_SECOND: Final = 100_000
