@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from nf4_pipeline.errors import ArtifactError
+from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 
 from tests.support.forks import SECONDS, TEXT, Fork, Forks, forks
 from tests.support.hostile_tokenizers import (
@@ -59,6 +61,13 @@ def test_a_good_one_works(children: Forks, folder: Path) -> None:
     write_template(folder, "{{ messages[0].content }}")
     found = children.ask(folder, "template", 30)
     assert (found.error, found.size) == ("", len(TEXT))
+
+
+def test_none(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ArtifactError, match=r"has no tokenizer: expected tokenizer\.json"):
+        LimitedTokenizer.open(folder)
 
 
 @pytest.mark.parametrize("case", TEMPLATES)

@@ -16,7 +16,7 @@ from nf4_pipeline.processes.temporary import TemporaryFolder, remove_abandoned
 PROGRAM = """
 import os, signal
 from nf4_pipeline.processes.temporary import TemporaryFolder
-folder = TemporaryFolder()
+folder = TemporaryFolder("child")
 (folder.path / "left").write_text("x")
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -50,12 +50,12 @@ def test_what_is_in_use_or_not_ours_stays(
     place: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(temporary, "_NEW_SECONDS", -1)
-    used = TemporaryFolder()
+    used = TemporaryFolder("child")
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "kept").write_text("x")
     (place / "nf4-child-link").symlink_to(elsewhere)
     (place / "nf4-child-file").write_text("x")
-    (place / "nf4-other").mkdir()
+    (place / "nf4-other-x").mkdir()
     left = place / "nf4-child-left"
     left.mkdir()
     (left / "link").symlink_to(elsewhere)
@@ -63,7 +63,7 @@ def test_what_is_in_use_or_not_ours_stays(
     assert not left.exists()
     assert (elsewhere / "kept").exists()
     assert sorted(path.name for path in place.iterdir()) == sorted(
-        [used.path.name, "nf4-child-link", "nf4-child-file", "nf4-other"]
+        [used.path.name, "nf4-child-link", "nf4-child-file", "nf4-other-x"]
     )
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     (place / "nf4-child-of-somebody").mkdir()

@@ -31,6 +31,8 @@ from nf4_pipeline.processes.messages import Message, Phase
 TEXT: Final = "What is the sum of 3 and 10, one asks; eeee? " * 8
 SECONDS: Final = 0.3
 
+_LIMITS: Final = ((limited_tokenizer, "_SECONDS"), (check_folder, "_BUILD_SECONDS"))
+
 
 @dataclass(frozen=True)
 class Fork:
@@ -157,7 +159,8 @@ def main() -> None:
         importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     for line in sys.stdin:
         folder, deed, allowed = json.loads(line)
-        limited_tokenizer._SECONDS = check_folder._BUILD_SECONDS = allowed
+        for module, name in _LIMITS:
+            setattr(module, name, allowed)
         print(json.dumps(_answer(Path(folder), deed)), flush=True)
 
 

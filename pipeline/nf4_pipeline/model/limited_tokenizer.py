@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from nf4_pipeline.checkpoint.files import is_tokenizer
 from nf4_pipeline.errors import ArtifactError, PipelineError
 from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.processes.phase import PhaseLimits, limited
 
 T = TypeVar("T")
 
-_SECONDS: Final = 15.0
+_SECONDS: Final = 10.0
 """For loading it and for all that is asked of it, beyond what follows."""
 _SECONDS_A_CALL: Final = 0.05
 _BYTES_A_SECOND: Final = 100_000
@@ -83,13 +84,22 @@ class LimitedTokenizer:
 
         seconds = _SECONDS + _small_bytes(folder) / _FILE_BYTES_A_SECOND
         start = time.monotonic()
-        with (
-            limited(f"the tokenizer of {folder}", _limits(seconds), _TOKENIZER_REMEDY, error),
-            quiet_loading(),
-        ):
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(folder), trust_remote_code=False, local_files_only=True
-            )
+        try:
+            with (
+                limited(f"the tokenizer of {folder}", _limits(seconds), _TOKENIZER_REMEDY, error),
+                quiet_loading(),
+            ):
+                tokenizer = AutoTokenizer.from_pretrained(
+                    str(folder), trust_remote_code=False, local_files_only=True
+                )
+        except error as failure:
+            names = [path.name for path in folder.iterdir()]
+            if any(is_tokenizer(name) or name == "tokenizer_config.json" for name in names):
+                raise
+            raise error(
+                f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model in it. "
+                "Bring it from where the model came from."
+            ) from failure
         left = seconds - (time.monotonic() - start)
         return cls(tokenizer, error=error, seconds=left, template_remedy=template_remedy)
 

@@ -45,7 +45,7 @@ def probe_tokenizer(folder: Path, rows: int | None) -> TokenizerFacts:
             limited = LimitedTokenizer.open(folder, error=SourceError)
         plain = limited.ids(_PLAIN_TEXT)
     except SourceError as error:
-        return _failed(folder, names, asked, _cause(error))
+        return _failed(folder, names, asked, _cause(error), str(error))
     tokenizer = limited.tokenizer
     asked |= _class_files(tokenizer)
     if not plain:
@@ -62,9 +62,9 @@ def _listed(asked: set[str], names: set[str]) -> tuple[tuple[str, ...], tuple[st
 
 
 def _cause(error: PipelineError) -> str:
-    """What the library said, without what is said of it."""
+    """What a library said; "" if it said nothing, and was too slow, or too much came of it."""
     cause = error.__cause__
-    return brief_text(cause if isinstance(cause, Exception) and str(cause) else error)
+    return brief_text(cause) if isinstance(cause, Exception) and str(cause) else ""
 
 
 def _class_files(tokenizer: Any) -> set[str]:
@@ -90,7 +90,18 @@ def _noting(folder: Path, asked: set[str]) -> Iterator[None]:
         base.cached_file = real
 
 
-def _failed(folder: Path, names: set[str], asked: set[str], why: str) -> TokenizerFacts:
+def _failed(
+    folder: Path, names: set[str], asked: set[str], why: str, whole: str = ""
+) -> TokenizerFacts:
+    """What is known of a tokenizer that does not load.
+
+    Args:
+        folder: of the checkpoint.
+        names: of all files in it.
+        asked: names of the files that were looked for.
+        why: in the words of the library; "" if it has none.
+        whole: the message if nothing more is to be said.
+    """
     config = _tokenizer_config(folder)
     kind = str(config.get("tokenizer_class") or "")
     files = _listed(asked, names)
@@ -112,6 +123,8 @@ def _failed(folder: Path, names: set[str], asked: set[str], why: str) -> Tokeniz
             f"{' and '.join(sorted(packages))}, which is not installed. {_EXTRA} brings what "
             "tokenizers need.",
         )
+    if not why:
+        return TokenizerFacts("fails", kind, *files, whole)
     what = f" ({kind})" if kind else ""
     return TokenizerFacts(
         "fails",
@@ -222,7 +235,7 @@ def _template(
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         ids = tokenizer.ids(text)
     except SourceError as error:
-        return "fails", _cause(error).rstrip(".")
+        return "fails", (_cause(error) or str(error)).rstrip(".")
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, earlier)

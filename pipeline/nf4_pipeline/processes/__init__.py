@@ -14,6 +14,6 @@ parent_side.py  the parent's side: start, progress, reply, and what is said when
 in_process.py   for tests: workers run in the process that asks for them
 child_side.py   the child's side: limits, death with the parent, every exception reported
 phase.py        limits for a piece of a child's work in which a stranger's program runs
-temporary.py    the temporary folders of children, and those that a killed parent left
+temporary.py    temporary folders, and those that a killed process left
 messages.py     what both sides say to each other
 """

@@ -17,7 +17,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, suppress
-from functools import lru_cache
 from typing import IO, Any, Final, Generic, Self
 
 from nf4_pipeline import errors
@@ -25,7 +24,7 @@ from nf4_pipeline.documents import Document, DocumentError
 from nf4_pipeline.errors import PipelineError
 from nf4_pipeline.processes.in_process import is_in_process
 from nf4_pipeline.processes.messages import Crash, Envelope, ExpectedError, Message, Phase
-from nf4_pipeline.processes.temporary import TemporaryFolder, remove_abandoned
+from nf4_pipeline.processes.temporary import TemporaryFolder
 from nf4_pipeline.processes.worker import Reply, Request, Script, Worker, load_function
 from nf4_pipeline.progress import SILENT, Reporter, Task
 
@@ -180,9 +179,14 @@ def _in_lasting_thread(
     try:
         return made.result()
     except BaseException:  # an interrupt; the child may be just begun
-        made.add_done_callback(lambda done: done.exception() or done.result().close())
+        made.add_done_callback(_close_made)
         ended.set()
         raise
+
+
+def _close_made(made: Future[_Process[Reply]]) -> None:
+    if made.exception() is None:
+        made.result().close()
 
 
 class _Process(Generic[Reply]):
@@ -193,8 +197,7 @@ class _Process(Generic[Reply]):
         self._timed_out = False
         self.is_waiting = True
         """For a request: it has answered the last one, and may be asked another."""
-        _remove_abandoned_once()
-        self._folder = TemporaryFolder()
+        self._folder = TemporaryFolder("child")
         # A file, not a pipe: nobody need read it, and it can be as long as it likes.
         self._stderr: IO[bytes] = tempfile.TemporaryFile()
         self._popen = subprocess.Popen(
@@ -298,11 +301,6 @@ class _Process(Generic[Reply]):
         self._stderr.seek(max(0, size - _TAIL_BYTES))
         lines = self._stderr.read().decode("utf-8", "replace").strip().splitlines()
         return " / ".join(line.strip() for line in lines[-_TAIL_LINES:]) or "no message"
-
-
-@lru_cache(maxsize=1)
-def _remove_abandoned_once() -> None:
-    remove_abandoned()
 
 
 class _Once(Child[Reply]):

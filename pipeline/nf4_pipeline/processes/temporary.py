@@ -1,7 +1,7 @@
-"""Temporary folders of children: each is locked while its parent lives, and goes when it does not.
+"""Temporary folders: each is locked while its process lives, and goes when it does not.
 
-A parent that is killed cannot delete what its child left. The next one does: a folder with the
-right name, of this user, that nobody holds a lock on and that is no longer new.
+A process that is killed cannot delete what it or its child left. The next one does: a folder with
+the right name, of this user, that nobody holds a lock on and that is no longer new.
 """
 
 from __future__ import annotations
@@ -14,23 +14,40 @@ import tempfile
 import time
 import weakref
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, get_args
 
-_PREFIX: Final = "nf4-child-"
+Use = Literal["child", "scores", "reproduce", "sign"]
+"""What a folder is for; it stands in its name."""
+
 _NEW_SECONDS: Final = 60
 """A folder so young may be about to be locked."""
 
 
 class TemporaryFolder:
-    """A locked folder in the system's place for temporary files; it goes at the latest at exit."""
+    """A locked folder in the system's place for temporary files; it goes at the latest at exit.
 
-    def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    A context manager whose value is the path. The first one of a process removes what killed ones
+    left.
+
+    Args:
+        use: what it is for.
+    """
+
+    def __init__(self, use: Use) -> None:
+        _remove_abandoned_once()
+        self.path = Path(tempfile.mkdtemp(prefix=_prefix(use)))
         lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._finalizer = weakref.finalize(self, _remove, self.path, lock, os.getpid())
         with suppress(OSError):  # a file system without locks: then nobody can tell, and none is
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
 
     def remove(self) -> None:
         """Deletes it and lets the lock go; a second call does nothing."""
@@ -44,14 +61,23 @@ def _remove(path: Path, lock: int, of: int) -> None:
 
 
 def remove_abandoned() -> None:
-    """Deletes folders whose parents died; what is not this user's, or is no folder, is left."""
+    """Deletes folders whose process died; what is not this user's, or is no folder, is left."""
     place = Path(tempfile.gettempdir())
-    for path in place.glob(f"{_PREFIX}*"):
+    for path in (path for use in get_args(Use) for path in place.glob(f"{_prefix(use)}*")):
         with suppress(OSError):
             found = path.lstat()
             old = time.time() - max(found.st_mtime, found.st_ctime) > _NEW_SECONDS
             if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and old:
                 _remove_if_free(path)
+
+
+@lru_cache(maxsize=1)
+def _remove_abandoned_once() -> None:
+    remove_abandoned()
+
+
+def _prefix(use: Use) -> str:
+    return f"nf4-{use}-"
 
 
 def _remove_if_free(path: Path) -> None:

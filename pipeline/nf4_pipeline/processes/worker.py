@@ -29,7 +29,8 @@ _SECRET_VALUES: Final = re.compile(
     r"|\b(AKIA|ASIA)[A-Z0-9]{16}\b|\beyJ[A-Za-z0-9_-]{16,}\.|-----BEGIN "
 )
 
-_OFFLINE: Final = {
+_SET: Final = {
+    "RUST_BACKTRACE": "0",  # the last words of a library should say why, not where
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -56,7 +57,7 @@ class Environment:
             for name, value in os.environ.items()
             if (self.keep is None or name in self.keep) and not is_secret(name, value)
         }
-        return inherited | _OFFLINE | dict(self.add)
+        return inherited | _SET | dict(self.add)
 
 
 def is_secret(name: str, value: str) -> bool:

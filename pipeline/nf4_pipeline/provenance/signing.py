@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import re
-import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +16,7 @@ from nf4_pipeline.checkpoint.atomic import write_bytes
 from nf4_pipeline.checkpoint.plain_file import check_plain
 from nf4_pipeline.errors import ArtifactError, SignatureError, UsageError
 from nf4_pipeline.manifest.read import MANIFEST_FILE
+from nf4_pipeline.processes.temporary import TemporaryFolder
 
 SIGNATURE_FILE: Final = "model.sig"
 _LARGEST_SIGNATURE: Final = 64 * 2**20  # bytes; it names every file
@@ -64,8 +64,8 @@ def sign(artifact: Path, private_key: Path, password: str | None = None) -> Path
             "of an elliptic curve key. Make one: openssl ecparam -name prime256v1 -genkey -noout "
             f"-out {private_key}"
         ) from error
-    with tempfile.TemporaryDirectory(prefix="nf4-sign-") as folder:
-        fresh = Path(folder) / SIGNATURE_FILE
+    with TemporaryFolder("sign") as folder:
+        fresh = folder / SIGNATURE_FILE
         config.sign(artifact, fresh)
         write_bytes(artifact / SIGNATURE_FILE, fresh.read_bytes())
     return artifact / SIGNATURE_FILE

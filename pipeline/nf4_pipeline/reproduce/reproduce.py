@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,6 +17,7 @@ from nf4_pipeline.manifest.artifact_files import Weights, assemble_files
 from nf4_pipeline.manifest.manifest import Manifest, Source
 from nf4_pipeline.manifest.read import MANIFEST_FILE, read_manifest
 from nf4_pipeline.nf4.rounding import NearestOnCpu
+from nf4_pipeline.processes.temporary import TemporaryFolder
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.recipe import Recipe, parse_recipe
 from nf4_pipeline.reproduce.calibration import (
@@ -144,8 +144,8 @@ def reproduce(
     device = "cpu"
     if tokens is not None and summary is not None:
         device = device_for(summary, machine.device)
-    with measured() as usage, tempfile.TemporaryDirectory(prefix="nf4-reproduce-") as scratch:
-        pinned = open_source(manifest, source, Path(scratch), reporter)
+    with measured() as usage, TemporaryFolder("reproduce") as scratch:
+        pinned = open_source(manifest, source, scratch, reporter)
         facts = pinned.facts
         planner = CheckpointPlanner(open_checkpoint(pinned.folder), facts.model, recipe.quantize)
         choice = None
@@ -153,7 +153,7 @@ def reproduce(
             calibrator = Calibrator(
                 pinned.folder,
                 facts.content_sha256,
-                Path(scratch) / "calibration",
+                scratch / "calibration",
                 recipe.quantize,
                 device,
             )
