@@ -18,6 +18,7 @@ import numpy as np
 from einops import rearrange, repeat
 from numpy.typing import NDArray
 
+from nf4_pipeline.checkpoint.strict_json import parse_json
 from nf4_pipeline.documents import Document, optional
 from nf4_pipeline.errors import CheckpointError, RecipeError
 from nf4_pipeline.manifest.manifest import KeptModule
@@ -97,7 +98,7 @@ def read_tokens(path: Path) -> CalibrationTokens | None:
     """What an earlier run kept, or None."""
     try:
         return parse_tokens(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, RecipeError):
+    except (OSError, ValueError, RecursionError, RecipeError):
         return None
 
 
@@ -283,7 +284,7 @@ def tokens_of_text(path: Path, tokenizer: Any, sequences: int, length: int) -> N
 
 def _line(line: str, tokenizer: Any, where: str) -> list[int]:
     try:
-        value = json.loads(line)
+        value = parse_json(line.encode())
         if isinstance(value.get("messages"), list) and getattr(tokenizer, "chat_template", None):
             ids: list[int] = tokenizer.apply_chat_template(
                 value["messages"], tokenize=True, return_dict=False

@@ -3,7 +3,9 @@
     files.py        which files of a repository are taken, and which travel into an export
     weight_files.py which weight files of a folder are the model: those that transformers loads
     safetensors_header.py  parsing and writing the header, strictly: every byte is accounted for
+    named_path.py   a path as somebody wrote it, looked at before the system is asked for it
     strict_json.py  untrusted JSON, limited before it is parsed
+    generation_config.py  generation_config.json, of the types that generating needs
     untrusted.py    an untrusted folder: links, sizes, small files
     lfs_pointer.py  Git LFS pointers in place of files
     folder_advice.py  what a folder without a usable checkpoint looks like, and the way out

@@ -6,10 +6,11 @@ with its checkpoints, a pipeline of several models, a repository cloned without 
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Final
+
+from nf4_pipeline.checkpoint.strict_json import parse_json
 
 _CACHE_FOLDER: Final = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)")
 _COMMIT: Final = re.compile("[0-9a-f]{40}")
@@ -178,7 +179,7 @@ def adapter_advice(folder: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = parse_json(path.read_bytes())
         base, kind = value.get("base_model_name_or_path"), value.get("peft_type")
     except (OSError, ValueError, AttributeError):
         base, kind = None, None

@@ -55,8 +55,12 @@ class Checkpoint:
         return sum(tensor.header.nbytes for tensor in self.tensors)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, finite: bool = False) -> dict[str, Any]:
     """A JSON object from an untrusted file.
+
+    Args:
+        path: the file.
+        finite: refuse numbers that JSON does not have, such as NaN and 1e999.
 
     Raises:
         CheckpointError: the file is missing or too large, or holds no JSON object.
@@ -69,7 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
                 f"{path} is larger than {_MAX_JSON_BYTES:,} bytes; no real one is. "
                 "Download the file again."
             )
-        value = parse_json(path.read_bytes())
+        value = parse_json(path.read_bytes(), finite=finite)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
     except ValueError as error:

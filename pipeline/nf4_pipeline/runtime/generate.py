@@ -9,10 +9,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-from nf4_pipeline.errors import ArtifactError, UsageError
+from nf4_pipeline.errors import ArtifactError, PipelineError, ResourceError, UsageError
 from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.runtime.artifact import find_model
 from nf4_pipeline.runtime.loader import load, load_tokenizer, pick_device
+
+_MOST: Final = 2**31 - 1
+_MOST_ANSWERS: Final = 1_000
+"""Answers to one prompt, which are computed at once."""
 
 DEFAULT_NEW_TOKENS: Final = 128
 """Length of an answer when neither its own nor the whole length is given."""
@@ -42,13 +46,19 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in ("max_length", "max_new_tokens", "top_k", "num_return_sequences"):
-            value = getattr(self, name)
+            value, most = getattr(self, name), _MOST_ANSWERS if name[0] == "n" else _MOST
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; expected at least 1.")
+            if value is not None and value > most:
+                raise UsageError(f"{name} is {value:.3g}; expected at most {most:,}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}; expected more than 0 and at most 1.")
-        if self.temperature is not None and self.temperature < 0:
-            raise UsageError(f"temperature is {self.temperature}; expected 0 or more.")
+        if self.temperature and not 1e-6 <= self.temperature <= 1e6:
+            raise UsageError(
+                f"temperature is {self.temperature}; expected 0, or from 0.000001 to 1,000,000."
+            )
+        if not -(2**63) <= self.seed < 2**64:
+            raise UsageError(f"seed is {self.seed:.3g}; expected from -2^63 to 2^64 - 1.")
         if self.temperature == 0 and self.num_return_sequences > 1:
             raise UsageError("temperature 0 gives one answer only; raise it to ask for several.")
 
@@ -118,11 +128,21 @@ class Generator:
         """
         if not query.strip():
             raise UsageError("The prompt is empty. Give at least one word.")
+        if not _is_utf8(query):
+            raise UsageError("The prompt is not UTF-8. Give it in that encoding.")
         templated = chat and bool(getattr(self.tokenizer, "chat_template", None))
         if templated:
             query = self._in_template(query)
-        # A template writes its special tokens itself.
-        ids = self.tokenizer(query, return_tensors="pt", add_special_tokens=not templated).input_ids
+        try:
+            # A template writes its special tokens itself.
+            ids = self.tokenizer(
+                query, return_tensors="pt", add_special_tokens=not templated
+            ).input_ids
+        except Exception as error:  # tokenizers of strangers fail in any way they like
+            raise ArtifactError(
+                f"The model's tokenizer fails on this prompt: {_brief(error)}. Bring its files "
+                "again from where the model came from."
+            ) from error
         if ids.shape[1] == 0:
             raise UsageError("The tokenizer makes no token of this prompt. Give another one.")
         return ids.to(self.device)
@@ -153,7 +173,8 @@ class Generator:
         Raises:
             UsageError: the prompt is empty or gives no token, or is already as long as
                 `max_length` or the model's context.
-            ArtifactError: the chat template fails.
+            ArtifactError: the chat template or the tokenizer fails, or the model does.
+            ResourceError: memory runs out.
         """
         import torch
 
@@ -162,12 +183,17 @@ class Generator:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.inference_mode(), quiet_loading():
             torch.manual_seed(sampling.seed)
-            written = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                streamer=streamer,
-                **self._options(ids.shape[1], sampling),
-            )
+            options = self._options(ids.shape[1], sampling)
+            try:
+                written = self.model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    streamer=streamer,
+                    tokenizer=self.tokenizer,  # for the stop strings of a generation config
+                    **options,
+                )
+            except Exception as error:  # a stranger's configs fail in any way they like
+                raise _of_generating(error) from error
         seconds = time.perf_counter() - start
         answers = []
         for sequence in written:
@@ -218,6 +244,31 @@ class Generator:
     def _pad_token(self) -> int | None:
         pad = self.tokenizer.pad_token_id
         return int(pad) if pad is not None else self.tokenizer.eos_token_id
+
+
+def _of_generating(error: Exception) -> PipelineError:
+    """What transformers or torch raised while a model generated, as an error of ours."""
+    text = _brief(error)
+    if isinstance(error, MemoryError) or "memory" in text.lower():
+        return ResourceError(
+            f"Memory ran out while the model generated: {text}. Ask for fewer or shorter answers."
+        )
+    return ArtifactError(
+        f"The model does not generate: {text}. Look at its config.json and "
+        "generation_config.json: transformers does as they say."
+    )
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @lru_cache(maxsize=1)

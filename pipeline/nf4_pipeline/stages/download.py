@@ -21,6 +21,7 @@ from nf4_pipeline.checkpoint.digest import (
 )
 from nf4_pipeline.checkpoint.files import PICKLE_FILE, is_of_tokenizer, is_wanted
 from nf4_pipeline.checkpoint.folder_advice import cache_commit
+from nf4_pipeline.checkpoint.named_path import named_path
 from nf4_pipeline.checkpoint.source import open_checkpoint, read_json, weight_files
 from nf4_pipeline.checkpoint.strip_prefix import check_prefix, copy_without_prefix
 from nf4_pipeline.checkpoint.untrusted import check_file
@@ -202,7 +203,7 @@ class Download:
 
     def _find(self) -> Source:
         model = self.request.model
-        path = Path(model).expanduser()
+        path = named_path(model)
         if path.is_dir():
             self._refuse_revision()
             snapshot = cache_commit(path.resolve())
