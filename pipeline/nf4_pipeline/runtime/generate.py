@@ -206,7 +206,7 @@ class Generator:
     def _end(self, tokens: Sequence[int]) -> int:
         """Where the first end-of-text stands: what follows it only pads the batch."""
         ends = self.model.generation_config.eos_token_id
-        stops = set(ends) if isinstance(ends, list | tuple) else {ends}
+        stops = ends if isinstance(ends, list | tuple) else (ends,)
         return next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
 
     def _options(self, prompt_tokens: int, sampling: Sampling) -> dict[str, int | float | None]:
