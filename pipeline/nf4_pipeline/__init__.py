@@ -50,8 +50,8 @@ from typing import TYPE_CHECKING, Any
 from nf4_pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
-    from nf4_pipeline.runtime.generate import prompt
     from nf4_pipeline.runtime.loader import load, load_tokenizer
+    from nf4_pipeline.runtime.prompt import prompt
 
 __version__ = "0.1.0"
 
@@ -60,7 +60,7 @@ __all__ = ["PipelineError", "__version__", "load", "load_tokenizer", "prompt"]
 _LAZY = {
     "load": "nf4_pipeline.runtime.loader",
     "load_tokenizer": "nf4_pipeline.runtime.loader",
-    "prompt": "nf4_pipeline.runtime.generate",
+    "prompt": "nf4_pipeline.runtime.prompt",
 }
 
 

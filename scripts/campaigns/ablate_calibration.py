@@ -29,6 +29,7 @@ from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
 from nf4_pipeline.gptq.config import GptqConfig
 from nf4_pipeline.gptq.saved_codes import read_codes
 from nf4_pipeline.machine import Machine
+from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.model.linear import as_held
 from nf4_pipeline.nf4.dequantize import dequantize
 from nf4_pipeline.nf4.float_bits import bits_of
@@ -36,7 +37,6 @@ from nf4_pipeline.nf4.rtn import round_to_nearest
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import DOWNLOAD
-from nf4_pipeline.runtime.loader import load_tokenizer
 from nf4_pipeline.sample import TEXT
 from nf4_pipeline.selection import TensorPlan
 from nf4_pipeline.stages.quantize import Quantize
@@ -86,7 +86,7 @@ def main(
     house = Build(build)
     weights = Quantize(house, Recipe(), Machine()).plan().quantized
     facts = house.need(DOWNLOAD).facts
-    tokenizer = load_tokenizer(house.source)
+    tokenizer = LimitedTokenizer.open(house.source)
     text = read_text(eval_text)
     if eval_text is None and facts.is_sample:
         text = read_text(TEXT)

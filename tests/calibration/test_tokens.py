@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ import torch
 from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.calibration.sampling import make_tokens
 from nf4_pipeline.calibration.tokens import (
+    Beginnings,
     CalibrationTokens,
     openings,
     parse_tokens,
@@ -20,11 +21,13 @@ from nf4_pipeline.calibration.tokens import (
     tokens_of_text,
 )
 from nf4_pipeline.errors import CheckpointError, RecipeError
+from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.progress import SILENT
-from nf4_pipeline.runtime.loader import load_tokenizer
 
 from tests.support.checkpoints import make_checkpoint, make_model
 from tests.support.tiny import edit_json
+
+pytestmark = pytest.mark.usefixtures("workers_here")
 
 CHAT: Final = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
@@ -83,17 +86,19 @@ def test_a_text_that_ends_goes_on(tmp_path: Path) -> None:
 
 
 def test_half_are_conversations_if_there_is_a_template(chatty: Path) -> None:
-    tokenizer = load_tokenizer(chatty)
+    tokenizer = LimitedTokenizer.open(chatty)
     model = make_model("llama")
-    found = openings(model, tokenizer, 64, 256)
+    found = openings(model, Beginnings.of(tokenizer), 64, 256)
     assert sum(opening.count for opening in found) == 64
     talks = [o for o in found if len(o.ids) > 1]
     assert sum(o.count for o in talks) == 32
-    assert {tokenizer.decode(o.ids)[:6] for o in talks} == {"<user>"}
-    assert {tokenizer.decode(o.ids)[-11:] for o in talks} == {"<assistant>"}
+    assert {tokenizer.tokenizer.decode(o.ids)[:6] for o in talks} == {"<user>"}
+    assert {tokenizer.tokenizer.decode(o.ids)[-11:] for o in talks} == {"<assistant>"}
     assert all(len(o.ids) <= 128 for o in found)
     assert len({o.seed for o in found}) == len(found)
-    short = openings(model, tokenizer, 64, 16)  # no conversation begins within eight tokens
+    short = openings(
+        model, Beginnings.of(tokenizer), 64, 16
+    )  # no conversation begins within eight tokens
     assert {o.ids for o in short} == {(256,)}
     rows = sampled(chatty, 8 * 128).ids
     assert sum(row[0] == 256 for row in rows) == 4
@@ -102,14 +107,14 @@ def test_half_are_conversations_if_there_is_a_template(chatty: Path) -> None:
 def test_counts_are_shared_and_at_most_32_are_sampled_at_once(llama: Path) -> None:
     model = make_model("llama")
     model.config.bos_token_id = 5
-    found = openings(model, None, 99, 128)
+    found = openings(model, Beginnings(), 99, 128)
     assert [(o.ids, o.count) for o in found] == [
         ((256,), 32),
         ((256,), 18),
         ((5,), 32),
         ((5,), 17),
     ]
-    assert [(o.ids, o.count) for o in openings(model, None, 1, 128)] == [((256,), 1)]
+    assert [(o.ids, o.count) for o in openings(model, Beginnings(), 1, 128)] == [((256,), 1)]
 
 
 @pytest.mark.parametrize("eos", [None, 99_999, -1])
@@ -117,18 +122,18 @@ def test_a_model_that_knows_no_beginning(eos: int | None) -> None:
     model = make_model("llama")
     model.config.bos_token_id = None
     model.config.eos_token_id = eos
-    found = openings(model, None, 64, 128)
+    found = openings(model, Beginnings(), 64, 128)
     assert sum(o.count for o in found) == 64
     assert len(found) == 8
     assert all(0 <= o.ids[0] < 257 for o in found)
-    assert openings(model, None, 64, 128) == found
+    assert openings(model, Beginnings(), 64, 128) == found
 
 
 def test_several_ends() -> None:
     model = make_model("llama")
     model.config.eos_token_id = [7, 8]
     model.config.bos_token_id = None
-    assert {o.ids for o in openings(model, None, 64, 128)} == {(7,)}
+    assert {o.ids for o in openings(model, Beginnings(), 64, 128)} == {(7,)}
 
 
 def test_a_checkpoint_without_a_tokenizer(tmp_path: Path) -> None:
@@ -177,34 +182,34 @@ def test_random_numbers_of_others_are_not_disturbed(llama: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(llama: Path) -> Any:
-    return load_tokenizer(llama)
+def tokenizer(llama: Path) -> LimitedTokenizer:
+    return LimitedTokenizer.open(llama)
 
 
-def test_a_text_is_read_evenly(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_text_is_read_evenly(tokenizer: LimitedTokenizer, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     words = "".join(f"{number:07d} " for number in range(100))  # eight tokens each
     path.write_text(words)
     rows = tokens_of_text(path, tokenizer, 3, 32)
     assert rows.shape == (3, 32)
-    decoded = [tokenizer.decode(row) for row in rows]
+    decoded = [tokenizer.tokenizer.decode(row) for row in rows]
     assert [text.split()[0] for text in decoded] == ["0000000", "0000048", "0000096"]
     assert all(text in words for text in decoded)
     assert tokens_of_text(path, tokenizer, 1000, 32).shape == (25, 32)  # all there is
     assert tokens_of_text(path, tokenizer, 1, 32).shape == (1, 32)
 
 
-def test_lines_of_json(chatty: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_lines_of_json(chatty: Path, tokenizer: LimitedTokenizer, tmp_path: Path) -> None:
     path = tmp_path / "talks.jsonl"
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     lines = [{"text": "abc"}, {"prompt": "de", "more": 1}, {"messages": talk}]
     path.write_text("\n\n".join(json.dumps(line) for line in lines) + "\r\n")
-    plain = tokenizer.decode(tokens_of_text(path, tokenizer, 1, 10)[0])
+    plain = tokenizer.tokenizer.decode(tokens_of_text(path, tokenizer, 1, 10)[0])
     assert plain == "abc<|endoftext|>de<|endoftext|>Hi\n"
-    with_template = load_tokenizer(chatty)
+    with_template = LimitedTokenizer.open(chatty)
     row = tokens_of_text(path, with_template, 1, 28)[0]
     expected = "abc<|endoftext|>de<|endoftext|><user>Hi<assistant>Ho"
-    assert with_template.decode(row) == expected
+    assert with_template.tokenizer.decode(row) == expected
 
 
 WRONG: Final[dict[str, tuple[str, str]]] = {
@@ -230,13 +235,13 @@ WRONG: Final[dict[str, tuple[str, str]]] = {
     ],
 )
 def test_lines_that_are_wrong(
-    case: str, template: bool, chatty: Path, tokenizer: Any, tmp_path: Path
+    case: str, template: bool, chatty: Path, tokenizer: LimitedTokenizer, tmp_path: Path
 ) -> None:
     content, message = WRONG[case]
     path = tmp_path / "talks.jsonl"
     path.write_text(content + '{"text": "' + "x" * 300 + '"}\n')
     with pytest.raises(RecipeError, match=message) as caught:
-        tokens_of_text(path, load_tokenizer(chatty) if template else tokenizer, 2, 128)
+        tokens_of_text(path, LimitedTokenizer.open(chatty) if template else tokenizer, 2, 128)
     assert str(path) in str(caught.value)
 
 
@@ -251,7 +256,7 @@ def test_lines_that_are_wrong(
     ],
 )
 def test_files_that_cannot_be_used(
-    name: str, content: bytes, message: str, tokenizer: Any, tmp_path: Path
+    name: str, content: bytes, message: str, tokenizer: LimitedTokenizer, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(RecipeError, match=message) as caught:

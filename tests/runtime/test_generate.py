@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from nf4_pipeline.errors import ArtifactError, UsageError
+from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.runtime.generate import Generator, Sampling
 from tokenizers.processors import TemplateProcessing
 
@@ -27,12 +28,12 @@ def generator(tmp_path: Path) -> Generator:
     config = transformers.GPT2Config(
         vocab_size=300, n_embd=64, n_layer=1, n_head=2, n_positions=32, eos_token_id=299
     )
-    return Generator(transformers.GPT2LMHeadModel(config).eval(), tokenizer)
+    return Generator(transformers.GPT2LMHeadModel(config).eval(), LimitedTokenizer(tokenizer))
 
 
 def test_a_template_writes_its_special_tokens_itself(generator: Generator) -> None:
-    start = generator.tokenizer.eos_token_id
-    generator.tokenizer.chat_template = "{{ eos_token }}{{ messages[0]['content'] }}"
+    start = generator.tokenizer.special_id("eos_token_id")
+    generator.tokenizer.tokenizer.chat_template = "{{ eos_token }}{{ messages[0]['content'] }}"
     assert generator.encode("hello")[0, :2].tolist().count(start) == 1
     assert generator.encode("hello", chat=True)[0, :2].tolist().count(start) == 1
     assert torch.equal(generator.encode("hello"), generator.encode("hello", chat=True))
@@ -47,8 +48,10 @@ def test_answers_end_where_the_positions_end(generator: Generator) -> None:
 
 
 def test_a_template_that_fails_is_named(generator: Generator) -> None:
-    generator.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ArtifactError, match=r"chat template fails.*alternate.*--raw"):
+    generator.tokenizer.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(
+        ArtifactError, match=r"chat template of .* fails: roles must alternate. Take it out"
+    ):
         generator.encode("hello", chat=True)
 
 

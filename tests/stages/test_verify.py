@@ -20,10 +20,11 @@ from nf4_pipeline.errors import ArtifactError, RecipeError, UsageError
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
 from nf4_pipeline.job import run_stage, states
 from nf4_pipeline.library_output import quiet_loading
+from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe, load_recipe
 from nf4_pipeline.records import VERIFY
-from nf4_pipeline.runtime.loader import load, load_tokenizer
+from nf4_pipeline.runtime.loader import load
 from nf4_pipeline.sample import MODEL_DIR, QUESTIONS, TEXT
 from nf4_pipeline.verification.document import SCHEMA
 from nf4_pipeline.verification.eval_text import Text, cut
@@ -116,7 +117,7 @@ def test_the_sample_passes_and_its_figures_are_those_of_both_models_whole(
         ).eval()
     model = load(build.export, device="cpu")
     text = Text("any", {"stories and questions": TEXT.read_text("utf-8")})
-    sequences = cut(text, load_tokenizer(MODEL_DIR), 1500, None)
+    sequences = cut(text, LimitedTokenizer.open(MODEL_DIR), 1500, None)
     parts = []
     for sequence in sequences:
         ids = torch.from_numpy(sequence.ids)[None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from nf4_pipeline.errors import RecipeError
+from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.verification.eval_text import (
     BUILT_IN,
     LENGTH,
@@ -32,14 +33,15 @@ LETTERS: Final = "abcdefghijklmnopqrstuvwxyz"
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> LimitedTokenizer:
     """One token a byte, and nothing put before or behind a text."""
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    return LimitedTokenizer.open(folder)
 
 
-def with_template(tokenizer: Any, template: str) -> Any:
+def with_template(limited: LimitedTokenizer, template: str) -> LimitedTokenizer:
+    tokenizer = limited.tokenizer
     copy = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizer.eos_token
     )
@@ -47,11 +49,11 @@ def with_template(tokenizer: Any, template: str) -> Any:
     copy.backend_tokenizer.post_processor = TemplateProcessing(
         single=template.replace("END", end[0]), special_tokens=[end]
     )
-    return copy
+    return LimitedTokenizer(copy)
 
 
-def words(tokenizer: Any, sequence: TokenSequence) -> str:
-    return str(tokenizer.decode(sequence.ids))
+def words(tokenizer: LimitedTokenizer, sequence: TokenSequence) -> str:
+    return str(tokenizer.tokenizer.decode(sequence.ids))
 
 
 def text(**domains: str) -> Text:
@@ -66,7 +68,7 @@ def test_the_built_in_text_by_domain() -> None:
         assert words == (TEXTS / f"{name}.txt").read_text("utf-8")
 
 
-def test_the_built_in_text_in_8192_tokens(tokenizer: Any) -> None:
+def test_the_built_in_text_in_8192_tokens(tokenizer: LimitedTokenizer) -> None:
     found = cut(read_text(None), tokenizer, 8192, None)
     tokens = {name: 0 for name in read_text(None).domains}
     for sequence in found:
@@ -113,7 +115,7 @@ def test_no_text_has_no_hash() -> None:
     assert Text(RANDOM, {}).sha256 is None
 
 
-def test_windows_are_spread_over_a_text(tokenizer: Any) -> None:
+def test_windows_are_spread_over_a_text(tokenizer: LimitedTokenizer) -> None:
     """A quarter of it is read: the beginning of each quarter, none of it twice."""
     long = "".join(letter * 400 for letter in LETTERS[:10])
     found = cut(text(some=long), tokenizer, 1000, 250)
@@ -122,14 +124,16 @@ def test_windows_are_spread_over_a_text(tokenizer: Any) -> None:
     ]
 
 
-def test_a_text_that_is_read_whole(tokenizer: Any) -> None:
+def test_a_text_that_is_read_whole(tokenizer: LimitedTokenizer) -> None:
     whole = LETTERS * 50
     found = cut(text(some=whole), tokenizer, 10_000, 512)
     assert "".join(words(tokenizer, sequence) for sequence in found) == whole
     assert [len(sequence.ids) for sequence in found] == [434, 433, 433]
 
 
-def test_domains_have_equal_shares_and_a_short_one_is_read_whole(tokenizer: Any) -> None:
+def test_domains_have_equal_shares_and_a_short_one_is_read_whole(
+    tokenizer: LimitedTokenizer,
+) -> None:
     found = cut(text(long=LETTERS * 20, short="abcdefgh", other=LETTERS), tokenizer, 60, None)
     read = {domain: "" for domain in ("long", "short", "other")}
     for sequence in found:
@@ -139,20 +143,20 @@ def test_domains_have_equal_shares_and_a_short_one_is_read_whole(tokenizer: Any)
     assert [s.domain for s in found] == ["long", "short", "other"]
 
 
-def test_every_sequence_begins_as_the_tokenizer_begins_a_text(tokenizer: Any) -> None:
+def test_every_sequence_begins_as_the_tokenizer_begins_a_text(tokenizer: LimitedTokenizer) -> None:
     begun = with_template(tokenizer, "END $A")
     found = cut(text(some=LETTERS * 10), begun, 100, 21)
     assert len(found) == 5
     for sequence in found:
-        assert sequence.ids[0] == tokenizer.eos_token_id
-        assert tokenizer.eos_token_id not in sequence.ids[1:]
+        assert sequence.ids[0] == tokenizer.tokenizer.eos_token_id
+        assert tokenizer.tokenizer.eos_token_id not in sequence.ids[1:]
         assert len(sequence.ids) == 21  # with it, as many as the model takes
 
 
-def test_what_a_tokenizer_puts_behind_a_text_is_left_out(tokenizer: Any) -> None:
+def test_what_a_tokenizer_puts_behind_a_text_is_left_out(tokenizer: LimitedTokenizer) -> None:
     for template in ("$A END", "END $A END"):
         plain = cut(text(some=LETTERS * 10), with_template(tokenizer, template), 60, None)
-        assert [words(tokenizer, s).removeprefix(tokenizer.eos_token) for s in plain] == [
+        assert [words(tokenizer, s).removeprefix(tokenizer.tokenizer.eos_token) for s in plain] == [
             (LETTERS * 3)[:60]
         ]
 
@@ -164,7 +168,7 @@ def test_what_a_tokenizer_puts_behind_a_text_is_left_out(tokenizer: Any) -> None
     begins=st.booleans(),
 )
 def test_never_too_much(
-    tokenizer: Any, lengths: list[int], tokens: int, context: int | None, begins: bool
+    tokenizer: LimitedTokenizer, lengths: list[int], tokens: int, context: int | None, begins: bool
 ) -> None:
     reader = with_template(tokenizer, "END $A") if begins else tokenizer
     domains = {LETTERS[i]: LETTERS[i] * length for i, length in enumerate(lengths)}
@@ -186,12 +190,12 @@ def test_never_too_much(
 
 
 @pytest.mark.parametrize("tokens", [2, 4, 9])
-def test_too_few_tokens_for_all_domains(tokenizer: Any, tokens: int) -> None:
+def test_too_few_tokens_for_all_domains(tokenizer: LimitedTokenizer, tokens: int) -> None:
     with pytest.raises(RecipeError, match=rf"{tokens} tokens .* 5 domains"):
         cut(read_text(None), tokenizer, tokens, None)
 
 
-def test_a_text_of_one_token(tokenizer: Any) -> None:
+def test_a_text_of_one_token(tokenizer: LimitedTokenizer) -> None:
     with pytest.raises(RecipeError, match=r"the text made .* two tokens"):
         cut(text(some="a"), tokenizer, 100, None)
 

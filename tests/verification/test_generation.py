@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from nf4_pipeline.errors import RecipeError
+from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.runtime.generate import Generator, Sampling
 from nf4_pipeline.verification.generation import (
@@ -46,7 +47,7 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
         bos_token_id=None,
         eos_token_id=None,
     )
-    return Generator(transformers.GPT2LMHeadModel(config).eval(), tokenizer)
+    return Generator(transformers.GPT2LMHeadModel(config).eval(), LimitedTokenizer(tokenizer))
 
 
 def test_what_has_one_right_answer_is_asked_greedily_and_all_else_by_draws_too() -> None:

@@ -1,6 +1,8 @@
 """Codes and scales chosen from what a layer's inputs look like: less damage at the same bytes.
 
     tokens.py            the tokens that calibration reads: the model's own, or from a text
+    tokens_request.py    asks the tokenizer, a stranger's program, in a process of its own
+    tokens_worker.py     that process
     openings.txt         what a chat model is asked, so that it writes tokens
     sampling.py          the model writes its tokens
     calibration_pass.py  the pass through the model: blocks are watched, then rounded by `gptq`

@@ -18,11 +18,9 @@ from nf4_pipeline.calibration.tokens import (
     Opening,
     openings,
     sampling_tasks,
-    tokens_of_text,
 )
-from nf4_pipeline.checkpoint.files import is_tokenizer
+from nf4_pipeline.calibration.tokens_request import TokensRequest, ask_tokenizer
 from nf4_pipeline.progress import Reporter, Task
-from nf4_pipeline.runtime.loader import load_tokenizer
 from nf4_pipeline.runtime.threads import one_thread_if_small
 
 _SPARE: Final = 2 * 2**30
@@ -46,22 +44,21 @@ def make_tokens(
         RecipeError: the text cannot be read, holds less than one sequence, or there is no
             tokenizer for it.
         CheckpointError: the model's probabilities are not finite.
+        SourceError: the tokenizer fails, or takes more than any real one.
     """
     with StreamedModel(source, device) as streamed:
-        has_tokenizer = any(is_tokenizer(path.name) for path in source.iterdir())
-        tokenizer = load_tokenizer(source) if has_tokenizer else None
         config = streamed.model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
         length = min(LENGTH, context) if isinstance(context, int) and context > 1 else LENGTH
         sequences = max(1, count // length)
+        found = ask_tokenizer(TokensRequest(source, text, sequences, length))
         if text is not None:
-            ids = tokens_of_text(text, tokenizer, sequences, length)
-            return CalibrationTokens(ids, "text", key)
+            return CalibrationTokens(np.array(found.rows, np.int32), "text", key)
         with (
             one_thread_if_small(streamed.footprint),
             reporter.task("sample calibration tokens", sequences, unit="sequences") as task,
         ):
-            begins = openings(streamed.model, tokenizer, sequences, length)
+            begins = openings(streamed.model, found.beginnings, sequences, length)
             ids = _sample(streamed, begins, length, reporter, task)
         return CalibrationTokens(ids, "self", key)
 

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from nf4_pipeline.checkpoint.strict_json import parse_json
 from nf4_pipeline.documents import Document, optional
-from nf4_pipeline.errors import CheckpointError, RecipeError
+from nf4_pipeline.errors import CheckpointError, PipelineError, RecipeError
 from nf4_pipeline.manifest.manifest import KeptModule
-from nf4_pipeline.runtime.tokenizer import text_prefix
+from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 
 LENGTH: Final = 256
 """Tokens of a sequence, at most."""
@@ -117,19 +117,49 @@ class Opening:
     seed: int
 
 
-def openings(model: Any, tokenizer: Any, sequences: int, length: int) -> list[Opening]:
+@dataclass(frozen=True)
+class Beginnings(Document):
+    """What a tokenizer says of how texts begin.
+
+    Attributes:
+        eos_token_id: ends one, and so begins the next; None if it knows none.
+        bos_token_id: begins one.
+        chats: beginnings of conversations, from the chat template.
+    """
+
+    eos_token_id: int | None = None
+    bos_token_id: int | None = None
+    chats: tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: LimitedTokenizer) -> Beginnings:
+        """Asks a tokenizer; in a child, for it is a stranger's program."""
+        chats: list[tuple[int, ...]] = []
+        lines = OPENINGS.read_text("utf-8").splitlines() if tokenizer.has_template else []
+        for line in lines:
+            message = {"role": "user", "content": line}
+            try:
+                text = tokenizer.in_template([message], answer_follows=True)
+                chats.append(tuple(tokenizer.ids(text)))
+            except PipelineError:  # a chat template may fail; texts begin without it, too
+                break
+        ends, begins = map(tokenizer.special_id, ("eos_token_id", "bos_token_id"))
+        return cls(ends, begins, tuple(chats))
+
+
+def openings(model: Any, known: Beginnings, sequences: int, length: int) -> list[Opening]:
     """How a model's own texts begin: as a text does, after the end of one, or as a conversation.
 
     Args:
         model: its config says which tokens begin and end a text, if the tokenizer does not.
-        tokenizer: None if there is none.
+        known: what the tokenizer says; empty if there is none.
         sequences: how many are wanted.
         length: of a sequence; what leaves no room in it is not used.
     """
     config = model.config.get_text_config()
     starts: list[tuple[int, ...]] = []
     for name in ("eos_token_id", "bos_token_id"):
-        token = getattr(tokenizer, name, None)
+        token = getattr(known, name)
         token = getattr(config, name, None) if token is None else token
         token = token[0] if isinstance(token, list) else token
         if isinstance(token, int) and 0 <= token < config.vocab_size:
@@ -137,18 +167,11 @@ def openings(model: Any, tokenizer: Any, sequences: int, length: int) -> list[Op
     if not starts:
         rng = np.random.default_rng(0)
         starts = [(int(i),) for i in rng.integers(0, config.vocab_size, 8)]
-    chats: list[tuple[int, ...]] = []
-    if getattr(tokenizer, "chat_template", None):
-        for line in OPENINGS.read_text("utf-8").splitlines():
-            message = [{"role": "user", "content": line}]
-            try:
-                chat = tokenizer.apply_chat_template(
-                    message, add_generation_prompt=True, tokenize=True, return_dict=False
-                )
-            except Exception:  # a chat template may raise anything; texts begin without it, too
-                break
-            fits = len(chat) <= length // 2 and max(chat, default=0) < config.vocab_size
-            chats += [tuple(chat)] if chat and fits else []
+    chats = [
+        chat
+        for chat in known.chats
+        if chat and len(chat) <= length // 2 and 0 <= min(chat) <= max(chat) < config.vocab_size
+    ]
     half = sequences // 2 if chats else 0
     counts = {start: n for start, n in _shared(starts, sequences - half)} | dict(
         _shared(chats, half)
@@ -234,7 +257,9 @@ def _checked(ids: Any, logits: Any) -> Any:
     return logits
 
 
-def tokens_of_text(path: Path, tokenizer: Any, sequences: int, length: int) -> NDArray[np.int32]:
+def tokens_of_text(
+    path: Path, tokenizer: LimitedTokenizer | None, sequences: int, length: int
+) -> NDArray[np.int32]:
     """Sequences from a file, spread evenly over it.
 
     Args:
@@ -248,6 +273,7 @@ def tokens_of_text(path: Path, tokenizer: Any, sequences: int, length: int) -> N
 
     Raises:
         RecipeError: the file cannot be read, or holds less than one sequence.
+        SourceError: the tokenizer fails, or takes more than any real one.
     """
     if tokenizer is None:
         raise RecipeError(
@@ -266,9 +292,9 @@ def tokens_of_text(path: Path, tokenizer: Any, sequences: int, length: int) -> N
             for i in _line(line, tokenizer, f"{path}, line {number}")
         ]
     else:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        ids = tokenizer.ids(text)
     # Every sequence begins as the tokenizer begins a text: many models are not themselves without.
-    prefix = text_prefix(tokenizer)[: length - 1]
+    prefix = tokenizer.prefix()[: length - 1]
     room = length - len(prefix)
     whole = len(ids) // room
     if whole == 0:
@@ -282,23 +308,20 @@ def tokens_of_text(path: Path, tokenizer: Any, sequences: int, length: int) -> N
     return np.concatenate([prefixes, rows], axis=1)
 
 
-def _line(line: str, tokenizer: Any, where: str) -> list[int]:
+def _line(line: str, tokenizer: LimitedTokenizer, where: str) -> list[int]:
     try:
         value = parse_json(line.encode())
-        if isinstance(value.get("messages"), list) and getattr(tokenizer, "chat_template", None):
-            ids: list[int] = tokenizer.apply_chat_template(
-                value["messages"], tokenize=True, return_dict=False
-            )
-            return ids
+        if isinstance(value.get("messages"), list) and tokenizer.has_template:
+            return tokenizer.ids(tokenizer.in_template(value["messages"], answer_follows=False))
         if isinstance(value.get("messages"), list):
             text = "\n".join(str(message["content"]) for message in value["messages"])
         else:
             text = value["text"] if "text" in value else value["prompt"]
         if not isinstance(text, str):
             raise TypeError(f"a {type(text).__name__} where a text should be")
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        return [*tokenizer(text, add_special_tokens=False, verbose=False).input_ids, *end]
-    except Exception as error:  # a chat template may raise anything
+        end = tokenizer.special_id("eos_token_id")
+        return [*tokenizer.ids(text), *([] if end is None else [end])]
+    except Exception as error:  # of JSON, of shapes, of a chat template
         raise RecipeError(
             f'{where}: expected an object with "messages", "text" or "prompt" ({error}).'
         ) from error

@@ -78,7 +78,7 @@ def cli() -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command line and exits: 0 good, 1 the job failed, 2 wrong usage, 130 stopped."""
+    """Runs the command line and exits: 0 good, 1 the job failed, 2 wrong usage, 128 + a signal."""
     with guarded(), _interruptible():
         status = _run(args)
         sys.exit(status)
@@ -98,10 +98,10 @@ def _run(args: list[str] | None) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         _say_stopped(_STOPPED)
-        return 130
+        return _stopped_status()
     except StoppedError as error:
         _say_stopped(str(error))
-        return 130
+        return _stopped_status()
     except PipelineError as error:
         return _fail(str(error), error.exit_code)
     except BrokenPipeError:  # nobody reads on, as behind `| head`
@@ -153,36 +153,49 @@ _PATIENCE: Final = 1.5
 file that counts is complete or absent at any moment."""
 
 
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_stopped_by: list[int] = []
+
+
+def _stopped_status() -> int:
+    """130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP: as a shell says of the signal."""
+    return 128 + (_stopped_by[0] if _stopped_by else signal.SIGINT)
+
+
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends a command soon, whatever it waits for; a second one ends it at once."""
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a job in the background
-    if ignored or threading.current_thread() is not threading.main_thread():
+    """A signal that asks for the end gets one soon, whatever a command waits for; a second at once.
+
+    The end is an orderly one: child processes and their temporary folders go, too.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    asked = False
+    # Ignored are they in a job in the background, or behind `nohup`.
+    heard = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
 
-    def interrupt(*_: object) -> None:
-        nonlocal asked
-        if asked:
+    def interrupt(number: int, _: object) -> None:
+        if _stopped_by:
             _end_now()
-        asked = True
+        _stopped_by.append(number)
         timer = threading.Timer(_PATIENCE, _end_now)
         timer.daemon = True
         timer.start()
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, interrupt)
+    for number in heard:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        if not asked:  # the work is over; what is left are milliseconds of the interpreter's end
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if not _stopped_by:  # the work is over; what is left are milliseconds of the end
+            for number in heard:
+                signal.signal(number, signal.SIG_IGN)
 
 
 def _end_now() -> None:
     _say_stopped(_STOPPED)
-    os._exit(130)
+    os._exit(_stopped_status())
 
 
 _said: list[str] = []

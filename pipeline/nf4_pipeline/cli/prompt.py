@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from nf4_pipeline.cli.options import Ui, output_options
-from nf4_pipeline.cli.terminal import say
+from nf4_pipeline.cli.terminal import say, say_piece
 
 
 @click.command("prompt")
@@ -31,19 +31,27 @@ def command(ui: Ui, artifact: str, text: str, raw: bool, device: str, **values: 
     "sample". Answers are greedy unless --top-k, --top-p, --temperature or several answers ask for
     chance.
     """
-    from nf4_pipeline.runtime.generate import Generator, Sampling
+    from nf4_pipeline.runtime.generate import Sampling
+    from nf4_pipeline.runtime.prompt import ask
 
     sampling = Sampling(**values)
-    generator = Generator.open(artifact, device=device)
     streams = not ui.as_json and sampling.num_return_sequences == 1
-    streamer = _streamer(generator.tokenizer) if streams else None
-    answers = generator.answer(text, sampling, chat=not raw, streamer=streamer)
+    reply = ask(
+        text,
+        artifact,
+        sampling,
+        device=device,
+        chat=not raw,
+        show=say_piece if streams else None,
+        reporter=ui.reporter(),
+    )
+    answers = reply.answers
     value = {
         "prompt": text,
         "answers": [answer.text for answer in answers],
         "tokens": sum(answer.tokens for answer in answers),
         "seconds": round(answers[0].seconds, 3),
-        "device": str(generator.model.device),
+        "device": reply.device,
     }
 
     def show() -> None:
@@ -53,10 +61,3 @@ def command(ui: Ui, artifact: str, text: str, raw: bool, device: str, **values: 
             say(f"[{number}] {answer.text.strip()}", lines=True, limit=sys.maxsize)
 
     ui.result(value, show)
-
-
-def _streamer(tokenizer: Any) -> Any:
-    """Shows words as they come."""
-    from transformers import TextStreamer
-
-    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -52,6 +52,16 @@ def say(
     stream.flush()
 
 
+def say_piece(text: str) -> None:
+    """Prints a piece of a text on stdout that comes bit by bit; the line goes on.
+
+    Args:
+        text: line breaks and tabs stay; other control characters are shown.
+    """
+    _unguarded(sys.stdout).write(printable(text, len(text), lines=True))
+    sys.stdout.flush()
+
+
 def say_json(value: Any) -> None:
     """Prints a JSON value on stdout, in ASCII."""
     text = json.dumps(value, indent=2).replace("\x7f", "\\u007f")

@@ -2,6 +2,7 @@
 
 architecture.py   what an architecture says of the tensors of a checkpoint: plain data, no torch
 config.py         config.json, untrusted -> a transformers config; remote code is never run
+check_folder.py   the one door to a model folder: links, sizes, names, headers, what they add up to
 config_limits.py  its sizes against the weights, before a model is built from them
 named_class.py    whether the class that is built is the one that config.json names
 linear.py         which modules are plain linear maps, decided by what they compute
@@ -12,6 +13,8 @@ meta_model.py     the model on the meta device -> its architecture
 fit.py            whether the tensors of a checkpoint and the model belong together
 missing_tensors.py  what the model needs and the checkpoint lacks: what happened, the way out
 unused_tensors.py   what the model has no place for: buffers, known heads, or a reason to stop
+generation_config.py  what of generation_config.json answers follow
+limited_tokenizer.py  a tokenizer and its chat template, asked within limits
 tokenizer_facts.py  what is known of a tokenizer before the work: plain data
 tokenizer_probe.py  loads a tokenizer and tries its chat template
 probe.py          asks for architecture and tokenizer in a process of its own

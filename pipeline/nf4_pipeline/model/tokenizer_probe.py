@@ -1,12 +1,13 @@
 """Loads a tokenizer and tries its chat template: programs of strangers, so only in a child process.
 
-Their code is never run; templates are, in the sandbox that transformers has for them.
+Their code is never run; templates are, in the sandbox that transformers has for them, and within
+limits (`limited_tokenizer.py`).
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,15 +16,16 @@ from typing import Any, Final, Literal
 
 from nf4_pipeline.checkpoint.files import is_tokenizer
 from nf4_pipeline.checkpoint.source import read_json
-from nf4_pipeline.errors import CheckpointError
+from nf4_pipeline.errors import CheckpointError, PipelineError, SourceError
 from nf4_pipeline.model.config import brief_text
+from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 
 _PLAIN_TEXT: Final = (
     "The quick brown fox jumps over 13 lazy dogs; isn't it strange?\n\tx = [1.5] # no"
 )
 _USER_TURN: Final = [{"role": "user", "content": "What is 3 plus 10?"}]
-_TEMPLATE_SECONDS: Final = 10
+_TEMPLATE_SECONDS: Final = 5
 _EXTRA: Final = "pip install 'nf4-pipeline[tokenizers]'"
 
 
@@ -40,16 +42,17 @@ def probe_tokenizer(folder: Path, rows: int | None) -> TokenizerFacts:
     asked: set[str] = set()
     try:
         with _noting(folder, asked):
-            tokenizer = _load(folder)
-        working = bool(tokenizer(_PLAIN_TEXT, add_special_tokens=False).input_ids)
-    except Exception as error:  # tokenizers of strangers fail in any way they like
-        return _failed(folder, names, asked, brief_text(error))
+            limited = LimitedTokenizer.open(folder, error=SourceError)
+        plain = limited.ids(_PLAIN_TEXT)
+    except SourceError as error:
+        return _failed(folder, names, asked, _cause(error))
+    tokenizer = limited.tokenizer
     asked |= _class_files(tokenizer)
-    if not working:
+    if not plain:
         return _failed(folder, names, asked, "it makes no token of plain text")
     kind = type(tokenizer).__name__
-    problem, beyond = _rows_missing(tokenizer, rows, kind, folder)
-    template, why = _template(tokenizer, rows)
+    problem, beyond = _rows_missing(tokenizer, plain, rows, kind, folder)
+    template, why = _template(limited, rows)
     return TokenizerFacts("loads", kind, *_listed(asked, names), problem, template, why, beyond)
 
 
@@ -58,12 +61,10 @@ def _listed(asked: set[str], names: set[str]) -> tuple[tuple[str, ...], tuple[st
     return tuple(sorted(asked)), tuple(sorted(asked & names - {"config.json"}))
 
 
-def _load(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(
-        str(folder), trust_remote_code=False, local_files_only=True
-    )
+def _cause(error: PipelineError) -> str:
+    """What the library said, without what is said of it."""
+    cause = error.__cause__
+    return brief_text(cause if isinstance(cause, Exception) and str(cause) else error)
 
 
 def _class_files(tokenizer: Any) -> set[str]:
@@ -176,7 +177,7 @@ def _is_ranks(head: bytes) -> bool:
 
 
 def _rows_missing(
-    tokenizer: Any, rows: int | None, kind: str, folder: Path
+    tokenizer: Any, text: Sequence[int], rows: int | None, kind: str, folder: Path
 ) -> tuple[str, tuple[str, ...]]:
     """Tokens that the embedding has no row for: why they matter, or their names if they do not."""
     if rows is None:
@@ -186,7 +187,7 @@ def _rows_missing(
     if not beyond:
         return "", ()
     added = set(tokenizer.get_added_vocab())
-    common = {*tokenizer(_PLAIN_TEXT).input_ids, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    common = {*text, tokenizer.bos_token_id, tokenizer.eos_token_id}
     plain = [(i, token) for i, token in beyond if token not in added or i in common]
     if not plain:
         return "", tuple(f"{token!r} ({i})" for i, token in beyond)
@@ -203,27 +204,31 @@ class _TooSlowError(Exception):
     """A template ran longer than any real one."""
 
 
-def _template(tokenizer: Any, rows: int | None) -> tuple[Literal["none", "works", "fails"], str]:
+def _template(
+    tokenizer: LimitedTokenizer, rows: int | None
+) -> tuple[Literal["none", "works", "fails"], str]:
     """Renders a plain user turn."""
-    if not getattr(tokenizer, "chat_template", None):
+    if not tokenizer.has_template:
         return "none", ""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise _TooSlowError(f"it ran longer than {_TEMPLATE_SECONDS} s")
 
-    earlier = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(_TEMPLATE_SECONDS)
+    # Most that are endless can be stopped, and the model be used without them.
+    earlier = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _TEMPLATE_SECONDS)
     try:
-        text = tokenizer.apply_chat_template(_USER_TURN, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-    except Exception as error:  # a template is a stranger's program
-        return "fails", brief_text(error).rstrip(".")
+        text = tokenizer.in_template(_USER_TURN, answer_follows=True)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        ids = tokenizer.ids(text)
+    except SourceError as error:
+        return "fails", _cause(error).rstrip(".")
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, earlier)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, earlier)
     if not ids:
         return "fails", "it makes an empty text"
     if rows is not None and max(ids) >= rows:
-        token = tokenizer.convert_ids_to_tokens(max(ids))
+        token = tokenizer.tokenizer.convert_ids_to_tokens(max(ids))
         return "fails", f"it writes {token!r}, and the embedding has no row {max(ids)}"
     return "works", ""

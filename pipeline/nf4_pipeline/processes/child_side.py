@@ -1,7 +1,8 @@
 """The child's side: `python -P -m nf4_pipeline.processes.child_side MODULE`.
 
-The request comes on stdin. What goes to the parent goes through what was stdout at the start; fd 1
-is then the same as fd 2, so that whatever a library prints stands between no two messages.
+Requests come on stdin, one a line; most workers get one. What goes to the parent goes through what
+was stdout at the start; fd 1 is then the same as fd 2, so that whatever a library prints stands
+between no two messages.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
-from typing import IO, Final
+from typing import IO, Any, Final, NoReturn
 
 from nf4_pipeline.errors import PipelineError
 from nf4_pipeline.library_output import quiet_libraries
+from nf4_pipeline.processes import phase
 from nf4_pipeline.processes.messages import (
     Advanced,
     Crash,
@@ -36,28 +38,40 @@ _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
 
 def main() -> None:
-    """Serves the one request that the parent sends, and ends."""
+    """Answers each request that the parent sends, one after the other, and ends with the last."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and decides
+    requests = os.fdopen(os.dup(0), "rb")
     pipe = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)
-    sent = sys.stdin.buffer.read()
+    sent = requests.readline()
     if not sent:
         os._exit(1)  # the parent died before it could ask
     envelope = Envelope.from_json(json.loads(sent))
     _die_with(envelope.parent)
     _limit_itself(envelope.limits)
     quiet_libraries()
-    status = 0
     reporter = _PipeReporter(pipe)
+    phase.arm(reporter.send)
+    while sent:
+        message = _answer(Envelope.from_json(json.loads(sent)).request, reporter)
+        reporter.send(message)
+        if message.crash is not None:
+            _end(1)
+        sent = requests.readline()
+    _end(0)
+
+
+def _answer(asked: dict[str, Any], reporter: _PipeReporter) -> Message:
     try:
         function, request = load_function(sys.argv[1])
-        reply = function(request.from_json(envelope.request), reporter)
-        message = Message(reply=reply.to_json())
+        return Message(reply=function(request.from_json(asked), reporter).to_json())
     except PipelineError as error:
-        message = Message(error=ExpectedError(type(error).__name__, str(error)))
+        return Message(error=ExpectedError(type(error).__name__, str(error)))
     except BaseException as error:  # a panic of a library in Rust is no Exception
-        message, status = Message(crash=Crash.of(error)), 1
-    reporter.send(message)
+        return Message(crash=Crash.of(error))
+
+
+def _end(status: int) -> NoReturn:
     # Threads and the teardown of libraries have nothing to add after the last message.
     sys.stdout.flush()
     sys.stderr.flush()

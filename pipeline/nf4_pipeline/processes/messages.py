@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,9 @@ class Limits(Document):
 
 @dataclass(frozen=True)
 class Envelope(Document):
-    """What a child reads from its standard input before anything else.
+    """One request: a line that a child reads from its standard input.
+
+    Parent and limits count in the first one.
 
     Attributes:
         parent: process id of the process that started it.
@@ -42,6 +45,51 @@ class Envelope(Document):
     parent: int
     limits: Limits
     request: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Phase(Document):
+    """A stranger's program begins to run (`phase.py`); what is said if it ends the process.
+
+    Attributes:
+        what: the program, such as "the chat template of FOLDER".
+        seconds: that it may take.
+        data_bytes: of memory that it may take.
+        remedy: a sentence that says what to do without it.
+        error: class in `nf4_pipeline.errors` of what is raised.
+    """
+
+    what: str
+    seconds: float
+    data_bytes: int
+    remedy: str
+    error: str
+
+    def failure(self, why: str) -> str:
+        """The whole message: what went wrong, and what to do."""
+        what = self.what[:1].upper() + self.what[1:]
+        return f"{what} {why}." + (f" {self.remedy}" if self.remedy else "")
+
+    def too_large(self) -> str:
+        """The message when an allocation failed."""
+        return self.failure(
+            f"takes more than {self.data_bytes / 2**30:.3g} GiB of memory, which no real one needs"
+        )
+
+    def ended_by(self, number: int, last_words: str) -> str:
+        """The message when it ended the process.
+
+        Args:
+            number: the signal, or 0 if the process ended by itself.
+            last_words: the end of what the process wrote to stderr.
+        """
+        if number in (signal.SIGALRM, signal.SIGXCPU):
+            return self.failure(f"takes longer than {self.seconds:.3g} s, which no real one needs")
+        if "memory allocation of" in last_words:  # Rust's word before it aborts
+            return self.too_large()
+        how = f"with {signal.Signals(number).name}" if number else "without a word"
+        why = " (as a rule, memory ran out)" if number == signal.SIGKILL else f": {last_words}"
+        return self.failure(f"ended the process that ran it {how}{why.rstrip('.')}")
 
 
 @dataclass(frozen=True)
@@ -115,7 +163,13 @@ class Crash(Document):
 
 @dataclass(frozen=True)
 class Message(Document):
-    """One line from a child: exactly one of these. A reply, an error or a crash is the last one."""
+    """One line from a child: exactly one of these.
+
+    A reply, an error or a crash is the last one of a request.
+    """
+
+    entered: Phase | None = optional()
+    left: bool | None = optional()
 
     started: TaskStarted | None = optional()
     advanced: Advanced | None = optional()

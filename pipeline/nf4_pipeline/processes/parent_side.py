@@ -14,14 +14,18 @@ import subprocess
 import tempfile
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, suppress
-from typing import IO, Final, Generic, Self
+from functools import lru_cache
+from typing import IO, Any, Final, Generic, Self
 
 from nf4_pipeline import errors
 from nf4_pipeline.documents import Document, DocumentError
 from nf4_pipeline.errors import PipelineError
 from nf4_pipeline.processes.in_process import is_in_process
-from nf4_pipeline.processes.messages import Crash, Envelope, ExpectedError, Message
+from nf4_pipeline.processes.messages import Crash, Envelope, ExpectedError, Message, Phase
+from nf4_pipeline.processes.temporary import TemporaryFolder, remove_abandoned
 from nf4_pipeline.processes.worker import Reply, Request, Script, Worker, load_function
 from nf4_pipeline.progress import SILENT, Reporter, Task
 
@@ -93,7 +97,7 @@ def start(
     """
     if is_in_process() and isinstance(worker, Worker):
         return _Here(worker, request, reporter)
-    return _Process(worker, request, reporter)
+    return _Once(worker, request, reporter)
 
 
 def run(
@@ -106,22 +110,91 @@ def run(
         return child.wait()
 
 
-class _Process(Child[Reply]):
-    def __init__(
-        self,
-        worker: Worker[Request, Reply] | Script[Request, Reply],
-        request: Request,
-        reporter: Reporter,
-    ) -> None:
+class Session(Generic[Request, Reply]):
+    """A worker that is asked again and again, and keeps in memory what it likes meanwhile.
+
+    Any thread may ask; one does at a time. The child lives until `close`, or until this process
+    ends. After an error that is not of our tree, and after an interrupt, it is closed.
+    """
+
+    def __init__(self, worker: Worker[Request, Reply]) -> None:
         self._worker = worker
-        self._tasks = _Tasks(reporter)
+        self._asking = threading.Lock()
+        self._ended = threading.Event()
+        self._process: _Process[Reply] | None = None
+        self._of = os.getpid()
+        if not is_in_process():
+            self._process = _in_lasting_thread(lambda: _Process(worker), self._ended)
+
+    @property
+    def is_usable(self) -> bool:
+        """False once it is closed, its child died, or this is a fork of the process it is of."""
+        alive = self._process.is_alive if self._process is not None else is_in_process()
+        return alive and not self._ended.is_set() and self._of == os.getpid()
+
+    def ask(self, request: Request, reporter: Reporter = SILENT) -> Reply:
+        """Sends a request and waits for the reply.
+
+        Args:
+            request: sent to the worker.
+            reporter: told how far it is.
+
+        Raises:
+            PipelineError: the worker raised this error.
+            ChildFailed: the process died, raised another exception, or replied with something else
+                than its kind of reply.
+        """
+        if self._process is None:
+            return _Here(self._worker, request, reporter).wait()
+        with self._asking:
+            try:
+                self._process.send(request)
+                return self._process.reply(reporter)
+            except BaseException as error:
+                if not isinstance(error, PipelineError) or not self._process.is_waiting:
+                    self.close()  # else the next request would get this one's reply
+                raise
+
+    def close(self) -> None:
+        """Ends the child."""
+        if self._process is not None and self._of == os.getpid():
+            self._process.close()
+        self._ended.set()
+
+
+def _in_lasting_thread(
+    make: Callable[[], _Process[Reply]], ended: threading.Event
+) -> _Process[Reply]:
+    """Starts a child in a thread that lives until `ended`: Linux ends a child with its thread."""
+    made: Future[_Process[Reply]] = Future()
+
+    def live() -> None:
+        try:
+            made.set_result(make())
+        except BaseException as error:
+            made.set_exception(error)
+        else:
+            ended.wait()
+
+    threading.Thread(target=live, daemon=True, name="nf4 session").start()
+    return made.result()
+
+
+class _Process(Generic[Reply]):
+    """A process that runs a worker, and what goes to it and comes from it."""
+
+    def __init__(self, worker: Worker[Any, Reply] | Script[Any, Reply]) -> None:
+        self._worker = worker
         self._timed_out = False
-        self._folder = tempfile.TemporaryDirectory(prefix="nf4-")
+        self.is_waiting = True
+        """For a request: it has answered the last one, and may be asked another."""
+        _remove_abandoned_once()
+        self._folder = TemporaryFolder()
         # A file, not a pipe: nobody need read it, and it can be as long as it likes.
         self._stderr: IO[bytes] = tempfile.TemporaryFile()
         self._popen = subprocess.Popen(
             worker.command,
-            env=worker.environment.variables() | {"TMPDIR": self._folder.name},
+            env=worker.environment.variables() | {"TMPDIR": str(self._folder.path)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -131,11 +204,10 @@ class _Process(Child[Reply]):
             self._timer = threading.Timer(seconds, self._time_out)
             self._timer.daemon = True
             self._timer.start()
-        try:
-            self._send(Envelope(os.getpid(), worker.limits, request.to_json()))
-        except BaseException:
-            self.close()
-            raise
+
+    @property
+    def is_alive(self) -> bool:
+        return self._popen.poll() is None
 
     @property
     def is_speaking(self) -> bool:
@@ -147,38 +219,54 @@ class _Process(Child[Reply]):
             self._timer.cancel()
         self._popen.kill()
         self._popen.wait()
-        self._tasks.close()
-        if self._popen.stdout is not None:
-            self._popen.stdout.close()
+        for pipe in (self._popen.stdin, self._popen.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
         self._stderr.close()
-        self._folder.cleanup()
+        self._folder.remove()
 
-    def wait(self) -> Reply:
-        last = self._follow()
-        status = self._popen.wait()
-        if last.error is not None:
-            raise _rebuild(last.error)
-        if last.crash is not None:
-            raise ChildFailed(status, str(last.crash), traceback=last.crash.traceback)
-        if last.reply is None:
-            raise ChildFailed(status, self._end_of_stderr(), timed_out=self._timed_out)
-        try:
-            return self._worker.reply.from_json(last.reply)
-        except DocumentError as error:
-            raise ChildFailed(status, f"its reply is malformed: {error}") from error
-
-    def _send(self, envelope: Envelope) -> None:
+    def send(self, request: Document, *, last: bool = False) -> None:
+        self.is_waiting = False
         stdin = self._popen.stdin
         assert stdin is not None
-        with suppress(BrokenPipeError):  # it died; `wait` says of what
+        envelope = Envelope(os.getpid(), self._worker.limits, request.to_json())
+        with suppress(BrokenPipeError):  # it died; `reply` says of what
             try:
-                stdin.write(json.dumps(envelope.to_json()).encode())
+                stdin.write(json.dumps(envelope.to_json()).encode() + b"\n")
+                stdin.flush()
             finally:
-                stdin.close()
+                if last:
+                    stdin.close()
 
-    def _follow(self) -> Message:
+    def reply(self, reporter: Reporter) -> Reply:
+        phases: list[Phase] = []
+        tasks = _Tasks(reporter)
+        try:
+            last = self._follow(tasks, phases)
+        finally:
+            tasks.close()
+        if last.error is not None:
+            self.is_waiting = True
+            raise _rebuild(last.error)
+        if last.reply is not None:
+            self.is_waiting = True
+            try:
+                return self._worker.reply.from_json(last.reply)
+            except DocumentError as error:
+                raise ChildFailed(0, f"its reply is malformed: {error}") from error
+        status = self._popen.wait()
+        if last.crash is not None:
+            raise ChildFailed(status, str(last.crash), traceback=last.crash.traceback)
+        if phases and not self._timed_out:
+            text = phases[-1].ended_by(max(0, -status), self._end_of_stderr())
+            raise _rebuild(ExpectedError(phases[-1].error, text))
+        raise ChildFailed(status, self._end_of_stderr(), timed_out=self._timed_out)
+
+    def _follow(self, tasks: _Tasks, phases: list[Phase]) -> Message:
         """Passes progress on; returns the last message, an empty one if the process just died."""
-        for line in self._popen.stdout or ():
+        stdout = self._popen.stdout
+        while line := stdout.readline() if stdout is not None else b"":
             try:
                 message = Message.from_json(json.loads(line))
             except ValueError:
@@ -187,7 +275,12 @@ class _Process(Child[Reply]):
                 return Message()
             if message.reply is not None or message.error or message.crash:
                 return message
-            self._tasks.take(message)
+            if message.entered is not None:
+                phases.append(message.entered)
+            elif message.left is not None and phases:
+                phases.pop()
+            else:
+                tasks.take(message)
         return Message()
 
     def _time_out(self) -> None:
@@ -200,6 +293,39 @@ class _Process(Child[Reply]):
         self._stderr.seek(max(0, size - _TAIL_BYTES))
         lines = self._stderr.read().decode("utf-8", "replace").strip().splitlines()
         return " / ".join(line.strip() for line in lines[-_TAIL_LINES:]) or "no message"
+
+
+@lru_cache(maxsize=1)
+def _remove_abandoned_once() -> None:
+    remove_abandoned()
+
+
+class _Once(Child[Reply]):
+    """A process that is asked once."""
+
+    def __init__(
+        self,
+        worker: Worker[Request, Reply] | Script[Request, Reply],
+        request: Request,
+        reporter: Reporter,
+    ) -> None:
+        self._reporter = reporter
+        self._process: _Process[Reply] = _Process(worker)
+        try:
+            self._process.send(request, last=True)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def is_speaking(self) -> bool:
+        return self._process.is_speaking
+
+    def close(self) -> None:
+        self._process.close()
+
+    def wait(self) -> Reply:
+        return self._process.reply(self._reporter)
 
 
 class _Tasks:

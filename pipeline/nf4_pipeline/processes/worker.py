@@ -17,10 +17,24 @@ from nf4_pipeline.processes.messages import Limits
 Request = TypeVar("Request", bound=Document)
 Reply = TypeVar("Reply", bound=Document)
 
-_SECRETS: Final = re.compile(
-    r"(TOKEN|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|API_?KEY|ACCESS_KEY|PRIVATE_KEY)(_|$)",
+_SECRET_NAMES: Final = re.compile(
+    r"TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|APIKEY|CONNECTION_?STRING|NETRC|PGPASS|KRB5CC"
+    r"|(^|_)(KEYS?|PASS|PAT|PWD|CREDS?|AUTH|BEARER|COOKIES?|SESSION|JWT|DSN|SAS)(_|$)|[A-Z]KEY$",
     re.IGNORECASE,
 )
+_NO_SECRETS: Final = frozenset({"PWD", "OLDPWD", "TOKENIZERS_PARALLELISM"})
+_SECRET_VALUES: Final = re.compile(
+    r"://[^/\s@]*:[^/\s@]*@"  # an address with a password in it, such as of a proxy or a database
+    r"|\b(hf_|api_org_|gh[opsur]_|github_pat_|glpat-|sk-|xox[a-z]-)[A-Za-z0-9_-]{16}"
+    r"|\b(AKIA|ASIA)[A-Z0-9]{16}\b|\beyJ[A-Za-z0-9_-]{16,}\.|-----BEGIN "
+)
+
+_OFFLINE: Final = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+"""No child has anything to ask of a Hub, whatever a stranger's file names."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +54,21 @@ class Environment:
         inherited = {
             name: value
             for name, value in os.environ.items()
-            if not _SECRETS.search(name) and (self.keep is None or name in self.keep)
+            if (self.keep is None or name in self.keep) and not is_secret(name, value)
         }
-        return inherited | dict(self.add)
+        return inherited | _OFFLINE | dict(self.add)
+
+
+def is_secret(name: str, value: str) -> bool:
+    """True of an environment variable that a child should not see: by its name, or by its value.
+
+    Args:
+        name: of the variable.
+        value: of it.
+    """
+    if _SECRET_VALUES.search(value):
+        return True
+    return name not in _NO_SECRETS and bool(_SECRET_NAMES.search(name))
 
 
 @dataclass(frozen=True)

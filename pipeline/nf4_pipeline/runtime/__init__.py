@@ -3,7 +3,8 @@
 artifact.py        what a name means: an artifact, a build, a plain checkpoint, a Hub id
 loader.py          an artifact (or a plain checkpoint, quantized while loading) -> a model
 generate.py        text in, text out
-tokenizer.py       what a tokenizer adds to a text of its own accord
+prompt.py          the same for users: in a process of its own that stays for the next prompt
+prompt_worker.py   that process
 bnb_cpu_fixes.py   4-bit layers that bitsandbytes computes wrongly on a CPU, put right
 threads.py         how many threads of the CPU an operation of torch gets
 """

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nf4_pipeline.checkpoint.folder_advice import adapter_advice
 from nf4_pipeline.checkpoint.named_path import named_path
 from nf4_pipeline.checkpoint.source import read_json
-from nf4_pipeline.errors import ArtifactError, UsageError
+from nf4_pipeline.checkpoint.weight_files import choose_weight_files
+from nf4_pipeline.errors import ArtifactError, SourceError, UsageError
+from nf4_pipeline.model.check_folder import check_headers, check_small_files
+from nf4_pipeline.model.config import read_config
+from nf4_pipeline.progress import SILENT, Reporter
 
 ARTIFACTS = Path("artifacts")
 
@@ -48,6 +53,62 @@ def find_model(name: str | Path | None) -> str:
     if is_hub_id(str(name)):
         return str(name)
     raise UsageError(f"{name}: no such folder, and not a Hub id of the form ORG/NAME.")
+
+
+def open_folder(
+    name: str | Path | None, reporter: Reporter = SILENT, *, weights: bool = True
+) -> Path:
+    """The folder that a name means, fetched if it is on the Hub, and looked at.
+
+    Args:
+        name: as `find_model` takes it.
+        reporter: told how far a download is.
+        weights: look at the weights, too; without, a model on the Hub is fetched without them.
+
+    Raises:
+        UsageError: the name means nothing.
+        ArtifactError: the name is a build folder that has no export yet.
+        SourceError: the folder holds no weights that may be read, a file leads out of it, or is not
+            what its name says, or the config is not that of the weights.
+        HubError: the Hub does not give the model.
+    """
+    found = find_model(name)
+    folder = Path(found)
+    if not is_model(folder):
+        folder = _fetch(found, reporter, weights=weights)
+    check_small_files(folder)
+    if weights:
+        if (folder / "adapter_config.json").exists():  # transformers would load what it names
+            raise SourceError(
+                f"{adapter_advice(folder) or f'{folder} holds an adapter_config.json.'} If a whole "
+                "model lies beside it, take adapter_config.json out of the folder."
+            )
+        check_headers(folder)
+    return folder
+
+
+def _fetch(repo: str, reporter: Reporter, *, weights: bool) -> Path:
+    """A model of the Hub in the Hub's cache, pinned to a commit, every file's hash checked."""
+    from nf4_pipeline import hub
+
+    model = hub.resolve(repo)
+    folder = hub.fetch(model, hub.small_files(model), reporter, last=not weights).folder
+    if not weights:
+        return folder
+    check_small_files(folder)
+    hub.wanted_files(model)  # refuses what has no weights in safetensors
+    chosen = choose_weight_files(
+        {file.path for file in model.files if "/" not in file.path},
+        read_config(folder),
+        lambda name: read_json(folder / name),
+        f"{repo}@{model.commit[:12]}",
+    )
+    if chosen is None:
+        raise SourceError(
+            f"{repo}@{model.commit[:12]} has no model.safetensors and no index of several files."
+        )
+    hub.fetch(model, hub.named(model, chosen.files), reporter)
+    return folder
 
 
 def build_roots(artifacts: Path) -> list[Path]:

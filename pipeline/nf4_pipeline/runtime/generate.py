@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, Final
 
+from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import ArtifactError, PipelineError, ResourceError, UsageError
 from nf4_pipeline.library_output import quiet_loading
-from nf4_pipeline.runtime.artifact import find_model
-from nf4_pipeline.runtime.loader import load, load_tokenizer, pick_device
+from nf4_pipeline.model.generation_config import end_tokens, plain_generation_config
+from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 
 _MOST: Final = 2**31 - 1
 _MOST_ANSWERS: Final = 1_000
@@ -23,7 +22,7 @@ DEFAULT_NEW_TOKENS: Final = 128
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Document):
     """How the next token is chosen. Greedy, unless something here asks for chance.
 
     Attributes:
@@ -72,7 +71,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Answer(Document):
     """What a model wrote after a prompt.
 
     Attributes:
@@ -95,29 +94,21 @@ class Generator:
     """A model with its tokenizer.
 
     Args:
-        model: a transformers causal LM.
+        model: a transformers causal LM; what its generation config may say is narrowed.
         tokenizer: its tokenizer.
         device: where its inputs go; None for where the model says it is.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, device: Any = None) -> None:
+    def __init__(self, model: Any, tokenizer: LimitedTokenizer, device: Any = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.device = device or model.device
-
-    @classmethod
-    def open(
-        cls, artifact: str | Path | None = None, *, device: str = "auto", quantize: bool = True
-    ) -> Generator:
-        """Loads both; see `nf4_pipeline.runtime.loader.load`."""
-        return cls(load(artifact, device=device, quantize=quantize), load_tokenizer(artifact))
+        model.generation_config = plain_generation_config(model.generation_config)
 
     @property
     def context(self) -> int | None:
         """How many tokens the model was built for, if its config says so."""
-        config = self.model.config.get_text_config()
-        limit = getattr(config, "max_position_embeddings", None)
-        return limit if isinstance(limit, int) and limit > 0 else None
+        return context_of(self.model)
 
     def encode(self, query: str, *, chat: bool = False) -> Any:
         """Token ids of a prompt, int64 [1, length] on the device.
@@ -125,39 +116,33 @@ class Generator:
         Args:
             query: the text.
             chat: put it into the model's chat template, if it has one.
+
+        Raises:
+            UsageError: the prompt is empty or gives no token.
+            ArtifactError: the chat template or the tokenizer fails, or makes a token that the model
+                does not know.
         """
+        import torch
+
         if not query.strip():
             raise UsageError("The prompt is empty. Give at least one word.")
         if not _is_utf8(query):
             raise UsageError("The prompt is not UTF-8. Give it in that encoding.")
-        templated = chat and bool(getattr(self.tokenizer, "chat_template", None))
+        templated = chat and self.tokenizer.has_template
         if templated:
-            query = self._in_template(query)
-        try:
-            # A template writes its special tokens itself.
-            ids = self.tokenizer(
-                query, return_tensors="pt", add_special_tokens=not templated
-            ).input_ids
-        except Exception as error:  # tokenizers of strangers fail in any way they like
-            raise ArtifactError(
-                f"The model's tokenizer fails on this prompt: {_brief(error)}. Bring its files "
-                "again from where the model came from."
-            ) from error
-        if ids.shape[1] == 0:
+            messages = [{"role": "user", "content": query}]
+            query = self.tokenizer.in_template(messages, answer_follows=True)
+        # A template writes its special tokens itself.
+        ids = self.tokenizer.ids(query, special=not templated)
+        if not ids:
             raise UsageError("The tokenizer makes no token of this prompt. Give another one.")
-        return ids.to(self.device)
-
-    def _in_template(self, query: str) -> str:
-        messages = [{"role": "user", "content": query}]
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template is a program of whoever made the model
+        known = self.model.get_input_embeddings().weight.shape[0]
+        if not 0 <= min(ids) <= max(ids) < known:
             raise ArtifactError(
-                f"The model's chat template fails: {error}. Leave it out (--raw, or chat=False)."
-            ) from error
-        return text
+                f"The tokenizer of {self.tokenizer.where} makes the token {max(ids)} of this "
+                f"prompt, and the model knows {known:,}. It is another model's."
+            )
+        return torch.tensor([ids], dtype=torch.int64).to(self.device)
 
     def answer(
         self, query: str, sampling: Sampling, *, chat: bool = False, streamer: Any = None
@@ -189,9 +174,10 @@ class Generator:
                     ids,
                     attention_mask=torch.ones_like(ids),
                     streamer=streamer,
-                    tokenizer=self.tokenizer,  # for the stop strings of a generation config
                     **options,
                 )
+            except PipelineError:
+                raise
             except Exception as error:  # a stranger's configs fail in any way they like
                 raise _of_generating(error) from error
         seconds = time.perf_counter() - start
@@ -199,14 +185,12 @@ class Generator:
         for sequence in written:
             new = [int(t) for t in sequence[ids.shape[1] :]]
             end = self._end(new)
-            text = self.tokenizer.decode(new[:end], skip_special_tokens=True)
-            answers.append(Answer(text, tuple(new[: end + 1]), seconds))
+            answers.append(Answer(self.tokenizer.decode(new[:end]), tuple(new[: end + 1]), seconds))
         return answers
 
     def _end(self, tokens: Sequence[int]) -> int:
         """Where the first end-of-text stands: what follows it only pads the batch."""
-        ends = self.model.generation_config.eos_token_id
-        stops = ends if isinstance(ends, list | tuple) else (ends,)
+        stops = end_tokens(self.model.generation_config)
         return next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
 
     def _options(self, prompt_tokens: int, sampling: Sampling) -> dict[str, int | float | None]:
@@ -242,8 +226,8 @@ class Generator:
         return options
 
     def _pad_token(self) -> int | None:
-        pad = self.tokenizer.pad_token_id
-        return int(pad) if pad is not None else self.tokenizer.eos_token_id
+        pad = self.tokenizer.special_id("pad_token_id")
+        return pad if pad is not None else self.tokenizer.special_id("eos_token_id")
 
 
 def _of_generating(error: Exception) -> PipelineError:
@@ -271,58 +255,11 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-@lru_cache(maxsize=1)
-def _open_generator(folder: str, device: str) -> Generator:
-    return Generator.open(folder, device=device)
-
-
-def prompt(
-    query: str,
-    artifact: str | Path | None = None,
-    *,
-    max_length: int | None = None,
-    max_new_tokens: int | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    temperature: float | None = None,
-    num_return_sequences: int = 1,
-    seed: int = 0,
-    device: str = "auto",
-    chat: bool = True,
-) -> list[str]:
-    """Answers a query with a 4-bit model. The model stays loaded for the next call.
+def context_of(model: Any) -> int | None:
+    """How many tokens a model was built for, if its config says so.
 
     Args:
-        query: what to answer or to continue.
-        artifact: an artifact, a build, a plain checkpoint (quantized while loading) or a Hub id;
-            None takes the newest build under ./artifacts.
-        max_length: prompt and answer together, in tokens.
-        max_new_tokens: of the answer, in tokens; 128 if neither is given.
-        top_k: draw from the k likeliest tokens.
-        top_p: draw from the likeliest tokens that make up this probability.
-        temperature: of the draws; 0 is greedy. Without any of the three, answers are greedy unless
-            several are asked for.
-        num_return_sequences: how many answers.
-        seed: of the draws.
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        chat: use the model's chat template, if it has one.
-
-    Returns:
-        The answers, `num_return_sequences` of them, without the query.
-
-    Raises:
-        UsageError: there is no such model, or a value of the sampling is out of its range.
-        ArtifactError: the model or its tokenizer cannot be loaded, or its chat template fails.
-        ResourceError: this machine has no such device.
+        model: a transformers causal LM.
     """
-    sampling = Sampling(
-        max_length=max_length,
-        max_new_tokens=max_new_tokens,
-        top_k=top_k,
-        top_p=top_p,
-        temperature=temperature,
-        num_return_sequences=num_return_sequences,
-        seed=seed,
-    )
-    generator = _open_generator(find_model(artifact), pick_device(device))
-    return [answer.text for answer in generator.answer(query, sampling, chat=chat)]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None

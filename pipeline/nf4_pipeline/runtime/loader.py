@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from nf4_pipeline.checkpoint.source import open_checkpoint
 from nf4_pipeline.errors import ArtifactError, PipelineError, ResourceError
 from nf4_pipeline.library_output import quiet_loading
+from nf4_pipeline.model.check_folder import building, check_model_fits
+from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.model.linear import is_plain_linear
 from nf4_pipeline.model.load_dtype import compute_dtype, float32_parts
-from nf4_pipeline.runtime.artifact import find_model, is_quantized
+from nf4_pipeline.runtime.artifact import is_quantized, open_folder
 from nf4_pipeline.runtime.bnb_cpu_fixes import repair
 
 _QUANTIZER_NAME: Final = "bitsandbytes_4bit"
@@ -64,6 +67,9 @@ def load(
     Raises:
         ArtifactError: the folder holds no model that transformers can load, or 4-bit weights
             without scales.
+        SourceError: the folder holds no weights in safetensors, a file leads out of it or is not
+            what its name says, or the config is not that of the weights.
+        HubError: the Hub does not give the model.
         ResourceError: this machine has no such device.
         UsageError: the name means nothing, or `dtype` is none that models are computed in.
     """
@@ -78,10 +84,12 @@ def load_with_report(
     dtype: str = "auto",
 ) -> tuple[Any, LoadReport]:
     """Loads a model as `load` does, and says what did not fit."""
-    folder = find_model(artifact)
+    where = open_folder(artifact)
+    folder = str(where)
     target = pick_device(device)
     from transformers import AutoModelForCausalLM
 
+    check_model_fits(open_checkpoint(where))
     try:
         computed_in = compute_dtype(_declared_dtype(folder), target, dtype) or "auto"
         plain = quantize and not is_quantized(folder)
@@ -91,6 +99,8 @@ def load_with_report(
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 trust_remote_code=False,
+                local_files_only=True,
+                use_safetensors=True,
                 output_loading_info=True,
                 dtype=computed_in,
                 device_map={"": target},
@@ -110,17 +120,16 @@ def load_with_report(
 
 
 def load_tokenizer(artifact: str | Path | None = None) -> Any:
-    """The tokenizer that belongs to a model; see `load` for the names it takes."""
-    from transformers import AutoTokenizer
+    """The tokenizer that belongs to a model; see `load` for the names it takes.
 
-    folder = find_model(artifact)
-    try:
-        with quiet_loading():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # untrusted tokenizers fail in any way they like
-        raise ArtifactError(
-            f"{folder} has no usable tokenizer (tokenizer.json or tokenizer.model): {_brief(error)}"
-        ) from error
+    It is a stranger's program and runs in this process: what it takes is not limited here.
+
+    Raises:
+        ArtifactError: the tokenizer does not load.
+        SourceError: a file of it leads out of the folder, or is not what its name says.
+        UsageError: the name means nothing.
+    """
+    return LimitedTokenizer.open(open_folder(artifact, weights=False)).tokenizer
 
 
 def _check_scales(model: Any, folder: str) -> None:
@@ -213,8 +222,9 @@ def cuda_devices(device: str) -> list[str]:
 def _declared_dtype(folder: str) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return getattr(config, "dtype", None)
+    with building(Path(folder)):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return getattr(config, "dtype", None)
 
 
 def _nf4_config(dtype: Any) -> Any:

@@ -13,13 +13,11 @@ from pathlib import Path
 from threading import Lock
 
 from nf4_pipeline.checkpoint.folder_advice import adapter_advice
-from nf4_pipeline.checkpoint.lfs_pointer import check_no_pointer
-from nf4_pipeline.checkpoint.source import open_checkpoint, weight_files
-from nf4_pipeline.checkpoint.untrusted import check_file, check_folder
+from nf4_pipeline.checkpoint.source import open_checkpoint
 from nf4_pipeline.errors import PipelineError, SourceError
+from nf4_pipeline.model import check_folder
 from nf4_pipeline.model.architecture import Architecture
 from nf4_pipeline.model.config import check_not_quantized, read_config
-from nf4_pipeline.model.config_limits import check_config_limits
 from nf4_pipeline.model.fit import check_fit
 from nf4_pipeline.model.probe import Probe
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
@@ -49,8 +47,7 @@ def check_small_files(folder: Path) -> None:
         SourceError: the folder is no checkpoint, or a file in it is not what its name says.
         AlreadyQuantizedError: its config says that it is quantized.
     """
-    check_folder(folder)
-    check_not_quantized(read_config(folder), None, folder)
+    check_not_quantized(check_folder.check_small_files(folder), None, folder)
     whole = (folder / "adapter_config.json").is_file() and list(folder.glob("adapter_model.*"))
     if whole:
         raise SourceError(
@@ -66,15 +63,7 @@ def check_headers(folder: Path) -> None:
         SourceError: weights are missing, malformed or pointers, or do not fit config.json.
         AlreadyQuantizedError: the tensors are those of a quantized model.
     """
-    chosen = weight_files(folder)
-    for file in chosen.files if chosen else ():
-        if (folder / file).is_file():
-            check_file(folder, file)
-            check_no_pointer(folder / file)
-    config = read_config(folder)
-    checkpoint = open_checkpoint(folder)
-    check_not_quantized(config, checkpoint, folder)
-    check_config_limits(config, checkpoint)
+    check_not_quantized(read_config(folder), check_folder.check_headers(folder), folder)
 
 
 class Preflight:

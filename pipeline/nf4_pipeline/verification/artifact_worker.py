@@ -17,11 +17,12 @@ import numpy as np
 
 from nf4_pipeline.fidelity.metrics import by_domain, by_position, compare, difference, histogram
 from nf4_pipeline.fidelity.token_scores import TokenScores
+from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.readers.logits import write_logits
 from nf4_pipeline.resource_usage import measured
-from nf4_pipeline.runtime.generate import Generator
-from nf4_pipeline.runtime.loader import load_tokenizer, load_with_report
+from nf4_pipeline.runtime.generate import context_of
+from nf4_pipeline.runtime.loader import load_with_report
 from nf4_pipeline.runtime.threads import one_thread_if_small
 from nf4_pipeline.verification.costs import limit_device_memory, model_costs, take_peaks
 from nf4_pipeline.verification.document import (
@@ -143,9 +144,9 @@ def _count(model: Any) -> LoadedModel:
 def _read(request: ArtifactRequest, model: Any) -> tuple[TokenSequence, ...]:
     """The text as the model reads it; random token ids if there is no text."""
     # A checkpoint need not have a tokenizer to be verified.
-    tokenizer = load_tokenizer(request.artifact) if request.text.domains else None
-    context = Generator(model, tokenizer).context
-    if tokenizer is not None:
+    context = context_of(model)
+    if request.text.domains:
+        tokenizer = LimitedTokenizer.open(request.artifact)
         return cut(request.text, tokenizer, request.tokens, context)
     vocabulary = model.get_input_embeddings().num_embeddings
     return random_sequences(vocabulary, request.tokens, context)

@@ -6,14 +6,14 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import RecipeError
-from nf4_pipeline.runtime.tokenizer import text_prefix
+from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 
 TEXTS: Final = Path(__file__).with_name("texts")
 BUILT_IN: Final = "built in"
@@ -74,7 +74,9 @@ def read_text(path: Path | None) -> Text:
     return Text(path.name, {path.stem: text})
 
 
-def cut(text: Text, tokenizer: Any, tokens: int, context: int | None) -> tuple[TokenSequence, ...]:
+def cut(
+    text: Text, tokenizer: LimitedTokenizer, tokens: int, context: int | None
+) -> tuple[TokenSequence, ...]:
     """Cuts a text into sequences of about equal length, the same number of tokens a domain.
 
     Args:
@@ -87,14 +89,15 @@ def cut(text: Text, tokenizer: Any, tokens: int, context: int | None) -> tuple[T
         Sequences of at least two tokens. Each begins as the tokenizer begins a text.
 
     Raises:
+        ArtifactError: the tokenizer fails, or takes more than any real one.
         RecipeError: the text, in so many tokens, makes no sequence of two tokens in any domain.
     """
-    begin = text_prefix(tokenizer)
+    begin = tokenizer.prefix()
     room = max(1, min(LENGTH, context or LENGTH) - len(begin))
     share = tokens // max(1, len(text.domains))
     sequences: list[TokenSequence] = []
     for domain, words in text.domains.items():
-        ids = tokenizer(words, add_special_tokens=False, verbose=False).input_ids
+        ids = tokenizer.ids(words)
         for window in _windows(np.asarray(ids, np.int64), share, room):
             whole = np.concatenate([np.asarray(begin, np.int64), window])
             sequences += [TokenSequence(domain, whole)] if len(whole) > 1 else []

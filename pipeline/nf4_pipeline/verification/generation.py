@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from nf4_pipeline.documents import Document
+from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.progress import Task
 from nf4_pipeline.runtime.generate import Generator, Sampling
-from nf4_pipeline.runtime.loader import load_tokenizer
 from nf4_pipeline.verification.document import FirstDifference
 from nf4_pipeline.verification.prompts import Prompt
 
@@ -72,11 +72,11 @@ def open_generator(model: Any, artifact: Path, device: str) -> Generator:
         device: where inputs go, "cpu" or "cuda:N".
 
     Raises:
-        ArtifactError: the tokenizer cannot be loaded.
+        ArtifactError: the tokenizer cannot be loaded within its limits.
     """
     import torch
 
-    return Generator(model, load_tokenizer(artifact), torch.device(device))
+    return Generator(model, LimitedTokenizer.open(artifact), torch.device(device))
 
 
 class _FirstToken:

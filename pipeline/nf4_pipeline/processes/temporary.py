@@ -1,0 +1,59 @@
+"""Temporary folders of children: each is locked while its parent lives, and goes when it does not.
+
+A parent that is killed cannot delete what its child left. The next one does: a folder with the
+right name, of this user, that nobody holds a lock on and that is no longer new.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+_PREFIX: Final = "nf4-child-"
+_NEW_SECONDS: Final = 60
+"""A folder so young may be about to be locked."""
+
+
+class TemporaryFolder:
+    """A locked folder in the system's place for temporary files."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with suppress(OSError):  # a file system without locks: then nobody can tell, and none is
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def remove(self) -> None:
+        """Deletes it and lets the lock go; a second call does nothing."""
+        if self._lock < 0:
+            return
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+        self._lock = -1
+
+
+def remove_abandoned() -> None:
+    """Deletes folders whose parents died; what is not this user's, or is no folder, is left."""
+    place = Path(tempfile.gettempdir())
+    for path in place.glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            found = path.lstat()
+            old = time.time() - max(found.st_mtime, found.st_ctime) > _NEW_SECONDS
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and old:
+                _remove_if_free(path)
+
+
+def _remove_if_free(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(descriptor)
