@@ -89,7 +89,7 @@ class QuantizeRecipe:
             256 <= self.calibration_tokens <= _MOST,
             "quantize.calibration_tokens",
             self.calibration_tokens,
-            f"from 256 to {_MOST:,}",
+            f"at least 256, at most {_MOST:,}",
         )
         _require_path("quantize.calibrate", self.calibrate)
         share = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?%", self.extra_bytes)
@@ -356,7 +356,7 @@ def _typed(value: object, default: object, where: str) -> Any:
         raise RecipeError(f"{where} is {_shown(value)}; expected a list of strings.")
     if isinstance(default, float) and isinstance(value, int | float) and type(value) is not bool:
         if not -sys.float_info.max <= value <= sys.float_info.max:  # nor a NaN
-            raise RecipeError(f"{where} is {_shown(value)}; expected a number.")
+            raise RecipeError(f"{where} is {_shown(value)}; expected a finite number.")
         return float(value)
     if type(value) is not type(default):
         raise RecipeError(f"{where} is {_shown(value)}; expected a {type(default).__name__}.")
