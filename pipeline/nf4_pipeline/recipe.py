@@ -36,6 +36,8 @@ _PATHS: Final = {"calibrate", "prompts", "eval_text"}  # of files, unless empty 
 _MOST: Final = 10**9
 """Of tokens, which no machine reads."""
 
+_MOST_DOTS: Final = 100
+
 _SHOWN: Final = 120
 """Characters of a value in a message."""
 
@@ -305,7 +307,11 @@ def read_tables(path: Path) -> dict[str, object]:
         RecipeError: there is no such file, or it is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        # What tomllib takes for a name grows with the square of its dots.
+        if any(run.count(".") > _MOST_DOTS for run in re.findall(r"[^\n=,{}\[\]#]+", text)):
+            raise RecipeError(f"The recipe {path} has a name of more than {_MOST_DOTS} parts.")
+        return tomllib.loads(text)
     except OSError as error:
         raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from error
     except RecursionError:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import signal
 import unicodedata
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 
 from nf4_pipeline.cli import main
+from nf4_pipeline.errors import PipelineError
 from nf4_pipeline.processes.in_process import in_process
 
 from tests.support.tiny import Done
@@ -30,6 +32,15 @@ def run_nf4(*args: object) -> Done:
             signal.signal(number, handler)
     assert isinstance(status, int)
     return Done(status, out.getvalue(), err.getvalue())
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """The message with which a call is refused; nothing if it goes well."""
+    try:
+        call()
+    except PipelineError as error:
+        return str(error)
+    return ""
 
 
 def controls(text: str) -> list[str]:

@@ -13,9 +13,12 @@ from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.model.generation_config import end_tokens, plain_generation_config
 from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 
-_MOST: Final = 2**31 - 1
-_MOST_ANSWERS: Final = 1_000
-"""Answers to one prompt, which are computed at once."""
+_LIMITS: Final = {
+    "max_length": 2**31 - 1,
+    "max_new_tokens": 2**31 - 1,
+    "top_k": 2**31 - 1,
+    "num_return_sequences": 1_000,  # they are computed at once
+}
 
 DEFAULT_NEW_TOKENS: Final = 128
 """Length of an answer when neither its own nor the whole length is given."""
@@ -44,12 +47,12 @@ class Sampling(Document):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "max_new_tokens", "top_k", "num_return_sequences"):
-            value, most = getattr(self, name), _MOST_ANSWERS if name[0] == "n" else _MOST
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}; expected at least 1.")
+        for name, most in _LIMITS.items():
+            value = getattr(self, name)
             if value is not None and value > most:
-                raise UsageError(f"{name} is {value:.3g}; expected at most {most:,}.")
+                raise UsageError(f"{name} is too large; expected at most {most:,}.")
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is too small; expected at least 1.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}; expected more than 0 and at most 1.")
         if self.temperature and not 1e-6 <= self.temperature <= 1e6:
@@ -57,7 +60,7 @@ class Sampling(Document):
                 f"temperature is {self.temperature}; expected 0, or from 0.000001 to 1,000,000."
             )
         if not -(2**63) <= self.seed < 2**64:
-            raise UsageError(f"seed is {self.seed:.3g}; expected from -2^63 to 2^64 - 1.")
+            raise UsageError("The seed is out of range; expected from -2^63 to 2^64 - 1.")
         if self.temperature == 0 and self.num_return_sequences > 1:
             raise UsageError("temperature 0 gives one answer only; raise it to ask for several.")
 
