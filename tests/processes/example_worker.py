@@ -15,8 +15,12 @@ from pathlib import Path
 from typing import Final
 
 from nf4_pipeline.documents import Document
-from nf4_pipeline.errors import ArchitectureError
-from nf4_pipeline.progress import Reporter
+from nf4_pipeline.errors import ArchitectureError, ArtifactError
+from nf4_pipeline.processes.phase import PhaseLimits, limited
+from nf4_pipeline.processes.worker import Environment, Worker
+from nf4_pipeline.progress import SILENT, Reporter
+
+from tests.support.hub_client import PYTHONPATH
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,60 @@ def _interrupt(text: str, reporter: Reporter) -> str:
     return "still here"
 
 
+def _phase(text: str, reporter: Reporter) -> str:
+    """A deed within a phase, then another outside: "spin; 200" spins, then takes 200 MiB."""
+    deed, _, after = text.partition("; ")
+    with limited("the deed", PhaseLimits(0.5, 2**28), "Do another.", ArchitectureError):
+        PHASES[deed]()
+    return str(len(bytearray(int(after or 0) * 2**20)))
+
+
+def _recurse() -> None:
+    _recurse()
+
+
+def _nested() -> None:
+    with limited("the inner deed", PhaseLimits(60, 2**40), "", ArtifactError):
+        time.sleep(60)
+
+
+def _after_nested() -> None:
+    with limited("the inner deed", PhaseLimits(0.1, 2**20), "", ArtifactError):
+        pass
+    time.sleep(60)
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+PHASES: Final[dict[str, Callable[[], object]]] = {
+    "nothing": lambda: None,
+    "spin": lambda: _spin("", SILENT),
+    "sleep": lambda: time.sleep(60),
+    "hold the interpreter": lambda: sum(range(10**11)),
+    "allocate": lambda: bytearray(2**30),
+    "allocate little": lambda: bytearray(2**27),
+    "recurse": _recurse,
+    "abort": os.abort,
+    "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+    "die": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "exit": lambda: os._exit(3),
+    "fail": lambda: _raise(ValueError("no \x1b[31m\nway.")),
+    "panic": lambda: _raise(PanicException("index 14")),
+    "refuse": lambda: _raise(ArtifactError("as it is")),
+    "nested": _nested,
+    "after nested": _after_nested,
+}
+
+
+def _remember(text: str, reporter: Reporter) -> str:
+    _REMEMBERED.append(text)
+    return " ".join(_REMEMBERED)
+
+
+_REMEMBERED: Final[list[str]] = []
+
 DEEDS: Final[dict[str, Callable[[str, Reporter], str | None]]] = {
     "progress": _progress,
     "refuse": _refuse,
@@ -128,4 +186,12 @@ DEEDS: Final[dict[str, Callable[[str, Reporter], str | None]]] = {
     "temporary": _temporary,
     "limits": _limits,
     "interrupt": _interrupt,
+    "phase": _phase,
+    "remember": _remember,
 }
+
+
+PATHS: Final = {"PYTHONPATH": PYTHONPATH}
+EXAMPLE: Final[Worker[Order, Outcome]] = Worker(
+    "tests.processes.example_worker", Outcome, environment=Environment(add=PATHS)
+)

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
 
 import pytest
 from nf4_pipeline.documents import Document
@@ -24,13 +23,7 @@ from nf4_pipeline.processes.parent_side import ChildFailed, run, start
 from nf4_pipeline.processes.worker import Environment, Worker
 from nf4_pipeline.progress import Task
 
-from tests.processes.example_worker import Order, Outcome
-from tests.support.hub_client import PYTHONPATH
-
-PATHS: Final = {"PYTHONPATH": PYTHONPATH}
-EXAMPLE: Final[Worker[Order, Outcome]] = Worker(
-    "tests.processes.example_worker", Outcome, environment=Environment(add=PATHS)
-)
+from tests.processes.example_worker import EXAMPLE, PATHS, Order, Outcome
 
 
 @pytest.fixture(params=["child", "here"])
@@ -200,16 +193,27 @@ def test_time_is_limited() -> None:
 def test_no_secret_is_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
     secrets = (
         "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "GITHUB_TOKEN", "AWS_SECRET_ACCESS_KEY",
-        "AWS_SESSION_TOKEN", "WANDB_API_KEY", "OPENAI_APIKEY", "db_password",
+        "AWS_SESSION_TOKEN", "WANDB_API_KEY", "OPENAI_APIKEY", "db_password", "GH_PAT", "NETRC",
+        "MYSQL_PWD", "DB_PASS", "PGPASSFILE", "NPM_AUTH", "SSH_AUTH_SOCK", "OPENAI_KEY", "GPG_KEYS",
+        "GOOGLE_APPLICATION_CREDENTIALS", "AZURE_STORAGE_CONNECTION_STRING", "SENTRY_DSN",
+        "SESSION_COOKIE", "HF_TOKEN_PATH", "TWINE_PASSWORD", "CI_JOB_JWT", "aws_creds",
     )  # fmt: skip
     for name in secrets:
         monkeypatch.setenv(name, "hf_secret")
+    values = (
+        "https://me:hf_secret@proxy:80", "hf_secretabcdefghijklmn", "ghp_abcdefghijklmnophf_secret",
+        "Bearer sk-abcdefghijklmnopqrst_hf_secret", "-----BEGIN PRIVATE KEY-----hf_secret",
+    )  # fmt: skip
+    for number, value in enumerate(values):
+        monkeypatch.setenv(f"ODD_{number}", value)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     text = ask("environment").text
     assert "hf_secret" not in text
     assert "TOKENIZERS_PARALLELISM=true" in text
     assert "CUDA_DEVICE_ORDER=PCI_BUS_ID" in text
+    assert f"PATH={os.environ['PATH']}" in text
+    assert "HF_HUB_OFFLINE=1" in text
 
     few = Environment(keep=frozenset({"PATH"}), add=PATHS | {"CUDA_VISIBLE_DEVICES": ""})
     text = ask("environment", worker=replace(EXAMPLE, environment=few)).text
@@ -252,8 +256,7 @@ def test_a_child_does_not_outlive_its_parent(number: signal.Signals) -> None:
     program = textwrap.dedent(
         """
         from nf4_pipeline.processes.parent_side import run
-        from tests.processes.example_worker import Order
-        from tests.processes.test_parent_side import EXAMPLE
+        from tests.processes.example_worker import EXAMPLE, Order
 
         class Reporter:
             def task(self, title, total, *, unit="bytes"):

@@ -17,6 +17,7 @@ from nf4_pipeline.blocks.find_blocks import find_blocks
 from nf4_pipeline.checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.library_output import quiet_loading
+from nf4_pipeline.model.check_folder import build_seconds, building
 from nf4_pipeline.model.config import causal_lm_config, read_config
 from nf4_pipeline.model.load_dtype import compute_dtype, float32_parts, stored_dtype
 from nf4_pipeline.model.meta_model import build_meta_model
@@ -49,11 +50,12 @@ class StreamedModel:
     def __init__(self, folder: Path, device: str, dtype: torch.dtype | None = None) -> None:
         self._folder = folder
         self.checkpoint = checkpoint = open_checkpoint(folder)
-        config = causal_lm_config(read_config(folder), folder)
-        stored = stored_dtype(config, checkpoint)
-        self._dtype = dtype or compute_dtype(stored, device) or stored
         self.device = torch.device(device)
-        self.model = build_meta_model(config, self._dtype)
+        with building(folder, build_seconds(len(checkpoint.tensors))):
+            config = causal_lm_config(read_config(folder), folder)
+            stored = stored_dtype(config, checkpoint)
+            self._dtype = dtype or compute_dtype(stored, device) or stored
+            self.model = build_meta_model(config, self._dtype)
         self.blocks = find_blocks(self.model)
         self.footprint = sum(p.numel() * p.element_size() for p in self.model.parameters())
         self._float32 = float32_parts(self.model, self._dtype)

@@ -24,9 +24,11 @@ def command(ui: Ui, artifact: str, tensors: bool) -> None:
     ARTIFACT is an export folder or a build folder.
     """
     from nf4_pipeline.manifest.read import read_manifest
+    from nf4_pipeline.model.check_folder import check_small_files
     from nf4_pipeline.runtime.artifact import find_model
 
     folder = Path(find_model(artifact))
+    check_small_files(folder)
     manifest = read_manifest(folder)
     ui.result(manifest.to_json(), lambda: _show(folder, manifest, tensors))
 

@@ -79,7 +79,7 @@ def check_model_fits(checkpoint: Checkpoint) -> None:
     folder = checkpoint.folder
     with building(folder, build_seconds(len(checkpoint.tensors))):
         model = build_meta_model(causal_lm_config(read_config(folder), folder))
-        weights = sum(parameter.numel() for parameter in model.parameters())
+        weights = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     held = sum(
         tensor.header.nbytes * _WEIGHTS_A_BYTE
         if tensor.header.dtype.startswith(("I", "U"))

@@ -23,7 +23,7 @@ _SECONDS: Final = 15.0
 _SECONDS_A_CALL: Final = 0.05
 _BYTES_A_SECOND: Final = 100_000
 """Of text; the slowest real tokenizers read ten times as fast."""
-_FILE_BYTES_A_SECOND: Final = 2_000_000
+_FILE_BYTES_A_SECOND: Final = 20_000_000
 _IDS_A_SECOND: Final = 20_000
 _DATA_BYTES: Final = 2**30
 """Of memory, beyond what the process has; a real tokenizer of 35 MB takes half of it."""

@@ -177,7 +177,12 @@ def _in_lasting_thread(
             ended.wait()
 
     threading.Thread(target=live, daemon=True, name="nf4 session").start()
-    return made.result()
+    try:
+        return made.result()
+    except BaseException:  # an interrupt; the child may be just begun
+        made.add_done_callback(lambda done: done.exception() or done.result().close())
+        ended.set()
+        raise
 
 
 class _Process(Generic[Reply]):

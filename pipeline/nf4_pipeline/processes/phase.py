@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Final
 
 from nf4_pipeline.errors import ArtifactError, PipelineError
+from nf4_pipeline.printable import printable
 from nf4_pipeline.processes.messages import Message, Phase
 
 _STATM: Final = Path("/proc/self/statm")
@@ -91,7 +92,8 @@ def limited(
     except RecursionError as cause:
         raise error(phase.failure("calls itself too deep")) from cause
     except BaseException as cause:  # a panic of a library in Rust is no Exception
-        said = " ".join(str(cause).split())[:_LONGEST_TEXT].rstrip(".") or type(cause).__name__
+        text = " ".join(str(cause).split()) or type(cause).__name__
+        said = printable(text, _LONGEST_TEXT).rstrip(".")
         raise error(phase.failure(f"fails: {said}")) from cause
 
 

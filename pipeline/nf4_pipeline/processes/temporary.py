@@ -12,6 +12,7 @@ import shutil
 import stat
 import tempfile
 import time
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -22,21 +23,24 @@ _NEW_SECONDS: Final = 60
 
 
 class TemporaryFolder:
-    """A locked folder in the system's place for temporary files."""
+    """A locked folder in the system's place for temporary files; it goes at the latest at exit."""
 
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._finalizer = weakref.finalize(self, _remove, self.path, lock, os.getpid())
         with suppress(OSError):  # a file system without locks: then nobody can tell, and none is
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def remove(self) -> None:
         """Deletes it and lets the lock go; a second call does nothing."""
-        if self._lock < 0:
-            return
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
-        self._lock = -1
+        self._finalizer()
+
+
+def _remove(path: Path, lock: int, of: int) -> None:
+    if of == os.getpid():  # a fork leaves it to whom it belongs
+        shutil.rmtree(path, ignore_errors=True)
+    os.close(lock)
 
 
 def remove_abandoned() -> None:

@@ -19,6 +19,7 @@ from nf4_pipeline.checkpoint.source import open_checkpoint
 from nf4_pipeline.errors import ArtifactError, PipelineError, ResourceError
 from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.model.check_folder import building, check_model_fits
+from nf4_pipeline.model.config import read_config
 from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.model.linear import is_plain_linear
 from nf4_pipeline.model.load_dtype import compute_dtype, float32_parts
@@ -89,6 +90,7 @@ def load_with_report(
     target = pick_device(device)
     from transformers import AutoModelForCausalLM
 
+    _check_quantization(where)
     check_model_fits(open_checkpoint(where))
     try:
         computed_in = compute_dtype(_declared_dtype(folder), target, dtype) or "auto"
@@ -130,6 +132,17 @@ def load_tokenizer(artifact: str | Path | None = None) -> Any:
         UsageError: the name means nothing.
     """
     return LimitedTokenizer.open(open_folder(artifact, weights=False)).tokenizer
+
+
+def _check_quantization(folder: Path) -> None:
+    """Refuses formats whose loaders are others' code, and were not looked at."""
+    said = read_config(folder).get("quantization_config")
+    method = said.get("quant_method", "bitsandbytes") if isinstance(said, dict) else said
+    if said is not None and method != "bitsandbytes":
+        raise ArtifactError(
+            f"{folder} is quantized, and not by bitsandbytes: its config.json gives "
+            f"{str(method)[:80]!r} as the method. Load it with transformers itself."
+        )
 
 
 def _check_scales(model: Any, folder: str) -> None:

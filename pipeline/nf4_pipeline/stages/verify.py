@@ -27,6 +27,7 @@ from nf4_pipeline.fidelity.verdict import Check
 from nf4_pipeline.machine import Machine
 from nf4_pipeline.manifest.manifest import Manifest, Source
 from nf4_pipeline.manifest.read import MANIFEST_FILE, read_manifest
+from nf4_pipeline.model.check_folder import check_small_files
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.provenance.signing import SIGNATURE_FILE
 from nf4_pipeline.readers.read import Export, OwnReading, Readers
@@ -475,5 +476,6 @@ def _artifact(name: str) -> Path:
         ArtifactError: the folder holds no artifact.
     """
     folder = Path(find_model(name))
+    check_small_files(folder)
     read_manifest(folder)
     return folder
