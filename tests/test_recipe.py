@@ -142,7 +142,7 @@ def test_every_message_names_the_file(tmp_path: Path, text: str) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be read: No such file"):
         load_recipe(tmp_path / "none.toml")
-    with pytest.raises(RecipeError, match="cannot be read: Is a directory"):
+    with pytest.raises(RecipeError, match="cannot be read: it is a folder"):
         load_recipe(tmp_path)
     (tmp_path / "latin.toml").write_bytes(b'[verify]\nprompts = "\xe9"')
     with pytest.raises(RecipeError, match="is not valid TOML"):

@@ -16,6 +16,7 @@
     ├── PlanMismatchError         the bytes written differ from the bytes predicted
     ├── ResourceError             not enough disk, memory, or no such device
     │   └── AccessError           a file or a folder cannot be read or written
+    │       └── UnfitFileError    a pipe, a device, or far too many bytes, where a file should be
     ├── VerificationError         the verdict is "fail"
     ├── TiedWeightsDiffer         tensors that config.json ties differ; caught, and both are kept
     └── StoppedError              the user stopped it: exit code 130
@@ -104,6 +105,24 @@ class AccessError(ResourceError):
     """A file or a folder cannot be read or written: permissions, a read-only or a failing disk."""
 
 
+class UnfitFileError(AccessError, OSError):
+    """What should be a file is none, or is larger than any real one; an `OSError`, too.
+
+    So whoever turns an unreadable file into an error of its own does so with this one.
+
+    Args:
+        text: all that the user sees, unless it is turned into another error.
+        why: its reason alone, for `strerror`.
+    """
+
+    def __init__(self, text: str, why: str = "") -> None:
+        super().__init__(errno.EINVAL, why or text)
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text
+
+
 class StoppedError(PipelineError):
     """The user stopped the work; the text says what is kept, and how to go on."""
 
@@ -132,6 +151,8 @@ def of_system(error: OSError | MemoryError, doing: str) -> PipelineError:
         error: what it said.
         doing: what was going on, such as "quantize".
     """
+    if isinstance(error, UnfitFileError):
+        return error
     if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
         return ResourceError(
             f"{doing}: memory ran out. Give it a smaller --memory-budget, or end other programs, "

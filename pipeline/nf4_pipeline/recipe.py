@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from nf4_pipeline.checkpoint.named_path import problem_of
+from nf4_pipeline.checkpoint.plain_file import read_text
 from nf4_pipeline.errors import RecipeError
 
 RecipeValue = str | int | float | list[str]
@@ -32,6 +33,7 @@ RecipeValue = str | int | float | list[str]
 RecipeTable = dict[str, RecipeValue]
 """One table of a recipe as plain values."""
 
+_LARGEST: Final = 2**20  # bytes of a recipe file
 _PATHS: Final = {"calibrate", "prompts", "eval_text"}  # of files, unless empty or "self"
 _MOST: Final = 10**9
 """Of tokens, which no machine reads."""
@@ -294,8 +296,8 @@ def load_recipe(path: Path) -> Recipe:
     """Reads a recipe file.
 
     Raises:
-        RecipeError: there is no such file, it is not TOML, or it holds an unknown key, a wrong type
-            or a value out of range.
+        RecipeError: there is no such file, it is no plain file or too large, it is not TOML, or it
+            holds an unknown key, a wrong type or a value out of range.
     """
     return parse_recipe(read_tables(path), str(path))
 
@@ -304,10 +306,10 @@ def read_tables(path: Path) -> dict[str, object]:
     """The tables of a recipe file; what stands in them is not looked at.
 
     Raises:
-        RecipeError: there is no such file, or it is not TOML.
+        RecipeError: there is no such file, it is no plain file or too large, or it is not TOML.
     """
     try:
-        text = path.read_text("utf-8")
+        text = read_text(path, _LARGEST)
         # What tomllib takes for a name grows with the square of its dots.
         if any(run.count(".") > _MOST_DOTS for run in re.findall(r"[^\n=,{}\[\]#]+", text)):
             raise RecipeError(f"The recipe {path} has a name of more than {_MOST_DOTS} parts.")

@@ -17,8 +17,9 @@ from typing import Final
 from nf4_pipeline.build_folder import Build, Facts, RecordKind
 from nf4_pipeline.calibration.calibration_facts import CalibrationFacts
 from nf4_pipeline.checkpoint.digest import FileDigest
-from nf4_pipeline.checkpoint.files import entries
+from nf4_pipeline.checkpoint.files import CARD_FILE, entries
 from nf4_pipeline.checkpoint.shards import TensorFacts
+from nf4_pipeline.checkpoint.source_card import SourceCard, read_card
 from nf4_pipeline.documents import Document, key, optional
 from nf4_pipeline.hub.local import Proof
 from nf4_pipeline.manifest.manifest import Source, Totals
@@ -85,6 +86,7 @@ class DownloadFacts(Document):
         tokenizer: what was found of it; None in a record of an older version.
         reading: how its tensors are understood.
         unchecked: files that the Hub listed without a hash; None for none.
+        card: what its own card says of license and language; None in a record of an older version.
     """
 
     repo: str
@@ -96,11 +98,16 @@ class DownloadFacts(Document):
     tokenizer: TokenizerFacts | None = optional()
     reading: Reading = field(default_factory=Reading)
     unchecked: tuple[str, ...] | None = optional()
+    card: SourceCard | None = optional()
 
     @property
     def notes(self) -> list[str]:
         """What a person should know before hours of work, and at their end."""
-        return self.tokenizer.notes(self.repo) if self.tokenizer else []
+        odd = self.card.left_out if self.card else ()
+        return [
+            *(self.tokenizer.notes(self.repo) if self.tokenizer else ()),
+            *(f"The card of {self.repo}: left out {what}." for what in odd),
+        ]
 
     @property
     def identity(self) -> SourceIdentity:
@@ -271,6 +278,12 @@ def recorded_files(build: Build) -> dict[str, FileDigest]:
         record = build.record(kind)
         files |= record.outputs_in("export") if record else {}
     return files
+
+
+def source_card(build: Build) -> SourceCard:
+    """What the card of the source says, as it was read when the source was downloaded."""
+    said = build.need(DOWNLOAD).facts.card
+    return said if said is not None else read_card(build.source / CARD_FILE)
 
 
 def strangers(build: Build) -> list[str]:

@@ -192,7 +192,7 @@ def test_lengths_that_cannot_be(tmp_path: Path, content: bytes, message: str) ->
 def test_a_file_that_is_not_there_or_is_a_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):
         read_header(tmp_path / "none.safetensors")
-    with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
+    with pytest.raises(CheckpointError, match="cannot be read: it is a folder"):
         read_header(tmp_path)
 
 

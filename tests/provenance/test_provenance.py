@@ -17,6 +17,7 @@ from cyclonedx.validation.json import JsonStrictValidator
 from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.checkpoint.atomic import write_bytes, write_json
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
+from nf4_pipeline.checkpoint.source_card import parse_card
 from nf4_pipeline.errors import BuildError
 from nf4_pipeline.job import make_stages, run_stage, states
 from nf4_pipeline.manifest.manifest import CalibrationSummary, Manifest
@@ -170,18 +171,18 @@ def test_a_hub_model_is_named_by_its_package_url(build: Build) -> None:
     assert model_purl("local", None) is None
 
 
-CARDS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
-    "apache": ({"license": "apache-2.0"}, [{"license": {"id": "Apache-2.0"}}]),
-    "two": ({"license": ["mit", "gpl-3.0"]}, [{"license": {"id": n}} for n in ("MIT", "GPL-3.0")]),
+CARDS: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "apache": ("license: apache-2.0", [{"license": {"id": "Apache-2.0"}}]),
+    "two": ("license: [mit, gpl-3.0]", [{"license": {"id": n}} for n in ("MIT", "GPL-3.0")]),
     "of its own": (
-        {"license": "other", "license_name": "falcon", "license_link": "https://x.org/a b"},
-        [{"license": {"name": "falcon", "url": "https://x.org/a%20b"}}],
+        "license: other\nlicense_name: falcon\nlicense_link: https://x.org/ä",
+        [{"license": {"name": "falcon", "url": "https://x.org/%C3%A4"}}],
     ),
-    "unknown": ({"license": "llama3.1"}, [{"license": {"name": "llama3.1"}}]),
-    "none": ({}, []),
-    "odd": ({"license": 7, "license_link": "javascript:1"}, []),
+    "unknown": ("license: llama3.1", [{"license": {"name": "llama3.1"}}]),
+    "none": ("", []),
+    "odd": ("license: 7\nlicense_link: javascript:1", []),
     "odd link": (
-        {"license": "other", "license_link": "javascript:1"},
+        "license: other\nlicense_link: javascript:1",
         [{"license": {"name": "other"}}],
     ),
 }
@@ -189,7 +190,8 @@ CARDS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("case", CARDS)
 def test_the_license_is_inherited_and_the_bom_is_valid(build: Build, case: str) -> None:
-    card, expected = CARDS[case]
+    text, expected = CARDS[case]
+    card = parse_card(f"---\n{text}\n---\n")
     assert licenses(card) == expected
     for manifest in (read_manifest(build.export), hub_manifest(build)):
         bom = bill_of_materials(manifest, "0" * 64, card)

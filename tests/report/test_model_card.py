@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import re
+import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Final
 
 import pytest
-from nf4_pipeline.report.model_card import front_matter, model_card
+import yaml
+from nf4_pipeline.checkpoint.source_card import SourceCard, parse_card
+from nf4_pipeline.report.model_card import model_card
 from nf4_pipeline.verification.document import parse_verification
 
 from tests.support.made import (
@@ -21,7 +25,7 @@ from tests.support.made import (
 )
 
 NUMBER: Final = re.compile(r"\d+(?:[.,]\d+)*(?:e-?\d+)?")
-SOURCE: Final = {"license": "apache-2.0"}
+SOURCE: Final = SourceCard(license=("apache-2.0",))
 
 
 def card(verification: dict[str, Any]) -> str:
@@ -249,7 +253,7 @@ def test_what_has_no_exceptions_names_none() -> None:
 
 def test_names_of_modules_stay_words() -> None:
     text = making(fallbacks={"<img src=x> `a`": "![c](d)\n# no"})
-    assert "&lt;img src=x&gt; &#96;a&#96; (!&#91;c](d) # no)" in text
+    assert "&lt;img src=x&gt; &#96;a&#96; (!&#91;c&#93;(d) # no)" in text
     assert "<img" not in text
 
 
@@ -282,13 +286,70 @@ def test_words_of_others_stay_words(place: Callable[[dict[str, Any], str], None]
     verification = copy.deepcopy(full())
     place(verification, "a | b\n\n# no <img src=x> ![c](d) `e` *f*")
     text = card(verification)
-    assert "a &#124; b # no &lt;img src=x&gt; !&#91;c](d) &#96;e&#96; &#42;f&#42;" in text
+    assert "a &#124; b # no &lt;img src=x&gt; !&#91;c&#93;(d) &#96;e&#96; &#42;f&#42;" in text
     for mark in ("<img", "![c]", "\n# no"):
         assert mark not in text
     assert len(text.split("\n")) == len(card(full()).split("\n"))
 
 
+def head(text: str) -> dict[str, Any]:
+    """The front matter as the Hub's client cuts it out of a card, read by another reader."""
+    block = re.match(r"^(\s*---[\r\n]+)([\S\s]*?)([\r\n]+---(\r\n|\n|$))", text)
+    assert block
+    value: dict[str, Any] = yaml.safe_load(block[2])
+    return value
+
+
 def test_the_license_is_the_sources() -> None:
-    assert front_matter(card(made()))["license"] == "apache-2.0"
-    unlicensed = model_card(manifest(), parse_verification(made()), {})
-    assert "license" not in front_matter(unlicensed)
+    assert head(card(made()))["license"] == "apache-2.0"
+    unlicensed = model_card(manifest(), parse_verification(made()), SourceCard())
+    assert "license" not in head(unlicensed)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        SourceCard(license=("other",), license_name="no", license_link="https://x.org/#a:b"),
+        SourceCard(license=("mit", "gpl-3.0"), language=("no", "en")),
+        SourceCard(license=("other",), license_name="--- a: b # c 'd' \"e\" {f} &g *h !i %j"),
+        SourceCard(license=("other",), license_name="2001-12-14"),
+    ],
+)
+def test_what_is_inherited_is_read_back_as_it_was(said: SourceCard) -> None:
+    text = model_card(manifest(), parse_verification(made()), said)
+    assert parse_card(text) == said
+    assert head(text).items() >= said.metadata().items()
+
+
+NAMES: Final = [
+    "a`b<img src=x>",
+    "# a | b",
+    "x\n---\nlicense: mit\n---",
+    "a\r\n```\n<script>alert(1)</script>",
+    "_a_ **b** [c](javascript:d)",
+    "\x1b[31mred\x07",
+    "\u202egpj.exe",
+    "$(reboot); 'a' \"b\"",
+    "$$x$$",
+    "\ud800",
+    "~~a~~",
+    "   ",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_name_of_a_folder_acts_in_the_card(name: str) -> None:
+    """A local checkpoint is called what its folder is called."""
+    plain = manifest()
+    theirs = replace(plain, source=replace(plain.source, repo=name, commit=None))
+    text = model_card(theirs, parse_verification(made()), SOURCE)
+    text.encode()
+    assert not [char for char in text if not (char.isprintable() or char == "\n")]
+    lines, usual = text.split("\n"), card(made()).split("\n")
+    assert len(lines) in (len(usual), len(usual) - 2)  # base_model goes with the commit
+    words = re.sub(r"```.*?\n```|`[^`\n]*`", "", text, flags=re.DOTALL)  # in code nothing acts
+    for mark in ("<img", "<script", "[c](", "**b**", "~~a~~", "$$x$$"):
+        assert mark not in words
+    (command,) = [line for line in lines if line.startswith("nf4 build ")]
+    assert len(shlex.split(command)) == 3
+    assert head(text)["license"] == "apache-2.0"

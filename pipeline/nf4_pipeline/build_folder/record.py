@@ -11,9 +11,11 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 from nf4_pipeline.checkpoint.atomic import write_json
 from nf4_pipeline.checkpoint.digest import FileDigest, FileStamp, digests_json
+from nf4_pipeline.checkpoint.plain_file import read_plain
 from nf4_pipeline.recipe import RecipeTable
 
 RECORD_VERSION: Final = 1
+_LARGEST: Final = 256 * 2**20  # bytes; 100,000 tensors take 50 MB
 
 
 class Facts(Protocol):
@@ -104,7 +106,7 @@ def read_record(path: Path, kind: RecordKind[F]) -> Record[F] | None:
         kind: whose record it must be.
     """
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(read_plain(path, _LARGEST))
         if value["version"] != RECORD_VERSION or value["stage"] != kind.stage:
             return None
         outputs = _digests(value["outputs"])

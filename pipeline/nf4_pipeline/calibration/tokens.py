@@ -18,6 +18,7 @@ import numpy as np
 from einops import rearrange, repeat
 from numpy.typing import NDArray
 
+from nf4_pipeline.checkpoint.plain_file import read_plain, read_text, why_unreadable
 from nf4_pipeline.checkpoint.strict_json import parse_json
 from nf4_pipeline.documents import Document, optional
 from nf4_pipeline.errors import CheckpointError, PipelineError, RecipeError
@@ -26,6 +27,7 @@ from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 
 LENGTH: Final = 256
 """Tokens of a sequence, at most."""
+_LARGEST: Final = 256 * 2**20  # bytes of a text, or of tokens that were kept
 _TOGETHER: Final = 32  # sequences that are sampled at a time
 OPENINGS: Final = Path(__file__).with_name("openings.txt")
 
@@ -97,7 +99,7 @@ def parse_tokens(value: Any) -> CalibrationTokens:
 def read_tokens(path: Path) -> CalibrationTokens | None:
     """What an earlier run kept, or None."""
     try:
-        return parse_tokens(json.loads(path.read_text("utf-8")))
+        return parse_tokens(json.loads(read_plain(path, _LARGEST)))
     except (OSError, ValueError, RecursionError, RecipeError):
         return None
 
@@ -272,7 +274,8 @@ def tokens_of_text(
         int32 [sequences, length].
 
     Raises:
-        RecipeError: the file cannot be read, or holds less than one sequence.
+        RecipeError: the file cannot be read, is no plain file or too large, or holds less than one
+            sequence.
         SourceError: the tokenizer fails, or takes more than any real one.
     """
     if tokenizer is None:
@@ -281,9 +284,10 @@ def tokens_of_text(
             "Let the model write its own tokens: --calibrate self."
         )
     try:
-        text = path.read_text("utf-8")
+        text = read_text(path, _LARGEST)
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"The calibration text {path} cannot be read: {error}.") from error
+        why = why_unreadable(error)
+        raise RecipeError(f"The calibration text {path} cannot be read: {why}.") from error
     if path.suffix in (".jsonl", ".ndjson"):
         ids = [
             i

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from nf4_pipeline.checkpoint.plain_file import open_plain
 from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor
 from nf4_pipeline.documents import Document
 from nf4_pipeline.progress import Task
@@ -88,15 +91,23 @@ def json_sha256(value: Any) -> str:
 
 
 def digest_file(path: Path, task: Task | None = None) -> FileDigest:
-    """Hashes a whole file."""
+    """Hashes a whole file.
+
+    Raises:
+        UnfitFileError: the path leads to something else than a plain file.
+        OSError: the file cannot be read, or grows while it is read.
+    """
     whole = hashlib.sha256()
     size = 0
     buffer = bytearray(_CHUNK)
     view = memoryview(buffer)
-    with path.open("rb", buffering=0) as file:
+    with open_plain(path) as file:
+        end = os.fstat(file.fileno()).st_size
         while count := file.readinto(buffer):
             whole.update(view[:count])
             size += count
+            if size > end:
+                raise OSError(errno.EIO, "it grew while it was read", str(path))
             if task:
                 task.advance(count)
     return FileDigest(size, whole.hexdigest())
@@ -133,13 +144,17 @@ def digest_tensors(
 
     Returns:
         The file's digest, and the sha256 of each tensor's bytes by name.
+
+    Raises:
+        UnfitFileError: the path leads to something else than a plain file.
+        OSError: the file cannot be read, or becomes shorter while it is read.
     """
     whole = hashlib.sha256()
     by_name: dict[str, str] = {}
     buffer = bytearray(_CHUNK)
     view = memoryview(buffer)
-    size = path.stat().st_size
-    with path.open("rb", buffering=0) as file:
+    with open_plain(path) as file:
+        size = os.fstat(file.fileno()).st_size
         data_start = tensors[0].offset if tensors else size
         whole.update(file.read(data_start))
         for tensor in tensors:

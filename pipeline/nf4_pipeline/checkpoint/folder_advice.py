@@ -10,10 +10,12 @@ import re
 from pathlib import Path
 from typing import Final
 
+from nf4_pipeline.checkpoint.plain_file import read_beginning, read_plain
 from nf4_pipeline.checkpoint.strict_json import parse_json
 
 _CACHE_FOLDER: Final = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)")
 _COMMIT: Final = re.compile("[0-9a-f]{40}")
+_LARGEST_CONFIG: Final = 2**20  # bytes of adapter_config.json
 
 
 def without_config(folder: Path) -> str | None:
@@ -164,7 +166,7 @@ def _cache_advice(folder: Path) -> str | None:
             f"`nf4 build {name}` downloads it."
         )
     ref = root / "refs" / "main"
-    main = root / "snapshots" / ref.read_text().strip() if ref.is_file() else None
+    main = root / "snapshots" / _commit_in(ref)
     best = main if main in snapshots else snapshots[-1]
     others = f" (there are {len(snapshots)}; this is that of main)" if snapshots[1:] else ""
     return (
@@ -173,13 +175,21 @@ def _cache_advice(folder: Path) -> str | None:
     )
 
 
+def _commit_in(ref: Path) -> str:
+    """What a ref of the Hub cache says; some other text if it says nothing."""
+    try:
+        return read_beginning(ref, 64).decode("ascii", "replace").strip()
+    except OSError:
+        return "none"
+
+
 def adapter_advice(folder: Path) -> str | None:
     """For the folder of a PEFT adapter: of which base, and that it is to be merged."""
     path = folder / "adapter_config.json"
     if not path.is_file():
         return None
     try:
-        value = parse_json(path.read_bytes())
+        value = parse_json(read_plain(path, _LARGEST_CONFIG))
         base, kind = value.get("base_model_name_or_path"), value.get("peft_type")
     except (OSError, ValueError, AttributeError):
         base, kind = None, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from nf4_pipeline.checkpoint.plain_file import read_beginning
 from nf4_pipeline.errors import CheckpointError
 
 _LARGEST: Final = 1024  # bytes; git-lfs itself takes nothing longer for a pointer
@@ -20,8 +21,7 @@ def is_lfs_pointer(path: Path) -> bool:
     """True if a file is a pointer of Git LFS (or of git-xet) and not what its name says."""
     if not path.is_file() or path.stat().st_size > _LARGEST:
         return False
-    with path.open("rb") as file:
-        return file.read(_LARGEST).startswith(_FIRST_LINES)
+    return read_beginning(path, _LARGEST).startswith(_FIRST_LINES)
 
 
 def check_no_pointer(path: Path) -> None:

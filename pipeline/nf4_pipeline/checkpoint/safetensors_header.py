@@ -8,6 +8,7 @@ description: https://github.com/huggingface/safetensors#format.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Final
 
+from nf4_pipeline.checkpoint.plain_file import open_plain
 from nf4_pipeline.checkpoint.strict_json import parse_json
 from nf4_pipeline.errors import CheckpointError
 
@@ -67,11 +69,12 @@ def read_header(path: Path) -> tuple[HeaderTensor, ...]:
     """The tensors of a safetensors file, in the order of their bytes.
 
     Raises:
-        CheckpointError: the file is missing, truncated or malformed; the text names file and cause.
+        CheckpointError: the file is missing, no plain file, truncated or malformed; the text names
+            file and cause.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_plain(path) as file:
+            size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or size < 8 + 2:
@@ -86,7 +89,7 @@ def read_header(path: Path) -> tuple[HeaderTensor, ...]:
                 )
             raw = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     return _parse(path, raw, data_start=8 + length, file_size=size)
 
 

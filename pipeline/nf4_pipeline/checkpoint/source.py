@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nf4_pipeline.checkpoint.folder_advice import how_to_complete, without_weights
+from nf4_pipeline.checkpoint.plain_file import read_plain
 from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor, read_header
 from nf4_pipeline.checkpoint.strict_json import parse_json
 from nf4_pipeline.checkpoint.weight_files import WeightFiles, choose_weight_files
@@ -63,19 +64,14 @@ def read_json(path: Path, *, finite: bool = False) -> dict[str, Any]:
         finite: refuse numbers that JSON does not have, such as NaN and 1e999.
 
     Raises:
-        CheckpointError: the file is missing or too large, or holds no JSON object.
+        CheckpointError: the file is missing, no plain file or too large, or holds no JSON object.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise CheckpointError(f"{path} is not a file. Copy or download it again.")
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"{path} is larger than {_MAX_JSON_BYTES:,} bytes; no real one is. "
-                "Download the file again."
-            )
-        value = parse_json(path.read_bytes(), finite=finite)
+        value = parse_json(read_plain(path, _MAX_JSON_BYTES), finite=finite)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}. Copy or download the file again."
+        ) from error
     except ValueError as error:
         raise CheckpointError(
             f"{path} is not valid JSON ({error}). Download the file again."

@@ -15,8 +15,10 @@ from typing import Final
 from nf4_pipeline.checkpoint.atomic import remove_leftovers, write_bytes, write_json
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
 from nf4_pipeline.checkpoint.layout import StoredTensor, plan_layout
+from nf4_pipeline.checkpoint.plain_file import open_plain, read_plain
 from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor
 from nf4_pipeline.checkpoint.source import Checkpoint, open_checkpoint
+from nf4_pipeline.checkpoint.untrusted import size_limit
 from nf4_pipeline.checkpoint.writer import writing
 from nf4_pipeline.documents import Document, key, optional
 from nf4_pipeline.errors import CheckpointError, UsageError
@@ -25,6 +27,7 @@ from nf4_pipeline.progress import Reporter, Task
 NOTE_FILE: Final = "conversion.json"
 _CODE_VERSION: Final = 1
 _CHUNK: Final = 8 * 2**20
+_LARGEST_NOTE: Final = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def copy_without_prefix(
             index = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": weight_map}
             write_json(target / name, index)
         else:
-            write_bytes(target / name, (source / name).read_bytes())
+            write_bytes(target / name, read_plain(source / name, size_limit(name)))
         made[name] = digest_file(target / name)
     made = dict(sorted(made.items()))
     write_json(target / NOTE_FILE, Note(origin, made).to_json())
@@ -141,7 +144,7 @@ def _copy(
     layout = plan_layout(
         StoredTensor(_stripped(t.name, prefix), t.dtype, t.shape, t.nbytes) for t in tensors
     )
-    with source.open("rb") as file, writing(target, layout) as output:
+    with open_plain(source) as file, writing(target, layout) as output:
         for tensor in tensors:
             for start in range(0, tensor.nbytes, _CHUNK):
                 file.seek(tensor.offset + start)
@@ -154,7 +157,7 @@ def _copy(
 def _standing(target: Path, origin: Origin) -> dict[str, FileDigest] | None:
     """The files of an earlier copy of the same files, if they are still what it wrote."""
     try:
-        note = json.loads((target / NOTE_FILE).read_text("utf-8"))
+        note = json.loads(read_plain(target / NOTE_FILE, _LARGEST_NOTE))
         made = {name: FileDigest(d["size"], d["sha256"]) for name, d in note["made"].items()}
         same = note["from"] == origin.to_json() and all(
             digest_file(target / n) == d for n, d in made.items()

@@ -57,14 +57,15 @@ def check_file(folder: Path, name: str) -> None:
     """Looks at one file of a checkpoint folder that will be taken.
 
     Raises:
-        CheckpointError: the file is a link to somewhere else or to nothing, a Git LFS pointer, too
-            large, or not what its name says.
+        CheckpointError: the file is a link to somewhere else or to nothing, no plain file, a Git
+            LFS pointer, too large, or not what its name says.
     """
     path = folder / name
     if (link := dead_link(path)) is not None:
         raise CheckpointError(link)
     _check_link(folder, name)
     if name.endswith(".safetensors"):
+        _check_is_file(path)
         return
     check_size(path, name)
     check_no_pointer(path)
@@ -80,16 +81,25 @@ def check_size(path: Path, name: str) -> None:
     Raises:
         CheckpointError: the file is larger than any real one of its name, or is not a file.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file. Copy or download the checkpoint again.")
-    limit = next(size for pattern, size in _SIZE_LIMITS if fnmatchcase(name, pattern))
-    limit = min(limit, _LEGAL_LIMIT) if is_legal(name) else limit
+    _check_is_file(path)
+    limit = size_limit(name)
     size = path.stat().st_size
     if size > limit:
         raise CheckpointError(
             f"{path} has {size:,} bytes; no real {name} has more than {limit:,}. "
             "Download the file again."
         )
+
+
+def size_limit(name: str) -> int:
+    """Bytes that a file beside the weights may have, by its name."""
+    limit = next(size for pattern, size in _SIZE_LIMITS if fnmatchcase(name, pattern))
+    return min(limit, _LEGAL_LIMIT) if is_legal(name) else limit
+
+
+def _check_is_file(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file. Copy or download the checkpoint again.")
 
 
 def _check_link(folder: Path, name: str) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from nf4_pipeline.checkpoint.digest import FileDigest
+from nf4_pipeline.checkpoint.plain_file import open_plain, read_beginning, read_plain
 from nf4_pipeline.errors import HubError
 from nf4_pipeline.hub import replies
 from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
@@ -133,7 +134,7 @@ def _drop_odd_listing(path: Path) -> None:
     try:
         if path.is_symlink() or not path.is_file() or path.stat().st_size > _LARGEST_TREE:
             raise replies.ReplyError("no listing")
-        for entry in json.loads(path.read_bytes())["files"].values():
+        for entry in json.loads(read_plain(path, _LARGEST_TREE))["files"].values():
             sha256 = entry.get("lfs_sha256")
             if sha256 is not None and not replies.SHA256.fullmatch(sha256):
                 raise replies.ReplyError("no hash")
@@ -155,8 +156,7 @@ def cached_commit(repo_id: str, revision: str) -> str | None:
         if ref.is_file():
             if _leads_out(ref, (own,)):
                 return None
-            with ref.open("rb") as stream:
-                commit = stream.read(64).decode("ascii", "replace").strip()
+            commit = read_beginning(ref, 64).decode("ascii", "replace").strip()
         folder = snapshot(repo_id, commit)
         known = replies.COMMIT.fullmatch(commit) and folder.is_dir()
         return commit if known and not _leads_out(folder, (own,)) else None
@@ -215,12 +215,19 @@ def are_blobs(folder: Path, files: Mapping[str, FileDigest]) -> bool:
     """
     for name, digest in files.items():
         listed = _listed(folder / name, name)
-        content = (folder / name).read_bytes() if listed.git_sha1 else b""
-        head = b"blob %d\0" % len(content)
-        found = hashlib.sha1(head + content, usedforsecurity=False).hexdigest()
-        if listed.sha256 != digest.sha256 and listed.git_sha1 != found:
+        if listed.sha256 == digest.sha256:
+            continue
+        if listed.git_sha1 is None or listed.git_sha1 != _git_sha1(folder / name, digest.size):
             return False
     return True
+
+
+def _git_sha1(path: Path, size: int) -> str:
+    found = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with open_plain(path) as file:
+        while chunk := file.read(2**20):
+            found.update(chunk)
+    return found.hexdigest()
 
 
 def is_cached(model: RemoteModel, file: RemoteFile) -> bool:

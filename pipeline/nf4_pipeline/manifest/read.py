@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Final
 
@@ -19,13 +20,13 @@ def read_manifest(artifact: Path) -> Manifest:
     """Reads and validates `manifest.json` of an artifact.
 
     Raises:
-        ArtifactError: the file is missing, is no JSON, or departs from the schema; the text says
-            where.
+        ArtifactError: the file is missing, no plain file or no JSON, or departs from the schema;
+            the text says where.
     """
     import jsonschema
 
     path = artifact / MANIFEST_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise ArtifactError(
             f"{artifact} has no {MANIFEST_FILE}, so it is not an artifact of this pipeline. "
             "Name the export/ folder of a build."

@@ -10,8 +10,10 @@ from typing import Final
 
 from nf4_pipeline.checkpoint.atomic import json_bytes
 from nf4_pipeline.checkpoint.files import travels
+from nf4_pipeline.checkpoint.plain_file import read_plain
 from nf4_pipeline.checkpoint.shards import Shard
 from nf4_pipeline.checkpoint.source import read_json
+from nf4_pipeline.checkpoint.untrusted import size_limit
 from nf4_pipeline.documents import Document
 from nf4_pipeline.manifest.manifest import StoredTensorEntry
 from nf4_pipeline.model.config import CONFIG_FILE, read_config, without_remote_code
@@ -46,7 +48,9 @@ def small_files(
         if travels(name):
             path = source / name
             written[name] = (
-                tokenizer_config(path) if name == TOKENIZER_CONFIG else path.read_bytes()
+                tokenizer_config(path)
+                if name == TOKENIZER_CONFIG
+                else read_plain(path, size_limit(name))
             )
     return dict(sorted(written.items()))
 
@@ -63,7 +67,7 @@ def tokenizer_config(path: Path) -> bytes:
     Raises:
         CheckpointError: the file says one of these things and is not a JSON object.
     """
-    content = path.read_bytes()
+    content = read_plain(path, size_limit(TOKENIZER_CONFIG))
     if not any(word in content for word in _NOT_FOR_ALL):
         return content
     said = read_json(path)

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from nf4_pipeline.checkpoint.atomic import remove_leftovers, write_bytes, write_json
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
 from nf4_pipeline.checkpoint.files import PICKLE_FILE
+from nf4_pipeline.checkpoint.plain_file import read_plain
+from nf4_pipeline.checkpoint.untrusted import size_limit
 from nf4_pipeline.checkpoint.weight_files import INDEX_FILE
 from nf4_pipeline.documents import Document, key, optional
-from nf4_pipeline.errors import SourceError, UsageError
-from nf4_pipeline.pickles.scan import scan
+from nf4_pipeline.errors import ResourceError, SourceError, UsageError
+from nf4_pipeline.pickles import scan
+from nf4_pipeline.pickles.scan import BARE, ScanRequest
+from nf4_pipeline.processes.messages import Limits
 from nf4_pipeline.processes.parent_side import ChildFailed, run
-from nf4_pipeline.processes.worker import Environment, Worker
+from nf4_pipeline.processes.worker import Worker
 from nf4_pipeline.progress import Reporter
 
 CODE_VERSION: Final = 1
 NOTE_FILE: Final = "conversion.json"
-
-# What a child needs to run; above all no token.
-_ENVIRONMENT: Final = Environment(
-    keep=frozenset({"PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH"}),
-    add={"CUDA_VISIBLE_DEVICES": ""},
-)
+_LARGEST_NOTE: Final = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Converted(Document):
 
 
 WORKER: Final[Worker[ConvertRequest, Converted]] = Worker(
-    "nf4_pipeline.pickles.worker", Converted, environment=_ENVIRONMENT
+    "nf4_pipeline.pickles.worker", Converted, environment=BARE
 )
 
 
@@ -89,7 +89,9 @@ def convert(
 
     Raises:
         SourceError: a pickle would do more than rebuild tensors (it was not run), holds something
-            else than tensors by name, or the process that converts it died.
+            else than tensors by name, has tensors that are more than its bytes, or the process
+            that reads or converts it died.
+        ResourceError: there is no room for the weights as safetensors.
         UsageError: `target` holds files that no conversion wrote.
     """
     pickles = sorted(name for name in files if PICKLE_FILE.fullmatch(name))
@@ -97,8 +99,9 @@ def convert(
     origin = _Origin(CODE_VERSION, dict(sorted(files.items())))
     if done := _read_earlier(target, origin):
         return {**done, **small}
-    for name in pickles:  # all of them, before anything is written
-        scan(source / name)
+    # All of them, before anything is written.
+    sizes = {name: _scan(source / name) for name in pickles}
+    _check_disk(target, sum(sizes.values()))
     _clear(target)
     write_json(target / NOTE_FILE, _Note(origin).to_json())
     digests: dict[str, FileDigest] = {}
@@ -117,7 +120,7 @@ def convert(
         write_json(target / INDEX_FILE, index)
         digests[INDEX_FILE] = digest_file(target / INDEX_FILE)
     for name in small:
-        write_bytes(target / name, (source / name).read_bytes())
+        write_bytes(target / name, read_plain(source / name, size_limit(name)))
     write_json(target / NOTE_FILE, _Note(origin, dict(sorted(digests.items()))).to_json())
     return {**digests, **small}
 
@@ -134,7 +137,7 @@ def _safetensors_name(name: str) -> str:
 def _read_earlier(target: Path, origin: _Origin) -> Mapping[str, FileDigest] | None:
     """The files of an earlier conversion of the same pickles, if they are still what it wrote."""
     try:
-        note = _Note.from_json(json.loads((target / NOTE_FILE).read_text("utf-8")))
+        note = _Note.from_json(json.loads(read_plain(target / NOTE_FILE, _LARGEST_NOTE)))
         if note.origin != origin or note.made is None:
             return None
         intact = all(digest_file(target / name) == d for name, d in note.made.items())
@@ -156,9 +159,33 @@ def _clear(target: Path) -> None:
                 path.unlink()
 
 
-def _run(source: Path, target: Path) -> Converted:
+def _scan(source: Path) -> int:
+    """The bytes of the tensors of a pickle that only rebuilds tensors."""
     try:
-        return run(WORKER, ConvertRequest(source, target))
+        return sum(run(scan.WORKER, ScanRequest(source)).tensors.values())
+    except ChildFailed as failure:
+        raise SourceError(
+            f"{source} cannot be followed: the process that reads its program ended with status "
+            f"{failure.status} ({failure.cause}); no real one takes a minute or 2 GB. Take a "
+            "checkpoint in safetensors, from somebody whom you trust."
+        ) from failure
+
+
+def _check_disk(target: Path, needed: int) -> None:
+    free = shutil.disk_usage(next(p for p in (target, *target.parents) if p.exists())).free
+    if needed > free:
+        raise ResourceError(
+            f"{target}: the weights take {needed:,} bytes as safetensors, and {free:,} are free. "
+            "Make room, or name another --build-dir."
+        )
+
+
+def _run(source: Path, target: Path) -> Converted:
+    # A turned tensor is copied whole; the mapped file counts, too.
+    size = source.stat().st_size
+    limits = Limits(processor_seconds=300 + size // 10**7, data_bytes=4 * 2**30 + 2 * size)
+    try:
+        return run(replace(WORKER, limits=limits), ConvertRequest(source, target))
     except ChildFailed as failure:
         raise SourceError(
             f"The process that converts {source} ended with status {failure.status}: "

@@ -1,13 +1,31 @@
-"""What a pickle would do, without doing it."""
+"""What a pickle would do, without doing it: which tensors it would rebuild, and nothing else.
+
+This is a worker's module, too: a program may be made to take long, or much memory.
+"""
 
 from __future__ import annotations
 
+import os
 import pickletools
 import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
+from nf4_pipeline.checkpoint.plain_file import open_plain
+from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import SourceError
+from nf4_pipeline.pickles.sizes import tensor_sizes
+from nf4_pipeline.processes.messages import Limits
+from nf4_pipeline.processes.worker import Environment, Worker
+from nf4_pipeline.progress import Reporter
+
+# What a child needs to run; above all no token.
+BARE: Final = Environment(
+    keep=frozenset({"PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH"}),
+    add={"CUDA_VISIBLE_DEVICES": ""},
+)
 
 ALLOWED_GLOBALS: Final = frozenset(
     {
@@ -36,31 +54,64 @@ _ALLOWED_OPCODES: Final = frozenset(
     BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL BINPERSID REDUCE BUILD""".split()
 )
 
-_MAX_PROGRAM: Final = 64 * 2**20  # bytes; the tensors' bytes are not part of it
+_MAX_PROGRAM: Final = 16 * 2**20  # bytes, of some 80,000 tensors; their own are not part of it
 
 
-def scan(path: Path) -> None:
+@dataclass(frozen=True)
+class ScanRequest(Document):
+    """A pickle."""
+
+    source: Path
+
+
+@dataclass(frozen=True)
+class Scanned(Document):
+    """What it would rebuild: name -> bytes of each tensor."""
+
+    tensors: Mapping[str, int]
+
+
+WORKER: Final[Worker[ScanRequest, Scanned]] = Worker(
+    "nf4_pipeline.pickles.scan",
+    Scanned,
+    limits=Limits(processor_seconds=60, data_bytes=2 * 2**30),
+    environment=BARE,
+)
+
+
+def run(request: ScanRequest, reporter: Reporter) -> Scanned:
+    """Scans one file; arguments and errors are those of `scan`."""
+    return Scanned(scan(request.source))
+
+
+def scan(path: Path) -> dict[str, int]:
     """Lets a file pass that `torch.save` wrote and whose pickle only rebuilds tensors.
+
+    Returns:
+        The bytes of each tensor, by name.
 
     Raises:
         SourceError: the file is no archive of torch.save, or its pickle names or does anything
-            else; the text says what, and nothing was run.
+            else, or its tensors do not fit the bytes that are there; the text says what, and
+            nothing was run.
     """
     try:
-        program = _program(path)
+        program, storages = _contents(path)
         forbidden = _first_forbidden(program)
     except (OSError, zipfile.BadZipFile, ValueError, RuntimeError, IndexError) as error:
         raise _refusal(path, f"cannot be read as what torch.save writes ({error})") from error
     if forbidden:
         raise _refusal(path, f"does more than rebuild tensors: {forbidden}")
+    try:
+        return tensor_sizes(program, storages)
+    except ValueError as error:
+        raise _refusal(path, f"is not what torch.save writes of a state dict: {error}") from error
 
 
-def _program(path: Path) -> bytes:
-    """The one pickle in the archive."""
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            raise ValueError("it is no zip archive; torch before 1.6 wrote bare pickles")
-    with zipfile.ZipFile(path) as archive:
+def _contents(path: Path) -> tuple[bytes, dict[str, int]]:
+    """The one pickle in the archive, and the bytes of each storage beside it."""
+    with open_plain(path) as file, _archive(file) as archive:
+        size = os.fstat(file.fileno()).st_size
         entries = archive.infolist()
         names = [entry.filename for entry in entries]
         # Two readers may disagree on which of two equal names is meant.
@@ -71,9 +122,24 @@ def _program(path: Path) -> bytes:
             raise ValueError("it does not hold exactly one data.pkl")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("it is compressed")
+        if any(entry.compress_size != entry.file_size for entry in entries):
+            raise ValueError("it gives an entry two sizes")
+        if sum(entry.file_size for entry in entries) > size:
+            raise ValueError("its entries overlap")
         if programs[0].file_size > _MAX_PROGRAM:
             raise ValueError(f"its data.pkl is larger than {_MAX_PROGRAM:,} bytes")
-        return archive.read(programs[0])
+        data = programs[0].filename.removesuffix("data.pkl") + "data/"
+        return archive.read(programs[0]), {
+            entry.filename.removeprefix(data): entry.file_size
+            for entry in entries
+            if entry.filename.startswith(data)
+        }
+
+
+def _archive(file: BinaryIO) -> zipfile.ZipFile:
+    if file.read(4) != b"PK\x03\x04":
+        raise ValueError("it is no zip archive; torch before 1.6 wrote bare pickles")
+    return zipfile.ZipFile(file)
 
 
 def _first_forbidden(program: bytes) -> str | None:

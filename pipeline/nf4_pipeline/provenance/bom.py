@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
 from typing import Any, Final
 
 from nf4_pipeline import __version__
+from nf4_pipeline.checkpoint.source_card import SourceCard
 from nf4_pipeline.manifest.manifest import Manifest, Source
 from nf4_pipeline.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from nf4_pipeline.provenance.identifiers import licenses, model_purl
@@ -14,15 +14,13 @@ from nf4_pipeline.provenance.identifiers import licenses, model_purl
 _NAMESPACE: Final = uuid.uuid5(uuid.NAMESPACE_URL, "pkg:pypi/nf4-pipeline#bom")
 
 
-def bill_of_materials(
-    manifest: Manifest, manifest_sha256: str, card: Mapping[str, object]
-) -> dict[str, Any]:
+def bill_of_materials(manifest: Manifest, manifest_sha256: str, card: SourceCard) -> dict[str, Any]:
     """Puts the bill together; deterministic, as the manifest is.
 
     Args:
         manifest: of the artifact.
         manifest_sha256: of its file.
-        card: front matter of the source's model card; its license is inherited.
+        card: what the source's model card says; its license is inherited.
     """
     source = manifest.source
     name = source.repo.rpartition("/")[2]

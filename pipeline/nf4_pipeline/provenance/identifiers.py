@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
 from typing import Final
 from urllib.parse import quote
 
 from nf4_pipeline import __version__
+from nf4_pipeline.checkpoint.source_card import SourceCard
 
 _TOOLS: Final = ("numpy", "numba", "safetensors", "torch", "transformers", "bitsandbytes")
 
@@ -30,25 +30,20 @@ def model_purl(repo: str, commit: str | None) -> str | None:
     return None if commit is None else f"pkg:huggingface/{quote(repo)}@{commit}"
 
 
-def licenses(card: Mapping[str, object]) -> list[dict[str, dict[str, str]]]:
-    """What the front matter of a model's card says of its license, as CycloneDX has it.
+def licenses(card: SourceCard) -> list[dict[str, dict[str, str]]]:
+    """What a model's card says of its license, as CycloneDX has it.
 
     Inherited, never invented: without a word in the card the list is empty.
     """
-    named = card.get("license")
     entries = []
-    for item in named if isinstance(named, list) else [named]:
-        if not isinstance(item, str) or not item.strip():
-            continue
-        known = _SPDX.get(item.strip().lower())
+    for item in card.license:
+        known = _SPDX.get(item.lower())
         if known is not None:
             entries.append({"license": {"id": known}})
             continue
-        name = card.get("license_name") if item == "other" else item
-        license_ = {"name": str(name or item)}
-        link = card.get("license_link")
-        if isinstance(link, str) and link.startswith("https://") and link.isprintable():
-            license_["url"] = quote(link, safe=":/?#[]@!$&'()*+,;=%~-._")
+        license_ = {"name": (card.license_name if item == "other" else None) or item}
+        if card.license_link and card.license_link.startswith("https://"):
+            license_["url"] = quote(card.license_link, safe=":/?#[]@!$&'()*+,;=%~-._")
         entries.append({"license": license_})
     return entries
 

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from nf4_pipeline.checkpoint.atomic import write_bytes
+from nf4_pipeline.checkpoint.plain_file import check_plain
 from nf4_pipeline.errors import ArtifactError, SignatureError, UsageError
 from nf4_pipeline.manifest.read import MANIFEST_FILE
 
 SIGNATURE_FILE: Final = "model.sig"
+_LARGEST_SIGNATURE: Final = 64 * 2**20  # bytes; it names every file
+_LARGEST_KEY: Final = 2**16
 
 _OTHER: Final = re.compile(r"Hash mismatch for \\\\?'(.+?)\\\\?': Expected")
 _ADDED: Final = re.compile(r"Extra files found in model '.*?': ([^'\"\]]+)")
@@ -41,7 +44,7 @@ def sign(artifact: Path, private_key: Path, password: str | None = None) -> Path
     Raises:
         UsageError: model-signing is not installed, or the key cannot be used.
         ArtifactError: the folder has no manifest.
-        SignatureError: the folder holds a symbolic link.
+        SignatureError: the folder holds a symbolic link, a pipe or a device.
     """
     signing, _, hashing = _library()
     if not (artifact / MANIFEST_FILE).is_file():
@@ -49,7 +52,8 @@ def sign(artifact: Path, private_key: Path, password: str | None = None) -> Path
             f"{artifact} has no {MANIFEST_FILE}, so it is not an artifact of this pipeline. "
             "Name the export/ folder of a build."
         )
-    _refuse_links(artifact)
+    _refuse_all_but_files(artifact)
+    _check_key(private_key)
     config = signing.Config().set_hashing_config(_hashing_config(hashing))
     try:
         secret = password.encode() if password else None
@@ -78,17 +82,22 @@ def check(artifact: Path, public_key: Path) -> int:
         How many files the signature covers.
 
     Raises:
-        SignatureError: the artifact is not signed, holds a symbolic link, or holds other files than
-            those that were signed with that key.
+        SignatureError: the artifact is not signed, holds a symbolic link, a pipe or a device, or
+            holds other files than those that were signed with that key.
         UsageError: model-signing is not installed, or the key cannot be used.
     """
     _, verifying, hashing = _library()
-    _refuse_links(artifact)
+    _refuse_all_but_files(artifact)
     path = artifact / SIGNATURE_FILE
-    if not path.is_file() or path.is_symlink():
+    if not path.is_file():
         raise SignatureError(
             f"{artifact} has no signature: expected {SIGNATURE_FILE} in it. Sign it: nf4 sign."
         )
+    try:
+        check_plain(path, _LARGEST_SIGNATURE)
+    except OSError as error:
+        raise SignatureError(f"{path} is no signature: {error.strerror}.") from error
+    _check_key(public_key)
     config = verifying.Config().set_hashing_config(_hashing_config(hashing))
     try:
         config.use_elliptic_key_verifier(public_key=public_key)
@@ -122,13 +131,25 @@ def _signed_files(artifact: Path) -> list[Path]:
     ]
 
 
-def _refuse_links(artifact: Path) -> None:
-    """What a link points at can change while the artifact does not."""
+def _check_key(path: Path) -> None:
+    """The library reads a key whole, whatever it is."""
+    try:
+        check_plain(path, _LARGEST_KEY)
+    except OSError as error:
+        raise UsageError(f"The key {path} cannot be read: {error.strerror}.") from error
+
+
+def _refuse_all_but_files(artifact: Path) -> None:
+    """What a link points at can change while the artifact does not; a pipe would be waited for."""
     for path in artifact.rglob("*"):
         if path.is_symlink():
             raise SignatureError(
                 f"{path} is a symbolic link, which no signature covers. Download the artifact into "
                 "a folder of its own: hf download ORG/NAME --local-dir DIR."
+            )
+        if not path.is_dir() and not path.is_file():
+            raise SignatureError(
+                f"{path} is neither a file nor a folder; no artifact has such. Remove it."
             )
 
 

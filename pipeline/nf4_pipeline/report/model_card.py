@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+import shlex
+from collections.abc import Sequence
 from typing import Final
 
 import yaml
 
 from nf4_pipeline.checkpoint.files import is_of_tokenizer
+from nf4_pipeline.checkpoint.source_card import SourceCard
 from nf4_pipeline.fidelity.metrics import Fidelity
 from nf4_pipeline.manifest.manifest import Manifest
 from nf4_pipeline.model.unused_tensors import left_out
+from nf4_pipeline.printable import printable
 from nf4_pipeline.readers.document import ReaderResult
 from nf4_pipeline.readers.promises import published_lines
 from nf4_pipeline.report.calibration import (
@@ -31,30 +35,16 @@ from nf4_pipeline.verification.document import (
 _MAX_CARD_ANSWERS: Final = 4
 
 
-def front_matter(text: str) -> dict[str, object]:
-    """The YAML between the first two `---` lines of a card; {} if none can be read."""
-    if not text.startswith("---\n"):
-        return {}
-    block, end, _ = text[4:].partition("\n---")
-    try:
-        value = yaml.safe_load(block) if end else None
-    except yaml.YAMLError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def model_card(
-    manifest: Manifest, verification: Verification, source_metadata: Mapping[str, object]
-) -> str:
+def model_card(manifest: Manifest, verification: Verification, source_card: SourceCard) -> str:
     """The card as Markdown with Hub metadata.
 
     Args:
         manifest: of the artifact.
         verification: of the artifact.
-        source_metadata: front matter of the source's card.
+        source_card: what the source's own card says.
     """
-    name = manifest.source.repo.rpartition("/")[2]
-    metadata = _metadata(manifest, source_metadata)
+    name = _text(manifest.source.repo.rpartition("/")[2])
+    metadata = _metadata(manifest, source_card)
     measured = verification if isinstance(verification, MeasuredVerification) else None
     parts = [
         "---\n" + yaml.safe_dump(metadata, sort_keys=False) + "---",
@@ -71,7 +61,7 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _metadata(manifest: Manifest, source_metadata: Mapping[str, object]) -> dict[str, object]:
+def _metadata(manifest: Manifest, source_card: SourceCard) -> dict[str, object]:
     metadata: dict[str, object] = {
         "base_model": manifest.source.repo,
         "base_model_relation": "quantized",
@@ -79,10 +69,7 @@ def _metadata(manifest: Manifest, source_metadata: Mapping[str, object]) -> dict
         "pipeline_tag": "text-generation",
         "tags": [manifest.codebook.lower(), "4-bit", "bitsandbytes"],
     }
-    # Only what the source says of itself: a license is inherited, never invented.
-    for key in ("license", "license_name", "license_link", "language"):
-        if key in source_metadata:
-            metadata[key] = source_metadata[key]
+    metadata |= source_card.metadata()
     if manifest.source.commit is None:
         del metadata["base_model"], metadata["base_model_relation"]
     return metadata
@@ -96,7 +83,7 @@ def _what(manifest: Manifest) -> str:
         else f"with content hash `{source.content_sha256[:16]}…`"
     )
     return (
-        f"`{source.repo}` ({pinned}) in 4 bit: bitsandbytes {manifest.codebook} with double "
+        f"{_code(source.repo)} ({pinned}) in 4 bit: bitsandbytes {manifest.codebook} with double "
         f"quantization. What is not quantized is copied exactly{_but_for_casts(manifest)}."
         + _unchecked(source.unchecked or ())
     )
@@ -115,13 +102,13 @@ def _unchecked(names: Sequence[str]) -> str:
 def _left_out(manifest: Manifest) -> list[str]:
     """What the source has and the artifact lacks: heads that do not generate, its tokenizer."""
     lines = [
-        f"- {part.tensors} tensors ({_size(part.bytes)}): {part.reason}."
+        f"- {part.tensors} tensors ({_size(part.bytes)}): {_text(part.reason)}."
         for part in left_out((tensor.reason, tensor.bytes) for tensor in manifest.dropped)
     ]
     if not any(is_of_tokenizer(name) for name in manifest.files):
         lines.append(
             "- A tokenizer: the source has none that loads without code of its own. What there is "
-            f"of it is in `{manifest.source.repo}`."
+            f"of it is in {_code(manifest.source.repo)}."
         )
     return ["\n".join(["## Not in this artifact", "", *lines])] if lines else []
 
@@ -145,7 +132,8 @@ def _sizes(sizes: Sizes) -> str:
         ("quantized layers", str(sizes.layers)),
     ]
     kept = ", ".join(
-        f"{reason} ({_size(nbytes)})" for reason, nbytes in sizes.kept_bytes_by_reason.items()
+        f"{_text(reason)} ({_size(nbytes)})"
+        for reason, nbytes in sizes.kept_bytes_by_reason.items()
     )
     return (
         "## Size\n\n" + _table(("", ""), rows) + f"\n\nNot quantized: {kept}."
@@ -155,7 +143,7 @@ def _sizes(sizes: Sizes) -> str:
 
 def _checks(verification: Verification) -> str:
     rows = [
-        (check.name, _cell(check.found), check.expected, "pass" if check.passed else "FAIL")
+        (check.name, _cell(check.found), _cell(check.expected), "pass" if check.passed else "FAIL")
         for check in verification.checks
     ]
     table = _table(("check", "found", "expected", ""), rows)
@@ -342,7 +330,7 @@ def _making(manifest: Manifest) -> str:
             "the sha256 of every file and tensor."
         )
     return (
-        f"## How it was made\n\n```\nnf4 build {source.repo}{options}\n```\n\n"
+        f"## How it was made\n\n```\nnf4 build {_argument(source.repo)}{options}\n```\n\n"
         f"{rounding}\n\n{bytes_of} "
         "What 4 bits cost this model is in the tables above, and nothing is claimed beyond it."
     )
@@ -354,17 +342,30 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Model output inside a table: one line, with nothing for Markdown or HTML to act on."""
+    """Words of others inside a table."""
     line = " ".join(text.split())
     return _text(line if len(line) <= 160 else line[:159] + "…")
 
 
+# What Markdown, HTML or a formula ($) begins with; an underscore only at the edge of a word.
+_MARKS: Final = re.compile(r"[&<>|`\[\]*~$\\]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|^[#+=-]")
+_NAMED: Final = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+
+
 def _text(text: str) -> str:
-    """Words of others, as words."""
-    line = " ".join(text.split())
-    for mark, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;")):
-        line = line.replace(mark, safe)
-    return line.replace("`", "&#96;").replace("[", "&#91;").replace("*", "&#42;")
+    """Words of others, as words: one line, with nothing for Markdown or HTML to act on."""
+    line = printable(" ".join(text.split()))
+    return _MARKS.sub(lambda mark: _NAMED.get(mark[0], f"&#{ord(mark[0])};"), line)
+
+
+def _code(text: str) -> str:
+    """A name as code; where backticks in it would end that, as words."""
+    return f"`{printable(text)}`" if text.strip() and not set(text) & set("`\r\n") else _text(text)
+
+
+def _argument(text: str) -> str:
+    """A name in a line for the shell."""
+    return shlex.quote(printable(" ".join(text.split())))
 
 
 def _size(nbytes: int) -> str:

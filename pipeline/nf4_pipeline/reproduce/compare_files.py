@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from nf4_pipeline.calibration.calibration_facts import CALIBRATION_FILE
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, digest_tensors
 from nf4_pipeline.checkpoint.layout import FileLayout, StoredTensor
+from nf4_pipeline.checkpoint.plain_file import read_beginning
 from nf4_pipeline.checkpoint.sink import WrittenFile
 from nf4_pipeline.documents import Document
 from nf4_pipeline.engine.scheduler import Output
@@ -109,12 +110,11 @@ def _locate(
     """Says which byte of a file is the first that differs, and in which tensor."""
     name, path = difference.file, artifact / difference.file
     if name in small:
-        offset = _first_difference(path.read_bytes(), small[name])
+        offset = _first_difference(read_beginning(path, len(small[name]) + 1), small[name])
         return Difference(name, difference.what, offset=offset)
     output = derived.outputs[name]
     layout = output.layout
-    with path.open("rb") as file:
-        offset = _first_difference(file.read(layout.data_start), layout.header())
+    offset = _first_difference(read_beginning(path, layout.data_start), layout.header())
     if offset is not None:
         return Difference(name, difference.what, "(header)", offset)
     if path.stat().st_size < layout.nbytes:

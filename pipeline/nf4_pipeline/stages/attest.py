@@ -13,14 +13,19 @@ from nf4_pipeline.manifest.read import MANIFEST_FILE, read_manifest
 from nf4_pipeline.provenance.bom import bill_of_materials
 from nf4_pipeline.provenance.identifiers import tool_versions
 from nf4_pipeline.provenance.statement import statement
-from nf4_pipeline.records import ATTEST, QUANTIZE, SERIALIZE, VERIFY, AttestFacts
-from nf4_pipeline.report import model_card as card
+from nf4_pipeline.records import (
+    ATTEST,
+    QUANTIZE,
+    SERIALIZE,
+    VERIFY,
+    AttestFacts,
+    source_card,
+)
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 
 CODE_VERSION: Final = 1
 PROVENANCE_FILE: Final = "provenance.json"
 BOM_FILE: Final = "bom.cdx.json"
-CARD_FILE: Final = "README.md"
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,8 @@ class Attest:
         def work() -> Outcome[AttestFacts]:
             manifest = read_manifest(self.build.export)
             subjects = self._subjects()
-            source_card = self.build.source / CARD_FILE
-            text = source_card.read_text("utf-8", "replace") if source_card.is_file() else ""
-            bom = json_bytes(
-                bill_of_materials(manifest, subjects[MANIFEST_FILE].sha256, card.front_matter(text))
-            )
+            card = source_card(self.build)
+            bom = json_bytes(bill_of_materials(manifest, subjects[MANIFEST_FILE].sha256, card))
             subjects[BOM_FILE] = FileDigest.of(bom)
             quantized, verified = self.build.need(QUANTIZE), self.build.need(VERIFY)
             began = datetime.fromisoformat(quantized.finished) - timedelta(

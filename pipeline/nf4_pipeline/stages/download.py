@@ -19,10 +19,11 @@ from nf4_pipeline.checkpoint.digest import (
     digest_files,
     json_sha256,
 )
-from nf4_pipeline.checkpoint.files import PICKLE_FILE, is_of_tokenizer, is_wanted
+from nf4_pipeline.checkpoint.files import CARD_FILE, PICKLE_FILE, is_of_tokenizer, is_wanted
 from nf4_pipeline.checkpoint.folder_advice import cache_commit
 from nf4_pipeline.checkpoint.named_path import named_path
 from nf4_pipeline.checkpoint.source import open_checkpoint, read_json, weight_files
+from nf4_pipeline.checkpoint.source_card import read_card
 from nf4_pipeline.checkpoint.strip_prefix import check_prefix, copy_without_prefix
 from nf4_pipeline.checkpoint.untrusted import check_file
 from nf4_pipeline.checkpoint.weight_files import choose_weight_files
@@ -88,6 +89,7 @@ class Source:
             tokenizer=self.found.tokenizer,
             reading=self.reading,
             unchecked=self.unchecked or None,
+            card=read_card(self.folder / CARD_FILE),
         )
 
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from nf4_pipeline import __version__
 from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, json_sha256
-from nf4_pipeline.checkpoint.files import entries
+from nf4_pipeline.checkpoint.files import CARD_FILE, entries
+from nf4_pipeline.checkpoint.plain_file import read_text
 from nf4_pipeline.checkpoint.source import read_json
+from nf4_pipeline.checkpoint.untrusted import size_limit
 from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import ArtifactError, VerificationError
 from nf4_pipeline.manifest.manifest import Manifest
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from nf4_pipeline.hub import Earlier, LocalFile, Published, Target
 
 CODE_VERSION: Final = 1
-CARD_FILE: Final = "README.md"
 PROVENANCE_FILE: Final = "provenance.json"
 
 
@@ -127,7 +128,7 @@ class Push:
             )
         manifest = read_manifest(export)
         files = _checked_files(self.build, manifest, self.reporter)
-        card = (export / CARD_FILE).read_text("utf-8")
+        card = read_text(export / CARD_FILE, size_limit(CARD_FILE))
         if verdict != "pass":
             names = [check.name for check in verified.failed_checks]
             card = with_warning(card, verdict, names)

@@ -16,6 +16,7 @@ from nf4_pipeline.calibration.calibrator import CalibratedChoice, Calibrator
 from nf4_pipeline.checkpoint.atomic import make_folder, write_json
 from nf4_pipeline.checkpoint.digest import digest_file, json_sha256
 from nf4_pipeline.checkpoint.layout import FileLayout
+from nf4_pipeline.checkpoint.plain_file import read_plain
 from nf4_pipeline.checkpoint.shards import tensor_facts
 from nf4_pipeline.checkpoint.source import open_checkpoint
 from nf4_pipeline.checkpoint.writer import writing
@@ -34,6 +35,7 @@ from nf4_pipeline.selection import Plan
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 
 CODE_VERSION: Final = 1
+_LARGEST_FACTS: Final = 256 * 2**20
 _FACTS_SUFFIX: Final = ".facts.json"
 _MANY_PROCESSORS: Final = 8
 _BYTES_PER_BLOCK: Final = 24  # absmax, three sums, and the rounded scale twice
@@ -280,7 +282,7 @@ def count_finished_files(build: Build) -> int:
 def _finished(target: Path, key: str, layout: FileLayout) -> FileFacts | None:
     """The facts of a shard that an earlier run with the same key finished, or None."""
     try:
-        text = target.with_name(target.name + _FACTS_SUFFIX).read_text("utf-8")
+        text = read_plain(target.with_name(target.name + _FACTS_SUFFIX), _LARGEST_FACTS)
         facts = FileFacts.from_json(json.loads(text))
         same = facts.key == key and target.stat().st_size == facts.size == layout.nbytes
         return facts if same and digest_file(target).sha256 == facts.sha256 else None

@@ -21,7 +21,8 @@ from nf4_pipeline.checkpoint.digest import (
     digest_file,
     json_sha256,
 )
-from nf4_pipeline.checkpoint.files import entries, is_tokenizer
+from nf4_pipeline.checkpoint.files import CARD_FILE, entries, is_tokenizer
+from nf4_pipeline.checkpoint.plain_file import check_plain
 from nf4_pipeline.errors import ArtifactError, RecipeError, ResourceError
 from nf4_pipeline.fidelity.verdict import Check
 from nf4_pipeline.machine import Machine
@@ -32,8 +33,8 @@ from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.provenance.signing import SIGNATURE_FILE
 from nf4_pipeline.readers.read import Export, OwnReading, Readers
 from nf4_pipeline.recipe import Recipe
-from nf4_pipeline.records import ATTEST, DOWNLOAD, SERIALIZE, VERIFY
-from nf4_pipeline.report import model_card as card
+from nf4_pipeline.records import ATTEST, DOWNLOAD, SERIALIZE, VERIFY, source_card
+from nf4_pipeline.report.model_card import model_card
 from nf4_pipeline.report.page import report_page
 from nf4_pipeline.report.pictures import PICTURES, pictures
 from nf4_pipeline.resource_usage import measured
@@ -51,11 +52,10 @@ from nf4_pipeline.verification.check_model import check_kept, check_weights, rep
 from nf4_pipeline.verification.document import Against, MeasuredVerification, Verification
 from nf4_pipeline.verification.eval_text import RANDOM, Text, read_text
 from nf4_pipeline.verification.launch import Examination, compare_scores
-from nf4_pipeline.verification.prompts import REFERENCE, Prompt, asked_with, read_prompts
+from nf4_pipeline.verification.prompts import LARGEST, REFERENCE, Prompt, asked_with, read_prompts
 
 CODE_VERSION: Final = 5
 VERIFICATION_FILE: Final = "verification.json"
-CARD_FILE: Final = "README.md"
 REPORT_FILE: Final = "report.html"
 _WRITTEN: Final = {VERIFICATION_FILE, CARD_FILE, REPORT_FILE} | {
     picture.file for picture in PICTURES.values() if picture.file
@@ -130,12 +130,17 @@ class Verify:
         """The user's prompts, or those of the sample, or those for any model.
 
         Raises:
-            RecipeError: the recipe names a file that does not exist.
+            RecipeError: the recipe names a file that does not exist, is no plain file, or is too
+                large.
         """
         if self.recipe.verify.prompts:
             path = Path(self.recipe.verify.prompts)
-            if not path.is_file():
-                raise RecipeError(f"The prompts {path} cannot be read: there is no such file.")
+            try:
+                check_plain(path, LARGEST)
+            except OSError as error:
+                raise RecipeError(
+                    f"The prompts {path} cannot be read: {error.strerror}."
+                ) from error
             return path
         if self.build.need(DOWNLOAD).facts.is_sample:
             from nf4_pipeline.sample import QUESTIONS
@@ -243,7 +248,7 @@ class Verify:
             VERIFICATION_FILE: json_bytes(verification.to_json()),
             **pictures(manifest, verification),
             REPORT_FILE: report_page(manifest, verification).encode(),
-            CARD_FILE: card.model_card(manifest, verification, self._source_metadata()).encode(),
+            CARD_FILE: model_card(manifest, verification, source_card(self.build)).encode(),
         }
 
     def _verify(self, manifest: Manifest, checks: Sequence[Check]) -> Verification:
@@ -358,11 +363,6 @@ class Verify:
         if record.facts.tokenizer is not None:
             return record.facts.tokenizer.status == "loads"
         return any(is_tokenizer(name) for name in record.outputs_in("source"))
-
-    def _source_metadata(self) -> dict[str, object]:
-        """The front matter of the source's own card: its license is inherited, never invented."""
-        path = self.build.source / CARD_FILE
-        return card.front_matter(path.read_text("utf-8", "replace")) if path.is_file() else {}
 
 
 def _read(export: Path, manifest: Manifest) -> Export:

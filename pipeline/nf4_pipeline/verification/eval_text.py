@@ -11,12 +11,14 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from nf4_pipeline.checkpoint import plain_file
 from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import RecipeError
 from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 
 TEXTS: Final = Path(__file__).with_name("texts")
 BUILT_IN: Final = "built in"
+_LARGEST: Final = 256 * 2**20  # bytes of a text
 RANDOM: Final = "random token ids"
 LENGTH: Final = 512
 """Tokens in a sequence, at most: enough for a model to use what it has read."""
@@ -60,15 +62,17 @@ def read_text(path: Path | None) -> Text:
     """The user's text, or the one that comes with the package.
 
     Raises:
-        RecipeError: the file cannot be read, is not UTF-8, or holds no words.
+        RecipeError: the file cannot be read, is no plain file or too large, is not UTF-8, or holds
+            no words.
     """
     if path is None:
         files = sorted(TEXTS.glob("*.txt"))
         return Text(BUILT_IN, {file.stem: file.read_text("utf-8") for file in files})
     try:
-        text = path.read_text("utf-8")
+        text = plain_file.read_text(path, _LARGEST)
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"The text {path} cannot be read: {error}.") from error
+        why = plain_file.why_unreadable(error)
+        raise RecipeError(f"The text {path} cannot be read: {why}.") from error
     if not text.strip():
         raise RecipeError(f"The text {path} is empty. Name one with some thousand words.")
     return Text(path.name, {path.stem: text})

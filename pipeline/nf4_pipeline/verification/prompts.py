@@ -6,11 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from nf4_pipeline.checkpoint.plain_file import read_text, why_unreadable
 from nf4_pipeline.checkpoint.strict_json import parse_json
 from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import RecipeError
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 
+LARGEST: Final = 64 * 2**20
+"""Bytes of a file of prompts, at most."""
 REFERENCE: Final = Path(__file__).with_name("reference.jsonl")
 
 
@@ -40,13 +43,14 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     """Reads a JSONL file: one object a line with "prompt", and "expect" or "chat" if wanted.
 
     Raises:
-        RecipeError: the file is missing, unreadable or empty, or a line is something else; the
-            text names the line.
+        RecipeError: the file is missing, unreadable, no plain file, too large or empty, or a line
+            is something else; the text names the line.
     """
     try:
-        lines = path.read_text("utf-8").split("\n")  # splitlines() also splits inside of texts
+        lines = read_text(path, LARGEST).split("\n")  # splitlines() also splits inside of texts
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"The prompts {path} cannot be read: {error}.") from error
+        why = why_unreadable(error)
+        raise RecipeError(f"The prompts {path} cannot be read: {why}.") from error
     prompts = tuple(
         _parse(line, f"{path}, line {number}")
         for number, line in enumerate(lines, start=1)
