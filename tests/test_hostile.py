@@ -209,7 +209,10 @@ KINDS: dict[str, tuple[Damage, str]] = {
         raw_header(b"{" + b",".join(b'"%d":1' % i for i in range(1_100_000)) + b"}"),
         "more than 500,000 keys",
     ),
-    "a number of 5000 digits": (raw_header(b'{"a": ' + b"9" * 5000 + b"}"), "integer string"),
+    "a number of 5000 digits": (
+        raw_header(b'{"a": ' + b"9" * 5000 + b"}"),
+        "a number in it has 5,000 digits",
+    ),
     "half a character": (rename_to("a\ud800"), "holds half a character"),
     "a tensor twice": (twice_in_header, "stands in it twice"),
     "metadata that is a list": (

@@ -117,7 +117,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         ("[verify]\neval_tokens = 1", "verify.eval_tokens is 1; expected > 1"),
         ("[verify]\nmax_mean_kl = 0", "verify.max_mean_kl is 0.0; expected > 0"),
         ("[verify]\nmax_mean_kl = true", "verify.max_mean_kl is True; expected a float"),
-        ("[verify]\nmax_mean_kl = nan", "verify.max_mean_kl is nan; expected > 0"),
+        ("[verify]\nmax_mean_kl = nan", "verify.max_mean_kl is nan; expected a finite number"),
         ("[verify]\nmin_sure_agreement = 1.1", "min_sure_agreement is 1.1; expected from 0 to 1"),
         ("[verify]\nmax_accuracy_drop = -0.1", "max_accuracy_drop is -0.1; expected from 0 to 1"),
         ("[verify", "is not valid TOML"),

@@ -174,6 +174,10 @@ def of_system(error: OSError | MemoryError, doing: str) -> PipelineError:
                 f"{doing}: {where}{what}. Give this user the right to it, or name another "
                 f"--build-dir, {again}."
             )
+        case errno.ENAMETOOLONG | errno.ELOOP:
+            return AccessError(f"{doing}: {where}{what}. Name another path.")
+        case errno.EISDIR | errno.ENOTEMPTY:
+            return AccessError(f"{doing}: {where}{what}. Move it away, {again}.")
         case errno.ENOENT | errno.ENOTDIR | errno.ESTALE:
             return AccessError(
                 f"{doing}: {where}{what}. It was moved or deleted: bring it back, {again}."

@@ -17,12 +17,14 @@ Each stage's key hashes only its own table, so a new threshold does not quantize
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from nf4_pipeline.checkpoint.named_path import problem_of
 from nf4_pipeline.checkpoint.plain_file import read_text
 from nf4_pipeline.errors import RecipeError
 
@@ -33,6 +35,14 @@ RecipeTable = dict[str, RecipeValue]
 
 _LARGEST: Final = 2**20  # bytes of a recipe file
 _PATHS: Final = {"calibrate", "prompts", "eval_text"}  # of files, unless empty or "self"
+_MOST: Final = 10**9
+"""Of tokens, which no machine reads."""
+
+_MOST_DOTS: Final = 100
+
+_SHOWN: Final = 120
+"""Characters of a value in a message."""
+
 _UNITS: Final = {
     "": 1,
     "KB": 10**3,
@@ -80,12 +90,13 @@ class QuantizeRecipe:
         )
         object.__setattr__(self, "rounding", rounding)
         _require(
-            self.calibration_tokens >= 256,
+            256 <= self.calibration_tokens <= _MOST,
             "quantize.calibration_tokens",
             self.calibration_tokens,
-            "at least 256",
+            f"at least 256, at most {_MOST:,}",
         )
-        share = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", self.extra_bytes)
+        _require_path("quantize.calibrate", self.calibrate)
+        share = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?%", self.extra_bytes)
         _require(
             not self.extra_bytes or (share is not None and float(share[1]) <= 100),
             "quantize.extra_bytes",
@@ -99,19 +110,19 @@ class QuantizeRecipe:
             "nothing without calibration: what layers lose is measured on its tokens",
         )
         _require(
-            all(part for part in self.skip_modules),
+            all(part and part.isprintable() for part in self.skip_modules),
             "quantize.skip_modules",
             list(self.skip_modules),
-            "names of modules, none of them empty",
+            "names of modules, none of them empty or with control characters",
         )
         _require(
-            all(pattern.strip("*.") for pattern in self.allow_unused),
+            all(pattern.strip("*.") and pattern.isprintable() for pattern in self.allow_unused),
             "quantize.allow_unused",
             list(self.allow_unused),
-            "names of tensors, each with more in it than *",
+            "names of tensors, each with more in it than *, and no control characters",
         )
         _require(
-            not self.strip_prefix or self.strip_prefix.endswith("."),
+            self.strip_prefix.isprintable() and self.strip_prefix[-1:] in ("", "."),
             "quantize.strip_prefix",
             self.strip_prefix,
             'a prefix with its dot, such as "_orig_mod."',
@@ -187,8 +198,12 @@ class VerifyRecipe:
     max_accuracy_drop: float = 0.1
 
     def __post_init__(self) -> None:
-        _require(self.max_new_tokens > 0, "verify.max_new_tokens", self.max_new_tokens, "> 0")
-        _require(self.eval_tokens > 1, "verify.eval_tokens", self.eval_tokens, "> 1")
+        for name, least in (("max_new_tokens", 0), ("eval_tokens", 1)):
+            count = getattr(self, name)
+            most = f"> {least}" if count <= least else f"at most {_MOST:,}"
+            _require(least < count <= _MOST, f"verify.{name}", count, most)
+        for name in ("prompts", "eval_text"):
+            _require_path(f"verify.{name}", getattr(self, name))
         _require(self.max_mean_kl > 0, "verify.max_mean_kl", self.max_mean_kl, "> 0")
         _require(
             self.max_perplexity_ratio >= 1,
@@ -294,11 +309,17 @@ def read_tables(path: Path) -> dict[str, object]:
         RecipeError: there is no such file, it is no plain file or too large, or it is not TOML.
     """
     try:
-        return tomllib.loads(read_text(path, _LARGEST))
+        text = read_text(path, _LARGEST)
+        # What tomllib takes for a name grows with the square of its dots.
+        if any(run.count(".") > _MOST_DOTS for run in re.findall(r"[^\n=,{}\[\]#]+", text)):
+            raise RecipeError(f"The recipe {path} has a name of more than {_MOST_DOTS} parts.")
+        return tomllib.loads(text)
     except OSError as error:
         raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"The recipe {path} is not valid TOML: {error}.") from error
+    except RecursionError:
+        raise RecipeError(f"The recipe {path} is nested too deep.") from None
+    except ValueError as error:  # no TOML, no UTF-8, or a number of more than 4,300 digits
+        raise RecipeError(f"The recipe {path} is not valid TOML: {str(error)[:300]}.") from error
 
 
 def parse_recipe(tables: Mapping[str, object], where: str) -> Recipe:
@@ -318,7 +339,7 @@ def parse_recipe(tables: Mapping[str, object], where: str) -> Recipe:
 def _parse_table(kind: type[T], name: str, tables: Mapping[str, object], where: str) -> T:
     table = tables.get(name, {})
     if not isinstance(table, dict):
-        raise RecipeError(f"{where}: {name} is {table!r}; expected a table [{name}].")
+        raise RecipeError(f"{where}: {name} is {_shown(table)}; expected a table [{name}].")
     defaults = {item.name: getattr(kind(), item.name) for item in fields(kind)}
     _reject_unknown(table, defaults, f"{where}: keys of [{name}]")
     values = {
@@ -333,24 +354,40 @@ def _parse_table(kind: type[T], name: str, tables: Mapping[str, object], where: 
 def _reject_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> None:
     unknown = sorted(set(keys) - set(known))
     if unknown:
-        raise RecipeError(f"{where}: {unknown[0]!r} is unknown; expected {', '.join(known)}.")
+        raise RecipeError(f"{where}: {_shown(unknown[0])} is unknown; expected {', '.join(known)}.")
 
 
 def _typed(value: object, default: object, where: str) -> Any:
     if isinstance(default, tuple):
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)
-        raise RecipeError(f"{where} is {value!r}; expected a list of strings.")
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        raise RecipeError(f"{where} is {_shown(value)}; expected a list of strings.")
+    if isinstance(default, float) and isinstance(value, int | float) and type(value) is not bool:
+        if not -sys.float_info.max <= value <= sys.float_info.max:  # nor a NaN
+            raise RecipeError(f"{where} is {_shown(value)}; expected a finite number.")
         return float(value)
     if type(value) is not type(default):
-        raise RecipeError(f"{where} is {value!r}; expected a {type(default).__name__}.")
+        raise RecipeError(f"{where} is {_shown(value)}; expected a {type(default).__name__}.")
     return value
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
-        raise RecipeError(f"{name} is {value!r}; expected {expected}.")
+        raise RecipeError(f"{name} is {_shown(value)}; expected {expected}.")
+
+
+def _require_path(name: str, value: str) -> None:
+    problem = problem_of(value)
+    _require(problem is None, name, value, f"the path of a file, and {problem}")
+
+
+def _shown(value: object) -> str:
+    """A value for a message, cut if it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return "a number beyond all"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def parse_size(text: str, name: str) -> int:
@@ -359,8 +396,11 @@ def parse_size(text: str, name: str) -> int:
     Raises:
         RecipeError: the text is no size; the message names `name`.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgG]?[iI]?[bB]?)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([kKmMgG]?[iI]?[bB]?)\s*", text)
     unit = match[2].upper() if match else ""
     if match is None or unit not in _UNITS:
-        raise RecipeError(f'{name} is {text!r}; expected a size such as "5GB" or "500MiB".')
-    return int(float(match[1]) * _UNITS[unit])
+        raise RecipeError(f'{name} is {_shown(text)}; expected a size such as "5GB" or "500MiB".')
+    size = int(float(match[1]) * _UNITS[unit])
+    if size >= 2**63:
+        raise RecipeError(f"{name} is {_shown(text)}; no machine has so much.")
+    return size

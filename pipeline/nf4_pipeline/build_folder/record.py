@@ -127,7 +127,9 @@ def read_record(path: Path, kind: RecordKind[F]) -> Record[F] | None:
             _digests(value.get("inputs", {})),
             stamps,
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+        return None
+    except RecursionError:
         return None
 
 

@@ -73,7 +73,7 @@ class BlockStore:
             with safe_open(self.path(block), framework="np") as file:
                 facts = BlockFacts.from_json(json.loads(file.metadata()[_FACTS]))
                 return facts if facts.block == block else None
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def is_done(self, block: str, weights: Collection[str]) -> bool:
@@ -109,7 +109,7 @@ class BlockStore:
         try:
             values = json.loads((self.folder / _LOSSES).read_text("utf-8"))
             return [LayerLoss(**value) for value in values]
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
 
     def write_losses(self, losses: list[LayerLoss]) -> None:

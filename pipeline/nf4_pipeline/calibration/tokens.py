@@ -19,6 +19,7 @@ from einops import rearrange, repeat
 from numpy.typing import NDArray
 
 from nf4_pipeline.checkpoint.plain_file import read_plain, read_text, why_unreadable
+from nf4_pipeline.checkpoint.strict_json import parse_json
 from nf4_pipeline.documents import Document, optional
 from nf4_pipeline.errors import CheckpointError, PipelineError, RecipeError
 from nf4_pipeline.manifest.manifest import KeptModule
@@ -99,7 +100,7 @@ def read_tokens(path: Path) -> CalibrationTokens | None:
     """What an earlier run kept, or None."""
     try:
         return parse_tokens(json.loads(read_plain(path, _LARGEST)))
-    except (OSError, ValueError, RecipeError):
+    except (OSError, ValueError, RecursionError, RecipeError):
         return None
 
 
@@ -313,7 +314,7 @@ def tokens_of_text(
 
 def _line(line: str, tokenizer: LimitedTokenizer, where: str) -> list[int]:
     try:
-        value = json.loads(line)
+        value = parse_json(line.encode())
         if isinstance(value.get("messages"), list) and tokenizer.has_template:
             return tokenizer.ids(tokenizer.in_template(value["messages"], answer_follows=False))
         if isinstance(value.get("messages"), list):

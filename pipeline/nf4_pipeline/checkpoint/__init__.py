@@ -3,8 +3,10 @@
     files.py        which files of a repository are taken, and which travel into an export
     weight_files.py which weight files of a folder are the model: those that transformers loads
     safetensors_header.py  parsing and writing the header, strictly: every byte is accounted for
+    named_path.py   a path as somebody wrote it, looked at before the system is asked for it
     plain_file.py   reading a file that may be a pipe, a device or far too large
     strict_json.py  untrusted JSON, limited before it is parsed
+    generation_config.py  generation_config.json, of the types that generating needs
     untrusted.py    an untrusted folder: links, sizes, small files
     source_card.py  what the model card says of license and language, limited before it is parsed
     lfs_pointer.py  Git LFS pointers in place of files

@@ -56,14 +56,18 @@ class Checkpoint:
         return sum(tensor.header.nbytes for tensor in self.tensors)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, finite: bool = False) -> dict[str, Any]:
     """A JSON object from an untrusted file.
+
+    Args:
+        path: the file.
+        finite: refuse numbers that JSON does not have, such as NaN and 1e999.
 
     Raises:
         CheckpointError: the file is missing, no plain file or too large, or holds no JSON object.
     """
     try:
-        value = parse_json(read_plain(path, _MAX_JSON_BYTES))
+        value = parse_json(read_plain(path, _MAX_JSON_BYTES), finite=finite)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read: {error.strerror}. Copy or download the file again."

@@ -163,7 +163,7 @@ def _standing(target: Path, origin: Origin) -> dict[str, FileDigest] | None:
             digest_file(target / n) == d for n, d in made.items()
         )
         return made if same else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

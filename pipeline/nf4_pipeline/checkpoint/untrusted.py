@@ -9,6 +9,7 @@ from typing import Final
 
 from nf4_pipeline.checkpoint.files import is_legal, is_wanted
 from nf4_pipeline.checkpoint.folder_advice import dead_link
+from nf4_pipeline.checkpoint.generation_config import GENERATION_CONFIG, check_generation_config
 from nf4_pipeline.checkpoint.lfs_pointer import check_no_pointer
 from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.errors import CheckpointError
@@ -31,7 +32,7 @@ _SIZE_LIMITS: Final = (
 _LEGAL_LIMIT: Final = 16 * _MIB
 
 _OBJECTS: Final = (
-    "generation_config.json",
+    GENERATION_CONFIG,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -69,7 +70,9 @@ def check_file(folder: Path, name: str) -> None:
     check_size(path, name)
     check_no_pointer(path)
     if name in _OBJECTS:
-        read_json(path)
+        value = read_json(path, finite=True)
+        if name == GENERATION_CONFIG:
+            check_generation_config(value, path)
 
 
 def check_size(path: Path, name: str) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from nf4_pipeline.checkpoint.named_path import problem_of
 from nf4_pipeline.errors import CheckpointError
 
 SINGLE_FILE: Final = "model.safetensors"
@@ -110,6 +111,7 @@ def _plain_name(name: object, said: str, *, index: bool = True) -> str:
         or Path(name).name != name
         or not name.endswith(endings)
         or not name.isprintable()
+        or problem_of(name) is not None
     ):
         raise CheckpointError(
             f"{said.format(repr(str(name)[:80]))}; "

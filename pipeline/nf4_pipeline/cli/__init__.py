@@ -81,7 +81,9 @@ def main(args: list[str] | None = None) -> None:
     """Runs the command line and exits: 0 good, 1 the job failed, 2 wrong usage, 128 + a signal."""
     with guarded(), _interruptible():
         status = _run(args)
-        sys.exit(status)
+    if _stopped_by:  # Python ends by the signal again, if it came while a library was imported
+        os._exit(status)
+    sys.exit(status)
 
 
 def _run(args: list[str] | None) -> int:
@@ -109,6 +111,9 @@ def _run(args: list[str] | None) -> int:
     except (OSError, MemoryError) as error:
         return _fail(str(of_system(error, "nf4")))
     except BaseException as error:  # a panic of a library in Rust is no Exception
+        if _stopped_by:  # a library made something else of the interrupt
+            _say_stopped(_STOPPED)
+            return _stopped_status()
         return _fail(_say_bug(error))
 
 
@@ -122,16 +127,16 @@ def _say_usage(error: click.ClickException) -> None:
     """What click says of a command that cannot be read: the usage, and what is wrong."""
     context = getattr(error, "ctx", None)
     if context is not None:
-        say(context.get_usage(), err=True, lines=True)
-        say(f"Try '{context.command_path} --help' for help.", err=True)
-        say(err=True)
+        usage = f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n"
+        with suppress(OSError):
+            say(usage, err=True, lines=True)
     _fail(error.format_message())
 
 
 def _say_bug(error: BaseException) -> str:
     """The message for an error that nobody expected; its traceback goes into a file."""
     trace = "".join(traceback.format_exception(error))
-    text = " ".join(str(error).split())[:500]
+    text = " ".join(str(error).split())[:500].rstrip(".")
     what = f"{type(error).__name__}: {text}" if text else type(error).__name__
     if os.environ.get("NF4_DEBUG"):
         say(trace, err=True, lines=True, limit=len(trace))
@@ -178,6 +183,7 @@ def _interruptible() -> Iterator[None]:
         if _stopped_by:
             _end_now()
         _stopped_by.append(number)
+        sys.unraisablehook = lambda _: None  # it may come where Python can only complain
         timer = threading.Timer(_PATIENCE, _end_now)
         timer.daemon = True
         timer.start()

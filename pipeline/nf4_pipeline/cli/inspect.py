@@ -56,7 +56,8 @@ def _show(folder: Path, manifest: Manifest, tensors: bool) -> None:
     for dropped in manifest.dropped:
         say(f"  dropped      {dropped.name}: {dropped.reason}")
     errors = manifest.relative_rmse.values()
-    say(f"  weight error {min(errors):.4f} to {max(errors):.4f} relative RMSE per tensor")
+    if errors:
+        say(f"  weight error {min(errors):.4f} to {max(errors):.4f} relative RMSE per tensor")
     if manifest.hidden_modules:
         say(
             f"  loading      {len(manifest.hidden_modules)} modules are of a class that stock "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from nf4_pipeline.checkpoint.named_path import named_path, problem_of
 from nf4_pipeline.cli.terminal import say, say_json
 
 if TYPE_CHECKING:
@@ -25,6 +27,24 @@ _VERIFIED: Final = ("verdict", "checks", "fidelity", "domains", "accuracy", "aga
 """What a stage command says of verification.json."""
 
 Command = Callable[..., Any]
+
+
+class NamedPath(click.Path):
+    """A path that the system can be asked for; it need not exist."""
+
+    def __init__(self, *, file_okay: bool = True, dir_okay: bool = True) -> None:
+        super().__init__(file_okay=file_okay, dir_okay=dir_okay, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if (problem := problem_of(os.fspath(value))) is not None:
+            self.fail(f"{os.fspath(value)[:80]!r} can be no path: {problem}.", param, ctx)
+        try:
+            return super().convert(value, param, ctx)
+        except OSError as error:  # such as a link to itself
+            self.fail(f"{str(value)!r}: {error.strerror}.", param, ctx)
+
+
+THREADS: Final = click.IntRange(min=0, max=1024)
 
 
 def output_options(command: Command) -> Command:
@@ -48,7 +68,7 @@ def build_dir_option(command: Command) -> Command:
     """--build-dir."""
     return click.option(
         "--build-dir",
-        type=click.Path(file_okay=False, path_type=Path),
+        type=NamedPath(file_okay=False),
         help="The build folder.  [default: artifacts/<org>--<name>@<sha12>/]",
     )(command)
 
@@ -105,9 +125,12 @@ def download_options(command: Command) -> Command:
         build_dir: Path | None,
         **values: Any,
     ) -> Any:
+        from nf4_pipeline.recipe import Recipe
         from nf4_pipeline.records import Reading
         from nf4_pipeline.stages.find_source import DownloadRequest
 
+        reading = Reading(allow_unused, strip_prefix)
+        reading.into(Recipe())  # refuses what can be no name
         request = DownloadRequest(
             model,
             ARTIFACTS,
@@ -116,7 +139,7 @@ def download_options(command: Command) -> Command:
             offline,
             allow_pickle,
             allow_unhashed,
-            Reading(allow_unused, strip_prefix),
+            reading,
             check,
         )
         return command(request=request, **values)
@@ -129,7 +152,7 @@ def recipe_options(command: Command) -> Command:
 
     @click.option(
         "--recipe",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=NamedPath(dir_okay=False),
         help="TOML file with everything that shapes bytes and verdict.",
     )
     @click.option(
@@ -154,7 +177,7 @@ def recipe_options(command: Command) -> Command:
     @click.option(
         "--workers",
         default=0,
-        type=click.IntRange(min=0),
+        type=THREADS,
         help="Threads that quantize.  [default: CPUs + 1, or 8 a GPU]",
     )
     @click.option(
@@ -195,8 +218,8 @@ def check_device(device: str) -> None:
     """Refuses what no --device can mean."""
     from nf4_pipeline.errors import UsageError
 
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N.")
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", device):
+        raise UsageError(f"--device {device[:80]!r}: expected auto, cpu, cuda or cuda:N.")
 
 
 def _calibrated(recipe: Recipe, calibrate: str | None, extra_bytes: str | None) -> Recipe:
@@ -249,7 +272,7 @@ def existing_build(model: str | None, build_dir: Path | None) -> Build:
             raise BuildError(f"{build_dir} is no build: it has no records. Start one: nf4 build.")
         return Build(build_dir)
     if model is not None:
-        folder = Path(model)
+        folder = named_path(model)
         if folder.name == "export":
             folder = folder.parent
         if (folder / "records").is_dir():
@@ -273,7 +296,7 @@ def _is_of(build: Build, model: str) -> bool:
         return False
     if record.facts.is_sample:
         return model == "sample"
-    folder = Path(model).expanduser()
+    folder = named_path(model)
     if folder.is_dir():
         link = build.source / "config.json"
         return link.resolve() == (folder / "config.json").resolve()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nf4_pipeline.cli.options import Ui, check_device, output_options
+from nf4_pipeline.cli.options import THREADS, NamedPath, Ui, check_device, output_options
 from nf4_pipeline.cli.terminal import say
 from nf4_pipeline.errors import NOT_CHECKED
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 @click.command("reproduce")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=NamedPath())
 @click.option(
     "--source",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=NamedPath(file_okay=False),
     help="The folder that holds the source.  [default: the commit that the manifest pins]",
 )
 @click.option(
@@ -29,9 +29,7 @@ if TYPE_CHECKING:
     metavar="auto|cpu|cuda[:N]",
     help="Where calibrated codes are chosen again.  [default: the kind that the manifest says]",
 )
-@click.option(
-    "--workers", default=0, type=click.IntRange(min=0), help="Threads.  [default: CPUs + 1]"
-)
+@click.option("--workers", default=0, type=THREADS, help="Threads.  [default: CPUs + 1]")
 @click.option(
     "--memory-budget", default="256MiB", show_default=True, help="For the engine's buffers."
 )

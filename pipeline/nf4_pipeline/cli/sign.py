@@ -6,17 +6,17 @@ from pathlib import Path
 
 import click
 
-from nf4_pipeline.cli.options import Ui, output_options
+from nf4_pipeline.cli.options import NamedPath, Ui, output_options
 from nf4_pipeline.cli.reproduce import artifact_folder
 from nf4_pipeline.cli.terminal import say
 
 
 @click.command("sign")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=NamedPath())
 @click.option(
     "--key",
     required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=NamedPath(dir_okay=False),
     help="PEM file of an elliptic curve private key.",
 )
 @click.option(

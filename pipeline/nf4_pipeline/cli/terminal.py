@@ -86,13 +86,14 @@ def guarded() -> Iterator[None]:
     """
     _open_closed()
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_Guarded(_or_nowhere(stream)) for stream in before)
-    try:
-        yield
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            _flush(stream)
-        sys.stdout, sys.stderr = before
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123
+        sys.stdout, sys.stderr = (_Guarded(stream or nowhere) for stream in before)
+        try:
+            yield
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                _flush(stream)
+            sys.stdout, sys.stderr = before
 
 
 def let_bars_through() -> None:
@@ -143,10 +144,6 @@ class _Guarded(io.TextIOBase):
 
 def _unguarded(stream: TextIO) -> TextIO:
     return stream.stream if isinstance(stream, _Guarded) else stream
-
-
-def _or_nowhere(stream: TextIO | None) -> TextIO:
-    return open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: PTH123
 
 
 def _open_closed() -> None:

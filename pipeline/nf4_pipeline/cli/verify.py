@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nf4_pipeline.cli.options import (
+    NamedPath,
     Ui,
     build_dir_option,
     existing_build,
@@ -26,16 +27,18 @@ if TYPE_CHECKING:
 @click.argument("model", required=False)
 @click.option(
     "--prompts",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=NamedPath(dir_okay=False),
     help='JSONL of {"prompt", "expect", "chat"}; wins over the recipe.',
 )
 @click.option(
     "--eval-text",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=NamedPath(dir_okay=False),
     help="Text on which both models are compared, instead of the one that comes with nf4.",
 )
 @click.option(
-    "--eval-tokens", type=click.IntRange(min=2), help="Tokens of it, at most.  [default: 8192]"
+    "--eval-tokens",
+    type=click.IntRange(min=2, max=10**9),
+    help="Tokens of it, at most.  [default: 8192]",
 )
 @click.option(
     "--against",

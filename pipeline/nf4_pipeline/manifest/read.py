@@ -32,7 +32,7 @@ def read_manifest(artifact: Path) -> Manifest:
             "Name the export/ folder of a build."
         )
     try:
-        content = read_json(path)
+        content = read_json(path, finite=True)
         jsonschema.validate(content, json.loads(SCHEMA_FILE.read_text("utf-8")))
         return Manifest.from_json(content)
     except CheckpointError as error:
@@ -40,7 +40,7 @@ def read_manifest(artifact: Path) -> Manifest:
     except jsonschema.ValidationError as error:
         where = "/".join(str(part) for part in error.absolute_path) or "top level"
         raise ArtifactError(
-            f"{path} is not a valid manifest at {where}: {error.message}"
+            f"{path} is not a valid manifest at {where[:200]}: {error.message[:300]}"
         ) from error
     except DocumentError as error:  # such as 5.0 for an integer, which JSON Schema takes
         raise ArtifactError(f"{path} is not a valid manifest at {error}") from error

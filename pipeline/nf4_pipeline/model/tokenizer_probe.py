@@ -6,7 +6,6 @@ limits (`limited_tokenizer.py`).
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,8 @@ from types import FrameType
 from typing import Any, Final, Literal
 
 from nf4_pipeline.checkpoint.files import is_tokenizer
-from nf4_pipeline.errors import PipelineError, SourceError
+from nf4_pipeline.checkpoint.source import read_json
+from nf4_pipeline.errors import CheckpointError, PipelineError, SourceError
 from nf4_pipeline.model.config import brief_text
 from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
@@ -148,10 +148,10 @@ def _is_known(class_name: str) -> bool:
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
     try:
-        value = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-    except (OSError, ValueError):
+        value = read_json(folder / "tokenizer_config.json")
+    except CheckpointError:
         return {}
-    return value if isinstance(value, dict) else {}
+    return value
 
 
 def _code_of(config: dict[str, Any]) -> str:

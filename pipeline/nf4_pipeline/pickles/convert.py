@@ -142,7 +142,7 @@ def _read_earlier(target: Path, origin: _Origin) -> Mapping[str, FileDigest] | N
             return None
         intact = all(digest_file(target / name) == d for name, d in note.made.items())
         return note.made if intact else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nf4_pipeline.checkpoint.folder_advice import adapter_advice
+from nf4_pipeline.checkpoint.named_path import named_path
 from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.checkpoint.weight_files import choose_weight_files
 from nf4_pipeline.errors import ArtifactError, SourceError, UsageError
@@ -23,7 +24,8 @@ def find_model(name: str | Path | None) -> str:
             "sample", a Hub id, or None for the export of the newest build under ./artifacts.
 
     Raises:
-        UsageError: the name is a path that does not exist, or None although there is no build.
+        UsageError: the name is a path that does not exist or cannot be one, or None although there
+            is no build.
         ArtifactError: the name is a build folder that has no export yet.
     """
     if name is None:
@@ -34,7 +36,7 @@ def find_model(name: str | Path | None) -> str:
                 "Name one, or make one: nf4 build sample."
             )
         return str(exports[0])
-    path = Path(name).expanduser()
+    path = named_path(name)
     if is_model(path):
         return str(path)
     if (path / "records").is_dir():

@@ -8,10 +8,17 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from nf4_pipeline.documents import Document
-from nf4_pipeline.errors import ArtifactError, UsageError
+from nf4_pipeline.errors import ArtifactError, PipelineError, ResourceError, UsageError
 from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.model.generation_config import end_tokens, plain_generation_config
 from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
+
+_LIMITS: Final = {
+    "max_length": 2**31 - 1,
+    "max_new_tokens": 2**31 - 1,
+    "top_k": 2**31 - 1,
+    "num_return_sequences": 1_000,  # they are computed at once
+}
 
 DEFAULT_NEW_TOKENS: Final = 128
 """Length of an answer when neither its own nor the whole length is given."""
@@ -40,14 +47,20 @@ class Sampling(Document):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "max_new_tokens", "top_k", "num_return_sequences"):
+        for name, most in _LIMITS.items():
             value = getattr(self, name)
+            if value is not None and value > most:
+                raise UsageError(f"{name} is too large; expected at most {most:,}.")
             if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}; expected at least 1.")
+                raise UsageError(f"{name} is too small; expected at least 1.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}; expected more than 0 and at most 1.")
-        if self.temperature is not None and self.temperature < 0:
-            raise UsageError(f"temperature is {self.temperature}; expected 0 or more.")
+        if self.temperature and not 1e-6 <= self.temperature <= 1e6:
+            raise UsageError(
+                f"temperature is {self.temperature}; expected 0, or from 0.000001 to 1,000,000."
+            )
+        if not -(2**63) <= self.seed < 2**64:
+            raise UsageError("The seed is out of range; expected from -2^63 to 2^64 - 1.")
         if self.temperature == 0 and self.num_return_sequences > 1:
             raise UsageError("temperature 0 gives one answer only; raise it to ask for several.")
 
@@ -116,6 +129,8 @@ class Generator:
 
         if not query.strip():
             raise UsageError("The prompt is empty. Give at least one word.")
+        if not _is_utf8(query):
+            raise UsageError("The prompt is not UTF-8. Give it in that encoding.")
         templated = chat and self.tokenizer.has_template
         if templated:
             messages = [{"role": "user", "content": query}]
@@ -146,7 +161,8 @@ class Generator:
         Raises:
             UsageError: the prompt is empty or gives no token, or is already as long as
                 `max_length` or the model's context.
-            ArtifactError: the chat template or the tokenizer fails.
+            ArtifactError: the chat template or the tokenizer fails, or the model does.
+            ResourceError: memory runs out.
         """
         import torch
 
@@ -174,19 +190,28 @@ class Generator:
 
         Returns:
             What was written after each, up to the token that ended it, which is there, too.
+
+        Raises:
+            ArtifactError: transformers or torch refuses to generate.
+            ResourceError: memory ran out while the model generated.
         """
         import torch
 
         with torch.inference_mode(), quiet_loading():
-            written = self.model.generate(
-                ids,
-                attention_mask=mask,
-                streamer=streamer,
-                num_beams=1,
-                return_dict_in_generate=False,
-                pad_token_id=self._pad_token(),
-                **options,
-            )
+            try:
+                written = self.model.generate(
+                    ids,
+                    attention_mask=mask,
+                    streamer=streamer,
+                    num_beams=1,
+                    return_dict_in_generate=False,
+                    pad_token_id=self._pad_token(),
+                    **options,
+                )
+            except PipelineError:
+                raise
+            except Exception as error:  # a stranger's configs fail in any way they like
+                raise _of_generating(error) from error
         stops = end_tokens(self.model.generation_config)
         return [_to_end(sequence[ids.shape[1] :].tolist(), stops) for sequence in written]
 
@@ -237,6 +262,31 @@ def _to_end(tokens: Sequence[int], stops: Container[int]) -> tuple[int, ...]:
     """Tokens up to the first that ends a text: what follows it only pads the batch."""
     end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
     return tuple(tokens[: end + 1])
+
+
+def _of_generating(error: Exception) -> PipelineError:
+    """What transformers or torch raised while a model generated, as an error of ours."""
+    text = _brief(error)
+    if isinstance(error, MemoryError) or "memory" in text.lower():
+        return ResourceError(
+            f"Memory ran out while the model generated: {text}. Ask for fewer or shorter answers."
+        )
+    return ArtifactError(
+        f"The model does not generate: {text}. Look at its config.json and "
+        "generation_config.json: transformers does as they say."
+    )
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def context_of(model: Any) -> int | None:

@@ -7,6 +7,7 @@ stock quantizer a model in which every plain subclass has become an nn.Linear; n
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -202,9 +203,9 @@ def pick_device(device: str) -> str:
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         return "cpu"
-    kind, _, index = device.partition(":")
+    index = device.partition(":")[2]
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if kind != "cuda" or (index and not index.isdigit()):
+    if not re.fullmatch("cuda(:[0-9]{1,4})?", device):
         raise ResourceError(f"No device is called {device!r}; expected auto, cpu, cuda or cuda:N.")
     number = int(index or 0)
     if number >= count:

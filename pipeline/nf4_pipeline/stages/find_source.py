@@ -19,6 +19,7 @@ from nf4_pipeline.checkpoint.digest import (
 )
 from nf4_pipeline.checkpoint.files import CARD_FILE, PICKLE_FILE, is_of_tokenizer, is_wanted
 from nf4_pipeline.checkpoint.folder_advice import cache_commit
+from nf4_pipeline.checkpoint.named_path import named_path
 from nf4_pipeline.checkpoint.source import open_checkpoint, read_json, weight_files
 from nf4_pipeline.checkpoint.source_card import read_card
 from nf4_pipeline.checkpoint.strip_prefix import check_prefix, copy_without_prefix
@@ -171,7 +172,7 @@ class SourceFinder:
             UsageError: the request means nothing.
         """
         request = self.request
-        path = Path(request.model).expanduser()
+        path = named_path(request.model)
         if path.is_dir():
             self._refuse_revision()
             folder = path.resolve()

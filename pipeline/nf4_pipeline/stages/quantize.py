@@ -281,7 +281,7 @@ def _finished(target: Path, key: str, layout: FileLayout) -> FileFacts | None:
         facts = FileFacts.from_json(json.loads(text))
         same = facts.key == key and target.stat().st_size == facts.size == layout.nbytes
         return facts if same and digest_file(target).sha256 == facts.sha256 else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -147,7 +147,7 @@ class WeightComparison:
             if (stored.shape, stored.dtype) != (shape, dtype):
                 return f"says that it is {stored.dtype} {list(stored.shape)}", None
             written = stored.tensors(tensor.name)
-        except (KeyError, ValueError, TypeError, OverflowError) as error:
+        except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
             return f"has a quant state that cannot be read ({error})", None
         for name, array in written.items():
             # Readers differ in which of the tables they look at, so all are as the format has them.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from nf4_pipeline.checkpoint.plain_file import read_text, why_unreadable
+from nf4_pipeline.checkpoint.strict_json import parse_json
 from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import RecipeError
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
@@ -63,7 +63,7 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
 
 def _parse(line: str, where: str) -> Prompt:
     try:
-        value = json.loads(line)
+        value = parse_json(line.encode())
     except ValueError as error:
         raise RecipeError(f"{where}: not valid JSON ({error}).") from error
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
