@@ -187,7 +187,7 @@ def test_a_manifest_that_says_what_cannot_be_is_refused(
     """A 4-bit weight without its scales, however well its hashes fit."""
     drop(f"{UP}.weight.absmax")(build)
     agree(build)
-    with pytest.raises(ArtifactError, match=r"not a valid manifest at tensors/\d+/stored.*mlp"):
+    with pytest.raises(ArtifactError, match=r"not a valid manifest at tensors/\d+/stored: "):
         verified(build)
     assert build.record(VERIFY) is None
 
