@@ -96,7 +96,7 @@ def start(
     """
     if is_in_process() and isinstance(worker, Worker):
         return _Here(worker, request, reporter)
-    return _Once(worker, request, reporter)
+    return _Once(_Process(worker), request, reporter)
 
 
 def run(
@@ -107,6 +107,33 @@ def run(
     """Starts a worker and waits for its reply; arguments and errors are those of both."""
     with start(worker, request, reporter) as child:
         return child.wait()
+
+
+class Waiting(Generic[Request, Reply]):
+    """A worker that imports what it needs, and waits for its one request.
+
+    It knows nothing yet of what it will work on. Leaving its `with` ends it. The thread that makes
+    it must live as long as the child.
+    """
+
+    def __init__(self, worker: Worker[Request, Reply] | Script[Request, Reply]) -> None:
+        self._worker = worker
+        here = is_in_process() and isinstance(worker, Worker)
+        self._process: _Process[Reply] | None = None if here else _Process(worker)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.close()
+
+    def start(self, request: Request, reporter: Reporter = SILENT) -> Child[Reply]:
+        """Sends the request and returns at once; arguments are those of `start`."""
+        if self._process is None:
+            return start(self._worker, request, reporter)
+        process, self._process = self._process, None
+        return _Once(process, request, reporter)
 
 
 class Session(Generic[Request, Reply]):
@@ -306,14 +333,9 @@ class _Process(Generic[Reply]):
 class _Once(Child[Reply]):
     """A process that is asked once."""
 
-    def __init__(
-        self,
-        worker: Worker[Request, Reply] | Script[Request, Reply],
-        request: Request,
-        reporter: Reporter,
-    ) -> None:
+    def __init__(self, process: _Process[Reply], request: Document, reporter: Reporter) -> None:
         self._reporter = reporter
-        self._process: _Process[Reply] = _Process(worker)
+        self._process = process
         try:
             self._process.send(request, last=True)
         except BaseException:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ def decode_with_numpy(
     *,
     promised: bool = True,
     reporter: Reporter = SILENT,
+    stop: Event | None = None,
 ) -> ReaderResult:
     """Decodes every quantized weight twice, a piece at a time, and compares the bits.
 
@@ -35,9 +37,10 @@ def decode_with_numpy(
         shapes: of the quantized weights, by name, as the manifest has them.
         promised: whether the card promises that any reader can do this.
         reporter: told how many weights are done.
+        stop: set, if nobody wants to know any more.
     """
     try:
-        wrong = _compare(artifact, shapes, reporter)
+        wrong = _compare(artifact, shapes, reporter, stop or Event())
     except (KeyError, ValueError, IndexError, OSError) as error:
         wrong = f"{type(error).__name__}: {error}"
     return ReaderResult(
@@ -51,7 +54,9 @@ def decode_with_numpy(
     )
 
 
-def _compare(artifact: Path, shapes: Mapping[str, tuple[int, ...]], reporter: Reporter) -> str:
+def _compare(
+    artifact: Path, shapes: Mapping[str, tuple[int, ...]], reporter: Reporter, stop: Event
+) -> str:
     """What is wrong, or nothing."""
     found = numpy_decoder.open_tensors(artifact)
     own = _own_tensors(artifact)
@@ -70,6 +75,8 @@ def _compare(artifact: Path, shapes: Mapping[str, tuple[int, ...]], reporter: Re
             for piece in numpy_decoder.decode(found, name, state):
                 if not np.array_equal(_bits(piece), _bits(_piece(ours, scales, done, piece.size))):
                     return f"{name} is decoded otherwise, at weights {done:,} and on"
+                if stop.is_set():
+                    return "stopped"
                 done += piece.size
                 task.advance(piece.size)
             if done != np.prod(shape, dtype=np.int64):
