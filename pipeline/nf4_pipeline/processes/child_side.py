@@ -41,12 +41,12 @@ _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 def main() -> None:
     """Answers each request that the parent sends, one after the other, and ends with the last."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and decides
-    _end_with_parent()
+    end_with_parent()
     requests = os.fdopen(os.dup(0), "rb")
     pipe = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)
     quiet_libraries()
-    _prepare(sys.argv[1])
+    prepare(sys.argv[1])
     sent = requests.readline()
     if not sent:
         os._exit(1)  # the parent died before it could ask, or has nothing to ask
@@ -82,18 +82,18 @@ def _end(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Has the system kill this process when its parent ends, however that comes to pass."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _prepare(module: str) -> None:
+def prepare(module: str) -> None:
     """Imports what the worker needs while nobody has asked it yet; what fails will fail again."""
     with suppress(Exception):
-        prepare = getattr(import_module(module), "prepare", None)
-        if prepare is not None:
-            prepare()
+        begin = getattr(import_module(module), "prepare", None)
+        if begin is not None:
+            begin()
 
 
 def _limit_itself(limits: Limits) -> None:

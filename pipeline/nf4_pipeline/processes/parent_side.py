@@ -22,6 +22,7 @@ from typing import IO, Any, Final, Generic, Self
 from nf4_pipeline import errors
 from nf4_pipeline.documents import Document, DocumentError
 from nf4_pipeline.errors import PipelineError
+from nf4_pipeline.processes.forked import Forked, server_for
 from nf4_pipeline.processes.in_process import is_in_process
 from nf4_pipeline.processes.messages import Crash, Envelope, ExpectedError, Message, Phase
 from nf4_pipeline.processes.temporary import TemporaryFolder
@@ -227,18 +228,25 @@ class _Process(Generic[Reply]):
         self._folder = TemporaryFolder("child")
         # A file, not a pipe: nobody need read it, and it can be as long as it likes.
         self._stderr: IO[bytes] = tempfile.TemporaryFile()
-        self._popen = subprocess.Popen(
-            worker.command,
-            env=worker.environment.variables() | {"TMPDIR": str(self._folder.path)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-        )
+        self._popen = self._begin({"TMPDIR": str(self._folder.path)})
         self._timer: threading.Timer | None = None
         if (seconds := worker.limits.seconds) is not None:
             self._timer = threading.Timer(seconds, self._time_out)
             self._timer.daemon = True
             self._timer.start()
+
+    def _begin(self, environment: dict[str, str]) -> subprocess.Popen[bytes] | Forked:
+        worker = self._worker
+        if (server := server_for(worker)) is not None and isinstance(worker, Worker):
+            own = {**worker.environment.add, **environment}
+            return server.fork(worker.module, own, self._stderr)
+        return subprocess.Popen(
+            worker.command,
+            env=worker.environment.variables() | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+        )
 
     @property
     def is_alive(self) -> bool:
@@ -265,7 +273,8 @@ class _Process(Generic[Reply]):
         self.is_waiting = False
         stdin = self._popen.stdin
         assert stdin is not None
-        envelope = Envelope(os.getpid(), self._worker.limits, request.to_json())
+        parent = self._popen.parent if isinstance(self._popen, Forked) else os.getpid()
+        envelope = Envelope(parent, self._worker.limits, request.to_json())
         with suppress(BrokenPipeError):  # it died; `reply` says of what
             try:
                 stdin.write(json.dumps(envelope.to_json()).encode() + b"\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -47,6 +47,7 @@ class Download:
 
     request: DownloadRequest
     reporter: Reporter = SILENT
+    begin: Callable[[], None] = lambda: None
 
     def run(self) -> Downloaded:
         """Does the work, as far as it is not done.
@@ -63,6 +64,7 @@ class Download:
                 finder.keep(place)
                 self._say(downloaded.record.facts)
                 return downloaded
+            self.begin()
             source = finder.find(place)
         finding.peak_memory = max(finding.peak_memory, peak_memory_of_children())
         build = self.request.build(source.slug)

@@ -16,7 +16,10 @@ from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import VerificationError
 from nf4_pipeline.fidelity.metrics import Difference, difference
 from nf4_pipeline.fidelity.token_scores import TokenScores
+from nf4_pipeline.machine import may_have_cuda
+from nf4_pipeline.model.probe import WORKER as PROBE
 from nf4_pipeline.processes import parent_side as child
+from nf4_pipeline.processes.forked import serving
 from nf4_pipeline.processes.worker import Worker
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.readers.stock import READER, StockReply, StockRequest
@@ -200,11 +203,20 @@ class Workers:
         self._stack.close()
 
     def begin(self) -> None:
-        """Starts them, unless memory is short: each takes some 0.5 GB before it is asked."""
+        """Starts them, unless memory is short: each takes some 0.5 GB before it is asked.
+
+        Where there is no GPU, one process imports for both models, and for the probe of the source;
+        a fork of a process that may have asked for a GPU cannot use it.
+        """
         available = available_memory()
-        if available is None or available > _PLENTY:
+        if available is not None and available < _PLENTY:
+            return
+        if may_have_cuda():
             self._source, self._artifact = self.source(), self.artifact()
-            self._stock = self.stock()
+        else:
+            modules = (PROBE.module, _SOURCE_WORKER.module, _ARTIFACT_WORKER.module)
+            self._stack.enter_context(serving(modules))
+        self._stock = self.stock()
 
     def source(self) -> child.Waiting[SourceRequest, SourceReply]:
         """The one that runs the 16-bit model; may be asked once."""
