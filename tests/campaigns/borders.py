@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -170,10 +171,9 @@ def borders(folder: Path, build: Path, checkpoint: Path) -> dict[str, Border]:
     )
     for stage in ("download", "quantize", "serialize"):
         record = (build / "records" / f"{stage}.json").read_bytes()
-        kind = KINDS[stage]
+        read = partial(_believed, kind=KINDS[stage])
         found[f"record of {stage}"] = Border(
-            [record],
-            document(small(f"record-{stage}"), "r.json", lambda p, k=kind: read_record(p, k)),
+            [record], document(small(f"record-{stage}"), "r.json", read)
         )
     found["recipe"] = Border(
         _RECIPES,
