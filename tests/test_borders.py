@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import Final
 
 import pytest
 from nf4_pipeline.checkpoint.named_path import named_path, problem_of
@@ -72,7 +74,7 @@ def test_numbers_that_json_does_not_have(text: bytes, refused: str) -> None:
     assert bool(refused) == bool(said)
 
 
-GOOD = {
+GOOD: Final[dict[str, list[object]]] = {
     "eos_token_id": [5, [5], [1, 2], [], -1, None],
     "pad_token_id": [0, -1, None],
     "temperature": [0.7, 1, 0, None],
@@ -84,7 +86,7 @@ GOOD = {
     "stop_strings": ["x", ["x", "y"], None],
     "anything_else": ["x", {"a": 1}, [], None],
 }
-BAD = {
+BAD: Final[dict[str, list[object]]] = {
     "eos_token_id": ["x", ["x"], [[1]], {}, 1.5, True, 2**31, 10**30, -2, [None], "\x1b[31m"],
     "pad_token_id": ["x", [1], {}, 0.5, False, 2**40],
     "bos_token_id": ["x", [1], {}],
@@ -169,5 +171,5 @@ def test_names_of_paths() -> None:
         named_path(name)
     for name in ("\0", "ü" * 128, "/".join(["d" * 255] * 17), "\ud800", "\udcff"):
         assert problem_of(name) is not None
-        assert "can be no path" in refusal(lambda name=name: named_path(name))
+        assert "can be no path" in refusal(partial(named_path, name))
     assert "no home folder" in refusal(lambda: named_path("~nobody-of-this-name/x"))

@@ -91,8 +91,8 @@ def guarded() -> Iterator[None]:
         try:
             yield
         finally:
-            for stream in (sys.stdout, sys.stderr):
-                _flush(stream)
+            _flush(sys.stdout)
+            _flush(sys.stderr)
             sys.stdout, sys.stderr = before
 
 
