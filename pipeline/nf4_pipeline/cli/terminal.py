@@ -154,7 +154,7 @@ def _open_closed() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
 
 
-def _flush(stream: TextIO) -> None:
+def _flush(stream: TextIO | _Guarded) -> None:
     """Writes what is left; nothing more is tried where nobody takes it."""
     try:
         stream.flush()

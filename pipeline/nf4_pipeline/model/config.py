@@ -116,8 +116,8 @@ def causal_lm_config(config: dict[str, Any], where: Path) -> Any:
     causal = any(str(name).endswith(_CAUSAL_SUFFIXES) for name in names)
     if names and not causal and not has_text_model(built):
         raise ArchitectureError(
-            f"{where} holds a {str(names[0])[:80]}, which is not a causal LM; only models that generate "
-            "text from left to right can be quantized here."
+            f"{where} holds a {str(names[0])[:80]}, which is not a causal LM; only models that "
+            "generate text from left to right can be quantized here."
         )
     return built
 
