@@ -36,6 +36,7 @@ from nf4_pipeline.errors import PipelineError, UnfitFileError, of_system
 from nf4_pipeline.hub.cache import are_blobs
 from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.manifest.small_files import tokenizer_config
+from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.pickles.scan import scan
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.provenance import signing
@@ -193,7 +194,7 @@ READERS: Final[dict[str, Callable[[Path], Any]]] = {
     "recipe": load_recipe,
     "text": read_text,
     "prompts": read_prompts,
-    "calibration text": lambda path: tokens_of_text(path, no_words, 8, 8),
+    "calibration text": lambda path: tokens_of_text(path, LimitedTokenizer(no_words), 8, 8),
     "kept tokens": read_tokens,
     "pickle": scan,
     "private key": lambda path: signing.sign(KEYS["artifact"], path),

@@ -27,6 +27,7 @@ from nf4_pipeline.checkpoint.source import open_checkpoint
 from nf4_pipeline.checkpoint.untrusted import check_file
 from nf4_pipeline.errors import BuildError, PipelineError
 from nf4_pipeline.hub import replies
+from nf4_pipeline.hub.limits import LARGEST_FAULT
 from nf4_pipeline.hub.replies import Origin, ReplyError
 from nf4_pipeline.manifest.read import MANIFEST_FILE, read_manifest
 from nf4_pipeline.manifest.small_files import tokenizer_config
@@ -126,7 +127,7 @@ def borders(folder: Path, build: Path, checkpoint: Path) -> dict[str, Border]:
     }
     found["hub error"] = Border(
         [b'{"error": "no", "errors": [{"message": "why"}]}'],
-        lambda body: replies.fault(body, "application/json"),
+        lambda body: replies.fault(body[:LARGEST_FAULT], "application/json"),
     )
     found["hub Retry-After"] = Border(
         [b"12", b"0", b"Wed, 21 Oct 2030 07:28:00 GMT"],
