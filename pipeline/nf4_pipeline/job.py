@@ -90,7 +90,7 @@ def run_build(
     text_path(recipe.quantize)  # a text that is not there is known before any byte
     recipe = request.reading.into(recipe)
     request = replace(request, reading=Reading.of(recipe.quantize))
-    with Workers() as workers:
+    with Workers(machine.device) as workers:
         # They import what verify needs while the source is hashed, quantized and written.
         build, record, ran = run_download(request, reporter, workers.begin)
         results = {"download": StageResult(record, ran)}
@@ -198,6 +198,7 @@ def _ensure(
         if not anew:
             state = _check_state(build, stage, reporter, check=check)
             if state.status == "done":
+                build.renew_stamps(stage.kind, state.stamps)
                 record = build.need(stage.kind)
                 return StageResult(_refresh_recipe(build, record, recipe), ran=False)
             if state.status == "stale":

@@ -24,7 +24,7 @@ from nf4_pipeline.checkpoint.files import CARD_FILE, entries, is_tokenizer
 from nf4_pipeline.checkpoint.plain_file import check_plain
 from nf4_pipeline.errors import ArtifactError, RecipeError, ResourceError
 from nf4_pipeline.fidelity.verdict import Check
-from nf4_pipeline.machine import Machine, may_have_cuda
+from nf4_pipeline.machine import Machine, kind_of_device
 from nf4_pipeline.manifest.manifest import Manifest, Source
 from nf4_pipeline.manifest.read import MANIFEST_FILE, read_manifest
 from nf4_pipeline.model.check_folder import check_small_files
@@ -121,7 +121,7 @@ class Verify:
                 "recipe": recipe,
                 "prompts": digest_file(self.prompts_path()).sha256,
                 "text": self._text().sha256,
-                "device": self._device().partition(":")[0],
+                "device": kind_of_device(self.machine.device),
                 "against": against,
             }
         )
@@ -129,9 +129,7 @@ class Verify:
     def _device(self) -> str:
         """What is verified on: "cpu" or "cuda:N"; torch is only asked where it must be."""
         device = self.machine.device
-        if device == "cpu" or (device == "auto" and not may_have_cuda()):
-            return "cpu"
-        return pick_device(device)
+        return pick_device(device) if kind_of_device(device) != "cpu" else "cpu"
 
     def _fits_together(self, manifest: Manifest, device: str) -> bool:
         """Whether both models may be in memory at the same time, and the artifact once more."""

@@ -24,6 +24,7 @@ from nf4_pipeline.processes.worker import Worker
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.readers.stock import READER, StockReply, StockRequest
 from nf4_pipeline.resource_usage import available_memory
+from nf4_pipeline.runtime.loader import pick_device
 from nf4_pipeline.verification.eval_text import Text
 from nf4_pipeline.verification.messages import (
     ArtifactReply,
@@ -183,9 +184,13 @@ class Workers:
     """The processes that verify. They may be started early: then they import while others work.
 
     What they will work on they are told only when it is there. Leaving its `with` ends them.
+
+    Args:
+        device: as the user named it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
         self._stack = ExitStack()
         self._source: child.Waiting[SourceRequest, SourceReply] | None = None
         self._artifact: child.Waiting[ArtifactRequest, ArtifactReply] | None = None
@@ -213,6 +218,8 @@ class Workers:
             return
         if may_have_cuda():
             self._source, self._artifact = self.source(), self.artifact()
+            # This process, too, will ask torch which GPUs there are, and how much memory is free.
+            self._stack.enter_context(ThreadPoolExecutor(1)).submit(pick_device, self._device)
         else:
             modules = (PROBE.module, _SOURCE_WORKER.module, _ARTIFACT_WORKER.module)
             self._stack.enter_context(serving(modules))
