@@ -18,6 +18,7 @@ from nf4_pipeline.records import QUANTIZE, Reading
 from nf4_pipeline.stages.download import Download, Downloaded
 from nf4_pipeline.stages.find_source import DownloadRequest
 from nf4_pipeline.stages.quantize import Quantize
+from nf4_pipeline.stages.run_recorded import Stage
 from nf4_pipeline.stages.serialize import Serialize
 
 from tests.support.checkpoints import make_checkpoint
@@ -126,7 +127,7 @@ def test_links_of_the_build_that_lead_elsewhere_are_put_right(source: Path) -> N
 
 def test_what_is_linked_into_an_export_is_not_hashed_again(source: Path) -> None:
     done, _ = again(source)
-    stages = [Quantize(done.build, Recipe(), CPU), Serialize(done.build, Recipe())]
+    stages: list[Stage] = [Quantize(done.build, Recipe(), CPU), Serialize(done.build, Recipe())]
     for stage in stages:
         stage.run()
     (file,) = done.build.quantized.glob("*.safetensors")
