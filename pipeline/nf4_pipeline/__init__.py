@@ -39,6 +39,7 @@ The house, from the top floor down; a room imports only from rooms below it (`ma
     documents.py       JSON documents as frozen dataclasses
     library_output.py  what libraries print and warn of, kept quiet
     printable.py       text of strangers, made safe for a terminal
+    compiled.py        functions that numba compiles, with a cache that may fail
     sample/            a tiny model that comes with the package
     __main__.py        python -m nf4_pipeline
 """

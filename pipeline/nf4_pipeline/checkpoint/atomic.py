@@ -35,7 +35,8 @@ def replacing(path: Path) -> Iterator[int]:
     """
     make_folder(path.parent)
     partial = partial_of(path)
-    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+    partial.unlink(missing_ok=True)  # a link in its place would be written through
+    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         try:
             yield descriptor

@@ -30,7 +30,7 @@ import click
 
 from nf4_pipeline import __version__
 from nf4_pipeline.cli.terminal import guarded, say
-from nf4_pipeline.errors import PipelineError, StoppedError, of_system
+from nf4_pipeline.errors import PipelineError, StoppedError, is_of_machine, of_system
 from nf4_pipeline.printable import printable
 
 COMMANDS: Final = {
@@ -114,6 +114,8 @@ def _run(args: list[str] | None) -> int:
         if _stopped_by:  # a library made something else of the interrupt
             _say_stopped(_STOPPED)
             return _stopped_status()
+        if isinstance(error, RuntimeError) and is_of_machine(error):
+            return _fail(str(of_system(error, "nf4")))
         return _fail(_say_bug(error))
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from nf4_pipeline.errors import ArtifactError, PipelineError
+from nf4_pipeline.errors import ArtifactError, PipelineError, is_of_machine
 from nf4_pipeline.printable import printable
 from nf4_pipeline.processes.messages import Message, Phase
 
@@ -80,6 +80,7 @@ def limited(
 
     Raises:
         PipelineError: (`error`) the body raised something foreign, or ran out of memory or stack.
+        OSError: the machine failed, and not the stranger's program.
     """
     phase = Phase(what, limits.seconds, limits.data_bytes, remedy, error.__name__)
     try:
@@ -92,6 +93,8 @@ def limited(
     except RecursionError as cause:
         raise error(phase.failure("calls itself too deep")) from cause
     except BaseException as cause:  # a panic of a library in Rust is no Exception
+        if is_of_machine(cause):
+            raise
         text = " ".join(str(cause).split()) or type(cause).__name__
         said = printable(text, _LONGEST_TEXT).rstrip(".")
         raise error(phase.failure(f"fails: {said}")) from cause

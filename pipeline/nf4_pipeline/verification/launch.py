@@ -128,7 +128,12 @@ def _ask(
     try:
         return child.run(worker, request, reporter)
     except child.ChildFailed as failure:
-        signal = " Signal 9 usually means that memory ran out." if failure.status == -9 else ""
+        signal = (
+            " Signal 9 usually means that memory ran out: end other programs, then run "
+            "`nf4 verify` again."
+            if failure.status == -9
+            else ""
+        )
         raise VerificationError(
             f"The process that runs {folder} ended with status {failure.status}: "
             f"{failure.cause}.{signal}"
