@@ -213,7 +213,7 @@ def of_system(error: OSError | MemoryError | RuntimeError, doing: str) -> Pipeli
             return AccessError(f"{doing}: {where}{what}. Name another path.")
         case errno.EISDIR | errno.ENOTEMPTY | errno.EEXIST:
             return AccessError(f"{doing}: {where}{what}. Move it away, {again}.")
-        case errno.ENOSYS | errno.EOPNOTSUPP | errno.ENOLCK:
+        case errno.ENOSYS | errno.EOPNOTSUPP | errno.ENOLCK if error.filename:
             return AccessError(
                 f"{doing}: {where}{what}. The file system there cannot do that; name a --build-dir "
                 "on another one."

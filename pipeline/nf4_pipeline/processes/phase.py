@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from nf4_pipeline.errors import ArtifactError, PipelineError, is_of_machine
+from nf4_pipeline.errors import ArtifactError, PipelineError, ResourceError, is_of_machine
 from nf4_pipeline.printable import printable
 from nf4_pipeline.processes.messages import Message, Phase
 
@@ -80,6 +80,7 @@ def limited(
 
     Raises:
         PipelineError: (`error`) the body raised something foreign, or ran out of memory or stack.
+        ResourceError: memory ran out, and this session has a limit of its own for it.
         OSError: the machine failed, and not the stranger's program.
     """
     phase = Phase(what, limits.seconds, limits.data_bytes, remedy, error.__name__)
@@ -89,6 +90,12 @@ def limited(
     except (PipelineError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except MemoryError as cause:
+        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if soft != resource.RLIM_INFINITY:  # not a limit of ours, and a narrow one as a rule
+            raise ResourceError(
+                f"{what} ran out of the {soft:,} bytes of memory that this session may take. Raise "
+                "that limit (ulimit -v)."
+            ) from cause
         raise error(phase.too_large()) from cause
     except RecursionError as cause:
         raise error(phase.failure("calls itself too deep")) from cause
