@@ -33,13 +33,13 @@ The house, from the top floor down; a room imports only from rooms below it (`ma
     nf4/               the format: arithmetic, and the six tensors of a weight
     processes/         child processes, by one protocol
     checkpoint/        safetensors bytes on disk
+    compiled.py        functions that numba compiles, with a cache that may fail
     errors.py          every failure that a user can meet
     progress.py        who is told how far a job is
     resource_usage.py  what a piece of work takes: time and memory
     documents.py       JSON documents as frozen dataclasses
     library_output.py  what libraries print and warn of, kept quiet
     printable.py       text of strangers, made safe for a terminal
-    compiled.py        functions that numba compiles, with a cache that may fail
     sample/            a tiny model that comes with the package
     __main__.py        python -m nf4_pipeline
 """

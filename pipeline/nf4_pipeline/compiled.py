@@ -10,7 +10,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from numba import njit
+from nf4_pipeline.errors import UsageError
+
+try:
+    from numba import njit
+except (ValueError, TypeError) as error:  # it reads the environment when it is imported
+    raise UsageError(
+        f"numba refuses a setting of this environment: {str(error).rstrip('.')}. Look at those of "
+        "its variables that are set (env | grep NUMBA)."
+    ) from error
 
 F = TypeVar("F", bound=Callable[..., Any])
 

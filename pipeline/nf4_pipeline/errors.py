@@ -31,6 +31,7 @@ Only the command line turns an error into text and an exit code (`cli/__init__.p
 from __future__ import annotations
 
 import errno
+import sys
 from typing import Final
 
 NOT_CHECKED: Final = 3
@@ -165,6 +166,42 @@ def is_of_machine(error: BaseException) -> bool:
     if isinstance(error, RuntimeError):
         return str(error) == _NO_THREAD
     return isinstance(error, OSError) and error.errno in _OF_THE_MACHINE
+
+
+_NEEDED: Final = frozenset(
+    {
+        "accelerate",
+        "bitsandbytes",
+        "fastjsonschema",
+        "huggingface_hub",
+        "jinja2",
+        "matplotlib",
+        "numba",
+        "numpy",
+        "rich",
+        "safetensors",
+        "tokenizers",
+        "torch",
+        "transformers",
+        "yaml",
+    }
+)
+"""Packages without which nothing works, by the names that are imported."""
+
+
+def of_installation(error: BaseException, doing: str) -> PipelineError | None:
+    """A package that is missing or broken, as an error of ours; None of any other error.
+
+    Args:
+        error: what was raised.
+        doing: what was going on, such as "quantize".
+    """
+    if not isinstance(error, ImportError) or (error.name or "").split(".")[0] not in _NEEDED:
+        return None
+    return ResourceError(
+        f"{doing}: {error}. What this package needs is not installed whole in {sys.prefix}: "
+        "install it again (pip install --force-reinstall nf4-pipeline)."
+    )
 
 
 def of_system(error: OSError | MemoryError | RuntimeError, doing: str) -> PipelineError:

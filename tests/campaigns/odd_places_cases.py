@@ -53,6 +53,7 @@ def _cases() -> Iterator[Case]:
     yield from _file_systems()
     yield from _names()
     yield from _users()
+    yield from _torchless()
     yield from _variables()
     yield from _python()
     yield from _inputs()
@@ -346,6 +347,7 @@ def _users() -> Iterator[Case]:
         "verify": f"copy exported; unset HOME USER LOGNAME; {AS_NOBODY} verify --recipe $recipe "
         "--build-dir build",
         "attest": f"copy verified; unset HOME; {AS_NOBODY} attest --build-dir build",
+        "doctor": f"unset HOME HF_HOME; {AS_NOBODY} doctor",
         "download": f"unset HOME HF_HOME; {AS_NOBODY} download $model --build-dir build",
     }.items():
         yield Case(item, name, lines, root=True)
@@ -424,11 +426,30 @@ def _variables() -> Iterator[Case]:
             f"{name}={value}",
             f"export {name}={value!r}; {DOWNLOAD} && nf4 quantize --build-dir build && "
             "nf4 serialize --build-dir build && nf4 status --build-dir build",
-            (0,),
+            (2,) if name == "NUMBA_NUM_THREADS" else (0,),
         )
     for value in ("UTC-25:99", "<+99>99", "\\x01", ":/dev/zero", "America/St_Johns", "x" * 5000):
         lines = f"export TZ='{value}'; copy verified; nf4 attest --build-dir build"
         yield Case("TZ", value[:20], lines)
+
+
+def _torchless() -> Iterator[Case]:
+    for package in ("torch", "transformers", "numba", "bitsandbytes"):
+        less = (
+            f'mkdir no; echo \'raise ImportError("no {package} here", name="{package}")\' '
+            f"> no/{package}.py; "
+            "export PYTHONPATH=$PWD/no:$PYTHONPATH; "
+        )
+        for command, status in {
+            "--help": (0,),
+            "status --build-dir $whole": (0, 1) if package == "numba" else (0,),
+            "inspect $whole": (0,),
+            "check $whole/export --key $recipe": (1, 2),
+            "doctor": (0, 1),
+            "download $model": (0, 1),
+            "prompt $whole x": (0, 1),
+        }.items():
+            yield Case(f"no {package}", command, f"{less} nf4 {command}", status)
 
 
 def _python() -> Iterator[Case]:

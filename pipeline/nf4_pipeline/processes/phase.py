@@ -25,7 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from nf4_pipeline.errors import ArtifactError, PipelineError, ResourceError, is_of_machine
+from nf4_pipeline.errors import (
+    ArtifactError,
+    PipelineError,
+    ResourceError,
+    is_of_machine,
+    of_installation,
+)
 from nf4_pipeline.printable import printable
 from nf4_pipeline.processes.messages import Message, Phase
 
@@ -82,6 +88,7 @@ def limited(
         PipelineError: (`error`) the body raised something foreign, or ran out of memory or stack.
         ResourceError: memory ran out, and this session has a limit of its own for it.
         OSError: the machine failed, and not the stranger's program.
+        ImportError: a package that this one needs is not there.
     """
     phase = Phase(what, limits.seconds, limits.data_bytes, remedy, error.__name__)
     try:
@@ -100,7 +107,7 @@ def limited(
     except RecursionError as cause:
         raise error(phase.failure("calls itself too deep")) from cause
     except BaseException as cause:  # a panic of a library in Rust is no Exception
-        if is_of_machine(cause):
+        if is_of_machine(cause) or of_installation(cause, what) is not None:
             raise
         text = " ".join(str(cause).split()) or type(cause).__name__
         said = printable(text, _LONGEST_TEXT).rstrip(".")
