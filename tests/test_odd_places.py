@@ -211,10 +211,10 @@ def test_each_limit_has_its_remedy(
 def test_a_fault_of_the_machine_is_no_verdict(
     tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoded, "_compare", failing(number))
+    monkeypatch.setattr(decoded, "_names_wrong", failing(number))
     with pytest.raises(OSError, match=r"."):
         decoded.decode_with_numpy(tmp_path, {})
-    monkeypatch.setattr(decoded, "_compare", failing(errno.ENOENT))
+    monkeypatch.setattr(decoded, "_names_wrong", failing(errno.ENOENT))
     assert decoded.decode_with_numpy(tmp_path, {}).outcome == "failed"
 
 

@@ -155,7 +155,6 @@ _OF_THE_MACHINE: Final = frozenset(
         errno.EMFILE,
         errno.ENFILE,
         errno.EAGAIN,
-        errno.ENOMEM,
     }
 )
 _NO_THREAD: Final = "can't start new thread"  # a RuntimeError of Python's

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +29,7 @@ from nf4_pipeline.stages.quantize import Quantize, count_finished_files
 from nf4_pipeline.stages.run_recorded import Stage
 from nf4_pipeline.stages.serialize import Serialize
 from nf4_pipeline.stages.verify import Verify, check_gpu
+from nf4_pipeline.verification.launch import Workers
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def make_stages(
     machine: Machine,
     reporter: Reporter = SILENT,
     against: str | None = None,
+    workers: Workers | None = None,
 ) -> dict[str, Stage]:
     """The stages behind `download`, by name, in their order.
 
@@ -59,11 +61,12 @@ def make_stages(
         machine: what the work may use.
         reporter: told how far it is.
         against: an artifact of the same source that verify compares this one with; None for none.
+        workers: the processes that verify, if they were started before.
     """
     return {
         "quantize": Quantize(build, recipe, machine, reporter),
         "serialize": Serialize(build, recipe, reporter),
-        "verify": Verify(build, recipe, machine, reporter, against),
+        "verify": Verify(build, recipe, machine, reporter, against, workers),
         "attest": Attest(build),
     }
 
@@ -87,19 +90,29 @@ def run_build(
     text_path(recipe.quantize)  # a text that is not there is known before any byte
     recipe = request.reading.into(recipe)
     request = replace(request, reading=Reading.of(recipe.quantize))
-    build, record, ran = run_download(request, reporter)
-    results = {"download": StageResult(record, ran)}
-    stages = make_stages(build, recipe, machine, reporter)
-    with translate_errors("build", build), build.locked():
-        for name in stages:
-            results[name] = _ensure(build, stages, name, recipe, reporter, check=request.check)
+    with Workers(machine.device) as workers:
+        # They import what verify needs while the source is hashed, quantized and written.
+        build, record, ran = run_download(request, reporter, workers.begin)
+        results = {"download": StageResult(record, ran)}
+        stages = make_stages(build, recipe, machine, reporter, workers=workers)
+        with translate_errors("build", build), build.locked():
+            for name in stages:
+                results[name] = _ensure(build, stages, name, recipe, reporter, check=request.check)
     return build, results
 
 
-def run_download(request: DownloadRequest, reporter: Reporter) -> Downloaded:
-    """Runs `Download`, and says what the system refuses as an error of ours."""
+def run_download(
+    request: DownloadRequest, reporter: Reporter, begin: Callable[[], None] = lambda: None
+) -> Downloaded:
+    """Runs `Download`, and says what the system refuses as an error of ours.
+
+    Args:
+        request: what is wanted.
+        reporter: told how far it is.
+        begin: called if there is something to do.
+    """
     with translate_errors("download"):
-        return Download(request, reporter).run()
+        return Download(request, reporter, begin).run()
 
 
 def run_stage(
@@ -185,6 +198,7 @@ def _ensure(
         if not anew:
             state = _check_state(build, stage, reporter, check=check)
             if state.status == "done":
+                build.renew_stamps(stage.kind, state.stamps)
                 record = build.need(stage.kind)
                 return StageResult(_refresh_recipe(build, record, recipe), ran=False)
             if state.status == "stale":

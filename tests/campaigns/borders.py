@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +27,7 @@ from nf4_pipeline.checkpoint.source import open_checkpoint
 from nf4_pipeline.checkpoint.untrusted import check_file
 from nf4_pipeline.errors import BuildError, PipelineError
 from nf4_pipeline.hub import replies
+from nf4_pipeline.hub.limits import LARGEST_FAULT
 from nf4_pipeline.hub.replies import Origin, ReplyError
 from nf4_pipeline.manifest.read import MANIFEST_FILE, read_manifest
 from nf4_pipeline.manifest.small_files import tokenizer_config
@@ -125,7 +127,7 @@ def borders(folder: Path, build: Path, checkpoint: Path) -> dict[str, Border]:
     }
     found["hub error"] = Border(
         [b'{"error": "no", "errors": [{"message": "why"}]}'],
-        lambda body: replies.fault(body, "application/json"),
+        lambda body: replies.fault(body[:LARGEST_FAULT], "application/json"),
     )
     found["hub Retry-After"] = Border(
         [b"12", b"0", b"Wed, 21 Oct 2030 07:28:00 GMT"],
@@ -170,10 +172,9 @@ def borders(folder: Path, build: Path, checkpoint: Path) -> dict[str, Border]:
     )
     for stage in ("download", "quantize", "serialize"):
         record = (build / "records" / f"{stage}.json").read_bytes()
-        kind = KINDS[stage]
+        read = partial(_believed, kind=KINDS[stage])
         found[f"record of {stage}"] = Border(
-            [record],
-            document(small(f"record-{stage}"), "r.json", lambda p, k=kind: read_record(p, k)),
+            [record], document(small(f"record-{stage}"), "r.json", read)
         )
     found["recipe"] = Border(
         _RECIPES,

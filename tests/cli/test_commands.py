@@ -13,6 +13,7 @@ import nf4_pipeline
 import pytest
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.cli import COMMANDS
+from nf4_pipeline.printable import printable
 
 from tests.support.tiny import (
     SHARDS,
@@ -365,8 +366,8 @@ def test_draws_with_a_seed_are_the_same_twice(built: Built) -> None:
         )
     assert answers[0] == answers[1] != answers[2]
     assert answers[0][0] != answers[0][1]
-    shown = "".join(f"[{i}] {text.strip()}\n" for i, text in enumerate(answers[0], start=1))
-    assert done.out == shown
+    shown = [printable(text.strip(), lines=True) for text in answers[0]]
+    assert done.out == f"[1] {shown[0]}\n[2] {shown[1]}\n"
 
 
 def test_a_prompt_with_values_that_mean_nothing(built: Built) -> None:

@@ -24,7 +24,7 @@ from nf4_pipeline.cli.reporting import make_reporter
 from nf4_pipeline.cli.terminal import guarded, let_bars_through, say, say_json, say_piece
 from nf4_pipeline.doctor import Disk, Finding, Gpu, HubAccess, MachineReport
 from nf4_pipeline.hub import Target
-from nf4_pipeline.verification.document import parse_verification
+from nf4_pipeline.verification.document import MeasuredVerification, parse_verification
 
 from tests.support import made
 from tests.support.command_line import controls, run_nf4
@@ -192,7 +192,8 @@ def checks(poison: str) -> None:
     for document in (made.hostile(), made.made(nearest=True, against=True)):
         verification = parse_verification(document)
         summary.show_checks(poisoned(verification, poison, OWN))
-        summary._show_answers(poisoned(verification.answers, poison, OWN))  # type: ignore[union-attr]
+        assert isinstance(verification, MeasuredVerification)
+        summary._show_answers(poisoned(verification.answers, poison, OWN))
 
 
 def upload(poison: str) -> None:

@@ -16,6 +16,7 @@ from nf4_pipeline.machine import Machine
 from nf4_pipeline.recipe import Recipe
 
 from tests.support.jobs import download
+from tests.support.verified import ask_source
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -143,7 +144,6 @@ def test_a_model_is_at_no_distance_from_itself_on_the_gpu() -> None:
 
 
 def test_streamed_answers_are_those_of_the_whole_model_on_the_gpu(sample: Path) -> None:
-    from nf4_pipeline.progress import SILENT
     from nf4_pipeline.sample import MODEL_DIR, QUESTIONS
     from nf4_pipeline.verification.eval_text import Text
     from nf4_pipeline.verification.launch import Examination
@@ -159,9 +159,9 @@ def test_streamed_answers_are_those_of_the_whole_model_on_the_gpu(sample: Path) 
         tokens=2,
     )
     export = sample / "export"
-    found = whole.ask_source(export, SILENT)
+    found = ask_source(whole, export)
     # Enough for a model of 10 MB, and less than what is left free beside a model that stays.
-    streamed = replace(whole, device_memory=2**30).ask_source(export, SILENT)
+    streamed = ask_source(replace(whole, device_memory=2**30), export)
     assert (found.costs.streamed, streamed.costs.streamed) == (False, True)
     assert [answer.ids for answer in streamed.answers] == [answer.ids for answer in found.answers]
     assert 0 < streamed.costs.peak_device_memory_bytes <= 2**30

@@ -97,7 +97,9 @@ def test_what_is_no_manifest_is_named_by_its_place(export: Path, tmp_path: Path)
     with pytest.raises(ArtifactError, match=r"has no manifest\.json"):
         read_manifest(tmp_path)
     changed(export, tmp_path, lambda value: value["tensors"][1].update(shape="wide"))
-    with pytest.raises(ArtifactError, match=r"not a valid manifest at tensors/1/shape: it must be array"):
+    with pytest.raises(
+        ArtifactError, match=r"not a valid manifest at tensors/1/shape: it must be "
+    ):
         read_manifest(tmp_path)
     # JSON Schema takes 4.0 for an integer.
     changed(export, tmp_path, lambda value: value["tensors"][1].update(bytes=4.0))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from nf4_pipeline.report.page import report_page
+from nf4_pipeline.report.page import render, report_page
 from nf4_pipeline.verification.document import parse_verification
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -176,3 +177,97 @@ def _overflow(page: Page) -> int:
 
 def _sections(page: Page) -> list[Any]:
     return page.locator("section:has(> figure svg)").all()
+
+
+ACTIVE = (
+    '"><img src=x onerror="window.ran=1">',
+    "'><svg onload=window.ran=2>",
+    "</script><script>window.ran=3</script>",
+    "</style><style>*{background:url(https://evil.example/s)}</style>",
+    "</title><script>window.ran=4</script>",
+    "</svg></section></main><iframe src=https://evil.example/f></iframe>",
+    "javascript:window.ran=5",
+    "<a href=javascript:window.ran=6 autofocus onfocus=window.ran=7>x</a>",
+    "<base href=https://evil.example/><link rel=stylesheet href=//evil.example/l>",
+    "<meta http-equiv=refresh content=0;url=https://evil.example/m>",
+    "<details open ontoggle=window.ran=8>",
+    "<object data=https://evil.example/o></object><embed src=//evil.example/e>",
+    "url(https://evil.example/u) expression(window.ran=9) {{ 7*7 }} {% raw %}",
+    "$\\href{https://evil.example/h}{x}$ <![CDATA[ ]]> &#60;script&#62;",
+    "%3Cscript%3E \\u003cscript\\u003ewindow.ran=10\\u003c/script\\u003e",
+    "+ADw-script+AD4-window.ran=11+ADw-/script+AD4-",
+    "<form action=https://evil.example/a><input autofocus onfocus=window.ran=12>",
+    "\u202e<b>\u2066</b>\x00\x1b]8;;https://evil.example/t\x07",
+)
+
+
+def poison(verification: dict[str, Any], payload: str) -> int:
+    """Puts a payload into every text that a verification can have; returns how many those are."""
+    places = 0
+
+    def visit(value: Any) -> None:
+        nonlocal places
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
+            inner = value[key]
+            if isinstance(inner, dict | list):
+                visit(inner)
+            elif isinstance(inner, str):
+                value[key] = f"{payload} {inner}"
+                try:
+                    parse_verification(verification)
+                    places += 1
+                except ValueError:  # one of few words that this package itself writes
+                    value[key] = inner
+
+    visit(verification)
+    for name in ("versions", "kept_bytes_by_reason"):
+        for holder in (verification, verification["sizes"]):
+            if name in holder:
+                holder[name] = {f"{payload}{key}": item for key, item in holder[name].items()}
+    return places
+
+
+DRAWN = (ACTIVE[0], ACTIVE[5], "".join(ACTIVE))
+"""With the pictures, which take their time."""
+
+
+@pytest.mark.parametrize("payload", [*ACTIVE, "".join(ACTIVE)], ids=lambda text: text[:24])
+def test_nothing_that_a_stranger_names_acts(browser: Browser, tmp_path: Path, payload: str) -> None:
+    """Without the page's own policy, too: that nothing acts hangs on the escaping alone."""
+    verification = made.made(blocks=2, prompts=2, expected=True, against=True, nearest=True)
+    assert poison(verification, payload) > 40
+    calibration = made.calibration() | {"fallbacks": {f"{payload}name": f"{payload}reason"}}
+    calibration["kept"][0]["module"] = payload
+    manifest = made.manifest(payload, commit=False, calibrated=calibration)
+    manifest = replace(manifest, model_class=payload)
+    document = parse_verification(verification)
+    path = tmp_path / "report.html"
+    drawn = payload in DRAWN
+    page_text = report_page(manifest, document) if drawn else render(manifest, document, {})
+    path.write_text(page_text, "utf-8")
+    context = browser.new_context(bypass_csp=True)
+    page = context.new_page()
+    said, asked = _watch(page)
+    try:
+        page.goto(path.as_uri())
+        page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
+        page.keyboard.press("Tab")
+        page.wait_for_timeout(50)
+        assert page.evaluate("window.ran") is None
+        assert said == []
+        assert asked == [path.as_uri()]
+        assert page.url == path.as_uri()
+        assert len(context.pages) == 1
+        assert page.evaluate(FOREIGN) == []
+        shown = page.evaluate("document.body.innerText")
+        assert shown.count(payload.partition("<")[0][:20].strip() or "<") > 20
+    finally:
+        context.close()
+
+
+FOREIGN = """() => [...document.querySelectorAll("*")].filter(element =>
+  ["script", "iframe", "object", "embed", "img", "base", "form", "input", "a", "image",
+   "foreignobject", "animate", "set"].includes(element.localName)
+  || [...element.attributes].some(a => a.name.startsWith("on") || /javascript:|evil/.test(
+       a.name === "aria-label" || a.name === "title" ? "" : a.value))
+).map(element => element.outerHTML.slice(0, 100))"""

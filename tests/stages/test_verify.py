@@ -36,7 +36,7 @@ from tests.support.checkpoints import make_checkpoint, read_tensors
 from tests.support.jobs import CPU, download
 from tests.support.tamper import agree, change, swap
 from tests.support.tiny import content_of, copy_of, edit_json, flip_byte, nf4
-from tests.support.verified import skip_documents, skip_readers
+from tests.support.verified import ask_source, skip_documents, skip_readers
 
 pytestmark = pytest.mark.usefixtures("workers_here")
 
@@ -256,8 +256,8 @@ def asked_of(folder: Path) -> Examination:
 @pytest.mark.parametrize("kind", ["falcon-7b", "llama"])
 def test_streamed_answers_are_those_of_the_whole_model(kind: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / kind, kind)
-    whole = asked_of(folder).ask_source(folder, SILENT)
-    streamed = replace(asked_of(folder), device_memory=1).ask_source(folder, SILENT)
+    whole = ask_source(asked_of(folder), folder)
+    streamed = ask_source(replace(asked_of(folder), device_memory=1), folder)
     assert not whole.costs.streamed
     assert whole.costs.tokens_per_second is not None
     assert whole.costs.tokens_per_second > 0
@@ -450,13 +450,13 @@ WRONG: Final[dict[str, tuple[tuple[str, ...], str]]] = {
     "not UTF-8": (("--eval-text", "latin.txt"), "latin.txt cannot be read"),
     "a folder": (("--eval-text", "."), "is a directory"),
     "a text of one token": (("--eval-text", "short.txt"), "make no sequence of two tokens"),
-    "one token": (("--eval-tokens", "1"), "1 is not in the range x>=2"),
+    "one token": (("--eval-tokens", "1"), "1 is not in the range 2<=x"),
     "fewer tokens than domains": (("--eval-tokens", "4"), "4 tokens of the text built in make no"),
     "no size": (("--device-memory", "nonsense"), "--device-memory is 'nonsense'; expected a size"),
     "no such prompts": (("--prompts", "none.jsonl"), "none.jsonl cannot be read"),
     "prompts that are none": (("--prompts", "empty.txt"), "empty.txt are empty"),
     "nothing to compare with": (("--against", "./none"), "./none: no such folder"),
-    "no such device": (("--device", "tpu"), "--device tpu: expected auto, cpu, cuda or cuda:N"),
+    "no such device": (("--device", "tpu"), "--device 'tpu': expected auto, cpu, cuda or cuda:N"),
 }
 
 

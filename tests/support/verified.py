@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.readers.document import ReaderResult
 from nf4_pipeline.readers.read import OwnReading, Readers
 from nf4_pipeline.stages import verify
+from nf4_pipeline.verification.launch import Examination, Workers
+from nf4_pipeline.verification.messages import SourceReply
 
 
 def skip_documents(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,5 +27,11 @@ class _NoReaders(Readers):
     def __enter__(self) -> _NoReaders:
         return self
 
-    def results(self, own: OwnReading, reporter: Reporter = SILENT) -> tuple[ReaderResult, ...]:
+    def results(self, own: OwnReading) -> tuple[ReaderResult, ...]:
         return ()
+
+
+def ask_source(asked: Examination, artifact: Path) -> SourceReply:
+    """What the 16-bit model says, with the tokenizer of an artifact."""
+    with Workers() as workers, workers.source().start(asked.source_request(artifact)) as child:
+        return child.wait()

@@ -16,7 +16,7 @@ from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.runtime.generate import Generator, Sampling
 from nf4_pipeline.verification import batches
-from nf4_pipeline.verification.batches import Draws, _drawn, cut_batches
+from nf4_pipeline.verification.batches import Draws, _drawn, cut_batches, may_be_padded
 from nf4_pipeline.verification.generation import (
     SEED,
     Answered,
@@ -189,7 +189,7 @@ def test_what_may_not_be_padded_is_not(kind: str, generator: Generator, tmp_path
     try:
         if kind == "penalty":
             other.model.generation_config = transformers.GenerationConfig(repetition_penalty=1.2)
-        batches = list(cut_batches(other, lengths, 4, pad=True))
+        batches = list(cut_batches(other, lengths, 4, padded=may_be_padded(other, lengths)))
     finally:
         other.model.generation_config = before
     assert sorted(number for batch in batches for number in batch) == [0, 1, 2, 3]
@@ -202,7 +202,7 @@ def test_a_batch_is_no_larger_than_its_cache_may_be(
     generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batches, "_CACHE_BYTES", 2 * 2 * 32 * (5 + 4) * 3)  # three of the longest
-    found = list(cut_batches(generator, [3, 4, 5, 3, 5, 5, 3], 4, pad=True))
+    found = list(cut_batches(generator, [3, 4, 5, 3, 5, 5, 3], 4, padded=True))
     assert [len(batch) for batch in found] == [3, 3, 1]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +111,19 @@ class Build:
         stamps = {name: FileStamp.of(self.root / name) for name in record.outputs} | record.stamps
         write_record(self._record_path(record.kind), replace(record, stamps=stamps))
         self._written |= stamps
+
+    def renew_stamps(self, kind: RecordKind[Facts], stamps: Mapping[str, FileStamp]) -> None:
+        """Notes how the outputs of a stage look that are known to hold what it left there.
+
+        A hard link to a file, or a touch, changes its stamp and not what it holds.
+
+        Args:
+            kind: of the stage.
+            stamps: by path in the build folder, from before the hashes were confirmed.
+        """
+        record = self.need(kind)
+        if record.stamps != (renewed := {**record.stamps, **stamps}):
+            self.write_record(replace(record, stamps=renewed))
 
     def forget(self, kind: RecordKind[Facts]) -> None:
         """Deletes a stage's record, before its outputs change."""

@@ -86,9 +86,10 @@ def _said(value: Any, place: str, depth: int) -> str | None:
         inner = value.get(key)
         if inner:
             method = inner.get("quant_method", "unknown") if isinstance(inner, Mapping) else ""
+            method = method[:80] if isinstance(method, str) else repr(method)[:80]
             return f"{_method_name(method)}: {key} in {place} says quant_method {method!r}"
     for key, inner in value.items():
-        if (found := _said(inner, f"{place}, {key}", depth + 1)) is not None:
+        if (found := _said(inner, f"{place}, {str(key)[:80]}", depth + 1)) is not None:
             return found
     return None
 

@@ -91,8 +91,8 @@ def guarded() -> Iterator[None]:
         try:
             yield
         finally:
-            for stream in (sys.stdout, sys.stderr):
-                _flush(stream)
+            _flush(sys.stdout)
+            _flush(sys.stderr)
             sys.stdout, sys.stderr = before
 
 
@@ -154,7 +154,7 @@ def _open_closed() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
 
 
-def _flush(stream: TextIO) -> None:
+def _flush(stream: TextIO | _Guarded) -> None:
     """Writes what is left; nothing more is tried where nobody takes it."""
     try:
         stream.flush()

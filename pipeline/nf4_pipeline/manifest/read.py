@@ -40,8 +40,8 @@ def read_manifest(artifact: Path) -> Manifest:
 
 
 def _check_schema(content: Any, path: Path) -> None:
-    # Of the libraries for JSON Schema this one is imported in 0.05 s; jsonschema takes three seconds
-    # where what it checks formats with is installed.
+    # Of the libraries for JSON Schema this one is imported in 0.05 s; jsonschema takes 3 s where
+    # what it checks formats with is installed.
     import fastjsonschema
 
     check = fastjsonschema.compile(json.loads(SCHEMA_FILE.read_text("utf-8")))
@@ -50,7 +50,7 @@ def _check_schema(content: Any, path: Path) -> None:
     except fastjsonschema.JsonSchemaValueException as error:
         _, *parts = error.path
         where = "/".join(parts) or "top level"
-        what = error.message.removeprefix(error.name).strip()
+        what = error.message.removeprefix(error.name or "").strip()
         raise ArtifactError(
             f"{path} is not a valid manifest at {where[:200]}: it {what[:300]}"
         ) from error

@@ -96,7 +96,7 @@ def causal_lm_config(config: dict[str, Any], where: Path) -> Any:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ArchitectureError(
-            f"{where / CONFIG_FILE} has model_type {model_type!r}, which transformers "
+            f"{where / CONFIG_FILE} has model_type {repr(model_type)[:80]}, which transformers "
             f"{transformers.__version__} does not know. Code that comes with a checkpoint is never "
             "run; a newer transformers may know it."
         )
@@ -116,8 +116,8 @@ def causal_lm_config(config: dict[str, Any], where: Path) -> Any:
     causal = any(str(name).endswith(_CAUSAL_SUFFIXES) for name in names)
     if names and not causal and not has_text_model(built):
         raise ArchitectureError(
-            f"{where} holds a {names[0]}, which is not a causal LM; only models that generate "
-            "text from left to right can be quantized here."
+            f"{where} holds a {str(names[0])[:80]}, which is not a causal LM; only models that "
+            "generate text from left to right can be quantized here."
         )
     return built
 

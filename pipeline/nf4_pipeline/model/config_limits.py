@@ -65,7 +65,7 @@ def check_config_limits(config: dict[str, Any], checkpoint: Checkpoint) -> None:
             continue
         if abs(value) > limit:
             raise CheckpointError(
-                f"{where} says {path} = {value:,}; the weights beside it have {evidence}. "
+                f"{where} says {path[:200]} = {value:,}; the weights beside it have {evidence}. "
                 "The weights and the config do not belong together."
             )
 

@@ -205,12 +205,12 @@ class LimitedTokenizer:
         """Calls it within what is left of the budget, and takes from the budget what it took."""
         allowed = seconds + _SECONDS_A_CALL
         budget = max(0.0, self._seconds) + allowed
-        start = time.monotonic()
+        start = time.thread_time()
         try:
             with limited(f"{what} of {self.where}", _limits(budget), remedy, self._error):
                 return call()
         finally:
-            self._seconds -= max(0.0, time.monotonic() - start - allowed)
+            self._seconds -= max(0.0, time.thread_time() - start - allowed)
 
 
 def _limits(seconds: float) -> PhaseLimits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 from nf4_pipeline.checkpoint.generation_config import GENERATION_CONFIG
@@ -13,6 +14,12 @@ from nf4_pipeline.model.meta_model import read_architecture
 from nf4_pipeline.model.probe import ProbeReply, ProbeRequest
 from nf4_pipeline.model.tokenizer_probe import probe_tokenizer
 from nf4_pipeline.progress import Reporter
+
+
+def prepare() -> None:
+    """Imports what building a model and loading a tokenizer need."""
+    import_module("transformers.models.auto.modeling_auto")
+    import_module("transformers.models.auto.tokenization_auto")
 
 
 def run(request: ProbeRequest, reporter: Reporter) -> ProbeReply:

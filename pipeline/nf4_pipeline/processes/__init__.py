@@ -11,6 +11,8 @@ A `Session` asks one child several times: an Envelope a line, and the child ends
 
 worker.py       what a worker or a script is: its code, its reply, its limits, its environment
 parent_side.py  the parent's side: start, progress, reply, and what is said when it fails
+fork_server.py  a process that imports once what several workers need, and forks them
+forked.py       the parent's side of that
 in_process.py   for tests: workers run in the process that asks for them
 child_side.py   the child's side: limits, death with the parent, every exception reported
 phase.py        limits for a piece of a child's work in which a stranger's program runs

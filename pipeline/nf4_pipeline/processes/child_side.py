@@ -15,7 +15,8 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from itertools import count
 from typing import IO, Any, Final, NoReturn
 
@@ -40,16 +41,19 @@ _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 def main() -> None:
     """Answers each request that the parent sends, one after the other, and ends with the last."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and decides
+    end_with_parent()
     requests = os.fdopen(os.dup(0), "rb")
     pipe = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)
+    quiet_libraries()
+    prepare(sys.argv[1])
     sent = requests.readline()
     if not sent:
-        os._exit(1)  # the parent died before it could ask
+        os._exit(1)  # the parent died before it could ask, or has nothing to ask
     envelope = Envelope.from_json(json.loads(sent))
-    _die_with(envelope.parent)
+    if os.getppid() != envelope.parent:  # it died before it could be seen to
+        os._exit(1)
     _limit_itself(envelope.limits)
-    quiet_libraries()
     reporter = _PipeReporter(pipe)
     phase.arm(reporter.send)
     while sent:
@@ -91,12 +95,18 @@ def _end(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _die_with(parent: int) -> None:
+def end_with_parent() -> None:
     """Has the system kill this process when its parent ends, however that comes to pass."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before it could be seen to
-        os._exit(1)
+
+
+def prepare(module: str) -> None:
+    """Imports what the worker needs while nobody has asked it yet; what fails will fail again."""
+    with suppress(Exception):
+        begin = getattr(import_module(module), "prepare", None)
+        if begin is not None:
+            begin()
 
 
 def _limit_itself(limits: Limits) -> None:

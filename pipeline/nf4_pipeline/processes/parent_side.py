@@ -22,6 +22,7 @@ from typing import IO, Any, Final, Generic, Self
 from nf4_pipeline import errors
 from nf4_pipeline.documents import Document, DocumentError
 from nf4_pipeline.errors import PipelineError
+from nf4_pipeline.processes.forked import Forked, server_for
 from nf4_pipeline.processes.in_process import is_in_process
 from nf4_pipeline.processes.messages import Crash, Envelope, ExpectedError, Message, Phase
 from nf4_pipeline.processes.temporary import TemporaryFolder
@@ -96,7 +97,7 @@ def start(
     """
     if is_in_process() and isinstance(worker, Worker):
         return _Here(worker, request, reporter)
-    return _Once(worker, request, reporter)
+    return _Once(_Process(worker), request, reporter)
 
 
 def run(
@@ -107,6 +108,33 @@ def run(
     """Starts a worker and waits for its reply; arguments and errors are those of both."""
     with start(worker, request, reporter) as child:
         return child.wait()
+
+
+class Waiting(Generic[Request, Reply]):
+    """A worker that imports what it needs, and waits for its one request.
+
+    It knows nothing yet of what it will work on. Leaving its `with` ends it. The thread that makes
+    it must live as long as the child.
+    """
+
+    def __init__(self, worker: Worker[Request, Reply] | Script[Request, Reply]) -> None:
+        self._worker = worker
+        here = is_in_process() and isinstance(worker, Worker)
+        self._process: _Process[Reply] | None = None if here else _Process(worker)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.close()
+
+    def start(self, request: Request, reporter: Reporter = SILENT) -> Child[Reply]:
+        """Sends the request and returns at once; arguments are those of `start`."""
+        if self._process is None:
+            return start(self._worker, request, reporter)
+        process, self._process = self._process, None
+        return _Once(process, request, reporter)
 
 
 class Session(Generic[Request, Reply]):
@@ -200,18 +228,25 @@ class _Process(Generic[Reply]):
         self._folder = TemporaryFolder("child")
         # A file, not a pipe: nobody need read it, and it can be as long as it likes.
         self._stderr: IO[bytes] = tempfile.TemporaryFile()
-        self._popen = subprocess.Popen(
-            worker.command,
-            env=worker.environment.variables() | {"TMPDIR": str(self._folder.path)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-        )
+        self._popen = self._begin({"TMPDIR": str(self._folder.path)})
         self._timer: threading.Timer | None = None
         if (seconds := worker.limits.seconds) is not None:
             self._timer = threading.Timer(seconds, self._time_out)
             self._timer.daemon = True
             self._timer.start()
+
+    def _begin(self, environment: dict[str, str]) -> subprocess.Popen[bytes] | Forked:
+        worker = self._worker
+        if (server := server_for(worker)) is not None and isinstance(worker, Worker):
+            own = {**worker.environment.add, **environment}
+            return server.fork(worker.module, own, self._stderr)
+        return subprocess.Popen(
+            worker.command,
+            env=worker.environment.variables() | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+        )
 
     @property
     def is_alive(self) -> bool:
@@ -238,7 +273,8 @@ class _Process(Generic[Reply]):
         self.is_waiting = False
         stdin = self._popen.stdin
         assert stdin is not None
-        envelope = Envelope(os.getpid(), self._worker.limits, request.to_json())
+        parent = self._popen.parent if isinstance(self._popen, Forked) else os.getpid()
+        envelope = Envelope(parent, self._worker.limits, request.to_json())
         with suppress(BrokenPipeError):  # it died; `reply` says of what
             try:
                 stdin.write(json.dumps(envelope.to_json()).encode() + b"\n")
@@ -306,14 +342,9 @@ class _Process(Generic[Reply]):
 class _Once(Child[Reply]):
     """A process that is asked once."""
 
-    def __init__(
-        self,
-        worker: Worker[Request, Reply] | Script[Request, Reply],
-        request: Request,
-        reporter: Reporter,
-    ) -> None:
+    def __init__(self, process: _Process[Reply], request: Document, reporter: Reporter) -> None:
         self._reporter = reporter
-        self._process: _Process[Reply] = _Process(worker)
+        self._process = process
         try:
             self._process.send(request, last=True)
         except BaseException:

@@ -93,7 +93,7 @@ class Worker(Generic[Request, Reply]):
     @property
     def command(self) -> list[str]:
         """What the parent starts."""
-        return [sys.executable, "-P", "-m", "nf4_pipeline.processes.child_side", self.module]
+        return command(self.module)
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,11 @@ class Script(Generic[Request, Reply]):
     def command(self) -> list[str]:
         """What the parent starts."""
         return [str(self.python), "-P", str(self.path)]
+
+
+def command(module: str) -> list[str]:
+    """What runs a worker by its module."""
+    return [sys.executable, "-P", "-m", "nf4_pipeline.processes.child_side", module]
 
 
 def load_function(module: str) -> tuple[Callable[..., Document], type[Document]]:

@@ -14,7 +14,7 @@ import numpy as np
 
 STATE = ".quant_state.bitsandbytes__nf4"
 TYPES: dict[str, Any] = {"U8": np.dtype("u1"), "F32": np.dtype("<f4")}
-PIECE = 2**20  # weights at a time; whole blocks
+PIECE = 2**18  # weights at a time
 
 
 def open_tensors(folder: Path) -> dict[str, Any]:
@@ -39,11 +39,11 @@ def decode(tensors: dict[str, Any], name: str, state: dict[str, Any]) -> Iterato
     nested = np.repeat(tensors[f"{name}.nested_absmax"], state["nested_blocksize"])[: stored.size]
     scales = tensors[f"{name}.nested_quant_map"][stored] * nested
     scales += np.float32(state["nested_offset"])
+    pairs = np.array([(a, b) for a in levels for b in levels], "<f4").view("<u8")[:, 0]
     for start in range(0, count, PIECE):
         size = min(PIECE, count - start)
-        pairs = tensors[name][start // 2 : (start + size + 1) // 2]
-        codes = np.stack([pairs >> 4, pairs & 15], axis=1).reshape(-1)[:size]  # two in a byte
-        yield levels[codes] * np.repeat(scales[start // block :][: -(-size // block)], block)[:size]
+        weights = pairs.take(tensors[name][start // 2 : (start + size + 1) // 2]).view("<f4")[:size]
+        yield weights * np.repeat(scales[start // block :][: -(-size // block)], block)[:size]
 
 
 def round_to(dtype: str, weights: Any) -> Any:

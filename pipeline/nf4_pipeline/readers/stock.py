@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -94,14 +95,22 @@ class StockReader:
     Args:
         request: what it is asked. `logits` must be None if a layer is awkward (`awkward_layers`).
         awkward: how many are.
+        waiting: its process, if it was started before.
     """
 
-    def __init__(self, request: StockRequest, *, awkward: int = 0) -> None:
+    def __init__(
+        self,
+        request: StockRequest,
+        *,
+        awkward: int = 0,
+        waiting: child.Waiting[StockRequest, StockReply] | None = None,
+    ) -> None:
         lora = request.lora and not awkward
         self._request = replace(request, lora=lora, logits=None if awkward else request.logits)
         self._awkward = awkward
         self._lora_wanted = request.lora
-        self._child = child.start(READER, self._request)
+        begin = waiting.start if waiting else partial(child.start, READER)
+        self._child = begin(self._request)
 
     def __enter__(self) -> StockReader:
         return self

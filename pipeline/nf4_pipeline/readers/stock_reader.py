@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import importlib
 import io
 import json
 import os
@@ -68,25 +69,37 @@ def main() -> None:
     """Answers the one request."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print goes elsewhere
-    asked = json.loads(sys.stdin.read())
-    if "parent" in asked:  # an envelope of the package's own
-        _die_with(asked["parent"])
-        asked = asked["request"]
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    _end_with_parent()
+    _import_what_is_there()  # while nobody has asked yet
+    sent = sys.stdin.read()
+    if not sent:
+        os._exit(1)  # whoever might have asked has ended
+    asked = json.loads(sent)
+    if "parent" in asked:  # an envelope of the package's own
+        if os.getppid() != asked["parent"]:
+            os._exit(1)
+        asked = asked["request"]
     try:
         said: dict[str, Any] = {"reply": look(asked)}
     except OSError as error:  # of the machine
-        text = f"Loading {asked['artifact']} with transformers: {error}. Then run it again."
+        text = f"Loading {asked['artifact']} with transformers: {error}. Mend it, and run it again."
         said = {"error": {"name": "ResourceError", "text": text}}
     print(json.dumps(said), file=answers, flush=True)
     os._exit(0)
 
 
-def _die_with(parent: int) -> None:
+def _end_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+
+
+def _import_what_is_there() -> None:
+    for name in ("bitsandbytes", "transformers.models.auto.modeling_auto", "peft"):
+        try:
+            importlib.import_module(name)
+        except Exception:  # said where it is used
+            continue
 
 
 def look(asked: Asked) -> Found:

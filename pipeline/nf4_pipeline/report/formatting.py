@@ -20,6 +20,8 @@ _CONTROLS: Final = {
     0x7F: 0x2421,
     **{code: 0xFFFD for code in range(0x80, 0xA0)},
     **{code: 0xFFFD for code in range(0xD800, 0xE000)},
+    # What turns the direction of all that follows, up to where a stranger likes.
+    **{code: 0xFFFD for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))},
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -49,6 +49,7 @@ class Download:
 
     request: DownloadRequest
     reporter: Reporter = SILENT
+    begin: Callable[[], None] = lambda: None
 
     def run(self) -> Downloaded:
         """Does the work, as far as it is not done.
@@ -65,6 +66,7 @@ class Download:
                 finder.keep(place)
                 self._say(downloaded.record.facts)
                 return downloaded
+            self.begin()
             source = finder.find(place)
         finding.peak_memory = max(finding.peak_memory, peak_memory_of_children())
         build = self.request.build(source.slug)

@@ -24,10 +24,11 @@ from nf4_pipeline.checkpoint.files import CARD_FILE, entries, is_tokenizer
 from nf4_pipeline.checkpoint.plain_file import check_plain
 from nf4_pipeline.errors import ArtifactError, RecipeError, ResourceError
 from nf4_pipeline.fidelity.verdict import Check
-from nf4_pipeline.machine import Machine, may_have_cuda
+from nf4_pipeline.machine import Machine, kind_of_device
 from nf4_pipeline.manifest.manifest import Manifest, Source
 from nf4_pipeline.manifest.read import MANIFEST_FILE, read_manifest
 from nf4_pipeline.model.check_folder import check_small_files
+from nf4_pipeline.processes.in_process import is_in_process
 from nf4_pipeline.processes.temporary import TemporaryFolder
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.provenance.signing import SIGNATURE_FILE
@@ -37,7 +38,7 @@ from nf4_pipeline.records import ATTEST, DOWNLOAD, SERIALIZE, VERIFY, source_car
 from nf4_pipeline.report.model_card import model_card
 from nf4_pipeline.report.page import report_page
 from nf4_pipeline.report.pictures import PICTURES, pictures
-from nf4_pipeline.resource_usage import measured
+from nf4_pipeline.resource_usage import available_memory, measured
 from nf4_pipeline.runtime.artifact import find_model
 from nf4_pipeline.runtime.loader import pick_device
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
@@ -51,7 +52,7 @@ from nf4_pipeline.verification.check_files import (
 from nf4_pipeline.verification.check_model import check_kept, check_weights, report_unloadable
 from nf4_pipeline.verification.document import Against, MeasuredVerification, Verification
 from nf4_pipeline.verification.eval_text import RANDOM, Text, read_text
-from nf4_pipeline.verification.launch import Examination, compare_scores
+from nf4_pipeline.verification.launch import Examination, Workers, compare_scores
 from nf4_pipeline.verification.prompts import LARGEST, REFERENCE, Prompt, asked_with, read_prompts
 
 CODE_VERSION: Final = 6
@@ -60,6 +61,9 @@ REPORT_FILE: Final = "report.html"
 _WRITTEN: Final = {VERIFICATION_FILE, CARD_FILE, REPORT_FILE} | {
     picture.file for picture in PICTURES.values() if picture.file
 }
+_SPARE: Final = 2 * 2**30
+"""Bytes that a model takes beside its weights while it computes."""
+
 _USED: Final = ("torch", "transformers", "bitsandbytes")
 
 
@@ -75,6 +79,7 @@ class Verify:
         machine: the device.
         reporter: told how far it is.
         against: an artifact of the same source to compare this one with; None for none.
+        workers: the processes that verify, if they were started before.
     """
 
     build: Build
@@ -82,6 +87,7 @@ class Verify:
     machine: Machine
     reporter: Reporter = SILENT
     against: str | None = None
+    workers: Workers | None = None
 
     kind: ClassVar = VERIFY
 
@@ -115,17 +121,28 @@ class Verify:
                 "recipe": recipe,
                 "prompts": digest_file(self.prompts_path()).sha256,
                 "text": self._text().sha256,
-                "device": self._device_kind(),
+                "device": kind_of_device(self.machine.device),
                 "against": against,
             }
         )
 
-    def _device_kind(self) -> str:
-        """What a verdict is about: "cpu" or "cuda"; torch is only asked where it must be."""
+    def _device(self) -> str:
+        """What is verified on: "cpu" or "cuda:N"; torch is only asked where it must be."""
         device = self.machine.device
-        if device == "cpu" or (device == "auto" and not may_have_cuda()):
-            return "cpu"
-        return pick_device(device).partition(":")[0]
+        return pick_device(device) if kind_of_device(device) != "cpu" else "cpu"
+
+    def _fits_together(self, manifest: Manifest, device: str) -> bool:
+        """Whether both models may be in memory at the same time, and the artifact once more."""
+        if is_in_process() or self.machine.device_memory:
+            return False
+        in_16_bit = sum(digest.size for digest in manifest.source.files.values())
+        in_4_bit = sum(digest.size for digest in manifest.files.values())
+        if device == "cpu":  # each is on the disk's side of memory, too
+            return 2 * (in_16_bit + 2 * in_4_bit) + _SPARE < (available_memory() or 0)
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(device)
+        return bool(in_16_bit + 2 * in_4_bit + 3 * _SPARE < free)
 
     def _manifest_of_other(self) -> str | None:
         """The hash of the manifest of the artifact to compare with, if there is one."""
@@ -267,25 +284,37 @@ class Verify:
         prompts = self._prompts()
         asked = Examination(
             source=self.build.source,
-            device=pick_device(self.machine.device),
+            device=self._device(),
             device_memory=self.machine.device_memory,
             prompts=prompts,
             max_new_tokens=recipe.max_new_tokens,
             text=self._text(),
             tokens=recipe.eval_tokens,
         )
+        together = self._fits_together(manifest, asked.device)
         with ExitStack() as stack:
+            workers = self.workers or stack.enter_context(Workers())
             folder = stack.enter_context(TemporaryFolder("scores"))
             own, others = folder / "own.npz", folder / "others.npz"
-            readers = stack.enter_context(Readers(_read(export, manifest), asked.device, folder))
-            source = asked.ask_source(export, self.reporter)
+            readers = stack.enter_context(
+                Readers(
+                    _read(export, manifest),
+                    asked.device,
+                    folder,
+                    workers.stock,
+                    self.reporter,
+                    beside=together,
+                )
+            )
             try:
-                artifact = asked.ask_artifact(
+                source, artifact = asked.ask_both(
                     export,
                     own,
+                    workers,
                     self.reporter,
                     nearest=_modules_kept_by_budget(manifest),
                     logits=readers.own_logits,
+                    together=together,
                 )
             except ArtifactError as error:
                 return assemble_stopped([*checks, report_unloadable(str(error))], recipe, versions)
@@ -295,8 +324,7 @@ class Verify:
                     layers=artifact.memory.linear4bit,
                     lost=[*artifact.missing, *artifact.unexpected],
                     dtype=artifact.device.dtype,
-                ),
-                self.reporter,
+                )
             )
             verification = assemble_measured(
                 manifest, checks, prompts, source, artifact, recipe, versions, found

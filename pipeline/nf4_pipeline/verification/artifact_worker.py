@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,14 @@ from nf4_pipeline.verification.messages import ArtifactReply, ArtifactRequest, L
 if TYPE_CHECKING:
     from nf4_pipeline.verification.compare_models import Comparison
 
-# The libraries underneath are imported where they are used: that counts as loading.
+# The libraries underneath are imported in `prepare`, or where they are used.
+
+
+def prepare() -> None:
+    """Imports what loading, comparing and answering need."""
+    import_module("transformers.models.auto.modeling_auto")
+    import_module("transformers.quantizers.auto")
+    import_module("nf4_pipeline.verification.compare_models")
 
 
 def run(request: ArtifactRequest, reporter: Reporter) -> ArtifactReply:

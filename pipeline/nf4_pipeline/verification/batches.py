@@ -54,7 +54,7 @@ class Written:
 
 
 def cut_batches(
-    generator: Generator, lengths: Sequence[int], max_new_tokens: int, *, pad: bool
+    generator: Generator, lengths: Sequence[int], max_new_tokens: int, *, padded: bool
 ) -> Iterator[list[int]]:
     """Which prompts are answered together, as their numbers.
 
@@ -62,11 +62,9 @@ def cut_batches(
         generator: the model.
         lengths: of the prompts, in tokens; each leaves room for a token.
         max_new_tokens: of each answer.
-        pad: try whether prompts of different lengths may stand in one batch; runs the model.
+        padded: prompts of different lengths may stand in one batch (see `may_be_padded`).
     """
     order = sorted(range(len(lengths)), key=lambda number: lengths[number])
-    mixed = pad and len({*lengths}) > 1
-    padded = mixed and _may_be_padded(generator, min(lengths), max(lengths))
     batch: list[int] = []
     for number in order:
         size = _fitting(generator, lengths[number] + max_new_tokens)
@@ -183,16 +181,22 @@ def _fitting(generator: Generator, tokens: int) -> int:
     return max(1, min(_MOST, _CACHE_BYTES // max(nbytes, 1)))
 
 
-def _may_be_padded(generator: Generator, shortest: int, longest: int) -> bool:
-    """Whether a prompt has the same next token alone and beside a longer one, as far as it shows.
+def may_be_padded(generator: Generator, lengths: Sequence[int]) -> bool:
+    """Whether a prompt has the same next token alone and beside a longer one; runs the model.
 
     What depends on the tokens before, padding among them, is not tried: such models are not padded.
+
+    Args:
+        generator: the model.
+        lengths: of the prompts, in tokens.
     """
+    if len({*lengths}) < 2:
+        return False
     config, model = generator.model.generation_config, generator.model
     penalized = (config.repetition_penalty or 1.0) != 1.0 or bool(config.no_repeat_ngram_size)
     if penalized or getattr(model, "_is_stateful", False):
         return False
-    return _moved_by_padding(generator, shortest, longest) <= _SAME
+    return _moved_by_padding(generator, min(lengths), max(lengths)) <= _SAME
 
 
 def _moved_by_padding(generator: Generator, shortest: int, longest: int) -> float:

@@ -13,9 +13,12 @@ from nf4_pipeline.documents import Document
 from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.progress import Task
 from nf4_pipeline.runtime.generate import Generator
-from nf4_pipeline.verification.batches import Draws, cut_batches, write_batch
+from nf4_pipeline.verification.batches import Draws, cut_batches, may_be_padded, write_batch
 from nf4_pipeline.verification.document import FirstDifference
 from nf4_pipeline.verification.prompts import Prompt
+
+Run = Callable[[list[Callable[[], None]]], object]
+"""Runs functions that all run one model."""
 
 SEED: Final = 0
 _TEMPERATURE: Final = 0.8
@@ -100,7 +103,7 @@ def answer_all(
         max_new_tokens: of each answer.
         task: advanced by the answers of each batch.
     """
-    plan = _Plan(generator, asked, max_new_tokens, pad=True)
+    plan = _Plan(generator, asked, max_new_tokens, lambda functions: [f() for f in functions])
     seconds = 0.0
     for batch in plan.batches:
         start = time.perf_counter()
@@ -115,7 +118,7 @@ def answer_streamed(
     generator: Generator,
     asked: Sequence[Question],
     max_new_tokens: int,
-    run: Callable[[list[Callable[[], None]]], None],
+    run: Run,
 ) -> Answered:
     """Answers questions by a model whose blocks pass by.
 
@@ -125,7 +128,7 @@ def answer_streamed(
         max_new_tokens: of each answer.
         run: runs functions that all wait for each other at every block.
     """
-    plan = _Plan(generator, asked, max_new_tokens, pad=False)
+    plan = _Plan(generator, asked, max_new_tokens, run)
     run([partial(plan.answer, batch) for batch in plan.batches])
     # All of them were held at every block, so the time of any one says nothing.
     answers = [replace(one, seconds=0.0, first_token_seconds=None) for one in plan.answers()]
@@ -136,16 +139,23 @@ class _Plan:
     """Questions, cut into batches of one kind of decoding, and the answers to them."""
 
     def __init__(
-        self, generator: Generator, asked: Sequence[Question], max_new_tokens: int, *, pad: bool
+        self, generator: Generator, asked: Sequence[Question], max_new_tokens: int, run: Run
     ) -> None:
         self._generator = generator
         self._asked = asked
         self._max_new_tokens = max_new_tokens
         self._ids = [encode(generator, question.prompt) for question in asked]
         self._answers: dict[int, TimedAnswer] = {}
-        self.batches = [batch for drawn in (False, True) for batch in self._cut(drawn, pad)]
+        self._padded = False
+        run([self._try_padding])
+        self.batches = [batch for drawn in (False, True) for batch in self._cut(drawn)]
 
-    def _cut(self, drawn: bool, pad: bool) -> Iterator[list[int]]:
+    def _try_padding(self) -> None:
+        context = self._generator.context or 2**31
+        lengths = [len(ids) for ids in self._ids if len(ids) < context]
+        self._padded = may_be_padded(self._generator, lengths)
+
+    def _cut(self, drawn: bool) -> Iterator[list[int]]:
         """The questions of each batch, by number; one without room for an answer is in none."""
         context = self._generator.context
         numbers = [
@@ -155,7 +165,9 @@ class _Plan:
         ]
         if numbers:
             lengths = [len(self._ids[number]) for number in numbers]
-            for batch in cut_batches(self._generator, lengths, self._max_new_tokens, pad=pad):
+            for batch in cut_batches(
+                self._generator, lengths, self._max_new_tokens, padded=self._padded
+            ):
                 yield [numbers[place] for place in batch]
 
     def answer(self, batch: Sequence[int]) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -13,9 +16,15 @@ from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import VerificationError
 from nf4_pipeline.fidelity.metrics import Difference, difference
 from nf4_pipeline.fidelity.token_scores import TokenScores
+from nf4_pipeline.machine import may_have_cuda
+from nf4_pipeline.model.probe import WORKER as PROBE
 from nf4_pipeline.processes import parent_side as child
+from nf4_pipeline.processes.forked import serving
 from nf4_pipeline.processes.worker import Worker
 from nf4_pipeline.progress import Reporter
+from nf4_pipeline.readers.stock import READER, StockReply, StockRequest
+from nf4_pipeline.resource_usage import available_memory
+from nf4_pipeline.runtime.loader import pick_device
 from nf4_pipeline.verification.eval_text import Text
 from nf4_pipeline.verification.messages import (
     ArtifactReply,
@@ -31,6 +40,9 @@ _SOURCE_WORKER: Final = Worker[SourceRequest, SourceReply](
 _ARTIFACT_WORKER: Final = Worker[ArtifactRequest, ArtifactReply](
     "nf4_pipeline.verification.artifact_worker", ArtifactReply
 )
+
+_PLENTY: Final = 6 * 2**30
+"""Bytes of free memory beside which three waiting processes do no harm."""
 
 _Request = TypeVar("_Request", bound=Document)
 _Reply = TypeVar("_Reply", bound=Document)
@@ -62,18 +74,59 @@ class Examination:
         """The same, on the text alone."""
         return replace(self, prompts=())
 
-    def ask_source(self, artifact: Path, reporter: Reporter) -> SourceReply:
-        """The 16-bit model's answers, from a fresh process.
+    def ask_both(
+        self,
+        artifact: Path,
+        scores: Path,
+        workers: Workers,
+        reporter: Reporter,
+        *,
+        nearest: Sequence[str] | None = None,
+        logits: Path | None = None,
+        together: bool,
+    ) -> tuple[SourceReply, ArtifactReply]:
+        """What both models say, each from a fresh process.
+
+        Args:
+            artifact: the export folder, whose tokenizer is used for both.
+            scores: as in `ask_artifact`, like `nearest` and `logits`.
+            workers: the processes.
+            reporter: told how far they are.
+            together: both at the same time; else one after the other.
+
+        Raises:
+            ArtifactError: the artifact could not be loaded.
+            SourceError: the checkpoint could not be loaded.
+            RecipeError: the text is too short for one sequence.
+            VerificationError: a process died.
+        """
+        source = self.source_request(artifact)
+        export = self._artifact_request(artifact, scores, nearest, logits)
+        if not together:
+            in_16_bit = _ask(workers.source(), source, self.source, reporter)
+            return in_16_bit, _ask(workers.artifact(), export, artifact, reporter)
+        with ExitStack() as stack:
+            children = (
+                stack.enter_context(workers.source().start(source, reporter)),
+                stack.enter_context(workers.artifact().start(export, reporter)),
+            )
+            pool = stack.enter_context(ThreadPoolExecutor(len(children), "verify"))
+            first: Future[SourceReply] = pool.submit(_wait, children[0], self.source)
+            second: Future[ArtifactReply] = pool.submit(_wait, children[1], artifact)
+            try:
+                return first.result(), second.result()
+            except BaseException:
+                for child_at_work in children:
+                    child_at_work.close()  # else its thread would go on waiting
+                raise
+
+    def source_request(self, artifact: Path) -> SourceRequest:
+        """What the process is asked that runs the 16-bit model.
 
         Args:
             artifact: whose tokenizer is used for both.
-            reporter: told how far it is.
-
-        Raises:
-            SourceError: the checkpoint could not be loaded.
-            VerificationError: the process died.
         """
-        request = SourceRequest(
+        return SourceRequest(
             source=self.source,
             artifact=artifact,
             device=self.device,
@@ -81,7 +134,6 @@ class Examination:
             prompts=tuple(self.prompts),
             max_new_tokens=self.max_new_tokens,
         )
-        return _ask(_SOURCE_WORKER, request, self.source, reporter)
 
     def ask_artifact(
         self,
@@ -106,7 +158,14 @@ class Examination:
             RecipeError: the text is too short for one sequence.
             VerificationError: the process died.
         """
-        request = ArtifactRequest(
+        request = self._artifact_request(artifact, scores, nearest, logits)
+        with child.Waiting(_ARTIFACT_WORKER) as waiting:
+            return _ask(waiting, request, artifact, reporter)
+
+    def _artifact_request(
+        self, artifact: Path, scores: Path, nearest: Sequence[str] | None, logits: Path | None
+    ) -> ArtifactRequest:
+        return ArtifactRequest(
             source=self.source,
             artifact=artifact,
             device=self.device,
@@ -119,14 +178,79 @@ class Examination:
             nearest=None if nearest is None else tuple(nearest),
             logits=logits,
         )
-        return _ask(_ARTIFACT_WORKER, request, artifact, reporter)
+
+
+class Workers:
+    """The processes that verify. They may be started early: then they import while others work.
+
+    What they will work on they are told only when it is there. Leaving its `with` ends them.
+
+    Args:
+        device: as the user named it.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
+        self._stack = ExitStack()
+        self._source: child.Waiting[SourceRequest, SourceReply] | None = None
+        self._artifact: child.Waiting[ArtifactRequest, ArtifactReply] | None = None
+        self._stock: child.Waiting[StockRequest, StockReply] | None = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def begin(self) -> None:
+        """Starts them, unless memory is short: each takes some 0.5 GB before it is asked.
+
+        Where there is no GPU, one process imports for both models, and for the probe of the source;
+        a fork of a process that may have asked for a GPU cannot use it.
+        """
+        available = available_memory()
+        if available is not None and available < _PLENTY:
+            return
+        if may_have_cuda():
+            self._source, self._artifact = self.source(), self.artifact()
+            # This process, too, will ask torch which GPUs there are, and how much memory is free.
+            self._stack.enter_context(ThreadPoolExecutor(1)).submit(pick_device, self._device)
+        else:
+            modules = (PROBE.module, _SOURCE_WORKER.module, _ARTIFACT_WORKER.module)
+            self._stack.enter_context(serving(modules))
+        self._stock = self.stock()
+
+    def source(self) -> child.Waiting[SourceRequest, SourceReply]:
+        """The one that runs the 16-bit model; may be asked once."""
+        begun, self._source = self._source, None
+        return begun or self._stack.enter_context(child.Waiting(_SOURCE_WORKER))
+
+    def artifact(self) -> child.Waiting[ArtifactRequest, ArtifactReply]:
+        """The one that runs the artifact; may be asked once."""
+        begun, self._artifact = self._artifact, None
+        return begun or self._stack.enter_context(child.Waiting(_ARTIFACT_WORKER))
+
+    def stock(self) -> child.Waiting[StockRequest, StockReply]:
+        """The one that reads the artifact with stock transformers; may be asked once."""
+        begun, self._stock = self._stock, None
+        return begun or self._stack.enter_context(child.Waiting(READER))
 
 
 def _ask(
-    worker: Worker[_Request, _Reply], request: _Request, folder: Path, reporter: Reporter
+    waiting: child.Waiting[_Request, _Reply], request: _Request, folder: Path, reporter: Reporter
 ) -> _Reply:
+    with waiting.start(request, reporter) as asked:
+        return _wait(asked, folder)
+
+
+def _wait(asked: child.Child[_Reply], folder: Path) -> _Reply:
     try:
-        return child.run(worker, request, reporter)
+        return asked.wait()
     except child.ChildFailed as failure:
         signal = (
             " Signal 9 usually means that memory ran out: end other programs, then run "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 from nf4_pipeline.progress import Reporter, Task
@@ -31,6 +32,12 @@ if TYPE_CHECKING:
 
 _SPARE: Final = 2 * 2**30
 """Bytes of the device's memory that the 16-bit model leaves for what it computes with."""
+
+
+def prepare() -> None:
+    """Imports what loading and answering need."""
+    import_module("transformers.models.auto.modeling_auto")
+    import_module("nf4_pipeline.blocks.streamed_model")
 
 
 def run(request: SourceRequest, reporter: Reporter) -> SourceReply:
