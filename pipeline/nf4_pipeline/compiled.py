@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
 from nf4_pipeline.errors import UsageError
 
@@ -20,23 +20,20 @@ except (ValueError, TypeError) as error:  # it reads the environment when it is 
         "its variables that are set (env | grep NUMBA)."
     ) from error
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def compiled(**options: Any) -> Callable[[F], F]:
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Compiles a function at its first call; it does not hold the GIL.
 
     Args:
         options: further ones of `numba.njit`.
     """
 
-    def decorate(function: F) -> F:
+    def decorate(function: Callable[..., Any]) -> Any:
         made = njit(nogil=True, **options)(function)
         if hasattr(made, "enable_caching"):  # else NUMBA_DISABLE_JIT gives the function back
             with suppress(RuntimeError, OSError):  # numba found no folder to write to
                 made.enable_caching()
                 made._cache = _Forgiving(made._cache)
-        return made  # type: ignore[no-any-return]
+        return made
 
     return decorate
 

@@ -38,7 +38,7 @@ def make_places(folder: Path) -> dict[str, Path]:
     assert done.status == 0, done.err
     for (name, stage), after in zip(STAGES.items(), (*list(STAGES)[1:], "whole"), strict=True):
         copy_of(places[name], places[after])
-        own = ["--recipe", places["recipe"]] if stage == "verify" else []
+        own: list[str | Path] = ["--recipe", places["recipe"]] if stage == "verify" else []
         done = nf4(stage, *own, "--build-dir", places[after], cwd=folder)
         assert done.status == 0, done.err
     return places
@@ -214,8 +214,7 @@ def _file_systems() -> Iterator[Case]:
         ),
         (
             "artifact",
-            "cp -r $whole/export d/e; nf4 inspect d/e && nf4 prompt d/e hello "
-            "--max-new-tokens 2 && nf4 reproduce d/e --source $model",
+            "cp -r $whole/export d/e; nf4 inspect d/e && nf4 reproduce d/e --source $model",
             0,
             "",
         ),
@@ -233,8 +232,7 @@ def _file_systems() -> Iterator[Case]:
         (
             "exchange of names",
             "renameat2",
-            "copy exported; nf4 serialize --max-shard-size 40KB "
-            "--build-dir build && nf4 status --build-dir build",
+            "copy exported; nf4 serialize --max-shard-size 40KB --build-dir build",
             0,
             "",
         ),
@@ -247,8 +245,6 @@ def _file_systems() -> Iterator[Case]:
         ),
         ("fsync", "fsync", QUANTIZE, 1, "Error: "),
         ("statvfs", "statvfs statvfs64 fstatvfs fstatvfs64", QUANTIZE, 1, "Error: "),
-        ("preadv", "preadv preadv64 preadv2 preadv64v2", QUANTIZE, (0, 1), ""),
-        ("mmap of files", "mmap_file", "nf4 inspect $whole", 0, ""),
         ("inotify, eventfd", "inotify_init eventfd", DOWNLOAD, 0, ""),
         ("prctl", "prctl", DOWNLOAD, 0, ""),
     ):
@@ -260,7 +256,7 @@ def _file_systems() -> Iterator[Case]:
         )
         before, _, last = lines.rpartition("nf4 ") if lines.startswith("copy") else ("", "", lines)
         line = f"{made} {before} export LD_PRELOAD=$PWD/no.so; nf4 {last.removeprefix('nf4 ')}"
-        yield Case(item, name, line, status if isinstance(status, tuple) else (status,), said)
+        yield Case(item, name, line, (status,), said)
 
 
 def _names() -> Iterator[Case]:
@@ -292,14 +288,14 @@ def _names() -> Iterator[Case]:
     lines = "p=$'a\\xffb'; mkdir $p; cp -r $model $p/model; nf4 download $p/model --build-dir build"
     yield Case(item, "not UTF-8", lines, (2,), "not UTF-8")
     for name, lines in {
-        "trailing slash": "nf4 download $model/ --build-dir build/ && nf4 quantize --build-dir build/",
+        "trailing slash": "nf4 download $model/ --build-dir b/ && nf4 quantize --build-dir b/",
         "dot": "copy downloaded; cd build; nf4 quantize --build-dir .",
         "dots": "copy downloaded; mkdir x; cd x; nf4 quantize --build-dir ../build/../build//",
         "model as dot": "cp -r $model m; cd m; nf4 download . --build-dir ../build",
         "through a link": "copy downloaded; ln -s build l; nf4 quantize --build-dir l",
         "model through a link": "ln -s $model m; nf4 download m --build-dir build",
         "build folder is a broken link": "ln -s nowhere build; " + DOWNLOAD,
-        "build folder is a link to another disk": "mkdir /dev/shm/nf4-x; ln -s /dev/shm/nf4-x build; "
+        "build folder is a link to a disk": "mkdir /dev/shm/nf4-x; ln -s /dev/shm/nf4-x build; "
         + DOWNLOAD
         + "; s=$?; rm -rf /dev/shm/nf4-x; exit $s",
         "build folder is a file": "touch build; " + DOWNLOAD,
@@ -331,7 +327,7 @@ def _names() -> Iterator[Case]:
         yield Case(item, name, lines, (0, 1, 2))
     for name in ("source", "quantized", "export", "calibration", "converted", "records"):
         lines = (
-            f"copy downloaded; mkdir -p mine/folder; touch mine/file mine/folder/x; ln -s y mine/l; "
+            "copy downloaded; mkdir -p mine/folder; touch mine/file mine/folder/x; ln -s y mine/l; "
             f"rm -rf build/{name}; ln -s ../mine build/{name}; for c in quantize "
             "'quantize --calibrate self' serialize verify 'build $model'; do "
             "eval nf4 $c --build-dir build || break; done; "
@@ -343,7 +339,7 @@ def _names() -> Iterator[Case]:
 def _users() -> Iterator[Case]:
     item = "another user"
     for name, lines in {
-        "without an entry": f"copy downloaded; export HOME=/; {AS_NOBODY} quantize --build-dir build",
+        "without an entry": f"copy downloaded; HOME=/; {AS_NOBODY} quantize --build-dir build",
         "verify": f"copy exported; unset HOME USER LOGNAME; {AS_NOBODY} verify --recipe $recipe "
         "--build-dir build",
         "attest": f"copy verified; unset HOME; {AS_NOBODY} attest --build-dir build",
@@ -368,7 +364,8 @@ def _users() -> Iterator[Case]:
     ):
         lines = (
             f"umask {mask}; copy verified; rm -r build/export build/records/[s-v]* build/quantized "
-            "build/records/q*; nf4 quantize --build-dir build && nf4 serialize --build-dir build && "
+            "build/records/q*; nf4 quantize --build-dir build && "
+            "nf4 serialize --build-dir build && "
             "find build/export build/quantized build/records/[qs]* -type f ! -name model.sig "
             "-printf '%m %p\\n' | sort | "
             f"(! grep -v '^{mode}')"
@@ -380,7 +377,7 @@ def _variables() -> Iterator[Case]:
     for value in ("-1", "99", "x", "0,0", ",", "NoDevFiles", "GPU-0", "  ", "MIG-x", "0" * 5000):
         lines = f"export CUDA_VISIBLE_DEVICES='{value}'; {DOWNLOAD} && nf4 doctor"
         yield Case("CUDA_VISIBLE_DEVICES", value[:10], lines, (0, 1))
-    for value in ("0", "-1", "x", "100000", "1.5", "99999999999999999999", " ", "1,2"):
+    for value in ("0", "x", "100000"):
         lines = f"export OMP_NUM_THREADS='{value}'; {VERIFY}"
         yield Case("OMP_NUM_THREADS", value, lines, seconds=200)
     for name, value in {
@@ -496,7 +493,7 @@ def _inputs() -> Iterator[Case]:
         "missing": "true",
     }.items():
         for option in ("--prompts", "--eval-text"):
-            lines = f"{content}; copy exported; nf4 verify --recipe $recipe {option} f --build-dir build"
+            lines = f"{content}; {VERIFY} {option} f"
             yield Case(item, f"{option} {name}", lines, (0, 1, 2), seconds=200)
         lines = f"{content}; copy downloaded; nf4 quantize --calibrate ./f --build-dir build"
         yield Case(item, f"--calibrate {name}", lines, (0, 1, 2), seconds=200)
@@ -536,15 +533,16 @@ def _signals() -> Iterator[Case]:
             if delay > 1 and name not in ("verify", "build", "download"):
                 continue
             lines = (
-                f"{before} {command} & p=$!; sleep {delay}; kill -HUP $p; wait $p; s=$?; sleep 0.5; "
+                f"{before} {command} & p=$!; sleep {delay}; kill -HUP $p; wait $p; s=$?; "
+                "sleep 0.5; "
                 "! pgrep -P $p && ! find . -name '.*.partial' | grep . && "
                 f"{command} && nf4 status --build-dir build >/dev/null && (exit $s)"
             )
             yield Case("SIGHUP", f"{name} after {delay} s", lines, (129, 0), seconds=300)
         lines = (
-            f"{before} {command} & p=$!; for i in 1 2 3 4 5; do sleep 0.4; kill -STOP -$$ 2>/dev/null"
-            " || kill -STOP $p; sleep 0.5; kill -CONT $p; done; wait $p"
-        ).replace("kill -STOP -$$ 2>/dev/null || ", "")
+            f"{before} {command} & p=$!; for i in 1 2 3 4 5; do sleep 0.4; kill -STOP $p; "
+            "sleep 0.5; kill -CONT $p; done 2>/dev/null; wait $p"
+        )
         yield Case("SIGSTOP", name, lines, seconds=300)
     for worker in ("source_worker", "artifact_worker", "stock_reader", "probe_worker"):
         lines = (

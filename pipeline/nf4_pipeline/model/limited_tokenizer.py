@@ -83,7 +83,7 @@ class LimitedTokenizer:
         from transformers import AutoTokenizer
 
         seconds = _SECONDS + _small_bytes(folder) / _FILE_BYTES_A_SECOND
-        start = time.monotonic()
+        start = time.thread_time()
         try:
             with (
                 limited(f"the tokenizer of {folder}", _limits(seconds), _TOKENIZER_REMEDY, error),
@@ -100,7 +100,7 @@ class LimitedTokenizer:
                 f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model in it. "
                 "Bring it from where the model came from."
             ) from failure
-        left = seconds - (time.monotonic() - start)
+        left = seconds - (time.thread_time() - start)
         return cls(tokenizer, error=error, seconds=left, template_remedy=template_remedy)
 
     def renew(self) -> None:
