@@ -9,7 +9,7 @@ from typing import Any
 
 from nf4_pipeline.build_folder import Build, Record, State
 from nf4_pipeline.calibration.calibrator import text_path
-from nf4_pipeline.errors import BuildError, RecipeError, StoppedError, of_system
+from nf4_pipeline.errors import BuildError, RecipeError, StoppedError, is_of_machine, of_system
 from nf4_pipeline.machine import Machine
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.recipe import TABLES, PartialRecipe, Recipe
@@ -239,13 +239,18 @@ def translate_errors(doing: str, build: Build | None = None) -> Iterator[None]:
         build: where; None while there is none yet.
 
     Raises:
-        ResourceError: the disk is full, memory ran out, or something may not be read or written.
+        ResourceError: the disk is full, memory or threads ran out, or something may not be read or
+            written.
         StoppedError: the user pressed Ctrl-C.
     """
     try:
         yield
     except (OSError, MemoryError) as error:
         raise of_system(error, doing) from error
+    except RuntimeError as error:
+        if is_of_machine(error):
+            raise of_system(error, doing) from error
+        raise
     except KeyboardInterrupt:
         raise StoppedError(f"Stopped in {doing}. {_say_what_is_kept(build)}") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from nf4_pipeline.checkpoint.safetensors_header import read_header
 from nf4_pipeline.documents import Document
+from nf4_pipeline.errors import ResourceError, is_of_machine
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.nf4.dequantize import dequantize
 from nf4_pipeline.nf4.stored_weight import StoredWeight
@@ -71,13 +73,23 @@ def decode_with_numpy(
         promised: whether the card promises that any reader can do this.
         reporter: told how many weights are done.
         stop: set, if nobody wants to know any more.
+
+    Raises:
+        ResourceError: a process was killed, or the machine lacks something that it needs.
     """
     stop = stop or Event()
     try:
         wrong = _names_wrong(artifact, shapes) or _compare_all(artifact, shapes, reporter, stop)
     except _UNREADABLE as error:
+        if is_of_machine(error):  # which says nothing of the artifact
+            raise
         wrong = f"{type(error).__name__}: {error}"
     except ChildFailed as error:
+        if error.status == -signal.SIGKILL:
+            raise ResourceError(
+                f"A process that decodes {artifact} was killed: as a rule, memory ran out. End "
+                "other programs, then run `nf4 verify` again."
+            ) from error
         wrong = f"its process died with status {error.status}: {error.cause}"
     return ReaderResult(
         name="numpy",
