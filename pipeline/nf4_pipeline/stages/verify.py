@@ -184,6 +184,12 @@ class Verify:
             ResourceError: there is no such device, or too little memory on it.
             VerificationError: a process that loads a model died.
         """
+        if self.workers is not None:
+            return self._run(self.workers)
+        with Workers(self.machine.device) as workers:
+            return self._run(workers)
+
+    def _run(self, workers: Workers) -> Record[Verification]:
         against = self._manifest_of_other()
         self._key(against, {})  # prompts, text or device that are not there are known now
         self.build.need(SERIALIZE)
@@ -196,12 +202,13 @@ class Verify:
         if self.against is not None:
             self._check_other(_artifact(self.against))
         self._forget_verdict()
+        workers.begin()
         with measured() as checking:
             export = self._stamps()
             files = self._check_files(manifest)
 
         def work() -> Outcome[Verification]:
-            verification = self._verify(manifest, files.checks)
+            verification = self._verify(manifest, files.checks, workers)
             source.check_untouched()
             export.check_untouched()
             documents = self._documents(manifest, verification)
@@ -275,7 +282,9 @@ class Verify:
             CARD_FILE: model_card(manifest, verification, source_card(self.build)).encode(),
         }
 
-    def _verify(self, manifest: Manifest, checks: Sequence[Check]) -> Verification:
+    def _verify(
+        self, manifest: Manifest, checks: Sequence[Check], workers: Workers
+    ) -> Verification:
         """Both models; if a check of the files failed, nothing is learned of them."""
         recipe, export = self.recipe.verify, self.build.export
         versions = _versions()
@@ -293,7 +302,6 @@ class Verify:
         )
         together = self._fits_together(manifest, asked.device)
         with ExitStack() as stack:
-            workers = self.workers or stack.enter_context(Workers())
             folder = stack.enter_context(TemporaryFolder("scores"))
             own, others = folder / "own.npz", folder / "others.npz"
             readers = stack.enter_context(

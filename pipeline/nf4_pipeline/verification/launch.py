@@ -20,6 +20,7 @@ from nf4_pipeline.machine import may_have_cuda
 from nf4_pipeline.model.probe import WORKER as PROBE
 from nf4_pipeline.processes import parent_side as child
 from nf4_pipeline.processes.forked import serving
+from nf4_pipeline.processes.in_process import is_in_process
 from nf4_pipeline.processes.worker import Worker
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.readers.stock import READER, StockReply, StockRequest
@@ -190,7 +191,7 @@ class Workers:
     """
 
     def __init__(self, device: str = "cpu") -> None:
-        self._device = device
+        self._device, self._begun = device, False
         self._stack = ExitStack()
         self._source: child.Waiting[SourceRequest, SourceReply] | None = None
         self._artifact: child.Waiting[ArtifactRequest, ArtifactReply] | None = None
@@ -208,14 +209,15 @@ class Workers:
         self._stack.close()
 
     def begin(self) -> None:
-        """Starts them, unless memory is short: each takes some 0.5 GB before it is asked.
+        """Starts them once, unless memory is short: each takes some 0.5 GB before it is asked.
 
         Where there is no GPU, one process imports for both models, and for the probe of the source;
         a fork of a process that may have asked for a GPU cannot use it.
         """
         available = available_memory()
-        if available is not None and available < _PLENTY:
+        if self._begun or is_in_process() or (available is not None and available < _PLENTY):
             return
+        self._begun = True
         if may_have_cuda():
             self._source, self._artifact = self.source(), self.artifact()
             # This process, too, will ask torch which GPUs there are, and how much memory is free.
