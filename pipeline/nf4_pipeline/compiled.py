@@ -20,6 +20,7 @@ except (ValueError, TypeError) as error:  # it reads the environment when it is 
         "its variables that are set (env | grep NUMBA)."
     ) from error
 
+
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Compiles a function at its first call; it does not hold the GIL.
 
