@@ -251,8 +251,12 @@ def test_lines_that_are_wrong(
         ("empty.txt", b"", "has 0 tokens; expected at least 128, better 256"),
         ("empty.jsonl", b"\n\n", "has 0 tokens; expected at least 128"),
         ("short.txt", b"x" * 127, "has 127 tokens; expected at least 128"),
-        ("latin.txt", b"caf\xe9" * 200, "cannot be read: .*utf-8"),
-        ("latin.jsonl", b'{"text": "caf\xe9"}', "cannot be read: .*utf-8"),
+        ("latin.txt", b"caf\xe9" * 200, "cannot be read: it is not UTF-8 .*; save it as UTF-8"),
+        (
+            "latin.jsonl",
+            b'{"text": "caf\xe9"}',
+            "cannot be read: it is not UTF-8 .*; save it as UTF-8",
+        ),
     ],
 )
 def test_files_that_cannot_be_used(

@@ -137,7 +137,7 @@ def text_of(content: bytes | None, name: str) -> Callable[[Path], str]:
 
 LINES = b'{"text": "' + b"x" * 300 + b'"}\n{"text": "y"\n'
 BAD_TEXTS: dict[str, tuple[Callable[[Path], str], tuple[str, ...]]] = {
-    "missing": (text_of(None, "none.txt"), (r"none\.txt cannot be read", "no such file", '"self"')),
+    "missing": (text_of(None, "none.txt"), (r"none\.txt cannot be read", "No such file", '"self"')),
     "too short": (text_of(b"x" * 255, "short.txt"), (r"short\.txt has 255 tokens", "least 256")),
     "a broken line": (text_of(LINES, "talk.jsonl"), (r"talk\.jsonl, line 2: expected",)),
 }

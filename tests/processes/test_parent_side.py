@@ -150,7 +150,8 @@ def test_a_child_that_is_killed_says_by_what_and_its_last_words() -> None:
     with pytest.raises(ChildFailed) as caught:
         ask("die", str(int(signal.SIGKILL)))
     assert caught.value.status == -signal.SIGKILL
-    assert caught.value.cause == "first words / last words"
+    assert caught.value.cause.startswith("it was killed (first words / last words); as a rule, ")
+    assert "memory ran out. End other programs" in caught.value.cause
 
 
 def test_a_module_that_cannot_be_imported() -> None:

@@ -58,7 +58,7 @@ def test_a_worker_that_is_killed_leaves_what_was_there(
         run_stage(build, "verify", recipe, CPU, killer)
     assert len(killer.killed) == 1
     assert f"The process that runs {build.export} ended with status -9" in str(raised.value)
-    assert "usually means that memory ran out" in str(raised.value)
+    assert "memory ran out. End other programs" in str(raised.value)
     assert _workers() == []
     assert (content_of(build.export), content_of(build.root / "records")) == before
     with in_process():

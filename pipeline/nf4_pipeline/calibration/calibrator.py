@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from nf4_pipeline.calibration.calibration_facts import CalibrationFacts
 from nf4_pipeline.checkpoint.atomic import json_bytes, make_folder, write_json
 from nf4_pipeline.checkpoint.digest import digest_file, json_sha256
+from nf4_pipeline.checkpoint.plain_file import check_plain, why_unreadable
 from nf4_pipeline.errors import BuildError, PlanMismatchError, RecipeError, ResourceError
 from nf4_pipeline.manifest.manifest import KeptModule
 from nf4_pipeline.nf4.rounding import NearestOnCpu, Rounding
@@ -242,16 +243,20 @@ def text_path(recipe: QuantizeRecipe) -> Path | None:
     """The text to calibrate on; None if the model writes its tokens, or nothing is calibrated.
 
     Raises:
-        RecipeError: the recipe names a file that does not exist.
+        RecipeError: the recipe names a file that does not exist, is no plain file, or is too large.
     """
     if recipe.calibrate in ("", "self"):
         return None
     path = Path(recipe.calibrate)
-    if not path.is_file():
+    from nf4_pipeline.calibration.tokens import LARGEST
+
+    try:
+        check_plain(path, LARGEST)
+    except OSError as error:
         raise RecipeError(
-            f"The calibration text {path} cannot be read: there is no such file. "
+            f"The calibration text {path} cannot be read: {why_unreadable(error)}. "
             'Name another, or "self" for tokens that the model writes.'
-        )
+        ) from error
     return path
 
 

@@ -27,7 +27,7 @@ from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 
 LENGTH: Final = 256
 """Tokens of a sequence, at most."""
-_LARGEST: Final = 256 * 2**20  # bytes of a text, or of tokens that were kept
+LARGEST: Final = 256 * 2**20  # bytes of a text, or of tokens that were kept
 _TOGETHER: Final = 32  # sequences that are sampled at a time
 OPENINGS: Final = Path(__file__).with_name("openings.txt")
 
@@ -99,7 +99,7 @@ def parse_tokens(value: Any) -> CalibrationTokens:
 def read_tokens(path: Path) -> CalibrationTokens | None:
     """What an earlier run kept, or None."""
     try:
-        return parse_tokens(json.loads(read_plain(path, _LARGEST)))
+        return parse_tokens(json.loads(read_plain(path, LARGEST)))
     except (OSError, ValueError, RecursionError, RecipeError):
         return None
 
@@ -284,7 +284,7 @@ def tokens_of_text(
             "Let the model write its own tokens: --calibrate self."
         )
     try:
-        text = read_text(path, _LARGEST)
+        text = read_text(path, LARGEST)
     except (OSError, UnicodeDecodeError) as error:
         why = why_unreadable(error)
         raise RecipeError(f"The calibration text {path} cannot be read: {why}.") from error

@@ -98,7 +98,7 @@ class Probe:
                 ) from failure
             raise ArchitectureError(
                 f"The process that builds the model of {self._folder} on the meta device ended "
-                f"with status {failure.status}: {failure.cause}"
+                f"with status {failure.status}: {failure.cause}."
             ) from failure
 
     def cancel(self) -> None:

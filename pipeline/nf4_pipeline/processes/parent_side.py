@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import tempfile
 import threading
@@ -31,6 +32,7 @@ from nf4_pipeline.progress import SILENT, Reporter, Task
 
 _TAIL_LINES: Final = 3
 _TAIL_BYTES: Final = 8192
+_SILENT: Final = "no message"
 
 
 class ChildFailed(Exception):
@@ -305,7 +307,11 @@ class _Process(Generic[Reply]):
         if phases and not self._timed_out:
             text = phases[-1].ended_by(max(0, -status), self._end_of_stderr())
             raise _rebuild(ExpectedError(phases[-1].error, text))
-        raise ChildFailed(status, self._end_of_stderr(), timed_out=self._timed_out)
+        cause = self._end_of_stderr()
+        if status == -signal.SIGKILL and not self._timed_out:
+            cause = f"it was killed{'' if cause == _SILENT else f' ({cause})'}; as a rule, that "
+            cause += "means that memory ran out. End other programs, then run the same again"
+        raise ChildFailed(status, cause, timed_out=self._timed_out)
 
     def _follow(self, tasks: _Tasks, phases: list[Phase]) -> Message:
         """Passes progress on; returns the last message, an empty one if the process just died."""
@@ -336,7 +342,7 @@ class _Process(Generic[Reply]):
         size = self._stderr.seek(0, os.SEEK_END)
         self._stderr.seek(max(0, size - _TAIL_BYTES))
         lines = self._stderr.read().decode("utf-8", "replace").strip().splitlines()
-        return " / ".join(line.strip() for line in lines[-_TAIL_LINES:]) or "no message"
+        return " / ".join(line.strip() for line in lines[-_TAIL_LINES:]) or _SILENT
 
 
 class _Once(Child[Reply]):

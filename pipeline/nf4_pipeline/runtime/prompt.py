@@ -128,10 +128,8 @@ def ask(
     try:
         return _LOADED.ask(request, SILENT if show is None else _Pieces(show))
     except ChildFailed as failure:
-        signal = " Signal 9 usually means that memory ran out." if failure.status == -9 else ""
         raise ArtifactError(
-            f"The process that runs {folder} ended with status {failure.status}: "
-            f"{failure.cause}.{signal}"
+            f"The process that runs {folder} ended with status {failure.status}: {failure.cause}."
         ) from failure
 
 

@@ -254,15 +254,8 @@ def _wait(asked: child.Child[_Reply], folder: Path) -> _Reply:
     try:
         return asked.wait()
     except child.ChildFailed as failure:
-        signal = (
-            " Signal 9 usually means that memory ran out: end other programs, then run "
-            "`nf4 verify` again."
-            if failure.status == -9
-            else ""
-        )
         raise VerificationError(
-            f"The process that runs {folder} ended with status {failure.status}: "
-            f"{failure.cause}.{signal}"
+            f"The process that runs {folder} ended with status {failure.status}: {failure.cause}."
         ) from failure
 
 
