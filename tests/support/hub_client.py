@@ -101,7 +101,7 @@ class _Recorder:
         self.tasks: dict[str, list[int]] = {}
 
     @contextmanager
-    def task(self, title: str, total: int, *, unit: str = "bytes") -> Iterator[Any]:
+    def task(self, title: str, total: int | None, *, unit: str = "bytes") -> Iterator[Any]:
         amounts: list[int] = []
         try:
             yield SimpleNamespace(advance=amounts.append)

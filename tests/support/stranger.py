@@ -392,7 +392,7 @@ class _Notes:
     def __init__(self) -> None:
         self.notes: list[str] = []
 
-    def task(self, title: str, total: int, *, unit: str = "bytes") -> Any:
+    def task(self, title: str, total: int | None, *, unit: str = "bytes") -> Any:
         from nf4_pipeline.progress import SILENT
 
         return SILENT.task(title, total, unit=unit)

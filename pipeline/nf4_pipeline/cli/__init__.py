@@ -29,7 +29,7 @@ from typing import Any, Final
 import click
 
 from nf4_pipeline import __version__
-from nf4_pipeline.cli.terminal import guarded, say
+from nf4_pipeline.cli.terminal import guarded, say, show_cursor
 from nf4_pipeline.errors import PipelineError, StoppedError, of_system
 from nf4_pipeline.printable import printable
 
@@ -200,6 +200,8 @@ def _interruptible() -> Iterator[None]:
 
 
 def _end_now() -> None:
+    with suppress(OSError):
+        show_cursor()
     _say_stopped(_STOPPED)
     os._exit(_stopped_status())
 

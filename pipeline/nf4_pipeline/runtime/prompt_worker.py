@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ def run(request: PromptRequest, reporter: Reporter) -> PromptReply:
         ResourceError: this machine has no such device, or too little memory.
         UsageError: the prompt gives no token, or is too long.
     """
-    generator = _open(request.folder, request.device)
+    with reporter.task("load the model", None):
+        generator = _open(request.folder, request.device)
     streamer = _streamer(generator.tokenizer, reporter) if request.streams else None
     try:
-        answers = generator.answer(
-            request.query, request.sampling, chat=request.chat, streamer=streamer
-        )
+        with nullcontext() if streamer else reporter.task("answer", None):
+            answers = generator.answer(
+                request.query, request.sampling, chat=request.chat, streamer=streamer
+            )
     except (PipelineError, MemoryError):
         raise
     except Exception as error:  # a stranger's config may make a model that does not run
