@@ -31,7 +31,7 @@ _LOG_EVERY: Final = 9.5
 """Seconds between two lines of a log while something runs, so that ten are never silent."""
 
 _WORTH_A_LINE: Final = 1.0
-"""Seconds that a task outside of any stage must take for a log to say that it is done."""
+"""Seconds that a task of known size, outside of any stage, must take for a log to say its end."""
 
 _DRAWS_PER_SECOND: Final = 5
 _TICK: Final = 0.2
@@ -107,14 +107,17 @@ class Row:
         """From 0 to 1."""
         return min(1.0, self.done / self.total) if self.total else 0.0
 
-    def amount(self) -> str:
-        """Such as "4.21/14.43 GB" or "12/50 answers"."""
+    def amount(self, room: int = 80) -> str:
+        """Such as "4.21/14.43 GB" or "12/50 answers", or a share where these have no room."""
         if self.total is None:
             return ""
         if self.unit != "bytes":
-            return f"{self.done:,}/{self.total:,} {self.unit}"
-        unit, scale, digits = _scale(self.total)
-        return f"{self.done / scale:.{digits}f}/{self.total / scale:.{digits}f} {unit}"
+            counts = f"{self.done:,}/{self.total:,}"
+            said = [f"{counts} {self.unit}", counts]
+        else:
+            unit, scale, digits = _scale(self.total)
+            said = [f"{self.done / scale:.{digits}f}/{self.total / scale:.{digits}f} {unit}"]
+        return next((text for text in said if len(text) <= room), f"{self.share:.0%}")
 
     def left(self, now: float) -> str:
         """Time left, or time gone where that cannot be said."""
@@ -345,6 +348,8 @@ def draw(
         look: the characters.
         start: of the job.
     """
+    if stage is None and not rows:
+        return []
     turn = look.turns[int(now * _DRAWS_PER_SECOND) % len(look.turns)]
     gone = _duration(now - (stage.start if stage else start))
     if stage is not None and stage.number > 1:
@@ -387,13 +392,14 @@ def _line(title: str, row: Row, now: float, width: int, look: _Look) -> str:
     speed = 0 if width < _MIDDLE else _SPEED
     taken = 2 + sum(1 + part for part in (bar, _AMOUNT, speed, _LEFT) if part)
     room = min(32, max(8, width - 1 - taken))
-    line = f"  {_fit(title, room):<{room}}"
     if row.total is None:
-        return f"{line} {_duration(now - row.start)}"
+        gone = _duration(now - row.start)
+        return f"  {_fit(title, width - 4 - len(gone)):<{room}} {gone}"
+    line = f"  {_fit(title, room):<{room}}"
     if bar:
         full = int(row.share * bar)
         line += f" {look.full * full}{look.empty * (bar - full)}"
-    line += f" {row.amount():>{_AMOUNT}}"
+    line += f" {row.amount(_AMOUNT):>{_AMOUNT}}"
     if speed:
         line += f" {row.speed(now):>{speed}}"
     return f"{line} {row.left(now):>{_LEFT}}"
@@ -426,7 +432,7 @@ class Log:
         finally:
             stage, _ = self._board.now()
             now = self._board.clock()
-            if stage is None and now - row.start >= _WORTH_A_LINE:
+            if stage is None and row.total is not None and now - row.start >= _WORTH_A_LINE:
                 took = _duration(now - row.start, exact=True)
                 self._say(f"{row.title}: {_joined(row.amount(), took)}")
             self._board.close(row)
