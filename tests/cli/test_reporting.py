@@ -6,6 +6,7 @@ import io
 import re
 import sys
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -56,11 +57,11 @@ with guarded():
 
 
 def screen_of(
-    code: str, columns: int, home: Path, *, plain: bool = False, **variables: str
+    code: str, columns: int, home: Path, variables: Mapping[str, str] = {}, *, plain: bool = False
 ) -> Recording:
     own = environment(home) | {"TERM": "xterm-256color", "NO_COLOR": ""}
     command = [sys.executable, "-c", code]
-    recording = record(command, columns, plain=plain, environment=own | variables)
+    recording = record(command, columns, plain=plain, environment={**own, **variables})
     assert recording.status == 0, recording.text
     return recording
 
@@ -116,9 +117,7 @@ with make_reporter().stage("verify") as stage:
 say("  ok  one", highlight=("ok", "green"))
 say_brief("  FAIL  two " + "x" * 100, highlight=("FAIL", "red"))
 """
-    plain, coloured = (
-        screen_of(code, 60, tmp_path, **more) for more in ({"NO_COLOR": "1"}, {"NO_COLOR": ""})
-    )
+    plain, coloured = (screen_of(code, 60, tmp_path, {"NO_COLOR": value}) for value in ("1", ""))
     assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", plain.text)
     assert len(re.findall(r"\x1b\[[0-9;]*3[12]m", coloured.text)) == 3
     assert max(map(len, plain.lines())) == 60
@@ -142,7 +141,7 @@ with guarded():
         time.sleep(0.3)
         stage.finish(ran=True)
 """
-    seen = screen_of(code, 80, tmp_path, **variables)
+    seen = screen_of(code, 80, tmp_path, variables)
     assert seen.text.isascii()
     assert "\\u" not in seen.text
     assert ("\x1b" in seen.text) == (variables.get("TERM") != "dumb")
@@ -188,7 +187,7 @@ class Terminal(io.StringIO):
     def fileno(self) -> int:
         raise io.UnsupportedOperation
 
-    encoding = "utf-8"  # type: ignore[assignment]
+    encoding = "utf-8"
 
 
 def on_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:

@@ -36,6 +36,7 @@ _WORTH_A_LINE: Final = 1.0
 _DRAWS_PER_SECOND: Final = 5
 _TICK: Final = 0.2
 _PACE_OVER: Final = 20  # samples, one a second at most
+_SOME: Final = 0.01  # share of the work before which nothing is promised of the rest
 _MOST_ROWS: Final = 8
 _MOST_IN_A_LINE: Final = 3
 _LONGEST_TITLE: Final = 80
@@ -122,7 +123,7 @@ class Row:
     def left(self, now: float) -> str:
         """Time left, or time gone where that cannot be said."""
         rate = self.rate(now)
-        if self.total is None or not rate or now - self.start < 1.0:
+        if self.total is None or not rate or now - self.start < 1.0 or self.share < _SOME:
             return _duration(now - self.start)
         return f"{_duration(max(0, self.total - self.done) / rate)} left"
 

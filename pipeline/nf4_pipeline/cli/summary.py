@@ -104,7 +104,7 @@ def show_summary(summary: Summary, *, verbose: bool = False) -> None:
         say(f"  next        see {summary.build.export / 'report.html'}")
         return
     if summary.serialized.facts.hidden_modules:
-        say_brief("  loading     nf4_pipeline.load(…); for others see README.md there")
+        say_brief("  loading     nf4_pipeline.load(…), or see its README.md")
     _show_next(summary.build)
 
 
@@ -200,13 +200,13 @@ def _show_brief(verification: Verification, room: int) -> None:
             say_brief(f"              {ratio} of round to nearest's KL")
             room -= 1
     checks, failed = verification.checks, verification.failed_checks
-    mark = {} if failed else {"highlight": ("ok", "green")}
-    say_brief(f"  checks      {len(checks) - len(failed)} of {len(checks)} ok", **mark)
-    shown = failed if len(failed) <= room else failed[: room - 1]
+    shown = failed[:room]
+    mark = None if failed else ("ok", "green")
+    more = "; -v shows all that failed" if len(shown) < len(failed) else ""
+    good = len(checks) - len(failed)
+    say_brief(f"  checks      {good} of {len(checks)} ok{more}", highlight=mark)
     for check in shown:
         _show_check(check, brief=True)
-    if len(shown) < len(failed):
-        say_brief(f"        and {len(failed) - len(shown)} more (-v shows all)")
     _show_verdict(verification, brief=True)
 
 
@@ -219,7 +219,8 @@ def _show_check(check: Check, *, brief: bool = False) -> None:
 def _show_verdict(verification: Verification, *, brief: bool = False) -> None:
     verdict, on = verification.verdict, ""
     if isinstance(verification, MeasuredVerification):
-        on = f", measured on {verification.device.name} in {verification.device.dtype}"
+        measured = "on" if brief else "measured on"
+        on = f", {measured} {verification.device.name} in {verification.device.dtype}"
     colour = "green" if verdict == "pass" else "red"
     text = f"  verdict     {verdict}{on}"
     (say_brief if brief else say)(text, highlight=(verdict, colour))
