@@ -228,6 +228,27 @@ def test_a_failure_takes_the_display_away(monkeypatch: pytest.MonkeyPatch) -> No
     assert terminal.getvalue().rindex("\x1b[?25h") > terminal.getvalue().rindex("\x1b[?25l")
 
 
+def test_an_end_by_force_leaves_the_cursor(tmp_path: Path) -> None:
+    """A library that swallows the interrupt is left behind, and the display with it."""
+    code = """
+import os, signal, time
+from nf4_pipeline.cli import _interruptible
+from nf4_pipeline.cli.reporting import make_reporter
+with _interruptible(), make_reporter().stage("verify"):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(9)
+    except KeyboardInterrupt:
+        time.sleep(9)
+"""
+    variables = {**environment(tmp_path), "TERM": "xterm"}
+    seen = record([sys.executable, "-c", code], environment=variables)
+    assert seen.status == 130
+    assert seen.seconds < 9
+    assert "Stopped." in seen.text
+    assert seen.text.rindex("\x1b[?25h") > seen.text.rindex("\x1b[?25l")
+
+
 @settings(max_examples=40)
 @given(
     width=st.integers(20, 200),

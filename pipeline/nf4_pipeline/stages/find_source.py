@@ -29,7 +29,7 @@ from nf4_pipeline.errors import BuildError, SourceError, UsageError
 from nf4_pipeline.hub.remote import RemoteModel
 from nf4_pipeline.model.config import read_config
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
-from nf4_pipeline.progress import SILENT, Reporter
+from nf4_pipeline.progress import LOADING, SILENT, Reporter
 from nf4_pipeline.records import DownloadFacts, Reading
 from nf4_pipeline.runtime.artifact import ARTIFACTS, is_hub_id
 from nf4_pipeline.stages.preflight import (
@@ -44,7 +44,7 @@ from nf4_pipeline.stages.preflight import (
 SAMPLE: Final = "sample"
 SAMPLE_REPO: Final = "nf4-pipeline/sample"
 
-_LOOK: Final = "look at the model"
+_LOOK: Final = f"{LOADING}, probe the model"
 """The title of a task: transformers builds it without weights, and loads its tokenizer."""
 
 _LOCK_PATIENCE: Final = 5.0  # seconds
