@@ -15,6 +15,7 @@ from nf4_pipeline.build_folder import Build
 from nf4_pipeline.cli import COMMANDS
 from nf4_pipeline.printable import printable
 
+from tests.support.command_line import without_progress
 from tests.support.tiny import (
     SHARDS,
     Done,
@@ -115,11 +116,6 @@ def test_every_command_has_help_that_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_readme_mentions_every_command(command: str) -> None:
     assert f"nf4 {command}" in (REPOSITORY / "README.md").read_text("utf-8")
-
-
-def without_progress(err: str) -> str:
-    """What else is said; on a slow machine, importing is said as well."""
-    return re.sub(r"^(load libraries|load the model|answer)\b.* s\n", "", err, flags=re.MULTILINE)
 
 
 def test_a_build_prints_one_json_value_and_no_noise(built: Built) -> None:

@@ -280,7 +280,7 @@ class _Push:
     def _send(self, remote: RemoteModel, number: int | None) -> list[Any]:
         """Uploads the bytes of large files; gives the operations of the commit."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-        from huggingface_hub.utils import are_progress_bars_disabled
+        from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
         todo = self._todo(remote)
         sizes = sum(self._files[path].size for path in todo.put)

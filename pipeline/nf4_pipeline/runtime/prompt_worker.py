@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,12 @@ def run(request: PromptRequest, reporter: Reporter) -> PromptReply:
     """
     with reporter.task("load the model", None):
         generator = _open(request.folder, request.device)
-    streamer = _streamer(generator.tokenizer, reporter) if request.streams else None
     try:
-        with nullcontext() if streamer else reporter.task("answer", None):
+        with ExitStack() as waiting:
+            waiting.enter_context(reporter.task("answer", None))
+            streamer = None
+            if request.streams:  # its first words end the waiting
+                streamer = _streamer(generator.tokenizer, reporter, waiting.close)
             answers = generator.answer(
                 request.query, request.sampling, chat=request.chat, streamer=streamer
             )
@@ -59,12 +63,13 @@ def _failed(error: Exception, folder: Path) -> PipelineError:
     return ArtifactError(f"The model of {folder} does not run: {type(error).__name__}: {said}")
 
 
-def _streamer(tokenizer: LimitedTokenizer, reporter: Reporter) -> Any:
-    """Passes words on as they come."""
+def _streamer(tokenizer: LimitedTokenizer, reporter: Reporter, begin: Callable[[], None]) -> Any:
+    """Passes words on as they come; `begin` is called before."""
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):  # type: ignore[misc]
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            begin()
             reporter.note(text + ("\n" if stream_end else ""))
 
     return Streamer(tokenizer, skip_prompt=True)
