@@ -81,7 +81,10 @@ def main(args: list[str] | None = None) -> None:
     """Runs the command line and exits: 0 good, 1 the job failed, 2 wrong usage, 128 + a signal."""
     with guarded(), _interruptible():
         status = _run(args)
-    if _stopped_by:  # Python ends by the signal again, if it came while a library was imported
+    if _stopped_by:
+        with suppress(OSError):
+            show_cursor()  # wherever the display was interrupted
+        # Python ends by the signal again, if it came while a library was imported
         os._exit(status)
     sys.exit(status)
 

@@ -74,8 +74,9 @@ def has_colours(stream: TextIO) -> bool:
 
 def show_cursor() -> None:
     """Shows the cursor again, which a display that could not end may have hidden."""
-    if sys.stderr.isatty():
-        _unguarded(sys.stderr).write("\x1b[?25h")
+    stream: TextIO | None = sys.stderr
+    if stream is not None and stream.isatty():  # None: it was closed when Python began
+        _unguarded(stream).write("\x1b[?25h")
 
 
 def say_piece(text: str) -> None:

@@ -288,6 +288,7 @@ class _Process(Generic[Reply]):
         phases: list[Phase] = []
         tasks = _Tasks(reporter)
         try:
+            tasks.expect()
             last = self._follow(tasks, phases)
         finally:
             tasks.close()
@@ -369,6 +370,9 @@ class _Tasks:
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
         self._open: dict[int, tuple[AbstractContextManager[Task], Task]] = {}
+
+    def expect(self) -> None:
+        """Shows that the child imports, until it says its first word."""
         self._begin(_IMPORTING, LOADING, None, "")
 
     def _begin(self, number: int, title: str, total: int | None, unit: str) -> None:
@@ -380,7 +384,7 @@ class _Tasks:
             self._open.pop(number)[0].__exit__(None, None, None)
 
     def take(self, message: Message) -> None:
-        self._end(_IMPORTING)  # it has imported when it says its first word
+        self._end(_IMPORTING)
         if (begun := message.started) is not None:
             self._begin(begun.number, begun.title, begun.total, begun.unit)
         elif (news := message.advanced) is not None and news.number in self._open:
