@@ -33,6 +33,7 @@ The house, from the top floor down; a room imports only from rooms below it (`ma
     nf4/               the format: arithmetic, and the six tensors of a weight
     processes/         child processes, by one protocol
     checkpoint/        safetensors bytes on disk
+    compiled.py        functions that numba compiles, with a cache that may fail
     errors.py          every failure that a user can meet
     progress.py        who is told how far a job is
     resource_usage.py  what a piece of work takes: time and memory

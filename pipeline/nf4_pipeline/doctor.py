@@ -116,7 +116,7 @@ def examine(artifacts: Path) -> MachineReport:
             token=bool(os.environ.get("HF_TOKEN")) or (_hub_home() / "token").is_file(),
         ),
     )
-    return replace(machine, findings=tuple(find_traps(machine)))
+    return replace(machine, findings=(*_broken(), *find_traps(machine)))
 
 
 def find_traps(machine: MachineReport) -> Iterator[Finding]:
@@ -178,11 +178,26 @@ def _gpu_findings(gpus: tuple[Gpu, ...]) -> Iterator[Finding]:
             )
 
 
+def _broken() -> Iterator[Finding]:
+    """Whether torch is there and does not start, as without a library of the system's."""
+    if _version("torch") is None:
+        return
+    try:
+        import torch  # noqa: F401
+    except (ImportError, OSError) as error:
+        yield Finding(
+            kind="problem",
+            text=f"torch cannot be imported: {error}. Install this package again.",
+        )
+
+
 def _gpus() -> Iterator[Gpu]:
     if _version("torch") is None:
         return
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError):  # said by `_broken`
+        return
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for number in range(count):
         device = torch.cuda.get_device_properties(number)
@@ -196,11 +211,16 @@ def _disk(folder: Path) -> Disk:
 
 
 def _hub_home() -> Path:
-    return Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    return _in_home(os.environ.get("HF_HOME", "~/.cache/huggingface"))
 
 
 def _hub_cache() -> Path:
-    return Path(os.environ.get("HF_HUB_CACHE", _hub_home() / "hub")).expanduser()
+    return _in_home(os.environ.get("HF_HUB_CACHE", _hub_home() / "hub"))
+
+
+def _in_home(path: str | Path) -> Path:
+    """A path that may begin with "~", which stays where a user has no home, as in the client."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def _version(name: str) -> str | None:

@@ -31,6 +31,7 @@ Only the command line turns an error into text and an exit code (`cli/__init__.p
 from __future__ import annotations
 
 import errno
+import sys
 from typing import Final
 
 NOT_CHECKED: Final = 3
@@ -144,7 +145,65 @@ class VerificationError(PipelineError):
     """The artifact was measured and its verdict is "fail"."""
 
 
-def of_system(error: OSError | MemoryError, doing: str) -> PipelineError:
+_OF_THE_MACHINE: Final = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EROFS,
+        errno.EIO,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.EAGAIN,
+    }
+)
+_NO_THREAD: Final = "can't start new thread"  # a RuntimeError of Python's
+
+
+def is_of_machine(error: BaseException) -> bool:
+    """Whether the machine failed, or a limit of the session, and not what was worked on."""
+    if isinstance(error, RuntimeError):
+        return str(error) == _NO_THREAD
+    return isinstance(error, OSError) and error.errno in _OF_THE_MACHINE
+
+
+_NEEDED: Final = frozenset(
+    {
+        "accelerate",
+        "bitsandbytes",
+        "fastjsonschema",
+        "huggingface_hub",
+        "jinja2",
+        "matplotlib",
+        "numba",
+        "numpy",
+        "rich",
+        "safetensors",
+        "tokenizers",
+        "torch",
+        "transformers",
+        "yaml",
+    }
+)
+"""Packages without which nothing works, by the names that are imported."""
+
+
+def of_installation(error: BaseException, doing: str) -> PipelineError | None:
+    """A package that is missing or broken, as an error of ours; None of any other error.
+
+    Args:
+        error: what was raised.
+        doing: what was going on, such as "quantize".
+    """
+    if not isinstance(error, ImportError) or (error.name or "").split(".")[0] not in _NEEDED:
+        return None
+    return ResourceError(
+        f"{doing}: {error}. What this package needs is not installed whole in {sys.prefix}: "
+        "install it again (pip install --force-reinstall nf4-pipeline)."
+    )
+
+
+def of_system(error: OSError | MemoryError | RuntimeError, doing: str) -> PipelineError:
     """What the system refused, as an error of ours.
 
     Args:
@@ -153,15 +212,27 @@ def of_system(error: OSError | MemoryError, doing: str) -> PipelineError:
     """
     if isinstance(error, UnfitFileError):
         return error
-    if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return ResourceError(
             f"{doing}: memory ran out. Give it a smaller --memory-budget, or end other programs, "
             "then run the same command again."
         )
+    again = "then run the same command again; nothing is half-written, and what is finished is kept"
+    if isinstance(error, RuntimeError) or error.errno == errno.EAGAIN:
+        return ResourceError(
+            f"{doing}: the system starts no further process or thread ({error}). End other "
+            f"programs, or raise the limits of this session (ulimit -u, ulimit -v), {again}."
+        )
     where = f"{error.filename}: " if error.filename else ""
     what = error.strerror or str(error) or type(error).__name__
-    again = "then run the same command again; nothing is half-written, and what is finished is kept"
+    if what.startswith("No usable temporary directory"):
+        return AccessError(f"{doing}: {what}. Let TMPDIR name a folder with free space, {again}.")
     match error.errno:
+        case errno.EMFILE | errno.ENFILE:
+            return ResourceError(
+                f"{doing}: {where}{what}. Raise the limit of this session (ulimit -n 1024), "
+                f"{again}."
+            )
         case errno.ENOSPC | errno.EDQUOT:
             return ResourceError(f"{doing}: {where}the disk is full ({what}). Make space, {again}.")
         case errno.EFBIG:
@@ -176,8 +247,13 @@ def of_system(error: OSError | MemoryError, doing: str) -> PipelineError:
             )
         case errno.ENAMETOOLONG | errno.ELOOP:
             return AccessError(f"{doing}: {where}{what}. Name another path.")
-        case errno.EISDIR | errno.ENOTEMPTY:
+        case errno.EISDIR | errno.ENOTEMPTY | errno.EEXIST:
             return AccessError(f"{doing}: {where}{what}. Move it away, {again}.")
+        case errno.ENOSYS | errno.EOPNOTSUPP | errno.ENOLCK if error.filename:
+            return AccessError(
+                f"{doing}: {where}{what}. The file system there cannot do that; name a --build-dir "
+                "on another one."
+            )
         case errno.ENOENT | errno.ENOTDIR | errno.ESTALE:
             return AccessError(
                 f"{doing}: {where}{what}. It was moved or deleted: bring it back, {again}."

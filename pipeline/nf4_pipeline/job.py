@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from nf4_pipeline.build_folder import Build, Record, State
 from nf4_pipeline.calibration.calibrator import text_path
-from nf4_pipeline.errors import BuildError, RecipeError, StoppedError, of_system
+from nf4_pipeline.errors import BuildError, RecipeError, StoppedError, is_of_machine, of_system
 from nf4_pipeline.machine import Machine
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.progress import Stage as ShownStage
@@ -95,7 +95,7 @@ def run_build(
     text_path(recipe.quantize)  # a text that is not there is known before any byte
     recipe = request.reading.into(recipe)
     request = replace(request, reading=Reading.of(recipe.quantize))
-    with Workers() as workers:
+    with Workers(machine.device) as workers:
         # They import what verify needs while the source is hashed, quantized and written.
         build, record, ran = run_download(request, reporter, workers.begin, of=len(STAGES))
         results = {"download": StageResult(record, ran)}
@@ -214,6 +214,7 @@ def _ensure(
         if not anew:
             state = _check_state(build, stage, reporter, check=check)
             if state.status == "done":
+                build.renew_stamps(stage.kind, state.stamps)
                 record = build.need(stage.kind)
                 _finish(shown, build, record, ran=False)
                 return StageResult(_refresh_recipe(build, record, recipe), ran=False)
@@ -280,13 +281,18 @@ def translate_errors(doing: str, build: Build | None = None) -> Iterator[None]:
         build: where; None while there is none yet.
 
     Raises:
-        ResourceError: the disk is full, memory ran out, or something may not be read or written.
+        ResourceError: the disk is full, memory or threads ran out, or something may not be read or
+            written.
         StoppedError: the user pressed Ctrl-C.
     """
     try:
         yield
     except (OSError, MemoryError) as error:
         raise of_system(error, doing) from error
+    except RuntimeError as error:
+        if is_of_machine(error):
+            raise of_system(error, doing) from error
+        raise
     except KeyboardInterrupt:
         raise StoppedError(f"Stopped in {doing}. {_say_what_is_kept(build)}") from None
 

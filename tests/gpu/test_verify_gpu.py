@@ -66,7 +66,8 @@ def test_block_by_block_is_whole_on_the_gpu(sample: Path) -> None:
     from nf4_pipeline.blocks.streamed_model import StreamedModel
     from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
     from nf4_pipeline.library_output import quiet_loading
-    from nf4_pipeline.runtime.loader import load, load_tokenizer
+    from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
+    from nf4_pipeline.runtime.loader import load
     from nf4_pipeline.sample import MODEL_DIR, TEXT
     from nf4_pipeline.verification.compare_models import Comparison
     from nf4_pipeline.verification.eval_text import Text, cut
@@ -75,7 +76,7 @@ def test_block_by_block_is_whole_on_the_gpu(sample: Path) -> None:
     model = load(sample, device="cuda:0")
     dtype = model.get_input_embeddings().weight.dtype
     text = Text("any", {"any": TEXT.read_text("utf-8")})
-    sequences = cut(text, load_tokenizer(MODEL_DIR), TOKENS, None)
+    sequences = cut(text, LimitedTokenizer.open(MODEL_DIR), TOKENS, None)
     with StreamedModel(MODEL_DIR, "cuda:0", dtype) as streamed:
         found = Comparison(streamed, model).run(sequences, lambda count: None)
     with quiet_loading():

@@ -189,3 +189,8 @@ def test_https_stays_https() -> None:
 @pytest.mark.parametrize("name", ["main", "refs/pr/7", "v1.0", "a" * 40, "feature/x", "käse"])
 def test_revisions(name: str) -> None:
     assert replies.is_revision(name)
+
+
+def test_more_lists_than_any_page_has_are_not_made() -> None:
+    with pytest.raises(ReplyError, match="more than 500,000 lists and objects"):
+        replies.parsed(b"[" + b"[]," * 600_000 + b"[]]")

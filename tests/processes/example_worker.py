@@ -148,6 +148,7 @@ PHASES: Final[dict[str, Callable[[], object]]] = {
     "nothing": lambda: None,
     "spin": lambda: _spin("", SILENT),
     "sleep": lambda: time.sleep(60),
+    "wait": lambda: time.sleep(1),
     "hold the interpreter": lambda: sum(range(10**11)),
     "allocate": lambda: bytearray(2**30),
     "allocate little": lambda: bytearray(2**27),

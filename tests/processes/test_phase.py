@@ -47,6 +47,11 @@ def test_what_ends_the_process_is_named(deed: str) -> None:
     assert re.fullmatch(DEADLY[deed], str(caught.value), re.S)
 
 
+def test_waiting_for_the_processor_is_no_fault(session: Session[Order, Outcome]) -> None:
+    """As on a machine where others work: twice the limit by the clock."""
+    assert session.ask(Order("phase", "wait")).text == "0"
+
+
 def test_the_narrower_limits_count_and_the_inner_program_is_named() -> None:
     with pytest.raises(ArtifactError, match="inner deed takes longer"):
         run(EXAMPLE, Order("phase", "nested"))

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import bitsandbytes.functional
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from nf4_pipeline.nf4.rtn import round_to_nearest
-from nf4_pipeline.readers import numpy_decoder
+from nf4_pipeline.readers import decoded, numpy_decoder
 from nf4_pipeline.readers.decoded import decode_with_numpy
 from safetensors.numpy import save_file
 
@@ -45,6 +46,18 @@ def test_no_longer_than_a_page_and_nothing_of_ours() -> None:
 def test_bits_equal_ours(folder: Path) -> None:
     result = decode_with_numpy(folder, SHAPES)
     assert (result.outcome, result.layers) == ("passed", 3), result.why
+
+
+def test_many_weights_are_shared_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoded, "_MANY", 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(6))
+    assert decode_with_numpy(folder, SHAPES).outcome == "passed"
+    wrong = SHAPES | {"ragged": (45, 7)}
+    result = decode_with_numpy(folder, wrong)
+    assert (result.outcome, "ragged has the shape" in result.why) == ("failed", True)
+    stop = Event()
+    stop.set()
+    assert decode_with_numpy(folder, SHAPES, stop=stop).outcome in ("failed", "passed")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

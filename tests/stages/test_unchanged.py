@@ -18,6 +18,8 @@ from nf4_pipeline.records import QUANTIZE, Reading
 from nf4_pipeline.stages.download import Download, Downloaded
 from nf4_pipeline.stages.find_source import DownloadRequest
 from nf4_pipeline.stages.quantize import Quantize
+from nf4_pipeline.stages.run_recorded import Stage
+from nf4_pipeline.stages.serialize import Serialize
 
 from tests.support.checkpoints import make_checkpoint
 from tests.support.jobs import CPU
@@ -121,6 +123,20 @@ def test_links_of_the_build_that_lead_elsewhere_are_put_right(source: Path) -> N
     _, hashed = again(source)
     assert hashed
     assert link.resolve() == (source / "config.json").resolve()
+
+
+def test_what_is_linked_into_an_export_is_not_hashed_again(source: Path) -> None:
+    done, _ = again(source)
+    stages: list[Stage] = [Quantize(done.build, Recipe(), CPU), Serialize(done.build, Recipe())]
+    for stage in stages:
+        stage.run()
+    (file,) = done.build.quantized.glob("*.safetensors")
+    assert file.stat().st_nlink == 2
+    listener = Listener()
+    for stage in stages:
+        state = done.build.state(stage.kind, stage.key(), listener, check=False)
+        assert state.status == "done"
+    assert listener.titles == []
 
 
 @pytest.mark.parametrize("check", [False, True])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +54,17 @@ class Build:
         """Where quantize keeps the tokens that it calibrates on, and its choices."""
         return self.root / "calibration"
 
+    def _refuse_links(self) -> None:
+        """What a stage empties and fills must lie in the build folder itself."""
+        converted = self.root / "converted"
+        own = (self.source, converted, self.quantized, self.export, self.calibration)
+        for folder in (*own, self.root / "records"):
+            if folder.is_symlink():
+                raise BuildError(
+                    f"{folder} is a link, and stages delete and write files there. Put a folder in "
+                    "its place, or name another --build-dir."
+                )
+
     def _record_path(self, kind: RecordKind[Facts]) -> Path:
         return self.root / "records" / f"{kind.stage}.json"
 
@@ -101,6 +112,19 @@ class Build:
         write_record(self._record_path(record.kind), replace(record, stamps=stamps))
         self._written |= stamps
 
+    def renew_stamps(self, kind: RecordKind[Facts], stamps: Mapping[str, FileStamp]) -> None:
+        """Notes how the outputs of a stage look that are known to hold what it left there.
+
+        A hard link to a file, or a touch, changes its stamp and not what it holds.
+
+        Args:
+            kind: of the stage.
+            stamps: by path in the build folder, from before the hashes were confirmed.
+        """
+        record = self.need(kind)
+        if record.stamps != (renewed := {**record.stamps, **stamps}):
+            self.write_record(replace(record, stamps=renewed))
+
     def forget(self, kind: RecordKind[Facts]) -> None:
         """Deletes a stage's record, before its outputs change."""
         path = self._record_path(kind)
@@ -121,14 +145,22 @@ class Build:
         What a dead process left half done is deleted.
 
         Raises:
-            BuildError: another live process holds this build folder.
+            BuildError: another live process holds this build folder, nothing can be locked there,
+                or one of its own folders is a link to somewhere else.
         """
         make_folder(self.root)
-        descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        self._refuse_links()
+        descriptor = _open_lock(self.root / ".lock")
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
+                if not isinstance(error, BlockingIOError):
+                    raise BuildError(
+                        f"{self.root}: the file system there has no locks ({error.strerror}), so "
+                        "that nothing would keep two processes apart. Name a --build-dir on "
+                        "another one."
+                    ) from error
                 owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
                 raise BuildError(
                     f"{self.root} is in use by another nf4 process (pid {owner}). "
@@ -142,6 +174,14 @@ class Build:
             yield
         finally:
             os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    """A file of the build's own: it is written to, and a link could lead to any file."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    if not path.is_symlink() and (path.is_file() or not path.exists()):
+        return os.open(path, flags, 0o666)
+    raise BuildError(f"{path} is no plain file, and no build left it so. Delete it.")
 
 
 def find_builds(artifacts: Path) -> list[Build]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,10 +15,14 @@ from nf4_pipeline.progress import Reporter
 
 @dataclass(frozen=True)
 class State:
-    """Whether a stage is done, and if not, why."""
+    """Whether a stage is done, and if not, why.
+
+    `stamps` are those of its outputs, if it is done, from before they were hashed.
+    """
 
     status: Literal["done", "stale", "missing"]
     why: str
+    stamps: dict[str, FileStamp] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -35,17 +39,25 @@ class Inputs:
     stage: str
     stamps: dict[str, FileStamp]
 
-    def check_untouched(self) -> None:
+    def check_untouched(self, *, linked: bool = False) -> dict[str, FileStamp]:
         """Holds them against what they were, after they have been read.
+
+        Args:
+            linked: hard links to them were made meanwhile, which changes their times of change.
+
+        Returns:
+            Their stamps now.
 
         Raises:
             BuildError: one of them was touched in the meantime, so what was read of it may be of
                 neither state.
         """
+        stamps: dict[str, FileStamp] = {}
         for name, before in self.stamps.items():
             path = self.root / name
             try:
-                touched = FileStamp.of(path) != before
+                now = stamps[name] = FileStamp.of(path)
+                touched = (replace(now, ctime_ns=before.ctime_ns) if linked else now) != before
             except OSError:
                 touched = True
             if touched:
@@ -54,6 +66,7 @@ class Inputs:
                     f"stay as `{self.stage}` recorded it. Nothing that was made of it counts. Let "
                     "it rest, then run the same command again."
                 )
+        return stamps
 
 
 def find_state(
@@ -72,21 +85,22 @@ def find_state(
         return State("missing", "not run yet")
     if record.key != key:
         return State("stale", "its inputs, its recipe or this program changed since")
-    touched = {}
+    touched, stamps = {}, {}
     for name, expected in record.outputs.items():
         if problem := _find_problem(root / name, name):
             return State("stale", f"{name} {problem}")
-        if check or FileStamp.of(root / name) != record.stamps.get(name):
+        stamps[name] = FileStamp.of(root / name)
+        if check or stamps[name] != record.stamps.get(name):
             touched[name] = expected
     if not touched:
-        return State("done", "outputs are untouched since they were hashed")
+        return State("done", "outputs are untouched since they were hashed", stamps)
     total = sum(digest.size for digest in touched.values())
     with reporter.task(f"check {record.kind.stage}", total) as task:
         for name, expected in touched.items():
             path = root / name
             if path.stat().st_size != expected.size or digest_file(path, task) != expected:
                 return State("stale", f"{name} is not what the stage wrote")
-    return State("done", "outputs hash as recorded")
+    return State("done", "outputs hash as recorded", stamps)
 
 
 def check_outputs(

@@ -8,6 +8,7 @@ once.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import shutil
@@ -22,6 +23,8 @@ _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2  # renameat2(2)
 _SYNC_FILE_RANGE_WRITE: Final = 2  # sync_file_range(2)
+_NO_FSYNC: Final = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems say of a folder that keep no names back, or cannot be asked to write them."""
 _sync_file_range: Any = getattr(_LIBC, "sync_file_range", None)
 if _sync_file_range is not None:
     _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
@@ -35,7 +38,8 @@ def replacing(path: Path) -> Iterator[int]:
     """
     make_folder(path.parent)
     partial = partial_of(path)
-    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+    partial.unlink(missing_ok=True)  # a link in its place would be written through
+    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         try:
             yield descriptor
@@ -130,10 +134,13 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder survive a crash."""
+    """Makes the names in a folder survive a crash, where the file system can be asked to."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            raise
     finally:
         os.close(descriptor)
 

@@ -134,13 +134,14 @@ def digest_files(paths: Mapping[str, Path], task: Task) -> dict[str, FileDigest]
 
 
 def digest_tensors(
-    path: Path, tensors: Sequence[HeaderTensor]
+    path: Path, tensors: Sequence[HeaderTensor], task: Task | None = None
 ) -> tuple[FileDigest, dict[str, str]]:
     """Hashes a safetensors file and each of its tensors, reading every byte once.
 
     Args:
         path: the file.
         tensors: all of its tensors, in the order of their bytes.
+        task: told how many bytes of them are hashed.
 
     Returns:
         The file's digest, and the sha256 of each tensor's bytes by name.
@@ -167,5 +168,7 @@ def digest_tensors(
                 whole.update(view[:count])
                 one.update(view[:count])
                 left -= count
+                if task:
+                    task.advance(count)
             by_name[tensor.name] = one.hexdigest()
     return FileDigest(size, whole.hexdigest()), by_name

@@ -22,6 +22,8 @@ def named_path(name: str | Path) -> Path:
     Raises:
         UsageError: no path can be called so.
     """
+    if not str(name):
+        raise UsageError("A path is empty: what was to name it, such as a variable, is not set.")
     if (problem := problem_of(str(name))) is not None:
         raise UsageError(f"{str(name)[:80]!r} can be no path: {problem}.")
     try:

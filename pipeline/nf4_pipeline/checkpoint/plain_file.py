@@ -95,7 +95,7 @@ def read_text(path: Path, limit: int) -> str:
         OSError: there is no such file, or it cannot be read.
         UnicodeDecodeError: the file is not UTF-8.
     """
-    text = read_plain(path, limit).decode("utf-8")
+    text = read_plain(path, limit).decode("utf-8-sig")  # with a mark, as Windows writes it, or not
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -118,7 +118,9 @@ def read_beginning(path: Path, nbytes: int, limit: int | None = None) -> bytes:
 
 def why_unreadable(error: OSError | UnicodeDecodeError) -> str:
     """The reason alone, to follow "PATH cannot be read: "."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 ({error.reason} at byte {error.start:,}); save it as UTF-8"
+    return error.strerror or str(error)
 
 
 def _unfit(path: Path, why: str) -> UnfitFileError:

@@ -30,7 +30,13 @@ import click
 
 from nf4_pipeline import __version__
 from nf4_pipeline.cli.terminal import guarded, say, show_cursor
-from nf4_pipeline.errors import PipelineError, StoppedError, of_system
+from nf4_pipeline.errors import (
+    PipelineError,
+    StoppedError,
+    is_of_machine,
+    of_installation,
+    of_system,
+)
 from nf4_pipeline.printable import printable
 
 COMMANDS: Final = {
@@ -117,6 +123,10 @@ def _run(args: list[str] | None) -> int:
         if _stopped_by:  # a library made something else of the interrupt
             _say_stopped(_STOPPED)
             return _stopped_status()
+        if isinstance(error, RuntimeError) and is_of_machine(error):
+            return _fail(str(of_system(error, "nf4")))
+        if (broken := of_installation(error, "nf4")) is not None:
+            return _fail(str(broken))
         return _fail(_say_bug(error))
 
 

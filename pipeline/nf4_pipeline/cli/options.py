@@ -36,6 +36,8 @@ class NamedPath(click.Path):
         super().__init__(file_okay=file_okay, dir_okay=dir_okay, path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not os.fspath(value):  # as of a variable that is not set; not the working folder
+            self.fail("it is empty.", param, ctx)
         if (problem := problem_of(os.fspath(value))) is not None:
             self.fail(f"{os.fspath(value)[:80]!r} can be no path: {problem}.", param, ctx)
         try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, Final
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from nf4_pipeline.compiled import compiled
 
 _LAYOUTS: Final = {
     "BF16": (0x7FFF, 0x7F80),
@@ -18,7 +19,7 @@ _LAYOUTS: Final = {
 ones on, without the sign, a float is no number."""
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _largest(bits, without_sign):  # type: ignore[no-untyped-def]
     """The largest of some bits but their sign; LLVM makes a loop of vectors of it."""
     largest = bits[0] & without_sign

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from nf4_pipeline.compiled import compiled
 from nf4_pipeline.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from nf4_pipeline.nf4.codebook import (
     NF4_LEVELS,
@@ -28,7 +28,7 @@ _ONE: Final = np.float32(1.0)
 _ZERO_LEVEL: Final = int(np.flatnonzero(SCALE_LEVELS == 0)[0])
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _start_scales(weights, first, columns, diagonal, candidates, signs, limit, scales):  # type: ignore[no-untyped-def]
     values = np.zeros(BLOCK_SIZE, np.float32)
     weighting = np.zeros(BLOCK_SIZE, np.float32)
@@ -94,7 +94,7 @@ def nested_absmax(scales: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.maximum.reduceat(np.abs(scales), starts).astype(np.float32)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _scale_code(scale, nested):  # type: ignore[no-untyped-def]
     """The stored level that is nearest to a scale, but never the level zero."""
     x = scale / max(nested, _SMALLEST)
@@ -104,7 +104,7 @@ def _scale_code(scale, nested):  # type: ignore[no-untyped-def]
     return code
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _try_scale(values, factor, start, scale, bound, errors, codes):  # type: ignore[no-untyped-def]
     """Rounds 64 columns of one row with a scale; gives up beyond `bound`, and returns the cost."""
     inverse = _ONE / scale
@@ -123,7 +123,7 @@ def _try_scale(values, factor, start, scale, bound, errors, codes):  # type: ign
     return cost
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _round_to_zero(values, factor, start, errors):  # type: ignore[no-untyped-def]
     """Rounds 64 columns of one row to zero, and returns the cost."""
     cost = _ZERO
@@ -137,7 +137,7 @@ def _round_to_zero(values, factor, start, errors):  # type: ignore[no-untyped-de
     return cost
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _propagate(weights, factor, errors, start):  # type: ignore[no-untyped-def]
     """What 64 columns lost is taken off all columns behind them."""
     rows, columns = weights.shape
@@ -151,7 +151,7 @@ def _propagate(weights, factor, errors, start):  # type: ignore[no-untyped-def]
                 weights[r, k] -= e0 * f0[k] + e1 * f1[k] + e2 * f2[k] + e3 * f3[k]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _round_rows(  # type: ignore[no-untyped-def]
     weights, factor, blocks, first, scales, nested, candidates, signs, codes, scale_codes
 ):
@@ -240,7 +240,7 @@ def round_rows(
     return float(cost)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _round_ragged(weights, factor, order, first, scales, codes):  # type: ignore[no-untyped-def]
     rows, columns = weights.shape
     total = 0.0
@@ -285,7 +285,7 @@ def round_ragged(
     return float(_round_ragged(weights, factor, order, first, scales, codes))
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _scale_codes(scales, nested, codes):  # type: ignore[no-untyped-def]
     for b in range(scales.size):
         codes[b] = _scale_code(scales[b], nested[b // NESTED_BLOCK_SIZE])
@@ -298,7 +298,7 @@ def scale_codes(scales: NDArray[np.float32], nested: NDArray[np.float32]) -> NDA
     return codes
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _block_errors(values, packed, scales, sums):  # type: ignore[no-untyped-def]
     for b in range(scales.size):
         error = 0.0

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from nf4_pipeline.checkpoint.strict_json import MAX_CONTAINERS
 from nf4_pipeline.printable import printable
 
 Json = dict[str, Any]
@@ -223,9 +224,11 @@ def parsed(body: bytes) -> Any:
     """The JSON of a body.
 
     Raises:
-        ReplyError: the body is no JSON; is nested too deep; or holds numbers that are none, or that
-            are longer than any size.
+        ReplyError: the body is no JSON; is nested too deep; holds more lists and objects than any
+            page has; or numbers that are none, or that are longer than any size.
     """
+    if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
+        raise ReplyError(f"answered with more than {MAX_CONTAINERS:,} lists and objects")
     try:
         return json.loads(body.decode("utf-8"), parse_int=_whole, parse_constant=_no_number)
     except (json.JSONDecodeError, UnicodeDecodeError):

@@ -83,7 +83,7 @@ class LimitedTokenizer:
         from transformers import AutoTokenizer
 
         seconds = _SECONDS + _small_bytes(folder) / _FILE_BYTES_A_SECOND
-        start = time.monotonic()
+        start = time.thread_time()
         try:
             with (
                 limited(f"the tokenizer of {folder}", _limits(seconds), _TOKENIZER_REMEDY, error),
@@ -100,7 +100,7 @@ class LimitedTokenizer:
                 f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model in it. "
                 "Bring it from where the model came from."
             ) from failure
-        left = seconds - (time.monotonic() - start)
+        left = seconds - (time.thread_time() - start)
         return cls(tokenizer, error=error, seconds=left, template_remedy=template_remedy)
 
     def renew(self) -> None:
@@ -205,12 +205,12 @@ class LimitedTokenizer:
         """Calls it within what is left of the budget, and takes from the budget what it took."""
         allowed = seconds + _SECONDS_A_CALL
         budget = max(0.0, self._seconds) + allowed
-        start = time.monotonic()
+        start = time.thread_time()
         try:
             with limited(f"{what} of {self.where}", _limits(budget), remedy, self._error):
                 return call()
         finally:
-            self._seconds -= max(0.0, time.monotonic() - start - allowed)
+            self._seconds -= max(0.0, time.thread_time() - start - allowed)
 
 
 def _limits(seconds: float) -> PhaseLimits:

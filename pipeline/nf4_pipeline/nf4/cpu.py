@@ -17,9 +17,9 @@ from __future__ import annotations
 from typing import Any, Final
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from nf4_pipeline.compiled import compiled
 from nf4_pipeline.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from nf4_pipeline.nf4.codebook import (
     NF4_LEVELS,
@@ -50,7 +50,7 @@ _FIRST_MIDPOINT: Final = np.searchsorted(
 ).astype(np.int16)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _widen(bits, half, out):  # type: ignore[no-untyped-def]
     """The bits of weights -> float32 bits, exact; `half` says that they are float16."""
     if bits.itemsize == 4:
@@ -71,7 +71,7 @@ def _widen(bits, half, out):  # type: ignore[no-untyped-def]
             out[i] |= (np.uint32(bits[i]) & np.uint32(0x8000)) << np.uint32(16)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _largest(bits, top):  # type: ignore[no-untyped-def]
     """The largest magnitude of each block, as float32 bits.
 
@@ -87,7 +87,7 @@ def _largest(bits, top):  # type: ignore[no-untyped-def]
         top[b] = largest
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _scale(weights, absmax, ragged, x):  # type: ignore[no-untyped-def]
     """x = w / absmax for the blocks of a tile; a ragged last block stores the maximum it used."""
     whole = absmax.size - 1 if ragged else absmax.size
@@ -103,19 +103,19 @@ def _scale(weights, absmax, ragged, x):  # type: ignore[no-untyped-def]
             x[i] = weights[i] / absmax[whole]
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _choose(x, codes):  # type: ignore[no-untyped-def]
     for i in range(x.size):
         codes[i] = nearest_code(x[i])
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _pack(codes, packed):  # type: ignore[no-untyped-def]
     for i in range(packed.size):
         packed[i] = np.uint8(codes[2 * i] << 4 | codes[2 * i + 1])
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _sum_up(x, codes, levels, sums):  # type: ignore[no-untyped-def]
     """Sums of d^2, d * level and level^2 per block in fixed point, where d = x - level."""
     for i in range(x.size):
@@ -137,7 +137,7 @@ def _sum_up(x, codes, levels, sums):  # type: ignore[no-untyped-def]
         sums[b, 2] = level
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _quantize(bits, half, packed, absmax, sums):  # type: ignore[no-untyped-def]
     tile_bits = np.zeros(_TILE, np.uint32)
     tile = tile_bits.view(np.float32)
@@ -196,7 +196,7 @@ def quantize_blocks(
     return None if not_finite < 0 else not_finite
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _nested_quantize(absmax, codes, nested_absmax):  # type: ignore[no-untyped-def]
     total = 0.0
     for i in range(absmax.size):
@@ -229,7 +229,7 @@ def nested_quantize(
     return np.float32(_nested_quantize(absmax, codes, nested_absmax))
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _nested_dequantize(codes, nested_absmax, offset, scales):  # type: ignore[no-untyped-def]
     for g in range(nested_absmax.size):
         chosen = codes[g * NESTED_BLOCK_SIZE : (g + 1) * NESTED_BLOCK_SIZE]
@@ -250,7 +250,7 @@ def nested_dequantize(
     _nested_dequantize(codes, nested_absmax, offset, scales)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _squared_error(absmax, sums, scales):  # type: ignore[no-untyped-def]
     own_unit = 1.0 / (np.float64(_ERROR_UNIT) * np.float64(_ERROR_UNIT))
     cross_unit = 1.0 / (np.float64(_ERROR_UNIT) * np.float64(_LEVEL_UNIT))

@@ -8,8 +8,8 @@ here: after one, delete the `__pycache__` of `nf4/` and `gptq/`.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from nf4_pipeline.compiled import compiled
 from nf4_pipeline.nf4.codebook import NF4_MIDPOINTS, SCALE_MIDPOINTS
 
 # Named one by one, since LLVM keeps scalars in registers but reloads an array's items.
@@ -17,7 +17,7 @@ _M0, _M1, _M2, _M3, _M4, _M5, _M6, _M7 = NF4_MIDPOINTS[:8]
 _M8, _M9, _M10, _M11, _M12, _M13, _M14 = NF4_MIDPOINTS[8:]
 
 
-@njit(cache=True, nogil=True, inline="always")
+@compiled(inline="always")
 def nearest_code(x):  # type: ignore[no-untyped-def]
     """The code, 0 to 15, of the NF4 level that is nearest to x."""
     b3 = x > _M7
@@ -29,7 +29,7 @@ def nearest_code(x):  # type: ignore[no-untyped-def]
     return np.int32(b3) << 3 | np.int32(b2) << 2 | np.int32(b1) << 1 | np.int32(b0)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@compiled(inline="always")
 def nearest_scale_code(x, low, high):  # type: ignore[no-untyped-def]
     """The code of the nearest scale level, where `low` to `high` midpoints are below x."""
     while low < high:

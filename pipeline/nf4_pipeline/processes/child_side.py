@@ -20,7 +20,7 @@ from importlib import import_module
 from itertools import count
 from typing import IO, Any, Final, NoReturn
 
-from nf4_pipeline.errors import PipelineError
+from nf4_pipeline.errors import PipelineError, is_of_machine, of_installation, of_system
 from nf4_pipeline.library_output import quiet_libraries
 from nf4_pipeline.processes import phase
 from nf4_pipeline.processes.messages import (
@@ -72,7 +72,20 @@ def _answer(asked: dict[str, Any], reporter: _PipeReporter) -> Message:
     except PipelineError as error:
         return Message(error=ExpectedError(type(error).__name__, str(error)))
     except BaseException as error:  # a panic of a library in Rust is no Exception
+        told = _of_machine(error)
+        if told is not None:
+            return Message(error=ExpectedError(type(told).__name__, str(told)))
         return Message(crash=Crash.of(error))
+
+
+def _of_machine(error: BaseException) -> PipelineError | None:
+    """What has nothing to do with what was worked on, as an error of ours."""
+    doing = f"child process {sys.argv[1].rpartition('.')[2]}"
+    if isinstance(error, OSError | RuntimeError) and is_of_machine(error):
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = os.environ.get("TMPDIR")  # where a child leaves files, if any
+        return of_system(error, doing)
+    return of_installation(error, doing)
 
 
 def _end(status: int) -> NoReturn:

@@ -27,9 +27,11 @@ from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
 from typing import Any, Final, NoReturn
 
+from nf4_pipeline.errors import of_system
 from nf4_pipeline.library_output import quiet_libraries
 from nf4_pipeline.processes.child_side import end_with_parent, prepare
 from nf4_pipeline.processes.child_side import main as serve
+from nf4_pipeline.processes.messages import ExpectedError, Message
 from nf4_pipeline.processes.worker import command
 
 _LONGEST_ORDER: Final = 1 << 20
@@ -52,6 +54,14 @@ def main() -> None:
     gc.freeze()  # else the first collection in a fork would write to, and so copy, all of it
     # Any other thread would be missing in a fork, with whatever it holds locked.
     _Server(orders, may_fork=_threads() == own).run()
+
+
+def _refuse(error: OSError, stdout: int) -> None:
+    """Says in the place of a child why there is none."""
+    told = of_system(error, "start a child process")
+    message = Message(error=ExpectedError(type(told).__name__, str(told)))
+    with suppress(BrokenPipeError):
+        os.write(stdout, json.dumps(message.to_json()).encode() + b"\n")
 
 
 def _threads() -> int:
@@ -92,10 +102,14 @@ class _Server:
                     os.kill(pid, signal.SIGKILL)
             return
         begin = self._fork if self._may_fork else self._spawn
-        self._running[begin(order, streams)] = number
+        try:
+            self._running[begin(order, streams)] = number
+            self._answer(number, None)
+        except OSError as error:  # such as a limit on processes; what is forked already goes on
+            _refuse(error, streams[1])
+            self._answer(number, 1)
         for stream in streams:
             os.close(stream)
-        self._answer(number, None)
 
     def _fork(self, order: dict[str, Any], streams: list[int]) -> int:
         if pid := os.fork():

@@ -8,12 +8,16 @@ Code that cannot be interrupted is ended by the system, with the process: by SIG
 is up, whatever thread holds the interpreter, or by its own abort when an allocation fails. The
 parent was told of the phase, and says what it was.
 
+Time is that of the processor, in the thread that runs the program: a machine on which others work
+refuses no honest model. What sleeps is ended by the clock, a few times later.
+
 Only a child is limited so (`arm`). In a process of the user's own, and in tests that run workers
 there, exceptions are turned into the error all the same, and nothing else is done.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
@@ -25,13 +29,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from nf4_pipeline.errors import ArtifactError, PipelineError
+from nf4_pipeline.errors import (
+    ArtifactError,
+    PipelineError,
+    ResourceError,
+    is_of_machine,
+    of_installation,
+)
 from nf4_pipeline.printable import printable
 from nf4_pipeline.processes.messages import Message, Phase
 
 _STATM: Final = Path("/proc/self/statm")
 _DATA_PAGES: Final = 5  # of its numbers, the one that RLIMIT_DATA is held against
 _LONGEST_TEXT: Final = 400
+_PATIENCE: Final = 6
+"""Seconds by the clock for each of processor time."""
+_LIBC: Final = ctypes.CDLL(None)
+_THREAD_CLOCK: Final = time.CLOCK_THREAD_CPUTIME_ID
 
 _tell: Callable[[Message], None] | None = None
 
@@ -41,7 +55,7 @@ class PhaseLimits:
     """What a phase may take.
 
     Attributes:
-        seconds: by the clock.
+        seconds: of processor time; by the clock, six times as many.
         data_bytes: of memory, beyond what the process has when the phase begins.
     """
 
@@ -80,6 +94,9 @@ def limited(
 
     Raises:
         PipelineError: (`error`) the body raised something foreign, or ran out of memory or stack.
+        ResourceError: memory ran out, and this session has a limit of its own for it.
+        OSError: the machine failed, and not the stranger's program.
+        ImportError: a package that this one needs is not there.
     """
     phase = Phase(what, limits.seconds, limits.data_bytes, remedy, error.__name__)
     try:
@@ -88,10 +105,18 @@ def limited(
     except (PipelineError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except MemoryError as cause:
+        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if soft != resource.RLIM_INFINITY:  # not a limit of ours, and a narrow one as a rule
+            raise ResourceError(
+                f"{what} ran out of the {soft:,} bytes of memory that this session may take. Raise "
+                "that limit (ulimit -v)."
+            ) from cause
         raise error(phase.too_large()) from cause
     except RecursionError as cause:
         raise error(phase.failure("calls itself too deep")) from cause
     except BaseException as cause:  # a panic of a library in Rust is no Exception
+        if is_of_machine(cause) or of_installation(cause, what) is not None:
+            raise
         text = " ".join(str(cause).split()) or type(cause).__name__
         said = printable(text, _LONGEST_TEXT).rstrip(".")
         raise error(phase.failure(f"fails: {said}")) from cause
@@ -110,15 +135,39 @@ def _armed(phase: Phase) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (min(wanted, *present, wanted), hard))
     start = time.monotonic()
     around, _ = signal.getitimer(signal.ITIMER_REAL)  # of the phase around this one
-    seconds = min(phase.seconds, around) if around else phase.seconds
+    timer = _start_timer(phase.seconds)
+    patience = phase.seconds * (1 if timer is None else _PATIENCE)
+    seconds = min(patience, around) if around else patience
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
     try:
         yield
     finally:
+        if timer is not None:
+            _LIBC.timer_delete(timer)
         left = max(around - (time.monotonic() - start), 1e-3) if around else 0.0
         signal.setitimer(signal.ITIMER_REAL, left)
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
         _tell(Message(left=True))
+
+
+class _TimerSpec(ctypes.Structure):
+    """struct itimerspec: seconds and nanoseconds between signals, and up to the first one."""
+
+    _fields_ = (("every", ctypes.c_long * 2), ("first", ctypes.c_long * 2))
+
+
+def _start_timer(seconds: float) -> ctypes.c_void_p | None:
+    """Sends SIGALRM once this thread has computed for so long; None where the system cannot."""
+    timer = ctypes.c_void_p()
+    create = getattr(_LIBC, "timer_create", None)
+    if sys.platform != "linux" or create is None:
+        return None
+    if create(_THREAD_CLOCK, None, ctypes.byref(timer)) != 0:  # None: SIGALRM, to the process
+        return None
+    whole = int(seconds)
+    first = (ctypes.c_long * 2)(whole, max(1, int((seconds - whole) * 1e9)))
+    _LIBC.timer_settime(timer, 0, ctypes.byref(_TimerSpec(first=first)), None)
+    return timer
 
 
 def _data_bytes() -> int:

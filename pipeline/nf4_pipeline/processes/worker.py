@@ -34,8 +34,9 @@ _SET: Final = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "PYTHONOPTIMIZE": "",  # transformers reads its own docstrings, and -OO takes them away
 }
-"""No child has anything to ask of a Hub, whatever a stranger's file names."""
+"""For every child. None has anything to ask of a Hub, whatever a stranger's file names."""
 
 
 @dataclass(frozen=True)

@@ -9,4 +9,5 @@ own.py            our loader, in a process that holds its model anyway
 logits.py         the few tokens that all are asked, and how far two answers are apart
 numpy_decoder.py  a script: the 4-bit weights by NumPy alone; shares no code with this package
 decoded.py        the decoder's weights against ours, bit by bit
+decode_worker.py  a share of them, in a process
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nf4_pipeline.documents import Document
+from nf4_pipeline.errors import ResourceError
 from nf4_pipeline.processes import parent_side as child
 from nf4_pipeline.processes.worker import Script
 from nf4_pipeline.progress import SILENT, Reporter
@@ -138,6 +140,9 @@ class StockReader:
 
         Returns:
             The row of transformers, and that of PEFT if it was asked for.
+
+        Raises:
+            ResourceError: the process was killed, or the machine lacks something that it needs.
         """
         died = ""
         try:
@@ -147,6 +152,12 @@ class StockReader:
         except child.ChildFailed as error:
             died = f"its process died with status {error.status}: {error.cause}"
             if not self._request.lora:
+                if error.status == -signal.SIGKILL:
+                    raise ResourceError(
+                        f"The process that loads {self._request.artifact} with transformers was "
+                        "killed: as a rule, memory ran out. End other programs, then run "
+                        "`nf4 verify` again."
+                    ) from error
                 return [_row("transformers", version, promised, "failed", died)]
             # Whoever died, transformers gets another chance without PEFT.
             alone = StockReader(replace(self._request, lora=False), awkward=self._awkward)

@@ -8,22 +8,28 @@ last line on stdout:
      "lines": Python to run before loading, or null, "logits": FILE.npy or null, "lora": bool}
     {"reply": {"transformers", "torch", "bitsandbytes", "error", "linear4bit", "missing",
                "unexpected", "seconds", "lora": null or {"peft", "error", "loss"}}}
+
+or, if the machine failed and not the artifact, {"error": {"name", "text"}}.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib
+import io
 import json
 import os
 import signal
 import sys
 import time
 from importlib import metadata, util
+from pathlib import Path
 from typing import Any, TypedDict
 
 RANK = 4
 LENGTH, TEXTS = 12, 2
+OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EROFS)
 
 
 class Asked(TypedDict):
@@ -74,8 +80,12 @@ def main() -> None:
         if os.getppid() != asked["parent"]:
             os._exit(1)
         asked = asked["request"]
-    found = look(asked)
-    print(json.dumps({"reply": found}), file=answers, flush=True)
+    try:
+        said: dict[str, Any] = {"reply": look(asked)}
+    except OSError as error:  # of the machine
+        text = f"Loading {asked['artifact']} with transformers: {error}. Mend it, and run it again."
+        said = {"error": {"name": "ResourceError", "text": text}}
+    print(json.dumps(said), file=answers, flush=True)
     os._exit(0)
 
 
@@ -111,6 +121,8 @@ def look(asked: Asked) -> Found:
         if asked["logits"] is not None:
             write_logits(model, asked["logits"])
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+            raise
         found["error"] = words(error)
     if asked["lora"] and found["error"] is None:
         found["lora"] = train(model)
@@ -154,7 +166,10 @@ def write_logits(model: Any, path: str) -> None:
     import torch
 
     with torch.no_grad():
-        np.save(path, model(input_ids=token_ids(model)).logits.float().cpu().numpy())
+        logits = model(input_ids=token_ids(model)).logits.float().cpu().numpy()
+    content = io.BytesIO()  # NumPy does not say why it could not write to a file itself
+    np.save(content, logits)
+    Path(path).write_bytes(content.getbuffer())
 
 
 def train(model: Any) -> Trained:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Final, NamedTuple
 from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.checkpoint.atomic import make_folder, sync_folder
 from nf4_pipeline.checkpoint.digest import FileStamp, json_sha256
-from nf4_pipeline.errors import SourceError, UsageError
+from nf4_pipeline.errors import AccessError, SourceError, UsageError
 from nf4_pipeline.model.probe import transformers_version
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.records import DOWNLOAD, DownloadFacts
@@ -25,6 +26,7 @@ from nf4_pipeline.stages.find_source import (
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 
 CODE_VERSION: Final = 3
+_NO_LINKS: Final = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Downloaded(NamedTuple):
@@ -188,6 +190,15 @@ def _link(build: Build, source: Source) -> None:
     for name in source.files:
         link = build.source / name
         make_folder(link.parent)
-        link.symlink_to((source.folder / name).resolve())
+        try:
+            link.symlink_to((source.folder / name).resolve())
+        except OSError as error:
+            if error.errno in _NO_LINKS:
+                raise AccessError(
+                    f"{build.source}: the file system there has no symbolic links "
+                    f"({error.strerror}), and the source is not copied. Name a --build-dir on "
+                    "another one."
+                ) from error
+            raise
     for folder in {(build.source / name).parent for name in source.files}:
         sync_folder(folder)

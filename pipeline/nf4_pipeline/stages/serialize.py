@@ -96,9 +96,11 @@ class Serialize:
                 for name, content in files.small.items():
                     write_bytes(folder / name, content)
                 inputs[0].check_untouched()
+                linked = inputs[1].check_untouched(linked=True)
                 # The earlier export goes now, and with it what was measured of it.
                 self.build.forget(ATTEST)
                 self.build.forget(VERIFY)
+            self.build.renew_stamps(QUANTIZE, linked)
             outputs = {f"export/{name}": digest for name, digest in files.digests.items()}
             return outputs, SerializeFacts(
                 totals=files.manifest.totals,

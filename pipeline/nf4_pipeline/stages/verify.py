@@ -24,7 +24,7 @@ from nf4_pipeline.checkpoint.files import CARD_FILE, entries, is_tokenizer
 from nf4_pipeline.checkpoint.plain_file import check_plain
 from nf4_pipeline.errors import ArtifactError, RecipeError, ResourceError
 from nf4_pipeline.fidelity.verdict import Check
-from nf4_pipeline.machine import Machine, may_have_cuda
+from nf4_pipeline.machine import Machine, kind_of_device
 from nf4_pipeline.manifest.manifest import Manifest, Source
 from nf4_pipeline.manifest.read import MANIFEST_FILE, read_manifest
 from nf4_pipeline.model.check_folder import check_small_files
@@ -121,7 +121,7 @@ class Verify:
                 "recipe": recipe,
                 "prompts": digest_file(self.prompts_path()).sha256,
                 "text": self._text().sha256,
-                "device": self._device().partition(":")[0],
+                "device": kind_of_device(self.machine.device),
                 "against": against,
             }
         )
@@ -129,9 +129,7 @@ class Verify:
     def _device(self) -> str:
         """What is verified on: "cpu" or "cuda:N"; torch is only asked where it must be."""
         device = self.machine.device
-        if device == "cpu" or (device == "auto" and not may_have_cuda()):
-            return "cpu"
-        return pick_device(device)
+        return pick_device(device) if kind_of_device(device) != "cpu" else "cpu"
 
     def _fits_together(self, manifest: Manifest, device: str) -> bool:
         """Whether both models may be in memory at the same time, and the artifact once more."""
@@ -186,6 +184,12 @@ class Verify:
             ResourceError: there is no such device, or too little memory on it.
             VerificationError: a process that loads a model died.
         """
+        if self.workers is not None:
+            return self._run(self.workers)
+        with Workers(self.machine.device) as workers:
+            return self._run(workers)
+
+    def _run(self, workers: Workers) -> Record[Verification]:
         against = self._manifest_of_other()
         self._key(against, {})  # prompts, text or device that are not there are known now
         self.build.need(SERIALIZE)
@@ -198,12 +202,13 @@ class Verify:
         if self.against is not None:
             self._check_other(_artifact(self.against))
         self._forget_verdict()
+        workers.begin()
         with measured() as checking:
             export = self._stamps()
             files = self._check_files(manifest)
 
         def work() -> Outcome[Verification]:
-            verification = self._verify(manifest, files.checks)
+            verification = self._verify(manifest, files.checks, workers)
             source.check_untouched()
             export.check_untouched()
             with self.reporter.task("draw the report", None):
@@ -278,7 +283,9 @@ class Verify:
             CARD_FILE: model_card(manifest, verification, source_card(self.build)).encode(),
         }
 
-    def _verify(self, manifest: Manifest, checks: Sequence[Check]) -> Verification:
+    def _verify(
+        self, manifest: Manifest, checks: Sequence[Check], workers: Workers
+    ) -> Verification:
         """Both models; if a check of the files failed, nothing is learned of them."""
         recipe, export = self.recipe.verify, self.build.export
         versions = _versions()
@@ -296,7 +303,6 @@ class Verify:
         )
         together = self._fits_together(manifest, asked.device)
         with ExitStack() as stack:
-            workers = self.workers or stack.enter_context(Workers())
             folder = stack.enter_context(TemporaryFolder("scores"))
             own, others = folder / "own.npz", folder / "others.npz"
             readers = stack.enter_context(

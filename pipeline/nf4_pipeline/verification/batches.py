@@ -30,12 +30,12 @@ class Draws:
         temperature: logits are divided by it.
         top_k: only the k likeliest tokens are drawn from.
         seeds: one for each sequence, so that its draws depend neither on the others nor on the
-            device.
+            device; None for a sequence whose tokens are the likeliest.
     """
 
     temperature: float
     top_k: int
-    seeds: tuple[int, ...]
+    seeds: tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def write_batch(
     generator: Generator,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    draws: Draws | None,
+    draws: Draws,
 ) -> list[Written]:
     """Answers prompts together.
 
@@ -90,13 +90,13 @@ def write_batch(
         generator: the model.
         prompts: the tokens of each.
         max_new_tokens: of each answer; the context may end them earlier.
-        draws: how tokens are drawn; None for greedily.
+        draws: how tokens are chosen.
     """
     ids, mask = _padded(generator, prompts)
     room = (generator.context or 2**31) - ids.shape[1]
     clock = _Clock()
     options: dict[str, Any] = {"max_new_tokens": min(max_new_tokens, room), "do_sample": False}
-    if draws is not None:
+    if any(seed is not None for seed in draws.seeds):
         from transformers import LogitsProcessorList
 
         options["logits_processor"] = LogitsProcessorList([_drawn(draws)])
@@ -121,16 +121,25 @@ def _drawn(draws: Draws) -> Any:
     import torch
     from transformers import LogitsProcessor
 
-    generators = [torch.Generator().manual_seed(seed) for seed in draws.seeds]
+    generators = {
+        row: torch.Generator().manual_seed(seed)
+        for row, seed in enumerate(draws.seeds)
+        if seed is not None
+    }
+    rows = list(generators)
 
     class Drawn(LogitsProcessor):  # type: ignore[misc]
         def __call__(self, input_ids: Any, scores: Any) -> Any:
             top = min(draws.top_k, scores.shape[-1])
-            values, tokens = scores.float().topk(top)
-            uniform = torch.stack([torch.rand(top, generator=one) for one in generators])
+            values, tokens = scores[rows].float().topk(top)
+            uniform = torch.stack([torch.rand(top, generator=generators[row]) for row in rows])
             noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
             drawn = values / draws.temperature + noise.to(values.device)
-            return torch.full_like(scores, -torch.inf).scatter(1, tokens, drawn.to(scores.dtype))
+            chosen = scores.clone()
+            chosen[rows] = torch.full_like(scores[rows], -torch.inf).scatter(
+                1, tokens, drawn.to(scores.dtype)
+            )
+            return chosen
 
     return Drawn()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from nf4_pipeline.checkpoint.safetensors_header import read_header
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.fidelity.verdict import Check
 from nf4_pipeline.manifest.manifest import Manifest, Source, StoredTensorEntry
-from nf4_pipeline.progress import SILENT, Reporter
+from nf4_pipeline.progress import SILENT, Reporter, Task
 
 
 def check_manifest(digest: FileDigest, recorded: FileDigest) -> Check:
@@ -63,6 +64,33 @@ class CheckedFiles:
     digests: dict[str, FileDigest]
 
 
+def _hash(artifact: Path, name: str, task: Task) -> tuple[FileDigest, list[StoredTensorEntry], str]:
+    """A file's digest, its tensors, and why it has none though its name says so."""
+    path = artifact / name
+    if path.suffix != ".safetensors":
+        return digest_file(path, task), [], ""
+    try:
+        headers = read_header(path)
+    except CheckpointError as error:
+        return digest_file(path, task), [], str(error)
+    digest, by_name = digest_tensors(path, headers, task)
+    return (
+        digest,
+        [
+            StoredTensorEntry(
+                name=tensor.name,
+                file=name,
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                bytes=tensor.nbytes,
+                sha256=by_name[tensor.name],
+            )
+            for tensor in headers
+        ],
+        "",
+    )
+
+
 def check_files(
     artifact: Path,
     manifest: Manifest,
@@ -84,37 +112,23 @@ def check_files(
     digests: dict[str, FileDigest] = {}
     found = entries(artifact)
     total = sum(digest.size for digest in manifest.files.values())
-    with reporter.task("check files", total) as task:
+    with reporter.task("check files", total) as task, ThreadPoolExecutor() as pool:
+        linked = {n for n in manifest.files if others is not None and (artifact / n).is_symlink()}
+        hashed = {
+            name: pool.submit(_hash, artifact, name, task)
+            for name in manifest.files
+            if name not in linked and (artifact / name).is_file()
+        }
         for name, expected in manifest.files.items():
-            path = artifact / name
-            if others is not None and path.is_symlink():
-                problems.append(f"{name} is a link")
+            if name not in hashed:
+                problems.append(f"{name} is {'a link' if name in linked else 'missing'}")
                 continue
-            if not path.is_file():
-                problems.append(f"{name} is missing")
-                continue
-            if name.endswith(".safetensors"):
-                try:
-                    headers = read_header(path)
-                except CheckpointError as error:
-                    problems.append(str(error))
-                    digests[name] = digest_file(path, task)
-                    continue
-                digest, by_name = digest_tensors(path, headers)
-                task.advance(digest.size)
-                for tensor in headers:
-                    tensors[tensor.name] = StoredTensorEntry(
-                        name=tensor.name,
-                        file=name,
-                        dtype=tensor.dtype,
-                        shape=tensor.shape,
-                        bytes=tensor.nbytes,
-                        sha256=by_name[tensor.name],
-                    )
-            else:
-                digest = digest_file(path, task)
+            digest, stored, problem = hashed[name].result()
             digests[name] = digest
-            if digest != expected:
+            tensors |= {tensor.name: tensor for tensor in stored}
+            if problem:
+                problems.append(problem)
+            elif digest != expected:
                 problems.append(f"{name} has other bytes ({digest.size:,}, {digest.sha256[:12]}…)")
     for name in sorted(found.keys() - digests.keys()):
         path = found[name]

@@ -136,7 +136,7 @@ def answer_streamed(
 
 
 class _Plan:
-    """Questions, cut into batches of one kind of decoding, and the answers to them."""
+    """Questions, cut into batches, and the answers to them."""
 
     def __init__(
         self, generator: Generator, asked: Sequence[Question], max_new_tokens: int, run: Run
@@ -148,20 +148,18 @@ class _Plan:
         self._answers: dict[int, TimedAnswer] = {}
         self._padded = False
         run([self._try_padding])
-        self.batches = [batch for drawn in (False, True) for batch in self._cut(drawn)]
+        self.batches = list(self._cut())
 
     def _try_padding(self) -> None:
         context = self._generator.context or 2**31
         lengths = [len(ids) for ids in self._ids if len(ids) < context]
         self._padded = may_be_padded(self._generator, lengths)
 
-    def _cut(self, drawn: bool) -> Iterator[list[int]]:
+    def _cut(self) -> Iterator[list[int]]:
         """The questions of each batch, by number; one without room for an answer is in none."""
         context = self._generator.context
         numbers = [
-            number
-            for number, (question, ids) in enumerate(zip(self._asked, self._ids, strict=True))
-            if (question.seed is not None) == drawn and (context is None or len(ids) < context)
+            number for number, ids in enumerate(self._ids) if context is None or len(ids) < context
         ]
         if numbers:
             lengths = [len(self._ids[number]) for number in numbers]
@@ -172,12 +170,12 @@ class _Plan:
 
     def answer(self, batch: Sequence[int]) -> None:
         """Answers a batch."""
-        seeds = [seed for number in batch if (seed := self._asked[number].seed) is not None]
+        seeds = tuple(self._asked[number].seed for number in batch)
         written = write_batch(
             self._generator,
             [self._ids[number] for number in batch],
             self._max_new_tokens,
-            Draws(_TEMPERATURE, _TOP_K, tuple(seeds)) if seeds else None,
+            Draws(_TEMPERATURE, _TOP_K, seeds),
         )
         for number, one in zip(batch, written, strict=True):
             text = self._generator.text(one.ids)

@@ -20,10 +20,12 @@ from nf4_pipeline.machine import may_have_cuda
 from nf4_pipeline.model.probe import WORKER as PROBE
 from nf4_pipeline.processes import parent_side as child
 from nf4_pipeline.processes.forked import serving
+from nf4_pipeline.processes.in_process import is_in_process
 from nf4_pipeline.processes.worker import Worker
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.readers.stock import READER, StockReply, StockRequest
 from nf4_pipeline.resource_usage import available_memory
+from nf4_pipeline.runtime.loader import pick_device
 from nf4_pipeline.verification.eval_text import Text
 from nf4_pipeline.verification.messages import (
     ArtifactReply,
@@ -183,9 +185,13 @@ class Workers:
     """The processes that verify. They may be started early: then they import while others work.
 
     What they will work on they are told only when it is there. Leaving its `with` ends them.
+
+    Args:
+        device: as the user named it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self._device, self._begun = device, False
         self._stack = ExitStack()
         self._source: child.Waiting[SourceRequest, SourceReply] | None = None
         self._artifact: child.Waiting[ArtifactRequest, ArtifactReply] | None = None
@@ -203,16 +209,19 @@ class Workers:
         self._stack.close()
 
     def begin(self) -> None:
-        """Starts them, unless memory is short: each takes some 0.5 GB before it is asked.
+        """Starts them once, unless memory is short: each takes some 0.5 GB before it is asked.
 
         Where there is no GPU, one process imports for both models, and for the probe of the source;
         a fork of a process that may have asked for a GPU cannot use it.
         """
         available = available_memory()
-        if available is not None and available < _PLENTY:
+        if self._begun or is_in_process() or (available is not None and available < _PLENTY):
             return
+        self._begun = True
         if may_have_cuda():
             self._source, self._artifact = self.source(), self.artifact()
+            # This process, too, will ask torch which GPUs there are, and how much memory is free.
+            self._stack.enter_context(ThreadPoolExecutor(1)).submit(pick_device, self._device)
         else:
             modules = (PROBE.module, _SOURCE_WORKER.module, _ARTIFACT_WORKER.module)
             self._stack.enter_context(serving(modules))
@@ -245,7 +254,12 @@ def _wait(asked: child.Child[_Reply], folder: Path) -> _Reply:
     try:
         return asked.wait()
     except child.ChildFailed as failure:
-        signal = " Signal 9 usually means that memory ran out." if failure.status == -9 else ""
+        signal = (
+            " Signal 9 usually means that memory ran out: end other programs, then run "
+            "`nf4 verify` again."
+            if failure.status == -9
+            else ""
+        )
         raise VerificationError(
             f"The process that runs {folder} ended with status {failure.status}: "
             f"{failure.cause}.{signal}"
