@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from nf4_pipeline.build_folder import Build, Record, State
 from nf4_pipeline.calibration.calibrator import text_path
 from nf4_pipeline.errors import BuildError, RecipeError, StoppedError, is_of_machine, of_system
 from nf4_pipeline.machine import Machine
 from nf4_pipeline.progress import SILENT, Reporter
+from nf4_pipeline.progress import Stage as ShownStage
 from nf4_pipeline.recipe import TABLES, PartialRecipe, Recipe
 from nf4_pipeline.records import (
     DOWNLOAD,
@@ -29,7 +30,11 @@ from nf4_pipeline.stages.quantize import Quantize, count_finished_files
 from nf4_pipeline.stages.run_recorded import Stage
 from nf4_pipeline.stages.serialize import Serialize
 from nf4_pipeline.stages.verify import Verify, check_gpu
+from nf4_pipeline.verification.document import Verification
 from nf4_pipeline.verification.launch import Workers
+
+STAGES: Final = ("download", "quantize", "serialize", "verify", "attest")
+"""Of a build, in their order."""
 
 
 @dataclass(frozen=True)
@@ -92,17 +97,23 @@ def run_build(
     request = replace(request, reading=Reading.of(recipe.quantize))
     with Workers(machine.device) as workers:
         # They import what verify needs while the source is hashed, quantized and written.
-        build, record, ran = run_download(request, reporter, workers.begin)
+        build, record, ran = run_download(request, reporter, workers.begin, of=len(STAGES))
         results = {"download": StageResult(record, ran)}
         stages = make_stages(build, recipe, machine, reporter, workers=workers)
         with translate_errors("build", build), build.locked():
             for name in stages:
-                results[name] = _ensure(build, stages, name, recipe, reporter, check=request.check)
+                results[name] = _ensure(
+                    build, stages, name, recipe, reporter, check=request.check, of=len(STAGES)
+                )
     return build, results
 
 
 def run_download(
-    request: DownloadRequest, reporter: Reporter, begin: Callable[[], None] = lambda: None
+    request: DownloadRequest,
+    reporter: Reporter,
+    begin: Callable[[], None] = lambda: None,
+    *,
+    of: int = 1,
 ) -> Downloaded:
     """Runs `Download`, and says what the system refuses as an error of ours.
 
@@ -110,9 +121,12 @@ def run_download(
         request: what is wanted.
         reporter: told how far it is.
         begin: called if there is something to do.
+        of: how many stages the job has.
     """
-    with translate_errors("download"):
-        return Download(request, reporter, begin).run()
+    with translate_errors("download"), reporter.stage("download", 1, of) as shown:
+        downloaded = Download(request, reporter, begin).run()
+        shown.finish(ran=downloaded.ran, nbytes=downloaded.record.total_bytes)
+    return downloaded
 
 
 def run_stage(
@@ -186,6 +200,7 @@ def _ensure(
     *,
     anew: bool = False,
     check: bool = True,
+    of: int = 1,
 ) -> StageResult:
     """Runs a stage if it is not done, or if it shall run anew; the build folder must be locked.
 
@@ -194,18 +209,45 @@ def _ensure(
     Without `check`, what was not touched is not hashed.
     """
     stage = stages[name]
-    with translate_errors(name, build):
+    number = STAGES.index(name) + 1 if of > 1 else 1
+    with translate_errors(name, build), reporter.stage(name, number, of) as shown:
         if not anew:
             state = _check_state(build, stage, reporter, check=check)
             if state.status == "done":
                 build.renew_stamps(stage.kind, state.stamps)
                 record = build.need(stage.kind)
+                _finish(shown, build, record, ran=False)
                 return StageResult(_refresh_recipe(build, record, recipe), ran=False)
             if state.status == "stale":
                 reporter.note(f"{name}: {state.why}; done again.")
         if name == "serialize":
             _refuse_stale_weights(build, stages["quantize"])
-        return StageResult(stage.run(), ran=True)
+        resumes = count_finished_files(build) > 0
+        record = stage.run()
+        _finish(shown, build, record, ran=True, whole=not resumes)
+        return StageResult(record, ran=True)
+
+
+def _finish(
+    shown: ShownStage, build: Build, record: Record[Any], *, ran: bool, whole: bool = True
+) -> None:
+    """Says what came of a stage: its verdict, or the bytes that it read or left.
+
+    Args:
+        shown: the stage, as it is shown.
+        build: where.
+        record: what it left.
+        ran: as in `StageResult`.
+        whole: nothing of what it made stood there before.
+    """
+    if isinstance(record.facts, Verification):
+        shown.finish(ran=ran, verdict=record.facts.verdict)
+    elif record.kind is QUANTIZE:
+        files = build.need(DOWNLOAD).outputs
+        read = sum(d.size for name, d in files.items() if name.endswith(".safetensors"))
+        shown.finish(ran=ran, nbytes=read, has_rate=whole)
+    else:
+        shown.finish(ran=ran, nbytes=record.total_bytes)
 
 
 def _refuse_stale_weights(build: Build, quantize: Stage) -> None:

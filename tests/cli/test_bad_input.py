@@ -13,6 +13,7 @@ from nf4_pipeline.build_folder import Build
 from nf4_pipeline.records import QUANTIZE
 from safetensors.torch import load_file, save_file
 
+from tests.support.command_line import without_progress
 from tests.support.failures import check_message, check_nothing_written
 from tests.support.jobs import download
 from tests.support.tiny import INDEX, SHARDS, Done, copy_of, edit_json, nf4
@@ -229,7 +230,8 @@ def test_a_config_that_makes_no_model(tiny_falcon: Path, tmp_path: Path) -> None
     edit_json(model / "config.json", num_attention_heads=7)
     done = nf4("download", model, cwd=tmp_path)
     assert done.status == 1
-    assert done.err.startswith(f"Error: {model / 'config.json'} is not a valid falcon config: ")
+    said = without_progress(done.err)
+    assert said.startswith(f"Error: {model / 'config.json'} is not a valid falcon config: ")
     assert "Traceback" not in done.err
     check_nothing_written(tmp_path)
 

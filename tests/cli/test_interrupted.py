@@ -38,8 +38,8 @@ def test_quantize_ends_clean_and_goes_on(downloaded: Path, tmp_path: Path) -> No
     )
     assert found.status == 130
     assert re.fullmatch(
-        rf"\nStopped in quantize\. Kept in {re.escape(str(build.root))}: download, "
-        r"and \d quantized files\. Run the same command again to continue there\.\n",
+        rf"(quantize: .+\n)+\nStopped in quantize\. Kept in {re.escape(str(build.root))}: "
+        r"download, and \d quantized files\. Run the same command again to continue there\.\n",
         found.err,
     )
     assert leftovers(build) == []

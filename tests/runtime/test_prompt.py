@@ -16,6 +16,7 @@ from nf4_pipeline.errors import ArtifactError, UsageError
 from nf4_pipeline.runtime.generate import Sampling
 from nf4_pipeline.runtime.prompt import ask, prompt
 
+from tests.support.command_line import without_progress
 from tests.support.hostile_tokenizers import (
     TEMPLATES,
     write_template,
@@ -81,9 +82,10 @@ def test_a_command_with_a_hostile_template(tiny_falcon: Path, tmp_path: Path) ->
     write_template(folder, TEMPLATES["a huge join"])
     done = nf4("prompt", folder, "Hello", "--max-new-tokens", "2", cwd=tmp_path)
     assert (done.status, done.out) == (1, "")
-    assert done.err.startswith(f"Error: The chat template of {folder} ")
-    assert done.err.endswith("Leave it out (--raw, or chat=False).\n")
-    assert done.err.count("\n") == 1
+    said = without_progress(done.err)
+    assert said.startswith(f"Error: The chat template of {folder} ")
+    assert said.endswith("Leave it out (--raw, or chat=False).\n")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from nf4_pipeline.build_folder import Build
-from nf4_pipeline.progress import SILENT
+from nf4_pipeline.progress import SilentReporter
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import QUANTIZE, Reading
 from nf4_pipeline.stages.download import Download, Downloaded
@@ -28,16 +28,16 @@ from tests.support.tiny import copy_of, edit_json
 pytestmark = pytest.mark.usefixtures("workers_here")
 
 
-class Listener(type(SILENT)):  # type: ignore[misc]
+class Listener(SilentReporter):
     """Remembers the titles of tasks."""
 
     def __init__(self) -> None:
         self.titles: list[str] = []
 
     @contextmanager
-    def task(self, title: str, total: int, *, unit: str = "bytes") -> Iterator[Any]:
+    def task(self, title: str, total: int | None, *, unit: str = "bytes") -> Iterator[Any]:
         self.titles.append(title)
-        with SILENT.task(title, total, unit=unit) as task:
+        with super().task(title, total, unit=unit) as task:
             yield task
 
 

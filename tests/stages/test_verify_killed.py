@@ -12,29 +12,28 @@ from nf4_pipeline.build_folder import Build
 from nf4_pipeline.errors import VerificationError
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.processes.in_process import in_process
-from nf4_pipeline.progress import SILENT, Task
+from nf4_pipeline.progress import SILENT, SilentReporter, Task
 from nf4_pipeline.recipe import load_recipe
 
 from tests.support.jobs import CPU
 from tests.support.tiny import content_of, copy_of
 
 
-class _Killer:
+class _Killer(SilentReporter):
     """A reporter that kills the worker as soon as it says that it does a certain thing."""
 
     def __init__(self, title: str) -> None:
         self._title = title
         self.killed: list[int] = []
 
-    def task(self, title: str, total: int, *, unit: str = "bytes") -> AbstractContextManager[Task]:
+    def task(
+        self, title: str, total: int | None, *, unit: str = "bytes"
+    ) -> AbstractContextManager[Task]:
         if title == self._title:
             (pid,) = _workers()
             os.kill(pid, signal.SIGKILL)
             self.killed.append(pid)
-        return SILENT.task(title, total, unit=unit)
-
-    def note(self, text: str) -> None:
-        """Nothing is expected to be said."""
+        return super().task(title, total, unit=unit)
 
 
 def _workers() -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import signal
 import unicodedata
 from collections.abc import Callable
@@ -15,6 +16,16 @@ from nf4_pipeline.processes.in_process import in_process
 from tests.support.tiny import Done
 
 _MAY_STAND = "\n\t\u200c\u200d"
+_PROGRESS = re.compile(
+    r"^(([1-5]/5 )?(download|quantize|serialize|verify|attest): |"
+    r"(load|answer|ask|hash|check|probe|fetch)\b.* \d+ s\b).*\n",
+    re.MULTILINE,
+)
+
+
+def without_progress(err: str) -> str:
+    """What stands on stderr beside lines of progress; how many there are depends on the machine."""
+    return _PROGRESS.sub("", err)
 
 
 def run_nf4(*args: object) -> Done:

@@ -18,6 +18,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from nf4_pipeline.progress import SilentReporter
+
 ROOT = Path(__file__).parents[2]
 
 PYTHONPATH = os.pathsep.join([str(ROOT), str(ROOT / "pipeline")])
@@ -93,15 +95,15 @@ def run(
     return Run(text=done.stdout, folder=folder, **found)
 
 
-class _Recorder:
+class _Recorder(SilentReporter):
     """A reporter that remembers."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
-        self.tasks: dict[str, list[int]] = {}
+        self.tasks: dict[str, list[int | None]] = {}
 
     @contextmanager
-    def task(self, title: str, total: int, *, unit: str = "bytes") -> Iterator[Any]:
+    def task(self, title: str, total: int | None, *, unit: str = "bytes") -> Iterator[Any]:
         amounts: list[int] = []
         try:
             yield SimpleNamespace(advance=amounts.append)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from nf4_pipeline.progress import SILENT, Task
+from nf4_pipeline.progress import SilentReporter
 
 
-class Notes:
+class Notes(SilentReporter):
     """Keeps notes, in their order; shows no progress."""
 
     def __init__(self) -> None:
@@ -16,8 +13,3 @@ class Notes:
 
     def note(self, text: str) -> None:
         self.said.append(text)
-
-    @contextmanager
-    def task(self, title: str, total: int, *, unit: str = "bytes") -> Iterator[Task]:
-        with SILENT.task(title, total, unit=unit) as task:
-            yield task

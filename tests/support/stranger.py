@@ -31,6 +31,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from nf4_pipeline.progress import SilentReporter
 from nf4_pipeline.resource_usage import peak_memory
 
 from tests.support.hub_client import ROOT, isolated
@@ -386,16 +387,11 @@ class Victim:
         return Outcome(**json.loads(line))
 
 
-class _Notes:
+class _Notes(SilentReporter):
     """A reporter that remembers what it is told."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
-
-    def task(self, title: str, total: int, *, unit: str = "bytes") -> Any:
-        from nf4_pipeline.progress import SILENT
-
-        return SILENT.task(title, total, unit=unit)
 
     def note(self, text: str) -> None:
         self.notes.append(text)

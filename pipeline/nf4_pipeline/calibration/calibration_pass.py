@@ -27,6 +27,7 @@ from nf4_pipeline.gptq.hessian import (
 )
 from nf4_pipeline.gptq.quantizer import QuantizedWeight, quantizer_for
 from nf4_pipeline.model.linear import weight_out_in
+from nf4_pipeline.nf4.compiling import compilation_shown
 from nf4_pipeline.progress import Reporter, Task
 from nf4_pipeline.selection import TensorPlan
 
@@ -79,7 +80,10 @@ def calibrate(
         }
         if not missing:
             return {}
-        with reporter.task("calibrate", len(streamed.blocks), unit="blocks") as task:
+        with (
+            compilation_shown(reporter),
+            reporter.task("calibrate", len(streamed.blocks), unit="blocks") as task,
+        ):
             work = _Pass(streamed, missing, store, config or GptqConfig())
             with work.timed("whole"):
                 work.over(tokens, task)

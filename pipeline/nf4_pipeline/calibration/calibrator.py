@@ -21,7 +21,7 @@ from nf4_pipeline.checkpoint.plain_file import check_plain, why_unreadable
 from nf4_pipeline.errors import BuildError, PlanMismatchError, RecipeError, ResourceError
 from nf4_pipeline.manifest.manifest import KeptModule
 from nf4_pipeline.nf4.rounding import NearestOnCpu, Rounding
-from nf4_pipeline.progress import Reporter
+from nf4_pipeline.progress import LOADING, Reporter
 from nf4_pipeline.recipe import QuantizeRecipe
 from nf4_pipeline.resource_usage import DeviceUsage, measured_on_device
 from nf4_pipeline.selection import Plan
@@ -113,9 +113,10 @@ class Calibrator:
             RecipeError: a text cannot be read, or is too short.
             ResourceError: the device has too little memory for the model.
         """
-        from nf4_pipeline.calibration.sampling import make_tokens
-        from nf4_pipeline.calibration.tokens import read_tokens
-        from nf4_pipeline.runtime.loader import pick_device
+        with reporter.task(LOADING, None):
+            from nf4_pipeline.calibration.sampling import make_tokens
+            from nf4_pipeline.calibration.tokens import read_tokens
+            from nf4_pipeline.runtime.loader import pick_device
 
         key = self._tokens_key()
         kept = read_tokens(self.tokens_path)
@@ -158,9 +159,10 @@ class Calibrator:
             RecipeError: the tokens are none of this model's.
             PlanMismatchError: a weight got neither codes nor a reason why it has none.
         """
-        from nf4_pipeline.calibration.block_store import BlockStore
-        from nf4_pipeline.calibration.calibration_pass import calibrate
-        from nf4_pipeline.runtime.loader import pick_device
+        with reporter.task(LOADING, None):
+            from nf4_pipeline.calibration.block_store import BlockStore
+            from nf4_pipeline.calibration.calibration_pass import calibrate
+            from nf4_pipeline.runtime.loader import pick_device
 
         device = pick_device(self.device)
         kind = device.partition(":")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -46,12 +47,15 @@ def make_tokens(
         CheckpointError: the model's probabilities are not finite.
         SourceError: the tokenizer fails, or takes more than any real one.
     """
-    with StreamedModel(source, device) as streamed:
+    with ExitStack() as stack:
+        with reporter.task("open the 16-bit model", None):
+            streamed = stack.enter_context(StreamedModel(source, device))
         config = streamed.model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
         length = min(LENGTH, context) if isinstance(context, int) and context > 1 else LENGTH
         sequences = max(1, count // length)
-        found = ask_tokenizer(TokensRequest(source, text, sequences, length))
+        with reporter.task("ask the tokenizer", None):
+            found = ask_tokenizer(TokensRequest(source, text, sequences, length))
         if text is not None:
             return CalibrationTokens(np.array(found.rows, np.int32), "text", key)
         with (

@@ -29,7 +29,7 @@ from typing import Any, Final
 import click
 
 from nf4_pipeline import __version__
-from nf4_pipeline.cli.terminal import guarded, say
+from nf4_pipeline.cli.terminal import guarded, say, show_cursor
 from nf4_pipeline.errors import (
     PipelineError,
     StoppedError,
@@ -87,7 +87,10 @@ def main(args: list[str] | None = None) -> None:
     """Runs the command line and exits: 0 good, 1 the job failed, 2 wrong usage, 128 + a signal."""
     with guarded(), _interruptible():
         status = _run(args)
-    if _stopped_by:  # Python ends by the signal again, if it came while a library was imported
+    if _stopped_by:
+        with suppress(OSError):
+            show_cursor()  # wherever the display was interrupted
+        # Python ends by the signal again, if it came while a library was imported
         os._exit(status)
     sys.exit(status)
 
@@ -210,6 +213,8 @@ def _interruptible() -> Iterator[None]:
 
 
 def _end_now() -> None:
+    with suppress(OSError):
+        show_cursor()
     _say_stopped(_STOPPED)
     os._exit(_stopped_status())
 

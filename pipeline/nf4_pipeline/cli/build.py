@@ -29,11 +29,15 @@ def command(ui: Ui, request: DownloadRequest, recipe: PartialRecipe, machine: Ma
 
     What is done and still valid is not done again. Exits 1 if the verdict is "fail".
     """
-    from nf4_pipeline.cli.summary import Summary, show_summary
-    from nf4_pipeline.job import run_build
+    from nf4_pipeline.progress import LOADING
 
-    build, results = run_build(request, recipe.recipe, machine, ui.reporter())
+    reporter = ui.reporter()
+    with reporter.task(LOADING, None):
+        from nf4_pipeline.cli.summary import Summary, show_summary
+        from nf4_pipeline.job import run_build
+
+    build, results = run_build(request, recipe.recipe, machine, reporter)
     summary = Summary.of(build, results)
-    ui.result(summary.to_json(), lambda: show_summary(summary))
+    ui.result(summary.to_json(), lambda: show_summary(summary, verbose=ui.verbose))
     if summary.verification.verdict != "pass":
         sys.exit(1)

@@ -10,6 +10,7 @@ import click
 from nf4_pipeline.cli.options import ARTIFACTS, Ui, output_options
 from nf4_pipeline.cli.terminal import say
 from nf4_pipeline.doctor import MachineReport, examine
+from nf4_pipeline.progress import LOADING
 
 _MARKS: Final = {"ok": "ok      ", "note": "note    ", "problem": "PROBLEM "}
 
@@ -21,7 +22,8 @@ def command(ui: Ui) -> None:
 
     Exits 1 if something has to be done before nf4 can work.
     """
-    report = examine(ARTIFACTS)
+    with ui.reporter().task(LOADING, None):
+        report = examine(ARTIFACTS)
     ui.result(report.to_json(), lambda: _show(report))
     if any(finding.kind == "problem" for finding in report.findings):
         sys.exit(1)

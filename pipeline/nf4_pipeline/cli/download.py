@@ -20,9 +20,13 @@ if TYPE_CHECKING:
 def command(ui: Ui, request: DownloadRequest) -> None:
     """Pin MODEL (a Hub id, a local folder, or "sample"), fetch it, and check every file's hash."""
     from nf4_pipeline.checkpoint.digest import digests_json
-    from nf4_pipeline.job import run_download
+    from nf4_pipeline.progress import LOADING
 
-    build, record, _ = run_download(request, ui.reporter())
+    reporter = ui.reporter()
+    with reporter.task(LOADING, None):
+        from nf4_pipeline.job import run_download
+
+    build, record, _ = run_download(request, reporter)
     facts = record.facts
     value = {
         "build": str(build.root),

@@ -53,15 +53,20 @@ def output_options(command: Command) -> Command:
     """--json, -q and -v; the command gets a `ui`."""
 
     @click.option("--json", "as_json", is_flag=True, help="One JSON result on stdout.")
-    @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-    @click.option("-v", "--verbose", is_flag=True, help="Also what libraries underneath log.")
+    @click.option("-q", "--quiet", is_flag=True, help="No progress; warnings only.")
+    @click.option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        help="Every check with what it expects; also what libraries underneath log.",
+    )
     @wraps(command)
     def wrapped(as_json: bool, quiet: bool, verbose: bool, **values: Any) -> Any:
         if not verbose:
             from nf4_pipeline.library_output import quiet_libraries
 
             quiet_libraries()
-        return command(ui=Ui(as_json, quiet), **values)
+        return command(ui=Ui(as_json, quiet, verbose), **values)
 
     return wrapped
 
@@ -241,15 +246,16 @@ def _calibrated(recipe: Recipe, calibrate: str | None, extra_bytes: str | None) 
 class Ui:
     """Where a command's words go: results to stdout, everything else to stderr."""
 
-    def __init__(self, as_json: bool, quiet: bool) -> None:
+    def __init__(self, as_json: bool, quiet: bool, verbose: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
+        self.verbose = verbose
 
     def reporter(self) -> Reporter:
+        """Of the whole command; to be made once."""
         from nf4_pipeline.cli.reporting import make_reporter
-        from nf4_pipeline.progress import SILENT
 
-        return SILENT if self.quiet else make_reporter()
+        return make_reporter(quiet=self.quiet)
 
     def result(self, value: Any, show: Callable[[], None]) -> None:
         """Prints the result: as JSON if that was asked for, else as `show` does."""
@@ -315,10 +321,14 @@ def run_one_stage(
     against: str | None = None,
 ) -> Record[Any]:
     """Runs one stage of an existing build and says what came of it; returns its record."""
-    from nf4_pipeline.job import run_stage
+    from nf4_pipeline.progress import LOADING
     from nf4_pipeline.verification.document import Verification
 
-    result = run_stage(build, name, recipe, machine, ui.reporter(), against=against)
+    reporter = ui.reporter()
+    with reporter.task(LOADING, None):
+        from nf4_pipeline.job import run_stage
+
+    result = run_stage(build, name, recipe, machine, reporter, against=against)
     record = result.record
     value = {
         "build": str(build.root),

@@ -56,8 +56,8 @@ def command(
     model's activations are what the libraries beneath compute there.
     """
     from nf4_pipeline.machine import Machine
+    from nf4_pipeline.progress import LOADING
     from nf4_pipeline.recipe import parse_size
-    from nf4_pipeline.reproduce.reproduce import reproduce
 
     check_device(device)
     machine = Machine(
@@ -65,7 +65,12 @@ def command(
         workers=workers,
         memory_budget=parse_size(memory_budget, "--memory-budget"),
     )
-    result = reproduce(artifact_folder(artifact), source, ui.reporter(), machine)
+    folder = artifact_folder(artifact)
+    reporter = ui.reporter()
+    with reporter.task(LOADING, None):
+        from nf4_pipeline.reproduce.reproduce import reproduce
+
+    result = reproduce(folder, source, reporter, machine)
     ui.result(result.document.to_json(), lambda: _show(result))
     if result.differences:
         sys.exit(1)

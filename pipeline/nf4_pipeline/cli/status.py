@@ -35,13 +35,17 @@ def command(
     Without MODEL or --build-dir, all builds under artifacts/ are meant.
     """
     from nf4_pipeline.build_folder import find_builds
-    from nf4_pipeline.job import states
+    from nf4_pipeline.progress import LOADING
 
     if model is None and build_dir is None:
         builds = find_builds(ARTIFACTS)
     else:
         builds = [existing_build(model, build_dir)]
-    by_build = {str(build.root): states(build, recipe, machine, ui.reporter()) for build in builds}
+    reporter = ui.reporter()
+    with reporter.task(LOADING, None):
+        from nf4_pipeline.job import states
+
+    by_build = {str(build.root): states(build, recipe, machine, reporter) for build in builds}
 
     def show() -> None:
         if not by_build:

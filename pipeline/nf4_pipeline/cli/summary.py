@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from nf4_pipeline.build_folder import Build, Record
-from nf4_pipeline.cli.terminal import say
+from nf4_pipeline.cli.terminal import say, say_brief
 from nf4_pipeline.fidelity.metrics import Fidelity
+from nf4_pipeline.fidelity.verdict import Check
 from nf4_pipeline.job import StageResult
 from nf4_pipeline.records import SerializeFacts
-from nf4_pipeline.report.formatting import both_units, interval, plain_size
+from nf4_pipeline.report.formatting import both_units, interval, is_finite, plain_size
 from nf4_pipeline.verification.document import (
     Against,
     AnswerPair,
@@ -22,6 +23,11 @@ from nf4_pipeline.verification.document import (
 )
 
 _SHOWN_ANSWERS: Final = 3
+_LINES: Final = 12
+"""Of a summary, at most."""
+
+_OTHERS: Final = 7
+"""Lines of a summary of a failure beside fidelity, checks that failed, and what is left out."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +82,40 @@ class Summary:
         }
 
 
-def show_summary(summary: Summary) -> None:
-    """Prints it for people."""
-    totals, verification = summary.serialized.facts.totals, summary.verification
+def show_summary(summary: Summary, *, verbose: bool = False) -> None:
+    """Prints it for people: in at most twelve lines, unless all is asked for."""
     say()
+    if verbose:
+        _show_all(summary)
+        return
+    totals, verification = summary.serialized.facts.totals, summary.verification
+    before, after = plain_size(totals.original_bytes), plain_size(totals.artifact_bytes)
+    say_brief(f"  size        {before} to {after}: {1 - totals.ratio:.1%} smaller")
+    if left_out := summary.serialized.facts.left_out:
+        tensors, nbytes = sum(p.tensors for p in left_out), sum(p.bytes for p in left_out)
+        say_brief(f"  left out    {tensors} tensors, {plain_size(nbytes)} (-v says why)")
+    ran = [result.record for result in summary.results.values() if result.ran]
+    peak = max((record.peak_memory for record in ran), default=0)
+    took = f"{sum(record.seconds for record in ran):.1f} s" if ran else "nothing had to be done"
+    say_brief(f"  time        {took}" + (f", at most {plain_size(peak)} of memory" if ran else ""))
+    _show_brief(verification, _LINES - _OTHERS - bool(left_out))
+    say(f"  artifact    {summary.build.export}")
+    if verification.verdict != "pass":
+        say(f"  next        see {summary.build.export / 'report.html'}")
+        return
+    if summary.serialized.facts.hidden_modules:
+        say_brief("  loading     nf4_pipeline.load(…), or see its README.md")
+    _show_next(summary.build)
+
+
+def _show_next(build: Build) -> None:
+    root = shlex.quote(str(build.root))
+    say(f'  next        nf4 prompt {root} "…"')
+    say(f"              nf4 push --dry-run --repo-id ORG/NAME --build-dir {root}")
+
+
+def _show_all(summary: Summary) -> None:
+    totals, verification = summary.serialized.facts.totals, summary.verification
     say(f"  original    {both_units(totals.original_bytes)}")
     say(
         f"  NF4         {both_units(totals.artifact_bytes)}: {1 - totals.ratio:.1%} smaller, "
@@ -113,9 +149,7 @@ def show_summary(summary: Summary) -> None:
             "  loading     nf4_pipeline.load(…); stock transformers >= 5.5 needs the line that "
             "README.md there gives"
         )
-    build = shlex.quote(str(summary.build.root))
-    say(f'  next        nf4 prompt {build} "…"')
-    say(f"              nf4 push --dry-run --repo-id ORG/NAME --build-dir {build}")
+    _show_next(summary.build)
 
 
 def _show_answers(answers: Sequence[AnswerPair]) -> None:
@@ -131,21 +165,73 @@ def _show_answers(answers: Sequence[AnswerPair]) -> None:
 
 
 def show_checks(verification: Verification) -> None:
-    """Prints the checks and the verdict."""
+    """Prints every check, with what it expects, and the verdict."""
     say()
     for check in verification.checks:
-        mark = "ok  " if check.passed else "FAIL"
-        say(f"  {mark}  {check.name}: {check.found} (expected: {check.expected})")
-    on = ""
+        _show_check(check)
     if isinstance(verification, MeasuredVerification):
-        on = f", measured on {verification.device.name} in {verification.device.dtype}"
         _show_beside(verification.fidelity, verification.nearest, "round to nearest")
+    _show_other(verification)
+    _show_verdict(verification)
+
+
+def show_verdict(verification: Verification) -> None:
+    """Prints the verdict, the checks that failed, and what was compared because it was asked."""
+    _show_other(verification)
+    _show_brief(verification, len(verification.checks))
+
+
+def _show_brief(verification: Verification, room: int) -> None:
+    """How far it is from the 16-bit model, the checks that failed, and the verdict.
+
+    Args:
+        verification: what was found.
+        room: lines for fidelity and for checks that failed.
+    """
+    if isinstance(verification, MeasuredVerification):
+        own, beside = verification.fidelity, verification.nearest
+        kl, same = own.mean_kl.value, own.top1_agreement.value
+        kl_said = f"{kl:.4f}" if is_finite(kl) else "not finite"
+        same_said = f"; {same:.1%} same next token" if is_finite(same) else ""
+        say_brief(f"  fidelity    mean KL {kl_said}{same_said}")
+        room -= 1
+        if beside is not None:
+            ratio = interval(beside.difference.mean_kl_ratio, ".2f")
+            say_brief(f"              {ratio} of round to nearest's KL")
+            room -= 1
+    checks, failed = verification.checks, verification.failed_checks
+    shown = failed[:room]
+    mark = None if failed else ("ok", "green")
+    more = "; -v shows all that failed" if len(shown) < len(failed) else ""
+    good = len(checks) - len(failed)
+    say_brief(f"  checks      {good} of {len(checks)} ok{more}", highlight=mark)
+    for check in shown:
+        _show_check(check, brief=True)
+    _show_verdict(verification, brief=True)
+
+
+def _show_check(check: Check, *, brief: bool = False) -> None:
+    mark, colour = ("ok", "green") if check.passed else ("FAIL", "red")
+    text = f"  {mark:<4}  {check.name}: {check.found} (expected: {check.expected})"
+    (say_brief if brief else say)(text, highlight=(mark, colour))
+
+
+def _show_verdict(verification: Verification, *, brief: bool = False) -> None:
+    verdict, on = verification.verdict, ""
+    if isinstance(verification, MeasuredVerification):
+        measured = "on" if brief else "measured on"
+        on = f", {measured} {verification.device.name} in {verification.device.dtype}"
+    colour = "green" if verdict == "pass" else "red"
+    text = f"  verdict     {verdict}{on}"
+    (say_brief if brief else say)(text, highlight=(verdict, colour))
+
+
+def _show_other(verification: Verification) -> None:
+    """What the artifact was compared with because somebody asked."""
+    if isinstance(verification, MeasuredVerification) and verification.against is not None:
         _show_beside(verification.fidelity, verification.against, "the other")
-        if verification.against is not None and verification.against.not_checked is not None:
+        if verification.against.not_checked is not None:
             say(f"  not checked of the other: {verification.against.not_checked}")
-    colour = "green" if verification.verdict == "pass" else "red"
-    verdict = verification.verdict
-    say(f"  verdict     {verdict}{on}", highlight=(verdict, colour))
 
 
 def _show_beside(own: Fidelity, other: NearestBaseline | Against | None, name: str) -> None:

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -45,11 +46,37 @@ def say(
     """
     stream = sys.stderr if err else sys.stdout
     shown = printable(text, limit, lines=lines)
-    if highlight is not None and stream.isatty():
+    if highlight is not None and has_colours(stream):
         word, colour = highlight
         shown = shown.replace(word, click.style(word, fg=colour, bold=True), 1)
     _unguarded(stream).write(shown + "\n")
     stream.flush()
+
+
+def say_brief(text: str, *, highlight: tuple[str, str] | None = None) -> None:
+    """Prints one line on stdout that is cut where a terminal would break it.
+
+    Args:
+        text: as in `say`, like `highlight`; anywhere but on a terminal it is not cut.
+        highlight: stands near its beginning.
+    """
+    shown = printable(text)
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        shown = shown if len(shown) <= width else shown[: width - 1] + "…"
+    say(shown, highlight=highlight)
+
+
+def has_colours(stream: TextIO) -> bool:
+    """Whether colours may be sent there: a terminal, and nobody who asks for none."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def show_cursor() -> None:
+    """Shows the cursor again, which a display that could not end may have hidden."""
+    stream: TextIO | None = sys.stderr
+    if stream is not None and stream.isatty():  # None: it was closed when Python began
+        _unguarded(stream).write("\x1b[?25h")
 
 
 def say_piece(text: str) -> None:

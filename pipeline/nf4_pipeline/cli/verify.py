@@ -70,7 +70,7 @@ def command(
     """
     from dataclasses import replace
 
-    from nf4_pipeline.cli.summary import show_checks
+    from nf4_pipeline.cli.summary import show_checks, show_verdict
     from nf4_pipeline.recipe import parse_size
 
     verify = recipe.recipe.verify
@@ -87,6 +87,6 @@ def command(
     record = run_one_stage("verify", ui, build, recipe, machine, against=against)
     verification = record.facts
     if not ui.as_json:
-        show_checks(verification)
+        (show_checks if ui.verbose else show_verdict)(verification)
     if verification.verdict != "pass":
         sys.exit(1)

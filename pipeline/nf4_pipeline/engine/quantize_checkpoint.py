@@ -16,6 +16,7 @@ from nf4_pipeline.engine.scheduler import Opener, Output, QuantizedFile, make_fi
 from nf4_pipeline.errors import TiedWeightsDiffer
 from nf4_pipeline.machine import Machine
 from nf4_pipeline.model.architecture import Architecture
+from nf4_pipeline.nf4.compiling import compilation_shown
 from nf4_pipeline.nf4.rounding import Rounding
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.recipe import QuantizeRecipe
@@ -120,7 +121,7 @@ class QuantizationRun:
             TiedWeightsDiffer: a tensor was to be dropped and does not equal its twin.
         """
         total = sum(t.source.header.nbytes for output in outputs for t in output.tensors)
-        with reporter.task(title, total) as task:
+        with compilation_shown(reporter), reporter.task(title, total) as task:
             make_files(
                 self.checkpoint,
                 self.plan,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, TypeVar
@@ -190,7 +191,8 @@ class _Push:
             )
 
     def _look(self, revision: str = MAIN) -> RemoteModel:
-        return resolve(self._repo_id, revision, offline=False, sleep=self._sleep)
+        with self._reporter.task("ask the Hub", None):
+            return resolve(self._repo_id, revision, offline=False, sleep=self._sleep)
 
     def _todo(self, remote: RemoteModel) -> local.Changes:
         earlier = self._earlier
@@ -278,6 +280,7 @@ class _Push:
     def _send(self, remote: RemoteModel, number: int | None) -> list[Any]:
         """Uploads the bytes of large files; gives the operations of the commit."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+        from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
         todo = self._todo(remote)
         sizes = sum(self._files[path].size for path in todo.put)
@@ -297,6 +300,7 @@ class _Push:
                 gitignore_content="",  # a .gitignore in the repo must not leave files out
             ),
             f"uploading to {self._repo_id}",
+            has_bars=not are_progress_bars_disabled(),
             delays=client.ONCE_MORE,
         )
         return [*(CommitOperationDelete(path) for path in todo.delete), *puts]
@@ -375,11 +379,19 @@ class _Push:
         return proof
 
     def _attempt(
-        self, call: Callable[[], T], doing: str, *, commits: bool = False, **options: Any
+        self,
+        call: Callable[[], T],
+        doing: str,
+        *,
+        commits: bool = False,
+        has_bars: bool = False,
+        **options: Any,
     ) -> T:
+        """Makes a call; the client shows by itself how far it is, if it `has_bars`."""
         request = Request(self._repo_id, MAIN, doing, writes=True, commits=commits)
         allowance = limits.for_upload()
-        return client.attempt(call, request, self._sleep, allowance=allowance, **options)
+        with nullcontext() if has_bars else self._reporter.task(doing, None):
+            return client.attempt(call, request, self._sleep, allowance=allowance, **options)
 
 
 def _branch(number: int) -> str:

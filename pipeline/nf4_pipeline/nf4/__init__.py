@@ -4,6 +4,7 @@ codebook.py           the 16 NF4 levels, the 256 levels of scales, midpoints bet
 nearest_level.py      which level is nearest, for compiled kernels
 packing.py            weights counted in blocks, two codes in a byte
 float_bits.py         floats as the unsigned integers of their bits
+compiling.py          says when kernels are compiled
 cpu.py                compiled kernels: blocks of weights -> codes and absmax; scales -> 8 bit
 cuda.py               rounding to nearest on CUDA devices
 error_sums_triton.py  the sums that a weight's error needs, on a CUDA device

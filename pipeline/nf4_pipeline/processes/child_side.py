@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib import import_module
 from itertools import count
 from typing import IO, Any, Final, NoReturn
@@ -33,7 +33,7 @@ from nf4_pipeline.processes.messages import (
     TaskStarted,
 )
 from nf4_pipeline.processes.worker import load_function
-from nf4_pipeline.progress import Task
+from nf4_pipeline.progress import SILENT, Stage, Task
 
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
@@ -137,8 +137,12 @@ class _PipeReporter:
     def note(self, text: str) -> None:
         self.send(Message(note=text))
 
+    def stage(self, name: str, number: int = 1, of: int = 1) -> AbstractContextManager[Stage]:
+        """The parent knows in which stage it is."""
+        return SILENT.stage(name, number, of)
+
     @contextmanager
-    def task(self, title: str, total: int, *, unit: str = "bytes") -> Iterator[Task]:
+    def task(self, title: str, total: int | None, *, unit: str = "bytes") -> Iterator[Task]:
         number = next(self._numbers)
         self.send(Message(started=TaskStarted(number, title, total, unit)))
         try:

@@ -98,7 +98,7 @@ class TaskStarted(Document):
 
     number: int
     title: str
-    total: int
+    total: int | None
     unit: str
 
 

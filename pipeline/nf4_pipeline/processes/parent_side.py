@@ -28,11 +28,12 @@ from nf4_pipeline.processes.in_process import is_in_process
 from nf4_pipeline.processes.messages import Crash, Envelope, ExpectedError, Message, Phase
 from nf4_pipeline.processes.temporary import TemporaryFolder
 from nf4_pipeline.processes.worker import Reply, Request, Script, Worker, load_function
-from nf4_pipeline.progress import SILENT, Reporter, Task
+from nf4_pipeline.progress import LOADING, SILENT, Reporter, Task
 
 _TAIL_LINES: Final = 3
 _TAIL_BYTES: Final = 8192
 _SILENT: Final = "no message"
+_IMPORTING: Final = 0  # no number of a task of a child
 
 
 class ChildFailed(Exception):
@@ -289,6 +290,7 @@ class _Process(Generic[Reply]):
         phases: list[Phase] = []
         tasks = _Tasks(reporter)
         try:
+            tasks.expect()
             last = self._follow(tasks, phases)
         finally:
             tasks.close()
@@ -375,14 +377,26 @@ class _Tasks:
         self._reporter = reporter
         self._open: dict[int, tuple[AbstractContextManager[Task], Task]] = {}
 
+    def expect(self) -> None:
+        """Shows that the child imports, until it says its first word."""
+        self._begin(_IMPORTING, LOADING, None, "")
+
+    def _begin(self, number: int, title: str, total: int | None, unit: str) -> None:
+        context = self._reporter.task(title, total, unit=unit)
+        self._open[number] = (context, context.__enter__())
+
+    def _end(self, number: int) -> None:
+        if number in self._open:
+            self._open.pop(number)[0].__exit__(None, None, None)
+
     def take(self, message: Message) -> None:
+        self._end(_IMPORTING)
         if (begun := message.started) is not None:
-            context = self._reporter.task(begun.title, begun.total, unit=begun.unit)
-            self._open[begun.number] = (context, context.__enter__())
+            self._begin(begun.number, begun.title, begun.total, begun.unit)
         elif (news := message.advanced) is not None and news.number in self._open:
             self._open[news.number][1].advance(news.amount)
-        elif message.ended in self._open:
-            self._open.pop(message.ended)[0].__exit__(None, None, None)
+        elif message.ended is not None:
+            self._end(message.ended)
         elif message.note is not None:
             self._reporter.note(message.note)
 

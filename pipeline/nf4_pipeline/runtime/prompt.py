@@ -18,7 +18,7 @@ from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import ArtifactError
 from nf4_pipeline.processes.parent_side import ChildFailed, Session
 from nf4_pipeline.processes.worker import Worker
-from nf4_pipeline.progress import SILENT, Reporter, Task
+from nf4_pipeline.progress import SILENT, Reporter, SilentReporter, Task
 from nf4_pipeline.runtime.artifact import open_folder
 from nf4_pipeline.runtime.generate import Answer, Sampling
 
@@ -89,14 +89,19 @@ _LOADED: Final = _Loaded()
 atexit.register(_LOADED.close)
 
 
-class _Pieces:
+class _Pieces(SilentReporter):
     """A reporter to whom notes are pieces of an answer."""
 
-    def __init__(self, show: Callable[[str], None]) -> None:
-        self.note = show
+    def __init__(self, show: Callable[[str], None], reporter: Reporter) -> None:
+        self._show, self._reporter = show, reporter
 
-    def task(self, title: str, total: int, *, unit: str = "bytes") -> AbstractContextManager[Task]:
-        return SILENT.task(title, total, unit=unit)
+    def task(
+        self, title: str, total: int | None, *, unit: str = "bytes"
+    ) -> AbstractContextManager[Task]:
+        return self._reporter.task(title, total, unit=unit)
+
+    def note(self, text: str) -> None:
+        self._show(text)
 
 
 def ask(
@@ -118,7 +123,7 @@ def ask(
         device: see `prompt`.
         chat: see `prompt`.
         show: gets the pieces of a single answer as they come.
-        reporter: told how far a download is.
+        reporter: told how far it is.
 
     Raises:
         PipelineError: whatever `prompt` raises, under the same conditions.
@@ -126,7 +131,7 @@ def ask(
     folder = open_folder(artifact, reporter).absolute()
     request = PromptRequest(folder, device, query, sampling, chat, show is not None)
     try:
-        return _LOADED.ask(request, SILENT if show is None else _Pieces(show))
+        return _LOADED.ask(request, reporter if show is None else _Pieces(show, reporter))
     except ChildFailed as failure:
         raise ArtifactError(
             f"The process that runs {folder} ended with status {failure.status}: {failure.cause}."

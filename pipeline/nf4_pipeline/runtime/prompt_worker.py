@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,17 @@ def run(request: PromptRequest, reporter: Reporter) -> PromptReply:
         ResourceError: this machine has no such device, or too little memory.
         UsageError: the prompt gives no token, or is too long.
     """
-    generator = _open(request.folder, request.device)
-    streamer = _streamer(generator.tokenizer, reporter) if request.streams else None
+    with reporter.task("load the model", None):
+        generator = _open(request.folder, request.device)
     try:
-        answers = generator.answer(
-            request.query, request.sampling, chat=request.chat, streamer=streamer
-        )
+        with ExitStack() as waiting:
+            waiting.enter_context(reporter.task("answer", None))
+            streamer = None
+            if request.streams:  # its first words end the waiting
+                streamer = _streamer(generator.tokenizer, reporter, waiting.close)
+            answers = generator.answer(
+                request.query, request.sampling, chat=request.chat, streamer=streamer
+            )
     except (PipelineError, MemoryError):
         raise
     except Exception as error:  # a stranger's config may make a model that does not run
@@ -56,12 +63,13 @@ def _failed(error: Exception, folder: Path) -> PipelineError:
     return ArtifactError(f"The model of {folder} does not run: {type(error).__name__}: {said}")
 
 
-def _streamer(tokenizer: LimitedTokenizer, reporter: Reporter) -> Any:
-    """Passes words on as they come."""
+def _streamer(tokenizer: LimitedTokenizer, reporter: Reporter, begin: Callable[[], None]) -> Any:
+    """Passes words on as they come; `begin` is called before."""
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):  # type: ignore[misc]
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            begin()
             reporter.note(text + ("\n" if stream_end else ""))
 
     return Streamer(tokenizer, skip_prompt=True)

@@ -29,7 +29,7 @@ from nf4_pipeline.errors import BuildError, SourceError, UsageError
 from nf4_pipeline.hub.remote import RemoteModel
 from nf4_pipeline.model.config import read_config
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
-from nf4_pipeline.progress import SILENT, Reporter
+from nf4_pipeline.progress import LOADING, SILENT, Reporter
 from nf4_pipeline.records import DownloadFacts, Reading
 from nf4_pipeline.runtime.artifact import ARTIFACTS, is_hub_id
 from nf4_pipeline.stages.preflight import (
@@ -43,6 +43,9 @@ from nf4_pipeline.stages.preflight import (
 
 SAMPLE: Final = "sample"
 SAMPLE_REPO: Final = "nf4-pipeline/sample"
+
+_LOOK: Final = f"{LOADING}, probe the model"
+"""The title of a task: transformers builds it without weights, and loads its tokenizer."""
 
 _LOCK_PATIENCE: Final = 5.0  # seconds
 
@@ -185,7 +188,10 @@ class SourceFinder:
         if is_hub_id(request.model):
             from nf4_pipeline import hub
 
-            model = hub.resolve(request.model, request.revision, offline=request.offline or None)
+            with self.reporter.task("ask the Hub", None):
+                model = hub.resolve(
+                    request.model, request.revision, offline=request.offline or None
+                )
             folder = hub.snapshot(model.repo_id, model.commit)
             return Place(folder, model.repo_id, model.commit, model=model)
         raise UsageError(f"{request.model}: no such folder, and not a Hub id of the form ORG/NAME.")
@@ -241,7 +247,8 @@ class SourceFinder:
             return self._strip_prefix(folder, repo, None, files)
         preflight = Preflight(folder, allow_unused)
         files = self._hash(_wanted_in(folder), preflight)
-        found = preflight.wait()
+        with self.reporter.task(_LOOK, None):
+            found = preflight.wait()
         files = _with_tokenizer(folder, files, found.tokenizer)
         return Source(folder, repo, None, files, found, is_sample)
 
@@ -293,21 +300,27 @@ class SourceFinder:
             return self._convert(folder, repo, model.commit, files)
         parts = hub.named(model, weights.files)
         ahead = not model.offline and not all((folder / part.path).is_file() for part in parts)
+
+        def headers() -> dict[str, bytes]:
+            with self.reporter.task("fetch headers", None):
+                return hub.fetch_headers(model, parts) if ahead else {}
+
         if not ahead:
             fetch(parts)
-        starts = hub.fetch_headers(model, parts) if ahead else {}
+        starts = headers()
 
         def findings() -> Findings:
-            if not ahead:
-                return look(folder, request.reading)
-            holes = {part.path: (starts[part.path], part.size) for part in parts}
-            return look_ahead(folder, files, holes, request.reading)
+            with self.reporter.task(_LOOK, None):
+                if not ahead:
+                    return look(folder, request.reading)
+                holes = {part.path: (starts[part.path], part.size) for part in parts}
+                return look_ahead(folder, files, holes, request.reading)
 
         try:
             found = findings()
         except SourceError:
             # These bytes are of no hash; what was wrong with them may have come on their way.
-            first, starts = starts, hub.fetch_headers(model, parts) if ahead else {}
+            first, starts = starts, headers()
             if starts == first:
                 raise
             found = findings()
@@ -318,7 +331,8 @@ class SourceFinder:
         found.tokenizer.check()
         fetch(parts if ahead else (), last=True)
         if not _begin_so(folder, starts):
-            found = look(folder, request.reading)
+            with self.reporter.task(_LOOK, None):
+                found = look(folder, request.reading)
             found.tokenizer.check()
         taken = {*_wanted_in(folder), *(file.path for file in more)}
         files = {name: digest for name, digest in files.items() if name in taken}
@@ -361,7 +375,8 @@ class SourceFinder:
         """The checkpoint in converted/, looked at like any other."""
         check_small_files(target)
         check_headers(target)
-        found = Preflight(target, self.request.reading.allow_unused).wait()
+        with self.reporter.task(_LOOK, None):
+            found = Preflight(target, self.request.reading.allow_unused).wait()
         made = _with_tokenizer(target, made, found.tokenizer)
         return Source(target, repo, commit, made, found, converted_from=files)
 

@@ -211,7 +211,8 @@ class Verify:
             verification = self._verify(manifest, files.checks, workers)
             source.check_untouched()
             export.check_untouched()
-            documents = self._documents(manifest, verification)
+            with self.reporter.task("draw the report", None):
+                documents = self._documents(manifest, verification)
             for name, content in documents.items():
                 write_bytes(self.build.export / name, content)
             outputs = {

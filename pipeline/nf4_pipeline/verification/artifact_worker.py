@@ -69,29 +69,33 @@ def run(request: ArtifactRequest, reporter: Reporter) -> ArtifactReply:
     limit_device_memory(request.device, request.device_memory)
     with measured() as loading:
         start = time.perf_counter()
-        model, report = load_with_report(request.artifact, device=request.device)
+        with reporter.task("load the 4-bit model", None):
+            model, report = load_with_report(request.artifact, device=request.device)
         load_seconds = time.perf_counter() - start
         memory = _count(model)
         footprint = int(model.get_memory_footprint())
     on_load = take_peaks(loading, request.device)
     with measured() as comparing, one_thread_if_small(footprint):
-        sequences = _read(request, model)
+        with reporter.task("cut the text", None):
+            sequences = _read(request, model)
         comparison, scores = _compare(request, model, sequences, reporter)
         lengths = [len(sequence.ids) - 1 for sequence in sequences]
         domains = [sequence.domain for sequence in sequences]
-        _save_scores(request.scores, scores, lengths, domains)
-        fidelity = compare(scores, lengths)
-        score_by_domain = by_domain(scores, lengths, domains)
-        nearest = _nearest_baseline(comparison, scores, lengths, domains)
+        with reporter.task("resample the scores", None):
+            _save_scores(request.scores, scores, lengths, domains)
+            fidelity = compare(scores, lengths)
+            score_by_domain = by_domain(scores, lengths, domains)
+            nearest = _nearest_baseline(comparison, scores, lengths, domains)
     on_comparison = take_peaks(comparing, request.device)
     if request.logits is not None:
-        with one_thread_if_small(footprint):
+        with one_thread_if_small(footprint), reporter.task("write logits", None):
             write_logits(model, request.logits)
     answered = Answered(())
     with measured() as answering, one_thread_if_small(footprint):
         if request.prompts:
             asked = questions(request.prompts)
-            generator = open_generator(model, request.artifact, request.device)
+            with reporter.task("open the tokenizer", None):
+                generator = open_generator(model, request.artifact, request.device)
             with reporter.task("answer in 4 bit", len(asked), unit="answers") as task:
                 answered = answer_all(generator, asked, request.max_new_tokens, task)
     weights = comparison.weights

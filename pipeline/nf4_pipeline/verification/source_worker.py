@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
-from nf4_pipeline.progress import Reporter, Task
+from nf4_pipeline.progress import LOADING, Reporter, Task
 from nf4_pipeline.resource_usage import measured
 from nf4_pipeline.runtime.generate import Generator
 from nf4_pipeline.runtime.threads import one_thread_if_small
@@ -50,20 +51,22 @@ def run(request: SourceRequest, reporter: Reporter) -> SourceReply:
     Raises:
         SourceError: the checkpoint cannot be loaded.
     """
-    from nf4_pipeline.blocks.streamed_model import StreamedModel
+    with reporter.task(LOADING, None):
+        from nf4_pipeline.blocks.streamed_model import StreamedModel
 
     limit_device_memory(request.device, request.device_memory)
     answered = Answered(())
-    with measured() as usage:
+    with measured() as usage, ExitStack() as stack:
         start = time.perf_counter()
-        with StreamedModel(request.source, request.device) as streamed:
+        with reporter.task("load the 16-bit model", None):
+            streamed = stack.enter_context(StreamedModel(request.source, request.device))
             whole = streamed.hold_what_fits(_SPARE, limit=request.device_memory)
             load_seconds = time.perf_counter() - start
-            footprint = streamed.footprint
-            if request.prompts:
-                streamed.take_generation_config()
-                with one_thread_if_small(footprint):
-                    answered = _answer(request, streamed, reporter, whole=whole)
+        footprint = streamed.footprint
+        if request.prompts:
+            streamed.take_generation_config()
+            with one_thread_if_small(footprint):
+                answered = _answer(request, streamed, reporter, whole=whole)
     peaks = [take_peaks(usage, request.device)]
     costs = model_costs(answered, load_seconds, footprint, peaks, streamed=not whole)
     return SourceReply(answers=answered.answers, costs=costs)
@@ -74,7 +77,8 @@ def _answer(
 ) -> Answered:
     """Answers batch by batch if the model is there, else all batches together, block by block."""
     asked = questions(request.prompts)
-    generator = open_generator(streamed.model, request.artifact, request.device)
+    with reporter.task("open the tokenizer", None):
+        generator = open_generator(streamed.model, request.artifact, request.device)
     if whole:
         with reporter.task("answer in 16 bit", len(asked), unit="answers") as task:
             return answer_all(generator, asked, request.max_new_tokens, task)
