@@ -114,6 +114,16 @@ class Build:
         """Whether a stage with this key is done; see `find_state`."""
         return find_state(self.root, self.record(kind), key, reporter, check=check)
 
+    def _refuse_links(self) -> None:
+        """Stages empty their folders: where one is a link, they would empty somebody else's."""
+        inside = [Path(parent, name) for parent, names, _ in os.walk(self.root) for name in names]
+        for path in (self.root / ".lock", *inside):
+            if path.is_symlink():
+                raise BuildError(
+                    f"{path} is a link, and a build works only in its own folder: nothing was "
+                    "touched. Remove the link; for another disk, name a --build-dir there."
+                )
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the build folder for this process; the lock of a dead process does not count.
@@ -121,10 +131,13 @@ class Build:
         What a dead process left half done is deleted.
 
         Raises:
-            BuildError: another live process holds this build folder.
+            BuildError: another live process holds this build folder, or a folder in it, or its
+                lock, is a link.
         """
         make_folder(self.root)
-        descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        self._refuse_links()
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        descriptor = os.open(self.root / ".lock", flags, 0o644)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

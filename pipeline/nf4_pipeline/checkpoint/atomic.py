@@ -35,7 +35,10 @@ def replacing(path: Path) -> Iterator[int]:
     """
     make_folder(path.parent)
     partial = partial_of(path)
-    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+    if partial.is_symlink():  # nothing of ours: it would be written to wherever it leads
+        partial.unlink()
+    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+    descriptor = os.open(partial, flags, 0o644)
     try:
         try:
             yield descriptor
