@@ -99,3 +99,13 @@ def test_tests_stand_where_their_modules_do() -> None:
     folders = {path.parent.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}
     rooms = {path.relative_to(ROOT).as_posix() for path in PACKAGES}
     assert folders - rooms - others == set()
+
+
+def test_temporary_folders_are_made_where_they_are_also_cleared() -> None:
+    """What a killed process leaves, the next one finds by its name."""
+    makers = {
+        name_of(module)
+        for module in MODULES
+        if re.search(r"\b(TemporaryDirectory|mkdtemp)\(", module.read_text("utf-8"))
+    }
+    assert makers == {"nf4_pipeline/processes/temporary.py"}

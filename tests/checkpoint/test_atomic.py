@@ -156,3 +156,16 @@ def test_a_folder_whose_exchange_was_killed_is_put_back(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["1.txt"]
     durable.recover_folder(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+@pytest.mark.parametrize("target", ["precious.txt", "new.txt", ".x.json.partial"])
+def test_a_link_in_the_place_of_the_half_file_is_not_followed(tmp_path: Path, target: str) -> None:
+    precious = tmp_path / "precious.txt"
+    precious.write_text("mine")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / ".x.json.partial").symlink_to(tmp_path / target)
+    write_json(folder / "x.json", {})
+    assert precious.read_text() == "mine"
+    assert [path.name for path in folder.iterdir()] == ["x.json"]
+    assert not (tmp_path / "new.txt").exists()

@@ -160,3 +160,27 @@ def test_no_weights_and_pickles(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(SourceError, match=r"only as Python pickles.*pytorch_model\.bin"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("claims", "is_refused"),
+    [
+        ([16 << 20] * 4, False),
+        ([16 << 20] * 5, True),
+        ([1 << 20] * 65, True),
+        ([(16 << 20) + 1] * 9, False),  # each is refused by itself
+        ([64 << 20], False),
+        ([2**63] * 3, False),
+    ],
+    ids=str,
+)
+def test_headers_that_are_large_together(
+    claims: list[int], is_refused: bool, tmp_path: Path
+) -> None:
+    files = [f"model-{number}.safetensors" for number in range(len(claims))]
+    for name, length in zip(files, claims, strict=True):
+        (tmp_path / name).write_bytes(length.to_bytes(8, "little") + b"{}")
+    write_index(tmp_path, dict(zip(files, files, strict=True)))
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path)
+    assert ("claim more than 67,108,864 bytes together" in str(caught.value)) == is_refused

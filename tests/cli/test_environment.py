@@ -7,10 +7,12 @@ import resource
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Final
 
 import pytest
+from nf4_pipeline import cli
 from nf4_pipeline.cli.terminal import guarded, say
 
 from tests.support.command_line import controls
@@ -248,3 +250,27 @@ def test_ctrl_c_while_the_program_is_imported(tmp_path: Path) -> None:
         assert done.returncode == 130, (after, done)
         assert done.stderr.strip().startswith("Stopped. ")
         assert done.stderr.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_a_library_that_fails_while_it_is_imported(
+    depth: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = {depth: "int('from \x1b[31m the environment')"}
+    for number in range(depth + 1):
+        code = lines.get(number, f"import nf4_odd_{depth}_{number + 1}")
+        (tmp_path / f"nf4_odd_{depth}_{number}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def command(**_: object) -> None:
+        import_module(f"nf4_odd_{depth}_0")
+
+    monkeypatch.setattr(cli.cli, "main", command)
+    assert cli._run([]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"Error: nf4_odd_{depth}_0 cannot be imported: ValueError: ")
+    assert "bug" not in said
+    assert controls(said) == []

@@ -129,6 +129,41 @@ def test_what_headers_tell_is_known_before_the_weights_are_fetched(
     assert "model.safetensors" not in cached
 
 
+def test_headers_that_are_large_together_are_not_fetched(
+    hub: HubServer, shell: Shell, tiny_falcon: Path
+) -> None:
+    model = copy_of(tiny_falcon, shell.folder / "model")
+    shards = [f"model-{number}.safetensors" for number in range(5)]
+    for name in shards:
+        (model / name).write_bytes((16 << 20).to_bytes(8, "little") + b"{" + b" " * (200 << 10))
+    index = {"metadata": {}, "weight_map": dict(zip(shards, shards, strict=True))}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    hub.store.add(REPO, model)
+    done = shell("download", REPO)
+    assert done.status == 1
+    assert "claim more than 67,108,864 bytes together" in done.err
+    assert all(hub.count("GET", f"*/{name}", cdn=True) <= 2 for name in shards)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"HTTP_PROXY": "::::"},
+        {"HTTPS_PROXY": "ftp://x"},
+        {"SSL_CERT_FILE": "/etc/passwd"},
+        {"HF_HUB_DOWNLOAD_TIMEOUT": "a while"},
+        {"HF_ENDPOINT": "http://[::1"},
+    ],
+    ids=str,
+)
+def test_an_environment_without_any_request(variables: dict[str, str], shell: Shell) -> None:
+    done = shell("download", REPO, **variables)
+    assert done.status == 1
+    assert "cannot begin in this environment" in done.err or "cannot be imported" in done.err
+    assert "bug" not in done.err
+    assert done.err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "fault",
     [

@@ -216,3 +216,75 @@ def test_every_door_is_the_same(case: str, tiny_falcon: Path, tmp_path: Path) ->
 
 LATER: Final = ("a wide model", "a format of others", "a format that is none")
 """Known only where the model is built: in a child, if it is asked for an answer."""
+
+
+OUTSIDE: Final = ("/etc/passwd", "../secret.txt", "vocab.txt", "", {"content": "/etc/passwd"}, 7)
+ARGUMENTS: Final = (
+    *("vocab", "merges", "vocab_file", "merges_file", "tokenizer_file", "spm_file", "source_spm"),
+    *("target_spm", "src_vocab_file", "emoji_file", "word_shape_file", "added_tokens_file"),
+)
+
+
+@pytest.mark.parametrize("value", OUTSIDE, ids=str)
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_map_of_tokens_names_no_file(
+    name: str, value: object, tiny_falcon: Path, tmp_path: Path
+) -> None:
+    """transformers lets it go over the paths of the tokenizer's own files."""
+    folder = copy_of(tiny_falcon, tmp_path / "model")
+    path = folder / "special_tokens_map.json"
+    path.write_text(json.dumps({"eos_token": "a/file", "profile_token": "/etc", name: value}))
+    with pytest.raises(PipelineError, match=f"as '{name}', and a tokenizer would open it"):
+        check_small_files(folder)
+    path.write_text(json.dumps({"eos_token": "a/file", "profile_token": "/etc", name: None}))
+    check_small_files(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "is_refused"),
+    [
+        ("vocab", "/nowhere", True),
+        ("merges", "merges.txt", True),
+        ("vocab_file", "/etc/passwd", True),
+        ("tokenizer_file", "../../../../../../../../../../etc/passwd", True),
+        ("spm_file", "/dev/zero", True),
+        ("vocab_file", "/home/maker/.cache/vocab.json", False),
+        ("vocab_file", "\0", False),
+        ("vocab_file", "vocab.json", False),
+        ("tokenizer_file", None, False),
+        ("special_tokens_map_file", "/etc/passwd", False),
+        ("vocab_size", 7, False),
+        ("vocab", {"a": 0}, False),
+    ],
+    ids=str,
+)
+def test_files_that_a_tokenizer_config_names(
+    name: str, value: object, is_refused: bool, tiny_falcon: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(tiny_falcon, tmp_path / "model")
+    edit_json(folder / "tokenizer_config.json", **{name: value})
+    if not is_refused:
+        check_small_files(folder)
+        return
+    with pytest.raises(PipelineError, match="a tokenizer would open it"):
+        check_small_files(folder)
+
+
+@pytest.mark.parametrize("prefix", ["", "_"])
+@pytest.mark.parametrize("key", ["attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize(
+    "value",
+    ["ORG/code", "kernels-community/x@0123abc", "paged|ORG/code:f", {"": "ORG/code"}, ["ORG/code"]],
+    ids=str,
+)
+def test_a_config_names_no_code_on_the_hub(
+    prefix: str, key: str, value: object, tiny_falcon: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(tiny_falcon, tmp_path / "model")
+    said = {prefix + key: value}
+    for changes in (said, {"text_config": said}, {"parts": [{"vision": said}]}):
+        edit_json(folder / "config.json", **changes)
+        with pytest.raises(PipelineError, match=f"names code on the Hub under '{prefix}{key}'"):
+            check_small_files(folder)
+    edit_json(folder / "config.json", **{prefix + key: "sdpa", "text_config": None, "parts": None})
+    check_small_files(folder)

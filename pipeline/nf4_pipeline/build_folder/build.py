@@ -54,17 +54,6 @@ class Build:
         """Where quantize keeps the tokens that it calibrates on, and its choices."""
         return self.root / "calibration"
 
-    def _refuse_links(self) -> None:
-        """What a stage empties and fills must lie in the build folder itself."""
-        converted = self.root / "converted"
-        own = (self.source, converted, self.quantized, self.export, self.calibration)
-        for folder in (*own, self.root / "records"):
-            if folder.is_symlink():
-                raise BuildError(
-                    f"{folder} is a link, and stages delete and write files there. Put a folder in "
-                    "its place, or name another --build-dir."
-                )
-
     def _record_path(self, kind: RecordKind[Facts]) -> Path:
         return self.root / "records" / f"{kind.stage}.json"
 
@@ -138,6 +127,16 @@ class Build:
         """Whether a stage with this key is done; see `find_state`."""
         return find_state(self.root, self.record(kind), key, reporter, check=check)
 
+    def _refuse_links(self) -> None:
+        """Stages empty their folders: where one is a link, they would empty somebody else's."""
+        inside = [Path(parent, name) for parent, names, _ in os.walk(self.root) for name in names]
+        for path in (self.root / ".lock", *inside):
+            if path.is_symlink():
+                raise BuildError(
+                    f"{path} is a link, and a build works only in its own folder: nothing was "
+                    "touched. Remove the link; for another disk, name a --build-dir there."
+                )
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the build folder for this process; the lock of a dead process does not count.
@@ -146,7 +145,7 @@ class Build:
 
         Raises:
             BuildError: another live process holds this build folder, nothing can be locked there,
-                or one of its own folders is a link to somewhere else.
+                or a folder in it is a link.
         """
         make_folder(self.root)
         self._refuse_links()

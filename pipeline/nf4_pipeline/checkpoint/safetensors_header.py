@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Final
 
-from nf4_pipeline.checkpoint.plain_file import open_plain
+from nf4_pipeline.checkpoint.plain_file import open_plain, read_beginning
 from nf4_pipeline.checkpoint.strict_json import parse_json
 from nf4_pipeline.errors import CheckpointError
 
@@ -41,6 +41,10 @@ DTYPE_BYTES: Final[dict[str, int]] = {
 }
 
 MAX_HEADER_BYTES: Final = 16 * 2**20  # some 100,000 tensors; the largest real shards have 5,000
+MAX_HEADERS_BYTES: Final = 4 * MAX_HEADER_BYTES
+"""Of all files of a model; the largest real ones have 100,000 tensors in 200 files."""
+LENGTH_BYTES: Final = 8
+"""In front of a header; they say how long it is."""
 _MAX_RANK: Final = 16
 _MAX_NAME: Final = 1024
 _ESCAPE: Final = re.compile(r"^/|\\|(^|/)\.\.(/|$)")
@@ -63,6 +67,41 @@ class HeaderTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+
+def header_length(start: bytes) -> int:
+    """How long a header is by its own word; 0 if that cannot be.
+
+    Args:
+        start: the first bytes of the file.
+    """
+    length = int.from_bytes(start[:LENGTH_BYTES], "little") if len(start) >= LENGTH_BYTES else 0
+    return length if length <= MAX_HEADER_BYTES else 0
+
+
+def check_headers_bytes(folder: Path, files: Sequence[str]) -> None:
+    """Refuses files whose headers together would fill the memory.
+
+    Args:
+        folder: where they are.
+        files: their names.
+
+    Raises:
+        CheckpointError: the headers claim more than `MAX_HEADERS_BYTES` together, or a file cannot
+            be read.
+    """
+    total = 0
+    for file in files:
+        try:
+            total += header_length(read_beginning(folder / file, LENGTH_BYTES))
+        except OSError as error:
+            raise CheckpointError(f"{folder / file} cannot be read: {error.strerror}.") from error
+        if total > MAX_HEADERS_BYTES:
+            raise CheckpointError(
+                f"{folder}: the headers of its {len(files):,} weight files claim more than "
+                f"{MAX_HEADERS_BYTES:,} bytes together, which no real model needs. Take it from "
+                "another source."
+            )
 
 
 def read_header(path: Path) -> tuple[HeaderTensor, ...]:

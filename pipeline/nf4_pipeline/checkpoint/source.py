@@ -9,7 +9,11 @@ from typing import Any, Final
 
 from nf4_pipeline.checkpoint.folder_advice import how_to_complete, without_weights
 from nf4_pipeline.checkpoint.plain_file import read_plain
-from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor, read_header
+from nf4_pipeline.checkpoint.safetensors_header import (
+    HeaderTensor,
+    check_headers_bytes,
+    read_header,
+)
 from nf4_pipeline.checkpoint.strict_json import parse_json
 from nf4_pipeline.checkpoint.weight_files import WeightFiles, choose_weight_files
 from nf4_pipeline.errors import CheckpointError, SourceError
@@ -101,7 +105,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         SourceError: there are no safetensors weights here.
-        CheckpointError: a file is missing or malformed.
+        CheckpointError: a file is missing or malformed, or all headers together are larger than
+            those of any real model.
     """
     chosen = weight_files(folder)
     if chosen is None:
@@ -112,6 +117,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} lacks {len(missing)} of the {len(chosen.files)} shards that {chosen.index} "
             f"names: {', '.join(missing[:5])}. {how_to_complete(folder, missing[0])}"
         )
+    check_headers_bytes(folder, chosen.files)
     last: dict[str, SourceTensor] = {}
     for file in chosen.files:
         for tensor in read_header(folder / file):

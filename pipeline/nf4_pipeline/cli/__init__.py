@@ -127,7 +127,7 @@ def _run(args: list[str] | None) -> int:
             return _fail(str(of_system(error, "nf4")))
         if (broken := of_installation(error, "nf4")) is not None:
             return _fail(str(broken))
-        return _fail(_say_bug(error))
+        return _fail(_say_failed_import(error) or _say_bug(error))
 
 
 def _fail(text: str, exit_code: int = 1) -> int:
@@ -144,6 +144,21 @@ def _say_usage(error: click.ClickException) -> None:
         with suppress(OSError):
             say(usage, err=True, lines=True)
     _fail(error.format_message())
+
+
+def _say_failed_import(error: BaseException) -> str | None:
+    """The message for a library that fails while it is imported; None for any other error."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        name = str(frame.f_globals.get("__name__", ""))
+        library = name.partition(".")[0]
+        if frame.f_code.co_name == "<module>" and library not in (_PACKAGE, "__main__"):
+            text = " ".join(str(error).split())[:300].rstrip(".")
+            return (
+                f"{library} cannot be imported: {type(error).__name__}: {text}. Libraries read the "
+                "environment as they are imported: correct or unset the variable that holds this; "
+                f"if none does, install {library} again."
+            )
+    return None
 
 
 def _say_bug(error: BaseException) -> str:
@@ -171,6 +186,7 @@ _PATIENCE: Final = 1.5
 file that counts is complete or absent at any moment."""
 
 
+_PACKAGE: Final = __name__.partition(".")[0]
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _stopped_by: list[int] = []
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, Protocol, TypeVar
 
-from nf4_pipeline.errors import PipelineError
+from nf4_pipeline.errors import HubError, PipelineError
 from nf4_pipeline.hub import limits, replies
 from nf4_pipeline.hub.errors import Request, may_pass, translate_error
 from nf4_pipeline.hub.limits import Allowance
 from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
+from nf4_pipeline.printable import printable
 
 T = TypeVar("T")
 
@@ -119,6 +120,27 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _install(request: Request) -> None:
+    """Puts the guard around the client's session, which the client makes for it.
+
+    Raises:
+        HubError: the environment is one in which the client can make none.
+    """
+    try:
+        from nf4_pipeline.hub import transport
+
+        transport.install()
+    except Exception as error:  # of a proxy's address, of a file of certificates
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise HubError(
+            printable(
+                f"{request.doing}: the Hub client cannot begin in this environment: {said[:300]}. "
+                "It reads HF_ENDPOINT, HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and "
+                "SSL_CERT_DIR: correct the one that is wrong, or unset it."
+            )
+        ) from None
+
+
 def attempt(
     call: Callable[[], T],
     request: Request,
@@ -133,13 +155,11 @@ def attempt(
     `allowance` is what all its tries together may take; by default, what a look-up needs.
 
     Raises:
-        HubError: the Hub refused the request, the last of several tries failed, or it sent what no
-            Hub sends.
+        HubError: the Hub refused the request, the last of several tries failed, it sent what no Hub
+            sends, or the environment is one in which no request can be made.
         ResourceError: the disk of the cache is full.
     """
-    from nf4_pipeline.hub import transport
-
-    transport.install()
+    _install(request)
     allowance = allowance or limits.for_replies()
     for delay in (*delays, None):
         try:

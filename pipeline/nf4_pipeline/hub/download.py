@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from nf4_pipeline.checkpoint.digest import FileStamp
+from nf4_pipeline.checkpoint.files import PICKLE_FILE
+from nf4_pipeline.checkpoint.untrusted import size_limit
 from nf4_pipeline.errors import HubError, ResourceError
 from nf4_pipeline.hub import cache, client, replies
 from nf4_pipeline.hub.client import StoppedTransfer
@@ -23,6 +25,8 @@ T = TypeVar("T")
 
 _WORKERS = 4  # files at a time
 _CHUNK = 4 << 20  # bytes hashed at a time
+_MOST_SMALL = 500  # files beside the weights; each takes two requests
+_SMALL_BYTES = 1 << 30  # of all of them
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,9 @@ def fetch(
 
     Raises:
         HubError: the Hub refuses a file or does not answer, or sent wrong bytes for one twice (it
-            is then out of the cache); a file has no hash, and that is not allowed; or the cache
-            leads out of its own folder.
+            is then out of the cache); a file has no hash, and that is not allowed; files beside the
+            weights are larger, or more, than those of any real model; or the cache leads out of its
+            own folder.
         ResourceError: the disk of the cache has no room for the files that are missing.
     """
     unchecked = _check_files(model, files, allow_unhashed)
@@ -120,6 +125,7 @@ def _check_files(
         replies.check_commit(model.commit)
     except replies.ReplyError as error:
         raise HubError(f"{model.repo_id}: the Hub {error}") from None
+    _check_small(model, files)
     unchecked = tuple(file.path for file in files if not file.is_hashed)
     if unchecked and not allow_unhashed:
         named = ", ".join(unchecked[:3]) + (", …" if unchecked[3:] else "")
@@ -129,6 +135,26 @@ def _check_files(
             "whether the bytes are right. Take another source, or say --allow-unhashed."
         )
     return unchecked
+
+
+def _check_small(model: RemoteModel, files: Sequence[RemoteFile]) -> None:
+    """Refuses files beside the weights that are larger, or more, than those of any real model."""
+    small = [f for f in files if not f.path.endswith(".safetensors")]
+    small = [file for file in small if not PICKLE_FILE.fullmatch(file.path)]
+    where = f"{model.repo_id}@{model.commit[:12]}"
+    for file in small:
+        limit = size_limit(file.path)
+        if file.size > limit:
+            raise HubError(
+                f"{where}: {file.path} is listed with {file.size:,} bytes; no real one has more "
+                f"than {limit:,}. Nothing of it was fetched. Take another source."
+            )
+    total = sum(file.size for file in small)
+    if len(small) > _MOST_SMALL or total > _SMALL_BYTES:
+        raise HubError(
+            f"{where} lists {len(small):,} files beside its weights, with {total:,} bytes; no real "
+            f"model has more than {_MOST_SMALL:,}, with {_SMALL_BYTES:,}. Take another source."
+        )
 
 
 def _check_disk(model: RemoteModel, files: Sequence[RemoteFile]) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import sleep as wait
 from typing import Final
 
-from nf4_pipeline.checkpoint.safetensors_header import MAX_HEADER_BYTES
+from nf4_pipeline.checkpoint.safetensors_header import (
+    LENGTH_BYTES,
+    MAX_HEADERS_BYTES,
+    header_length,
+)
 from nf4_pipeline.hub import client, limits
 from nf4_pipeline.hub.errors import Request
 from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
@@ -16,7 +19,7 @@ from nf4_pipeline.hub.replies import ReplyError
 
 _WORKERS: Final = 4
 _FIRST: Final = 128 << 10  # bytes asked for at first: more than the header of almost any shard
-_LENGTH: Final = 8  # bytes before a header, which say how long it is
+_OF_NO_HEADER: Final = 1 << 10  # bytes; a pointer of Git LFS has fewer
 
 
 def fetch_headers(
@@ -28,7 +31,8 @@ def fetch_headers(
     """The first bytes of safetensors files, their headers complete, by path.
 
     Nothing has checked these bytes against a hash: they are for looking ahead. A file that does not
-    begin like safetensors gives whatever it begins with.
+    begin like safetensors gives whatever it begins with; and where all headers together claim to be
+    larger than those of any real model, each file gives the beginning of its own alone.
 
     Args:
         model: from `resolve`; its Hub is asked.
@@ -39,22 +43,25 @@ def fetch_headers(
         HubError: the Hub refuses a file, does not answer, or sends what no Hub sends.
     """
 
-    def header(file: RemoteFile) -> bytes:
+    def first(file: RemoteFile) -> bytes:
         start = _first_bytes(model, file, _FIRST, sleep)
-        whole = _LENGTH + _header_bytes(start)
-        return start if whole <= _FIRST else _first_bytes(model, file, whole, sleep)
+        return start[: _needed(start)]
+
+    def rest(file: RemoteFile, start: bytes) -> bytes:
+        needed = _needed(start)
+        return start if needed <= _FIRST else _first_bytes(model, file, needed, sleep)
 
     with client.quiet(), ThreadPoolExecutor(_WORKERS) as pool:
-        found = list(pool.map(header, files))
+        found = list(pool.map(first, files))
+        if sum(map(header_length, found)) <= MAX_HEADERS_BYTES:
+            found = list(pool.map(rest, files, found))
     return {file.path: start for file, start in zip(files, found, strict=True)}
 
 
-def _header_bytes(start: bytes) -> int:
-    """How long the header is by its own word, as far as that can be true."""
-    if len(start) < _LENGTH:
-        return 0
-    length: int = struct.unpack("<Q", start[:_LENGTH])[0]
-    return length if length <= MAX_HEADER_BYTES else 0
+def _needed(start: bytes) -> int:
+    """How much of a file its header is; of one that has none, enough to see what it is instead."""
+    length = header_length(start)
+    return LENGTH_BYTES + length if length else _OF_NO_HEADER
 
 
 def _first_bytes(

@@ -7,20 +7,29 @@ ask for more than the folder holds.
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any, Final
 
 from nf4_pipeline.checkpoint.lfs_pointer import check_no_pointer
+from nf4_pipeline.checkpoint.named_path import problem_of
 from nf4_pipeline.checkpoint.source import Checkpoint, open_checkpoint, read_json, weight_files
 from nf4_pipeline.checkpoint.untrusted import check_file, check_folder
 from nf4_pipeline.errors import CheckpointError
-from nf4_pipeline.model.config import causal_lm_config, read_config
+from nf4_pipeline.model.config import CONFIG_FILE, causal_lm_config, read_config
 from nf4_pipeline.model.config_limits import check_config_limits
 from nf4_pipeline.model.meta_model import build_meta_model
 from nf4_pipeline.processes.phase import PhaseLimits, limited
 
 _TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+_TOKENS_MAP: Final = "special_tokens_map.json"
 _NAMES_FILES: Final = "fast_tokenizer_files"
+_FILE_ARGUMENT: Final = re.compile(r"(.*_)?(vocab|merges|file|spm)")
+"""What tokenizers take a path for: vocab_file, merges, source_spm …"""
+_NEVER_OPENED: Final = ("special_tokens_map_file", "added_tokens_file")
+_HUB_CODE: Final = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+"""Keys of a config that may name a repository whose code computes attention or experts."""
 
 _BUILD_SECONDS: Final = 20.0
 _TENSORS_A_SECOND: Final = 200
@@ -39,12 +48,17 @@ def check_small_files(folder: Path) -> dict[str, Any]:
     Raises:
         SourceError: the folder has no config.json.
         CheckpointError: a file leads out of the folder, is larger than any real one, or is not what
-            its name says.
+            its name says; or config.json names code on the Hub.
     """
     check_folder(folder)
     if (folder / _TOKENIZER_CONFIG).is_file():
         _check_names(folder / _TOKENIZER_CONFIG)
-    return read_config(folder)
+        _check_arguments(folder / _TOKENIZER_CONFIG)
+    if (folder / _TOKENS_MAP).is_file():
+        _check_arguments(folder / _TOKENS_MAP)
+    config = read_config(folder)
+    _check_no_hub_code(config, folder / CONFIG_FILE)
+    return config
 
 
 def check_headers(folder: Path) -> Checkpoint:
@@ -128,3 +142,45 @@ def _check_names(path: Path) -> None:
                 f'{path} names {str(name)[:80]!r} among its "{_NAMES_FILES}"; expected plain names '
                 "of files beside it. Take that key out, or bring the file again."
             )
+
+
+def _check_arguments(path: Path) -> None:
+    """Refuses paths that a tokenizer's class would be given in the place of its own files.
+
+    transformers puts its own over what tokenizer_config.json says of most of them, but not over
+    vocabularies that are said by name, nor over anything in special_tokens_map.json. Old paths of
+    its maker's machine are in many a tokenizer_config.json; they lead nowhere here.
+    """
+    is_config = path.name == _TOKENIZER_CONFIG
+    for name, value in read_json(path).items():
+        if value is None or not _FILE_ARGUMENT.fullmatch(name):
+            continue
+        if is_config and (not isinstance(value, str) or _is_harmless(name, value)):
+            continue
+        raise CheckpointError(
+            f"{path} gives {str(value)[:80]!r} as {name[:80]!r}, and a tokenizer would open it; "
+            "expected its files beside it, under their usual names. Take that key out, or bring "
+            "the file again."
+        )
+
+
+def _is_harmless(name: str, value: str) -> bool:
+    """Whether transformers opens another file instead, and this is none of this machine's."""
+    if not name.endswith("_file"):
+        return False
+    is_plain = Path(value).name == value or problem_of(value) is not None
+    return name in _NEVER_OPENED or is_plain or not os.path.lexists(value)
+
+
+def _check_no_hub_code(value: Any, path: Path) -> None:
+    """Refuses "attn_implementation": "ORG/NAME": transformers would fetch its code and run it."""
+    if isinstance(value, list):
+        for item in value:
+            _check_no_hub_code(item, path)
+    for name, item in value.items() if isinstance(value, dict) else ():
+        if _HUB_CODE.fullmatch(name) and "/" in str(item):
+            raise CheckpointError(
+                f"{path} names code on the Hub under {name!r}: {str(item)[:80]!r}. No code comes "
+                "with a model here. Take that key out: it changes no weight."
+            )
+        _check_no_hub_code(item, path)

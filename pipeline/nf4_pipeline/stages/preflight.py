@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Lock
 
 from nf4_pipeline.checkpoint.folder_advice import adapter_advice
-from nf4_pipeline.checkpoint.skeleton import skeleton
+from nf4_pipeline.checkpoint.skeleton import make_skeleton
 from nf4_pipeline.checkpoint.source import open_checkpoint
 from nf4_pipeline.checkpoint.strip_prefix import check_prefix
 from nf4_pipeline.errors import PipelineError, SourceError
@@ -24,6 +24,7 @@ from nf4_pipeline.model.fit import check_fit
 from nf4_pipeline.model.probe import Probe
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 from nf4_pipeline.model.unused_tensors import Unused
+from nf4_pipeline.processes.temporary import TemporaryFolder
 from nf4_pipeline.progress import Task
 from nf4_pipeline.records import Reading
 
@@ -115,7 +116,8 @@ def look_ahead(
     Raises:
         SourceError: as `look` does.
     """
-    with skeleton(folder, small, weights) as made:
+    with TemporaryFolder("look") as made:
+        make_skeleton(made, folder, small, weights)
         try:
             return look(made, reading).renamed(made, str(folder))
         except PipelineError as error:
