@@ -71,7 +71,9 @@ def build(downloaded_falcon: Path, tmp_path: Path) -> Build:
 
 def last_is_record(build: Build, stage: str, appeared: list[Path]) -> None:
     assert appeared[-1] == build.root / RECORDS / f"{stage}.json"
-    assert len([path for path in appeared if path.parent.name == RECORDS]) == 1
+    records = [path.stem for path in appeared if path.parent.name == RECORDS]
+    # Serialize made hard links to what quantize left, whose record then says how it looks now.
+    assert records in ([stage], ["quantize", stage])
 
 
 def test_quantize(build: Build) -> None:
