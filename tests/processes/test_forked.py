@@ -225,3 +225,12 @@ def test_threads_that_wait_for_different_forks(server: int) -> None:
         for thread in threads:
             thread.join(20)
     assert sorted(done) == ["0", "1", "2", "3"]
+
+
+def test_what_libraries_leave_as_they_are_imported_goes_with_the_server() -> None:
+    with serving([EXAMPLE.module]):
+        assert forked._current is not None
+        variables = Path(f"/proc/{forked._current.pid}/environ").read_bytes().split(b"\0")
+        folder = Path(dict(v.split(b"=", 1) for v in variables if v)[b"TMPDIR"].decode())
+        assert folder.is_dir()
+    assert not folder.exists()

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from typing import IO, Any, Final
 
+from nf4_pipeline.processes.temporary import TemporaryFolder
 from nf4_pipeline.processes.worker import Environment, Script, Worker
 
 _WAIT: Final = 0.05  # seconds that one thread reads for all
@@ -67,10 +68,11 @@ class ForkServer:
         self.modules = frozenset(modules)
         own, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
+            self._folder = TemporaryFolder("child")  # for what libraries leave as they are imported
             name = "nf4_pipeline.processes.fork_server"
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", name, str(theirs.fileno()), *modules],
-                env=Environment().variables(),
+                env=Environment().variables() | {"TMPDIR": str(self._folder.path)},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -141,6 +143,7 @@ class ForkServer:
             self._socket.close()
         self._process.kill()
         self._process.wait()
+        self._folder.remove()
 
 
 class Forked:
