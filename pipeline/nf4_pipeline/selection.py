@@ -6,7 +6,6 @@ knows every output tensor and its bytes before anything is read (`checkpoint/lay
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from nf4_pipeline.checkpoint.source import SourceTensor
 from nf4_pipeline.errors import ArchitectureError, CheckpointError, RecipeError
 from nf4_pipeline.model.architecture import Architecture, LinearFact
 from nf4_pipeline.model.fit import check_complete, check_shape, unused_tensors
+from nf4_pipeline.model.name_patterns import fits
 from nf4_pipeline.model.unused_tensors import check_all_known
 from nf4_pipeline.nf4.double_quant import NestedScales
 from nf4_pipeline.nf4.stored_weight import QUANT_TYPE, companions, stored_tensors
@@ -291,8 +291,15 @@ def skips(pattern: str, module: str) -> bool:
     The pattern "lm_head" names "lm_head"; "h.0.mlp" names "transformer.h.0.mlp.dense"; "mlp" names
     every module below any mlp. `*` stands for one part of a name.
     """
-    parts = r"\.".join(re.escape(part).replace(r"\*", r"[^.]+") for part in pattern.split("."))
-    return re.search(rf"(?:^|\.){parts}(?:\.|$)", module) is not None
+    wanted, parts = pattern.split("."), module.split(".")
+    return any(
+        all(map(_fits_part, wanted, parts[start : start + len(wanted)]))
+        for start in range(len(parts) - len(wanted) + 1)
+    )
+
+
+def _fits_part(pattern: str, part: str) -> bool:
+    return fits(pattern, part, least=1)
 
 
 def _of_one_dtype(plans: Sequence[TensorPlan], facts: Architecture) -> tuple[TensorPlan, ...]:

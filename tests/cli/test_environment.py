@@ -274,3 +274,12 @@ def test_a_library_that_fails_while_it_is_imported(
     assert said.startswith(f"Error: nf4_odd_{depth}_0 cannot be imported: ValueError: ")
     assert "bug" not in said
     assert controls(said) == []
+
+
+def test_a_library_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli.cli, "main", lambda **_: import_module("nf4_nowhere.inside"))
+    assert cli._run([]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Error: nf4_nowhere is not installed, and is needed here")

@@ -147,7 +147,11 @@ def _say_usage(error: click.ClickException) -> None:
 
 
 def _say_failed_import(error: BaseException) -> str | None:
-    """The message for a library that fails while it is imported; None for any other error."""
+    """The message for a library that cannot be imported; None for any other error."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        missing = error.name.partition(".")[0]
+        if missing != _PACKAGE:
+            return f"{missing} is not installed, and is needed here: install nf4-pipeline again."
     for frame, _ in traceback.walk_tb(error.__traceback__):
         name = str(frame.f_globals.get("__name__", ""))
         library = name.partition(".")[0]

@@ -12,6 +12,7 @@ exposed_weights.py  layers whose weight the model uses itself, found by watching
 meta_model.py     the model on the meta device -> its architecture
 fit.py            whether the tensors of a checkpoint and the model belong together
 missing_tensors.py  what the model needs and the checkpoint lacks: what happened, the way out
+name_patterns.py  names against patterns with `*`, in little time
 unused_tensors.py   what the model has no place for: buffers, known heads, or a reason to stop
 generation_config.py  what of generation_config.json answers follow
 limited_tokenizer.py  a tokenizer and its chat template, asked within limits

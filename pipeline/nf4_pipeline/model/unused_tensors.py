@@ -14,6 +14,7 @@ from typing import Final
 from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor
 from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import CheckpointError
+from nf4_pipeline.model.name_patterns import fits
 
 BUFFER: Final = "a buffer that the model computes itself"
 MTP: Final = (
@@ -169,8 +170,7 @@ def matches(pattern: str, name: str) -> bool:
 
     A pattern without a `*` also names everything below it: "score" names "score.weight".
     """
-    parts = ".*".join(re.escape(part) for part in pattern.split("*"))
-    return re.fullmatch(rf"{parts}(\..*)?", name) is not None
+    return fits(pattern, name) or fits(f"{pattern}.*", name)
 
 
 def _layers_in(model_names: Iterable[str]) -> dict[str, int]:
