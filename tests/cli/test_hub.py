@@ -171,8 +171,9 @@ def test_an_environment_without_any_request(variables: dict[str, str], shell: Sh
         Fault("*.safetensors", cdn=True, cut_after=50),
         Fault("*.safetensors", cdn=True, ignore_range=True),
         Fault("*.safetensors", cdn=True, status=503, times=2),
+        Fault("*.safetensors", cdn=True, status=416),
     ],
-    ids=["flipped", "cut", "whole", "503"],
+    ids=["flipped", "cut", "whole", "503", "416"],
 )
 def test_a_header_that_came_wrong_is_asked_for_again(
     fault: Fault, hub: HubServer, shell: Shell, tiny_falcon: Path

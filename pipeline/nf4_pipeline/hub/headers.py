@@ -18,6 +18,7 @@ from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
 from nf4_pipeline.hub.replies import ReplyError
 
 _WORKERS: Final = 4
+_NO_RANGES: Final = 416  # status of a server that sends no parts of a file
 _FIRST: Final = 128 << 10  # bytes asked for at first: more than the header of almost any shard
 _OF_NO_HEADER: Final = 1 << 10  # bytes; a pointer of Git LFS has fewer
 
@@ -77,7 +78,7 @@ def _first_bytes(
     )
 
 
-def _read(model: RemoteModel, file: RemoteFile, wanted: int) -> bytes:
+def _read(model: RemoteModel, file: RemoteFile, wanted: int, *, ranged: bool = True) -> bytes:
     """Reads so many bytes, whether the Hub sends only them or begins to send the file."""
     from huggingface_hub import get_session, hf_hub_url
     from huggingface_hub.utils import (  # type: ignore[attr-defined]  # its public names
@@ -86,8 +87,12 @@ def _read(model: RemoteModel, file: RemoteFile, wanted: int) -> bytes:
     )
 
     url = hf_hub_url(model.repo_id, file.path, revision=model.commit)
-    headers = build_hf_headers(library_name=client.LIBRARY) | {"range": f"bytes=0-{wanted - 1}"}
+    headers = build_hf_headers(library_name=client.LIBRARY)
+    if ranged:
+        headers["range"] = f"bytes=0-{wanted - 1}"
     with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
+        if ranged and response.status_code == _NO_RANGES:
+            return _read(model, file, wanted, ranged=False)
         hf_raise_for_status(response)
         came = bytearray()
         for chunk in response.iter_raw():
