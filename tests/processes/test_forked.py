@@ -230,7 +230,11 @@ def test_threads_that_wait_for_different_forks(server: int) -> None:
 def test_what_libraries_leave_as_they_are_imported_goes_with_the_server() -> None:
     with serving([EXAMPLE.module]):
         assert forked._current is not None
-        variables = Path(f"/proc/{forked._current.pid}/environ").read_bytes().split(b"\0")
-        folder = Path(dict(v.split(b"=", 1) for v in variables if v)[b"TMPDIR"].decode())
+        environment = Path(f"/proc/{forked._current.pid}/environ")
+        end = time.monotonic() + 20
+        while b"TMPDIR=" not in (said := environment.read_bytes()):  # it is just being started
+            assert time.monotonic() < end
+        variables = dict(v.split(b"=", 1) for v in said.split(b"\0") if v)
+        folder = Path(variables[b"TMPDIR"].decode())
         assert folder.is_dir()
     assert not folder.exists()

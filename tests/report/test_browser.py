@@ -260,7 +260,10 @@ def test_nothing_that_a_stranger_names_acts(browser: Browser, tmp_path: Path, pa
         assert len(context.pages) == 1
         assert page.evaluate(FOREIGN) == []
         shown = page.evaluate("document.body.innerText")
-        assert shown.count(payload.partition("<")[0][:20].strip() or "<") > 20
+        begins = payload.partition("<")[0][:20].strip()
+        if not begins.isprintable():  # marks of direction are shown as another character
+            begins = ""
+        assert shown.count(begins or "<") > 20
     finally:
         context.close()
 

@@ -95,7 +95,7 @@ def test_a_text_of_the_user(tmp_path: Path) -> None:
         (None, r"my\.txt cannot be read: .*No such file"),
         (b"", r"my\.txt is empty\. Name one"),
         (b" \n\t\n", r"my\.txt is empty"),
-        (b"caf\xe9", r"my\.txt cannot be read: .*utf-8"),
+        (b"caf\xe9", r"my\.txt cannot be read: .*UTF-8"),
     ],
 )
 def test_a_text_that_cannot_be_used(tmp_path: Path, content: bytes | None, message: str) -> None:

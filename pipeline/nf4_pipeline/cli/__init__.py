@@ -131,6 +131,9 @@ def _run(args: list[str] | None) -> int:
 
 
 def _fail(text: str, exit_code: int = 1) -> int:
+    if _stopped_by:  # what failed was on its way to an end
+        _say_stopped(_STOPPED)
+        return _stopped_status()
     with suppress(OSError):  # the disk or the pipe behind stderr
         say(f"Error: {text}", err=True)
     return exit_code
