@@ -101,6 +101,8 @@ def test_the_process_ends_with_the_command(
         env=environment(tmp_path) | {"TMPDIR": str(place)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        # What began the tests may have had them ignore it, as nohup does.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     try:
         assert eventually(lambda: workers(process.pid))
