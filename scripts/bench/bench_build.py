@@ -5,8 +5,8 @@ every file and weight checked, report written; "again" is the same command with 
 "stock" is one process of transformers and bitsandbytes: source hashed, 16-bit model loaded and
 asked, quantized while loading and saved, loaded again and asked. It compares nothing. Both ask the
 same prompts, greedily and by draws. Checkpoints have the shapes of falcon-7b, random weights and
-the sample's tokenizer. Where a bench_build.json beside this file keeps ratios of two cores, by number
-of layers, a run on such a machine is shown beside them.
+the sample's tokenizer. Where a bench_build.json beside this file keeps ratios of two cores, by
+number of layers, a run on such a machine is shown beside them.
 """
 
 from __future__ import annotations
