@@ -38,7 +38,7 @@ The house, from the top floor down; a room imports only from rooms below it (`ma
     progress.py        who is told how far a job is
     resource_usage.py  what a piece of work takes: time and memory
     documents.py       JSON documents as frozen dataclasses
-    library_output.py  what libraries print and warn of, kept quiet
+    quiet_libraries.py  what libraries print and warn of, kept quiet
     printable.py       text of strangers, made safe for a terminal
     sample/            a tiny model that comes with the package
     __main__.py        python -m nf4_pipeline

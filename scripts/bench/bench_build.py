@@ -5,8 +5,7 @@ every file and weight checked, report written; "again" is the same command with 
 "stock" is one process of transformers and bitsandbytes: source hashed, 16-bit model loaded and
 asked, quantized while loading and saved, loaded again and asked. It compares nothing. Both ask the
 same prompts, greedily and by draws. Checkpoints have the shapes of falcon-7b, random weights and
-the sample's tokenizer. Where a bench_build.json beside this file keeps ratios of two cores, by
-number of layers, a run on such a machine is shown beside them.
+the sample's tokenizer.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from typing import Any, Final
 import click
 
 _DROP_CACHES: Final = Path("/proc/sys/vm/drop_caches")
-_KEPT: Final = Path(__file__).with_name("bench_build.json")
 _STAGES: Final = ("download", "quantize", "serialize", "verify", "attest")
 _NEW_TOKENS: Final = 48
 
@@ -217,9 +215,6 @@ def _show(found: dict[str, list[dict[str, float]]], layers: int, cold: bool) -> 
         ]
         ratio = statistics.median(ratios)
         click.echo(f"\nours / stock, whole job: {ratio:.2f}")
-        kept = json.loads(_KEPT.read_text()) if _KEPT.exists() else {}
-        if (before := kept.get(str(layers))) is not None and len(os.sched_getaffinity(0)) == 2:
-            click.echo(f"kept for two cores: {before:.2f}")
 
 
 if __name__ == "__main__":

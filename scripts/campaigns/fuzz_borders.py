@@ -18,9 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nf4_pipeline.job import run_stage
-from nf4_pipeline.library_output import quiet_libraries
 from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.progress import SILENT
+from nf4_pipeline.quiet_libraries import quiet_libraries
 from nf4_pipeline.recipe import Recipe
 
 from tests.campaigns.borders import Border, Outcome, borders, case, run

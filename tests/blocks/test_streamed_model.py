@@ -13,7 +13,7 @@ from nf4_pipeline.blocks.find_blocks import find_blocks
 from nf4_pipeline.blocks.lockstep import Lockstep
 from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.errors import CheckpointError
-from nf4_pipeline.library_output import quiet_loading
+from nf4_pipeline.quiet_libraries import quiet_loading
 from transformers import AutoModelForCausalLM
 
 from tests.support.checkpoints import KINDS, make_checkpoint

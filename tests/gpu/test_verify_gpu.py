@@ -65,8 +65,8 @@ def test_the_sample_is_verified_on_the_gpu(sample: Path, tmp_path: Path) -> None
 def test_block_by_block_is_whole_on_the_gpu(sample: Path) -> None:
     from nf4_pipeline.blocks.streamed_model import StreamedModel
     from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
-    from nf4_pipeline.library_output import quiet_loading
     from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
+    from nf4_pipeline.quiet_libraries import quiet_loading
     from nf4_pipeline.runtime.loader import load
     from nf4_pipeline.sample import MODEL_DIR, TEXT
     from nf4_pipeline.verification.compare_models import Comparison
@@ -125,7 +125,7 @@ def test_round_to_nearest_beside_other_codes_is_the_built_artifact_on_the_gpu(sa
 
 def test_a_model_is_at_no_distance_from_itself_on_the_gpu() -> None:
     from nf4_pipeline.blocks.streamed_model import StreamedModel
-    from nf4_pipeline.library_output import quiet_loading
+    from nf4_pipeline.quiet_libraries import quiet_loading
     from nf4_pipeline.sample import MODEL_DIR
     from nf4_pipeline.verification.compare_models import Comparison
     from nf4_pipeline.verification.eval_text import random_sequences

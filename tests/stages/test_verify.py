@@ -19,9 +19,9 @@ from nf4_pipeline.cli import main
 from nf4_pipeline.errors import ArtifactError, RecipeError, UsageError
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
 from nf4_pipeline.job import run_stage, states
-from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.progress import SILENT
+from nf4_pipeline.quiet_libraries import quiet_loading
 from nf4_pipeline.recipe import Recipe, load_recipe
 from nf4_pipeline.records import VERIFY
 from nf4_pipeline.runtime.loader import load

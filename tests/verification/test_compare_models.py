@@ -14,8 +14,8 @@ from bitsandbytes.nn import Linear4bit
 from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
 from nf4_pipeline.job import run_stage
-from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.progress import SILENT
+from nf4_pipeline.quiet_libraries import quiet_loading
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.runtime.bnb_cpu_fixes import dequantized
 from nf4_pipeline.runtime.loader import load

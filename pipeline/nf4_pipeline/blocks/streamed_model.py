@@ -16,12 +16,12 @@ from nf4_pipeline.blocks.block_reader import BlockReader, TensorGroup
 from nf4_pipeline.blocks.find_blocks import find_blocks
 from nf4_pipeline.checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
 from nf4_pipeline.errors import CheckpointError
-from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.model.check_folder import build_seconds, building
 from nf4_pipeline.model.config import causal_lm_config, read_config
 from nf4_pipeline.model.load_dtype import compute_dtype, float32_parts, stored_dtype
 from nf4_pipeline.model.meta_model import build_meta_model
 from nf4_pipeline.model.tensor_names import NameMap
+from nf4_pipeline.quiet_libraries import quiet_loading
 from nf4_pipeline.resource_usage import available_memory, peak_memory
 
 _STEM: Final = ""

@@ -63,7 +63,7 @@ def output_options(command: Command) -> Command:
     @wraps(command)
     def wrapped(as_json: bool, quiet: bool, verbose: bool, **values: Any) -> Any:
         if not verbose:
-            from nf4_pipeline.library_output import quiet_libraries
+            from nf4_pipeline.quiet_libraries import quiet_libraries
 
             quiet_libraries()
         return command(ui=Ui(as_json, quiet, verbose), **values)

@@ -14,8 +14,8 @@ from typing import Any, Final, TypeVar
 
 from nf4_pipeline.checkpoint.files import is_tokenizer
 from nf4_pipeline.errors import ArtifactError, PipelineError
-from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.processes.phase import PhaseLimits, limited
+from nf4_pipeline.quiet_libraries import quiet_loading
 
 T = TypeVar("T")
 

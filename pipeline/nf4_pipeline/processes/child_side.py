@@ -21,7 +21,6 @@ from itertools import count
 from typing import IO, Any, Final, NoReturn
 
 from nf4_pipeline.errors import PipelineError, is_of_machine, of_installation, of_system
-from nf4_pipeline.library_output import quiet_libraries
 from nf4_pipeline.processes import phase
 from nf4_pipeline.processes.messages import (
     Advanced,
@@ -34,6 +33,7 @@ from nf4_pipeline.processes.messages import (
 )
 from nf4_pipeline.processes.worker import load_function
 from nf4_pipeline.progress import SILENT, Stage, Task
+from nf4_pipeline.quiet_libraries import quiet_libraries
 
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 

@@ -28,11 +28,11 @@ from selectors import EVENT_READ, DefaultSelector
 from typing import Any, Final, NoReturn
 
 from nf4_pipeline.errors import of_system
-from nf4_pipeline.library_output import quiet_libraries
 from nf4_pipeline.processes.child_side import end_with_parent, prepare
 from nf4_pipeline.processes.child_side import main as serve
 from nf4_pipeline.processes.messages import ExpectedError, Message
 from nf4_pipeline.processes.worker import command
+from nf4_pipeline.quiet_libraries import quiet_libraries
 
 _LONGEST_ORDER: Final = 1 << 20
 _STREAMS: Final = 3

@@ -9,9 +9,9 @@ from typing import Any, Final
 
 from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import ArtifactError, PipelineError, ResourceError, UsageError
-from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.model.generation_config import end_tokens, plain_generation_config
 from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
+from nf4_pipeline.quiet_libraries import quiet_loading
 
 _LIMITS: Final = {
     "max_length": 2**31 - 1,

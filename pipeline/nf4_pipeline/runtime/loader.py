@@ -17,12 +17,12 @@ from typing import Any, Final
 
 from nf4_pipeline.checkpoint.source import open_checkpoint
 from nf4_pipeline.errors import ArtifactError, PipelineError, ResourceError
-from nf4_pipeline.library_output import quiet_loading
 from nf4_pipeline.model.check_folder import building, check_model_fits
 from nf4_pipeline.model.config import read_config
 from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.model.linear import is_plain_linear
 from nf4_pipeline.model.load_dtype import compute_dtype, float32_parts
+from nf4_pipeline.quiet_libraries import quiet_loading
 from nf4_pipeline.runtime.artifact import is_quantized, open_folder
 from nf4_pipeline.runtime.bnb_cpu_fixes import repair
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -87,8 +87,7 @@ class Download:
         stamps = _stamps_of(source, finder.stamps)
         with locked_soon(build):
             if record := standing():
-                if not stamps.items() <= record.stamps.items():  # it was touched, and is the same
-                    build.write_record(replace(record, stamps=record.stamps | stamps))
+                build.renew_stamps(DOWNLOAD, stamps)
                 return Downloaded(build, record, ran=False)
             record = run_recorded(build, DOWNLOAD, key, work, before=finding, stamps=stamps)
             return Downloaded(build, record, ran=True)

@@ -20,6 +20,7 @@ from nf4_pipeline.checkpoint.digest import (
 from nf4_pipeline.checkpoint.files import CARD_FILE, PICKLE_FILE, is_of_tokenizer, is_wanted
 from nf4_pipeline.checkpoint.folder_advice import cache_commit
 from nf4_pipeline.checkpoint.named_path import named_path
+from nf4_pipeline.checkpoint.plain_file import read_beginning
 from nf4_pipeline.checkpoint.source import open_checkpoint, read_json, weight_files
 from nf4_pipeline.checkpoint.source_card import read_card
 from nf4_pipeline.checkpoint.strip_prefix import check_prefix, copy_without_prefix
@@ -383,12 +384,7 @@ class SourceFinder:
 
 def _begin_so(folder: Path, starts: Mapping[str, bytes]) -> bool:
     """Whether the files are those whose first bytes were looked at."""
-
-    def begins_so(name: str, start: bytes) -> bool:
-        with (folder / name).open("rb") as file:
-            return file.read(len(start)) == start
-
-    return all(begins_so(name, start) for name, start in starts.items())
+    return all(read_beginning(folder / name, len(start)) == start for name, start in starts.items())
 
 
 def _with_tokenizer(
