@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from nf4_pipeline import __version__
 from nf4_pipeline.build_folder import Build, Record
-from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, json_sha256
+from nf4_pipeline.checkpoint.digest import FileDigest, FileStamp, digest_file, json_sha256
 from nf4_pipeline.checkpoint.files import CARD_FILE, entries
 from nf4_pipeline.checkpoint.plain_file import read_text
 from nf4_pipeline.checkpoint.source import read_json
@@ -53,6 +53,7 @@ class Upload:
         card: the model card as it will be there.
         folder: where the other files are.
         files: name -> digest of what will be there.
+        stamps: name -> what the file looked like when it was hashed.
     """
 
     target: Target
@@ -61,6 +62,7 @@ class Upload:
     card: str
     folder: Path
     files: dict[str, FileDigest]
+    stamps: dict[str, FileStamp]
 
     @property
     def total_bytes(self) -> int:
@@ -84,7 +86,7 @@ class Upload:
         from nf4_pipeline.hub import LocalFile
 
         files = {
-            name: LocalFile(self.folder / name, digest.size, digest.sha256)
+            name: LocalFile(self.folder / name, digest.size, digest.sha256, self.stamps.get(name))
             for name, digest in self.files.items()
         }
         return files | {CARD_FILE: LocalFile.of_bytes(self.card.encode())}
@@ -127,13 +129,16 @@ class Push:
                 "card."
             )
         manifest = read_manifest(export)
+        stamps = {
+            name: FileStamp.of(path) for name, path in entries(export).items() if path.is_file()
+        }
         files = _checked_files(self.build, manifest, self.reporter)
         card = read_text(export / CARD_FILE, size_limit(CARD_FILE))
         if verdict != "pass":
             names = [check.name for check in verified.failed_checks]
             card = with_warning(card, verdict, names)
             files[CARD_FILE] = FileDigest.of(card.encode())
-        return Upload(self.target, manifest.source.repo, verdict, card, export, files)
+        return Upload(self.target, manifest.source.repo, verdict, card, export, files, stamps)
 
     def run(self) -> Record[PushFacts]:
         """Does the work.
