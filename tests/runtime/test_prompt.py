@@ -58,8 +58,8 @@ def test_one_process_answers_all_prompts(exported_falcon: Path, tmp_path: Path) 
     pieces: list[str] = []
     eight = Sampling(max_new_tokens=8)
     first = ask("Hello", export, eight, device="cpu", chat=False, show=pieces.append)
-    assert "".join(pieces) == first.answers[0].text + "\n"
-    assert len(pieces) > 1
+    assert "".join(pieces) == first.answers[0].text
+    assert pieces
     (pid,) = workers(os.getpid())
 
     def again(query: str = "Hello", chat: bool = False, **values: int) -> list[str]:
