@@ -61,13 +61,16 @@ def test_what_a_callback_raises_ends_the_work_and_is_its_last_call(kind: str) ->
         if event.kind == kind:
             raise KeyError("enough")
 
-    reporter = as_reporter(stop)
-    with pytest.raises(KeyError, match="enough"):
+    def work() -> None:
+        reporter = as_reporter(stop)
         with reporter.stage("download") as stage:
             with reporter.task("hash", 2) as task:
                 task.advance(2)
                 reporter.note("so far")
             stage.finish(ran=True)
+
+    with pytest.raises(KeyError, match="enough"):
+        work()
     assert heard[-1] == kind
     assert heard.count(kind) == 1
 
