@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -77,7 +77,10 @@ def test_methods_take_what_functions_take(
         assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
 
 
-TABLES: Final = {"quantize": {"skip_modules": ["h.1"]}, "verify": {"max_mean_kl": 0.25}}
+TABLES: Final[Mapping[str, Mapping[str, object]]] = {
+    "quantize": {"skip_modules": ["h.1"]},
+    "verify": {"max_mean_kl": 0.25},
+}
 TOML: Final = '[quantize]\nskip_modules = ["h.1"]\n[verify]\nmax_mean_kl = 0.25\n'
 
 
@@ -87,7 +90,10 @@ def test_a_recipe_is_one_thing_in_every_form(tmp_path: Path) -> None:
     expected = PartialRecipe(load_recipe(path), frozenset(TABLES))
     assert make_recipe(path) == make_recipe(str(path)) == make_recipe(TABLES) == expected
     assert make_recipe(expected) == expected
-    as_tuple = {**TABLES, "quantize": {"skip_modules": ("h.1",)}}
+    as_tuple: Mapping[str, Mapping[str, object]] = {
+        **TABLES,
+        "quantize": {"skip_modules": ("h.1",)},
+    }
     assert make_recipe(as_tuple) == expected
     assert make_recipe(expected.recipe).recipe == expected.recipe
     assert make_recipe() == PartialRecipe(Recipe(), frozenset())

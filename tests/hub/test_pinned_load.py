@@ -97,3 +97,35 @@ def test_bytes_that_are_not_what_the_hub_lists(tiny_falcon: Path, tmp_path: Path
         ((error, text),) = opened(hub, tmp_path, {})
     assert error == "HubError"
     assert "came wrong twice" in text
+
+
+ENDED: Final = """
+import sys
+from nf4_pipeline.progress import reporting_to
+from nf4_pipeline.runtime.artifact import open_folder
+heard = []
+def enough(event):
+    heard.append(event.kind)
+    if event.kind == "task_advance":
+        raise ValueError("the callback's own")
+try:
+    with reporting_to(enough) as reporter:
+        open_folder("some-org/tiny", reporter)
+except ValueError as error:
+    print(heard.count("task_advance"), error)
+"""
+
+
+def test_a_callback_ends_a_download(tiny_falcon: Path, tmp_path: Path) -> None:
+    with HubServer() as hub:
+        hub.store.add(REPO, tiny_falcon)
+        done = subprocess.run(
+            [sys.executable, "-c", ENDED],
+            env=isolated(tmp_path, hub.url),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert (done.stdout, done.stderr) == ("1 the callback's own\n", "")
+        assert hub.count("GET", "*.safetensors") == 0

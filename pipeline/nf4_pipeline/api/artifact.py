@@ -14,7 +14,7 @@ from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.documents import DocumentError
 from nf4_pipeline.errors import ArtifactError, BuildError, CheckpointError
 from nf4_pipeline.manifest.manifest import Manifest, Totals
-from nf4_pipeline.progress import ProgressCallback, as_reporter
+from nf4_pipeline.progress import ProgressCallback, reporting_to
 from nf4_pipeline.verification.document import (
     VERIFICATION_FILE,
     MeasuredVerification,
@@ -141,10 +141,9 @@ class Artifact:
         from nf4_pipeline.job import run_stage
         from nf4_pipeline.records import ATTEST
 
-        reporter = as_reporter(progress)
         attested = build.record(ATTEST) is not None
         other = None if against is None else fspath(against)
-        with interruptible():
+        with interruptible(), reporting_to(progress) as reporter:
             run_stage(build, "verify", options, machine, reporter, against=other)
             if attested:  # its provenance speaks of the last verification
                 run_stage(build, "attest", options, machine, reporter)
@@ -217,8 +216,9 @@ class Artifact:
         build = self._build("push")
         from nf4_pipeline.stages.push import Push
 
-        push = Push(build, target, as_reporter(progress), allow_unverified)
-        return push.plan() if dry_run else push.run().facts
+        with interruptible(), reporting_to(progress) as reporter:
+            push = Push(build, target, reporter, allow_unverified)
+            return push.plan() if dry_run else push.run().facts
 
     def prompt(
         self, query: str | Sequence[Mapping[str, str]], **options: Unpack[PromptOptions]

@@ -8,7 +8,7 @@ from nf4_pipeline.api.artifact import Artifact
 from nf4_pipeline.api.interrupts import interruptible
 from nf4_pipeline.api.options import PathName, RecipeLike, make_machine, make_recipe, make_request
 from nf4_pipeline.machine import DEFAULT_MEMORY_BUDGET
-from nf4_pipeline.progress import ProgressCallback, as_reporter
+from nf4_pipeline.progress import ProgressCallback, reporting_to
 
 
 def build(
@@ -104,6 +104,6 @@ def build(
     )
     from nf4_pipeline.job import run_build
 
-    with interruptible():
-        made, _ = run_build(request, options.recipe, machine, as_reporter(progress))
+    with interruptible(), reporting_to(progress) as reporter:
+        made, _ = run_build(request, options.recipe, machine, reporter)
     return Artifact.open(made.export)
