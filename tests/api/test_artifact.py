@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import nf4_pipeline
 import pytest
@@ -20,10 +20,11 @@ from nf4_pipeline.errors import (
     ResourceError,
     SourceError,
     UsageError,
-    VerificationError,
 )
+from nf4_pipeline.hub import Target
+from nf4_pipeline.machine import Machine
+from nf4_pipeline.recipe import VerifyRecipe
 from nf4_pipeline.records import ATTEST
-from nf4_pipeline.stages.push import Upload
 
 from tests.support.tiny import copy_of, edit_json
 
@@ -203,39 +204,44 @@ def test_a_callback_ends_a_build_that_goes_on_later(
     assert again().verdict == "pass"
 
 
-def test_a_verdict_is_a_result_and_what_is_pushed_says_it(mine: Path, workers_here: None) -> None:
-    prompts = mine.parent / "prompts.jsonl"
-    prompts.write_text('{"prompt": "Hello there"}\n')
+def test_it_is_verified_with_what_was_said(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verdict is a result; a statement on the last one is renewed, and none is made."""
+    ran: list[tuple[Any, ...]] = []
+
+    def run_stage(build: Build, name: str, recipe: Any, machine: Any, _: Any, **more: Any) -> None:
+        ran.append((build.root, name, recipe.recipe.verify, machine, more))
+        edit_json(mine / "export" / "verification.json", verdict="fail")
+
+    monkeypatch.setattr("nf4_pipeline.job.run_stage", run_stage)
     artifact = Artifact.open(mine)
     measured = artifact.verify(
-        recipe={"verify": {"max_mean_kl": 1e-9, "max_new_tokens": 2}},
-        prompts=prompts,
+        recipe={"verify": {"max_mean_kl": 0.25}},
+        prompts=mine / "p.jsonl",
         eval_tokens=32,
+        against=mine.parent,
         device="cpu",
+        device_memory="1GB",
     )
     assert (measured.verdict, artifact.verdict) == ("fail", "pass")  # the other one is as it was
-    assert measured.fidelity is not None
-    assert measured.fidelity != artifact.fidelity  # on fewer tokens
-    with pytest.raises(VerificationError, match="only an artifact that passed"):
-        measured.push("me/model", dry_run=True)
-    upload = measured.push("me/model", dry_run=True, allow_unverified=True)
-    assert isinstance(upload, Upload)
-    assert (upload.verdict, upload.target.repo_id) == ("fail", "me/model")
-    # The provenance speaks of this verification, or it would not be pushed.
-    assert {*upload.files} >= {"README.md", "manifest.json", "provenance.json"}
-
-
-def test_what_was_not_attested_stays_so(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`verify` renews a statement and makes none."""
-    ran: list[str] = []
-    monkeypatch.setattr(
-        "nf4_pipeline.job.run_stage", lambda build, name, *_, **__: ran.append(name)
-    )
-    artifact = Artifact.open(mine)
-    artifact.verify()
+    recipe = VerifyRecipe(prompts=str(mine / "p.jsonl"), eval_tokens=32, max_mean_kl=0.25)
+    machine = Machine(device="cpu", device_memory=10**9)
+    assert ran == [
+        (mine, "verify", recipe, machine, {"against": str(mine.parent)}),
+        (mine, "attest", recipe, machine, {}),
+    ]
     Build(mine).forget(ATTEST)
     artifact.verify()
-    assert ran == ["verify", "attest", "verify"]
+    assert [name for _, name, *_ in ran[2:]] == ["verify"]
+
+
+def test_what_would_be_pushed(mine: Path) -> None:
+    upload = Artifact.open(mine).push("me/model", private=True, create_pr=True, dry_run=True)
+    assert upload.target == Target("me/model", private=True, pull_request=True)
+    assert (upload.verdict, upload.folder) == ("pass", mine / "export")
+    assert {*upload.files} >= {"README.md", "manifest.json", "provenance.json"}
+    (mine / "export" / "config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="not what was verified"):
+        Artifact.open(mine).push("me/model", dry_run=True)
 
 
 def test_methods_ask_the_artifact_itself(mine: Path, workers_here: None) -> None:
