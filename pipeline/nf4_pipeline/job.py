@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from nf4_pipeline.build_folder import Build, Record, State
 from nf4_pipeline.build_folder.variant import SHAPING_TABLES
-from nf4_pipeline.builds import keep_spec, spec_of
+from nf4_pipeline.builds import complete_recipe, keep_spec
 from nf4_pipeline.calibration.calibrator import text_path
 from nf4_pipeline.errors import BuildError, RecipeError, StoppedError, is_of_machine, of_system
 from nf4_pipeline.machine import Machine
@@ -180,25 +180,6 @@ def run_stage(
                     f"{build.export / found[0]} was left by no stage. Run `nf4 build`."
                 )
         return _ensure(build, stages, name, whole, reporter, anew=name == "verify")
-
-
-def complete_recipe(
-    build: Build, recipe: Recipe | PartialRecipe, before: str | None = None
-) -> Recipe:
-    """A recipe with the tables that a build is for or was made with, where no others were said.
-
-    Args:
-        build: whose spec and records hold the tables.
-        recipe: what was said.
-        before: the stage that comes next (see `PartialRecipe.completed`).
-    """
-    if not isinstance(recipe, Recipe):
-        records = {name: build.record(KINDS[name]) for name in TABLES}
-        tables = {name: record.recipe for name, record in records.items() if record}
-        spec = spec_of(build)
-        recipe = recipe.completed({**tables, **(spec.recipe if spec else {})}, before)
-    downloaded = build.record(DOWNLOAD)
-    return downloaded.facts.reading.into(recipe) if downloaded else recipe
 
 
 def _ensure(

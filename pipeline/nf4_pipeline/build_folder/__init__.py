@@ -20,8 +20,8 @@ variant.py    what of a recipe shapes the bytes, and the tag that says so in a f
 freshness.py  whether a stage is done, stale or missing; whether its outputs are what it left
 """
 
-from nf4_pipeline.build_folder.build import Build, find_builds
+from nf4_pipeline.build_folder.build import Build
 from nf4_pipeline.build_folder.freshness import Inputs, State
 from nf4_pipeline.build_folder.record import Facts, Record, RecordKind
 
-__all__ = ["Build", "Facts", "Inputs", "Record", "RecordKind", "State", "find_builds"]
+__all__ = ["Build", "Facts", "Inputs", "Record", "RecordKind", "State"]

@@ -12,23 +12,33 @@ keeping.py   what a build folder is for, noted before any work; it becomes nothi
 """
 
 from nf4_pipeline.builds.choosing import Chosen
-from nf4_pipeline.builds.finding import ChosenArtifact, find_artifact, find_build, find_other
-from nf4_pipeline.builds.keeping import check_spec, keep_spec, spec_of
-from nf4_pipeline.builds.listing import Listed, list_builds
-from nf4_pipeline.builds.placing import begin_beside, folder_for, place_of
+from nf4_pipeline.builds.finding import (
+    ChosenArtifact,
+    find_artifact,
+    find_build,
+    find_builds,
+    find_other,
+    no_build,
+)
+from nf4_pipeline.builds.keeping import check_spec, complete_recipe, keep_spec, spec_of
+from nf4_pipeline.builds.listing import Listed, list_builds, recipe_shown
+from nf4_pipeline.builds.placing import find_place, folder_for
 
 __all__ = [
     "Chosen",
     "ChosenArtifact",
     "Listed",
-    "begin_beside",
     "check_spec",
+    "complete_recipe",
     "find_artifact",
     "find_build",
+    "find_builds",
     "find_other",
+    "find_place",
     "folder_for",
     "keep_spec",
     "list_builds",
-    "place_of",
+    "no_build",
+    "recipe_shown",
     "spec_of",
 ]

@@ -52,13 +52,13 @@ def choose(
         name: as it was given; None for no name.
         candidates: at least one, the one worked on last first.
         newest: take that one where there are several.
-        needs: the stage that must be done for what is to be done with it; those in which it is not
-            count only where it is in none.
+        needs: the stage that must be done for what is to be done with it, or "recipe" if it must
+            have one; those that lack it count only where all do.
 
     Raises:
         UsageError: the name can mean several builds, and the newest is not simply taken.
     """
-    fit = [build for build in candidates if needs in ("", *build.done)] or list(candidates)
+    fit = [build for build in candidates if build.has(needs)] or list(candidates)
     first = fit[0]
     named = name is not None and name in first.names
     if len(fit) == 1:

@@ -57,11 +57,30 @@ def find_build(
     """
     if name is not None and (root := _build_at(named_path(name))) is not None:
         return Chosen(look_at(root), named=True)
+    found = find_builds(name, artifacts)
+    if not found:
+        raise no_build(None, artifacts)
+    return choose(None if name is None else str(name), found, newest=newest, needs=needs)
+
+
+def find_builds(name: str | Path | None, artifacts: Path = ARTIFACTS) -> list[Listed]:
+    """All builds that a name means, the one worked on last first; for no name, all there are.
+
+    Args:
+        name: as in `find_build`.
+        artifacts: the folder that holds builds.
+
+    Raises:
+        BuildError: there is no such build.
+        UsageError: the name can be no name.
+    """
+    if name is not None and (root := _build_at(named_path(name))) is not None:
+        return [look_at(root)]
     listing = list_builds(artifacts)
     found = candidates(name, listing)
-    if not found:
-        raise BuildError(_nothing(name, listing, artifacts))
-    return choose(None if name is None else str(name), found, newest=newest, needs=needs)
+    if name is not None and not found:
+        raise no_build(name, artifacts, listing)
+    return found
 
 
 def find_artifact(
@@ -92,7 +111,7 @@ def find_artifact(
     return _export(choose(str(name), found, newest=newest, needs="serialize"))
 
 
-def find_other(name: str | Path, own: Listed, artifacts: Path = ARTIFACTS) -> ChosenArtifact | None:
+def find_other(name: str | Path, own: Build, artifacts: Path = ARTIFACTS) -> ChosenArtifact | None:
     """The artifact that another one is compared with: rather one of the same source than any.
 
     Args:
@@ -104,12 +123,12 @@ def find_other(name: str | Path, own: Listed, artifacts: Path = ARTIFACTS) -> Ch
         ArtifactError: the build that is meant has no export.
         UsageError: the name can mean several builds, or can be no name.
     """
-    path = named_path(name)
-    if _build_at(path) is None:
+    if _build_at(named_path(name)) is None:
+        mine = look_at(own.root)
         others = [
             build
             for build in list_builds(artifacts)
-            if build.root.resolve() != own.root.resolve() and is_same_source(build, own)
+            if build.root.resolve() != own.root.resolve() and is_same_source(build, mine)
         ]
         if found := candidates(name, others):
             return _export(choose(str(name), found, newest=False, needs="serialize"))
@@ -148,6 +167,20 @@ def _export(chosen: Chosen) -> ChosenArtifact:
     if not is_model(root / "export"):
         raise ArtifactError(f"{root} is a build without an export. Finish it: nf4 build.")
     return ChosenArtifact(root / "export", Build(root), chosen.note)
+
+
+def no_build(
+    name: str | Path | None, artifacts: Path = ARTIFACTS, listing: Sequence[Listed] | None = None
+) -> BuildError:
+    """The error of a name that no build has.
+
+    Args:
+        name: as it was given.
+        artifacts: the folder that holds builds.
+        listing: of them, if it is known.
+    """
+    known = list_builds(artifacts) if listing is None else listing
+    return BuildError(_nothing(name, known, artifacts))
 
 
 def _nothing(name: str | Path | None, listing: Sequence[Listed], artifacts: Path) -> str:

@@ -12,8 +12,8 @@ from nf4_pipeline.build_folder.variant import SHAPING_TABLES, Variant, text_sha2
 from nf4_pipeline.calibration.calibrator import Calibrator
 from nf4_pipeline.checkpoint.digest import content_sha256
 from nf4_pipeline.errors import BuildError
-from nf4_pipeline.recipe import Recipe, RecipeValue
-from nf4_pipeline.records import DOWNLOAD, QUANTIZE, SERIALIZE
+from nf4_pipeline.recipe import TABLES, PartialRecipe, Recipe, RecipeValue
+from nf4_pipeline.records import DOWNLOAD, KINDS, QUANTIZE, SERIALIZE
 
 READING: Final = frozenset({"quantize.allow_unused", "quantize.strip_prefix"})
 """The keys of a recipe that download reads."""
@@ -144,3 +144,22 @@ def _shown(value: RecipeValue) -> str:
         return "not set"
     text = str(value)
     return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def complete_recipe(
+    build: Build, recipe: Recipe | PartialRecipe, before: str | None = None
+) -> Recipe:
+    """A recipe with the tables that a build is for or was made with, where no others were said.
+
+    Args:
+        build: whose spec and records hold the tables.
+        recipe: what was said.
+        before: the stage that comes next (see `PartialRecipe.completed`).
+    """
+    if not isinstance(recipe, Recipe):
+        records = {name: build.record(KINDS[name]) for name in TABLES}
+        tables = {name: record.recipe for name, record in records.items() if record}
+        spec = spec_of(build)
+        recipe = recipe.completed({**tables, **(spec.recipe if spec else {})}, before)
+    downloaded = build.record(DOWNLOAD)
+    return downloaded.facts.reading.into(recipe) if downloaded else recipe

@@ -53,6 +53,10 @@ class Listed:
         """By which it is found, besides that of its model."""
         return {self.root.name, self.tag, without_hash(self.tag)} - {""}
 
+    def has(self, what: str) -> bool:
+        """Whether a stage is done, or it has a "recipe"; anything has ""."""
+        return not what or what in self.done or (what == "recipe" and self.variant is not None)
+
     def is_of(self, model: str) -> bool:
         """Whether it is a build of a model, as `nf4 build` takes it: a Hub id, or "sample"."""
         if self.is_sample:

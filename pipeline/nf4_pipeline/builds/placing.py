@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.build_folder.spec import BuildSpec, write_spec
@@ -15,10 +15,14 @@ from nf4_pipeline.build_folder.variant import (
     split_name,
     text_sha256,
 )
-from nf4_pipeline.builds.keeping import spec_of
-from nf4_pipeline.builds.listing import Listed
+from nf4_pipeline.builds.choosing import ambiguous
+from nf4_pipeline.builds.finding import candidates, find_build
+from nf4_pipeline.builds.keeping import complete_recipe, spec_of
+from nf4_pipeline.builds.listing import Listed, list_builds
 from nf4_pipeline.checkpoint.atomic import link_or_copy, make_folder, sync_folder, write_bytes
-from nf4_pipeline.recipe import Recipe
+from nf4_pipeline.errors import UsageError
+from nf4_pipeline.recipe import PartialRecipe, Recipe
+from nf4_pipeline.runtime.artifact import ARTIFACTS
 
 _FOLDERS: Final = {"download": ("converted", "source"), "quantize": ("quantized", "calibration")}
 """What a stage leaves that the next one reads."""
@@ -57,6 +61,57 @@ def place_of(build: Listed, recipe: Recipe) -> Path:
     if tag is None or build.spec is None or build.spec.source.slug != base:
         return build.root
     return folder_for(build.root.parent, base, recipe)
+
+
+def find_place(
+    name: str | Path | None,
+    stage: Literal["quantize", "serialize"],
+    said: PartialRecipe,
+    artifacts: Path = ARTIFACTS,
+) -> tuple[Build, str]:
+    """The build in which a stage shall run by what was said of its recipe.
+
+    A model, or no name, means the build of that recipe, which begins with what is done beside it. A
+    tag or a path means the build that is there.
+
+    Args:
+        name: as in `find_build`.
+        stage: that shall run.
+        said: of the recipe; nothing said is what each build is for.
+        artifacts: the folder that holds builds.
+
+    Returns:
+        The build, and a note for people, which one it is; empty if a path said it.
+
+    Raises:
+        BuildError: there is no such build.
+        UsageError: the name can mean several builds, or can be no name.
+        RecipeError: the text to calibrate on cannot be read.
+    """
+    needs = {"quantize": "download", "serialize": "quantize"}[stage]
+    newest = find_build(name, artifacts, newest=True, needs=needs)
+    if newest.named:
+        chosen = find_build(name, artifacts, needs=needs)
+        return Build(chosen.listed.root), chosen.note
+    found = candidates(name, list_builds(artifacts))
+    fit = [build for build in found if build.has(needs)] or found
+
+    def wanted(build: Listed) -> Recipe:
+        if stage in said.given and stage == "quantize":
+            return complete_recipe(Build(build.root), said.recipe)
+        return complete_recipe(Build(build.root), said, before=stage)
+
+    recipes = {build.root: wanted(build) for build in fit}
+    places = {place_of(build, recipes[build.root]): build for build in reversed(fit)}
+    if len(places) > 1 and name is not None:
+        raise UsageError(ambiguous(str(name), fit))
+    origin = fit[0]
+    place = place_of(origin, recipes[origin.root])
+    if place == origin.root:
+        return Build(place), newest.note
+    done = [of for of in ("download", "quantize") if of == "download" or stage == "serialize"]
+    build = begin_beside(Build(origin.root), place, recipes[origin.root], done)
+    return build, f"build: {place}, beside {origin.root}"
 
 
 def begin_beside(origin: Build, root: Path, recipe: Recipe, stages: Sequence[str]) -> Build:
