@@ -169,7 +169,8 @@ def run_stage(
     with translate_errors(name, build), build.locked():
         whole = complete_recipe(build, recipe, before=name)
         if name in SHAPING_TABLES:
-            build.need(DOWNLOAD)
+            for kind in (DOWNLOAD, QUANTIZE)[: SHAPING_TABLES.index(name) + 1]:
+                build.need(kind)
             keep_spec(build, whole, (name,), replaces=replaces)
         stages = make_stages(build, whole, machine, reporter, against)
         if name == "attest":

@@ -35,12 +35,13 @@ def matching(name: str, listing: Sequence[Listed], folder: Path | None = None) -
     """
     if exact := [build for build in listing if build.root.name == name]:
         return exact
-    return [
+    called = [
         build
         for build in listing
         if name in build.names
         or (build.is_of_folder(folder) if folder is not None else build.is_of(name))
     ]
+    return called or [build for build in listing if build.tag.startswith(f"{name}-")]
 
 
 def choose(
@@ -60,7 +61,7 @@ def choose(
     """
     fit = [build for build in candidates if build.has(needs)] or list(candidates)
     first = fit[0]
-    named = name is not None and name in first.names
+    named = name is not None and (name in first.names or first.tag.startswith(f"{name}-"))
     if len(fit) == 1:
         return Chosen(first, named, f"build: {first.root}")
     of = f" of {len(fit)} of {name}" if name is not None else f" of {len(fit)}"

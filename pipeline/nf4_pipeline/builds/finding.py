@@ -192,7 +192,8 @@ def _nothing(name: str | Path | None, listing: Sequence[Listed], artifacts: Path
     said = f"There is no build of {text} under {artifacts}/"
     if start == "MODEL":
         said = f"There is no build under {artifacts}/ whose model, tag or folder is {text}"
-    known = sorted({name for build in listing for name in build.names})
+    models = {build.spec.source.repo for build in listing if build.spec} | {"sample"}
+    known = sorted(models.union(*(build.names for build in listing)))
     if close := difflib.get_close_matches(text, known, n=1):
         return f"{said}. Did you mean {close[0]}? Or start one: nf4 build {start}."
     if listing:

@@ -74,9 +74,11 @@ class Listed:
     @property
     def shown(self) -> str:
         """For people: its tag, what differs in its recipe, and how far it is."""
-        changed = recipe_shown(self.variant) if self.variant else ""
-        how = ", ".join(filter(None, [changed, self.done[-1] + " done" if self.done else "empty"]))
-        return f"{self.root.name} ({how})"
+        if self.variant is None:
+            recipe = "no recipe yet"
+        else:
+            recipe = recipe_shown(self.variant) or "default recipe"
+        return f"{self.root.name} ({recipe}; {self.done[-1] if self.done else 'nothing'} done)"
 
 
 def recipe_shown(variant: Variant) -> str:

@@ -72,12 +72,13 @@ def find_place(
     """The build in which a stage shall run by what was said of its recipe.
 
     A model, or no name, means the build of that recipe, which begins with what is done beside it. A
-    tag or a path means the build that is there.
+    tag or a path means the build that is there. Where nothing was said of the recipe, the build
+    that is there goes on; of several, `quantize` means that of the default recipe.
 
     Args:
         name: as in `find_build`.
         stage: that shall run.
-        said: of the recipe; nothing said is what each build is for.
+        said: of the recipe.
         artifacts: the folder that holds builds.
 
     Returns:
@@ -96,12 +97,9 @@ def find_place(
     found = candidates(name, list_builds(artifacts))
     fit = [build for build in found if build.has(needs)] or found
 
-    def wanted(build: Listed) -> Recipe:
-        if stage in said.given and stage == "quantize":
-            return complete_recipe(Build(build.root), said.recipe)
-        return complete_recipe(Build(build.root), said, before=stage)
-
-    recipes = {build.root: wanted(build) for build in fit}
+    anew = stage == "quantize" and ("quantize" in said.given or (name is not None and len(fit) > 1))
+    recipe = said.recipe if anew else said
+    recipes = {build.root: complete_recipe(Build(build.root), recipe, stage) for build in fit}
     places = {place_of(build, recipes[build.root]): build for build in reversed(fit)}
     if len(places) > 1 and name is not None:
         raise UsageError(ambiguous(str(name), fit))

@@ -43,12 +43,12 @@ def command(
     with reporter.task(LOADING, None):
         from nf4_pipeline.job import states
 
-    by_build = {build: states(Build(build.root), recipe, machine, reporter) for build in builds}
+    found = [(build, states(Build(build.root), recipe, machine, reporter)) for build in builds]
 
     def show() -> None:
-        if not by_build:
+        if not found:
             say(f"No builds under {ARTIFACTS}/. Start one: nf4 build sample")
-        for build, stages in by_build.items():
+        for build, stages in found:
             say(f"{build.root}")
             if build.variant is not None and (changed := recipe_shown(build.variant)):
                 say(f"  {'recipe':<10} {changed}")
@@ -57,6 +57,6 @@ def command(
 
     value = {
         str(build.root): {stage: {"status": s.status, "why": s.why} for stage, s in stages.items()}
-        for build, stages in by_build.items()
+        for build, stages in found
     }
     ui.result(value, show)

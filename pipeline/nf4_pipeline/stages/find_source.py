@@ -104,7 +104,7 @@ class DownloadRequest:
         """Notes in the build folder, which must be locked, what it is for.
 
         Raises:
-            BuildError: it is for another source or recipe.
+            BuildError: the build folder is for another source or recipe.
         """
         tables = () if self.recipe is None else SHAPING_TABLES
         keep_spec(build, self._whole_recipe, tables, source=source, replaces=self.replaces)
@@ -113,7 +113,7 @@ class DownloadRequest:
         """Refuses a build folder that is for something else, before anything is fetched.
 
         Raises:
-            BuildError: it is for another source or recipe.
+            BuildError: the build folder is for another source or recipe.
         """
         if self.build_dir is None or self.replaces:
             return
