@@ -42,16 +42,15 @@ class Listed:
 
     @property
     def tag(self) -> str:
-        """By which it is called: that in its name, or that of its recipe."""
-        tag = split_name(self.root.name)[1]
-        if tag is None:
-            tag = self.variant.tag if self.variant else ""
-        return tag or DEFAULT_TAG
+        """By which it is called: that of its recipe; of an earlier version, its name has none."""
+        own = self.variant.tag if self.variant else split_name(self.root.name)[1]
+        return own or DEFAULT_TAG
 
     @property
     def names(self) -> set[str]:
         """By which it is found, besides that of its model."""
-        return {self.root.name, self.tag, without_hash(self.tag)} - {""}
+        in_name = split_name(self.root.name)[1]
+        return {self.root.name, in_name or "", self.tag, without_hash(self.tag)} - {""}
 
     def has(self, what: str) -> bool:
         """Whether a stage is done, or it has a "recipe"; anything has ""."""
