@@ -70,7 +70,7 @@ def campaign(model: Path, recipes: list[Path], folder: Path, kills: int, seed: i
     seconds = []
     for recipe in recipes:
         start = time.monotonic()
-        done = nf4("build", model, "--recipe", recipe, "--json", cwd=undisturbed)
+        done = nf4("build", model, "--recipe", recipe, "--json", cwd=undisturbed, timeout=900)
         seconds.append(time.monotonic() - start)
         assert done.status == 0, done.err
         root = undisturbed / done.value["build"]
@@ -95,7 +95,7 @@ def campaign(model: Path, recipes: list[Path], folder: Path, kills: int, seed: i
         last = [b.done[-1] for b in list_builds(there / "artifacts") if b.root == build.root]
         found.reached[last[0] if last else "nothing"] += 1
     for recipe in reversed(recipes):
-        done = nf4("build", model, "--recipe", recipe, "--json", cwd=there)
+        done = nf4("build", model, "--recipe", recipe, "--json", cwd=there, timeout=900)
         if done.status != 0:
             found.faults.append(f"the last run failed: {done.err.strip()}")
         else:
