@@ -169,8 +169,7 @@ def run_stage(
     with translate_errors(name, build), build.locked():
         whole = complete_recipe(build, recipe, before=name)
         if name in SHAPING_TABLES:
-            for kind in (DOWNLOAD, QUANTIZE)[: SHAPING_TABLES.index(name) + 1]:
-                build.need(kind)
+            build.need(DOWNLOAD if name == "quantize" else QUANTIZE)
             keep_spec(build, whole, (name,), replaces=replaces)
         stages = make_stages(build, whole, machine, reporter, against)
         if name == "attest":

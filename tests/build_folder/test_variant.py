@@ -18,7 +18,7 @@ from nf4_pipeline.build_folder.variant import (
     split_name,
     without_hash,
 )
-from nf4_pipeline.recipe import QuantizeRecipe, Recipe, SerializeRecipe, VerifyRecipe
+from nf4_pipeline.recipe import QuantizeRecipe, Recipe, RecipeTable, SerializeRecipe, VerifyRecipe
 
 BASE = "org--name@0123456789ab"
 
@@ -110,7 +110,7 @@ def test_tags_stay_what_they_are() -> None:
 
 
 def test_a_key_that_this_version_does_not_know() -> None:
-    tables = {"quantize": {"block_size": 128, "rounding": "nearest"}, "serialize": {}}
+    tables: dict[str, RecipeTable] = {"quantize": {"block_size": 128}, "serialize": {}}
     tag = Variant(tables).tag
     assert re.fullmatch(r"block-size-[0-9a-f]{4}", tag)
 

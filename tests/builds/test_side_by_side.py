@@ -18,7 +18,7 @@ from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import PartialRecipe, QuantizeRecipe, Recipe, SerializeRecipe
 from nf4_pipeline.records import Reading
 
-from tests.support.folder_state import content
+from tests.support.folder_state import Content, content
 from tests.support.jobs import CPU, download
 from tests.support.tiny import copy_of, flip_byte, write_falcon
 
@@ -54,7 +54,7 @@ ORDERS = [
 def test_recipes_in_any_order_stand_side_by_side(
     tiny_falcon: Path, tmp_path: Path, order: list[Recipe]
 ) -> None:
-    made = []
+    made: list[tuple[Build, Content]] = []
     for recipe in order:
         build = make(tiny_falcon, tmp_path, recipe)
         for earlier, files in made:
