@@ -138,7 +138,7 @@ def test_it_installs_what_is_missing_and_keeps_torch(
 
     names["get_ipython"] = lambda: SimpleNamespace(run_line_magic=run_line_magic)
     (cell,) = [cell.source for cell in stored().cells if cell.id == "install"]
-    exec(TransformerManager().transform_cell(cell), names)
+    exec(TransformerManager().transform_cell(cell), names)  # type: ignore[no-untyped-call]
     if present:
         assert asked == []
         return

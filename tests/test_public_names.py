@@ -54,8 +54,8 @@ def test_names_are_what_they_say() -> None:
         assert all(p.annotation is not inspect.Parameter.empty for p in parameters)
         for parameter in parameters:  # each is explained
             assert f"\n    {parameter.name}: " in (inspect.getdoc(function) or "")
-    with pytest.raises(AttributeError, match="'builds'"):
-        nf4_pipeline.builds  # noqa: B018
+    with pytest.raises(AttributeError, match="'bilds'"):
+        nf4_pipeline.bilds  # noqa: B018
 
 
 STUBS: Final = "class PreTrainedModel: ...\nclass PreTrainedTokenizerBase: ...\n"

@@ -131,12 +131,12 @@ def test_what_is_no_artifact_is_not_opened(case: str, mine: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("no/such/folder", UsageError, "no such folder"),
-        ("me/model", ArtifactError, "is no folder. An artifact on the Hub is loaded by"),
-        ("sample", ArtifactError, "has no manifest.json"),
+        ("no/such/folder", BuildError, "no build under artifacts/ whose model, tag or folder is"),
+        ("me/model", ArtifactError, "is no folder, and there is no build of it. An artifact on"),
+        ("sample", BuildError, "no build of sample under artifacts/. Start one: nf4 build sample"),
         ("", UsageError, "empty"),
         (".", ArtifactError, "holds no model"),
-        (None, UsageError, "No artifact was named"),
+        (None, BuildError, "There is no build under artifacts/"),
     ],
 )
 def test_names_that_are_no_artifact(

@@ -22,7 +22,7 @@ from tests.support.command_line import refusal
 
 OF_THE_TERMINAL: Final = {"as_json", "quiet", "verbose", "help"}
 """Options that say how a command prints."""
-OTHERWISE: Final = {"public": "private", "raw": "chat"}
+OTHERWISE: Final = {"public": "private", "raw": "chat", "replaces": "replace"}
 """Options that a keyword says the other way around."""
 OF_THE_BUILD: Final = {"model", "artifact", "text", "build_dir"}
 """What an `Artifact` is, and `prompt` takes by position."""

@@ -222,6 +222,10 @@ def test_a_recipe_need_not_be_told_twice(built: Built, tmp_path: Path) -> None:
     recipe.write_text('[quantize]\nskip_modules = ["h.0.mlp"]\n')
     for stage in ("quantize", "serialize"):
         told = ("--recipe", recipe) if stage == "quantize" else ("--max-shard-size", "50KB")
+        refused = nf4(stage, *told, *folder, cwd=tmp_path)
+        assert refused.status == 1
+        assert "is another build" in refused.err
+        told = (*told, "--replace")
         done = nf4(stage, *told, *folder, cwd=tmp_path)
         assert (done.status, done.value["ran"]) == (0, True), done.err
     kept = json.loads((build.export / "manifest.json").read_text())["recipe"]

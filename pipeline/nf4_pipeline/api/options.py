@@ -36,6 +36,7 @@ def make_request(
     allow_unused: Sequence[str] = (),
     strip_prefix: str = "",
     build_dir: PathName | None = None,
+    replaces: bool = False,
 ) -> DownloadRequest:
     """Which checkpoint is wanted, and how it is read; `DownloadRequest` says what each means.
 
@@ -58,6 +59,7 @@ def make_request(
         allow_unhashed=allow_unhashed,
         reading=reading,
         check=check,
+        replaces=replaces,
     )
 
 

@@ -4,6 +4,7 @@ A command's file is imported only when the command is named, and what is heavy o
 so `nf4 --help` answers at once.
 
     options.py    options that commands share, and what they become
+    named_builds.py  the build or the artifact that a command is about
     terminal.py   the one place that prints; what controls a terminal is shown instead
     reporting.py  progress on stderr
     summary.py    what a person sees at the end of `nf4 build`

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nf4_pipeline.cli.named_builds import named_build
 from nf4_pipeline.cli.options import (
     Ui,
     build_dir_option,
-    existing_build,
     output_options,
     recipe_options,
     run_one_stage,
@@ -31,7 +31,8 @@ def command(
 ) -> None:
     """Write provenance.json (SLSA) and bom.cdx.json (CycloneDX) into a verified export.
 
-    MODEL is what the build was started with; without it, the newest build is meant. `nf4 build`
-    does this last.
+    MODEL is what the build was started with, a tag such as "calibrated", or a path; without it,
+    the build worked on last is meant. `nf4 build` does this last.
     """
-    run_one_stage("attest", ui, existing_build(model, build_dir), recipe, machine)
+    build = named_build(ui, model, build_dir, newest=model is None, needs="serialize")
+    run_one_stage("attest", ui, build, recipe, machine)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
+from nf4_pipeline.cli.named_builds import artifact_folder
 from nf4_pipeline.cli.options import NamedPath, Ui, output_options
-from nf4_pipeline.cli.reproduce import artifact_folder
 from nf4_pipeline.cli.terminal import say
 
 
 @click.command("check")
-@click.argument("artifact", type=NamedPath())
+@click.argument("artifact")
 @click.option(
     "--key",
     required=True,
@@ -20,7 +20,7 @@ from nf4_pipeline.cli.terminal import say
     help="PEM file of the signer's public key.",
 )
 @output_options
-def command(ui: Ui, artifact: Path, key: Path) -> None:
+def command(ui: Ui, artifact: str, key: Path) -> None:
     """Check that ARTIFACT holds exactly what was signed with a key.
 
     A file that changed, is missing, or was added is refused, with exit code 1. The public key must
@@ -28,7 +28,7 @@ def command(ui: Ui, artifact: Path, key: Path) -> None:
     """
     from nf4_pipeline.provenance.signing import check
 
-    folder = artifact_folder(artifact)
+    folder = artifact_folder(ui, artifact)
     count = check(folder, key)
     value = {"artifact": str(folder), "signed": True, "files": count}
     ui.result(value, lambda: say(f"signed with that key: {count} files, none else"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from nf4_pipeline.checkpoint.named_path import named_path, problem_of
+from nf4_pipeline.checkpoint.named_path import problem_of
 from nf4_pipeline.cli.terminal import say, say_json
 
 if TYPE_CHECKING:
@@ -74,7 +74,18 @@ def build_dir_option(command: Command) -> Command:
     return click.option(
         "--build-dir",
         type=NamedPath(file_okay=False),
-        help="The build folder.  [default: artifacts/<org>--<name>@<sha12>/]",
+        help="The build folder.  [default: artifacts/<org>--<name>@<sha12>/, with a tag "
+        "of any recipe but the default]",
+    )(command)
+
+
+def replace_option(command: Command) -> Command:
+    """--replace; the command gets `replaces`."""
+    return click.option(
+        "--replace",
+        "replaces",
+        is_flag=True,
+        help="The build folder may become a build of another recipe or source; what is in it goes.",
     )(command)
 
 
@@ -117,6 +128,7 @@ def download_options(command: Command) -> Command:
         "copy without it is made in the build folder.",
     )
     @build_dir_option
+    @replace_option
     @wraps(command)
     def wrapped(
         model: str,
@@ -128,6 +140,7 @@ def download_options(command: Command) -> Command:
         allow_unused: tuple[str, ...],
         strip_prefix: str,
         build_dir: Path | None,
+        replaces: bool,
         **values: Any,
     ) -> Any:
         from nf4_pipeline.api.options import make_request
@@ -142,6 +155,7 @@ def download_options(command: Command) -> Command:
             allow_unused=allow_unused,
             strip_prefix=strip_prefix,
             build_dir=build_dir,
+            replaces=replaces,
         )
         return command(request=request, **values)
 
@@ -228,52 +242,6 @@ class Ui:
             show()
 
 
-def existing_build(model: str | None, build_dir: Path | None) -> Build:
-    """The build that a stage command means.
-
-    Args:
-        model: as it was given to `nf4 build`, or None for the newest build.
-        build_dir: the folder itself, which wins.
-    """
-    from nf4_pipeline.build_folder import Build, find_builds
-    from nf4_pipeline.errors import BuildError
-
-    if build_dir is not None:
-        if not (build_dir / "records").is_dir():
-            raise BuildError(f"{build_dir} is no build: it has no records. Start one: nf4 build.")
-        return Build(build_dir)
-    if model is not None:
-        folder = named_path(model)
-        if folder.name == "export":
-            folder = folder.parent
-        if (folder / "records").is_dir():
-            return Build(folder)
-    builds = find_builds(ARTIFACTS)
-    if model is not None:
-        builds = [build for build in builds if _is_of(build, model)]
-    if not builds:
-        what = f"of {model} " if model else ""
-        raise BuildError(
-            f"There is no build {what}under {ARTIFACTS}/. Start one: nf4 build {model or 'sample'}."
-        )
-    return builds[0]
-
-
-def _is_of(build: Build, model: str) -> bool:
-    from nf4_pipeline.records import DOWNLOAD
-
-    record = build.record(DOWNLOAD)
-    if record is None:
-        return False
-    if record.facts.is_sample:
-        return model == "sample"
-    folder = named_path(model)
-    if folder.is_dir():
-        link = build.source / "config.json"
-        return link.resolve() == (folder / "config.json").resolve()
-    return record.facts.repo == model
-
-
 def run_one_stage(
     name: str,
     ui: Ui,
@@ -282,6 +250,7 @@ def run_one_stage(
     machine: Machine,
     *,
     against: str | None = None,
+    replaces: bool = False,
 ) -> Record[Any]:
     """Runs one stage of an existing build and says what came of it; returns its record."""
     from nf4_pipeline.progress import LOADING
@@ -291,7 +260,7 @@ def run_one_stage(
     with reporter.task(LOADING, None):
         from nf4_pipeline.job import run_stage
 
-    result = run_stage(build, name, recipe, machine, reporter, against=against)
+    result = run_stage(build, name, recipe, machine, reporter, against=against, replaces=replaces)
     record = result.record
     value = {
         "build": str(build.root),
