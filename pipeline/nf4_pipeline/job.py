@@ -57,6 +57,7 @@ def make_stages(
     reporter: Reporter = SILENT,
     against: str | None = None,
     workers: Workers | None = None,
+    repo_id: str | None = None,
 ) -> dict[str, Stage]:
     """The stages behind `download`, by name, in their order.
 
@@ -67,12 +68,13 @@ def make_stages(
         reporter: told how far it is.
         against: an artifact of the same source that verify compares this one with; None for none.
         workers: the processes that verify, if they were started before.
+        repo_id: the Hub repo that attest names; see `Attest`.
     """
     return {
         "quantize": Quantize(build, recipe, machine, reporter),
         "serialize": Serialize(build, recipe, reporter),
         "verify": Verify(build, recipe, machine, reporter, against, workers),
-        "attest": Attest(build),
+        "attest": Attest(build, repo_id),
     }
 
 
@@ -137,6 +139,7 @@ def run_stage(
     reporter: Reporter,
     *,
     against: str | None = None,
+    repo_id: str | None = None,
 ) -> StageResult:
     """Runs one stage of an existing build, unless its result is still valid.
 
@@ -151,6 +154,7 @@ def run_stage(
         machine: what the work may use.
         reporter: told how far it is.
         against: as in `make_stages`.
+        repo_id: as in `make_stages`.
 
     Raises:
         BuildError: there is no such build, another process works there, or an earlier stage is not
@@ -163,7 +167,7 @@ def run_stage(
             check_gpu(machine)
     with translate_errors(name, build), build.locked():
         whole = complete_recipe(build, recipe, before=name)
-        stages = make_stages(build, whole, machine, reporter, against)
+        stages = make_stages(build, whole, machine, reporter, against, repo_id=repo_id)
         if name == "attest":
             for kind in (SERIALIZE, VERIFY):
                 build.check_inputs(kind, claimed=True)

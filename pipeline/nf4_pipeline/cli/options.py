@@ -229,6 +229,24 @@ def check_device(device: str) -> None:
         raise UsageError(f"--device {device[:80]!r}: expected auto, cpu, cuda or cuda:N.")
 
 
+def check_repo_id(repo_id: str | None) -> None:
+    """Refuses what no repo of the Hub can be called; None stands for no repo."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    from nf4_pipeline.errors import UsageError
+    from nf4_pipeline.runtime.artifact import is_hub_id
+
+    if repo_id is None:
+        return
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(f"--repo-id {repo_id[:120]!r}: expected ORG/NAME. {error}") from error
+    if not is_hub_id(repo_id):
+        raise UsageError(f"--repo-id {repo_id}: expected ORG/NAME.")
+
+
 def _calibrated(recipe: Recipe, calibrate: str | None, extra_bytes: str | None) -> Recipe:
     """A recipe with what the options say instead of what it said."""
     if calibrate is None and extra_bytes is None:
@@ -319,6 +337,7 @@ def run_one_stage(
     machine: Machine,
     *,
     against: str | None = None,
+    repo_id: str | None = None,
 ) -> Record[Any]:
     """Runs one stage of an existing build and says what came of it; returns its record."""
     from nf4_pipeline.progress import LOADING
@@ -328,7 +347,7 @@ def run_one_stage(
     with reporter.task(LOADING, None):
         from nf4_pipeline.job import run_stage
 
-    result = run_stage(build, name, recipe, machine, reporter, against=against)
+    result = run_stage(build, name, recipe, machine, reporter, against=against, repo_id=repo_id)
     record = result.record
     value = {
         "build": str(build.root),

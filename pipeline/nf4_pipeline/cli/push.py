@@ -71,13 +71,11 @@ def command(
     MODEL is as it was given to `nf4 build`; without it the newest build is meant. The token comes
     from HF_TOKEN or `hf auth login`. Running it again with nothing changed commits nothing.
     """
-    from nf4_pipeline.errors import UsageError
+    from nf4_pipeline.cli.options import check_repo_id
     from nf4_pipeline.hub import Target
-    from nf4_pipeline.runtime.artifact import is_hub_id
     from nf4_pipeline.stages.push import Push
 
-    if not is_hub_id(repo_id):
-        raise UsageError(f"--repo-id {repo_id}: expected ORG/NAME.")
+    check_repo_id(repo_id)
     private = None if public is None else not public
     target = Target(repo_id, private, create_pr, force)
     push = Push(existing_build(model, build_dir), target, ui.reporter(), allow_unverified)
