@@ -61,8 +61,8 @@ def model_card(
     measured = verification if isinstance(verification, MeasuredVerification) else None
     parts = [
         "---\n" + yaml.safe_dump(metadata, sort_keys=False) + "---",
-        f"# {name}, {manifest.codebook}",
         *_warning(verification, repo_id),
+        f"# {name}, {manifest.codebook}",
         _what(manifest),
         _use(manifest, repo_id, chat),
         *([_readers(measured.readers)] if measured and measured.readers else []),

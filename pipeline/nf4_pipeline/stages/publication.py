@@ -34,6 +34,7 @@ from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 CODE_VERSION: Final = 2
 PROVENANCE_FILE: Final = "provenance.json"
 BOM_FILE: Final = "bom.cdx.json"
+WRITTEN: Final = frozenset({CARD_FILE, PROVENANCE_FILE, BOM_FILE})
 
 
 @dataclass(frozen=True)

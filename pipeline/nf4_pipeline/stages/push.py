@@ -20,7 +20,7 @@ from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.provenance.signing import SIGNATURE_FILE
 from nf4_pipeline.records import ATTEST, PUSH, VERIFY, PushFacts, recorded_files
 from nf4_pipeline.resource_usage import measured
-from nf4_pipeline.stages.publication import Publication
+from nf4_pipeline.stages.publication import WRITTEN, Publication
 
 if TYPE_CHECKING:
     from nf4_pipeline.hub import Earlier, LocalFile, Published, Target
@@ -126,11 +126,11 @@ class Push:
                 "card."
             )
         manifest = read_manifest(export)
+        # What a killed `attest` left half done is written anew.
+        ignored = set() if self.build.record(ATTEST) else WRITTEN
+        found = _checked_files(self.build, manifest, self.reporter, ignored)
         documents = self._publication.documents()
         written = {name: FileDigest.of(content) for name, content in documents.items()}
-        # What a killed `attest` left half done is written anew.
-        ignored = set() if self.build.record(ATTEST) else set(written)
-        found = _checked_files(self.build, manifest, self.reporter, ignored)
         files = dict(sorted((found | written).items()))
         if SIGNATURE_FILE in found and files != found:
             raise BuildError(
