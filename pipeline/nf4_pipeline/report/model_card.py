@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -10,14 +9,12 @@ from typing import Final
 
 import yaml
 
-from nf4_pipeline.checkpoint.files import is_of_tokenizer
 from nf4_pipeline.checkpoint.source_card import SourceCard
 from nf4_pipeline.fidelity.metrics import Fidelity
 from nf4_pipeline.manifest.manifest import Manifest
 from nf4_pipeline.model.unused_tensors import left_out
 from nf4_pipeline.printable import printable
 from nf4_pipeline.readers.document import ReaderResult
-from nf4_pipeline.readers.promises import published_lines
 from nf4_pipeline.report.calibration import (
     describe_extra_bytes,
     describe_tokens,
@@ -25,6 +22,13 @@ from nf4_pipeline.report.calibration import (
 )
 from nf4_pipeline.report.formatting import interval, is_finite, number, one_in, plain_size
 from nf4_pipeline.report.pictures import PICTURES, drawable
+from nf4_pipeline.report.snippets import (
+    generate_snippet,
+    has_tokenizer,
+    is_stock,
+    load_snippet,
+    own_snippet,
+)
 from nf4_pipeline.sample import SAMPLE_REPO
 from nf4_pipeline.verification.document import (
     Against,
@@ -35,8 +39,6 @@ from nf4_pipeline.verification.document import (
 )
 
 _MAX_CARD_ANSWERS: Final = 4
-_REQUEST: Final = "Tell me a story about a fox."
-_BEGINNING: Final = "Once upon a time"
 
 
 def model_card(
@@ -169,16 +171,12 @@ def _left_out(manifest: Manifest) -> list[str]:
         f"- {part.tensors} tensors ({_size(part.bytes)}): {_text(part.reason)}."
         for part in left_out((tensor.reason, tensor.bytes) for tensor in manifest.dropped)
     ]
-    if not _has_tokenizer(manifest):
+    if not has_tokenizer(manifest):
         lines.append(
             "- A tokenizer: the source has none that loads without code of its own. What there is "
             f"of it is in {_code(manifest.source.repo)}."
         )
     return ["\n".join(["## Not in this artifact", "", *lines])] if lines else []
-
-
-def _has_tokenizer(manifest: Manifest) -> bool:
-    return any(is_of_tokenizer(name) for name in manifest.files)
 
 
 def _but_for_casts(manifest: Manifest) -> str:
@@ -352,81 +350,29 @@ def _side_by_side(own: Fidelity, other: Fidelity, names: tuple[str, str]) -> str
 
 def _use(manifest: Manifest, repo_id: str | None, chat: bool) -> str:
     """Three snippets that are tested: load, generate, and the same with this package."""
-    name = json.dumps(printable(repo_id or "."))
-    lines = published_lines(manifest.model_class, manifest.hidden_modules)
-    stock = [_block(_load_snippet(name, lines or ""))]
-    if _has_tokenizer(manifest):
-        stock += ["Generate:", _block(_generate_snippet(name, chat))]
+    name = repo_id or "."
+    stock = [_block(load_snippet(manifest, name))]
+    if has_tokenizer(manifest):
+        stock += ["Generate:", _block(generate_snippet(name, chat=chat))]
     own_head = (
         "With [nf4-pipeline](https://pypi.org/project/nf4-pipeline/) (`pip install nf4-pipeline`), "
         "on transformers 5.5 and newer:"
     )
-    own = [own_head, _block(_own_snippet(name, has_tokenizer=_has_tokenizer(manifest)))]
-    head = "With transformers alone (`pip install transformers accelerate bitsandbytes`):"
-    if manifest.hidden_modules and lines is None:
+    own = [own_head, _block(own_snippet(manifest, name))]
+    if is_stock(manifest):
+        head = "With transformers alone (`pip install transformers accelerate bitsandbytes`):"
+        parts = [head, *stock, *own]
+    else:
         head = (
             "With transformers alone, 4.57 and no newer: from 5.5 on it quantizes a layer only if "
             "its class is exactly `nn.Linear`, and this architecture's are a subclass, so that "
             "loading fails with a size mismatch."
         )
         parts = [*own, head, *stock]
-    else:
-        parts = [head, *stock, *own]
-    where = (
-        []
-        if repo_id
-        else [
-            "Run in the folder where this card lies. `nf4 push` puts the repo's name in its place."
-        ]
-    )
-    return "\n\n".join(["## Use", *where, *parts])
-
-
-def _load_snippet(name: str, lines: str) -> str:
-    """Loads with transformers alone, after the lines that some architectures need."""
-    imports, _, line = lines.partition("\n\n")
-    loading = {*imports.splitlines(), "from transformers import AutoModelForCausalLM"}
-    ordered = sorted(loading, key=lambda text: (text.startswith("from"), text))
-    if line:
-        line = f"# transformers >= 5.5 passes over subclasses of nn.Linear, and then fails\n{line}"
-    return (
-        "\n".join(ordered)
-        + f'\n\n{line}model = AutoModelForCausalLM.from_pretrained({name}, device_map="auto")'
-    )
-
-
-def _generate_snippet(name: str, chat: bool) -> str:
-    """Answers with the model of the snippet before; only ids and mask go in, as all models take."""
-    head = (
-        "from transformers import AutoTokenizer\n\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({name})\n"
-    )
-    if chat:
-        head += (
-            f'messages = [{{"role": "user", "content": "{_REQUEST}"}}]\n'
-            "inputs = tokenizer.apply_chat_template(\n"
-            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n'
-            ").to(model.device)\n"
-        )
-    else:
-        head += f'inputs = tokenizer("{_BEGINNING}", return_tensors="pt").to(model.device)\n'
-    return head + (
-        "answer = model.generate(\n"
-        "    inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=100\n"
-        ")\n"
-        "print(tokenizer.decode(answer[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))"
-    )
-
-
-def _own_snippet(name: str, *, has_tokenizer: bool) -> str:
-    if not has_tokenizer:
-        return f"from nf4_pipeline import load\n\nmodel = load({name})"
-    return (
-        "from nf4_pipeline import load, load_tokenizer, prompt\n\n"
-        f'print(prompt("{_REQUEST}", {name}, max_new_tokens=100)[0])\n'
-        f"model = load({name})\n"
-        f"tokenizer = load_tokenizer({name})  # both are what transformers has"
-    )
+    if repo_id is None:
+        where = "Run where this card lies. `nf4 push` puts the name of the repo in its place."
+        parts.insert(0, where)
+    return "\n\n".join(["## Use", *parts])
 
 
 def _block(code: str, language: str = "python") -> str:

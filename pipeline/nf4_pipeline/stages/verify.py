@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, Final
@@ -207,7 +208,10 @@ class Verify:
             files = self._check_files(manifest)
 
         def work() -> Outcome[Verification]:
-            verification = self._verify(manifest, files.checks, workers)
+            verification = replace(
+                self._verify(manifest, files.checks, workers),
+                date=datetime.now(UTC).date().isoformat(),
+            )
             source.check_untouched()
             export.check_untouched()
             with self.reporter.task("draw the report", None):
@@ -397,7 +401,8 @@ class Verify:
         if self.build.need(DOWNLOAD).facts.is_sample:
             from nf4_pipeline.sample import TEXT
 
-            return Text("the sample's own", {"stories and questions": TEXT.read_text("utf-8")})
+            domains = {"stories and questions": TEXT.read_text("utf-8")}
+            return Text("the sample's own", domains, is_public=True)
         return read_text(None)
 
     def _has_tokenizer(self) -> bool:

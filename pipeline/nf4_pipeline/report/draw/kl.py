@@ -25,12 +25,16 @@ from nf4_pipeline.report.formatting import is_finite, number
 from nf4_pipeline.verification.document import MeasuredVerification
 
 
-def draw(verification: MeasuredVerification) -> Figure:
-    """The histogram on the left, the mean along the position on the right."""
-    figure = new_figure(3.1)
-    left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
-    _histogram(left, verification.kl_histogram, verification.fidelity)
-    _positions(right, verification.kl_by_position, verification.fidelity)
+def draw(verification: MeasuredVerification, *, narrow: bool = False) -> Figure:
+    """The histogram on the left or above, the mean along the position on the right or below."""
+    if narrow:
+        figure = new_figure(5.4, narrow=True)
+        first, second = figure.subplots(2, 1)
+    else:
+        figure = new_figure(3.1)
+        first, second = figure.subplots(1, 2, width_ratios=[1.25, 1])
+    _histogram(first, verification.kl_histogram, verification.fidelity)
+    _positions(second, verification.kl_by_position, verification.fidelity)
     return figure
 
 
@@ -76,7 +80,7 @@ def _positions(axes: Axes, positions: Sequence[PositionScore], fidelity: Fidelit
         axes.axhline(overall, color=BEFORE, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axes.set_ylim(bottom=0)
     axes.set_title("mean KL along the sequence")
-    axes.set_xlabel("position of the token; dashed: mean over all")
+    axes.set_xlabel("position of the token (dashed: mean over all)")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_formatter(FuncFormatter(plain))
