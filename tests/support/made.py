@@ -427,7 +427,7 @@ def _histogram() -> dict[str, Any]:
 
 def _worst() -> list[dict[str, Any]]:
     """Two of them, and one of a text that is not quoted."""
-    words = [(" night", 0.412, 0.033), (" day", 0.21, 0.644), (" time", 0.08, 0.0409), ("", 0.0, 0)]
+    words = [(" night", 0.41, 0.03), (" day", 0.21, 0.64), (" time", 0.08, 0.04), ("", 1e-4, 2e-4)]
     place = {"kl": 1.299, "domain": "prose", "sequence": 3, "position": 117}
     first = place | {
         "before": "The old man waited at the door. It was late, and he knew that one",

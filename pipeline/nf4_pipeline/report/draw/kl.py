@@ -33,12 +33,12 @@ def draw(verification: MeasuredVerification, *, narrow: bool = False) -> Figure:
     else:
         figure = new_figure(3.1)
         first, second = figure.subplots(1, 2, width_ratios=[1.25, 1])
-    _histogram(first, verification.kl_histogram, verification.fidelity)
+    _histogram(first, verification.kl_histogram, verification.fidelity, 5 if narrow else 8)
     _positions(second, verification.kl_by_position, verification.fidelity)
     return figure
 
 
-def _histogram(axes: Axes, histogram: KlHistogram, fidelity: Fidelity) -> None:
+def _histogram(axes: Axes, histogram: KlHistogram, fidelity: Fidelity, ticks: int) -> None:
     edges, counts = np.array(histogram.edges), np.array(histogram.counts)
     axes.set_xscale("log")
     axes.stairs(counts, edges, fill=True, color=BARS)
@@ -64,7 +64,7 @@ def _histogram(axes: Axes, histogram: KlHistogram, fidelity: Fidelity) -> None:
         )
     axes.set_title("tokens by their KL")
     axes.set_xlabel("KL in nats (log scale)")
-    axes.xaxis.set_major_locator(LogLocator(numticks=8))
+    axes.xaxis.set_major_locator(LogLocator(numticks=ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(plain))
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
