@@ -316,5 +316,5 @@ FOREIGN = """() => [...document.querySelectorAll("*")].filter(element =>
   || (element.localName === "a"
       && !/^(#[a-z]+|https:..github.com.ggml-org.llama.cpp.*)$/.test(element.getAttribute("href")))
   || [...element.attributes].some(a => a.name.startsWith("on") || /javascript:|evil/.test(
-       a.name === "aria-label" || a.name === "title" ? "" : a.value))
+       ["aria-label", "title", "data-label"].includes(a.name) ? "" : a.value))
 ).map(element => element.outerHTML.slice(0, 100))"""
