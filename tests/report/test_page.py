@@ -316,7 +316,7 @@ def test_right_and_wrong_answers_and_the_lost_one_first() -> None:
     assert text.count("✗ wrong") == 1
     assert text.index("✗ wrong") < text.index("✓ right", text.index("✗ wrong"))
     assert "3 plus 35" in text[: text.index("3 plus 4?")]
-    assert "40 more prompts" in text
+    assert "47 more prompts" in text
     assert "No GPU" not in text
     assert "no GPU was used" in text
 

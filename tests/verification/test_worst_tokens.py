@@ -27,9 +27,9 @@ def looked_at(
     worst, sequences, kl = WorstTokens(), list[TokenSequence](), list[float]()
     for number, length in enumerate(lengths):
         ids = torch.randint(VOCABULARY, (length,), generator=generator)
-        logits = [torch.randn(length - 1, VOCABULARY, generator=generator) for _ in range(2)]
-        scores = score_tokens(*logits, ids[1:])
-        worst.add(number, scores, *logits, ids[1:])
+        one, other = torch.randn(2, length - 1, VOCABULARY, generator=generator)
+        scores = score_tokens(one, other, ids[1:])
+        worst.add(number, scores, one, other, ids[1:])
         sequences.append(TokenSequence(f"domain {number % 2}", ids.numpy().astype(np.int64)))
         kl += scores.kl.tolist()
     return worst, sequences, sorted(kl, reverse=True)

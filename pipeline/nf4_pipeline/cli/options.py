@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nf4_pipeline.recipe import PartialRecipe, Recipe
 
 ARTIFACTS: Final = Path("artifacts")
+_REPO_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _VERIFIED: Final = ("verdict", "checks", "fidelity", "domains", "accuracy", "against")
 """What a stage command says of verification.json."""
 
@@ -231,20 +232,12 @@ def check_device(device: str) -> None:
 
 def check_repo_id(repo_id: str | None) -> None:
     """Refuses what no repo of the Hub can be called; None stands for no repo."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     from nf4_pipeline.errors import UsageError
-    from nf4_pipeline.runtime.artifact import is_hub_id
 
-    if repo_id is None:
-        return
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UsageError(f"--repo-id {repo_id[:120]!r}: expected ORG/NAME. {error}") from error
-    if not is_hub_id(repo_id):
-        raise UsageError(f"--repo-id {repo_id}: expected ORG/NAME.")
+    if repo_id is not None and not _REPO_ID.fullmatch(repo_id):
+        raise UsageError(
+            f"--repo-id {repo_id[:120]!r}: expected ORG/NAME, of letters, digits, -, _ and dots."
+        )
 
 
 def _calibrated(recipe: Recipe, calibrate: str | None, extra_bytes: str | None) -> Recipe:

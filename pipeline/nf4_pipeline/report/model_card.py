@@ -391,7 +391,7 @@ def _readers(readers: Sequence[ReaderResult]) -> str:
         )
         for result in readers
     ]
-    head = ("reader", "version", "", "", "logits, from our loader's")
+    head = ("reader", "version", "outcome", "what it did", "logits: distance from our loader's")
     return "## Who reads it\n\nEach of these was tried on it as its users do:\n\n" + _table(
         head, rows
     )

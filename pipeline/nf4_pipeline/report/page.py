@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import jinja2
 
 _TEMPLATES: Final = Path(__file__).with_name("templates")
-_SHOWN_PROMPTS: Final = 10
+_SHOWN_PROMPTS: Final = (3, 10)  # at least, and at most of those whose answers differ
+_SHOWN_WORST: Final = 3
 _REPO: Final = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 # Attribute of `Fidelity`, what it is called, and how its numbers are said.
@@ -63,6 +64,8 @@ def render(manifest: Manifest, verification: Verification, svgs: Mapping[str, st
     from markupsafe import Markup
 
     measured = verification if isinstance(verification, MeasuredVerification) else None
+    prompts = by_prompt(measured.answers) if measured else []
+    least, most = _SHOWN_PROMPTS
     return (
         _environment()
         .get_template("report.html")
@@ -72,7 +75,8 @@ def render(manifest: Manifest, verification: Verification, svgs: Mapping[str, st
             measured=measured is not None,
             failed=verification.failed_checks,
             pictures={n: (about, Markup(svgs.get(n, ""))) for n, about in PICTURES.items()},
-            prompts=by_prompt(measured.answers) if measured else [],
+            prompts=prompts,
+            shown_prompts=max(least, min(most, sum(prompt.differs for prompt in prompts))),
             kinds=_kinds(measured.blocks) if measured else [],
             contents=_contents(measured),
             address=_address(manifest.source),
@@ -114,7 +118,7 @@ def _environment() -> jinja2.Environment:
         "snippets": snippets,
         "measures": _MEASURES,
         "thresholds": _THRESHOLDS,
-        "shown_prompts": _SHOWN_PROMPTS,
+        "shown_worst": _SHOWN_WORST,
         "style": Markup((_TEMPLATES / "style.css").read_text("utf-8")),
         "nothing": formatting.NOTHING,
     }

@@ -86,7 +86,7 @@ def own_snippet(manifest: Manifest, name: str) -> str:
         "from nf4_pipeline import load, load_tokenizer, prompt\n\n"
         f'print(prompt("{_REQUEST}", {_text(name)}, max_new_tokens=100)[0])\n'
         f"model = load({_text(name)})\n"
-        f"tokenizer = load_tokenizer({_text(name)})  # both are what transformers has"
+        f"tokenizer = load_tokenizer({_text(name)})"
     )
 
 

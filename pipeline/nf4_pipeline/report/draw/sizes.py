@@ -38,11 +38,11 @@ def draw(verification: MeasuredVerification, *, narrow: bool = False) -> Figure:
     axes.set_yticks([])
     axes.spines["bottom"].set_visible(False)
     bare(axes)
-    words = ["16 bit", "4-bit artifact"]
+    called = ["16 bit", "4-bit artifact"]
     if narrow:
-        figure.legend(axes.patches[:2], words, loc="outside lower left", ncols=2)
+        figure.legend(axes.patches[:2], called, loc="outside lower left", ncols=2)
     else:
-        axes.legend(axes.patches[:2], words, loc="lower right")
+        axes.legend(axes.patches[:2], called, loc="lower right")
     return figure
 
 
