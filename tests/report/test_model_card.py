@@ -458,16 +458,17 @@ def test_the_metadata_are_what_the_hub_reads(
 ) -> None:
     document = parse_verification(verification)
     text = model_card(manifest(), document, SOURCE, repo_id=repo_id)
-    data = ModelCard(text, ignore_metadata_errors=False).data.to_dict()
+    parsed: Any = ModelCard(text, ignore_metadata_errors=False).data
+    data, results = parsed.to_dict(), parsed.eval_results or []
     assert data["base_model"] == "tiiuae/falcon-7b-instruct"
     assert data["base_model_relation"] == "quantized"
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
     assert data.get("quantized_by") == ("me" if repo_id else None)
-    for result in ModelCard(text).data.eval_results or []:
+    for result in results:
         assert isinstance(result.metric_value, float)
         assert math.isfinite(result.metric_value)
         assert (result.source_url is not None) is (repo_id is not None)
-    measured = [result.metric_type for result in ModelCard(text).data.eval_results or []]
+    measured = [result.metric_type for result in results]
     if verification == full():
         assert measured == ["kl_divergence", "accuracy", "perplexity"]
     elif verification in (nulls(), failed_gate()):

@@ -67,7 +67,7 @@ def generate_snippet(name: str, *, chat: bool) -> str:
         head += f'inputs = tokenizer("{_BEGINNING}", return_tensors="pt").to(model.device)\n'
     return head + (
         "answer = model.generate(\n"
-        "    inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=100\n"
+        "    inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=128\n"
         ")\n"
         "print(tokenizer.decode(answer[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))"
     )
@@ -84,7 +84,7 @@ def own_snippet(manifest: Manifest, name: str) -> str:
         return f"from nf4_pipeline import load\n\nmodel = load({_text(name)})"
     return (
         "from nf4_pipeline import load, load_tokenizer, prompt\n\n"
-        f'print(prompt("{_REQUEST}", {_text(name)}, max_new_tokens=100)[0])\n'
+        f'print(prompt("{_REQUEST}", {_text(name)})[0])\n'
         f"model = load({_text(name)})\n"
         f"tokenizer = load_tokenizer({_text(name)})"
     )
