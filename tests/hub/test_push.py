@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import threading
+import time
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -72,6 +75,28 @@ def test_a_new_repo_is_private_and_holds_the_export(
     record = build.record(PUSH)
     assert record is not None
     assert record.facts.to_json() == facts
+
+
+def test_a_file_that_changes_while_it_is_sent_is_not_committed(
+    hub: HubServer, build: Build, worker: Worker
+) -> None:
+    """It would be listed under the checksum that it had before."""
+    weights = min(build.export.glob("*.safetensors"))
+    hub.faults.append(Fault("*/objects/batch", delay=3.0))
+
+    def touch() -> None:
+        while not any("objects/batch" in seen.path for seen in hub.seen):
+            time.sleep(0.01)
+        os.utime(weights)
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    outcome = worker.push(build.root, REPO)
+    thread.join()
+    assert outcome.error == "HubError"
+    assert f"{weights.name} changed while it was uploaded to {REPO}" in outcome.message
+    assert held(hub.store.repos[REPO]) == {}
+    assert_pushed(worker.push(build.root, REPO), hub, build)
 
 
 def test_a_second_push_commits_nothing(hub: HubServer, build: Build, worker: Worker) -> None:

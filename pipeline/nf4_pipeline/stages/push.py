@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from nf4_pipeline import __version__
 from nf4_pipeline.build_folder import Build, Record
-from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, json_sha256
+from nf4_pipeline.checkpoint.digest import FileDigest, FileStamp, digest_file, json_sha256
 from nf4_pipeline.checkpoint.files import CARD_FILE, entries
 from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import ArtifactError, BuildError, VerificationError
@@ -18,7 +18,14 @@ from nf4_pipeline.manifest.manifest import Manifest
 from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.provenance.signing import SIGNATURE_FILE
-from nf4_pipeline.records import ATTEST, PUSH, VERIFY, PushFacts, recorded_files
+from nf4_pipeline.records import (
+    ATTEST,
+    PUSH,
+    VERIFY,
+    AttestFacts,
+    PushFacts,
+    recorded_files,
+)
 from nf4_pipeline.resource_usage import measured
 from nf4_pipeline.stages.publication import WRITTEN, Publication
 
@@ -53,6 +60,7 @@ class Upload:
         folder: where the files are.
         files: name -> digest of what will be there.
         is_written: the folder holds all of them so; else card and provenance are to be written.
+        stamps: name -> what the file looked like when it was hashed.
     """
 
     target: Target
@@ -62,6 +70,7 @@ class Upload:
     folder: Path
     files: dict[str, FileDigest]
     is_written: bool
+    stamps: dict[str, FileStamp]
 
     @property
     def total_bytes(self) -> int:
@@ -80,12 +89,17 @@ class Upload:
             card=self.card,
         )
 
+    def after_writing(self, record: Record[AttestFacts]) -> Upload:
+        """The same, once card and provenance are written: the record says what they look like."""
+        stamps = {name.removeprefix("export/"): stamp for name, stamp in record.stamps.items()}
+        return replace(self, stamps=self.stamps | stamps, is_written=True)
+
     def local_files(self) -> dict[str, LocalFile]:
         """The files as the Hub room takes them."""
         from nf4_pipeline.hub import LocalFile
 
         return {
-            name: LocalFile(self.folder / name, digest.size, digest.sha256)
+            name: LocalFile(self.folder / name, digest.size, digest.sha256, self.stamps.get(name))
             for name, digest in self.files.items()
         }
 
@@ -126,6 +140,9 @@ class Push:
                 "card."
             )
         manifest = read_manifest(export)
+        stamps = {
+            name: FileStamp.of(path) for name, path in entries(export).items() if path.is_file()
+        }
         # What a killed `attest` left half done is written anew.
         ignored = set() if self.build.record(ATTEST) else WRITTEN
         found = _checked_files(self.build, manifest, self.reporter, ignored)
@@ -139,9 +156,15 @@ class Push:
                 f"then sign again: nf4 attest --repo-id {self.target.repo_id} --build-dir "
                 f"{shlex.quote(str(self.build.root))}, then nf4 sign. Or delete the signature."
             )
-        card = documents[CARD_FILE].decode()
         return Upload(
-            self.target, manifest.source.repo, verdict, card, export, files, files == found
+            self.target,
+            manifest.source.repo,
+            verdict,
+            documents[CARD_FILE].decode(),
+            export,
+            files,
+            files == found,
+            stamps,
         )
 
     @property
@@ -165,6 +188,7 @@ class Push:
                 upload = self.plan()
                 if not upload.is_written:
                     self._publication.write()
+                    upload = upload.after_writing(self.build.need(ATTEST))
                 message = hub.CommitMessage(
                     f"NF4 artifact of {upload.source}",
                     f"Made and verified by nf4-pipeline {__version__}.",
