@@ -59,6 +59,7 @@ def make_stages(
     reporter: Reporter = SILENT,
     against: str | None = None,
     workers: Workers | None = None,
+    repo_id: str | None = None,
 ) -> dict[str, Stage]:
     """The stages behind `download`, by name, in their order.
 
@@ -69,12 +70,13 @@ def make_stages(
         reporter: told how far it is.
         against: an artifact of the same source that verify compares this one with; None for none.
         workers: the processes that verify, if they were started before.
+        repo_id: the Hub repo that attest names; see `Attest`.
     """
     return {
         "quantize": Quantize(build, recipe, machine, reporter),
         "serialize": Serialize(build, recipe, reporter),
         "verify": Verify(build, recipe, machine, reporter, against, workers),
-        "attest": Attest(build),
+        "attest": Attest(build, repo_id),
     }
 
 
@@ -141,6 +143,7 @@ def run_stage(
     *,
     against: str | None = None,
     replaces: bool = False,
+    repo_id: str | None = None,
 ) -> StageResult:
     """Runs one stage of an existing build, unless its result is still valid.
 
@@ -156,6 +159,7 @@ def run_stage(
         reporter: told how far it is.
         against: as in `make_stages`.
         replaces: the build may become one of another recipe.
+        repo_id: as in `make_stages`.
 
     Raises:
         BuildError: there is no such build, another process works there, an earlier stage is not
@@ -171,7 +175,7 @@ def run_stage(
         if name in SHAPING_TABLES:
             build.need(DOWNLOAD if name == "quantize" else QUANTIZE)
             keep_spec(build, whole, (name,), replaces=replaces)
-        stages = make_stages(build, whole, machine, reporter, against)
+        stages = make_stages(build, whole, machine, reporter, against, repo_id=repo_id)
         if name == "attest":
             for kind in (SERIALIZE, VERIFY):
                 build.check_inputs(kind, claimed=True)

@@ -318,6 +318,8 @@ def test_push_lists_what_it_would_upload(built: Built) -> None:
     assert done.value["repo_id"] == "some-org/tiny"
     assert done.value["private"] is True
     files = {name: len(content) for name, content in content_of(built.build.export).items()}
+    files["README.md"] = len(done.value["card"].encode())  # which would name the repo
+    assert '"some-org/tiny"' in done.value["card"]
     assert {name: entry["size"] for name, entry in done.value["files"].items()} == files
     assert done.value["total_bytes"] == sum(files.values())
 

@@ -22,6 +22,7 @@ PathName = str | PathLike[str]
 RecipeLike = PathName | Recipe | Mapping[str, Mapping[str, object]]
 """A recipe, the TOML file of one, or the tables that would stand in it."""
 
+_REPO_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _MOST_WORKERS: Final = 1024
 
 
@@ -166,8 +167,18 @@ def make_target(
         UsageError: the repo is not called ORG/NAME.
     """
     from nf4_pipeline.hub import Target
-    from nf4_pipeline.runtime.artifact import is_hub_id
 
-    if not is_hub_id(repo_id):
-        raise UsageError(f"--repo-id {repo_id}: expected ORG/NAME.")
+    check_repo_id(repo_id)
     return Target(repo_id, private, create_pr, force)
+
+
+def check_repo_id(repo_id: str | None) -> None:
+    """Refuses what no repo of the Hub can be called; None stands for no repo.
+
+    Raises:
+        UsageError: the repo is not called ORG/NAME.
+    """
+    if repo_id is not None and not _REPO_ID.fullmatch(repo_id):
+        raise UsageError(
+            f"--repo-id {repo_id[:120]!r}: expected ORG/NAME, of letters, digits, -, _ and dots."
+        )

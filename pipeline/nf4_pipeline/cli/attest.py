@@ -23,16 +23,30 @@ if TYPE_CHECKING:
 
 @click.command("attest")
 @click.argument("model", required=False)
+@click.option(
+    "--repo-id",
+    metavar="ORG/NAME",
+    help="The Hub repo that the card's snippets load from; only needed before signing.",
+)
 @build_dir_option
 @recipe_options
 @output_options
 def command(
-    ui: Ui, recipe: PartialRecipe, machine: Machine, model: str | None, build_dir: Path | None
+    ui: Ui,
+    recipe: PartialRecipe,
+    machine: Machine,
+    model: str | None,
+    repo_id: str | None,
+    build_dir: Path | None,
 ) -> None:
-    """Write provenance.json (SLSA) and bom.cdx.json (CycloneDX) into a verified export.
+    """Write the model card, provenance.json (SLSA) and bom.cdx.json (CycloneDX) into the export.
 
     MODEL is what the build was started with, a tag such as "calibrated", or a path; without it,
-    the build worked on last is meant. `nf4 build` does this last.
+    the build worked on last is meant. `nf4 build` does this last, and `nf4 push` again with the
+    name of the repo.
     """
+    from nf4_pipeline.api.options import check_repo_id
+
+    check_repo_id(repo_id)
     build = named_build(ui, model, build_dir, newest=model is None, needs="serialize")
-    run_one_stage("attest", ui, build, recipe, machine)
+    run_one_stage("attest", ui, build, recipe, machine, repo_id=repo_id)

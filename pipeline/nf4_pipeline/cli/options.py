@@ -251,6 +251,7 @@ def run_one_stage(
     *,
     against: str | None = None,
     replaces: bool = False,
+    repo_id: str | None = None,
 ) -> Record[Any]:
     """Runs one stage of an existing build and says what came of it; returns its record."""
     from nf4_pipeline.progress import LOADING
@@ -260,7 +261,16 @@ def run_one_stage(
     with reporter.task(LOADING, None):
         from nf4_pipeline.job import run_stage
 
-    result = run_stage(build, name, recipe, machine, reporter, against=against, replaces=replaces)
+    result = run_stage(
+        build,
+        name,
+        recipe,
+        machine,
+        reporter,
+        against=against,
+        replaces=replaces,
+        repo_id=repo_id,
+    )
     record = result.record
     value = {
         "build": str(build.root),

@@ -137,7 +137,7 @@ def _remedy(status: int | None, request: Request, error: BaseException) -> str:
             "at the repo first, and does nothing twice."
         )
     if status is None and "Invalid metadata" in str(error):
-        return "Correct the card (README.md of the source), and run `nf4 verify` again."
+        return "Correct the card (README.md of the source), and run `nf4 build` again."
     return f"Try again later{offline}"
 
 

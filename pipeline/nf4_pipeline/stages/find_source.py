@@ -37,6 +37,7 @@ from nf4_pipeline.progress import LOADING, SILENT, Reporter
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import DownloadFacts, Reading
 from nf4_pipeline.runtime.artifact import ARTIFACTS, is_hub_id
+from nf4_pipeline.sample import MODEL_DIR, SAMPLE_REPO
 from nf4_pipeline.stages.preflight import (
     Findings,
     Preflight,
@@ -47,7 +48,6 @@ from nf4_pipeline.stages.preflight import (
 )
 
 SAMPLE: Final = "sample"
-SAMPLE_REPO: Final = "nf4-pipeline/sample"
 
 _LOOK: Final = f"{LOADING}, probe the model"
 """The title of a task: transformers builds it without weights, and loads its tokenizer."""
@@ -233,8 +233,6 @@ class SourceFinder:
             return Place(folder, *(cache_commit(folder) or (folder.name, None)))
         if request.model == SAMPLE:
             self._refuse_revision()
-            from nf4_pipeline.sample import MODEL_DIR
-
             return Place(MODEL_DIR.resolve(), SAMPLE_REPO, is_sample=True)
         if is_hub_id(request.model):
             from nf4_pipeline import hub
