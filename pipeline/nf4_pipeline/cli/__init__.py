@@ -7,6 +7,7 @@ so `nf4 --help` answers at once.
     named_builds.py  the build or the artifact that a command is about
     terminal.py   the one place that prints; what controls a terminal is shown instead
     reporting.py  progress on stderr
+    pace.py       what is left of a job, by how long it took last time
     summary.py    what a person sees at the end of `nf4 build`
 
 and the commands, as `COMMANDS` tells them: build.py, download.py, quantize.py, serialize.py,

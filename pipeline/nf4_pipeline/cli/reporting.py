@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from nf4_pipeline.cli.pace import Pace, default_file
 from nf4_pipeline.cli.terminal import say, terminal_of
 from nf4_pipeline.printable import printable
 from nf4_pipeline.progress import Reporter, SilentReporter, Stage, Task
@@ -146,6 +147,8 @@ class _Running:
         start: when it began.
         clock: says what time it is.
         result: once it has said what came of it: its verdict or size, its time, its rate.
+        ran: as it said.
+        nbytes: as it said.
     """
 
     name: str
@@ -154,6 +157,8 @@ class _Running:
     start: float
     clock: Clock
     result: tuple[str, str, str] | None = None
+    ran: bool = True
+    nbytes: int = 0
 
     @property
     def head(self) -> str:
@@ -164,6 +169,7 @@ class _Running:
         self, *, ran: bool, nbytes: int = 0, has_rate: bool = False, verdict: str = ""
     ) -> None:
         seconds = self.clock() - self.start
+        self.ran, self.nbytes = ran, nbytes
         size = _size(nbytes) if nbytes else ""
         took = _duration(seconds, exact=True) if ran else "unchanged"
         rate = _speed(nbytes / seconds) if has_rate and ran and nbytes and seconds > 0 else ""
@@ -182,9 +188,10 @@ class _Running:
 class Board:
     """What runs now. Any thread may change it; whoever draws it never waits for one that works."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, pace: Pace | None = None) -> None:
         self.clock = clock
         self.start = clock()
+        self._pace = pace
         self._lock = threading.Lock()
         self._rows: list[Row] = []
         self._stage: _Running | None = None
@@ -211,7 +218,16 @@ class Board:
     def end(self) -> None:
         """Ends the stage."""
         with self._lock:
-            self._stage = None
+            stage, self._stage = self._stage, None
+        if self._pace and stage and stage.of > 1 and stage.result is not None:
+            seconds = self.clock() - stage.start
+            self._pace.ended(stage.number, stage.of, seconds, ran=stage.ran, nbytes=stage.nbytes)
+
+    def left(self, stage: _Running | None, now: float) -> float | None:
+        """Seconds that the whole job still needs; None if nobody can say."""
+        if self._pace is None or stage is None or stage.of == 1:
+            return None
+        return self._pace.left(stage.number, stage.of, now - stage.start)
 
     def now(self) -> tuple[_Running | None, list[Row]]:
         """The stage, and the tasks in the order in which they were opened."""
@@ -234,7 +250,7 @@ class Screen:
     def __init__(self, clock: Clock = time.monotonic) -> None:
         from rich.console import Console
 
-        self._board = Board(clock)
+        self._board = Board(clock, Pace(default_file()))
         stream = terminal_of(sys.stderr)
         self._console = Console(file=stream)
         self._look = _Look.of(stream.encoding)
@@ -305,7 +321,8 @@ class Screen:
 
         now = self._board.clock()
         stage, rows = self._board.now()
-        lines = draw(stage, rows, now, self._console.width, self._look, self._board.start)
+        left = self._board.left(stage, now)
+        lines = draw(stage, rows, now, self._console.width, self._look, self._board.start, left)
         return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
 
 
@@ -338,6 +355,7 @@ def draw(
     width: int,
     look: _Look = ASCII,
     start: float = 0.0,
+    left: float | None = None,
 ) -> list[str]:
     """The lines that show what runs, none as wide as the terminal.
 
@@ -348,6 +366,7 @@ def draw(
         width: of the terminal.
         look: the characters.
         start: of the job.
+        left: seconds that the job still needs; None if nobody can say.
     """
     if stage is None and not rows:
         return []
@@ -355,6 +374,8 @@ def draw(
     gone = _duration(now - (stage.start if stage else start))
     if stage is not None and stage.number > 1:
         gone += f", {_duration(now - start)} in all"
+    if left is not None:
+        gone += f", some {_duration(left)} left"
     lines = [f"{turn} {stage.head}  {gone}" if stage else f"{turn} {gone}"]
     shown = _grouped(rows)
     lines += [_line(title, row, now, width, look) for title, row in shown[:_MOST_ROWS]]
@@ -417,7 +438,7 @@ class Log:
     """Says lines."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
-        self._board = Board(clock)
+        self._board = Board(clock, Pace(default_file()))
         self._said = clock()
         self._lock = threading.Lock()
         self._ticker: threading.Thread | None = None
@@ -469,7 +490,7 @@ class Log:
             if now - self._said < _LOG_EVERY:
                 return
             self._said = now
-        say(_progress(stage, rows, now), err=True)
+        say(_progress(stage, rows, now, self._board.left(stage, now)), err=True)
 
     def _say(self, text: str) -> None:
         with self._lock:
@@ -490,7 +511,9 @@ class Log:
                 time.sleep(_TICK)
 
 
-def _progress(stage: _Running | None, rows: Sequence[Row], now: float) -> str:
+def _progress(
+    stage: _Running | None, rows: Sequence[Row], now: float, left: float | None = None
+) -> str:
     """One line of a log: the stage, and what it does."""
     shown = _grouped(rows)
     parts = []
@@ -500,6 +523,8 @@ def _progress(stage: _Running | None, rows: Sequence[Row], now: float) -> str:
     if len(shown) > _MOST_IN_A_LINE:
         parts.append(f"and {len(shown) - _MOST_IN_A_LINE} more")
     head = [f"{stage.head}: {_duration(now - stage.start)}"] if stage else []
+    if left is not None:
+        parts.append(f"some {_duration(left)} left of the job")
     return "; ".join([*head, *parts])
 
 
