@@ -160,12 +160,34 @@ def _say_failed_import(error: BaseException) -> str | None:
         library = name.partition(".")[0]
         if frame.f_code.co_name == "<module>" and library not in (_PACKAGE, "__main__"):
             text = " ".join(str(error).split())[:300].rstrip(".")
+            if named := _variables_in(text):
+                return (
+                    f"{library} cannot be imported with {' and '.join(named)} "
+                    f"({type(error).__name__}: {text}). {_expected_of(text)}or unset it."
+                )
             return (
                 f"{library} cannot be imported: {type(error).__name__}: {text}. Libraries read the "
                 "environment as they are imported: correct or unset the variable that holds this; "
                 f"if none does, install {library} again."
             )
     return None
+
+
+def _variables_in(text: str) -> list[str]:
+    """The variables of the environment whose value a message quotes, with their values."""
+    return [
+        f"{name}={value}"
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_READ_BY_LIBRARIES)
+        and "TOKEN" not in name.partition("_")[2]  # a secret, and never a number
+        and value.strip()
+        and repr(value.strip()) in text
+    ]
+
+
+def _expected_of(text: str) -> str:
+    number = "invalid literal for int" in text or "convert string to float" in text
+    return "Set it to a number, such as 10 (seconds, for a timeout), " if number else "Correct it, "
 
 
 def _say_bug(error: BaseException) -> str:
@@ -194,6 +216,11 @@ file that counts is complete or absent at any moment."""
 
 
 _PACKAGE: Final = __name__.partition(".")[0]
+_READ_BY_LIBRARIES: Final = (
+    *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TORCH", "PYTORCH_", "NUMBA_", "BNB_", "CUDA_"),
+    *("OMP_", "MKL_", "TOKENIZERS_", "ACCELERATE_", "MPL"),
+)
+"""How variables begin that libraries read as they are imported."""
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _stopped_by: list[int] = []
 

@@ -73,11 +73,14 @@ def command(
     """
     from nf4_pipeline.errors import UsageError
     from nf4_pipeline.hub import Target
-    from nf4_pipeline.runtime.artifact import is_hub_id
+    from nf4_pipeline.checkpoint.model_name import is_hub_id
     from nf4_pipeline.stages.push import Push
 
     if not is_hub_id(repo_id):
-        raise UsageError(f"--repo-id {repo_id}: expected ORG/NAME.")
+        raise UsageError(
+            f"--repo-id {repo_id}: expected ORG/NAME, your user name or organization on the Hub "
+            "and the name that the model is to have there."
+        )
     private = None if public is None else not public
     target = Target(repo_id, private, create_pr, force)
     push = Push(existing_build(model, build_dir), target, ui.reporter(), allow_unverified)

@@ -18,7 +18,7 @@ from typing import Any, Final
 from nf4_pipeline.checkpoint.source import open_checkpoint
 from nf4_pipeline.errors import ArtifactError, PipelineError, ResourceError
 from nf4_pipeline.model.check_folder import building, check_model_fits
-from nf4_pipeline.model.config import read_config
+from nf4_pipeline.model.config import brief_text, read_config
 from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.model.linear import is_plain_linear
 from nf4_pipeline.model.load_dtype import compute_dtype, float32_parts
@@ -111,7 +111,9 @@ def load_with_report(
     except PipelineError:
         raise
     except Exception as error:  # untrusted configs and weights fail in any way they like
-        raise ArtifactError(f"{folder} could not be loaded on {target}: {_brief(error)}") from error
+        raise ArtifactError(
+            f"{folder} could not be loaded on {target}: {brief_text(error)}"
+        ) from error
     _check_scales(model, folder)
     _unify_dtypes(model)
     repair(model)
@@ -183,12 +185,6 @@ def _unify_dtypes(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit) and module.compute_dtype == torch.bfloat16 != wanted:
             module.compute_dtype = wanted
-
-
-def _brief(error: Exception) -> str:
-    """The first line of what a library says."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def pick_device(device: str) -> str:

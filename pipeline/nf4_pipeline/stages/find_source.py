@@ -19,6 +19,7 @@ from nf4_pipeline.checkpoint.digest import (
 )
 from nf4_pipeline.checkpoint.files import CARD_FILE, PICKLE_FILE, is_of_tokenizer, is_wanted
 from nf4_pipeline.checkpoint.folder_advice import cache_commit
+from nf4_pipeline.checkpoint.model_name import SAMPLE, check_hub_id
 from nf4_pipeline.checkpoint.named_path import named_path
 from nf4_pipeline.checkpoint.plain_file import read_beginning
 from nf4_pipeline.checkpoint.source import open_checkpoint, read_json, weight_files
@@ -32,7 +33,7 @@ from nf4_pipeline.model.config import read_config
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 from nf4_pipeline.progress import LOADING, SILENT, Reporter
 from nf4_pipeline.records import DownloadFacts, Reading
-from nf4_pipeline.runtime.artifact import ARTIFACTS, is_hub_id
+from nf4_pipeline.runtime.artifact import ARTIFACTS
 from nf4_pipeline.stages.preflight import (
     Findings,
     Preflight,
@@ -42,7 +43,6 @@ from nf4_pipeline.stages.preflight import (
     look_ahead,
 )
 
-SAMPLE: Final = "sample"
 SAMPLE_REPO: Final = "nf4-pipeline/sample"
 
 _LOOK: Final = f"{LOADING}, probe the model"
@@ -186,16 +186,13 @@ class SourceFinder:
             from nf4_pipeline.sample import MODEL_DIR
 
             return Place(MODEL_DIR.resolve(), SAMPLE_REPO, is_sample=True)
-        if is_hub_id(request.model):
-            from nf4_pipeline import hub
+        check_hub_id(request.model)
+        from nf4_pipeline import hub
 
-            with self.reporter.task("ask the Hub", None):
-                model = hub.resolve(
-                    request.model, request.revision, offline=request.offline or None
-                )
-            folder = hub.snapshot(model.repo_id, model.commit)
-            return Place(folder, model.repo_id, model.commit, model=model)
-        raise UsageError(f"{request.model}: no such folder, and not a Hub id of the form ORG/NAME.")
+        with self.reporter.task("ask the Hub", None):
+            model = hub.resolve(request.model, request.revision, offline=request.offline or None)
+        folder = hub.snapshot(model.repo_id, model.commit)
+        return Place(folder, model.repo_id, model.commit, model=model)
 
     def keep(self, place: Place) -> None:
         """Says of a Hub model that nothing more of it is needed: the cache's ref moves."""
