@@ -1,12 +1,19 @@
 """nf4-pipeline: quantize a Hugging Face causal LM to bitsandbytes NF4, prove it, publish it.
 
-load(artifact)            a model that is ready to generate, on transformers >= 5.5
+build(model)              a model in, a verified Artifact out
+load(path_or_repo)        a model that is ready to generate, on transformers >= 5.5
+load_tokenizer(…)         its tokenizer
 prompt(query, artifact)   text generation in one call
-PipelineError             every expected failure
+Artifact                  what was built: its figures, and .verify() .push() .prompt() .load()
+ProgressEvent             what a progress callback is called with
+PipelineError             every expected failure; the tree of them is in errors.py
+
+docs/python-api.md shows them at work.
 
 The house, from the top floor down; a room imports only from rooms below it (`make lint`):
 
     cli/               one file per command
+    api/               build and Artifact, for Python programs; what options of both mean
     job.py             stages in their order; nothing valid is done again
     reproduce/         an artifact derived again from its source, every byte compared
     doctor.py          what this machine has, and known traps on it
@@ -47,19 +54,37 @@ The house, from the top floor down; a room imports only from rooms below it (`ma
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
 
+from nf4_pipeline import errors
 from nf4_pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
+    from nf4_pipeline.api.artifact import Artifact
+    from nf4_pipeline.api.building import build
+    from nf4_pipeline.progress import ProgressEvent
     from nf4_pipeline.runtime.loader import load, load_tokenizer
     from nf4_pipeline.runtime.prompt import prompt
 
 __version__ = "0.1.0"
 
-__all__ = ["PipelineError", "__version__", "load", "load_tokenizer", "prompt"]
+__all__ = [
+    "Artifact",
+    "PipelineError",
+    "ProgressEvent",
+    "__version__",
+    "build",
+    "errors",
+    "load",
+    "load_tokenizer",
+    "prompt",
+]
 
-_LAZY = {
+_LAZY: Final = {
+    "Artifact": "nf4_pipeline.api.artifact",
+    "ProgressEvent": "nf4_pipeline.progress",
+    "build": "nf4_pipeline.api.building",
     "load": "nf4_pipeline.runtime.loader",
     "load_tokenizer": "nf4_pipeline.runtime.loader",
     "prompt": "nf4_pipeline.runtime.prompt",
@@ -67,9 +92,11 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch and transformers only when something that needs them is asked for."""
+    """Imports what a name needs when it is asked for; torch and transformers when it is used."""
     if name in _LAZY:
-        from importlib import import_module
-
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

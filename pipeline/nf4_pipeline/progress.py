@@ -2,13 +2,17 @@
 
 A stage asks a `Reporter` for a `Task` and advances it. Tasks may overlap, nest, and come from
 several threads. `SILENT` ignores all of it, so library code never needs to know whether anybody
-watches.
+watches. Users of the Python API give a callback instead, which hears of each step as a
+`ProgressEvent` (`as_reporter`).
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Final, Protocol
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Final, Literal, Protocol
 
 LOADING: Final = "load libraries"
 """The title of a task in which nothing but imports happens."""
@@ -95,3 +99,128 @@ class SilentReporter:
 
 
 SILENT: Reporter = SilentReporter()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgressEvent:
+    """One step of a long job, as a callback hears of it.
+
+    Attributes:
+        kind: what happened. Tasks are pieces of work; they may overlap, in a stage or outside of
+            any.
+        stage: the name of the stage that runs, such as "quantize"; empty outside of a job.
+        stage_number: its place in the job, from 1 on; 0 outside of a job.
+        stages: how many stages the job has.
+        ran: of "stage_end": True if it ran, False if an earlier result was still valid, None if
+            it failed. None of any other event.
+        task: what is done in the task; empty unless the event is of one.
+        task_id: tells apart tasks that overlap; 0 unless the event is of one.
+        done: of the task's total, by now.
+        total: bytes or items of the task; None if nobody can say.
+        unit: of `done` and `total`: "bytes", or what the items are.
+        text: of "note": what the user should know while the work goes on. Warnings begin with
+            "Warning:".
+    """
+
+    kind: Literal["stage_begin", "stage_end", "task_begin", "task_advance", "task_end", "note"]
+    stage: str = ""
+    stage_number: int = 0
+    stages: int = 0
+    ran: bool | None = None
+    task: str = ""
+    task_id: int = 0
+    done: int = 0
+    total: int | None = None
+    unit: str = ""
+    text: str = ""
+
+
+ProgressCallback = Callable[[ProgressEvent], object]
+"""Called with each event, from any thread, but never by two at once. What it raises ends the job;
+it is not called again then."""
+
+
+def as_reporter(callback: ProgressCallback | None) -> Reporter:
+    """The reporter that tells a callback; the silent one for None."""
+    return SILENT if callback is None else _CallbackReporter(callback)
+
+
+class _CallbackReporter:
+    def __init__(self, callback: ProgressCallback) -> None:
+        self._callback = callback
+        self._lock = threading.RLock()  # a callback may call what reports to it
+        self._raised = False
+        self._tasks = 0
+        self._stage = ProgressEvent(kind="stage_begin")
+
+    @contextmanager
+    def stage(self, name: str, number: int = 1, of: int = 1) -> Iterator[Stage]:
+        before, shown = self._stage, _ToldStage()
+        begun = ProgressEvent(kind="stage_begin", stage=name, stage_number=number, stages=of)
+        self._stage = begun
+        self._tell(begun)
+        try:
+            yield shown
+        finally:
+            self._stage = before
+            self._tell(replace(begun, kind="stage_end", ran=shown.ran))
+
+    @contextmanager
+    def task(self, title: str, total: int | None, *, unit: str = "bytes") -> Iterator[Task]:
+        with self._lock:
+            self._tasks += 1
+            begun = replace(
+                self._stage,
+                kind="task_begin",
+                task=title,
+                task_id=self._tasks,
+                total=total,
+                unit=unit,
+            )
+        task = _ToldTask(begun, self._tell)
+        self._tell(begun)
+        try:
+            yield task
+        finally:
+            task.end()
+
+    def note(self, text: str) -> None:
+        self._tell(replace(self._stage, kind="note", text=text))
+
+    def _tell(self, event: ProgressEvent) -> None:
+        with self._lock:
+            if self._raised:
+                return
+            try:
+                self._callback(event)
+            except BaseException:
+                self._raised = True
+                raise
+
+
+class _ToldStage:
+    def __init__(self) -> None:
+        self.ran: bool | None = None
+
+    def finish(
+        self, *, ran: bool, nbytes: int = 0, has_rate: bool = False, verdict: str = ""
+    ) -> None:
+        self.ran = ran
+
+
+class _ToldTask:
+    def __init__(self, begun: ProgressEvent, tell: Callable[[ProgressEvent], None]) -> None:
+        self._now = begun
+        self._tell = tell
+        self._lock = threading.RLock()
+
+    def advance(self, amount: int) -> None:
+        self._move("task_advance", amount)
+
+    def end(self) -> None:
+        self._move("task_end", 0)
+
+    def _move(self, kind: Literal["task_advance", "task_end"], amount: int) -> None:
+        with self._lock:  # so that `done` never falls
+            self._now = replace(self._now, kind=kind, done=self._now.done + amount)
+            self._tell(self._now)

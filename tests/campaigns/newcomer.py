@@ -1,8 +1,8 @@
 """Mistakes of a newcomer, as they are typed, and what the message must say of each.
 
-A message says what is wrong, why, and what to do next. `scripts/campaigns/newcomer_mistakes.py` runs
-all of them as processes and writes `docs/messages.md`; the tests run the same list, most of it in
-one process.
+A message says what is wrong, why, and what to do next. `scripts/campaigns/newcomer_mistakes.py`
+runs all of them as processes and writes `docs/messages.md`; the tests run the same list, most of it
+in one process.
 """
 
 from __future__ import annotations

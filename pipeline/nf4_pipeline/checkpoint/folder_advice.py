@@ -27,9 +27,9 @@ def without_config(folder: Path) -> str | None:
         return link
     if (folder / "records").is_dir():
         return (
-            f"{folder} is a build folder of nf4, and a model is wanted. What is done in it and what "
-            f"comes next says: nf4 status --build-dir {shlex.quote(str(folder))}. To build again, "
-            "name the model that it was built from."
+            f"{folder} is a build folder of nf4, and a model is wanted. What is done in it says: "
+            f"nf4 status --build-dir {shlex.quote(str(folder))}. To build again, name the model "
+            "that it was built from."
         )
     if (adapter := adapter_advice(folder)) is not None:
         return adapter
@@ -135,8 +135,8 @@ def dead_link(path: Path) -> str | None:
             f"{_download_again(*commit)}"
         )
     return (
-        f"{path} is a dead link: there is no {target}. Bring the file back there, or, if it was moved, "
-        "name the folder in which it lies now to `nf4 build`."
+        f"{path} is a dead link: there is no {target}. Bring the file back there; if it was moved, "
+        "run `nf4 build` with the folder in which it lies now."
     )
 
 

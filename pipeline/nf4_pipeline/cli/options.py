@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from collections.abc import Callable
-from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
     from nf4_pipeline.build_folder import Build, Record
     from nf4_pipeline.machine import Machine
     from nf4_pipeline.progress import Reporter
-    from nf4_pipeline.recipe import PartialRecipe, Recipe
+    from nf4_pipeline.recipe import PartialRecipe
 
 ARTIFACTS: Final = Path("artifacts")
 _VERIFIED: Final = ("verdict", "checks", "fidelity", "domains", "accuracy", "against")
@@ -132,22 +130,18 @@ def download_options(command: Command) -> Command:
         build_dir: Path | None,
         **values: Any,
     ) -> Any:
-        from nf4_pipeline.recipe import Recipe
-        from nf4_pipeline.records import Reading
-        from nf4_pipeline.stages.find_source import DownloadRequest
+        from nf4_pipeline.api.options import make_request
 
-        reading = Reading(allow_unused, strip_prefix)
-        reading.into(Recipe())  # refuses what can be no name
-        request = DownloadRequest(
+        request = make_request(
             model,
-            ARTIFACTS,
-            revision,
-            build_dir,
-            offline,
-            allow_pickle,
-            allow_unhashed,
-            reading,
-            check,
+            revision=revision,
+            offline=offline,
+            allow_pickle=allow_pickle,
+            allow_unhashed=allow_unhashed,
+            check=check,
+            allow_unused=allow_unused,
+            strip_prefix=strip_prefix,
+            build_dir=build_dir,
         )
         return command(request=request, **values)
 
@@ -201,46 +195,15 @@ def recipe_options(command: Command) -> Command:
         memory_budget: str,
         **values: Any,
     ) -> Any:
-        from nf4_pipeline.machine import Machine
-        from nf4_pipeline.recipe import PartialRecipe, parse_recipe, parse_size, read_tables
+        from nf4_pipeline.api.options import make_machine, make_recipe
 
-        check_device(device)
-        tables = read_tables(recipe) if recipe else {}
-        said = PartialRecipe(
-            _calibrated(parse_recipe(tables, str(recipe)), calibrate, extra_bytes),
-            given=frozenset(tables) | ({"quantize"} if calibrate or extra_bytes else set()),
+        machine = make_machine(
+            device=device, require_gpu=require_gpu, workers=workers, memory_budget=memory_budget
         )
-        machine = Machine(
-            device=device,
-            require_gpu=require_gpu,
-            workers=workers,
-            memory_budget=parse_size(memory_budget, "--memory-budget"),
-        )
+        said = make_recipe(recipe, calibrate=calibrate, extra_bytes=extra_bytes)
         return command(recipe=said, machine=machine, **values)
 
     return wrapped
-
-
-def check_device(device: str) -> None:
-    """Refuses what no --device can mean."""
-    from nf4_pipeline.errors import UsageError
-
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", device):
-        raise UsageError(f"--device {device[:80]!r}: expected auto, cpu, cuda or cuda:N.")
-
-
-def _calibrated(recipe: Recipe, calibrate: str | None, extra_bytes: str | None) -> Recipe:
-    """A recipe with what the options say instead of what it said."""
-    if calibrate is None and extra_bytes is None:
-        return recipe
-    own = recipe.quantize
-    quantize = replace(
-        own,
-        calibrate=own.calibrate if calibrate is None else calibrate,
-        extra_bytes=own.extra_bytes if extra_bytes is None else extra_bytes,
-        rounding="",
-    )
-    return replace(recipe, quantize=quantize)
 
 
 class Ui:

@@ -21,10 +21,19 @@ from nf4_pipeline.cli.terminal import say, say_piece
 @click.option("--temperature", type=float, help="Of the draws; 0 is greedy.")
 @click.option("--num-return-sequences", type=int, default=1, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--revision", help="Branch, tag or commit of a Hub model.  [default: main]")
 @click.option("--raw", is_flag=True, help="Do not use the model's chat template.")
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]", show_default=True)
 @output_options
-def command(ui: Ui, artifact: str, text: str, raw: bool, device: str, **values: Any) -> None:
+def command(
+    ui: Ui,
+    artifact: str,
+    text: str,
+    revision: str | None,
+    raw: bool,
+    device: str,
+    **values: Any,
+) -> None:
     """Answer TEXT with ARTIFACT.
 
     ARTIFACT is an export, a build, a plain checkpoint (quantized while loading), a Hub id, or
@@ -40,6 +49,7 @@ def command(ui: Ui, artifact: str, text: str, raw: bool, device: str, **values: 
         text,
         artifact,
         sampling,
+        revision=revision,
         device=device,
         chat=not raw,
         show=say_piece if streams else None,
@@ -56,6 +66,7 @@ def command(ui: Ui, artifact: str, text: str, raw: bool, device: str, **values: 
 
     def show() -> None:
         if streams:
+            say()  # ends the line of the pieces
             return
         for number, answer in enumerate(answers, start=1):
             say(f"[{number}] {answer.text.strip()}", lines=True, limit=sys.maxsize)

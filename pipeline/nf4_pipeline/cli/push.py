@@ -71,18 +71,11 @@ def command(
     MODEL is as it was given to `nf4 build`; without it the newest build is meant. The token comes
     from HF_TOKEN or `hf auth login`. Running it again with nothing changed commits nothing.
     """
-    from nf4_pipeline.errors import UsageError
-    from nf4_pipeline.hub import Target
-    from nf4_pipeline.checkpoint.model_name import is_hub_id
+    from nf4_pipeline.api.options import make_target
     from nf4_pipeline.stages.push import Push
 
-    if not is_hub_id(repo_id):
-        raise UsageError(
-            f"--repo-id {repo_id}: expected ORG/NAME, your user name or organization on the Hub "
-            "and the name that the model is to have there."
-        )
     private = None if public is None else not public
-    target = Target(repo_id, private, create_pr, force)
+    target = make_target(repo_id, private=private, create_pr=create_pr, force=force)
     push = Push(existing_build(model, build_dir), target, ui.reporter(), allow_unverified)
     if dry_run:
         upload = push.plan()

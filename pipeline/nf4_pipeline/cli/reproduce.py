@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nf4_pipeline.cli.options import THREADS, NamedPath, Ui, check_device, output_options
+from nf4_pipeline.cli.options import THREADS, NamedPath, Ui, output_options
 from nf4_pipeline.cli.terminal import say
 from nf4_pipeline.errors import NOT_CHECKED
 
@@ -55,16 +55,10 @@ def command(
     which they were chosen. On another model of GPU or processor some of them may differ, since the
     model's activations are what the libraries beneath compute there.
     """
-    from nf4_pipeline.machine import Machine
+    from nf4_pipeline.api.options import make_machine
     from nf4_pipeline.progress import LOADING
-    from nf4_pipeline.recipe import parse_size
 
-    check_device(device)
-    machine = Machine(
-        device=device,
-        workers=workers,
-        memory_budget=parse_size(memory_budget, "--memory-budget"),
-    )
+    machine = make_machine(device=device, workers=workers, memory_budget=memory_budget)
     folder = artifact_folder(artifact)
     reporter = ui.reporter()
     with reporter.task(LOADING, None):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +39,7 @@ def command(
 
     MODEL is what the build was started with; without it, the newest build is meant.
     """
-    if max_shard_size is not None:
-        serialize = replace(recipe.recipe.serialize, max_shard_size=max_shard_size)
-        recipe = replace(recipe, recipe=replace(recipe.recipe, serialize=serialize))
+    from nf4_pipeline.api.options import make_recipe
+
+    recipe = make_recipe(recipe, max_shard_size=max_shard_size)
     run_one_stage("serialize", ui, existing_build(model, build_dir), recipe, machine)

@@ -70,17 +70,11 @@ def command(
     """
     from dataclasses import replace
 
+    from nf4_pipeline.api.options import make_recipe
     from nf4_pipeline.cli.summary import show_checks, show_verdict
     from nf4_pipeline.recipe import parse_size
 
-    verify = recipe.recipe.verify
-    if prompts is not None:
-        verify = replace(verify, prompts=str(prompts))
-    if eval_text is not None:
-        verify = replace(verify, eval_text=str(eval_text))
-    if eval_tokens is not None:
-        verify = replace(verify, eval_tokens=eval_tokens)
-    recipe = replace(recipe, recipe=replace(recipe.recipe, verify=verify))
+    recipe = make_recipe(recipe, prompts=prompts, eval_text=eval_text, eval_tokens=eval_tokens)
     if device_memory:
         machine = replace(machine, device_memory=parse_size(device_memory, "--device-memory"))
     build = existing_build(model, build_dir)

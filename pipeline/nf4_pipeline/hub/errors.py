@@ -144,8 +144,8 @@ def _remedy(status: int | None, request: Request, error: BaseException) -> str:
             )
         cached = f"the cached commit {commit}" if commit else "a model that the Hub cache holds"
         return (
-            "Check the network, and HF_ENDPOINT if you go through a mirror. Without a network: name "
-            f"a local folder, or take {cached} with --offline or HF_HUB_OFFLINE=1."
+            "Check the network, and HF_ENDPOINT if you go through a mirror. Without a network: "
+            f"name a local folder, or take {cached} with --offline or HF_HUB_OFFLINE=1."
         )
     if status is None and "Invalid metadata" in str(error):
         return "Correct the card (README.md of the source), and run `nf4 verify` again."

@@ -77,7 +77,7 @@ def _without_weights(model: RemoteModel, *, has_pickles: bool) -> str:
         )
     if any(name.endswith(".gguf") for name in names) and not has_pickles:
         return (
-            f"{what}; its weights: {named}. GGUF is read by llama.cpp and mostly quantized already: "
+            f"{what}; its weights: {named}. GGUF is for llama.cpp, and mostly quantized already: "
             "take the 16-bit checkpoint that it was made from, which its card names."
         )
     return (

@@ -180,17 +180,21 @@ class LimitedTokenizer:
         starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
         return whole[: next(starts, 0)]
 
-    def in_template(self, messages: Sequence[Any], *, answer_follows: bool) -> str:
+    def in_template(
+        self, messages: Sequence[Any], *, answer_follows: bool, remedy: str | None = None
+    ) -> str:
         """A conversation as the chat template writes it.
 
         Args:
             messages: of it.
             answer_follows: with what stands before an answer.
+            remedy: a sentence that says what to do if it fails; None for that of the tokenizer.
 
         Raises:
             PipelineError: (of the constructor) the chat template fails, or writes far more than the
                 conversation holds.
         """
+        remedy = remedy or self._template_remedy
         size = sum(len(str(message)) for message in messages)
         text = self._run(
             lambda: self.tokenizer.apply_chat_template(
@@ -198,12 +202,12 @@ class LimitedTokenizer:
             ),
             size / _BYTES_A_SECOND,
             "the chat template",
-            self._template_remedy,
+            remedy,
         )
         if not isinstance(text, str) or len(text) > _FREE_CHARACTERS + 16 * size:
             raise self._error(
                 f"The chat template of {self.where} writes {len(text):,} characters for a "
-                f"conversation of {size:,}, which no real one does. {self._template_remedy}"
+                f"conversation of {size:,}, which no real one does. {remedy}"
             )
         return text
 

@@ -27,8 +27,8 @@ _PLAIN_TEXT: Final = (
 _USER_TURN: Final = [{"role": "user", "content": "What is 3 plus 10?"}]
 _TEMPLATE_SECONDS: Final = 5
 _BRING: Final = (
-    "Bring its files from where the model came from; without any tokenizer files the model is built "
-    "without one."
+    "Bring its files from where the model came from; without any tokenizer files the model is "
+    "built without one."
 )
 _EXTRA: Final = "pip install 'nf4-pipeline[tokenizers]'"
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nf4_pipeline.checkpoint.model_name import is_hub_id
 from nf4_pipeline.checkpoint.folder_advice import cache_commit
+from nf4_pipeline.checkpoint.model_name import is_hub_id
 from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import HubError, SourceError, UsageError
 from nf4_pipeline.hub.local import LocalFile

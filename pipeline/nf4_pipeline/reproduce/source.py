@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nf4_pipeline.build_folder import Inputs
-from nf4_pipeline.checkpoint.model_name import SAMPLE
 from nf4_pipeline.checkpoint.digest import content_sha256, digest_file
+from nf4_pipeline.checkpoint.model_name import SAMPLE
 from nf4_pipeline.checkpoint.weight_files import INDEX_FILE
 from nf4_pipeline.errors import ArtifactError, SourceError, UsageError
 from nf4_pipeline.hub import cache

@@ -57,7 +57,12 @@ def find_model(name: str | Path | None) -> str:
 
 
 def open_folder(
-    name: str | Path | None, reporter: Reporter = SILENT, *, weights: bool = True
+    name: str | Path | None,
+    reporter: Reporter = SILENT,
+    *,
+    weights: bool = True,
+    revision: str | None = None,
+    offline: bool = False,
 ) -> Path:
     """The folder that a name means, fetched if it is on the Hub, and looked at.
 
@@ -65,9 +70,11 @@ def open_folder(
         name: as `find_model` takes it.
         reporter: told how far a download is.
         weights: look at the weights, too; without, a model on the Hub is fetched without them.
+        revision: branch, tag or commit of a model on the Hub; None for its main branch.
+        offline: take a model on the Hub as it is cached; HF_HUB_OFFLINE says so, too.
 
     Raises:
-        UsageError: the name means nothing.
+        UsageError: the name means nothing, or a revision was given for a local folder.
         ArtifactError: the name is a build folder that has no export yet.
         SourceError: the folder holds no weights that may be read, a file leads out of it, or is not
             what its name says, or the config is not that of the weights.
@@ -76,7 +83,11 @@ def open_folder(
     found = find_model(name)
     folder = Path(found)
     if not is_model(folder):
-        folder = _fetch(found, reporter, weights=weights)
+        folder = _fetch(found, reporter, weights=weights, revision=revision, offline=offline)
+    elif revision is not None:
+        raise UsageError(
+            f"The revision {revision!r} means nothing for {folder}, a local folder. Leave it out."
+        )
     check_small_files(folder)
     if weights:
         if (folder / "adapter_config.json").exists():  # transformers would load what it names
@@ -88,11 +99,13 @@ def open_folder(
     return folder
 
 
-def _fetch(repo: str, reporter: Reporter, *, weights: bool) -> Path:
+def _fetch(
+    repo: str, reporter: Reporter, *, weights: bool, revision: str | None, offline: bool
+) -> Path:
     """A model of the Hub in the Hub's cache, pinned to a commit, every file's hash checked."""
     from nf4_pipeline import hub
 
-    model = hub.resolve(repo)
+    model = hub.resolve(repo, revision, offline=offline or None)
     folder = hub.fetch(model, hub.small_files(model), reporter, last=not weights).folder
     if not weights:
         return folder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,6 +22,65 @@ _LIMITS: Final = {
 
 DEFAULT_NEW_TOKENS: Final = 128
 """Length of an answer when neither its own nor the whole length is given."""
+
+
+_MESSAGES_REMEDY: Final = (
+    "Look at the messages: many templates want user and assistant in turn, and some take no "
+    "system message."
+)
+
+
+@dataclass(frozen=True)
+class Message(Document):
+    """One message of a conversation.
+
+    Attributes:
+        role: who says it, such as "system", "user" or "assistant".
+        content: what is said.
+    """
+
+    role: str
+    content: str
+
+
+Query = str | tuple[Message, ...]
+"""What a model answers: a text, or a conversation."""
+
+
+def parse_query(query: str | Sequence[Mapping[str, str]]) -> Query:
+    """A text, or chat messages as transformers takes them, as a query.
+
+    Raises:
+        UsageError: the query is neither, or a conversation that leaves nothing to answer.
+    """
+    if isinstance(query, str):
+        return query
+    expected = 'a text, or messages such as [{"role": "user", "content": "Hello"}]'
+    if isinstance(query, Mapping) or not isinstance(query, Sequence) or isinstance(query, bytes):
+        raise UsageError(f"The prompt is a {type(query).__name__}; expected {expected}.")
+    messages = []
+    for number, message in enumerate(query):
+        if not isinstance(message, Mapping):
+            raise UsageError(
+                f"The prompt is a list, and its entry {number} is {_shown(message)}; expected "
+                f"{expected}. For several prompts, call it once for each: the model stays loaded."
+            )
+        if set(message) != {"role", "content"} or not all(
+            isinstance(value, str) for value in message.values()
+        ):
+            raise UsageError(
+                f"Message {number} is {_shown(dict(message))}; expected a dict of two texts, "
+                '"role" and "content".'
+            )
+        messages.append(Message(message["role"], message["content"]))
+    if not messages:
+        raise UsageError(f"The prompt is an empty list; expected {expected}.")
+    if messages[-1].role == "assistant":
+        raise UsageError(
+            "The last message is the assistant's, so that nothing is left to answer. End with "
+            "another one, such as the user's."
+        )
+    return tuple(messages)
 
 
 @dataclass(frozen=True)
@@ -113,30 +172,29 @@ class Generator:
         """How many tokens the model was built for, if its config says so."""
         return context_of(self.model)
 
-    def encode(self, query: str, *, chat: bool = False) -> Any:
+    def encode(self, query: Query, *, chat: bool = False) -> Any:
         """Token ids of a prompt, int64 [1, length] on the device.
 
         Args:
-            query: the text.
-            chat: put it into the model's chat template, if it has one.
+            query: a text, or a conversation, which always goes into the chat template.
+            chat: put a text into the model's chat template, too, if it has one.
 
         Raises:
-            UsageError: the prompt is empty or gives no token.
+            UsageError: the prompt is empty or gives no token, or is a conversation although the
+                model has no chat template.
             ArtifactError: the chat template or the tokenizer fails, or makes a token that the model
                 does not know.
         """
         import torch
 
-        if not query.strip():
+        said = query if isinstance(query, str) else "".join(m.content for m in query)
+        if not said.strip():
             raise UsageError("The prompt is empty. Give at least one word.")
-        if not _is_utf8(query):
+        if not _is_utf8(said):
             raise UsageError("The prompt is not UTF-8. Give it in that encoding.")
-        templated = chat and self.tokenizer.has_template
-        if templated:
-            messages = [{"role": "user", "content": query}]
-            query = self.tokenizer.in_template(messages, answer_follows=True)
+        text, templated = self._in_template(query, chat)
         # A template writes its special tokens itself.
-        ids = self.tokenizer.ids(query, special=not templated)
+        ids = self.tokenizer.ids(text, special=not templated)
         if not ids:
             raise UsageError("The tokenizer makes no token of this prompt. Give another one.")
         known = self.model.get_input_embeddings().weight.shape[0]
@@ -147,20 +205,36 @@ class Generator:
             )
         return torch.tensor([ids], dtype=torch.int64).to(self.device)
 
+    def _in_template(self, query: Query, chat: bool) -> tuple[str, bool]:
+        """The text of a query, and whether the chat template wrote it."""
+        if isinstance(query, str):
+            if not (chat and self.tokenizer.has_template):
+                return query, False
+            messages = [{"role": "user", "content": query}]
+            return self.tokenizer.in_template(messages, answer_follows=True), True
+        if not self.tokenizer.has_template:
+            raise UsageError(
+                f"The tokenizer of {self.tokenizer.where} has no chat template, so that messages "
+                "mean nothing to it. Give the prompt as one text."
+            )
+        messages = [message.to_json() for message in query]
+        text = self.tokenizer.in_template(messages, answer_follows=True, remedy=_MESSAGES_REMEDY)
+        return text, True
+
     def answer(
-        self, query: str, sampling: Sampling, *, chat: bool = False, streamer: Any = None
+        self, query: Query, sampling: Sampling, *, chat: bool = False, streamer: Any = None
     ) -> list[Answer]:
         """Continues a prompt.
 
         Args:
             query: the prompt.
             sampling: how tokens are chosen.
-            chat: put the prompt into the model's chat template, if it has one.
+            chat: as in `encode`.
             streamer: a transformers streamer that sees tokens as they come.
 
         Raises:
-            UsageError: the prompt is empty or gives no token, or is already as long as
-                `max_length` or the model's context.
+            UsageError: the prompt is empty or gives no token, is a conversation although the model
+                has no chat template, or is already as long as `max_length` or the model's context.
             ArtifactError: the chat template or the tokenizer fails, or the model does.
             ResourceError: memory runs out.
         """
@@ -275,6 +349,11 @@ def _of_generating(error: Exception) -> PipelineError:
         f"The model does not generate: {text}. Look at its config.json and "
         "generation_config.json: transformers does as they say."
     )
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _brief(error: Exception) -> str:

@@ -9,22 +9,38 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
+from nf4_pipeline.checkpoint.folder_advice import cache_commit
 from nf4_pipeline.checkpoint.source import open_checkpoint
-from nf4_pipeline.errors import ArtifactError, PipelineError, ResourceError
+from nf4_pipeline.errors import ArtifactError, PipelineError, ResourceError, UsageError
 from nf4_pipeline.model.check_folder import building, check_model_fits
 from nf4_pipeline.model.config import brief_text, read_config
 from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.model.linear import is_plain_linear
 from nf4_pipeline.model.load_dtype import compute_dtype, float32_parts
+from nf4_pipeline.progress import ProgressCallback, as_reporter
 from nf4_pipeline.quiet_libraries import quiet_loading
 from nf4_pipeline.runtime.artifact import is_quantized, open_folder
 from nf4_pipeline.runtime.bnb_cpu_fixes import repair
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device]
+    """Where the modules of a model go, as transformers takes it."""
+
+_SPREAD: Final = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Device maps that transformers makes by itself."""
+_ELSEWHERE: Final = ("cpu", "disk")
+"""Where a device map may put modules that no GPU holds."""
+_NO_ROOM: Final = "dispatched on the CPU or the disk"  # in what transformers says of it
 
 _QUANTIZER_NAME: Final = "bitsandbytes_4bit"
 _swap = threading.Lock()  # the table of quantizers belongs to the whole process
@@ -43,58 +59,108 @@ class LoadReport:
     unexpected: tuple[str, ...]
 
 
+class LoadOptions(TypedDict, total=False):
+    """The keywords of `load`."""
+
+    device: str
+    device_map: DeviceMap | None
+    max_memory: Mapping[int | str, int | str] | None
+    dtype: str | torch.dtype
+    quantize: bool
+    revision: str | None
+    offline: bool
+    progress: ProgressCallback | None
+
+
 def load(
-    artifact: str | Path | None = None,
+    path_or_repo: str | PathLike[str] | None = None,
     *,
     device: str = "auto",
+    device_map: DeviceMap | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    dtype: str | torch.dtype = "auto",
     quantize: bool = True,
-    dtype: str = "auto",
-) -> Any:
+    revision: str | None = None,
+    offline: bool = False,
+    progress: ProgressCallback | None = None,
+) -> PreTrainedModel:
     """Loads a causal LM, ready to generate.
 
+    A model on the Hub is pinned to a commit, and every file's hash is checked; the commit is left
+    in `model.config._commit_hash`.
+
     Args:
-        artifact: an artifact, a build folder, a plain 16-bit checkpoint, or a Hub id; None takes
-            the newest build under ./artifacts.
-        device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
+        path_or_repo: an artifact, a build folder, a plain 16-bit checkpoint, or a Hub id; None
+            takes the newest build under ./artifacts.
+        device: the one device of the model: "auto" (a GPU where there is one), "cpu", "cuda" or
+            "cuda:N".
+        device_map: for several devices, instead of `device`, as transformers takes it: "auto" or
+            "balanced" (over all GPUs), "balanced_low_0", "sequential", or the device of each
+            module by its name.
+        max_memory: with such a word as `device_map`, how much of each device may be used, such as
+            {0: "10GiB", 1: "20GiB"}.
+        dtype: what is computed in: "bfloat16", "float16", "float32" or a torch dtype of these, or
+            "auto" for what the checkpoint is stored in (float16 for bfloat16 on a GPU older than
+            Ampere, such as a T4, which has no bfloat16 arithmetic).
         quantize: a plain checkpoint is quantized to NF4 while it is loaded; False loads it in the
             precision it is stored in. An artifact is loaded as it is.
-        dtype: what is computed in: "bfloat16", "float16", "float32", or "auto" for what the
-            checkpoint is stored in (float16 for bfloat16 on a GPU older than Ampere, such as a T4,
-            which has no bfloat16 arithmetic).
+        revision: branch, tag or commit of a model on the Hub; None for its main branch.
+        offline: take a model on the Hub as it is cached; HF_HUB_OFFLINE says so, too.
+        progress: told how far a download is.
 
     Returns:
-        A transformers model in eval mode on the device.
+        A transformers model in eval mode on its devices.
 
     Raises:
         ArtifactError: the folder holds no model that transformers can load, or 4-bit weights
             without scales.
         SourceError: the folder holds no weights in safetensors, a file leads out of it or is not
             what its name says, or the config is not that of the weights.
-        HubError: the Hub does not give the model.
-        ResourceError: this machine has no such device.
-        UsageError: the name means nothing, or `dtype` is none that models are computed in.
+        HubError: the Hub does not give the model, or not the bytes that it lists.
+        ResourceError: this machine has no such device, or its devices have too little memory.
+        UsageError: the name means nothing, or an option is out of its range or does not go with
+            another one.
     """
-    return load_with_report(artifact, device=device, quantize=quantize, dtype=dtype)[0]
+    return load_with_report(
+        path_or_repo,
+        device=device,
+        device_map=device_map,
+        max_memory=max_memory,
+        dtype=dtype,
+        quantize=quantize,
+        revision=revision,
+        offline=offline,
+        progress=progress,
+    )[0]
 
 
 def load_with_report(
-    artifact: str | Path | None = None,
+    path_or_repo: str | PathLike[str] | None = None,
     *,
     device: str = "auto",
+    device_map: DeviceMap | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    dtype: str | torch.dtype = "auto",
     quantize: bool = True,
-    dtype: str = "auto",
-) -> tuple[Any, LoadReport]:
+    revision: str | None = None,
+    offline: bool = False,
+    progress: ProgressCallback | None = None,
+) -> tuple[PreTrainedModel, LoadReport]:
     """Loads a model as `load` does, and says what did not fit."""
-    where = open_folder(artifact)
+    placement = _place(device, device_map, max_memory)
+    where = open_folder(
+        _named(path_or_repo), as_reporter(progress), revision=revision, offline=offline
+    )
     folder = str(where)
-    target = pick_device(device)
     from transformers import AutoModelForCausalLM
 
     _check_quantization(where)
+    plain = quantize and not is_quantized(folder)
+    if plain or is_quantized(folder):
+        placement.check_4bit()
     check_model_fits(open_checkpoint(where))
     try:
-        computed_in = compute_dtype(_declared_dtype(folder), target, dtype) or "auto"
-        plain = quantize and not is_quantized(folder)
+        computed_in = _computed_in(_declared_dtype(folder), placement, dtype)
         # Named only where it is wanted: None would go over what the artifact's own config says.
         options = {"quantization_config": _nf4_config(computed_in)} if plain else {}
         with quiet_loading(), _quantize_plain_subclasses():
@@ -105,35 +171,143 @@ def load_with_report(
                 use_safetensors=True,
                 output_loading_info=True,
                 dtype=computed_in,
-                device_map={"": target},
+                device_map=placement.device_map,
+                **({"max_memory": dict(max_memory)} if max_memory else {}),
                 **options,
             )
     except PipelineError:
         raise
     except Exception as error:  # untrusted configs and weights fail in any way they like
-        raise ArtifactError(
-            f"{folder} could not be loaded on {target}: {brief_text(error)}"
-        ) from error
+        raise _refused(error, folder, placement) from error
     _check_scales(model, folder)
     _unify_dtypes(model)
     repair(model)
+    _name_as_on_hub(model, where)
     names = LoadReport(
         tuple(sorted(report["missing_keys"])), tuple(sorted(report["unexpected_keys"]))
     )
     return model.eval(), names
 
 
-def load_tokenizer(artifact: str | Path | None = None) -> Any:
-    """The tokenizer that belongs to a model; see `load` for the names it takes.
+def load_tokenizer(
+    path_or_repo: str | PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model.
 
     It is a stranger's program and runs in this process: what it takes is not limited here.
+
+    Args:
+        path_or_repo: as `load` takes it; of a Hub model, the weights are not fetched.
+        revision: branch, tag or commit of a model on the Hub; None for its main branch.
+        offline: take a model on the Hub as it is cached; HF_HUB_OFFLINE says so, too.
 
     Raises:
         ArtifactError: the tokenizer does not load.
         SourceError: a file of it leads out of the folder, or is not what its name says.
-        UsageError: the name means nothing.
+        HubError: the Hub does not give the model, or not the bytes that it lists.
+        UsageError: the name means nothing, or a revision was given for a local folder.
     """
-    return LimitedTokenizer.open(open_folder(artifact, weights=False)).tokenizer
+    folder = open_folder(_named(path_or_repo), weights=False, revision=revision, offline=offline)
+    tokenizer: PreTrainedTokenizerBase = LimitedTokenizer.open(folder).tokenizer
+    return tokenizer
+
+
+def _named(path_or_repo: str | PathLike[str] | None) -> str | None:
+    return None if path_or_repo is None else fspath(path_or_repo)
+
+
+@dataclass(frozen=True)
+class _Placement:
+    """Where a model goes.
+
+    Attributes:
+        device_map: as transformers takes it.
+        devices: that it may compute on, as "cpu" or "cuda:N".
+    """
+
+    device_map: Any
+    devices: tuple[str, ...]
+
+    def check_4bit(self) -> None:
+        """Refuses what 4-bit weights cannot do: wait on the CPU or a disk for their turn."""
+        places = set(self.device_map.values()) if isinstance(self.device_map, dict) else set()
+        if places & {*_ELSEWHERE} and places != {"cpu"}:
+            raise UsageError(
+                "device_map puts modules on the CPU or a disk beside those on a GPU, and 4-bit "
+                "weights compute only where they lie. Name GPUs for all modules, or the CPU."
+            )
+
+    def __str__(self) -> str:
+        return ", ".join(self.devices)
+
+
+def _place(
+    device: str, device_map: DeviceMap | None, max_memory: Mapping[int | str, int | str] | None
+) -> _Placement:
+    """What `device` and `device_map` mean on this machine.
+
+    Raises:
+        ResourceError: a device is named that this machine does not have.
+        UsageError: options were given that do not go together.
+    """
+    spread = isinstance(device_map, str) and device_map in _SPREAD
+    if device_map is not None and device != "auto":
+        raise UsageError(
+            f"device is {device!r} and device_map is {str(device_map)[:80]!r}; give one of them."
+        )
+    if max_memory and not spread:
+        raise UsageError(f"max_memory needs a device_map that is one of {', '.join(_SPREAD)}.")
+    if spread:
+        return _Placement(device_map, tuple(cuda_devices("auto")) or ("cpu",))
+    if isinstance(device_map, Mapping):
+        places = {name: _device_name(place) for name, place in device_map.items()}
+        if not places:
+            raise UsageError("device_map is empty; expected the device of each module by its name.")
+        computing = {place for place in places.values() if place != "disk"}
+        return _Placement(places, tuple(sorted(computing)) or ("cpu",))
+    target = pick_device(device) if device_map is None else _device_name(device_map)
+    return _Placement({"": target}, (target,))
+
+
+def _device_name(place: Any) -> str:
+    """ "cpu", "disk" or "cuda:N" for what transformers takes as a device."""
+    if isinstance(place, int):
+        place = f"cuda:{place}"
+    return str(place) if str(place) in _ELSEWHERE else pick_device(str(place))
+
+
+def _computed_in(declared: Any, placement: _Placement, wanted: str | torch.dtype) -> Any:
+    """The dtype that all devices of a model can compute in; "auto" if nothing says any."""
+    import torch
+
+    name = wanted if isinstance(wanted, str) else str(wanted).removeprefix("torch.")
+    found = [compute_dtype(declared, device, name) for device in placement.devices]
+    return torch.float16 if torch.float16 in found else found[0] or "auto"
+
+
+def _refused(error: Exception, folder: str, placement: _Placement) -> PipelineError:
+    """What transformers or torch raised while a model was loaded, as an error of ours."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError) or _NO_ROOM in str(error):
+        return ResourceError(
+            f"{folder} does not fit the memory of {placement}. End what else runs there, or spread "
+            'it over more GPUs (device_map="auto", without a max_memory that is too small).'
+        )
+    return ArtifactError(f"{folder} could not be loaded on {placement}: {brief_text(error)}")
+
+
+def _name_as_on_hub(model: Any, folder: Path) -> None:
+    """Lets a model of the Hub carry its repo and commit, not a folder of this machine's cache.
+
+    PEFT writes that name into an adapter, for whoever loads it.
+    """
+    if (found := cache_commit(folder)) is not None:
+        model.name_or_path = model.config._name_or_path = found[0]
+        model.config._commit_hash = found[1]
 
 
 def _check_quantization(folder: Path) -> None:

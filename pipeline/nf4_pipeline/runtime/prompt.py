@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import atexit
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from os import PathLike, fspath
 from pathlib import Path
-from typing import Final
+from typing import Final, TypedDict
 
 from nf4_pipeline.documents import Document
-from nf4_pipeline.errors import ArtifactError
+from nf4_pipeline.errors import ArtifactError, UsageError
 from nf4_pipeline.processes.parent_side import ChildFailed, Session
 from nf4_pipeline.processes.worker import Worker
-from nf4_pipeline.progress import SILENT, Reporter, SilentReporter, Task
+from nf4_pipeline.progress import (
+    SILENT,
+    ProgressCallback,
+    Reporter,
+    SilentReporter,
+    Task,
+    as_reporter,
+)
 from nf4_pipeline.runtime.artifact import open_folder
-from nf4_pipeline.runtime.generate import Answer, Sampling
+from nf4_pipeline.runtime.generate import Answer, Query, Sampling, parse_query
 
 WITHOUT_TEMPLATE: Final = "Leave it out (--raw, or chat=False)."
 
@@ -34,13 +42,13 @@ class PromptRequest(Document):
         device: "auto", "cpu", "cuda" or "cuda:N".
         query: the prompt.
         sampling: how tokens are chosen.
-        chat: put the prompt into the model's chat template, if it has one.
+        chat: put a text into the model's chat template, if it has one.
         streams: notes bring the pieces of the answer as they come.
     """
 
     folder: Path
     device: str
-    query: str
+    query: Query
     sampling: Sampling
     chat: bool
     streams: bool
@@ -92,7 +100,7 @@ atexit.register(_LOADED.close)
 class _Pieces(SilentReporter):
     """A reporter to whom notes are pieces of an answer."""
 
-    def __init__(self, show: Callable[[str], None], reporter: Reporter) -> None:
+    def __init__(self, show: Callable[[str], object], reporter: Reporter) -> None:
         self._show, self._reporter = show, reporter
 
     def task(
@@ -101,17 +109,20 @@ class _Pieces(SilentReporter):
         return self._reporter.task(title, total, unit=unit)
 
     def note(self, text: str) -> None:
-        self._show(text)
+        if text:
+            self._show(text)
 
 
 def ask(
-    query: str,
-    artifact: str | Path | None,
+    query: str | Sequence[Mapping[str, str]],
+    artifact: str | PathLike[str] | None,
     sampling: Sampling,
     *,
+    revision: str | None = None,
+    offline: bool = False,
     device: str = "auto",
     chat: bool = True,
-    show: Callable[[str], None] | None = None,
+    show: Callable[[str], object] | None = None,
     reporter: Reporter = SILENT,
 ) -> PromptReply:
     """Answers a query as `prompt` does, and says more of it.
@@ -120,6 +131,8 @@ def ask(
         query: what to answer or to continue.
         artifact: see `prompt`.
         sampling: how tokens are chosen.
+        revision: see `prompt`.
+        offline: see `prompt`.
         device: see `prompt`.
         chat: see `prompt`.
         show: gets the pieces of a single answer as they come.
@@ -128,8 +141,14 @@ def ask(
     Raises:
         PipelineError: whatever `prompt` raises, under the same conditions.
     """
-    folder = open_folder(artifact, reporter).absolute()
-    request = PromptRequest(folder, device, query, sampling, chat, show is not None)
+    asked = parse_query(query)
+    if not chat and not isinstance(asked, str):
+        raise UsageError("Messages go into the chat template: give them without chat=False.")
+    if show is not None and sampling.num_return_sequences > 1:
+        raise UsageError("Only one answer can be streamed; num_return_sequences asks for several.")
+    name = None if artifact is None else fspath(artifact)
+    folder = open_folder(name, reporter, revision=revision, offline=offline).absolute()
+    request = PromptRequest(folder, device, asked, sampling, chat, show is not None)
     try:
         return _LOADED.ask(request, reporter if show is None else _Pieces(show, reporter))
     except ChildFailed as failure:
@@ -138,9 +157,27 @@ def ask(
         ) from failure
 
 
+class PromptOptions(TypedDict, total=False):
+    """The keywords of `prompt`."""
+
+    max_length: int | None
+    max_new_tokens: int | None
+    top_k: int | None
+    top_p: float | None
+    temperature: float | None
+    num_return_sequences: int
+    seed: int
+    stream: Callable[[str], object] | None
+    chat: bool
+    device: str
+    revision: str | None
+    offline: bool
+    progress: ProgressCallback | None
+
+
 def prompt(
-    query: str,
-    artifact: str | Path | None = None,
+    query: str | Sequence[Mapping[str, str]],
+    artifact: str | PathLike[str] | None = None,
     *,
     max_length: int | None = None,
     max_new_tokens: int | None = None,
@@ -149,15 +186,20 @@ def prompt(
     temperature: float | None = None,
     num_return_sequences: int = 1,
     seed: int = 0,
-    device: str = "auto",
+    stream: Callable[[str], object] | None = None,
     chat: bool = True,
+    device: str = "auto",
+    revision: str | None = None,
+    offline: bool = False,
+    progress: ProgressCallback | None = None,
 ) -> list[str]:
     """Answers a query with a 4-bit model, which stays loaded for the next call.
 
     It runs in a process of its own, which ends with this one.
 
     Args:
-        query: what to answer or to continue.
+        query: what to answer or to continue: a text, or a conversation as chat messages, such as
+            [{"role": "system", "content": "…"}, {"role": "user", "content": "…"}].
         artifact: an artifact, a build, a plain checkpoint (quantized while loading) or a Hub id;
             None takes the newest build under ./artifacts.
         max_length: prompt and answer together, in tokens.
@@ -167,21 +209,27 @@ def prompt(
         temperature: of the draws; 0 is greedy. Without any of the three, answers are greedy unless
             several are asked for.
         num_return_sequences: how many answers.
-        seed: of the draws.
+        seed: of the draws; the same seed on the same machine gives the same answers.
+        stream: called with each piece of the one answer as it comes.
+        chat: put a text into the model's chat template, if it has one. Messages always go into it.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        chat: use the model's chat template, if it has one.
+        revision: branch, tag or commit of a model on the Hub; None for its main branch.
+        offline: take a model on the Hub as it is cached; HF_HUB_OFFLINE says so, too.
+        progress: told how far a download and the loading are.
 
     Returns:
         The answers, `num_return_sequences` of them, without the query.
 
     Raises:
-        UsageError: there is no such model, or a value of the sampling is out of its range.
+        UsageError: there is no such model, the query is empty or no query, messages were given
+            although the model has no chat template, or a value is out of its range or does not go
+            with another one.
         ArtifactError: the model or its tokenizer cannot be loaded, its chat template fails, or one
             of them takes more time or memory than any real one.
         SourceError: the folder holds no weights in safetensors, a file leads out of it or is not
             what its name says, or the config is not that of the weights.
-        HubError: the Hub does not give the model.
-        ResourceError: this machine has no such device.
+        HubError: the Hub does not give the model, or not the bytes that it lists.
+        ResourceError: this machine has no such device, or too little memory.
     """
     sampling = Sampling(
         max_length=max_length,
@@ -192,5 +240,15 @@ def prompt(
         num_return_sequences=num_return_sequences,
         seed=seed,
     )
-    reply = ask(query, artifact, sampling, device=device, chat=chat)
+    reply = ask(
+        query,
+        artifact,
+        sampling,
+        revision=revision,
+        offline=offline,
+        device=device,
+        chat=chat,
+        show=stream,
+        reporter=as_reporter(progress),
+    )
     return [answer.text for answer in reply.answers]

@@ -70,6 +70,6 @@ def _streamer(tokenizer: LimitedTokenizer, reporter: Reporter, begin: Callable[[
     class Streamer(TextStreamer):  # type: ignore[misc]
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             begin()
-            reporter.note(text + ("\n" if stream_end else ""))
+            reporter.note(text)
 
     return Streamer(tokenizer, skip_prompt=True)

@@ -50,13 +50,17 @@ from nf4_pipeline.verification.check_files import (
     check_source,
 )
 from nf4_pipeline.verification.check_model import check_kept, check_weights, report_unloadable
-from nf4_pipeline.verification.document import Against, MeasuredVerification, Verification
+from nf4_pipeline.verification.document import (
+    VERIFICATION_FILE,
+    Against,
+    MeasuredVerification,
+    Verification,
+)
 from nf4_pipeline.verification.eval_text import RANDOM, Text, read_text
 from nf4_pipeline.verification.launch import Examination, Workers, compare_scores
 from nf4_pipeline.verification.prompts import LARGEST, REFERENCE, Prompt, asked_with, read_prompts
 
 CODE_VERSION: Final = 6
-VERIFICATION_FILE: Final = "verification.json"
 REPORT_FILE: Final = "report.html"
 _WRITTEN: Final = {VERIFICATION_FILE, CARD_FILE, REPORT_FILE} | {
     picture.file for picture in PICTURES.values() if picture.file

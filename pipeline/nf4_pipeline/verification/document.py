@@ -22,6 +22,7 @@ from nf4_pipeline.fidelity.verdict import Check, Verdict
 from nf4_pipeline.readers.document import ReaderResult
 
 SCHEMA_VERSION: Final = 3
+VERIFICATION_FILE: Final = "verification.json"
 SCHEMA: Final = Path(__file__).with_name("verification.schema.json")
 
 

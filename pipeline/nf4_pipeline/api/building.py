@@ -1,0 +1,109 @@
+"""A model's name in, a verified artifact out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nf4_pipeline.api.artifact import Artifact
+from nf4_pipeline.api.interrupts import interruptible
+from nf4_pipeline.api.options import PathName, RecipeLike, make_machine, make_recipe, make_request
+from nf4_pipeline.machine import DEFAULT_MEMORY_BUDGET
+from nf4_pipeline.progress import ProgressCallback, as_reporter
+
+
+def build(
+    model: PathName,
+    *,
+    revision: str | None = None,
+    recipe: RecipeLike | None = None,
+    calibrate: PathName | None = None,
+    extra_bytes: str | None = None,
+    max_shard_size: str | None = None,
+    prompts: PathName | None = None,
+    eval_text: PathName | None = None,
+    eval_tokens: int | None = None,
+    device: str = "auto",
+    require_gpu: bool = False,
+    workers: int = 0,
+    memory_budget: str | int = DEFAULT_MEMORY_BUDGET,
+    build_dir: PathName | None = None,
+    offline: bool = False,
+    allow_pickle: bool = False,
+    allow_unhashed: bool = False,
+    allow_unused: Sequence[str] = (),
+    strip_prefix: str = "",
+    check: bool = False,
+    progress: ProgressCallback | None = None,
+) -> Artifact:
+    """Downloads, quantizes, serializes, verifies and attests a model, as `nf4 build` does.
+
+    What is done and still valid is not done again: after a failure or an interrupt, the same call
+    goes on where it was.
+
+    Args:
+        model: a Hub id, a local folder, or "sample", which comes with the package.
+        revision: branch, tag or commit of a Hub model; None for its main branch.
+        recipe: everything that shapes bytes and verdict: a `Recipe`, a TOML file, or its tables as
+            a mapping, such as {"verify": {"max_mean_kl": 0.1}}. What a keyword says beside it wins.
+        calibrate: "self" or a text or JSONL file: codes and scales are chosen from the model's
+            activations on tokens that it writes itself, or on that text.
+        extra_bytes: with `calibrate`, how many more bytes may go to leaving the layers that lose
+            most in 16 bit, such as "5%".
+        max_shard_size: of one weight file, such as "500MB"; 1 GB without it.
+        prompts: a JSONL file of {"prompt", "expect", "chat"} to ask both models.
+        eval_text: a text file on which both models are compared.
+        eval_tokens: how many tokens of that text, at most.
+        device: "auto", "cpu", "cuda" (quantizes on all GPUs, verifies on the first) or "cuda:N".
+        require_gpu: fail at once where there is no GPU to verify on.
+        workers: threads that quantize; 0 for as many as keep the device busy.
+        memory_budget: bytes of all buffers of the engine together, as a number or such as "1GiB".
+        build_dir: the build folder; None for one under ./artifacts that is named for the model.
+        offline: take a Hub model as it is cached.
+        allow_pickle: scan and convert weights that are pickles, where there are no others.
+        allow_unhashed: take files for which the Hub lists no hash, too.
+        allow_unused: patterns of tensors that the model has no place for and may be left out.
+        strip_prefix: what a wrapper left before the names of all tensors, such as "module.".
+        check: hash everything again, also what looks untouched since it was hashed.
+        progress: called with each `ProgressEvent`. What it raises ends the build; what is finished
+            is kept.
+
+    Returns:
+        The artifact, whether its verdict is "pass" or "fail".
+
+    Raises:
+        UsageError: the name or an option means nothing; `RecipeError` for the recipe.
+        SourceError: the checkpoint cannot be used.
+        HubError: the Hub refuses, does not answer, or sends wrong bytes.
+        BuildError: another process works in the build folder, or the folder cannot be worked in.
+        ArtifactError: what was written is not what it should be.
+        ResourceError: disk, memory or the device that was asked for is lacking.
+        KeyboardInterrupt: the user stopped it; the text says what is kept.
+    """
+    options = make_recipe(
+        recipe,
+        calibrate=calibrate,
+        extra_bytes=extra_bytes,
+        max_shard_size=max_shard_size,
+        prompts=prompts,
+        eval_text=eval_text,
+        eval_tokens=eval_tokens,
+    )
+    machine = make_machine(
+        device=device, require_gpu=require_gpu, workers=workers, memory_budget=memory_budget
+    )
+    request = make_request(
+        model,
+        revision=revision,
+        offline=offline,
+        allow_pickle=allow_pickle,
+        allow_unhashed=allow_unhashed,
+        check=check,
+        allow_unused=allow_unused,
+        strip_prefix=strip_prefix,
+        build_dir=build_dir,
+    )
+    from nf4_pipeline.job import run_build
+
+    with interruptible():
+        made, _ = run_build(request, options.recipe, machine, as_reporter(progress))
+    return Artifact.open(made.export)
