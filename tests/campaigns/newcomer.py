@@ -168,10 +168,10 @@ def faults_of(mistake: Mistake, done: Done) -> list[str]:
     faults = [f"does not say {part!r}" for part in mistake.said if not re.search(part, said)]
     if done.status != mistake.status:
         faults.append(f"status {done.status}, expected {mistake.status}")
-    if not said.startswith("Error: ") or said.count("Error: ") != 1:
+    if len(re.findall(r"^Error: ", done.err, re.MULTILINE)) != 1:
         faults.append("is not one error")
     faults += [word for word in ("Traceback", "bug in nf4") if word in done.err]
-    if re.search(r"\b[0-9a-f]{64}\b|b'|\\x", said):
+    if re.search(r"\b[0-9a-f]{64}\b|\\b(rb|b)'|\\x", said):
         faults.append("shows raw digests or bytes")
     return faults
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from nf4_pipeline.checkpoint.model_name import is_hub_id
 from nf4_pipeline.checkpoint.named_path import named_path
-from nf4_pipeline.errors import UsageError
+from nf4_pipeline.errors import RecipeError, UsageError
 from nf4_pipeline.machine import DEFAULT_MEMORY_BUDGET, Machine
 from nf4_pipeline.recipe import TABLES, PartialRecipe, Recipe, parse_recipe, parse_size, read_tables
 
@@ -93,9 +93,20 @@ def make_recipe(
         if values := {key: value for key, value in options.items() if value is not None}:
             if name == "quantize":
                 values["rounding"] = ""  # it follows from the others
-            whole = replace(whole, **{name: replace(getattr(whole, name), **values)})
+            try:
+                table = replace(getattr(whole, name), **values)
+            except RecipeError as error:
+                raise RecipeError(_by_option(str(error), name, values)) from error
+            whole = replace(whole, **{name: table})
             given |= {name}
     return PartialRecipe(whole, given)
+
+
+def _by_option(text: str, table: str, keys: Iterable[str]) -> str:
+    """A message about a key of a recipe, with the name that was typed for it."""
+    for key in keys:
+        text = text.replace(f"{table}.{key}", f"--{key.replace('_', '-')}")
+    return text
 
 
 def _read(recipe: RecipeLike | PartialRecipe | None) -> tuple[Recipe, frozenset[str]]:

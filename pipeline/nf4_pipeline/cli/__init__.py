@@ -4,6 +4,7 @@ A command's file is imported only when the command is named, and what is heavy o
 so `nf4 --help` answers at once.
 
     options.py    options that commands share, and what they become
+    help.py       examples on help pages, and what is said of a line that cannot be read
     terminal.py   the one place that prints; what controls a terminal is shown instead
     reporting.py  progress on stderr
     summary.py    what a person sees at the end of `nf4 build`
@@ -29,6 +30,7 @@ from typing import Any, Final
 import click
 
 from nf4_pipeline import __version__
+from nf4_pipeline.cli.help import no_such_command, usage_message, write_examples
 from nf4_pipeline.cli.terminal import guarded, say, show_cursor
 from nf4_pipeline.errors import (
     PipelineError,
@@ -69,18 +71,41 @@ class _LazyGroup(click.Group):
         command: click.Command = import_module(f"nf4_pipeline.cli.{cmd_name}").command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name in COMMANDS or name.startswith("-") or ctx.resilient_parsing:
+            return super().resolve_command(ctx, args)
+        raise click.UsageError(no_such_command(name, list(COMMANDS)), ctx)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        write_examples(_EXAMPLES, formatter)
+        with formatter.section("Completion of what you type"):
+            formatter.write_dl(list(_COMPLETION.items()))
+
+
+_EXAMPLES: Final = (
+    ("nf4 build sample", "A small model that comes along: no GPU, no network, half a minute."),
+    ("nf4 build tiiuae/falcon-7b-instruct --calibrate self", "A model of the Hub, the better way."),
+)
+_COMPLETION: Final = {
+    "~/.bashrc": 'eval "$(_NF4_COMPLETE=bash_source nf4)"',
+    "~/.zshrc": 'eval "$(_NF4_COMPLETE=zsh_source nf4)"',
+    "~/.config/fish/config.fish": "_NF4_COMPLETE=fish_source nf4 | source",
+}
+"""The line that makes a shell complete commands, options and models, and the file that it goes
+into."""
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="nf4")
 def cli() -> None:
-    """Quantize a Hugging Face causal LM to bitsandbytes NF4, prove what it is worth, publish it.
-
-    Start with:  nf4 build sample   or   nf4 build tiiuae/falcon-7b-instruct
-    """
+    """Quantize a Hugging Face causal LM to bitsandbytes NF4, prove what it is worth, publish it."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -146,7 +171,7 @@ def _say_usage(error: click.ClickException) -> None:
         usage = f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n"
         with suppress(OSError):
             say(usage, err=True, lines=True)
-    _fail(error.format_message())
+    _fail(usage_message(error))
 
 
 def _say_failed_import(error: BaseException) -> str | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nf4_pipeline.cli.help import CommandWithExamples, complete_model
 from nf4_pipeline.cli.options import Ui, output_options
 from nf4_pipeline.cli.terminal import say
 
@@ -14,8 +15,15 @@ if TYPE_CHECKING:
     from nf4_pipeline.manifest.manifest import Manifest
 
 
-@click.command("inspect")
-@click.argument("artifact")
+@click.command(
+    "inspect",
+    cls=CommandWithExamples,
+    examples=(
+        ("nf4 inspect artifacts/NAME", "A build: sizes, bits and errors by module."),
+        ("nf4 inspect artifacts/NAME/export --tensors", "Also every tensor."),
+    ),
+)
+@click.argument("artifact", shell_complete=complete_model)
 @click.option("--tensors", is_flag=True, help="Also list every tensor.")
 @output_options
 def command(ui: Ui, artifact: str, tensors: bool) -> None:

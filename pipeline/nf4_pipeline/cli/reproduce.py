@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nf4_pipeline.cli.help import CommandWithExamples
 from nf4_pipeline.cli.options import THREADS, NamedPath, Ui, output_options
 from nf4_pipeline.cli.terminal import say
 from nf4_pipeline.errors import NOT_CHECKED
@@ -16,7 +17,17 @@ if TYPE_CHECKING:
     from nf4_pipeline.reproduce.reproduce import Reproduction
 
 
-@click.command("reproduce")
+@click.command(
+    "reproduce",
+    cls=CommandWithExamples,
+    examples=(
+        ("nf4 reproduce artifacts/NAME", "From the commit that its manifest pins."),
+        (
+            "nf4 reproduce DOWNLOADED --source ./my-model",
+            "From a copy of the source on this machine.",
+        ),
+    ),
+)
 @click.argument("artifact", type=NamedPath())
 @click.option(
     "--source",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nf4_pipeline.cli.help import CommandWithExamples, complete_model
 from nf4_pipeline.cli.options import (
     Ui,
     build_dir_option,
@@ -21,25 +22,27 @@ if TYPE_CHECKING:
     from nf4_pipeline.recipe import PartialRecipe
 
 
-@click.command("serialize")
-@click.argument("model", required=False)
-@click.option("--max-shard-size", help='Such as "500MB", at most 1GB; wins over the recipe.')
+@click.command(
+    "serialize",
+    cls=CommandWithExamples,
+    examples=(
+        ("nf4 serialize", "The newest build."),
+        ("nf4 serialize sample --max-shard-size 500MB", "In smaller files."),
+    ),
+)
+@click.argument("model", required=False, shell_complete=complete_model)
 @build_dir_option
-@recipe_options
+@recipe_options("serialize")
 @output_options
 def command(
     ui: Ui,
     recipe: PartialRecipe,
     machine: Machine,
     model: str | None,
-    max_shard_size: str | None,
     build_dir: Path | None,
 ) -> None:
     """Write the publishable folder of a quantized build, with its manifest.
 
     MODEL is what the build was started with; without it, the newest build is meant.
     """
-    from nf4_pipeline.api.options import make_recipe
-
-    recipe = make_recipe(recipe, max_shard_size=max_shard_size)
     run_one_stage("serialize", ui, existing_build(model, build_dir), recipe, machine)
