@@ -13,6 +13,9 @@ import sys
 IMPORTS = """
 from importlib import import_module
 
+from nf4_pipeline.quiet_libraries import quiet_libraries
+
+quiet_libraries()
 for name in (
     "nf4_pipeline.cli.summary",
     "nf4_pipeline.job",

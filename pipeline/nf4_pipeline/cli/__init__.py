@@ -7,6 +7,7 @@ so `nf4 --help` answers at once.
     help.py       examples on help pages, and what is said of a line that cannot be read
     terminal.py   the one place that prints; what controls a terminal is shown instead
     reporting.py  progress on stderr
+    module_tree.py  the modules of an artifact as a tree, with bits and error
     summary.py    what a person sees at the end of `nf4 build`
 
 and the commands, as `COMMANDS` tells them: build.py, download.py, quantize.py, serialize.py,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -13,6 +15,8 @@ from nf4_pipeline.cli.terminal import say
 
 if TYPE_CHECKING:
     from nf4_pipeline.manifest.manifest import Manifest
+
+_WIDEST: Final = 100  # columns of the tree
 
 
 @click.command(
@@ -71,6 +75,12 @@ def _show(folder: Path, manifest: Manifest, tensors: bool) -> None:
             f"  loading      {len(manifest.hidden_modules)} modules are of a class that stock "
             "transformers >= 5.5 passes over; use nf4_pipeline.load (see README.md)"
         )
+    from nf4_pipeline.cli.module_tree import lines_of
+
+    say("  modules, with bits per weight and relative RMSE (layers that are alike are one):")
+    width = min(shutil.get_terminal_size().columns, _WIDEST)
+    for line in lines_of(manifest.tensors, width - 2, sys.stdout.encoding or "ascii"):
+        say(f"  {line}")
     for tensor in manifest.tensors if tensors else ():
         what = (
             f"{tensor.dtype}, {tensor.reason}"
