@@ -370,8 +370,10 @@ def _parse_table(kind: type[T], name: str, tables: Mapping[str, object], where: 
 def _reject_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> None:
     unknown = sorted(set(keys) - set(known))
     if unknown:
-        near = did_you_mean(str(unknown[0]), known) or f" Expected {', '.join(known)}."
-        raise RecipeError(f"{where}: {_shown(unknown[0])} is unknown.{near}")
+        near = did_you_mean(str(unknown[0]), known)
+        raise RecipeError(
+            f"{where}: {_shown(unknown[0])} is unknown; expected {', '.join(known)}.{near}"
+        )
 
 
 def _typed(value: object, default: object, where: str) -> Any:

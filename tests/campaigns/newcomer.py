@@ -18,9 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from nf4_pipeline.provenance.signing import sign
+
 from tests.support.hub_client import isolated
 from tests.support.hub_server import HubServer
-from tests.support.tiny import Done, copy_of, edit_json
+from tests.support.signed import make_keys
+from tests.support.tiny import Done, copy_of, edit_json, flip_byte
 
 ROOT: Final = Path(__file__).parents[2]
 NOBODY: Final = "http://127.0.0.1:9"
@@ -29,6 +32,7 @@ NOBODY: Final = "http://127.0.0.1:9"
 GATED: Final = "meta-llama/Llama-9-8B"
 BUILD: Final = "artifacts/model@000000000000"
 MOVED: Final = "artifacts/moved@000000000000"
+SIGNED: Final = "signed"
 BARE: Final = "artifacts/bare@000000000000"
 
 
@@ -79,10 +83,11 @@ def make_place(folder: Path, model: Path, whole: Path) -> Path:
     for path in (folder / MOVED / "source").iterdir():
         path.unlink()
         path.symlink_to(f"/mnt/usb-stick/{path.name}")
-    for name in ("serialize", "verify", "attest"):
-        (folder / BARE / "records" / f"{name}.json").unlink(missing_ok=True)
-    shutil.rmtree(folder / BARE / "export")
-    for name in ("lora", "gguf", "awq", "pickled", "empty", "t5", "no-tokenizer"):
+    for build in (BARE, MOVED):
+        for name in ("serialize", "verify", "attest"):
+            (folder / build / "records" / f"{name}.json").unlink(missing_ok=True)
+        shutil.rmtree(folder / build / "export")
+    for name in ("lora", "gguf", "awq", "pickled", "empty", "t5", "no-tokenizer", "half-tokenizer"):
         (folder / name).mkdir()
     (folder / "lora" / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": "tiiuae/falcon-7b", "peft_type": "LORA"})
@@ -98,12 +103,15 @@ def make_place(folder: Path, model: Path, whole: Path) -> Path:
     for path in (folder / "pickled").glob("*.safetensors*"):
         path.unlink()
     (folder / "pickled" / "pytorch_model.bin").write_bytes(b"PK\3\4" + bytes(64))
+    shutil.copyfile(weights, folder / "t5" / "model.safetensors")
     (folder / "t5" / "config.json").write_text(
         json.dumps({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]})
     )
     for path in (folder / "model").iterdir():
         if not path.name.startswith("tokenizer"):
             shutil.copyfile(path, folder / "no-tokenizer" / path.name)
+        if path.name != "tokenizer.json":
+            shutil.copyfile(path, folder / "half-tokenizer" / path.name)
     cache = folder / "models--tiiuae--falcon-7b"
     copy_of(folder / "model", cache / "snapshots" / ("ab" * 20))
     (folder / "typo.toml").write_text("[quantize]\nskip_module = ['h.31']\n")
@@ -112,8 +120,16 @@ def make_place(folder: Path, model: Path, whole: Path) -> Path:
     (folder / "short.txt").write_text("Too short.\n")
     (folder / "notes.txt").write_text("Notes.\n")
     (folder / "key.pem").write_text("not a key\n")
-    (folder / "artifacts" / "README.md").write_text("")
+    _sign_and_change(folder, whole / "export")
     return folder
+
+
+def _sign_and_change(folder: Path, export: Path) -> None:
+    """A signed artifact in which a file was changed since, and the public key."""
+    private, _ = make_keys(folder, "signer")
+    copy_of(export, folder / SIGNED)
+    sign(folder / SIGNED, private)
+    flip_byte(folder / SIGNED / "config.json")
 
 
 def serve(hub: HubServer, model: Path) -> None:
@@ -138,7 +154,10 @@ def run_process(mistake: Mistake, place: Path, endpoint: str) -> Done:
     env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     if "HF_TOKEN" not in mistake.variables:
         env.pop("HF_TOKEN", None)
-    line = f'nf4() {{ {sys.executable} -m nf4_pipeline "$@"; }}\n{mistake.line}'
+    line = (
+        f'nf4() {{ {sys.executable} -m nf4_pipeline "$@"; }}\n'
+        f'make() {{ command make --no-print-directory -C {ROOT} "$@"; }}\n{mistake.line}'
+    )
     done = subprocess.run(
         ["bash", "-c", line],
         cwd=place,
@@ -181,22 +200,22 @@ MISTAKES: Final = (
     Mistake("command", "nf4 biuld sample", ("No such command 'biuld'", "Did you mean.*build")),
     Mistake("command", "nf4 quantise sample", ("No such command", "quantize")),
     Mistake("command", "nf4 reproduc model", ("No such command", "reproduce")),
-    Mistake("command", "nf4 upload model", ("No such command", "nf4 --help")),
+    Mistake("command", "nf4 upload model", ("No such command", "Did you mean 'push'")),
+    Mistake("command", "nf4 frobnicate", ("No such command", "nf4 --help")),
     Mistake("command", "nf4 sample", ("No such command", "nf4 build sample")),
     Mistake("option", "nf4 build sample --calibarte self", ("No such option", "--calibrate")),
     Mistake("option", "nf4 build model --max-shard 1GB", ("No such option", "--max-shard-size")),
     Mistake("option", "nf4 status --workers 4", ("No such option",)),
-    Mistake("option", "nf4 build model --workers many", ("--workers", "not a valid integer")),
+    Mistake("option", "nf4 build model --workers many", ("--workers", "not a valid whole number")),
     Mistake("option", "nf4 build model --device gpu", ("--device 'gpu'", "auto, cpu, cuda")),
     Mistake(
         "option",
-        "nf4 quantize --device cuda",
-        ("no CUDA device|no such device|cuda", "--device cpu|--device auto"),
+        'nf4 prompt model "Hello" --device cuda',
+        ("Device cuda", "0 CUDA devices", "--device cpu"),
         1,
     ),
     Mistake("option", "nf4 build model --memory-budget lots", ("--memory-budget", "256MiB|5GB")),
     Mistake("option", "nf4 build model --max-shard-size 5", ("5 bytes", "MB")),
-    Mistake("option", "nf4 serialize --max-shard-size 20GB", ("20GB", "at most 1GB")),
     Mistake(
         "option", "nf4 build model --extra-bytes 5", ("extra_bytes|--extra-bytes", "--calibrate")
     ),
@@ -211,12 +230,12 @@ MISTAKES: Final = (
     Mistake(
         "model",
         "nf4 build https://huggingface.co/tiiuae/falcon-7b-instruct",
-        ("address", "nf4 build tiiuae/falcon-7b-instruct"),
+        ("address", "by its id: tiiuae/falcon-7b-instruct"),
     ),
     Mistake(
         "model",
         "nf4 build https://huggingface.co/tiiuae/falcon-7b/tree/refs%2Fpr%2F3",
-        ("address", "nf4 build tiiuae/falcon-7b --revision refs/pr/3"),
+        ("address", "by its id: tiiuae/falcon-7b --revision refs/pr/3"),
     ),
     Mistake(
         "model",
@@ -232,7 +251,7 @@ MISTAKES: Final = (
     Mistake(
         "model",
         "nf4 build model/model-00001-of-00002.safetensors",
-        ("one file", "nf4 build model"),
+        ("one file", "folder that holds all of them: model"),
     ),
     Mistake("model", "nf4 build notes.txt", ("is a file", "folder")),
     Mistake("model", "nf4 build gguf", ("GGUF files", "16-bit checkpoint"), 1),
@@ -299,9 +318,9 @@ MISTAKES: Final = (
     Mistake("file", "nf4 build model --calibrate short.txt", ("short.txt", "tokens", "at least")),
     Mistake("file", "nf4 build no-tokenizer --calibrate short.txt", ("tokenizer", "self")),
     # Artifacts
-    Mistake("artifact", "nf4 verify nothing", ("no build of nothing", "nf4 build"), 1),
+    Mistake("artifact", "nf4 verify nothing", ("no build of nothing", "nf4 build nothing"), 1),
     Mistake("artifact", f"nf4 verify --build-dir {BARE}", ("serialize",), 1),
-    Mistake("artifact", "nf4 inspect model", ("manifest.json", "16-bit|nf4 build"), 1),
+    Mistake("artifact", "nf4 inspect model", ("manifest.json", "export/ folder of a build"), 1),
     Mistake("artifact", "nf4 inspect nothing", ("no such folder",)),
     Mistake("artifact", "nf4 reproduce nothing", ("no such folder", "artifact")),
     Mistake("artifact", f'nf4 prompt {BARE} "Hello"', ("without an export", "nf4 build"), 1),
@@ -310,13 +329,32 @@ MISTAKES: Final = (
         "artifact", 'nf4 prompt model "Hello" --temperature hot', ("--temperature", "not a valid")
     ),
     Mistake("artifact", 'nf4 prompt model "Hello" --top-p 90', ("top_p|--top-p", "0", "1")),
+    Mistake(
+        "artifact",
+        'nf4 prompt half-tokenizer "Hello"',
+        ("has no tokenizer", "tokenizer.json", "Bring it"),
+        1,
+    ),
+    Mistake(
+        "artifact",
+        f"nf4 check {SIGNED} --key signer.pub",
+        ("other bytes", "get it again"),
+        1,
+    ),
     Mistake("artifact", 'nf4 prompt no-tokenizer "Hello"', ("tokenizer", "tokenizer.json"), 1),
     Mistake("artifact", f"nf4 sign {BUILD}", ("Missing option '--key'", "openssl|PEM|key.pem")),
     Mistake("artifact", f"nf4 sign {BUILD} --key key.pem", ("no private key", "openssl ecparam")),
     Mistake("artifact", f"nf4 check {BUILD} --key key.pem", ("has no signature", "nf4 sign"), 1),
-    Mistake("artifact", f"nf4 push {BUILD}", ("Missing option '--repo-id'", "ORG/NAME")),
+    Mistake(
+        "artifact", f"nf4 push {BUILD}", ("Missing option '--repo-id'", "--repo-id me/sample-nf4")
+    ),
     Mistake("artifact", f"nf4 push {BUILD} --repo-id mine", ("--repo-id mine", "ORG/NAME")),
-    Mistake("artifact", f"nf4 push {BARE} --repo-id me/mine", ("verif", "nf4 verify"), 1),
+    Mistake(
+        "artifact",
+        f"nf4 push {BARE} --repo-id me/mine --dry-run",
+        ("serialize|verif", "nf4 verify|nf4 build"),
+        1,
+    ),
     Mistake(
         "artifact",
         f"nf4 push {BUILD} --repo-id me/mine",

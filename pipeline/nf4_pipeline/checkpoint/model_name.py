@@ -33,6 +33,19 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 
+def model_path(name: str | Path) -> Path:
+    """The path that is meant by the name of a model.
+
+    Raises:
+        UsageError: the name is empty, or no path can be called so.
+    """
+    if not str(name).strip():
+        raise UsageError(
+            f"The name of the model is empty, as of a variable that is not set: expected {WANTED}."
+        )
+    return named_path(name)
+
+
 def check_hub_id(name: str) -> None:
     """Refuses what is no folder and no Hub id either.
 

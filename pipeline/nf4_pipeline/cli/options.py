@@ -45,7 +45,13 @@ class NamedPath(click.Path):
             self.fail(f"{str(value)!r}: {error.strerror}.", param, ctx)
 
 
-THREADS: Final = click.IntRange(min=0, max=1024)
+class WholeNumber(click.IntRange):
+    """A whole number from a range; what is none is called so."""
+
+    name = "whole number"
+
+
+THREADS: Final = WholeNumber(min=0, max=1024)
 
 
 def output_options(command: Command) -> Command:
@@ -189,7 +195,7 @@ _SHAPING: Final[dict[str, tuple[Callable[[Command], Command], ...]]] = {
         ),
         click.option(
             "--eval-tokens",
-            type=click.IntRange(min=2, max=10**9),
+            type=WholeNumber(min=2, max=10**9),
             metavar="N",
             help="Tokens of it, at most.  [default: 8192]",
         ),

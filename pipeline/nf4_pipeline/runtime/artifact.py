@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nf4_pipeline.checkpoint.folder_advice import adapter_advice, without_config
-from nf4_pipeline.checkpoint.model_name import check_hub_id
-from nf4_pipeline.checkpoint.named_path import named_path
+from nf4_pipeline.checkpoint.model_name import check_hub_id, model_path
 from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.checkpoint.weight_files import choose_weight_files
 from nf4_pipeline.errors import ArtifactError, SourceError, UsageError
@@ -37,7 +36,7 @@ def find_model(name: str | Path | None) -> str:
                 "Name one, or make one: nf4 build sample."
             )
         return str(exports[0])
-    path = named_path(name)
+    path = model_path(name)
     if is_model(path):
         return str(path)
     if (path / "records").is_dir():

@@ -19,8 +19,7 @@ from nf4_pipeline.checkpoint.digest import (
 )
 from nf4_pipeline.checkpoint.files import CARD_FILE, PICKLE_FILE, is_of_tokenizer, is_wanted
 from nf4_pipeline.checkpoint.folder_advice import cache_commit
-from nf4_pipeline.checkpoint.model_name import SAMPLE, check_hub_id
-from nf4_pipeline.checkpoint.named_path import named_path
+from nf4_pipeline.checkpoint.model_name import SAMPLE, check_hub_id, model_path
 from nf4_pipeline.checkpoint.plain_file import read_beginning
 from nf4_pipeline.checkpoint.source import open_checkpoint, read_json, weight_files
 from nf4_pipeline.checkpoint.source_card import read_card
@@ -176,7 +175,7 @@ class SourceFinder:
             UsageError: the request means nothing.
         """
         request = self.request
-        path = named_path(request.model)
+        path = model_path(request.model)
         if path.is_dir():
             self._refuse_revision()
             folder = path.resolve()
