@@ -107,9 +107,9 @@ class QuantizeRecipe:
             self.extra_bytes,
             'a percentage of the 4-bit layers, such as "5%", at most 100%',
         )
-        if share is not None:
+        if share is not None and not share[2]:
             _require(
-                bool(share[2]) or float(share[1]) >= 1 or not float(share[1]),
+                float(share[1]) >= 1 or not float(share[1]),
                 "quantize.extra_bytes",
                 self.extra_bytes,
                 f'a percentage such as "5%"; if you mean it, write "{share[1]}%"',

@@ -7,6 +7,8 @@ command that was meant.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote
@@ -19,7 +21,8 @@ SAMPLE: Final = "sample"
 WANTED: Final = 'a Hub id of the form ORG/NAME, a local folder, or "sample"'
 
 _HUB_ADDRESS: Final = re.compile(
-    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?P<path>[^?#]*)", re.I
+    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?P<path>[^?#]*)([?#].*)?",
+    re.I | re.S,
 )
 _ADDRESS: Final = re.compile(r"[a-z][a-z0-9+.-]*://|git@|www\.", re.I)
 _NOT_MODELS: Final = {"datasets": "a data set", "spaces": "a Space", "collections": "a collection"}
@@ -64,7 +67,7 @@ def check_hub_id(name: str) -> None:
         raise UsageError(_of_file(path))
     if is_hub_id(name):
         return
-    near = did_you_mean(name, _near(path))
+    near = did_you_mean(path.name, _near(path), "" if len(path.parts) < 2 else f"{path.parent}/")
     if is_hub_id(name.strip("/")) and not name.startswith("/"):
         near = f" Did you mean {name.strip('/')!r}?"
     raise UsageError(f"{name}: no such folder, and not a Hub id of the form ORG/NAME.{near}")
@@ -115,14 +118,8 @@ def _of_file(path: Path) -> str:
 
 
 def _near(path: Path) -> list[str]:
-    """The folders beside which a path was to lie, as they would be written, and "sample"."""
-    found = [SAMPLE] if path.name == str(path) else []
-    try:
-        for number, other in enumerate(path.parent.iterdir()):
-            if number == _MOST:
-                break
-            if other.is_dir():
-                found.append(str(other))
-    except OSError:
-        pass
+    """The names of the folders beside which a path was to lie, and "sample"."""
+    found = [SAMPLE] if len(path.parts) < 2 else []
+    with suppress(OSError):
+        found += [other.name for other in islice(path.parent.iterdir(), _MOST) if other.is_dir()]
     return found

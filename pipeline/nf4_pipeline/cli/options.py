@@ -26,6 +26,7 @@ _VERIFIED: Final = ("verdict", "checks", "fidelity", "domains", "accuracy", "aga
 """What a stage command says of verification.json."""
 
 Command = Callable[..., Any]
+Decorator = Callable[[Command], Command]
 
 
 class NamedPath(click.Path):
@@ -155,12 +156,12 @@ def download_options(command: Command) -> Command:
     return wrapped
 
 
-_RECIPE: Final = click.option(
+_RECIPE: Final[Decorator] = click.option(
     "--recipe",
     type=NamedPath(dir_okay=False),
     help="TOML file with everything that shapes bytes and verdict.",
 )
-_SHAPING: Final[dict[str, tuple[Callable[[Command], Command], ...]]] = {
+_SHAPING: Final[dict[str, tuple[Decorator, ...]]] = {
     "quantize": (
         click.option(
             "--calibrate",
@@ -207,13 +208,13 @@ _COMPUTES: Final = '"cuda" quantizes on all GPUs of the host, and verifies on th
 _JUDGES: Final = "Of the verdict: one from another kind of device is stale."
 
 
-def _device(what: str) -> Callable[[Command], Command]:
+def _device(what: str) -> Decorator:
     return click.option(
         "--device", default="auto", metavar="auto|cpu|cuda[:N]", show_default=True, help=what
     )
 
 
-_MACHINE: Final[dict[str, tuple[Callable[[Command], Command], ...]]] = {
+_MACHINE: Final[dict[str, tuple[Decorator, ...]]] = {
     "quantize": (
         click.option(
             "--workers",
@@ -241,7 +242,7 @@ _MACHINE: Final[dict[str, tuple[Callable[[Command], Command], ...]]] = {
 }
 
 
-def recipe_options(*stages: str) -> Callable[[Command], Command]:
+def recipe_options(*stages: str) -> Decorator:
     """What shapes a build and how it is made; the command gets a `recipe` and a `machine`.
 
     Args:
@@ -264,9 +265,10 @@ def recipe_options(*stages: str) -> Callable[[Command], Command]:
             machine = make_machine(**of_machine)
             return command(recipe=make_recipe(**of_recipe), machine=machine, **values)
 
+        decorated: Command = wrapped
         for option in reversed(options):
-            wrapped = option(wrapped)
-        return wrapped
+            decorated = option(decorated)
+        return decorated
 
     return decorate
 
