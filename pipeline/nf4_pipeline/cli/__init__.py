@@ -94,6 +94,7 @@ _EXAMPLES: Final = (
     ("nf4 build sample", "A small model that comes along: no GPU, no network, half a minute."),
     ("nf4 build tiiuae/falcon-7b-instruct --calibrate self", "A model of the Hub, the better way."),
 )
+_COMPLETE: Final = "_NF4_COMPLETE"
 _COMPLETION: Final = {
     "~/.bashrc": 'eval "$(_NF4_COMPLETE=bash_source nf4)"',
     "~/.zshrc": 'eval "$(_NF4_COMPLETE=zsh_source nf4)"',
@@ -111,6 +112,8 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Runs the command line and exits: 0 good, 1 the job failed, 2 wrong usage, 128 + a signal."""
+    if _COMPLETE in os.environ:  # a shell asks what may follow; it gets bytes, and no messages
+        cli.main(args=args, prog_name="nf4")
     with guarded(), _interruptible():
         status = _run(args)
     if _stopped_by:

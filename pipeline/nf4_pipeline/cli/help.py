@@ -114,5 +114,5 @@ def complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) 
     except OSError:
         inside = []
     names = ["sample", *(f"{path}/" for path in inside if not path.name.startswith("."))]
-    offered = [name for name in names if name.startswith(incomplete)]
+    offered = [name for name in names if name.startswith(incomplete) and name.isprintable()]
     return [CompletionItem(name) for name in offered[:_MOST]]

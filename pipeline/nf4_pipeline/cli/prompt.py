@@ -36,7 +36,13 @@ from nf4_pipeline.cli.terminal import say, say_piece
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.  [default: main]")
 @click.option("--raw", is_flag=True, help="Do not use the model's chat template.")
-@click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]", show_default=True)
+@click.option(
+    "--device",
+    default="auto",
+    metavar="auto|cpu|cuda[:N]",
+    show_default=True,
+    help="Where the model runs.",
+)
 @output_options
 def command(
     ui: Ui,
