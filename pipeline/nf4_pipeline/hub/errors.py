@@ -21,6 +21,7 @@ _PASSING = {
     "RuntimeError",
     "TimeoutException",
 }
+_ANOTHER = "another model that the Hub cache holds whole, with --offline"
 _NO_ANSWER = {"ConnectionError", "TransportError"}
 
 
@@ -142,10 +143,10 @@ def _remedy(status: int | None, request: Request, error: BaseException) -> str:
                 "Check the network, and HF_ENDPOINT; then run the same command again: it does "
                 "nothing twice."
             )
-        cached = f"the cached commit {commit}" if commit else "a model that the Hub cache holds"
+        cached = f"the cached commit {commit} with --offline or HF_HUB_OFFLINE=1" if commit else ""
         return (
             "Check the network, and HF_ENDPOINT if you go through a mirror. Without a network: "
-            f"name a local folder, or take {cached} with --offline or HF_HUB_OFFLINE=1."
+            f"name a local folder, or take {cached or _ANOTHER}."
         )
     if status is None and "Invalid metadata" in str(error):
         return "Correct the card (README.md of the source), and run `nf4 verify` again."
