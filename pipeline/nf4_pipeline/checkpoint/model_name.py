@@ -70,6 +70,7 @@ def check_hub_id(name: str) -> None:
     near = did_you_mean(path.name, _near(path), "" if len(path.parts) < 2 else f"{path.parent}/")
     if is_hub_id(name.strip("/")) and not name.startswith("/"):
         near = f" Did you mean {name.strip('/')!r}?"
+    near = near or " Write the whole id, such as tiiuae/falcon-7b-instruct, or the folder's path."
     raise UsageError(f"{name}: no such folder, and not a Hub id of the form ORG/NAME.{near}")
 
 

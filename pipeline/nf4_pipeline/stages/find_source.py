@@ -228,7 +228,7 @@ class SourceFinder:
         if self.request.revision is not None:
             raise UsageError(
                 f"--revision {self.request.revision} means nothing for {self.request.model}, a "
-                "local folder."
+                "local folder. Leave it out."
             )
 
     def _find_local(self, folder: Path, repo: str, *, is_sample: bool = False) -> Source:
