@@ -41,16 +41,16 @@ fi
 echo "$place" >"$stamp"
 pip() {
     "$venv/bin/python" -m pip --disable-pip-version-check --quiet install \
-        --constraint constraints.txt --no-compile "$@" >&2 ||
+        --constraint constraints.txt "$@" >&2 ||
         fail "the packages could not be installed; pip says why above. Run make again to retry."
 }
 pip setuptools
 if [ "$for" = dev ]; then
     pip --no-build-isolation --editable '.[dev]'
 else
-    pip --no-build-isolation --editable .
+    # Of its thousands of files a build imports some hundred; those are compiled below.
+    pip --no-compile --no-build-isolation --editable .
 fi
-# Of thousands of files a build imports some hundred: those are compiled here, and not in its time.
 "$venv/bin/python" scripts/warm_up.py >&2 || fail "what was installed does not work; see above."
 printf '%s\n%s\n' "$wanted" "$for" >"$stamp"
 echo "Set up in $(($(date +%s) - began)) s." >&2
