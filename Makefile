@@ -34,22 +34,12 @@ quantize: named venv  ## download, quantize, serialize and verify MODEL
 verify: named venv  ## hold the artifact of MODEL against its 16-bit source again
 	$(strip $(BIN)/nf4 verify '$(MODEL)' $(settings)) $(ARGS)
 
-prompt: named venv  ## answer PROMPT with the newest artifact of MODEL, or with BUILD_DIR
-	@if [ -n '$(BUILD_DIR)' ]; then build='$(BUILD_DIR)'; else \
-	  if [ -d '$(MODEL)' ]; then name=$$(basename "$$(cd '$(MODEL)' && pwd -P)"); \
-	  elif [ '$(MODEL)' = sample ]; then name=nf4-pipeline--sample; \
-	  else name=$$(printf %s '$(MODEL)' | sed 's,/,--,g'); fi; \
-	  build=$$(ls -td "artifacts/$$name"@*/export 2>/dev/null | head -n 1); \
-	  if [ -z "$$build" ]; then \
-	    echo "Error: no artifact of $(MODEL) under artifacts/. Make one: make quantize MODEL=$(MODEL)" >&2; \
-	    exit 1; \
-	  fi; \
-	fi; \
-	$(BIN)/nf4 prompt "$$build" "$$PROMPT" $(device) $(ARGS)
+prompt: named venv  ## answer PROMPT with the newest artifact of MODEL (a tag will do), or with BUILD_DIR
+	@$(BIN)/nf4 prompt '$(or $(BUILD_DIR),$(MODEL))' "$$PROMPT" $(device) $(ARGS)
 
-reproduce: venv  ## derive the artifact in the folder ARTIFACT again and compare every byte
+reproduce: venv  ## derive ARTIFACT (a folder, a model or a tag) again and compare every byte
 	@if [ -z '$(ARTIFACT)' ]; then \
-	  echo "Error: which one? make reproduce ARTIFACT=DIR [ARGS='--source DIR']" >&2; exit 2; \
+	  echo "Error: which one? make reproduce ARTIFACT=NAME [ARGS='--source DIR']" >&2; exit 2; \
 	fi
 	$(BIN)/nf4 reproduce '$(ARTIFACT)' $(ARGS)
 
@@ -98,10 +88,10 @@ help:  ## show this list
 	  MODEL     'Hub id, local folder, or "sample", which comes with the package  [$(MODEL)]' \
 	  REVISION  'branch, tag or commit of a Hub model' \
 	  DEVICE    'auto, cpu or cuda[:N]' \
-	  BUILD_DIR 'the build folder, if not artifacts/<org>--<name>@<sha12>' \
+	  BUILD_DIR 'the build folder, if not the one of its own that each recipe has' \
 	  RECIPE    'TOML file with everything that shapes the bytes' \
 	  PROMPT    'what `make prompt` asks' \
-	  ARTIFACT  'the folder that `make reproduce` derives again' \
+	  ARTIFACT  'what `make reproduce` derives again: a folder, a model or a tag' \
 	  REPO_ID   'ORG/NAME, where `make push` sends to' \
 	  ARGS      'anything else for the command underneath' \
 	  PYTHON    'the interpreter to make .venv with, 3.11 or newer  [$(PYTHON)]'

@@ -123,7 +123,7 @@ def test_the_recipe_makes_only_the_stages_stale_that_read_it(build: Build) -> No
 def test_smaller_shards_hold_the_same_tensors(build: Build) -> None:
     before = {n: t for f in SHARDS for n, t in load_file(build.export / f).items()}
     cut = Recipe(serialize=SerializeRecipe("30KB"))
-    run_stage(build, "serialize", cut, CPU, SILENT)
+    run_stage(build, "serialize", cut, CPU, SILENT, replaces=True)
     files = sorted(path.name for path in build.export.glob("*.safetensors"))
     assert len(files) > 2
     after = {n: t for f in files for n, t in load_file(build.export / f).items()}
@@ -140,7 +140,7 @@ def test_serialize_does_not_publish_damaged_weights(build: Build, limit: str) ->
     cut = Recipe(serialize=SerializeRecipe(limit))
     shutil.rmtree(build.export)
     with pytest.raises(PipelineError, match=SHARDS[0]):
-        run_stage(build, "serialize", cut, CPU, SILENT)
+        run_stage(build, "serialize", cut, CPU, SILENT, replaces=True)
 
 
 def test_quantize_does_not_take_a_source_that_changed(tiny_falcon: Path, tmp_path: Path) -> None:

@@ -5,22 +5,40 @@ from __future__ import annotations
 import ast
 import getpass
 import html
+import importlib.util
 import json
 import os
 import re
 import socket
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
 from tests.support.tiny import environment
 
 NOTEBOOK: Final = Path(__file__).parents[1] / "notebooks" / "quantize_falcon.ipynb"
+
+COLAB: Final = {
+    "COLAB_RELEASE_TAG": "release-colab_20261101",
+    "COLAB_BACKEND_VERSION": "next",
+    "COLAB_JUPYTER_IP": "172.28.0.12",
+    "COLAB_JUPYTER_TRANSPORT": "ipc",
+    "COLAB_NOTEBOOK_ID": "1",
+    "DATALAB_SETTINGS_OVERRIDES": "{}",
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    "ENABLE_DIRECTORYPREFETCHER": "1",
+    "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    "PYTHONUNBUFFERED": "1",
+}
+"""What Colab sets in a runtime and a process of ours might heed."""
 
 ABSOLUTE_PATH: Final = re.compile(r"""["'`\s(]([/~]\w|[A-Za-z]:\\)""")
 
@@ -54,7 +72,7 @@ def stored() -> Any:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """Nobody's home, no network, no GPU, and `nf4` not on the PATH."""
+    """Nobody's home, no network, no GPU, `nf4` not on the PATH, and Colab's variables."""
     home, folder = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("notebook")
     own = {str(Path(sys.executable).parent), str(Path(sys.prefix) / "bin")}
     paths = [path for path in os.environ["PATH"].split(os.pathsep) if path not in own]
@@ -67,7 +85,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
             timeout=600,
             kernel_name="python3",
             resources={"metadata": {"path": str(folder)}},
-        ).execute(env=environment(home) | own_home)
+        ).execute(env=environment(home) | own_home | COLAB)
     return Ran(folder, {cell.id: cell for cell in notebook.cells})
 
 
@@ -93,6 +111,42 @@ def test_the_model_is_chosen_in_one_cell() -> None:
     assert ast.unparse(assignment) == "MODEL = 'sample'"
     for name, text in code.items():
         assert name == "model" or "tiiuae" not in text
+
+
+@pytest.mark.parametrize(
+    ("checkout", "present"), [(True, True), (False, False), (False, True), (True, False)]
+)
+def test_it_installs_what_is_missing_and_keeps_torch(
+    checkout: bool, present: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    if checkout:
+        (tmp_path / "pipeline" / "nf4_pipeline").mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: None if name == "nf4_pipeline" and not present else find(name),
+    )
+    asked: list[tuple[str, str]] = []
+    names: dict[str, Any] = {}
+
+    def run_line_magic(name: str, line: str, **_: Any) -> None:
+        asked.append((name, line.format(**names)))  # as IPython puts variables in
+
+    names["get_ipython"] = lambda: SimpleNamespace(run_line_magic=run_line_magic)
+    (cell,) = [cell.source for cell in stored().cells if cell.id == "install"]
+    exec(TransformerManager().transform_cell(cell), names)  # type: ignore[no-untyped-call]
+    if present:
+        assert asked == []
+        return
+    source = ".." if checkout else "nf4-pipeline"
+    assert asked == [("pip", f"install --quiet --constraint kept.txt {source}")]
+    kept = (folder / "kept.txt").read_text().splitlines()
+    assert f"torch=={version('torch')}" in kept
+    assert f"numpy=={version('numpy')}" in kept
 
 
 def test_it_names_no_place_of_this_machine() -> None:

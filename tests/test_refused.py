@@ -151,7 +151,7 @@ def test_an_earlier_export_outlives_a_serialize_that_fails(
     monkeypatch.setattr("nf4_pipeline.stages.serialize.assemble_files", fail)
     cut = Recipe(serialize=SerializeRecipe("20KB"))
     with pytest.raises(AccessError, match="serialize: somewhere: Input/output error"):
-        run_stage(build, "serialize", cut, CPU, SILENT)
+        run_stage(build, "serialize", cut, CPU, SILENT, replaces=True)
     assert content(build) == before
     assert leftovers(build) == []
 

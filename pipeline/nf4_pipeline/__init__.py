@@ -18,6 +18,7 @@ The house, from the top floor down; a room imports only from rooms below it (`ma
     reproduce/         an artifact derived again from its source, every byte compared
     doctor.py          what this machine has, and known traps on it
     stages/            download, quantize, serialize, verify, attest, push
+    builds/            side by side: which one a name means, which folder a recipe gets
     records.py         what each stage leaves for the others to know
     build_folder/      where stages leave their files and their records
     report/            the model card, the report's page and its pictures

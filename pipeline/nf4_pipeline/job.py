@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from nf4_pipeline.build_folder import Build, Record, State
+from nf4_pipeline.build_folder.variant import SHAPING_TABLES
+from nf4_pipeline.builds import complete_recipe, keep_spec
 from nf4_pipeline.calibration.calibrator import text_path
 from nf4_pipeline.errors import BuildError, RecipeError, StoppedError, is_of_machine, of_system
 from nf4_pipeline.machine import Machine
@@ -57,6 +59,7 @@ def make_stages(
     reporter: Reporter = SILENT,
     against: str | None = None,
     workers: Workers | None = None,
+    repo_id: str | None = None,
 ) -> dict[str, Stage]:
     """The stages behind `download`, by name, in their order.
 
@@ -67,12 +70,13 @@ def make_stages(
         reporter: told how far it is.
         against: an artifact of the same source that verify compares this one with; None for none.
         workers: the processes that verify, if they were started before.
+        repo_id: the Hub repo that attest names; see `Attest`.
     """
     return {
         "quantize": Quantize(build, recipe, machine, reporter),
         "serialize": Serialize(build, recipe, reporter),
         "verify": Verify(build, recipe, machine, reporter, against, workers),
-        "attest": Attest(build),
+        "attest": Attest(build, repo_id),
     }
 
 
@@ -96,13 +100,14 @@ def run_build(
     text_path(recipe.quantize)
     check_texts(recipe.verify)
     recipe = request.reading.into(recipe)
-    request = replace(request, reading=Reading.of(recipe.quantize))
+    request = replace(request, reading=Reading.of(recipe.quantize), recipe=recipe)
     with Workers(machine.device) as workers:
         # They import what verify needs while the source is hashed, quantized and written.
         build, record, ran = run_download(request, reporter, workers.begin, of=len(STAGES))
         results = {"download": StageResult(record, ran)}
         stages = make_stages(build, recipe, machine, reporter, workers=workers)
         with translate_errors("build", build), build.locked():
+            keep_spec(build, recipe, SHAPING_TABLES, replaces=request.replaces)
             for name in stages:
                 results[name] = _ensure(
                     build, stages, name, recipe, reporter, check=request.check, of=len(STAGES)
@@ -139,6 +144,8 @@ def run_stage(
     reporter: Reporter,
     *,
     against: str | None = None,
+    replaces: bool = False,
+    repo_id: str | None = None,
 ) -> StageResult:
     """Runs one stage of an existing build, unless its result is still valid.
 
@@ -153,10 +160,12 @@ def run_stage(
         machine: what the work may use.
         reporter: told how far it is.
         against: as in `make_stages`.
+        replaces: the build may become one of another recipe.
+        repo_id: as in `make_stages`.
 
     Raises:
-        BuildError: there is no such build, another process works there, or an earlier stage is not
-            done.
+        BuildError: there is no such build, another process works there, an earlier stage is not
+            done, or the build is one of another recipe.
     """
     with translate_errors(name, build):
         if not build.root.is_dir():
@@ -165,7 +174,10 @@ def run_stage(
             check_gpu(machine)
     with translate_errors(name, build), build.locked():
         whole = complete_recipe(build, recipe, before=name)
-        stages = make_stages(build, whole, machine, reporter, against)
+        if name in SHAPING_TABLES:
+            build.need(DOWNLOAD if name == "quantize" else QUANTIZE)
+            keep_spec(build, whole, (name,), replaces=replaces)
+        stages = make_stages(build, whole, machine, reporter, against, repo_id=repo_id)
         if name == "attest":
             for kind in (SERIALIZE, VERIFY):
                 build.check_inputs(kind, claimed=True)
@@ -174,23 +186,6 @@ def run_stage(
                     f"{build.export / found[0]} was left by no stage. Run `nf4 build`."
                 )
         return _ensure(build, stages, name, whole, reporter, anew=name == "verify")
-
-
-def complete_recipe(
-    build: Build, recipe: Recipe | PartialRecipe, before: str | None = None
-) -> Recipe:
-    """A recipe with the tables that a build was made with, where no others were said.
-
-    Args:
-        build: whose records hold the tables.
-        recipe: what was said.
-        before: the stage that comes next (see `PartialRecipe.completed`).
-    """
-    if not isinstance(recipe, Recipe):
-        records = {name: build.record(KINDS[name]) for name in TABLES}
-        recipe = recipe.completed({name: r.recipe for name, r in records.items() if r}, before)
-    downloaded = build.record(DOWNLOAD)
-    return downloaded.facts.reading.into(recipe) if downloaded else recipe
 
 
 def _ensure(

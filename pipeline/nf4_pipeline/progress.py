@@ -3,7 +3,7 @@
 A stage asks a `Reporter` for a `Task` and advances it. Tasks may overlap, nest, and come from
 several threads. `SILENT` ignores all of it, so library code never needs to know whether anybody
 watches. Users of the Python API give a callback instead, which hears of each step as a
-`ProgressEvent` (`as_reporter`).
+`ProgressEvent` (`reporting_to`).
 """
 
 from __future__ import annotations
@@ -140,16 +140,32 @@ ProgressCallback = Callable[[ProgressEvent], object]
 it is not called again then."""
 
 
-def as_reporter(callback: ProgressCallback | None) -> Reporter:
-    """The reporter that tells a callback; the silent one for None."""
-    return SILENT if callback is None else _CallbackReporter(callback)
+@contextmanager
+def reporting_to(callback: ProgressCallback | None) -> Iterator[Reporter]:
+    """A reporter that tells a callback while the body runs; for None, the silent one.
+
+    What the callback raises leaves the body as it was raised, though a stage or the Hub's client
+    may take it for an error of its own. An interrupt that comes while it runs is like any other.
+    """
+    if callback is None:
+        yield SILENT
+        return
+    reporter = _CallbackReporter(callback)
+    try:
+        yield reporter
+    except BaseException:
+        if reporter.raised is None or isinstance(reporter.raised, KeyboardInterrupt):
+            raise
+        raise reporter.raised from None
+    if reporter.raised is not None:
+        raise reporter.raised
 
 
 class _CallbackReporter:
     def __init__(self, callback: ProgressCallback) -> None:
         self._callback = callback
         self._lock = threading.RLock()  # a callback may call what reports to it
-        self._raised = False
+        self.raised: BaseException | None = None
         self._tasks = 0
         self._stage = ProgressEvent(kind="stage_begin")
 
@@ -189,12 +205,12 @@ class _CallbackReporter:
 
     def _tell(self, event: ProgressEvent) -> None:
         with self._lock:
-            if self._raised:
-                return
+            if self.raised is not None:  # whoever tries again is told so again
+                raise self.raised
             try:
                 self._callback(event)
-            except BaseException:
-                self._raised = True
+            except BaseException as error:
+                self.raised = error
                 raise
 
 

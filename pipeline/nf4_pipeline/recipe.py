@@ -281,12 +281,13 @@ class PartialRecipe:
         Args:
             recorded: tables as plain values, by the name of their stage; without those of stages
                 that are not done.
-            before: the stage that comes next; its own table and those behind it stay as they are.
-                None for every table.
+            before: the stage that comes next. For `verify`, its own table stays as it is: what it
+                does not say was not wanted this time. The others shape the build's bytes, and stay
+                what they are there.
         """
         recipe = self.recipe
         for name in TABLES:
-            if name == before:
+            if name == before == "verify":
                 break
             if name in self.given or not recorded.get(name):
                 continue

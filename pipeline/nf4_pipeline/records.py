@@ -4,7 +4,7 @@ DOWNLOAD    what was pinned, and what transformers says of its architecture
 QUANTIZE    what stands in quantized/, file by file, and how it was chosen
 SERIALIZE   the totals of the artifact
 VERIFY      verification.json
-ATTEST      nothing beside its outputs
+ATTEST      which repo the card names
 PUSH        what the Hub holds, and the proof
 """
 
@@ -208,9 +208,15 @@ class SerializeFacts(Document):
     left_out: tuple[LeftOut, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttestFacts(Document):
-    """Nothing: what attest leaves stands in its outputs."""
+    """For whom it was written.
+
+    Attributes:
+        repo_id: the Hub repo that the card names; None if it names none.
+    """
+
+    repo_id: str | None = optional()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
+from kept_ratios import show_beside_kept
 
 _DROP_CACHES: Final = Path("/proc/sys/vm/drop_caches")
 _STAGES: Final = ("download", "quantize", "serialize", "verify", "attest")
@@ -215,6 +216,7 @@ def _show(found: dict[str, list[dict[str, float]]], layers: int, cold: bool) -> 
         ]
         ratio = statistics.median(ratios)
         click.echo(f"\nours / stock, whole job: {ratio:.2f}")
+        show_beside_kept(f"whole job, {layers} layers: stock / ours", 1 / ratio)
 
 
 if __name__ == "__main__":

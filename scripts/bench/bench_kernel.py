@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import click
 import numpy as np
+from kept_ratios import show_beside_kept
 from nf4_pipeline.nf4 import BLOCK_SIZE, cpu
 from nf4_pipeline.nf4.packing import blocks_of
 
@@ -59,6 +60,7 @@ def main(rows: int, columns: int, threads: int, rounds: int) -> None:
     click.echo(f"  this kernel   {mine:.3f} s   {2 * count / mine / 1e9:.2f} GB/s")
     click.echo(f"  bitsandbytes  {other:.3f} s   {2 * count / other / 1e9:.2f} GB/s")
     click.echo(f"  ratio {ratio:.1f}, codes and scales {'equal' if equal else 'DIFFER'}")
+    show_beside_kept("kernel: bitsandbytes / ours", ratio)
     if not equal:
         raise SystemExit(1)
 

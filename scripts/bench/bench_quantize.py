@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from kept_ratios import show_beside_kept
 from nf4_pipeline.checkpoint.atomic import start_writing_out, write_at
 from nf4_pipeline.resource_usage import peak_memory
 
@@ -137,6 +138,9 @@ def _show(depth: int, cold: bool, runs: dict[str, list[dict[str, float]]]) -> No
                 f"{other} / ours: work {statistics.median(work):.2f}, "
                 f"whole process {statistics.median(whole):.2f}"
             )
+            if other == "stock":
+                name = f"quantize, {depth} layers: stock / ours"
+                show_beside_kept(name, statistics.median(work))
 
 
 def _medians(values: list[dict[str, float]]) -> dict[str, float]:

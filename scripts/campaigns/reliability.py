@@ -1,6 +1,7 @@
 """Long campaigns of docs/reliability.md: each prints the table that stands there.
 
     python scripts/campaigns/reliability.py kills [--rounds 100] [--seed 0]
+    python scripts/campaigns/reliability.py variants [--rounds 100] [--seed 0]
     python scripts/campaigns/reliability.py interrupts [--rounds 100] [--seed 0]
     python scripts/campaigns/reliability.py disk [--sizes 20] [--stage STAGE]
     python scripts/campaigns/reliability.py headers [--count 200000] [--seed 0]
@@ -31,7 +32,7 @@ from nf4_pipeline.job import run_stage
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe
 
-from tests.campaigns import disk, headers, kills
+from tests.campaigns import disk, headers, kills, side_by_side
 from tests.support import tamper
 from tests.support.interrupts import interrupt_at_random
 from tests.support.jobs import CPU, download
@@ -169,7 +170,7 @@ def run_disk(options: argparse.Namespace, folder: Path) -> int:
         commands = {
             "download": ("download", model, *common),
             "quantize": ("quantize", *common),
-            "serialize": ("serialize", *common, "--max-shard-size", "100KB"),
+            "serialize": ("serialize", *common, "--max-shard-size", "100KB", "--replace"),
             "verify": ("verify", *common, "--recipe", recipe),
             "attest": ("attest", *common),
         }
@@ -259,8 +260,28 @@ def run_interrupts(options: argparse.Namespace, folder: Path) -> int:
     return _report(faults)
 
 
+def run_variants(options: argparse.Namespace, folder: Path) -> int:
+    """SIGKILL at random moments of whole builds of two recipes, in turn."""
+    plain = write_recipe(folder / "plain")
+    calibrated = folder / "calibrated.toml"
+    table = '[quantize]\ncalibrate = "self"\ncalibration_tokens = 256\n'
+    calibrated.write_text(table + plain.read_text("utf-8"), "utf-8")
+    model = write_falcon(folder / "model")
+    recipes = [plain, calibrated]
+    found = side_by_side.campaign(model, recipes, folder / "all", options.rounds, options.seed)
+    print("| kills | last stage done when killed | ended before | faults | verified at the end |")
+    print("| --- | --- | --- | --- | --- |")
+    reached = ", ".join(f"{stage} {count}" for stage, count in found.reached.most_common())
+    print(
+        f"| {found.kills} | {reached} | {found.finished} | {len(found.faults)} "
+        f"| {found.verified} of 2 |"
+    )
+    return _report(found.faults)
+
+
 CAMPAIGNS: Final = {
     "kills": run_kills,
+    "variants": run_variants,
     "interrupts": run_interrupts,
     "disk": run_disk,
     "headers": run_headers,

@@ -24,7 +24,7 @@ from tests.support.folder_state import Content, content, false_records, leftover
 from tests.support.tiny import nf4, start_nf4
 
 STAGES: Final = ("quantize", "serialize")
-OPTIONS: Final = {"quantize": (), "serialize": ("--max-shard-size", "2MB")}
+OPTIONS: Final = {"quantize": (), "serialize": ("--max-shard-size", "2MB", "--replace")}
 EARLIER: Final = ("--max-shard-size", "4MB")
 """How an export was cut that stands already, in every other round of serialize."""
 

@@ -318,11 +318,11 @@ MISTAKES: Final = (
     Mistake("file", "nf4 build model --calibrate short.txt", ("short.txt", "tokens", "at least")),
     Mistake("file", "nf4 build no-tokenizer --calibrate short.txt", ("tokenizer", "self")),
     # Artifacts
-    Mistake("artifact", "nf4 verify nothing", ("no build of nothing", "nf4 build nothing"), 1),
+    Mistake("artifact", "nf4 verify nothing", ("no build.*nothing", "Start one: nf4 build"), 1),
     Mistake("artifact", f"nf4 verify --build-dir {BARE}", ("serialize",), 1),
     Mistake("artifact", "nf4 inspect model", ("manifest.json", "export/ folder of a build"), 1),
-    Mistake("artifact", "nf4 inspect nothing", ("no such folder",)),
-    Mistake("artifact", "nf4 reproduce nothing", ("no such folder", "artifact")),
+    Mistake("artifact", "nf4 inspect nothing", ("no build.*nothing", "Start one: nf4 build"), 1),
+    Mistake("artifact", "nf4 reproduce nothing", ("no build.*nothing", "Start one"), 1),
     Mistake("artifact", f'nf4 prompt {BARE} "Hello"', ("without an export", "nf4 build"), 1),
     Mistake("artifact", "nf4 prompt model", ("Missing argument 'TEXT'",)),
     Mistake(
@@ -348,7 +348,7 @@ MISTAKES: Final = (
     Mistake(
         "artifact", f"nf4 push {BUILD}", ("Missing option '--repo-id'", "--repo-id me/sample-nf4")
     ),
-    Mistake("artifact", f"nf4 push {BUILD} --repo-id mine", ("--repo-id mine", "ORG/NAME")),
+    Mistake("artifact", f"nf4 push {BUILD} --repo-id mine", ("--repo-id 'mine'", "ORG/NAME")),
     Mistake(
         "artifact",
         f"nf4 push {BARE} --repo-id me/mine --dry-run",

@@ -222,6 +222,10 @@ def test_a_recipe_need_not_be_told_twice(built: Built, tmp_path: Path) -> None:
     recipe.write_text('[quantize]\nskip_modules = ["h.0.mlp"]\n')
     for stage in ("quantize", "serialize"):
         told = ("--recipe", recipe) if stage == "quantize" else ("--max-shard-size", "50KB")
+        refused = nf4(stage, *told, *folder, cwd=tmp_path)
+        assert refused.status == 1
+        assert "is another build" in refused.err
+        told = (*told, "--replace")
         done = nf4(stage, *told, *folder, cwd=tmp_path)
         assert (done.status, done.value["ran"]) == (0, True), done.err
     kept = json.loads((build.export / "manifest.json").read_text())["recipe"]
@@ -314,6 +318,8 @@ def test_push_lists_what_it_would_upload(built: Built) -> None:
     assert done.value["repo_id"] == "some-org/tiny"
     assert done.value["private"] is True
     files = {name: len(content) for name, content in content_of(built.build.export).items()}
+    files["README.md"] = len(done.value["card"].encode())  # which would name the repo
+    assert '"some-org/tiny"' in done.value["card"]
     assert {name: entry["size"] for name, entry in done.value["files"].items()} == files
     assert done.value["total_bytes"] == sum(files.values())
 

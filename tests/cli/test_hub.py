@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -211,13 +212,14 @@ def test_a_push_says_what_it_did(hub: HubServer, shell: Shell, verified: Path) -
     assert plan.status == 0, plan.err
     assert hub.seen == []
     assert f"would upload to {REPO} (private if it has to be created)" in plan.out
-    for name, content in content_of(build.export).items():
-        assert f"{len(content):>14,}  " in plan.out
-        assert f"  {name}\n" in plan.out
-    card = (build.export / "README.md").read_text().splitlines()
-    assert [line[4:] for line in plan.out.splitlines() if line.startswith("  |")] == card
+    assert f'from_pretrained("{REPO}"' not in (build.export / "README.md").read_text()
 
     done = shell(*push)
+    for name, content in content_of(build.export).items():
+        assert f"{len(content):>14,}  {sha256(content).hexdigest()[:12]}  {name}\n" in plan.out
+    card = (build.export / "README.md").read_text().splitlines()
+    assert [line[4:] for line in plan.out.splitlines() if line.startswith("  |")] == card
+    assert f'from_pretrained("{REPO}", device_map="auto")' in "\n".join(card)
     commit = hub.store.repos[REPO].refs["main"]
     count, total = len(content_of(build.export)), sum(map(len, content_of(build.export).values()))
     assert done.status == 0, done.err

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
+import threading
+import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 from nf4_pipeline.build_folder import Build
+from nf4_pipeline.provenance.signing import check, sign
 from nf4_pipeline.records import ATTEST, PUSH, VERIFY
 
 from tests.support.hub_server import TOKEN, Fault, HubServer
 from tests.support.hub_store import Repo
 from tests.support.hub_worker import Outcome, Worker
-from tests.support.tiny import content_of, copy_of
+from tests.support.signed import make_keys
+from tests.support.tiny import content_of, copy_of, nf4
 
 REPO = "me/tiny-nf4"
 COMMIT = "/api/models/*/commit/*"
@@ -67,6 +75,28 @@ def test_a_new_repo_is_private_and_holds_the_export(
     record = build.record(PUSH)
     assert record is not None
     assert record.facts.to_json() == facts
+
+
+def test_a_file_that_changes_while_it_is_sent_is_not_committed(
+    hub: HubServer, build: Build, worker: Worker
+) -> None:
+    """It would be listed under the checksum that it had before."""
+    weights = min(build.export.glob("*.safetensors"))
+    hub.faults.append(Fault("*/objects/batch", delay=3.0))
+
+    def touch() -> None:
+        while not any("objects/batch" in seen.path for seen in hub.seen):
+            time.sleep(0.01)
+        os.utime(weights)
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    outcome = worker.push(build.root, REPO)
+    thread.join()
+    assert outcome.error == "HubError"
+    assert f"{weights.name} changed while it was uploaded to {REPO}" in outcome.message
+    assert held(hub.store.repos[REPO]) == {}
+    assert_pushed(worker.push(build.root, REPO), hub, build)
 
 
 def test_a_second_push_commits_nothing(hub: HubServer, build: Build, worker: Worker) -> None:
@@ -211,16 +241,64 @@ def test_a_failed_verdict_is_refused_or_said_in_the_card(
     assert hub.seen == []
     outcome = worker.push(build.root, REPO, allow_unverified=True)
     assert outcome.error == "", outcome.message
-    local = content_of(build.export)
-    there = held(hub.store.repos[REPO])
-    card = there.pop("README.md").decode()
-    assert there == {name: data for name, data in local.items() if name != "README.md"}
-    head, _, body = card[4:].partition("\n---\n")
-    assert local["README.md"].decode().startswith(f"---\n{head}\n---\n")
+    assert_pushed(outcome, hub, build)
+    body = held(hub.store.repos[REPO])["README.md"].decode()[4:].partition("\n---\n")[2]
     assert body.lstrip().startswith("> [!WARNING]\n> **This artifact did not pass verification")
     assert build.need(VERIFY).facts.to_json()["checks"][0]["name"] in body.splitlines()[2]
     assert outcome.value["allow_unverified"] is True
     assert worker.push(build.root, REPO, allow_unverified=True).value["committed"] is False
+
+
+# The card, and what speaks of it.
+
+
+def test_the_card_names_the_repo_wherever_it_is_pushed(
+    hub: HubServer, build: Build, worker: Worker
+) -> None:
+    """From the build that was attested without one, and again to another repo."""
+    hub.store.organizations["me"] = {"org"}
+    for repo in (REPO, "org/another"):
+        outcome = worker.push(build.root, repo)
+        assert outcome.error == "", outcome.message
+        there = held(hub.store.repos[repo])
+        assert there == content_of(build.export)
+        card = there["README.md"].decode()
+        assert f'from_pretrained("{repo}", device_map="auto")' in card
+        assert f"quantized_by: {repo.partition('/')[0]}\n" in card
+        assert not re.search("PATH|ORG/NAME", card)
+        subjects = json.loads(there["provenance.json"])["subject"]
+        for subject in subjects:
+            assert sha256(there[subject["name"]]).hexdigest() == subject["digest"]["sha256"]
+        assert {subject["name"] for subject in subjects} == there.keys() - {"provenance.json"}
+
+
+def test_what_a_killed_attest_left_is_written_anew(
+    hub: HubServer, build: Build, worker: Worker
+) -> None:
+    build.forget(ATTEST)
+    (build.export / "README.md").write_text("# half of a card")
+    (build.export / "bom.cdx.json").unlink()
+    assert_pushed(worker.push(build.root, REPO), hub, build)
+
+
+def test_a_signed_card_is_not_changed(
+    hub: HubServer, build: Build, worker: Worker, tmp_path: Path
+) -> None:
+    """It is written for the repo before it is signed; then what is downloaded is what was."""
+    private, public = make_keys(tmp_path, "key")
+    sign(build.export, private)
+    before = content_of(build.export)
+    outcome = worker.push(build.root, REPO)
+    assert outcome.error == "BuildError"
+    assert f"signs a card that does not name {REPO}" in outcome.message
+    assert content_of(build.export) == before
+    assert hub.seen == []
+    remedy = re.search(r"nf4 (attest --repo-id \S+ --build-dir \S+),", outcome.message)
+    assert remedy
+    assert nf4(*shlex.split(remedy[1]), cwd=tmp_path).status == 0
+    sign(build.export, private)
+    assert_pushed(worker.push(build.root, REPO), hub, build)
+    assert check(build.export, public) == len(content_of(build.export)) - 1
 
 
 # Other people.

@@ -15,7 +15,7 @@ import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from nf4_pipeline.build_folder import Build, Record
-from nf4_pipeline.checkpoint.atomic import write_bytes, write_json
+from nf4_pipeline.checkpoint.atomic import write_json
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file
 from nf4_pipeline.checkpoint.source_card import parse_card
 from nf4_pipeline.errors import BuildError
@@ -45,10 +45,7 @@ def verified(downloaded_falcon: Path, tmp_path_factory: pytest.TempPathFactory) 
     for stage in ("quantize", "serialize"):
         run_stage(build, stage, RECIPE, CPU, SILENT)
     write_json(build.export / "verification.json", {"verdict": "pass"})
-    write_bytes(build.export / "README.md", b"# card\n")
-    outputs = {
-        f"export/{n}": digest_file(build.export / n) for n in ("verification.json", "README.md")
-    }
+    outputs = {"export/verification.json": digest_file(build.export / "verification.json")}
     key = Verify(build, RECIPE, CPU).key()
     build.write_record(Record(VERIFY, key, outputs, PASSED, 1.0, 1))
     return build.root
@@ -143,13 +140,28 @@ def test_the_stage_is_done_until_the_export_changes(attested: Build) -> None:
 
 
 def test_only_a_verified_export_that_is_what_it_was_is_attested(build: Build) -> None:
-    (build.export / "README.md").write_text("# another card\n")
-    with pytest.raises(BuildError, match=r"README\.md changed since `verify`"):
+    write_json(build.export / "verification.json", {"verdict": "fail"})
+    with pytest.raises(BuildError, match=r"verification\.json changed since `verify`"):
         run_stage(build, "attest", RECIPE, CPU, SILENT)
     build.forget(VERIFY)
     with pytest.raises(BuildError, match="no finished `verify`"):
         run_stage(build, "attest", RECIPE, CPU, SILENT)
     assert not (build.export / "provenance.json").exists()
+
+
+def test_the_card_names_a_repo_until_another_is_named(attested: Build) -> None:
+    def card() -> str:
+        return (attested.export / "README.md").read_text("utf-8")
+
+    assert 'from_pretrained(".", ' in card()
+    assert run_stage(attested, "attest", RECIPE, CPU, SILENT, repo_id="me/one").ran
+    assert 'from_pretrained("me/one", ' in card()
+    subjects = {entry["name"]: entry["digest"] for entry in provenance_of(attested)["subject"]}
+    assert subjects["README.md"]["sha256"] == digest_file(attested.export / "README.md").sha256
+    assert states(attested, RECIPE, CPU)["attest"].status == "done"
+    assert not run_stage(attested, "attest", RECIPE, CPU, SILENT).ran  # what `nf4 build` asks
+    assert run_stage(attested, "attest", RECIPE, CPU, SILENT, repo_id="me/two").ran
+    assert 'from_pretrained("me/two", ' in card()
 
 
 def hub_manifest(build: Build) -> Manifest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -11,11 +12,15 @@ from typing import Any, Final
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from nf4_pipeline.checkpoint.source_card import SourceCard, parse_card
+from nf4_pipeline.report.formatting import one_in
 from nf4_pipeline.report.model_card import model_card
 from nf4_pipeline.verification.document import parse_verification
+from nf4_pipeline.verification.prompts import REFERENCE, read_prompts
 
 from tests.support.made import (
+    SHOCKWAVE,
     calibration,
     failed_gate,
     made,
@@ -26,6 +31,7 @@ from tests.support.made import (
 
 NUMBER: Final = re.compile(r"\d+(?:[.,]\d+)*(?:e-?\d+)?")
 SOURCE: Final = SourceCard(license=("apache-2.0",))
+LEFT_OUT: Final = "falcon-7b-instruct"  # the name of the source, which says how large it is
 
 
 def card(verification: dict[str, Any]) -> str:
@@ -35,8 +41,9 @@ def card(verification: dict[str, Any]) -> str:
 def measured(verification: dict[str, Any]) -> str:
     """The part of a card that speaks of this artifact's measurements."""
     text = card(verification)
-    start = text.find("## Size")
-    return text[start if start >= 0 else text.index("## Verification") : text.index("## Use")]
+    start = text.find("## What 4 bits cost")
+    part = text[start if start >= 0 else text.index("## Verification") :]
+    return part[: part.index("## How it was made")].replace(LEFT_OUT, "")
 
 
 def full() -> dict[str, Any]:
@@ -125,9 +132,9 @@ def test_each_number_that_the_card_shows_moves_it() -> None:
         after = card(changed)
         lines = [a for a, b in zip(after.split("\n"), before.split("\n"), strict=True) if a != b]
         assert lines, path
-        # It moves as it is written, not by what is made of it elsewhere.
+        # It moves as it is written, beside what is made of it elsewhere.
         shown = f"{new:.0%}" if path[-1] == "confidence" else _as_shown(path, new)
-        assert all(shown in line for line in lines), (path, shown, lines)
+        assert any(shown in line for line in lines), (path, shown, lines)
 
 
 def _as_shown(path: tuple[Any, ...], number: float) -> str:
@@ -159,8 +166,8 @@ def test_each_number_in_the_card_comes_from_the_verification() -> None:
             label = line.strip()
             stay |= set(NUMBER.findall(label)) if label in after else set()
     # What is left are the words "16-bit", "4 bit", "99th percentile", "sha256", "Linear4bit" and
-    # "KL is 0 where both models predict the same".
-    assert stay <= {"16", "4", "99", "256", "0"}
+    # "KL is 0 where both models predict the same", and how many checks there are.
+    assert stay <= {"16", "4", "99", "256", "0", str(len(changed["checks"]))}
 
 
 def test_the_verdict_and_each_check_are_shown() -> None:
@@ -178,7 +185,8 @@ def test_a_failed_gate_shows_the_gates_and_claims_nothing_else() -> None:
     text = card(failed_gate())
     assert "## Verification: fail" in text
     assert text.count("| FAIL |") == 2
-    for absent in ("## Size", "perplexity", "Measured on", "pictures/", "| prompt |"):
+    assert "> [!WARNING]\n> **This artifact did not pass verification" in text.split("## Use")[0]
+    for absent in ("## What 4", "perplexity", "Measured on", "pictures/", "| prompt |", "model-in"):
         assert absent not in text
 
 
@@ -214,7 +222,7 @@ def making(**changes: Any) -> str:
     """How a calibrated artifact was made, as its card says it."""
     calibrated = manifest(calibrated=calibration() | changes)
     text = model_card(calibrated, parse_verification(made(nearest=True)), SOURCE)
-    return text[text.index("## How it was made") :]
+    return text[text.index("## How it was made") : text.index("## Check it yourself")]
 
 
 def test_how_the_codes_were_chosen() -> None:
@@ -353,3 +361,154 @@ def test_no_name_of_a_folder_acts_in_the_card(name: str) -> None:
     (command,) = [line for line in lines if line.startswith("nf4 build ")]
     assert len(shlex.split(command)) == 3
     assert head(text)["license"] == "apache-2.0"
+
+
+# How to use it.
+
+FALCON: Final = "modeling_falcon.FalconLinear = torch.nn.Linear"
+
+
+def used(repo_id: str | None = None, *, chat: bool = True, **identity: Any) -> str:
+    """The card of an artifact with a tokenizer, of an architecture that may need a line."""
+    own = {"files": {"tokenizer.json": None}, **identity}
+    theirs = replace(manifest(), **own)
+    return model_card(theirs, parse_verification(made()), SOURCE, repo_id=repo_id, chat=chat)
+
+
+def snippets(text: str) -> list[str]:
+    found = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
+    for code in found:
+        compile(code, "README.md", "exec")
+        assert max(map(len, re.sub(r'"[^"]*/[^"]*"', "", code).split("\n"))) <= 90
+    return found
+
+
+HIDDEN: Final = {"hidden_modules": ("transformer.h.0.mlp.dense_h_to_4h",)}
+OTHER: Final = HIDDEN | {"model_class": "OtherForCausalLM"}
+
+
+@pytest.mark.parametrize("repo_id", [None, "me/x", "an-org/A.very_long-name.of.a.model-7B-nf4"])
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("identity", [{}, HIDDEN, OTHER], ids=["plain", "falcon", "other"])
+def test_how_to_use_it_comes_first_and_has_no_placeholder(
+    repo_id: str | None, chat: bool, identity: dict[str, Any]
+) -> None:
+    text = used(repo_id, chat=chat, **identity)
+    order = [text.index(f"## {title}") for title in ("Use", "What 4 bits cost", "Verification: ")]
+    order += [text.index("## How it was made"), text.index("## Check it yourself")]
+    assert order == sorted(order)
+    assert len(text[: order[0]].split("---\n")[-1].splitlines()) <= 6
+    assert not re.search(r"PATH|ORG/NAME|_REPO|TODO|\bNAME\b", text)
+    codes = snippets(text)
+    assert len(codes) == 3
+    for code in codes:
+        assert f'"{repo_id or "."}"' in code
+    own = next(code for code in codes if "nf4_pipeline" in code)
+    stock = next(code for code in codes if "AutoModelForCausalLM" in code)
+    generate = next(code for code in codes if "AutoTokenizer" in code)
+    assert codes == ([own, stock, generate] if identity is OTHER else [stock, generate, own])
+    assert (FALCON in stock) is (identity is HIDDEN)
+    assert ("4.57 and no newer" in text) is (identity is OTHER)
+    assert ("apply_chat_template" in generate) is chat
+    assert ("nf4 push" in text) is (repo_id is None)
+
+
+def test_without_a_tokenizer_nothing_is_asked() -> None:
+    codes = snippets(used("me/x", files={}))
+    assert len(codes) == 2
+    assert not [code for code in codes if "okenizer" in code or "prompt" in code]
+
+
+MADE_BY: Final = {
+    ("tiiuae/falcon-7b-instruct", "8" * 40): (
+        "tiiuae/falcon-7b-instruct --revision " + "8" * 40,
+        "",
+    ),
+    ("nf4-pipeline/sample", None): ("sample", ""),
+    ("my-model", None): ("./my-model", " --source ./my-model"),
+    ("my model", None): ("'./my model'", " --source './my model'"),
+    ("-f", None): ("./-f", " --source ./-f"),
+}
+
+
+@pytest.mark.parametrize("source", MADE_BY)
+@pytest.mark.parametrize("repo_id", [None, "me/x"])
+def test_the_commands_name_what_they_take(
+    source: tuple[str, str | None], repo_id: str | None
+) -> None:
+    repo, commit = source
+    expected, origin = MADE_BY[source]
+    text = used(repo_id, source=replace(manifest().source, repo=repo, commit=commit))
+    build, check = re.findall(r"```sh\n(.*?)\n```", text, re.DOTALL)
+    assert build == f"nf4 build {expected}"
+    lines = [line for line in check.split("\n") if not line.startswith("#")]
+    folder = "x" if repo_id else "."
+    downloads = ["hf download me/x --local-dir x", "hf cache verify me/x --local-dir x"]
+    assert lines == [
+        *(downloads if repo_id else []),
+        f"nf4 reproduce {folder}{origin}",
+        f"nf4 check {folder} --key key.pub",
+    ]
+
+
+@pytest.mark.parametrize("verification", [full(), nulls(), without_tokenizer(), failed_gate()])
+@pytest.mark.parametrize("repo_id", [None, "me/x"])
+def test_the_metadata_are_what_the_hub_reads(
+    verification: dict[str, Any], repo_id: str | None
+) -> None:
+    document = parse_verification(verification)
+    text = model_card(manifest(), document, SOURCE, repo_id=repo_id)
+    parsed: Any = ModelCard(text, ignore_metadata_errors=False).data
+    data, results = parsed.to_dict(), parsed.eval_results or []
+    assert data["base_model"] == "tiiuae/falcon-7b-instruct"
+    assert data["base_model_relation"] == "quantized"
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
+    assert data.get("quantized_by") == ("me" if repo_id else None)
+    for result in results:
+        assert isinstance(result.metric_value, float)
+        assert math.isfinite(result.metric_value)
+        assert (result.source_url is not None) is (repo_id is not None)
+    measured = [result.metric_type for result in results]
+    if verification == full():
+        assert measured == ["kl_divergence", "accuracy", "perplexity"]
+    elif verification in (nulls(), failed_gate()):
+        assert measured == []
+
+
+def test_figures_are_said_in_plain_words() -> None:
+    text = card(full())
+    assert "**14.434 GB become 4.010 GB**, 72% less, at 4.635 bits per weight." in text
+    assert "**KL 0.021: one token in 13 changes.** Of 8,176 tokens" in text
+    assert "of those where that model is sure, one token in 62." in text
+    assert "Its predictions are not finite." in card(nulls())
+
+
+@pytest.mark.parametrize(
+    ("agreement", "said"),
+    [
+        (1.0, "no token"),
+        (0.999_9, "one token in 10,000"),
+        (0.952_7, "one token in 21"),
+        (0.51, "one token in 2"),
+        (0.4, "60% of all tokens"),
+        (0.0, "100% of all tokens"),
+    ],
+)
+def test_how_many_tokens_change(agreement: float, said: str) -> None:
+    assert one_in(agreement) == said
+
+
+def test_the_opening_prompt_of_a_card_is_for_everybody() -> None:
+    """The reference set keeps the prompt of the first write-up, where no card or summary begins."""
+    prompts = [prompt.prompt for prompt in read_prompts(REFERENCE)]
+    assert SHOCKWAVE in prompts
+    assert SHOCKWAVE not in prompts[:-1]
+    verification = full() | {"answers": []}
+    for prompt in prompts:
+        for seed in (None, 0):
+            answer = {"prompt": prompt, "expect": None, "seed": seed, "same": True}
+            answer |= {"answer_16bit": "a", "answer_4bit": "a", "first_difference": None}
+            verification["answers"].append(answer)
+    text = card(verification)
+    assert text.count(" | a | a |") == 4  # of four prompts, not of one in several ways
+    assert "bomb" not in text.lower()

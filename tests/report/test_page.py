@@ -10,6 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from nf4_pipeline.report import kl_scale
 from nf4_pipeline.report import page as page_module
 from nf4_pipeline.report.page import render, report_page
 from nf4_pipeline.verification.document import SCHEMA, parse_verification
@@ -17,6 +18,9 @@ from nf4_pipeline.verification.document import SCHEMA, parse_verification
 from tests.support import made
 
 VOID = {"meta", "link"}
+COMMIT = "8782b5c5d8c9290412416618f36a133653e85285"
+LINKS = {kl_scale.SOURCE, f"https://huggingface.co/tiiuae/falcon-7b-instruct/tree/{COMMIT}"}
+"""All that the page may lead to."""
 CASES = {
     "falcon": made.made(against=True),
     "calibrated": made.made(nearest=True),
@@ -40,6 +44,7 @@ class Parsed(HTMLParser):
         self.attributes: list[tuple[str, str | None]] = []
         self.text: list[str] = []
         self.marked: list[str] = []
+        self.headings: list[str] = []
         self.feed(page)
         self.close()
         assert self.open == []
@@ -47,6 +52,8 @@ class Parsed(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes += attrs
+        if tag == "h2":
+            self.headings += [value or "" for key, value in attrs if key == "id"]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -86,12 +93,19 @@ def test_the_page_is_whole_and_needs_nothing_else(name: str) -> None:
     for key, value in parsed.attributes:
         assert not key.startswith("on")
         if key in ("src", "href", "xlink:href"):
-            assert value == "data:," or str(value).startswith("#")
+            assert value in ("data:,", *LINKS) or str(value).startswith("#")
     assert "@import" not in page
     assert "url(h" not in page
     ids = [value for key, value in parsed.attributes if key == "id"]
     assert len(ids) == len(set(ids))
     assert {value for key, value in parsed.attributes if key == "aria-labelledby"} <= set(ids)
+    targets = [str(v)[1:] for k, v in parsed.attributes if k == "href" and str(v).startswith("#")]
+    assert len(set(targets)) > 1  # the contents
+    assert set(targets) <= set(ids)
+    places = [page.index(f'id="{target}"') for target in targets if target in parsed.headings]
+    assert places == sorted(places)
+    listed = set(parsed.headings) - {"verdict", "use", "contents"}
+    assert listed == set(targets) & set(parsed.headings)
     page.encode("utf-8")
 
 
@@ -183,6 +197,62 @@ def test_round_to_nearest_stands_beside() -> None:
     assert "round to nearest" not in words(made.made(against=True)).lower()
 
 
+def test_the_source_is_a_link_only_where_it_is_a_repo_of_the_hub() -> None:
+    address = f"https://huggingface.co/org/model/tree/{COMMIT}"
+    assert f'href="{address}"' in words(made.made(), repo="org/model")
+    for name in ("a", "a/b/c", "../x", "a/b c", 'a/"><script>', "a/mödel", "javascript:x/y"):
+        assert "huggingface.co" not in words(made.made(), repo=name), name
+    assert "huggingface.co" not in words(made.made(), repo="org/model", commit=False)
+
+
+def test_the_day_is_said() -> None:
+    text = words(made.made())
+    assert "verified on <time>2026-11-26</time>" in text
+    older = made.made()
+    del older["date"]
+    assert "verified on" not in words(older)
+
+
+def test_the_artifact_stands_among_known_quantizations() -> None:
+    """Where its KL puts it, whatever that is; a KL that is not finite compares with nothing."""
+    for kl, after in ((1e-9, None), (0.008, "Q6_K"), (0.05, "Q4_K_M"), (9.0, "Q2_K, importance")):
+        rows = kl_scale.scale(kl)
+        assert [row.kl for row in rows] == sorted(row.kl for row in rows)
+        place = next(i for i, row in enumerate(rows) if row.is_own)
+        assert (place == 0) if after is None else rows[place - 1].name.startswith(after)
+    text = words(made.made())
+    assert kl_scale.SOURCE in text
+    table = text[text.index("Q5_K_M") :]
+    assert table.index("this artifact") < table.index("Q4_0")
+    assert "Here one token in 13 has another first choice" in text
+    assert kl_scale.SOURCE not in words(made.nulls())
+
+
+def test_the_worst_tokens_are_quoted_with_both_distributions() -> None:
+    parsed = Parsed(words(made.made()))
+    text = "".join(parsed.text)
+    first = made.made()["worst_tokens"][0]
+    assert f"…{first['before']}" in text
+    assert " day" in parsed.marked
+    for chance in first["chances"][:3]:
+        assert f"{chance['16bit'] * 100:.2f}\xa0%" in text
+        assert f"{chance['4bit'] * 100:.2f}\xa0%" in text
+    assert "it is not quoted, because this page may be published" in text
+    older = made.made()
+    del older["worst_tokens"]
+    assert "worst tokens" not in words(older)
+
+
+def test_answers_that_differ_come_before_those_that_do_not() -> None:
+    verification = made.made()
+    for answer in verification["answers"][:2]:
+        answer |= {"answer_4bit": answer["answer_16bit"], "same": True, "first_difference": None}
+    text = words(verification)
+    places = [text.index(prompt.split("\n")[0]) for prompt, _ in made.PROMPTS]
+    assert places[0] == max(places)
+    assert places[1:] == sorted(places[1:])
+
+
 def test_failing_checks_come_first_and_nothing_else_is_claimed() -> None:
     page = page_of(made.failed_gate())
     assert page.count("✗ FAIL") == 2
@@ -246,7 +316,7 @@ def test_right_and_wrong_answers_and_the_lost_one_first() -> None:
     assert text.count("✗ wrong") == 1
     assert text.index("✗ wrong") < text.index("✓ right", text.index("✗ wrong"))
     assert "3 plus 35" in text[: text.index("3 plus 4?")]
-    assert "40 more prompts" in text
+    assert "47 more prompts" in text
     assert "No GPU" not in text
     assert "no GPU was used" in text
 

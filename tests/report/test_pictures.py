@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -88,9 +88,17 @@ def test_identical_models() -> None:
     assert sorted(svg(verification)) == ["domains", "kl", "layers", "sizes"]
 
 
+def texts_of(pairs: Mapping[str, str]) -> list[str]:
+    """Each <svg> element, wide and narrow."""
+    return [f"<svg{text}" for pair in pairs.values() for text in pair.split("<svg")[1:]]
+
+
 def test_svg_elements_stand_in_a_page_without_touching_it() -> None:
     ids: list[str] = []
-    for text in svg(made.hostile()).values():
+    for pair in svg(made.hostile()).values():
+        wide, narrow = ElementTree.fromstring(f"<pair>{pair}</pair>")
+        assert (wide.get("class"), narrow.get("class")) == ("wide", "narrow")
+    for text in texts_of(svg(made.hostile())):
         root = ElementTree.fromstring(text)
         tags = {element.tag for element in root.iter()}
         assert tags <= {"svg", "g", "path", "defs", "use", "text", "tspan", "clipPath", "rect"}

@@ -70,7 +70,7 @@ def stop_before_writing(build: Build, options: Recipe = SELF) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Quantize, "_quantize", stop)
         with pytest.raises(StoppedHere):
-            run_stage(build, "quantize", options, CPU, SILENT)
+            run_stage(build, "quantize", options, CPU, SILENT, replaces=True)
     (folder,) = (path for path in build.calibration.iterdir() if path.is_dir())
     assert sorted(path.name for path in folder.iterdir()) == BLOCKS
     return folder

@@ -98,9 +98,6 @@ def test_changed_files_are_named_and_nothing_is_loaded(
     assert f"{SHARDS[0]} has other bytes" in names["files as in the manifest"]
     assert f"{UP}.weight" in names["tensors as in the manifest"]
     assert "models" not in found
-    card = (build.export / "README.md").read_text("utf-8")
-    assert "## Verification: fail" in card
-    assert f"{UP}.weight" in card
 
 
 @pytest.mark.parametrize("case", FORGERIES)

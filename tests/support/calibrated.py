@@ -39,8 +39,8 @@ def quantized(
     build: Build, options: Recipe, reporter: Reporter = SILENT, *, machine: Machine = CPU
 ) -> StageResult:
     """Runs `quantize` and `serialize`; returns what came of the first."""
-    result = run_stage(build, "quantize", options, machine, reporter)
-    run_stage(build, "serialize", options, machine, reporter)
+    result = run_stage(build, "quantize", options, machine, reporter, replaces=True)
+    run_stage(build, "serialize", options, machine, reporter, replaces=True)
     return result
 
 

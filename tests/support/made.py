@@ -177,6 +177,7 @@ def made(
             "transformers": "5.23.0",
             "bitsandbytes": "0.50.2",
         },
+        "date": "2026-11-26",
         "device": {"kind": "cuda", "name": "NVIDIA H100 80GB HBM3", "dtype": "bfloat16"},
         "sizes": _sizes(blocks, layers, embedding),
         "text": {
@@ -198,6 +199,7 @@ def made(
             for first in range(0, 512, 32)
         ],
         "kl_histogram": _histogram(),
+        "worst_tokens": _worst(),
         "blocks": _blocks(rng, blocks, layers),
         "accuracy": None,
         "models": {
@@ -323,6 +325,10 @@ def without_tokenizer() -> dict[str, Any]:
 def hostile() -> dict[str, Any]:
     """Everything that a model, a prompt file or a checkpoint can name is an attack."""
     verification = made(prompts=0, against=True, nearest=True)
+    for token in verification["worst_tokens"]:
+        token |= {"domain": HOSTILE[0], "before": HOSTILE[1] + HOSTILE[3]}
+        for chance, text in zip(token["chances"], HOSTILE, strict=False):
+            chance["text"] = text
     verification["answers"] = [
         {
             "prompt": text,
@@ -417,6 +423,26 @@ def _histogram() -> dict[str, Any]:
     edges = [10 ** (-6 + 7 * i / bins) for i in range(bins + 1)]
     counts = [round(900 * math.exp(-(((i - 21.5) / 5.4) ** 2) / 2)) for i in range(bins)]
     return {"edges": edges, "counts": counts}
+
+
+def _worst() -> list[dict[str, Any]]:
+    """Two of them, and one of a text that is not quoted."""
+    words = [(" night", 0.41, 0.03), (" day", 0.21, 0.64), (" time", 0.08, 0.04), ("", 1e-4, 2e-4)]
+    place = {"kl": 1.299, "domain": "prose", "sequence": 3, "position": 117}
+    first = place | {
+        "before": "The old man waited at the door. It was late, and he knew that one",
+        "actual": 1402,
+        "chances": [
+            {"id": 1401 + n, "text": text, "16bit": before, "4bit": after}
+            for n, (text, before, after) in enumerate(words)
+        ],
+    }
+    return [
+        first,
+        first
+        | {"kl": 0.97, "domain": "code", "before": "def area(r):\n    return ", "actual": 1401},
+        place | {"kl": 0.61, "position": 9, "before": None, "actual": None, "chances": []},
+    ]
 
 
 def _blocks(rng: random.Random, blocks: int, layers: dict[str, int]) -> list[dict[str, Any]]:

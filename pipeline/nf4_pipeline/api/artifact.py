@@ -14,7 +14,7 @@ from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.documents import DocumentError
 from nf4_pipeline.errors import ArtifactError, BuildError, CheckpointError
 from nf4_pipeline.manifest.manifest import Manifest, Totals
-from nf4_pipeline.progress import ProgressCallback, as_reporter
+from nf4_pipeline.progress import ProgressCallback, reporting_to
 from nf4_pipeline.verification.document import (
     VERIFICATION_FILE,
     MeasuredVerification,
@@ -55,11 +55,12 @@ class Artifact:
         """Reads what an artifact says of itself; its weights are not looked at.
 
         Args:
-            artifact: an export folder, or a build folder, whose export is meant; None for the
-                newest build under ./artifacts.
+            artifact: an export folder; a build folder, or the model or the tag of a build under
+                ./artifacts, whose export is meant; None for the build worked on last.
 
         Raises:
-            UsageError: there is no such folder.
+            UsageError: the name can be no name.
+            BuildError: there is no build of that name.
             ArtifactError: the folder holds no artifact, or its manifest or its verification is
                 not valid.
             CheckpointError: a file leads out of the folder, or is not what its name says.
@@ -117,7 +118,8 @@ class Artifact:
             prompts: a JSONL file of {"prompt", "expect", "chat"} to ask both models.
             eval_text: a text file on which both models are compared.
             eval_tokens: how many tokens of that text, at most.
-            against: another artifact of the same source, compared on the same text.
+            against: another artifact of the same source, by path, model or tag, compared on the
+                same text.
             device: "auto", "cpu", "cuda" or "cuda:N".
             require_gpu: fail at once where there is no GPU.
             device_memory: bytes of the device that may be used, as a number or such as "8GB"; None
@@ -141,10 +143,9 @@ class Artifact:
         from nf4_pipeline.job import run_stage
         from nf4_pipeline.records import ATTEST
 
-        reporter = as_reporter(progress)
         attested = build.record(ATTEST) is not None
-        other = None if against is None else fspath(against)
-        with interruptible():
+        other = None if against is None else _find_other(fspath(against), build)
+        with interruptible(), reporting_to(progress) as reporter:
             run_stage(build, "verify", options, machine, reporter, against=other)
             if attested:  # its provenance speaks of the last verification
                 run_stage(build, "attest", options, machine, reporter)
@@ -217,8 +218,9 @@ class Artifact:
         build = self._build("push")
         from nf4_pipeline.stages.push import Push
 
-        push = Push(build, target, as_reporter(progress), allow_unverified)
-        return push.plan() if dry_run else push.run().facts
+        with interruptible(), reporting_to(progress) as reporter:
+            push = Push(build, target, reporter, allow_unverified)
+            return push.plan() if dry_run else push.run().facts
 
     def prompt(
         self, query: str | Sequence[Mapping[str, str]], **options: Unpack[PromptOptions]
@@ -259,16 +261,32 @@ class Artifact:
 
 def _find(artifact: str | PathLike[str] | None) -> Path:
     """The export folder that is meant."""
-    from nf4_pipeline.runtime.artifact import find_model, is_model
+    from nf4_pipeline.builds import find_artifact, find_build, no_build
+    from nf4_pipeline.checkpoint.model_name import is_hub_id
+    from nf4_pipeline.runtime.artifact import is_model
 
-    name = None if artifact is None else fspath(artifact)
-    path = Path(find_model(name))
-    if not is_model(path):
+    if artifact is None:
+        return find_build(None, newest=True, needs="serialize").listed.root / "export"
+    name = fspath(artifact)
+    found = find_artifact(name, newest=True)
+    if found is not None:
+        if not is_model(found.folder):
+            raise ArtifactError(f"{found.folder} holds no model: there is no config.json in it.")
+        return found.folder
+    if is_hub_id(name):
         raise ArtifactError(
-            f"{name} is no folder. An artifact on the Hub is loaded by nf4_pipeline.load, or "
-            f"fetched by: hf download {name} --local-dir DIR."
+            f"{name} is no folder, and there is no build of it. An artifact on the Hub is loaded "
+            f"by nf4_pipeline.load, or fetched by: hf download {name} --local-dir DIR."
         )
-    return path
+    raise no_build(name)
+
+
+def _find_other(name: str, own: Build) -> str:
+    """The artifact to compare with, or the name itself, which verify will know or refuse."""
+    from nf4_pipeline.builds import find_other
+
+    found = find_other(name, own)
+    return name if found is None else str(found.folder)
 
 
 def _read_verification(path: Path) -> Verification | None:

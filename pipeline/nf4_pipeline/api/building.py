@@ -8,7 +8,7 @@ from nf4_pipeline.api.artifact import Artifact
 from nf4_pipeline.api.interrupts import interruptible
 from nf4_pipeline.api.options import PathName, RecipeLike, make_machine, make_recipe, make_request
 from nf4_pipeline.machine import DEFAULT_MEMORY_BUDGET
-from nf4_pipeline.progress import ProgressCallback, as_reporter
+from nf4_pipeline.progress import ProgressCallback, reporting_to
 
 
 def build(
@@ -26,7 +26,9 @@ def build(
     require_gpu: bool = False,
     workers: int = 0,
     memory_budget: str | int = DEFAULT_MEMORY_BUDGET,
+    device_memory: str | int | None = None,
     build_dir: PathName | None = None,
+    replace: bool = False,
     offline: bool = False,
     allow_pickle: bool = False,
     allow_unhashed: bool = False,
@@ -57,7 +59,11 @@ def build(
         require_gpu: fail at once where there is no GPU to verify on.
         workers: threads that quantize; 0 for as many as keep the device busy.
         memory_budget: bytes of all buffers of the engine together, as a number or such as "1GiB".
-        build_dir: the build folder; None for one under ./artifacts that is named for the model.
+        device_memory: how much of the device verifying may use, as a number of bytes or such as
+            "8GB"; all that is free without it.
+        build_dir: the build folder; None for one under ./artifacts that is named for the model and,
+            where it is not the default, for the recipe.
+        replace: a build folder that is another build may become this one.
         offline: take a Hub model as it is cached.
         allow_pickle: scan and convert weights that are pickles, where there are no others.
         allow_unhashed: take files for which the Hub lists no hash, too.
@@ -74,7 +80,8 @@ def build(
         UsageError: the name or an option means nothing; `RecipeError` for the recipe.
         SourceError: the checkpoint cannot be used.
         HubError: the Hub refuses, does not answer, or sends wrong bytes.
-        BuildError: another process works in the build folder, or the folder cannot be worked in.
+        BuildError: another process works in the build folder, it is another build and may not be
+            replaced, or it cannot be worked in.
         ArtifactError: what was written is not what it should be.
         ResourceError: disk, memory or the device that was asked for is lacking.
         KeyboardInterrupt: the user stopped it; the text says what is kept.
@@ -89,7 +96,11 @@ def build(
         eval_tokens=eval_tokens,
     )
     machine = make_machine(
-        device=device, require_gpu=require_gpu, workers=workers, memory_budget=memory_budget
+        device=device,
+        require_gpu=require_gpu,
+        workers=workers,
+        memory_budget=memory_budget,
+        device_memory=device_memory,
     )
     request = make_request(
         model,
@@ -101,9 +112,10 @@ def build(
         allow_unused=allow_unused,
         strip_prefix=strip_prefix,
         build_dir=build_dir,
+        replaces=replace,
     )
     from nf4_pipeline.job import run_build
 
-    with interruptible():
-        made, _ = run_build(request, options.recipe, machine, as_reporter(progress))
+    with interruptible(), reporting_to(progress) as reporter:
+        made, _ = run_build(request, options.recipe, machine, reporter)
     return Artifact.open(made.export)

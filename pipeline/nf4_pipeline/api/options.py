@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from nf4_pipeline.checkpoint.model_name import is_hub_id
 from nf4_pipeline.checkpoint.named_path import named_path
-from nf4_pipeline.errors import RecipeError, UsageError
+from nf4_pipeline.errors import UsageError
 from nf4_pipeline.machine import DEFAULT_MEMORY_BUDGET, Machine
 from nf4_pipeline.recipe import TABLES, PartialRecipe, Recipe, parse_recipe, parse_size, read_tables
 
@@ -23,6 +22,7 @@ PathName = str | PathLike[str]
 RecipeLike = PathName | Recipe | Mapping[str, Mapping[str, object]]
 """A recipe, the TOML file of one, or the tables that would stand in it."""
 
+_REPO_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _MOST_WORKERS: Final = 1024
 
 
@@ -37,6 +37,7 @@ def make_request(
     allow_unused: Sequence[str] = (),
     strip_prefix: str = "",
     build_dir: PathName | None = None,
+    replaces: bool = False,
 ) -> DownloadRequest:
     """Which checkpoint is wanted, and how it is read; `DownloadRequest` says what each means.
 
@@ -59,6 +60,7 @@ def make_request(
         allow_unhashed=allow_unhashed,
         reading=reading,
         check=check,
+        replaces=replaces,
     )
 
 
@@ -93,20 +95,9 @@ def make_recipe(
         if values := {key: value for key, value in options.items() if value is not None}:
             if name == "quantize":
                 values["rounding"] = ""  # it follows from the others
-            try:
-                table = replace(getattr(whole, name), **values)
-            except RecipeError as error:
-                raise RecipeError(_by_option(str(error), name, values)) from error
-            whole = replace(whole, **{name: table})
+            whole = replace(whole, **{name: replace(getattr(whole, name), **values)})
             given |= {name}
     return PartialRecipe(whole, given)
-
-
-def _by_option(text: str, table: str, keys: Iterable[str]) -> str:
-    """A message about a key of a recipe, with the name that was typed for it."""
-    for key in keys:
-        text = text.replace(f"{table}.{key}", f"--{key.replace('_', '-')}")
-    return text
 
 
 def _read(recipe: RecipeLike | PartialRecipe | None) -> tuple[Recipe, frozenset[str]]:
@@ -177,9 +168,17 @@ def make_target(
     """
     from nf4_pipeline.hub import Target
 
-    if not is_hub_id(repo_id):
-        raise UsageError(
-            f"--repo-id {repo_id}: expected ORG/NAME, your user name or organization on the Hub "
-            "and the name that the model is to have there."
-        )
+    check_repo_id(repo_id)
     return Target(repo_id, private, create_pr, force)
+
+
+def check_repo_id(repo_id: str | None) -> None:
+    """Refuses what no repo of the Hub can be called; None stands for no repo.
+
+    Raises:
+        UsageError: the repo is not called ORG/NAME.
+    """
+    if repo_id is not None and not _REPO_ID.fullmatch(repo_id):
+        raise UsageError(
+            f"--repo-id {repo_id[:120]!r}: expected ORG/NAME, of letters, digits, -, _ and dots."
+        )

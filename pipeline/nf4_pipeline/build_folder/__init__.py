@@ -1,10 +1,11 @@
 """The build folder: where each stage leaves its files, and the record that says it is done.
 
-    artifacts/<slug>/
+    artifacts/<org>--<name>@<sha12>[-<tag of any recipe but the default>]/
       source/        the pinned checkpoint: links to where its files are
       quantized/     one safetensors per source shard, each complete or absent
       export/        the publishable folder
       records/       one small JSON per finished stage
+      build.json     the source and the recipe that it is for, from before the first byte
       .lock          held by the process that works here
 
 A record holds the stage's key, every output with its size, sha256 and stamp (times and inode),
@@ -14,11 +15,13 @@ would have now, and its outputs still hash as recorded; a record that cannot be 
 
 build.py      the folder: where things are, its lock
 record.py     what a finished stage leaves, in memory and as JSON
+spec.py       build.json
+variant.py    what of a recipe shapes the bytes, and the tag that says so in a folder's name
 freshness.py  whether a stage is done, stale or missing; whether its outputs are what it left
 """
 
-from nf4_pipeline.build_folder.build import Build, find_builds
+from nf4_pipeline.build_folder.build import Build
 from nf4_pipeline.build_folder.freshness import Inputs, State
 from nf4_pipeline.build_folder.record import Facts, Record, RecordKind
 
-__all__ = ["Build", "Facts", "Inputs", "Record", "RecordKind", "State", "find_builds"]
+__all__ = ["Build", "Facts", "Inputs", "Record", "RecordKind", "State"]

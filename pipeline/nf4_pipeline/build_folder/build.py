@@ -27,7 +27,6 @@ from nf4_pipeline.checkpoint.atomic import (
 from nf4_pipeline.checkpoint.digest import FileStamp
 from nf4_pipeline.errors import BuildError
 from nf4_pipeline.progress import SILENT, Reporter
-from nf4_pipeline.runtime.artifact import build_roots
 
 
 class Build:
@@ -181,8 +180,3 @@ def _open_lock(path: Path) -> int:
     if not path.is_symlink() and (path.is_file() or not path.exists()):
         return os.open(path, flags, 0o666)
     raise BuildError(f"{path} is no plain file, and no build left it so. Delete it.")
-
-
-def find_builds(artifacts: Path) -> list[Build]:
-    """All builds under a folder, the one worked on last first."""
-    return [Build(root) for root in build_roots(artifacts)]

@@ -5,6 +5,7 @@ so `nf4 --help` answers at once.
 
     options.py    options that commands share, and what they become
     help.py       examples on help pages, and what is said of a line that cannot be read
+    named_builds.py  the build or the artifact that a command is about
     terminal.py   the one place that prints; what controls a terminal is shown instead
     reporting.py  progress on stderr
     module_tree.py  the modules of an artifact as a tree, with bits and error

@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from nf4_pipeline.cli.help import CommandWithExamples, complete_model
+from nf4_pipeline.cli.named_builds import named_build
 from nf4_pipeline.cli.options import (
     Ui,
     build_dir_option,
-    existing_build,
     output_options,
     run_one_stage,
 )
@@ -25,15 +25,22 @@ from nf4_pipeline.cli.options import (
     ),
 )
 @click.argument("model", required=False, shell_complete=complete_model)
+@click.option(
+    "--repo-id",
+    metavar="ORG/NAME",
+    help="The Hub repo that the card's snippets load from; only needed before signing.",
+)
 @build_dir_option
 @output_options
-def command(ui: Ui, model: str | None, build_dir: Path | None) -> None:
-    """Write provenance.json (SLSA) and bom.cdx.json (CycloneDX) into a verified export.
+def command(ui: Ui, model: str | None, repo_id: str | None, build_dir: Path | None) -> None:
+    """Write the model card, provenance.json (SLSA) and bom.cdx.json (CycloneDX) into the export.
 
-    MODEL is what the build was started with; without it, the newest build is meant. `nf4 build`
-    does this last.
+    MODEL is what the build was started with, a tag such as "calibrated", or a path; without it,
+    the build worked on last is meant. `nf4 build` does this last, and `nf4 push` again with the
+    name of the repo.
     """
-    from nf4_pipeline.api.options import make_machine, make_recipe
+    from nf4_pipeline.api.options import check_repo_id, make_machine, make_recipe
 
-    build = existing_build(model, build_dir)
-    run_one_stage("attest", ui, build, make_recipe(), make_machine())
+    check_repo_id(repo_id)
+    build = named_build(ui, model, build_dir, newest=model is None, needs="serialize")
+    run_one_stage("attest", ui, build, make_recipe(), make_machine(), repo_id=repo_id)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from nf4_pipeline.cli.help import CommandWithExamples
+from nf4_pipeline.cli.help import CommandWithExamples, complete_model
+from nf4_pipeline.cli.named_builds import artifact_folder
 from nf4_pipeline.cli.options import NamedPath, Ui, output_options
-from nf4_pipeline.cli.reproduce import artifact_folder
 from nf4_pipeline.cli.terminal import say
 
 
@@ -23,7 +23,7 @@ from nf4_pipeline.cli.terminal import say
         ("nf4 check artifacts/NAME --key public.pem --json", "A build of yours, for a program."),
     ),
 )
-@click.argument("artifact", type=NamedPath())
+@click.argument("artifact", shell_complete=complete_model)
 @click.option(
     "--key",
     required=True,
@@ -31,7 +31,7 @@ from nf4_pipeline.cli.terminal import say
     help="PEM file of the signer's public key.",
 )
 @output_options
-def command(ui: Ui, artifact: Path, key: Path) -> None:
+def command(ui: Ui, artifact: str, key: Path) -> None:
     """Check that ARTIFACT holds exactly what was signed with a key.
 
     A file that changed, is missing, or was added is refused, with exit code 1. The public key must
@@ -39,7 +39,7 @@ def command(ui: Ui, artifact: Path, key: Path) -> None:
     """
     from nf4_pipeline.provenance.signing import check
 
-    folder = artifact_folder(artifact)
+    folder = artifact_folder(ui, artifact)
     count = check(folder, key)
     value = {"artifact": str(folder), "signed": True, "files": count}
     ui.result(value, lambda: say(f"signed with that key: {count} files, none else"))

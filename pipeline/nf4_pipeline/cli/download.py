@@ -53,6 +53,7 @@ def command(ui: Ui, request: DownloadRequest) -> None:
         )
         place = shlex.quote(str(build.root))
         say(f"build:  {place}")
-        say(f"next:   nf4 quantize --build-dir {place}")
+        named = shlex.quote(request.model) if request.build_dir is None else f"--build-dir {place}"
+        say(f"next:   nf4 quantize {named}")
 
     ui.result(value, show)

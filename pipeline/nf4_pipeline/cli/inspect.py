@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from nf4_pipeline.cli.help import CommandWithExamples, complete_model
+from nf4_pipeline.cli.named_builds import artifact_folder
 from nf4_pipeline.cli.options import Ui, output_options
 from nf4_pipeline.cli.terminal import say
 
@@ -33,13 +34,13 @@ _WIDEST: Final = 100  # columns of the tree
 def command(ui: Ui, artifact: str, tensors: bool) -> None:
     """Say what is inside ARTIFACT: sizes, bits per weight, what was left unquantized and why.
 
-    ARTIFACT is an export folder or a build folder.
+    ARTIFACT is a model of which there is a build, a tag such as "calibrated", or the path of an
+    export or a build; of several builds, the one worked on last is meant.
     """
     from nf4_pipeline.manifest.read import read_manifest
     from nf4_pipeline.model.check_folder import check_small_files
-    from nf4_pipeline.runtime.artifact import find_model
 
-    folder = Path(find_model(artifact))
+    folder = artifact_folder(ui, artifact, newest=True)
     check_small_files(folder)
     manifest = read_manifest(folder)
     ui.result(manifest.to_json(), lambda: _show(folder, manifest, tensors))

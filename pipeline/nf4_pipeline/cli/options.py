@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from nf4_pipeline.checkpoint.named_path import named_path, problem_of
+from nf4_pipeline.checkpoint.named_path import problem_of
 from nf4_pipeline.cli.help import complete_model
 from nf4_pipeline.cli.terminal import say, say_json
 
@@ -82,7 +82,18 @@ def build_dir_option(command: Command) -> Command:
     return click.option(
         "--build-dir",
         type=NamedPath(file_okay=False),
-        help="The build folder.  [default: artifacts/<org>--<name>@<sha12>/]",
+        help="The build folder.  [default: artifacts/<org>--<name>@<sha12>/, with a tag "
+        "of any recipe but the default]",
+    )(command)
+
+
+def replace_option(command: Command) -> Command:
+    """--replace; the command gets `replaces`."""
+    return click.option(
+        "--replace",
+        "replaces",
+        is_flag=True,
+        help="The build folder may become a build of another recipe or source; what is in it goes.",
     )(command)
 
 
@@ -125,6 +136,7 @@ def download_options(command: Command) -> Command:
         "copy without it is made in the build folder.",
     )
     @build_dir_option
+    @replace_option
     @wraps(command)
     def wrapped(
         model: str,
@@ -136,6 +148,7 @@ def download_options(command: Command) -> Command:
         allow_unused: tuple[str, ...],
         strip_prefix: str,
         build_dir: Path | None,
+        replaces: bool,
         **values: Any,
     ) -> Any:
         from nf4_pipeline.api.options import make_request
@@ -150,6 +163,7 @@ def download_options(command: Command) -> Command:
             allow_unused=allow_unused,
             strip_prefix=strip_prefix,
             build_dir=build_dir,
+            replaces=replaces,
         )
         return command(request=request, **values)
 
@@ -259,11 +273,16 @@ def recipe_options(*stages: str) -> Decorator:
         @wraps(command)
         def wrapped(**values: Any) -> Any:
             from nf4_pipeline.api.options import make_machine, make_recipe
+            from nf4_pipeline.errors import RecipeError
 
             of_machine = {name: values.pop(name) for name in _TAKEN & set(values)}
             of_recipe = {name: values.pop(name) for name in _SAID & set(values)}
             machine = make_machine(**of_machine)
-            return command(recipe=make_recipe(**of_recipe), machine=machine, **values)
+            try:
+                said = make_recipe(**of_recipe)
+            except RecipeError as error:
+                raise RecipeError(_by_option(str(error), of_recipe)) from error
+            return command(recipe=said, machine=machine, **values)
 
         decorated: Command = wrapped
         for option in reversed(options):
@@ -271,6 +290,14 @@ def recipe_options(*stages: str) -> Decorator:
         return decorated
 
     return decorate
+
+
+def _by_option(text: str, said: Mapping[str, Any]) -> str:
+    """A message about a key of a recipe, with the name of the option that was typed for it."""
+    for key in (key for key, value in said.items() if value is not None and key != "recipe"):
+        for table in _SHAPING:
+            text = text.replace(f"{table}.{key} ", f"--{key.replace('_', '-')} ")
+    return text
 
 
 _SAID: Final = {
@@ -302,52 +329,6 @@ class Ui:
             show()
 
 
-def existing_build(model: str | None, build_dir: Path | None) -> Build:
-    """The build that a stage command means.
-
-    Args:
-        model: as it was given to `nf4 build`, or None for the newest build.
-        build_dir: the folder itself, which wins.
-    """
-    from nf4_pipeline.build_folder import Build, find_builds
-    from nf4_pipeline.errors import BuildError
-
-    if build_dir is not None:
-        if not (build_dir / "records").is_dir():
-            raise BuildError(f"{build_dir} is no build: it has no records. Start one: nf4 build.")
-        return Build(build_dir)
-    if model is not None:
-        folder = named_path(model)
-        if folder.name == "export":
-            folder = folder.parent
-        if (folder / "records").is_dir():
-            return Build(folder)
-    builds = find_builds(ARTIFACTS)
-    if model is not None:
-        builds = [build for build in builds if _is_of(build, model)]
-    if not builds:
-        what = f"of {model} " if model else ""
-        raise BuildError(
-            f"There is no build {what}under {ARTIFACTS}/. Start one: nf4 build {model or 'sample'}."
-        )
-    return builds[0]
-
-
-def _is_of(build: Build, model: str) -> bool:
-    from nf4_pipeline.records import DOWNLOAD
-
-    record = build.record(DOWNLOAD)
-    if record is None:
-        return False
-    if record.facts.is_sample:
-        return model == "sample"
-    folder = named_path(model)
-    if folder.is_dir():
-        link = build.source / "config.json"
-        return link.resolve() == (folder / "config.json").resolve()
-    return record.facts.repo == model
-
-
 def run_one_stage(
     name: str,
     ui: Ui,
@@ -356,6 +337,8 @@ def run_one_stage(
     machine: Machine,
     *,
     against: str | None = None,
+    replaces: bool = False,
+    repo_id: str | None = None,
 ) -> Record[Any]:
     """Runs one stage of an existing build and says what came of it; returns its record."""
     from nf4_pipeline.progress import LOADING
@@ -365,7 +348,16 @@ def run_one_stage(
     with reporter.task(LOADING, None):
         from nf4_pipeline.job import run_stage
 
-    result = run_stage(build, name, recipe, machine, reporter, against=against)
+    result = run_stage(
+        build,
+        name,
+        recipe,
+        machine,
+        reporter,
+        against=against,
+        replaces=replaces,
+        repo_id=repo_id,
+    )
     record = result.record
     value = {
         "build": str(build.root),

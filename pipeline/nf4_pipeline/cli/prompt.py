@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from nf4_pipeline.cli.help import CommandWithExamples, complete_model
+from nf4_pipeline.cli.named_builds import named_artifact
 from nf4_pipeline.cli.options import Ui, output_options
 from nf4_pipeline.cli.terminal import say, say_piece
 
@@ -55,18 +56,20 @@ def command(
 ) -> None:
     """Answer TEXT with ARTIFACT.
 
-    ARTIFACT is an export, a build, a plain checkpoint (quantized while loading), a Hub id, or
-    "sample". Answers are greedy unless --top-k, --top-p, --temperature or several answers ask for
-    chance.
+    ARTIFACT is a model of which there is a build, a tag such as "calibrated", or the path of an
+    export or a build; a Hub id, "sample" or a checkpoint without a build is loaded itself (a plain
+    one is quantized while loading). Of several builds, the one worked on last answers. Answers are
+    greedy unless --top-k, --top-p, --temperature or several answers ask for chance.
     """
     from nf4_pipeline.runtime.generate import Sampling
     from nf4_pipeline.runtime.prompt import ask
 
     sampling = Sampling(**values)
     streams = not ui.as_json and sampling.num_return_sequences == 1
+    chosen = named_artifact(ui, artifact, newest=True)
     reply = ask(
         text,
-        artifact,
+        artifact if chosen is None else str(chosen.folder),
         sampling,
         revision=revision,
         device=device,

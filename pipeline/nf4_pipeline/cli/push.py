@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nf4_pipeline.cli.help import CommandWithExamples, complete_model
-from nf4_pipeline.cli.options import Command, Ui, build_dir_option, existing_build, output_options
+from nf4_pipeline.cli.named_builds import named_build
+from nf4_pipeline.cli.options import Command, Ui, build_dir_option, output_options
 from nf4_pipeline.cli.terminal import let_bars_through, say
 
 if TYPE_CHECKING:
@@ -82,15 +83,17 @@ def command(
 ) -> None:
     """Publish a verified export to the Hub in one commit, and prove what the Hub holds.
 
-    MODEL is as it was given to `nf4 build`; without it the newest build is meant. The token comes
-    from HF_TOKEN or `hf auth login`. Running it again with nothing changed commits nothing.
+    MODEL is as it was given to `nf4 build`, a tag such as "calibrated", or a path; it may be left
+    out where there is one build. The token comes from HF_TOKEN or `hf auth login`. Running it again
+    with nothing changed commits nothing.
     """
     from nf4_pipeline.api.options import make_target
     from nf4_pipeline.stages.push import Push
 
     private = None if public is None else not public
     target = make_target(repo_id, private=private, create_pr=create_pr, force=force)
-    push = Push(existing_build(model, build_dir), target, ui.reporter(), allow_unverified)
+    build = named_build(ui, model, build_dir, needs="recipe")
+    push = Push(build, target, ui.reporter(), allow_unverified)
     if dry_run:
         upload = push.plan()
         ui.result(upload.document.to_json(), lambda: _show_plan(upload))

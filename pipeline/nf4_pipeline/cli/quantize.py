@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import click
 
 from nf4_pipeline.cli.help import CommandWithExamples, complete_model
+from nf4_pipeline.cli.named_builds import build_for, named_build
 from nf4_pipeline.cli.options import (
     Ui,
     build_dir_option,
-    existing_build,
     output_options,
     recipe_options,
+    replace_option,
     run_one_stage,
 )
 from nf4_pipeline.cli.terminal import say
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 @click.argument("model", required=False, shell_complete=complete_model)
 @click.option("--dry-run", is_flag=True, help="Print the plan; read and write no weights.")
 @build_dir_option
+@replace_option
 @recipe_options("quantize")
 @output_options
 def command(
@@ -49,18 +51,22 @@ def command(
     model: str | None,
     dry_run: bool,
     build_dir: Path | None,
+    replaces: bool,
 ) -> None:
     """Turn the linear layers of a downloaded checkpoint into NF4 codes.
 
-    MODEL is what the build was started with; without it, the newest build is meant.
+    MODEL is what the build was started with, a tag such as "calibrated", or a path; without it,
+    the build worked on last is meant. Of a model, each recipe has a build of its own.
     """
-    build = existing_build(model, build_dir)
     if not dry_run:
-        run_one_stage("quantize", ui, build, recipe, machine)
+        build = build_for(ui, "quantize", model, build_dir, recipe)
+        run_one_stage("quantize", ui, build, recipe, machine, replaces=replaces)
         return
+    from nf4_pipeline.builds import complete_recipe
     from nf4_pipeline.stages.quantize import Quantize
 
-    stage = Quantize(build, recipe.recipe, machine)
+    build = named_build(ui, model, build_dir, newest=True, needs="download")
+    stage = Quantize(build, complete_recipe(build, recipe, before="quantize"), machine)
     plan = stage.plan()
     stage.check_disk(plan)
     ui.result(PlanDocument.of(plan).to_json(), lambda: _show(plan))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nf4_pipeline.cli.help import CommandWithExamples
+from nf4_pipeline.cli.help import CommandWithExamples, complete_model
+from nf4_pipeline.cli.named_builds import artifact_folder
 from nf4_pipeline.cli.options import THREADS, NamedPath, Ui, output_options
 from nf4_pipeline.cli.terminal import say
 from nf4_pipeline.errors import NOT_CHECKED
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
         ),
     ),
 )
-@click.argument("artifact", type=NamedPath())
+@click.argument("artifact", shell_complete=complete_model)
 @click.option(
     "--source",
     type=NamedPath(file_okay=False),
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 @output_options
 def command(
     ui: Ui,
-    artifact: Path,
+    artifact: str,
     source: Path | None,
     device: str,
     workers: int,
@@ -55,8 +56,8 @@ def command(
 ) -> None:
     """Derive ARTIFACT again from its pinned source, and compare every byte that it must hold.
 
-    ARTIFACT is a downloaded artifact, an export folder or a build folder. The work is done on the
-    CPU and nothing of the artifact is written.
+    ARTIFACT is the path of a downloaded artifact, an export or a build, or a model or a tag of a
+    build. The work is done on the CPU and nothing of the artifact is written.
 
     Nothing that the manifest says is believed: the source's files are hashed, and its repo and
     commit are held against what a Hub lists there, or against the Hub cache. Exits 1 if anything
@@ -70,7 +71,7 @@ def command(
     from nf4_pipeline.progress import LOADING
 
     machine = make_machine(device=device, workers=workers, memory_budget=memory_budget)
-    folder = artifact_folder(artifact)
+    folder = artifact_folder(ui, artifact)
     reporter = ui.reporter()
     with reporter.task(LOADING, None):
         from nf4_pipeline.reproduce.reproduce import reproduce
@@ -81,15 +82,6 @@ def command(
         sys.exit(1)
     if result.origin.is_open:
         sys.exit(NOT_CHECKED)
-
-
-def artifact_folder(path: Path) -> Path:
-    """The artifact that is meant by a path: the folder itself, or the export of a build."""
-    from nf4_pipeline.errors import UsageError
-
-    if not path.is_dir():
-        raise UsageError(f"{path}: no such folder. Name an artifact, or a build.")
-    return path / "export" if (path / "records").is_dir() else path
 
 
 def _show(result: Reproduction) -> None:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import click
 
 from nf4_pipeline.cli.help import CommandWithExamples, complete_model
+from nf4_pipeline.cli.named_builds import build_for
 from nf4_pipeline.cli.options import (
     Ui,
     build_dir_option,
-    existing_build,
     output_options,
     recipe_options,
+    replace_option,
     run_one_stage,
 )
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 )
 @click.argument("model", required=False, shell_complete=complete_model)
 @build_dir_option
+@replace_option
 @recipe_options("serialize")
 @output_options
 def command(
@@ -40,9 +42,12 @@ def command(
     machine: Machine,
     model: str | None,
     build_dir: Path | None,
+    replaces: bool,
 ) -> None:
     """Write the publishable folder of a quantized build, with its manifest.
 
-    MODEL is what the build was started with; without it, the newest build is meant.
+    MODEL is what the build was started with, a tag such as "calibrated", or a path; without it,
+    the build worked on last is meant. Of a model, each recipe has a build of its own.
     """
-    run_one_stage("serialize", ui, existing_build(model, build_dir), recipe, machine)
+    build = build_for(ui, "serialize", model, build_dir, recipe)
+    run_one_stage("serialize", ui, build, recipe, machine, replaces=replaces)

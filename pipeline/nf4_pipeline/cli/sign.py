@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from nf4_pipeline.cli.help import CommandWithExamples
+from nf4_pipeline.cli.help import CommandWithExamples, complete_model
+from nf4_pipeline.cli.named_builds import artifact_folder
 from nf4_pipeline.cli.options import NamedPath, Ui, output_options
-from nf4_pipeline.cli.reproduce import artifact_folder
 from nf4_pipeline.cli.terminal import say
 
 
@@ -23,7 +23,7 @@ from nf4_pipeline.cli.terminal import say
         ),
     ),
 )
-@click.argument("artifact", type=NamedPath())
+@click.argument("artifact", shell_complete=complete_model)
 @click.option(
     "--key",
     required=True,
@@ -36,7 +36,7 @@ from nf4_pipeline.cli.terminal import say
     help="Of the key, if it has one; better in NF4_KEY_PASSWORD, which other users cannot list.",
 )
 @output_options
-def command(ui: Ui, artifact: Path, key: Path, password: str | None) -> None:
+def command(ui: Ui, artifact: str, key: Path, password: str | None) -> None:
     """Sign every file of ARTIFACT with a key of yours (OpenSSF model signing, offline).
 
     The signature goes into the artifact as model.sig; sign last, when all else is in it. Make a
@@ -44,5 +44,5 @@ def command(ui: Ui, artifact: Path, key: Path, password: str | None) -> None:
     """
     from nf4_pipeline.provenance.signing import sign
 
-    signature = sign(artifact_folder(artifact), key, password)
+    signature = sign(artifact_folder(ui, artifact), key, password)
     ui.result({"signature": str(signature)}, lambda: say(f"signed: {signature}"))

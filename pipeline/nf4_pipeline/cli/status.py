@@ -12,7 +12,6 @@ from nf4_pipeline.cli.options import (
     ARTIFACTS,
     Ui,
     build_dir_option,
-    existing_build,
     output_options,
     recipe_options,
 )
@@ -40,31 +39,32 @@ def command(
 ) -> None:
     """Say of each stage of a build whether it is done, stale or missing, and why.
 
-    Without MODEL or --build-dir, all builds under artifacts/ are meant.
+    MODEL is what builds were started with (all of them are meant), a tag such as "calibrated", or a
+    path. Without MODEL or --build-dir, all builds under artifacts/ are meant.
     """
-    from nf4_pipeline.build_folder import find_builds
+    from nf4_pipeline.build_folder import Build
+    from nf4_pipeline.builds import find_builds, recipe_shown
     from nf4_pipeline.progress import LOADING
 
-    if model is None and build_dir is None:
-        builds = find_builds(ARTIFACTS)
-    else:
-        builds = [existing_build(model, build_dir)]
+    builds = find_builds(model if build_dir is None else build_dir, ARTIFACTS)
     reporter = ui.reporter()
     with reporter.task(LOADING, None):
         from nf4_pipeline.job import states
 
-    by_build = {str(build.root): states(build, recipe, machine, reporter) for build in builds}
+    found = [(build, states(Build(build.root), recipe, machine, reporter)) for build in builds]
 
     def show() -> None:
-        if not by_build:
+        if not found:
             say(f"No builds under {ARTIFACTS}/. Start one: nf4 build sample")
-        for root, stages in by_build.items():
-            say(root)
+        for build, stages in found:
+            say(f"{build.root}")
+            if build.variant is not None and (changed := recipe_shown(build.variant)):
+                say(f"  {'recipe':<10} {changed}")
             for stage, state in stages.items():
                 say(f"  {stage:<10} {state.status:<8} {state.why}")
 
     value = {
-        root: {stage: {"status": s.status, "why": s.why} for stage, s in stages.items()}
-        for root, stages in by_build.items()
+        str(build.root): {stage: {"status": s.status, "why": s.why} for stage, s in stages.items()}
+        for build, stages in found
     }
     ui.result(value, show)

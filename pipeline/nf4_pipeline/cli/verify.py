@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from nf4_pipeline.cli.help import CommandWithExamples, complete_model
+from nf4_pipeline.cli.named_builds import named_build, other_artifact
 from nf4_pipeline.cli.options import (
     Ui,
     build_dir_option,
-    existing_build,
     output_options,
     recipe_options,
     run_one_stage,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @click.option(
     "--against",
     metavar="ARTIFACT",
-    help="Another artifact of the same source, compared on the same text.",
+    help="Another artifact of the same source (a tag or a path), compared on the same text.",
 )
 @build_dir_option
 @recipe_options("verify")
@@ -53,12 +53,15 @@ def command(
 ) -> None:
     """Reload the artifact in a fresh process and hold it against its 16-bit source.
 
-    MODEL is what the build was started with; without it, the newest build is meant. The 16-bit
-    model is read block by block, so it need not fit the device. Exits 1 if the verdict is "fail".
+    MODEL is what the build was started with, a tag such as "calibrated", or a path; without it,
+    the build worked on last is meant. The 16-bit model is read block by block, so it need not fit
+    the device. Exits 1 if the verdict is "fail".
     """
     from nf4_pipeline.cli.summary import show_checks, show_verdict
 
-    build = existing_build(model, build_dir)
+    build = named_build(ui, model, build_dir, newest=model is None, needs="serialize")
+    if against is not None:
+        against = other_artifact(ui, against, build)
     record = run_one_stage("verify", ui, build, recipe, machine, against=against)
     verification = record.facts
     if not ui.as_json:

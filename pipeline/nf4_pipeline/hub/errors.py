@@ -149,7 +149,7 @@ def _remedy(status: int | None, request: Request, error: BaseException) -> str:
             f"name a local folder, or take {cached or _ANOTHER}."
         )
     if status is None and "Invalid metadata" in str(error):
-        return "Correct the card (README.md of the source), and run `nf4 verify` again."
+        return "Correct the card (README.md of the source), and run `nf4 build` again."
     return f"Try again later{offline}"
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from nf4_pipeline.checkpoint.digest import FileStamp
 from nf4_pipeline.checkpoint.files import WEIGHT_FILE
 from nf4_pipeline.checkpoint.weight_files import INDEX_FILE
 from nf4_pipeline.documents import Document
@@ -49,15 +50,30 @@ class Proof(Document):
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file to be published: a path, or the bytes themselves; `size` in bytes, sha256 in hex."""
+    """A file to be published.
+
+    Attributes:
+        content: a path, or the bytes themselves.
+        size: in bytes.
+        sha256: in hex.
+        stamp: what the file looked like when it was hashed; None for bytes.
+    """
 
     content: Path | bytes
     size: int
     sha256: str
+    stamp: FileStamp | None = None
 
     @staticmethod
     def of_bytes(content: bytes) -> LocalFile:
         return LocalFile(content, len(content), hashlib.sha256(content).hexdigest())
+
+    @property
+    def was_touched(self) -> bool:
+        """Whether the file may hold other bytes than those that were hashed."""
+        if isinstance(self.content, bytes) or self.stamp is None:
+            return False
+        return not self.content.is_file() or FileStamp.of(self.content) != self.stamp
 
     @cached_property
     def git_sha1(self) -> str:

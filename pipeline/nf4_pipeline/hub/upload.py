@@ -13,7 +13,7 @@ repo first, and each commit names the parent that was seen.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import count
@@ -290,6 +290,8 @@ class _Push:
             for path in todo.put
             for content in [self._files[path].content]
         ]
+        for put in puts:  # else the client reads every file once more to hash it
+            put.upload_info.sha256 = bytes.fromhex(self._files[put.path_in_repo].sha256)
         self._attempt(
             lambda: self._api.preupload_lfs_files(
                 self._repo_id,
@@ -303,7 +305,17 @@ class _Push:
             has_bars=not are_progress_bars_disabled(),
             delays=client.ONCE_MORE,
         )
+        self._check_untouched(todo.put)
         return [*(CommitOperationDelete(path) for path in todo.delete), *puts]
+
+    def _check_untouched(self, paths: Sequence[str]) -> None:
+        """Commits no bytes under a hash that may be that of others."""
+        touched = [path for path in paths if self._files[path].was_touched]
+        if touched:
+            raise HubError(
+                f"{touched[0]} changed while it was uploaded to {self._repo_id}; nothing was "
+                "committed. Let whatever writes there end, then run this again."
+            )
 
     def _commit(self, remote: RemoteModel, operations: list[Any], number: int | None) -> _Head:
         """Makes the one commit; after any fault, looks whether it was made before going on."""

@@ -7,7 +7,7 @@ The arithmetic is that of `bitsandbytes.functional.quantize_4bit` on a CPU (0.50
     x      = w / max(absmax, 1e-38), and that maximum is stored      (a ragged last block)
     code   = number of midpoints strictly below x
 
-Two codes share a byte, the earlier weight in the high half. Work goes through tiles of 64 blocks
+Two codes share a byte, the earlier weight in the high half. Work goes through tiles of 16 blocks
 that stay in the processor's nearest cache, one simple loop after the other: LLVM turns each of them
 into vector instructions, which it does not do with one loop that does everything.
 """
@@ -21,12 +21,8 @@ from numpy.typing import NDArray
 
 from nf4_pipeline.compiled import compiled
 from nf4_pipeline.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
-from nf4_pipeline.nf4.codebook import (
-    NF4_LEVELS,
-    SCALE_LEVELS,
-    SCALE_MIDPOINTS,
-)
-from nf4_pipeline.nf4.nearest_level import nearest_code, nearest_scale_code
+from nf4_pipeline.nf4.codebook import SCALE_LEVELS, SCALE_MIDPOINTS
+from nf4_pipeline.nf4.nearest_level import level_of, nearest_code, nearest_scale_code
 
 _SMALLEST: Final = np.float32(1e-38)  # keeps 1 / absmax finite for a block of zeros
 _ZERO: Final = np.float32(0.0)
@@ -34,7 +30,7 @@ _HALF: Final = np.float32(0.5)
 _ONE: Final = np.float32(1.0)
 # float16 bits shifted into a float32's place are 2**112 too small; the product is exact.
 _HALF_SCALE: Final = np.float32(2.0**112)
-_TILE_BLOCKS: Final = 64
+_TILE_BLOCKS: Final = 16
 _TILE: Final = _TILE_BLOCKS * BLOCK_SIZE
 
 # Fixed point for the sums: 64 products of these stay below 2**31, and integers add up to the same
@@ -119,7 +115,7 @@ def _pack(codes, packed):  # type: ignore[no-untyped-def]
 def _sum_up(x, codes, levels, sums):  # type: ignore[no-untyped-def]
     """Sums of d^2, d * level and level^2 per block in fixed point, where d = x - level."""
     for i in range(x.size):
-        levels[i] = NF4_LEVELS[codes[i]]
+        levels[i] = level_of(codes[i])
     for b in range(len(sums)):
         values = x[b * BLOCK_SIZE : (b + 1) * BLOCK_SIZE]
         chosen = levels[b * BLOCK_SIZE : (b + 1) * BLOCK_SIZE]

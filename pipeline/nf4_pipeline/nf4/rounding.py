@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,13 +76,19 @@ class Rounding(Protocol):
         """Starts a weight of that many elements; `name` is what it is called in the output."""
 
 
+_MANY_PROCESSORS: Final = 8
+
+
 class NearestOnCpu:
     """Round to nearest with the block's absolute maximum as its scale, as bitsandbytes does."""
 
     def __init__(self) -> None:
-        # One more than the processors, so that one can wait for the disk.
-        self.workers = len(os.sched_getaffinity(0)) + 1
-        self.max_chunk_bytes = 4 * 2**20  # fewer steps in Python; more leaves the cache
+        # One more than the processors, so that one can wait for the disk; of many, a quarter is
+        # left to the threads that hash files.
+        processors = len(os.sched_getaffinity(0))
+        self.workers = processors + 1 - processors // 4
+        # More leaves the cache; but many threads wait for each other at every step in Python.
+        self.max_chunk_bytes = (4 if processors < _MANY_PROCESSORS else 8) * 2**20
 
     def buffer(self, nbytes: int) -> NDArray[np.uint8]:
         return np.empty(nbytes, np.uint8)

@@ -7,6 +7,8 @@ codes were chosen.
     pictures.py    pictures(): the same pictures as PNG, for the model card
     draw/          each picture, drawn once with matplotlib for both
     calibration.py how codes were chosen, in sentences
+    kl_scale.py    published figures that a mean KL compares with
+    snippets.py    the Python that card and page give to paste
     answers.py     what to show of two long answers, and where they part
     formatting.py  numbers and names -> text
     model_card.py  model_card(): README.md of the artifact

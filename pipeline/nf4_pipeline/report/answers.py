@@ -65,11 +65,19 @@ class AnsweredPrompt:
         """4 bits got a run wrong that 16 bits got right."""
         return any(run.right_16bit and not run.right_4bit for run in self.runs)
 
+    @property
+    def differs(self) -> bool:
+        """A run gave another text."""
+        return not all(run.same for run in self.runs)
+
 
 def by_prompt(answers: Sequence[AnswerPair]) -> list[AnsweredPrompt]:
-    """Answers under their prompts; prompts that 4 bits lost come first, the rest as asked."""
+    """Answers under their prompts, in the order in which a reader wants them.
+
+    Those that 4 bits lost come first, then those that differ, then the rest, each as asked.
+    """
     runs: dict[tuple[str, str | None], list[AnswerPair]] = {}
     for answer in answers:
         runs.setdefault((answer.prompt, answer.expect), []).append(answer)
     prompts = [AnsweredPrompt(*key, tuple(pairs)) for key, pairs in runs.items()]
-    return sorted(prompts, key=lambda prompt: not prompt.lost)
+    return sorted(prompts, key=lambda prompt: (not prompt.lost, not prompt.differs))

@@ -98,6 +98,14 @@ def seconds(value: float | None) -> str:
     return f"{number(value * 1e3, 3)}{_SPACE}ms"
 
 
+def one_in(agreement: float) -> str:
+    """How many tokens differ where so large a share agrees: "one token in 21"."""
+    differ = 1 - agreement
+    if differ <= 0:
+        return "no token"
+    return f"one token in {1 / differ:,.0f}" if differ < 0.5 else f"{differ:.0%} of all tokens"
+
+
 def bounds(figure: Interval, say: Callable[[float | None], str] = number) -> str:
     """The ends of an interval, each said by `say`."""
     low, high = say(figure.low), say(figure.high)

@@ -9,21 +9,27 @@ from typing import Final
 
 import yaml
 
-from nf4_pipeline.checkpoint.files import is_of_tokenizer
 from nf4_pipeline.checkpoint.source_card import SourceCard
 from nf4_pipeline.fidelity.metrics import Fidelity
 from nf4_pipeline.manifest.manifest import Manifest
 from nf4_pipeline.model.unused_tensors import left_out
 from nf4_pipeline.printable import printable
 from nf4_pipeline.readers.document import ReaderResult
-from nf4_pipeline.readers.promises import published_lines
 from nf4_pipeline.report.calibration import (
     describe_extra_bytes,
     describe_tokens,
     list_exceptions,
 )
-from nf4_pipeline.report.formatting import interval, plain_size
+from nf4_pipeline.report.formatting import interval, is_finite, number, one_in, plain_size
 from nf4_pipeline.report.pictures import PICTURES, drawable
+from nf4_pipeline.report.snippets import (
+    generate_snippet,
+    has_tokenizer,
+    is_stock,
+    load_snippet,
+    own_snippet,
+)
+from nf4_pipeline.sample import SAMPLE_REPO
 from nf4_pipeline.verification.document import (
     Against,
     MeasuredVerification,
@@ -35,50 +41,110 @@ from nf4_pipeline.verification.document import (
 _MAX_CARD_ANSWERS: Final = 4
 
 
-def model_card(manifest: Manifest, verification: Verification, source_card: SourceCard) -> str:
-    """The card as Markdown with Hub metadata.
+def model_card(
+    manifest: Manifest,
+    verification: Verification,
+    source_card: SourceCard,
+    *,
+    repo_id: str | None = None,
+    chat: bool = False,
+) -> str:
+    """The card as Markdown with Hub metadata; how to use it comes first, then what proves it.
 
     Args:
         manifest: of the artifact.
         verification: of the artifact.
         source_card: what the source's own card says.
+        repo_id: the Hub repo that the snippets load from; None for the folder where the card lies.
+        chat: the tokenizer has a chat template that works.
     """
     name = _text(manifest.source.repo.rpartition("/")[2])
-    metadata = _metadata(manifest, source_card)
+    metadata = _metadata(manifest, verification, source_card, repo_id)
     measured = verification if isinstance(verification, MeasuredVerification) else None
     parts = [
         "---\n" + yaml.safe_dump(metadata, sort_keys=False) + "---",
+        *_warning(verification, repo_id),
         f"# {name}, {manifest.codebook}",
         _what(manifest),
+        _use(manifest, repo_id, chat),
+        *([_readers(measured.readers)] if measured and measured.readers else []),
+        *([_costs(measured)] if measured else []),
         *_left_out(manifest),
-        *([_sizes(measured.sizes)] if measured else []),
         _checks(verification),
         *(_quality(manifest, measured) if measured else []),
-        _loading(manifest),
-        *([_readers(measured.readers)] if measured and measured.readers else []),
         _making(manifest),
+        _checking(manifest, repo_id),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _metadata(manifest: Manifest, source_card: SourceCard) -> dict[str, object]:
-    metadata: dict[str, object] = {
-        "base_model": manifest.source.repo,
-        "base_model_relation": "quantized",
+def _metadata(
+    manifest: Manifest, verification: Verification, source_card: SourceCard, repo_id: str | None
+) -> dict[str, object]:
+    metadata: dict[str, object] = {}
+    if manifest.source.commit is not None:
+        metadata |= {"base_model": manifest.source.repo, "base_model_relation": "quantized"}
+    if repo_id is not None:
+        metadata["quantized_by"] = repo_id.partition("/")[0]
+    metadata |= {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": [manifest.codebook.lower(), "4-bit", "bitsandbytes"],
     }
     metadata |= source_card.metadata()
-    if manifest.source.commit is None:
-        del metadata["base_model"], metadata["base_model_relation"]
+    if isinstance(verification, MeasuredVerification):
+        metadata["model-index"] = [_model_index(manifest, verification, repo_id)]
     return metadata
+
+
+def _model_index(
+    manifest: Manifest, verification: MeasuredVerification, repo_id: str | None
+) -> dict[str, object]:
+    """The chief figures where the Hub looks for results.
+
+    Its newer `.eval_results/` is for data sets that are registered as benchmarks, which this text
+    is not.
+    """
+    fidelity = verification.fidelity
+    metrics = [
+        {"type": kind, "name": name, "value": float(f"{figure.value:.6g}")}
+        for kind, name, figure in (
+            ("kl_divergence", "mean KL from the 16-bit model", fidelity.mean_kl),
+            ("accuracy", "same next token as the 16-bit model", fidelity.top1_agreement),
+            ("perplexity", "perplexity, 4 bit", fidelity.perplexity_4bit),
+        )
+        if is_finite(figure.value)
+    ]
+    result: dict[str, object] = {
+        "task": {"type": "text-generation"},
+        "dataset": {"type": "text", "name": _plain_name(verification.text.name)},
+        "metrics": metrics,
+    }
+    if repo_id is not None:
+        address = f"https://huggingface.co/{repo_id}/blob/main/verification.json"
+        result["source"] = {"name": "verification.json", "url": address}
+    name = (repo_id or manifest.source.repo).rpartition("/")[2]
+    return {"name": _plain_name(name), "results": [result] if metrics else []}
+
+
+def _warning(verification: Verification, repo_id: str | None) -> list[str]:
+    """Before anything else, that an artifact did not pass."""
+    if verification.verdict == "pass":
+        return []
+    checks = _cell(", ".join(check.name for check in verification.failed_checks))
+    published = "It was published with `--allow-unverified`; " if repo_id else ""
+    warning = (
+        "> [!WARNING]\n> **This artifact did not pass verification: its verdict is "
+        f'"{verification.verdict}".** Checks that failed: {checks}. {published}'
+        "`verification.json` says what was measured."
+    )
+    return [warning]
 
 
 def _what(manifest: Manifest) -> str:
     source = manifest.source
     pinned = (
-        f"at commit `{source.commit}`"
+        f"at commit `{source.commit[:12]}…`"
         if source.commit
         else f"with content hash `{source.content_sha256[:16]}…`"
     )
@@ -105,7 +171,7 @@ def _left_out(manifest: Manifest) -> list[str]:
         f"- {part.tensors} tensors ({_size(part.bytes)}): {_text(part.reason)}."
         for part in left_out((tensor.reason, tensor.bytes) for tensor in manifest.dropped)
     ]
-    if not any(is_of_tokenizer(name) for name in manifest.files):
+    if not has_tokenizer(manifest):
         lines.append(
             "- A tokenizer: the source has none that loads without code of its own. What there is "
             f"of it is in {_code(manifest.source.repo)}."
@@ -118,6 +184,27 @@ def _but_for_casts(manifest: Manifest) -> str:
     if not cast:
         return ""
     return f", but for {len(cast)} tensors that were cast to the dtype in `config.json`"
+
+
+def _costs(verification: MeasuredVerification) -> str:
+    """Sizes and fidelity in plain words; the figures are folded behind them."""
+    sizes, fidelity = verification.sizes, verification.fidelity
+    bytes_words = (
+        f"**{plain_size(sizes.original_bytes)} become {plain_size(sizes.artifact_bytes)}**, "
+        f"{1 - sizes.ratio:.0%} less, at {sizes.bits_per_weight:.3f} bits per weight."
+    )
+    words = [bytes_words]
+    measures = (fidelity.mean_kl, fidelity.top1_agreement, fidelity.sure_agreement)
+    kl, same, sure = (figure.value for figure in measures)
+    if is_finite(kl) and is_finite(same):
+        words.append(
+            f"**KL {number(kl, 2)}: {one_in(same)} changes.** Of {fidelity.tokens:,} tokens of "
+            f"text, so many have another most likely next token than in the 16-bit model"
+            + (f"; of those where that model is sure, {one_in(sure)}." if is_finite(sure) else ".")
+        )
+    else:
+        words.append("**Its predictions are not finite.**")
+    return "## What 4 bits cost\n\n" + "\n\n".join([*words, _sizes(sizes)])
 
 
 def _sizes(sizes: Sizes) -> str:
@@ -136,8 +223,8 @@ def _sizes(sizes: Sizes) -> str:
         for reason, nbytes in sizes.kept_bytes_by_reason.items()
     )
     return (
-        "## Size\n\n" + _table(("", ""), rows) + f"\n\nNot quantized: {kept}."
-        f"\n\n![{PICTURES['sizes'].title}]({PICTURES['sizes'].file})"
+        _folded("Every size", _table(("", ""), rows) + f"\n\nNot quantized: {kept}.")
+        + f"\n\n![{PICTURES['sizes'].title}]({PICTURES['sizes'].file})"
     )
 
 
@@ -147,6 +234,11 @@ def _checks(verification: Verification) -> str:
         for check in verification.checks
     ]
     table = _table(("check", "found", "expected", ""), rows)
+    if verification.verdict == "pass":
+        table = (
+            f"All {len(rows)} checks passed. `report.html` shows what was measured, with pictures; "
+            "it needs no network.\n\n" + _folded("Every check", table)
+        )
     return f"## Verification: {verification.verdict}\n\n{table}"
 
 
@@ -162,9 +254,10 @@ def _quality(manifest: Manifest, verification: MeasuredVerification) -> list[str
     ]
     if verification.against is not None:
         parts.append(_against(verification, verification.against))
+    greedy = [answer for answer in verification.answers if answer.seed is None]
     rows = [
         (_cell(answer.prompt), _cell(answer.answer_16bit), _cell(answer.answer_4bit))
-        for answer in verification.answers[:_MAX_CARD_ANSWERS]
+        for answer in greedy[:_MAX_CARD_ANSWERS]
     ]
     if rows:
         parts.append(_table(("prompt", "16 bit", "4 bit"), rows))
@@ -198,13 +291,11 @@ def _figures(verification: MeasuredVerification) -> str:
         f"text ({_cell(text.name)}), with {fidelity.confidence:.0%} bootstrap intervals; KL in "
         "nats per token."
     )
-    return "\n\n".join(
-        [
-            where,
-            _table(("", "value [interval]"), rows),
-            _table(("text", "tokens", "mean KL", "same next token"), domains),
-        ]
-    )
+    tables = [
+        _table(("", "value [interval]"), rows),
+        _table(("text", "tokens", "mean KL", "same next token"), domains),
+    ]
+    return where + "\n\n" + _folded("Every figure", "\n\n".join(tables))
 
 
 def _nearest(
@@ -257,39 +348,35 @@ def _side_by_side(own: Fidelity, other: Fidelity, names: tuple[str, str]) -> str
     return _table(("", *names), rows)
 
 
-def _loading(manifest: Manifest) -> str:
-    text = """## Use
-
-With this package, on transformers 5.5 and newer:
-
-```python
-import nf4_pipeline  # pip install nf4-pipeline
-
-model = nf4_pipeline.load("PATH_OR_REPO")
-```
-
-With transformers alone:
-
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPO", device_map="auto")
-```"""
-    if not manifest.hidden_modules:
-        return text
-    return text + (
-        "\n\nThe second snippet works as it stands on transformers 4.57. From 5.5 on, transformers "
-        "quantizes a layer only if its class is exactly `nn.Linear`, and this architecture's are a "
-        "subclass; loading then fails with a size mismatch. Before `from_pretrained`, run\n\n"
-        + _patch(manifest)
+def _use(manifest: Manifest, repo_id: str | None, chat: bool) -> str:
+    """Three snippets that are tested: load, generate, and the same with this package."""
+    name = repo_id or "."
+    stock = [_block(load_snippet(manifest, name))]
+    if has_tokenizer(manifest):
+        stock += ["Generate:", _block(generate_snippet(name, chat=chat))]
+    own_head = (
+        "With [nf4-pipeline](https://pypi.org/project/nf4-pipeline/) (`pip install nf4-pipeline`), "
+        "on transformers 5.5 and newer:"
     )
+    own = [own_head, _block(own_snippet(manifest, name))]
+    if is_stock(manifest):
+        head = "With transformers alone (`pip install transformers accelerate bitsandbytes`):"
+        parts = [head, *stock, *own]
+    else:
+        head = (
+            "With transformers alone, 4.57 and no newer: from 5.5 on it quantizes a layer only if "
+            "its class is exactly `nn.Linear`, and this architecture's are a subclass, so that "
+            "loading fails with a size mismatch."
+        )
+        parts = [*own, head, *stock]
+    if repo_id is None:
+        where = "Run where this card lies. `nf4 push` puts the name of the repo in its place."
+        parts.insert(0, where)
+    return "\n\n".join(["## Use", *parts])
 
 
-def _patch(manifest: Manifest) -> str:
-    lines = published_lines(manifest.model_class, manifest.hidden_modules)
-    if lines is None:
-        return "the first snippet instead, which handles every such architecture."
-    return f"```python\n{lines}```"
+def _block(code: str, language: str = "python") -> str:
+    return f"```{language}\n{code}\n```"
 
 
 def _readers(readers: Sequence[ReaderResult]) -> str:
@@ -304,8 +391,10 @@ def _readers(readers: Sequence[ReaderResult]) -> str:
         )
         for result in readers
     ]
-    head = ("reader", "version", "", "", "logits, from our loader's")
-    return "Each of these loaded it as its users do:\n\n" + _table(head, rows)
+    head = ("reader", "version", "outcome", "what it did", "logits: distance from our loader's")
+    return "## Who reads it\n\nEach of these was tried on it as its users do:\n\n" + _table(
+        head, rows
+    )
 
 
 def _making(manifest: Manifest) -> str:
@@ -329,11 +418,45 @@ def _making(manifest: Manifest) -> str:
             "The same source and recipe give the same bytes on any machine; `manifest.json` lists "
             "the sha256 of every file and tensor."
         )
+    command = _block(f"nf4 build {_source_argument(manifest)}{options}", "sh")
     return (
-        f"## How it was made\n\n```\nnf4 build {_argument(source.repo)}{options}\n```\n\n"
-        f"{rounding}\n\n{bytes_of} "
+        f"## How it was made\n\n{command}\n\n{rounding}\n\n{bytes_of} "
         "What 4 bits cost this model is in the tables above, and nothing is claimed beyond it."
     )
+
+
+def _checking(manifest: Manifest, repo_id: str | None) -> str:
+    """The commands that hold a download against the Hub, the source and a signature."""
+    folder = "."
+    lines = []
+    if repo_id is not None:
+        folder, repo = _argument(repo_id.rpartition("/")[2]), _argument(repo_id)
+        lines += [
+            f"hf download {repo} --local-dir {folder}",
+            "# every file has the checksum that the Hub lists:",
+            f"hf cache verify {repo} --local-dir {folder}",
+        ]
+    local = manifest.source.commit is None and manifest.source.repo != SAMPLE_REPO
+    lines += [
+        "# every byte is derived again from the source:",
+        f"nf4 reproduce {folder}" + (f" --source {_source_argument(manifest)}" if local else ""),
+        "# if there is a model.sig, with the signer's public key:",
+        f"nf4 check {folder} --key key.pub",
+    ]
+    return "## Check it yourself\n\n" + _block("\n".join(lines), "sh")
+
+
+def _source_argument(manifest: Manifest) -> str:
+    """The source as `nf4 build` takes it: "sample", a folder, or a Hub id."""
+    source = manifest.source
+    if source.commit is None:
+        return "sample" if source.repo == SAMPLE_REPO else _argument(f"./{source.repo}")
+    return _argument(source.repo)
+
+
+def _folded(summary: str, content: str) -> str:
+    """What is long, behind a line that opens it."""
+    return f"<details><summary>{summary}</summary>\n\n{content}\n\n</details>"
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -356,6 +479,11 @@ def _text(text: str) -> str:
     """Words of others, as words: one line, with nothing for Markdown or HTML to act on."""
     line = printable(" ".join(text.split()))
     return _MARKS.sub(lambda mark: _NAMED.get(mark[0], f"&#{ord(mark[0])};"), line)
+
+
+def _plain_name(text: str) -> str:
+    """A name in the metadata, which the Hub shows as it likes: nothing but letters and digits."""
+    return " ".join(re.sub(r"[^\w .,:()+-]", " ", text).split())[:80].strip(" -") or "unnamed"
 
 
 def _code(text: str) -> str:

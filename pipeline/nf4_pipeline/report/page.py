@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from nf4_pipeline.manifest.manifest import Manifest
-from nf4_pipeline.report import calibration, formatting
+from nf4_pipeline.manifest.manifest import Manifest, Source
+from nf4_pipeline.report import calibration, formatting, kl_scale, snippets
 from nf4_pipeline.report.answers import by_prompt, excerpt
 from nf4_pipeline.report.pictures import PICTURES, svg_elements
 from nf4_pipeline.verification.document import BlockError, MeasuredVerification, Verification
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     import jinja2
 
 _TEMPLATES: Final = Path(__file__).with_name("templates")
-_SHOWN_PROMPTS: Final = 10
+_SHOWN_PROMPTS: Final = (3, 10)  # at least, and at most of those whose answers differ
+_SHOWN_WORST: Final = 3
+_REPO: Final = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 # Attribute of `Fidelity`, what it is called, and how its numbers are said.
 _MEASURES: Final = (
@@ -61,6 +64,8 @@ def render(manifest: Manifest, verification: Verification, svgs: Mapping[str, st
     from markupsafe import Markup
 
     measured = verification if isinstance(verification, MeasuredVerification) else None
+    prompts = by_prompt(measured.answers) if measured else []
+    least, most = _SHOWN_PROMPTS
     return (
         _environment()
         .get_template("report.html")
@@ -70,8 +75,12 @@ def render(manifest: Manifest, verification: Verification, svgs: Mapping[str, st
             measured=measured is not None,
             failed=verification.failed_checks,
             pictures={n: (about, Markup(svgs.get(n, ""))) for n, about in PICTURES.items()},
-            prompts=by_prompt(measured.answers) if measured else [],
+            prompts=prompts,
+            shown_prompts=max(least, min(most, sum(prompt.differs for prompt in prompts))),
             kinds=_kinds(measured.blocks) if measured else [],
+            contents=_contents(measured),
+            address=_address(manifest.source),
+            stock=snippets.is_stock(manifest),
         )
     )
 
@@ -103,13 +112,51 @@ def _environment() -> jinja2.Environment:
         "bounds": formatting.bounds,
         "calibrated": calibration,
         "excerpt": excerpt,
+        "one_in": formatting.one_in,
+        "scale": kl_scale.scale,
+        "scale_source": kl_scale.SOURCE,
+        "snippets": snippets,
         "measures": _MEASURES,
         "thresholds": _THRESHOLDS,
-        "shown_prompts": _SHOWN_PROMPTS,
+        "shown_worst": _SHOWN_WORST,
         "style": Markup((_TEMPLATES / "style.css").read_text("utf-8")),
         "nothing": formatting.NOTHING,
     }
     return environment
+
+
+def _contents(measured: MeasuredVerification | None) -> list[tuple[str, str]]:
+    """Id and title of each section after the contents, as the page has them."""
+    if measured is None:
+        return [("checks", "Gates and checks"), ("sources", "Sources")]
+    shown = {
+        "meaning": formatting.is_finite(measured.fidelity.mean_kl.value),
+        "worst": measured.worst_tokens,
+        "layers": measured.blocks,
+        "domains": measured.domains,
+        "nearest": measured.nearest,
+        "against": measured.against,
+    }
+    sections = [
+        ("meaning", "What the KL means"),
+        ("worst", "The worst tokens"),
+        ("prompts", "Prompts, side by side"),
+        ("checks", "Gates and checks"),
+        *((name, picture.title) for name, picture in PICTURES.items()),
+        ("nearest", "Compared with round to nearest"),
+        ("costs", "What running them costs"),
+        ("against", "Compared with another artifact"),
+        ("method", "How it was measured"),
+        ("sources", "Sources"),
+    ]
+    return [(name, title) for name, title in sections if shown.get(name, True)]
+
+
+def _address(source: Source) -> str | None:
+    """Where the source is on the Hub; None if it is from elsewhere, or called as no repo can be."""
+    if source.commit is None or not _REPO.fullmatch(source.repo):
+        return None
+    return f"https://huggingface.co/{source.repo}/tree/{source.commit}"
 
 
 def _kinds(blocks: Sequence[BlockError]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -88,12 +88,18 @@ def pictures(manifest: Manifest, verification: Verification) -> dict[str, bytes]
 
 
 def svg_elements(verification: Verification) -> dict[str, str]:
-    """Name of a picture -> <svg> element; the page defines its colours as CSS variables."""
+    """Name of a picture -> two <svg> elements, "wide" and "narrow", of which the page shows one.
+
+    The page defines their colours as CSS variables.
+    """
     if not isinstance(verification, MeasuredVerification):
         return {}
     with _drawing() as canvas:
         return {
-            name: canvas.to_svg(_figure(name, verification), name, picture.title)
+            name: canvas.to_svg(_figure(name, verification), name, picture.title, "wide")
+            + canvas.to_svg(
+                _figure(name, verification, narrow=True), f"narrow-{name}", picture.title, "narrow"
+            )
             for name, picture in drawable(verification).items()
         }
 
@@ -124,6 +130,6 @@ def _drawing() -> Iterator[ModuleType]:
         yield canvas
 
 
-def _figure(name: str, verification: MeasuredVerification) -> Figure:
-    figure: Figure = import_module(f"nf4_pipeline.report.draw.{name}").draw(verification)
-    return figure
+def _figure(name: str, verification: MeasuredVerification, *, narrow: bool = False) -> Figure:
+    draw: Callable[..., Figure] = import_module(f"nf4_pipeline.report.draw.{name}").draw
+    return draw(verification, narrow=narrow)

@@ -18,7 +18,7 @@ from nf4_pipeline.errors import HubError, SourceError, UsageError
 from nf4_pipeline.hub.local import LocalFile
 from nf4_pipeline.hub.remote import RemoteFile
 from nf4_pipeline.manifest.manifest import Source
-from nf4_pipeline.stages.find_source import SAMPLE_REPO
+from nf4_pipeline.sample import SAMPLE_REPO
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from nf4_pipeline.manifest.read import MANIFEST_FILE
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.records import DOWNLOAD, DownloadFacts, Reading
 from nf4_pipeline.reproduce.origin import Origin, check_origin
+from nf4_pipeline.sample import SAMPLE_REPO
 from nf4_pipeline.stages.download import Download
-from nf4_pipeline.stages.find_source import SAMPLE_REPO, DownloadRequest
+from nf4_pipeline.stages.find_source import DownloadRequest
 
 
 @dataclass(frozen=True)

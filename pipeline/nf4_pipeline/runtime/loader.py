@@ -24,7 +24,7 @@ from nf4_pipeline.model.config import brief_text, read_config
 from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.model.linear import is_plain_linear
 from nf4_pipeline.model.load_dtype import compute_dtype, float32_parts
-from nf4_pipeline.progress import ProgressCallback, as_reporter
+from nf4_pipeline.progress import ProgressCallback, reporting_to
 from nf4_pipeline.quiet_libraries import quiet_loading
 from nf4_pipeline.runtime.artifact import is_quantized, open_folder
 from nf4_pipeline.runtime.bnb_cpu_fixes import repair
@@ -148,9 +148,8 @@ def load_with_report(
 ) -> tuple[PreTrainedModel, LoadReport]:
     """Loads a model as `load` does, and says what did not fit."""
     placement = _place(device, device_map, max_memory)
-    where = open_folder(
-        _named(path_or_repo), as_reporter(progress), revision=revision, offline=offline
-    )
+    with reporting_to(progress) as reporter:
+        where = open_folder(_named(path_or_repo), reporter, revision=revision, offline=offline)
     folder = str(where)
     from transformers import AutoModelForCausalLM
 

@@ -25,7 +25,7 @@ from nf4_pipeline.progress import (
     Reporter,
     SilentReporter,
     Task,
-    as_reporter,
+    reporting_to,
 )
 from nf4_pipeline.runtime.artifact import open_folder
 from nf4_pipeline.runtime.generate import Answer, Query, Sampling, parse_query
@@ -240,15 +240,16 @@ def prompt(
         num_return_sequences=num_return_sequences,
         seed=seed,
     )
-    reply = ask(
-        query,
-        artifact,
-        sampling,
-        revision=revision,
-        offline=offline,
-        device=device,
-        chat=chat,
-        show=stream,
-        reporter=as_reporter(progress),
-    )
+    with reporting_to(progress) as reporter:
+        reply = ask(
+            query,
+            artifact,
+            sampling,
+            revision=revision,
+            offline=offline,
+            device=device,
+            chat=chat,
+            show=stream,
+            reporter=reporter,
+        )
     return [answer.text for answer in reply.answers]

@@ -7,6 +7,9 @@ surprise it alike before and after.
 
 from pathlib import Path
 
+SAMPLE_REPO: str = "nf4-pipeline/sample"
+"""What manifest and records call it; no repo of the Hub."""
+
 MODEL_DIR: Path = Path(__file__).parent / "model"
 """The checkpoint folder, in the layout of a Hub snapshot."""
 

@@ -3,11 +3,12 @@
     run_recorded.py  what a stage is; forget the record, work, write the record
     preflight.py     what can be known of a checkpoint before its first weight is read
     find_source.py   a name -> a checkpoint that was found, looked at, fetched and hashed
+    publication.py   the card, provenance and bill of materials of an export, for the repo they name
     download.py      a name -> a pinned, hashed checkpoint in source/
     quantize.py      source/ -> quantized/
     serialize.py     quantized/ -> export/: the artifact and its manifest
-    verify.py        export/ against source/ -> verification.json, report, model card, the verdict
-    attest.py        export/ -> provenance.json and bom.cdx.json in it
+    verify.py        export/ against source/ -> verification.json, report, the verdict
+    attest.py        export/ -> model card, provenance.json and bom.cdx.json in it
     push.py          export/ -> what would be, or is, on the Hub
 
 A stage is a frozen object, made once with what it needs: its build folder, the recipe, the machine,

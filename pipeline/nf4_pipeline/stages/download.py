@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from nf4_pipeline.build_folder import Build, Record
+from nf4_pipeline.build_folder.spec import read_spec
+from nf4_pipeline.builds import spec_of
 from nf4_pipeline.checkpoint.atomic import make_folder, sync_folder
 from nf4_pipeline.checkpoint.digest import FileStamp, json_sha256
 from nf4_pipeline.errors import AccessError, SourceError, UsageError
@@ -16,6 +18,7 @@ from nf4_pipeline.model.probe import transformers_version
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.records import DOWNLOAD, DownloadFacts
 from nf4_pipeline.resource_usage import measured, peak_memory_of_children
+from nf4_pipeline.runtime.artifact import build_roots
 from nf4_pipeline.stages.find_source import (
     DownloadRequest,
     Place,
@@ -58,10 +61,12 @@ class Download:
             SourceError: the checkpoint is not usable; nothing was written.
             HubError: the Hub could not be asked, or sent wrong bytes.
             UsageError: the request means nothing, or the build folder holds something else.
+            BuildError: the build folder is for another source or recipe.
         """
         finder = SourceFinder(self.request, self.reporter)
         with measured() as finding:
             place = finder.locate()
+            self.request.check_kept(place)
             if (downloaded := self._unchanged(place)) is not None:
                 finder.keep(place)
                 self._say(downloaded.record.facts)
@@ -69,7 +74,7 @@ class Download:
             self.begin()
             source = finder.find(place)
         finding.peak_memory = max(finding.peak_memory, peak_memory_of_children())
-        build = self.request.build(source.slug)
+        build = self.request.build(source.pin.slug)
         _refuse_foreign_folders(build, source)
         facts = source.facts()
         self._say(facts)
@@ -86,6 +91,7 @@ class Download:
 
         stamps = _stamps_of(source, finder.stamps)
         with locked_soon(build):
+            self.request.keep(build, source.pin)
             if record := standing():
                 build.renew_stamps(DOWNLOAD, stamps)
                 return Downloaded(build, record, ran=False)
@@ -115,13 +121,15 @@ class Download:
         request = self.request
         if request.check:
             return None
-        name = place.repo.replace("/", "--")
-        roots = [request.build_dir] if request.build_dir else request.artifacts.glob(f"{name}@*")
+        roots = [request.build_dir] if request.build_dir else build_roots(request.artifacts)
         for build in map(Build, roots):
             record = build.record(DOWNLOAD)
-            if record is None:
+            if record is None or record.facts.repo != place.repo:
                 continue
             facts = record.facts
+            spec = spec_of(build)
+            if spec is None or request.build(spec.source.slug).root != build.root:
+                continue
             same = facts.commit == place.commit or (place.model is None and facts.commit is None)
             allowed = request.allow_unhashed or not facts.unchecked
             if (
@@ -168,7 +176,8 @@ def _refuse_foreign_folders(build: Build, source: Source) -> None:
     """
     own = [build.source, build.quantized, build.export]
     inside = [folder for folder in own if source.folder.is_relative_to(folder.resolve())]
-    foreign = [] if (build.root / "records").is_dir() else [f for f in own if f.exists()]
+    known = (build.root / "records").is_dir() or read_spec(build.root) is not None
+    foreign = [] if known else [f for f in own if f.exists()]
     if inside or foreign:
         raise UsageError(
             f"{build.root} cannot be the build folder: {(inside + foreign)[0]} is there already "

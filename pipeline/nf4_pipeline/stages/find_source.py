@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Final
 
 from nf4_pipeline.build_folder import Build
+from nf4_pipeline.build_folder.spec import SourcePin
+from nf4_pipeline.build_folder.variant import SHAPING_TABLES
+from nf4_pipeline.builds import check_spec, folder_for, keep_spec, spec_of
 from nf4_pipeline.checkpoint.digest import (
     FileDigest,
     FileStamp,
@@ -31,8 +34,10 @@ from nf4_pipeline.hub.remote import RemoteModel
 from nf4_pipeline.model.config import read_config
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 from nf4_pipeline.progress import LOADING, SILENT, Reporter
+from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import DownloadFacts, Reading
 from nf4_pipeline.runtime.artifact import ARTIFACTS
+from nf4_pipeline.sample import MODEL_DIR, SAMPLE_REPO
 from nf4_pipeline.stages.preflight import (
     Findings,
     Preflight,
@@ -41,8 +46,6 @@ from nf4_pipeline.stages.preflight import (
     look,
     look_ahead,
 )
-
-SAMPLE_REPO: Final = "nf4-pipeline/sample"
 
 _LOOK: Final = f"{LOADING}, probe the model"
 """The title of a task: transformers builds it without weights, and loads its tokenizer."""
@@ -64,6 +67,8 @@ class DownloadRequest:
         allow_unhashed: take files for which the Hub lists no hash, too.
         check: hash everything again, also what looks untouched since it was hashed.
         reading: how the tensors are understood.
+        recipe: of the build that is made of it; None if that is decided later.
+        replaces: a build folder that is another build may become this one.
     """
 
     model: str
@@ -75,10 +80,47 @@ class DownloadRequest:
     allow_unhashed: bool = False
     reading: Reading = field(default_factory=Reading)
     check: bool = False
+    recipe: Recipe | None = None
+    replaces: bool = False
+
+    @property
+    def _whole_recipe(self) -> Recipe:
+        return self.reading.into(self.recipe or Recipe())
 
     def build(self, slug: str) -> Build:
-        """The build folder; `slug` is the default name of it."""
-        return Build(self.build_dir or self.artifacts / slug)
+        """The build folder.
+
+        Args:
+            slug: the default name of it, but for the tag of its recipe.
+
+        Raises:
+            RecipeError: the text to calibrate on cannot be read.
+        """
+        return Build(self.build_dir or folder_for(self.artifacts, slug, self._whole_recipe))
+
+    def keep(self, build: Build, source: SourcePin) -> None:
+        """Notes in the build folder, which must be locked, what it is for.
+
+        Raises:
+            BuildError: the build folder is for another source or recipe.
+        """
+        tables = () if self.recipe is None else SHAPING_TABLES
+        keep_spec(build, self._whole_recipe, tables, source=source, replaces=self.replaces)
+
+    def check_kept(self, place: Place) -> None:
+        """Refuses a build folder that is for something else, before anything is fetched.
+
+        Raises:
+            BuildError: the build folder is for another source or recipe.
+        """
+        if self.build_dir is None or self.replaces:
+            return
+        build = Build(self.build_dir)
+        recipe = self._whole_recipe
+        tables = () if self.recipe is None else SHAPING_TABLES
+        spec = spec_of(build, recipe)
+        source = None if place.model is None else place.pin
+        check_spec(build, spec, recipe, tables, source=source)
 
 
 @dataclass(frozen=True)
@@ -96,6 +138,7 @@ class Source:
             prefix; `files` are what was made of them.
         reading: how its tensors are understood.
         unchecked: those of its files that the Hub listed without a hash.
+        found_in: the local folder that was named; None for a model of the Hub.
     """
 
     folder: Path
@@ -107,11 +150,12 @@ class Source:
     converted_from: Mapping[str, FileDigest] | None = None
     reading: Reading = field(default_factory=Reading)
     unchecked: tuple[str, ...] = ()
+    found_in: Path | None = None
 
     @property
-    def slug(self) -> str:
-        """The name of its build folder: `<org>--<name>@<12 digits>`."""
-        return _slug(self.repo, self.commit, self.converted_from or self.files)
+    def pin(self) -> SourcePin:
+        """Which checkpoint it is."""
+        return _pin(self.repo, self.commit, self.converted_from or self.files, self.found_in)
 
     def facts(self) -> DownloadFacts:
         """What the record says of it."""
@@ -146,6 +190,11 @@ class Place:
     commit: str | None = None
     is_sample: bool = False
     model: RemoteModel | None = None
+
+    @property
+    def pin(self) -> SourcePin:
+        """Which checkpoint it is, as far as is known without its files."""
+        return SourcePin(repo=self.repo, commit=self.commit, sha256=None)
 
     def files(self) -> set[str]:
         """The names of what would be taken, but for what only the tokenizer's class knows.
@@ -182,8 +231,6 @@ class SourceFinder:
             return Place(folder, *(cache_commit(folder) or (folder.name, None)))
         if request.model == SAMPLE:
             self._refuse_revision()
-            from nf4_pipeline.sample import MODEL_DIR
-
             return Place(MODEL_DIR.resolve(), SAMPLE_REPO, is_sample=True)
         check_hub_id(request.model)
         from nf4_pipeline import hub
@@ -216,6 +263,7 @@ class SourceFinder:
         if place.model is not None:
             return self._find_on_hub(place.model)
         source = self._find_local(place.folder, place.repo, is_sample=place.is_sample)
+        source = replace(source, found_in=place.folder)
         if place.commit is None or source.converted_from is not None:
             return source
         from nf4_pipeline.hub.cache import are_blobs
@@ -344,9 +392,11 @@ class SourceFinder:
         """A checkpoint of pickles, as safetensors in converted/ of the build folder."""
         from nf4_pipeline.pickles.convert import convert
 
-        build = self.request.build(_slug(repo, commit, files))
+        pin = _pin(repo, commit, files, None if commit else folder)
+        build = self.request.build(pin.slug)
         target = build.root.resolve() / "converted"
         with locked_soon(build):
+            self.request.keep(build, pin)
             made = convert(folder, files, target, self.reporter)
         return self._made(target, made, repo, commit, files)
 
@@ -354,10 +404,12 @@ class SourceFinder:
         self, folder: Path, repo: str, commit: str | None, files: Mapping[str, FileDigest]
     ) -> Source:
         """A checkpoint with a wrapper's prefix, copied without it into converted/."""
-        build = self.request.build(_slug(repo, commit, files))
+        pin = _pin(repo, commit, files, None if commit else folder)
+        build = self.request.build(pin.slug)
         target = build.root.resolve() / "converted"
         prefix = self.request.reading.strip_prefix
         with locked_soon(build):
+            self.request.keep(build, pin)
             made = copy_without_prefix(folder, files, prefix, target, self.reporter)
         return self._made(target, made, repo, commit, files)
 
@@ -418,8 +470,15 @@ def locked_soon(build: Build) -> Iterator[None]:
         yield
 
 
-def _slug(repo: str, commit: str | None, files: Mapping[str, FileDigest]) -> str:
-    return f"{repo.replace('/', '--')}@{(commit or content_sha256(files))[:12]}"
+def _pin(
+    repo: str, commit: str | None, files: Mapping[str, FileDigest], folder: Path | None
+) -> SourcePin:
+    return SourcePin(
+        repo=repo,
+        commit=commit,
+        sha256=content_sha256(files),
+        folder=None if folder is None else str(folder),
+    )
 
 
 def _wanted_in(folder: Path) -> dict[str, Path]:

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shlex
+from collections.abc import Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from nf4_pipeline import __version__
 from nf4_pipeline.build_folder import Build, Record
-from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, json_sha256
+from nf4_pipeline.checkpoint.digest import FileDigest, FileStamp, digest_file, json_sha256
 from nf4_pipeline.checkpoint.files import CARD_FILE, entries
-from nf4_pipeline.checkpoint.plain_file import read_text
-from nf4_pipeline.checkpoint.source import read_json
-from nf4_pipeline.checkpoint.untrusted import size_limit
 from nf4_pipeline.documents import Document
-from nf4_pipeline.errors import ArtifactError, VerificationError
+from nf4_pipeline.errors import ArtifactError, BuildError, VerificationError
 from nf4_pipeline.manifest.manifest import Manifest
 from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.provenance.signing import SIGNATURE_FILE
-from nf4_pipeline.records import PUSH, VERIFY, PushFacts, recorded_files
+from nf4_pipeline.records import (
+    ATTEST,
+    PUSH,
+    VERIFY,
+    AttestFacts,
+    PushFacts,
+    recorded_files,
+)
 from nf4_pipeline.resource_usage import measured
+from nf4_pipeline.stages.publication import WRITTEN, Publication
 
 if TYPE_CHECKING:
     from nf4_pipeline.hub import Earlier, LocalFile, Published, Target
 
 CODE_VERSION: Final = 1
-PROVENANCE_FILE: Final = "provenance.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +57,10 @@ class Upload:
         source: the repo that the artifact was made from.
         verdict: of verify.
         card: the model card as it will be there.
-        folder: where the other files are.
+        folder: where the files are.
         files: name -> digest of what will be there.
+        is_written: the folder holds all of them so; else card and provenance are to be written.
+        stamps: name -> what the file looked like when it was hashed.
     """
 
     target: Target
@@ -61,6 +69,8 @@ class Upload:
     card: str
     folder: Path
     files: dict[str, FileDigest]
+    is_written: bool
+    stamps: dict[str, FileStamp]
 
     @property
     def total_bytes(self) -> int:
@@ -79,15 +89,19 @@ class Upload:
             card=self.card,
         )
 
+    def after_writing(self, record: Record[AttestFacts]) -> Upload:
+        """The same, once card and provenance are written: the record says what they look like."""
+        stamps = {name.removeprefix("export/"): stamp for name, stamp in record.stamps.items()}
+        return replace(self, stamps=self.stamps | stamps, is_written=True)
+
     def local_files(self) -> dict[str, LocalFile]:
         """The files as the Hub room takes them."""
         from nf4_pipeline.hub import LocalFile
 
-        files = {
-            name: LocalFile(self.folder / name, digest.size, digest.sha256)
+        return {
+            name: LocalFile(self.folder / name, digest.size, digest.sha256, self.stamps.get(name))
             for name, digest in self.files.items()
         }
-        return files | {CARD_FILE: LocalFile.of_bytes(self.card.encode())}
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,7 @@ class Push:
         build: the build folder.
         target: where it goes.
         reporter: told how far it is.
-        allow_unverified: also an export whose verdict is "fail"; its card will say so.
+        allow_unverified: also an export whose verdict is "fail"; its card says so.
     """
 
     build: Build
@@ -112,13 +126,12 @@ class Push:
         """Lists what would be uploaded, after checking that it is what was verified.
 
         Raises:
-            BuildError: verify is not done.
+            BuildError: verify is not done, or a signature signs a card that does not name the repo.
             VerificationError: the verdict is not "pass", and that is not allowed.
             ArtifactError: a file changed, came or went since it was verified.
         """
         export = self.build.export
-        verified = self.build.need(VERIFY).facts
-        verdict = verified.verdict
+        verdict = self.build.need(VERIFY).facts.verdict
         if verdict != "pass" and not self.allow_unverified:
             raise VerificationError(
                 f'{export} has the verdict "{verdict}"; only an artifact that passed is '
@@ -127,13 +140,36 @@ class Push:
                 "card."
             )
         manifest = read_manifest(export)
-        files = _checked_files(self.build, manifest, self.reporter)
-        card = read_text(export / CARD_FILE, size_limit(CARD_FILE))
-        if verdict != "pass":
-            names = [check.name for check in verified.failed_checks]
-            card = with_warning(card, verdict, names)
-            files[CARD_FILE] = FileDigest.of(card.encode())
-        return Upload(self.target, manifest.source.repo, verdict, card, export, files)
+        stamps = {
+            name: FileStamp.of(path) for name, path in entries(export).items() if path.is_file()
+        }
+        # What a killed `attest` left half done is written anew.
+        ignored = set() if self.build.record(ATTEST) else WRITTEN
+        found = _checked_files(self.build, manifest, self.reporter, ignored)
+        documents = self._publication.documents()
+        written = {name: FileDigest.of(content) for name, content in documents.items()}
+        files = dict(sorted((found | written).items()))
+        if SIGNATURE_FILE in found and files != found:
+            raise BuildError(
+                f"{export / SIGNATURE_FILE} signs a card that does not name "
+                f"{self.target.repo_id}, and a push would change it. Write the card for that repo, "
+                f"then sign again: nf4 attest --repo-id {self.target.repo_id} --build-dir "
+                f"{shlex.quote(str(self.build.root))}, then nf4 sign. Or delete the signature."
+            )
+        return Upload(
+            self.target,
+            manifest.source.repo,
+            verdict,
+            documents[CARD_FILE].decode(),
+            export,
+            files,
+            files == found,
+            stamps,
+        )
+
+    @property
+    def _publication(self) -> Publication:
+        return Publication(self.build, self.target.repo_id)
 
     def run(self) -> Record[PushFacts]:
         """Does the work.
@@ -150,6 +186,9 @@ class Push:
         with self.build.locked():
             with measured() as usage:
                 upload = self.plan()
+                if not upload.is_written:
+                    self._publication.write()
+                    upload = upload.after_writing(self.build.need(ATTEST))
                 message = hub.CommitMessage(
                     f"NF4 artifact of {upload.source}",
                     f"Made and verified by nf4-pipeline {__version__}.",
@@ -193,33 +232,20 @@ def _facts(upload: Upload, published: Published) -> PushFacts:
     )
 
 
-def with_warning(card: str, verdict: str, failed: list[str]) -> str:
-    """A model card that says, before anything else, that its artifact did not pass."""
-    checks = f" Checks that failed: {', '.join(failed)}." if failed else ""
-    warning = (
-        f'> [!WARNING]\n> **This artifact did not pass verification: its verdict is "{verdict}".**'
-        f"{checks} It was published with `--allow-unverified`; `verification.json` says what was "
-        "measured."
-    )
-    if card.startswith("---\n"):
-        head, mark, rest = card[4:].partition("\n---\n")
-        if mark:
-            return f"---\n{head}{mark}\n{warning}\n{rest}"
-    return f"{warning}\n\n{card}"
-
-
-def _checked_files(build: Build, manifest: Manifest, reporter: Reporter) -> dict[str, FileDigest]:
+def _checked_files(
+    build: Build, manifest: Manifest, reporter: Reporter, ignored: Set[str]
+) -> dict[str, FileDigest]:
     """Every file of the export, each as it was verified, and as manifest and records have it."""
     verified = build.need(VERIFY).inputs_in("export")
     if not verified:
         raise ArtifactError(
             f"{build.root / 'records' / 'verify.json'} does not say which bytes were verified: an "
-            "earlier version left it. Run `nf4 verify` and `nf4 attest` again."
+            "earlier version left it. Run `nf4 verify` again."
         )
     claims = [verified, manifest.files, recorded_files(build)]
     paths = entries(build.export)
     signature = paths.pop(SIGNATURE_FILE, None)
-    names = sorted({*paths, *(name for claim in claims for name in claim)})
+    names = sorted({*paths, *(name for claim in claims for name in claim)} - ignored)
     actual = {}
     with reporter.task("check export", sum(path.stat().st_size for path in paths.values())) as task:
         for name in [*names, *([SIGNATURE_FILE] if signature else [])]:
@@ -233,7 +259,6 @@ def _checked_files(build: Build, manifest: Manifest, reporter: Reporter) -> dict
             # A signature signs what is checked here, and nothing signs it.
             if name != SIGNATURE_FILE and (not said or any(one != actual[name] for one in said)):
                 raise _refused(path, "is not what was verified")
-    _check_provenance(build, actual)
     return actual
 
 
@@ -241,20 +266,6 @@ def _refused(path: Path, what: str) -> ArtifactError:
     return ArtifactError(
         f"{path} {what}. Run `nf4 build` (or `nf4 serialize` and `nf4 verify`) again."
     )
-
-
-def _check_provenance(build: Build, files: dict[str, FileDigest]) -> None:
-    """A statement of an earlier run may speak of files that verify has written anew since."""
-    if PROVENANCE_FILE not in files:
-        return
-    subjects = read_json(build.export / PROVENANCE_FILE)["subject"]
-    for subject in subjects:
-        digest = files.get(subject["name"])
-        if digest is None or digest.sha256 != subject["digest"]["sha256"]:
-            raise ArtifactError(
-                f"{build.export / PROVENANCE_FILE} speaks of another {subject['name']} than the "
-                "one that is there. Run `nf4 attest` again."
-            )
 
 
 def _earlier(build: Build, repo_id: str) -> Earlier | None:

@@ -1,4 +1,4 @@
-"""export/ against source/: gates, both models in fresh processes, the verdict, report and card."""
+"""export/ against source/: gates, both models in fresh processes, the verdict, the report."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, Final
@@ -34,8 +35,7 @@ from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.provenance.signing import SIGNATURE_FILE
 from nf4_pipeline.readers.read import Export, OwnReading, Readers
 from nf4_pipeline.recipe import Recipe, VerifyRecipe
-from nf4_pipeline.records import ATTEST, DOWNLOAD, SERIALIZE, VERIFY, source_card
-from nf4_pipeline.report.model_card import model_card
+from nf4_pipeline.records import ATTEST, DOWNLOAD, SERIALIZE, VERIFY
 from nf4_pipeline.report.page import report_page
 from nf4_pipeline.report.pictures import PICTURES, pictures
 from nf4_pipeline.resource_usage import available_memory, measured
@@ -60,9 +60,9 @@ from nf4_pipeline.verification.eval_text import RANDOM, Text, read_text
 from nf4_pipeline.verification.launch import Examination, Workers, compare_scores
 from nf4_pipeline.verification.prompts import LARGEST, REFERENCE, Prompt, asked_with, read_prompts
 
-CODE_VERSION: Final = 6
+CODE_VERSION: Final = 7
 REPORT_FILE: Final = "report.html"
-_WRITTEN: Final = {VERIFICATION_FILE, CARD_FILE, REPORT_FILE} | {
+_WRITTEN: Final = {VERIFICATION_FILE, REPORT_FILE} | {
     picture.file for picture in PICTURES.values() if picture.file
 }
 _SPARE: Final = 2 * 2**30
@@ -212,7 +212,10 @@ class Verify:
             files = self._check_files(manifest)
 
         def work() -> Outcome[Verification]:
-            verification = self._verify(manifest, files.checks, workers)
+            verification = replace(
+                self._verify(manifest, files.checks, workers),
+                date=datetime.now(UTC).date().isoformat(),
+            )
             source.check_untouched()
             export.check_untouched()
             with self.reporter.task("draw the report", None):
@@ -252,7 +255,7 @@ class Verify:
                     )
                 path.unlink(missing_ok=True)
             self.build.forget(kind)
-        for name in _WRITTEN:
+        for name in (*_WRITTEN, CARD_FILE):
             (self.build.export / name).unlink(missing_ok=True)
 
     def _stamps(self) -> Inputs:
@@ -284,7 +287,6 @@ class Verify:
             VERIFICATION_FILE: json_bytes(verification.to_json()),
             **pictures(manifest, verification),
             REPORT_FILE: report_page(manifest, verification).encode(),
-            CARD_FILE: model_card(manifest, verification, source_card(self.build)).encode(),
         }
 
     def _verify(
@@ -403,7 +405,8 @@ class Verify:
         if self.build.need(DOWNLOAD).facts.is_sample:
             from nf4_pipeline.sample import TEXT
 
-            return Text("the sample's own", {"stories and questions": TEXT.read_text("utf-8")})
+            domains = {"stories and questions": TEXT.read_text("utf-8")}
+            return Text("the sample's own", domains, is_public=True)
         return read_text(None)
 
     def _has_tokenizer(self) -> bool:

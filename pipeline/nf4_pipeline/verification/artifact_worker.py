@@ -77,7 +77,8 @@ def run(request: ArtifactRequest, reporter: Reporter) -> ArtifactReply:
     on_load = take_peaks(loading, request.device)
     with measured() as comparing, one_thread_if_small(footprint):
         with reporter.task("cut the text", None):
-            sequences = _read(request, model)
+            tokenizer = LimitedTokenizer.open(request.artifact) if request.text.domains else None
+            sequences = _read(request, model, tokenizer)
         comparison, scores = _compare(request, model, sequences, reporter)
         lengths = [len(sequence.ids) - 1 for sequence in sequences]
         domains = [sequence.domain for sequence in sequences]
@@ -86,6 +87,8 @@ def run(request: ArtifactRequest, reporter: Reporter) -> ArtifactReply:
             fidelity = compare(scores, lengths)
             score_by_domain = by_domain(scores, lengths, domains)
             nearest = _nearest_baseline(comparison, scores, lengths, domains)
+            public = tokenizer if request.text.is_public else None
+            worst = comparison.worst.quoted(sequences, public)
     on_comparison = take_peaks(comparing, request.device)
     if request.logits is not None:
         with one_thread_if_small(footprint), reporter.task("write logits", None):
@@ -117,6 +120,7 @@ def run(request: ArtifactRequest, reporter: Reporter) -> ArtifactReply:
         domains=score_by_domain,
         kl_by_position=by_position(scores, lengths),
         kl_histogram=histogram(scores),
+        worst_tokens=worst,
         blocks=comparison.block_errors(),
         outside=comparison.outside_errors(),
         kept=weights.kept,
@@ -153,12 +157,13 @@ def _count(model: Any) -> LoadedModel:
     )
 
 
-def _read(request: ArtifactRequest, model: Any) -> tuple[TokenSequence, ...]:
+def _read(
+    request: ArtifactRequest, model: Any, tokenizer: LimitedTokenizer | None
+) -> tuple[TokenSequence, ...]:
     """The text as the model reads it; random token ids if there is no text."""
     # A checkpoint need not have a tokenizer to be verified.
     context = context_of(model)
-    if request.text.domains:
-        tokenizer = LimitedTokenizer.open(request.artifact)
+    if tokenizer is not None:
         return cut(request.text, tokenizer, request.tokens, context)
     vocabulary = model.get_input_embeddings().num_embeddings
     return random_sequences(vocabulary, request.tokens, context)

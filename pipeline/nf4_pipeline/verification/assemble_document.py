@@ -95,6 +95,7 @@ def assemble_measured(
         domains=artifact.domains,
         kl_by_position=artifact.kl_by_position,
         kl_histogram=artifact.kl_histogram,
+        worst_tokens=artifact.worst_tokens,
         nearest=artifact.nearest,
         blocks=artifact.blocks,
         outside=artifact.outside,

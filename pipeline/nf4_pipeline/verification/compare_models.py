@@ -15,6 +15,7 @@ are.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -33,6 +34,7 @@ from nf4_pipeline.verification.distance import BlockDistance, LayerDistance, Rat
 from nf4_pipeline.verification.document import BlockError, LayerError
 from nf4_pipeline.verification.eval_text import TokenSequence
 from nf4_pipeline.verification.rtn_baseline import RtnBaseline
+from nf4_pipeline.verification.worst_tokens import WorstTokens
 
 _TOGETHER: Final = 16_384
 """Tokens whose hidden states wait at a barrier at once; more are read in several passes."""
@@ -53,6 +55,7 @@ class Comparison:
         outside: 4-bit layers that no block holds, by name; their output is not looked at.
         weights: what the files hold; None if they are not looked at.
         nearest: after `run`, the scores of round to nearest; None if it is not measured.
+        worst: after `run`, the tokens on which the two models differ most.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Comparison:
         self._looked_at: set[str] = set()
         self._hidden: torch.Tensor | None = None
         self.nearest: TokenScores | None = None
+        self.worst = WorstTokens()
         self._baseline = None if nearest is None else RtnBaseline(reference, model, nearest)
         self.outside: dict[str, LayerDistance] = {}
         self.weights: WeightComparison | None = None
@@ -108,10 +112,13 @@ class Comparison:
         if self._baseline is not None:
             models.append((self._baseline.model, []))
             blocks.append(self._baseline.blocks)
+        numbers = itertools.count()
         for wave in _waves(sequences):
             with self._watched():
                 lockstep = Lockstep(blocks, self._opened, self._closed)
-                lockstep.run([task for s in wave for task in self._runs(s, models, done)])
+                lockstep.run(
+                    [task for s in wave for task in self._runs(next(numbers), s, models, done)]
+                )
         if self.weights is not None:
             self.weights.compare_rest()  # what no block holds, or none that ran
         own, *nearest = (TokenScores.joined(parts) for _, parts in models)
@@ -120,6 +127,7 @@ class Comparison:
 
     def _runs(
         self,
+        number: int,
         sequence: TokenSequence,
         models: Sequence[tuple[Any, list[TokenScores]]],
         done: Callable[[int], None],
@@ -135,6 +143,8 @@ class Comparison:
         def scored(model: Any, parts: list[TokenScores], last: bool) -> None:
             own = model(ids, use_cache=False).logits[0, :-1]
             parts.append(score_tokens(logits[0], own, ids[0, 1:]))
+            if model is self._model:
+                self.worst.add(number, parts[-1], logits[0], own, ids[0, 1:])
             if last:
                 logits.clear()
                 done(len(sequence.ids))

@@ -255,6 +255,48 @@ class AnswerPair(Document):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenChance(Document):
+    """A token that might come next, and how likely each model took it to be.
+
+    Attributes:
+        id: of the token.
+        text: of it alone; empty for one that stands for no text.
+        in_16_bit: its probability in the 16-bit model.
+        in_4_bit: its probability in the 4-bit model.
+    """
+
+    id: int
+    text: str
+    in_16_bit: float = field(metadata=key("16bit"))
+    in_4_bit: float = field(metadata=key("4bit"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorstToken(Document):
+    """One of the tokens on which the two models differ most.
+
+    Attributes:
+        kl: of the distributions of the next token.
+        domain: of the text.
+        sequence: the number of its sequence, from 0.
+        position: how many tokens of the sequence both models had read.
+        before: the last of what they had read; None if the text is not quoted, because it is the
+            user's own, or because there is none.
+        actual: the id of the token that does come next; None if the text is not quoted.
+        chances: the likeliest tokens of both models, and the actual one; empty if the text is not
+            quoted.
+    """
+
+    kl: float
+    domain: str
+    sequence: int
+    position: int
+    before: str | None
+    actual: int | None
+    chances: tuple[TokenChance, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NearestBaseline(Document):
     """Plain round to nearest of the same layers on the same text, and how this artifact differs."""
 
@@ -297,6 +339,7 @@ class Verification(Document):
         thresholds: that measurements were held against.
         checks: in the order they were made.
         versions: of everything that a figure may depend on, by name.
+        date: the day it was verified, in UTC, such as "2026-11-26"; None in an older one.
     """
 
     schema_version: Literal[3]
@@ -304,6 +347,7 @@ class Verification(Document):
     thresholds: Thresholds
     checks: tuple[Check, ...]
     versions: dict[str, str]
+    date: str | None = optional()
 
     @property
     def failed_checks(self) -> tuple[Check, ...]:
@@ -322,6 +366,7 @@ class MeasuredVerification(Verification):
         domains: the same by domain of the text.
         kl_by_position: KL along the sequence.
         kl_histogram: tokens by their KL.
+        worst_tokens: those with the largest KL; None in an older one.
         nearest: round to nearest beside it; None if that is what the artifact is.
         blocks: errors of each block and of the layers in it.
         outside: 4-bit layers that no block holds; their output is not looked at.
@@ -340,6 +385,7 @@ class MeasuredVerification(Verification):
     domains: tuple[DomainScore, ...]
     kl_by_position: tuple[PositionScore, ...]
     kl_histogram: KlHistogram
+    worst_tokens: tuple[WorstToken, ...] | None = optional()
     nearest: NearestBaseline | None = optional()
     blocks: tuple[BlockError, ...]
     outside: tuple[LayerError, ...] = ()

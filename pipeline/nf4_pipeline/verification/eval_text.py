@@ -31,10 +31,12 @@ class Text(Document):
     Attributes:
         name: where it is from.
         domains: name of a domain -> text.
+        is_public: passages of it may be quoted in what is published.
     """
 
     name: str
     domains: Mapping[str, str]
+    is_public: bool = False
 
     @property
     def sha256(self) -> str | None:
@@ -67,7 +69,8 @@ def read_text(path: Path | None) -> Text:
     """
     if path is None:
         files = sorted(TEXTS.glob("*.txt"))
-        return Text(BUILT_IN, {file.stem: file.read_text("utf-8") for file in files})
+        domains = {file.stem: file.read_text("utf-8") for file in files}
+        return Text(BUILT_IN, domains, is_public=True)
     try:
         text = plain_file.read_text(path, _LARGEST)
     except (OSError, UnicodeDecodeError) as error:

@@ -15,6 +15,7 @@ from nf4_pipeline.verification.document import (
     LayerError,
     ModelCosts,
     NearestBaseline,
+    WorstToken,
 )
 from nf4_pipeline.verification.eval_text import Text
 from nf4_pipeline.verification.generation import TimedAnswer
@@ -99,6 +100,7 @@ class ArtifactReply(Document):
         domains: by domain.
         kl_by_position: by position.
         kl_histogram: by KL.
+        worst_tokens: those with the largest KL.
         blocks: errors of blocks and their layers.
         outside: errors of layers outside of blocks.
         kept: how many tensors that are not 4 bit were held against the source.
@@ -119,6 +121,7 @@ class ArtifactReply(Document):
     domains: tuple[DomainScore, ...]
     kl_by_position: tuple[PositionScore, ...]
     kl_histogram: KlHistogram
+    worst_tokens: tuple[WorstToken, ...] = ()
     blocks: tuple[BlockError, ...]
     outside: tuple[LayerError, ...]
     kept: int

@@ -1,5 +1,7 @@
 """The pictures, each a function of a verification that returns a matplotlib figure.
 
+Each is drawn for a page of some 800 px, or narrow, for a phone.
+
 canvas.py   how a picture looks, and how it becomes PNG or SVG
 sizes.py    where the bytes go
 layers.py   where the error comes from

@@ -39,6 +39,7 @@ _ROLES: Final = {
 
 SMALL: Final = 7.5
 _WIDTH: Final = 8.0  # inches; with 9 points of text, a page or card 800 px wide shows it at 12.5 px
+_NARROW: Final = 3.8  # inches; the same on the screen of a phone, 340 px wide, at 11 px
 _DOTS_PER_INCH: Final = 200  # sharp on a screen of two pixels per point
 _STYLE: Final[dict[Any, Any]] = {
     "axes.axisbelow": True,
@@ -85,9 +86,9 @@ def style() -> Iterator[None]:
         yield
 
 
-def new_figure(height: float) -> Figure:
-    """An empty figure as wide as all others and `height` inches high."""
-    return Figure(figsize=(_WIDTH, height))
+def new_figure(height: float, *, narrow: bool = False) -> Figure:
+    """An empty figure as wide as all others, or as a phone, and `height` inches high."""
+    return Figure(figsize=(_NARROW if narrow else _WIDTH, height))
 
 
 def bare(axes: Axes, *, grid: str | None = None) -> None:
@@ -115,13 +116,14 @@ def to_png(figure: Figure, title: str) -> bytes:
     return out.getvalue()
 
 
-def to_svg(figure: Figure, name: str, label: str) -> str:
+def to_svg(figure: Figure, name: str, label: str, kind: str) -> str:
     """An <svg> element to stand in a page: no background, colours as CSS variables.
 
     Args:
         figure: what to draw.
         name: unique in the page; all ids in the element begin with it.
         label: what a person who cannot see it is told.
+        kind: its class in the page.
     """
     out = io.StringIO()
     matplotlib.rcParams["svg.hashsalt"] = name  # ids become hashes of this and of what they name
@@ -130,7 +132,12 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
     _tidy(root)
     for size in ("width", "height", "version"):
         del root.attrib[size]
-    root.attrib |= {"role": "img", "aria-label": label, "stroke-linejoin": "round"}
+    root.attrib |= {
+        "class": kind,
+        "role": "img",
+        "aria-label": label,
+        "stroke-linejoin": "round",
+    }
     return ElementTree.tostring(root, "unicode")
 
 

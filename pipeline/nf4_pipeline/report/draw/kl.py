@@ -25,16 +25,20 @@ from nf4_pipeline.report.formatting import is_finite, number
 from nf4_pipeline.verification.document import MeasuredVerification
 
 
-def draw(verification: MeasuredVerification) -> Figure:
-    """The histogram on the left, the mean along the position on the right."""
-    figure = new_figure(3.1)
-    left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
-    _histogram(left, verification.kl_histogram, verification.fidelity)
-    _positions(right, verification.kl_by_position, verification.fidelity)
+def draw(verification: MeasuredVerification, *, narrow: bool = False) -> Figure:
+    """The histogram on the left or above, the mean along the position on the right or below."""
+    if narrow:
+        figure = new_figure(5.4, narrow=True)
+        first, second = figure.subplots(2, 1)
+    else:
+        figure = new_figure(3.1)
+        first, second = figure.subplots(1, 2, width_ratios=[1.25, 1])
+    _histogram(first, verification.kl_histogram, verification.fidelity, 5 if narrow else 8)
+    _positions(second, verification.kl_by_position, verification.fidelity)
     return figure
 
 
-def _histogram(axes: Axes, histogram: KlHistogram, fidelity: Fidelity) -> None:
+def _histogram(axes: Axes, histogram: KlHistogram, fidelity: Fidelity, ticks: int) -> None:
     edges, counts = np.array(histogram.edges), np.array(histogram.counts)
     axes.set_xscale("log")
     axes.stairs(counts, edges, fill=True, color=BARS)
@@ -60,7 +64,7 @@ def _histogram(axes: Axes, histogram: KlHistogram, fidelity: Fidelity) -> None:
         )
     axes.set_title("tokens by their KL")
     axes.set_xlabel("KL in nats (log scale)")
-    axes.xaxis.set_major_locator(LogLocator(numticks=8))
+    axes.xaxis.set_major_locator(LogLocator(numticks=ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(plain))
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -76,7 +80,7 @@ def _positions(axes: Axes, positions: Sequence[PositionScore], fidelity: Fidelit
         axes.axhline(overall, color=BEFORE, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axes.set_ylim(bottom=0)
     axes.set_title("mean KL along the sequence")
-    axes.set_xlabel("position of the token; dashed: mean over all")
+    axes.set_xlabel("position of the token (dashed: mean over all)")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_formatter(FuncFormatter(plain))

@@ -22,28 +22,33 @@ _COLOURS: Final = "cividis"  # the same order of light and dark to every kind of
 _SHADES: Final = 48
 _LEAST_SPAN: Final = 0.2  # of the largest error: less than that is not blown up to all colours
 _FEW: Final = 10  # blocks with their numbers in the cells
+_FEW_NARROW: Final = 4
+_BREAK: Final = {False: " ", True: "\n"}
 
 
-def draw(verification: MeasuredVerification) -> Figure:
+def draw(verification: MeasuredVerification, *, narrow: bool = False) -> Figure:
     """Blocks from left to right. A grey cell: no such layer. A cross: an error not finite."""
     blocks = verification.blocks
     kinds, errors = _grid(blocks)
     rows = max(1, len(kinds))
-    figure = new_figure(2.0 + 0.27 * rows)
+    figure = new_figure(2.0 + 0.27 * rows + 0.5 * narrow, narrow=narrow)
+    few = len(blocks) <= (_FEW_NARROW if narrow else _FEW)
     above, heat = figure.subplots(2, 1, sharex=True, height_ratios=[1.0, 0.27 * rows])
     at = np.arange(len(blocks))
-    _bars(above, [block.relative_error for block in blocks])
-    above.set_title("error of each block’s output, with all errors before it")
+    _bars(above, [block.relative_error for block in blocks], few)
+    above.set_title(f"error of each block’s output,{_BREAK[narrow]}with all errors before it")
     above.yaxis.set_major_locator(MaxNLocator(3))
     above.yaxis.set_major_formatter(FuncFormatter(_percent))
-    bare(above, grid=None if len(blocks) <= _FEW else "y")
+    bare(above, grid=None if few else "y")
     if kinds:
-        _heat(figure, heat, errors)
-    heat.set_yticks(range(len(kinds)), [label(kind, 40) for kind in kinds])
+        _heat(figure, heat, errors, few, narrow)
+    shown = [label(kind.rpartition(".")[2] if narrow else kind, 40) for kind in kinds]
+    shown = [label(kind, 18) for kind in shown] if narrow else shown
+    heat.set_yticks(range(len(kinds)), shown)
     heat.set_ylim(rows - 0.5, -0.5)
     heat.set_xlim(-0.5, len(blocks) - 0.5)
     names = _numbers([block.name for block in blocks])
-    step = max(1, -(-len(blocks) // 20))
+    step = max(1, -(-len(blocks) // (6 if narrow else 20)))
     heat.set_xticks(at[::step], names[::step])
     heat.set_xlabel("block")
     heat.set_title("error that each layer adds by itself")
@@ -52,9 +57,8 @@ def draw(verification: MeasuredVerification) -> Figure:
     return figure
 
 
-def _bars(axes: Axes, errors: list[float | None]) -> None:
+def _bars(axes: Axes, errors: list[float | None], few: bool) -> None:
     axes.bar(range(len(errors)), [error or 0 for error in errors], width=0.8, color=BARS)
-    few = len(errors) <= _FEW
     axes.margins(y=0.25 if few else 0.05)
     for place, error in enumerate(errors):
         if error is None:
@@ -63,7 +67,7 @@ def _bars(axes: Axes, errors: list[float | None]) -> None:
             axes.text(place, error, _share(error), ha="center", va="bottom", fontsize=SMALL)
 
 
-def _heat(figure: Figure, axes: Axes, errors: NDArray[np.float64]) -> None:
+def _heat(figure: Figure, axes: Axes, errors: NDArray[np.float64], few: bool, narrow: bool) -> None:
     finite = errors[np.isfinite(errors)]
     high = float(finite.max()) if finite.any() else 1.0
     low = min(float(finite.min()), high * (1 - _LEAST_SPAN)) if finite.size else 0.0
@@ -81,12 +85,15 @@ def _heat(figure: Figure, axes: Axes, errors: NDArray[np.float64]) -> None:
     for (row, column), error in np.ndenumerate(errors):
         if np.isposinf(error):
             axes.text(column, row, "×", color=BAD, ha="center", va="center")
-        elif columns <= _FEW and np.isfinite(error):
+        elif few and np.isfinite(error):
             dark = (error - low) / (high - low) < 0.5
             axes.text(column, row, _share(error), ha="center", va="center", fontsize=SMALL).set(
                 color="#fefefe" if dark else "#111111"  # the cell's colour is that of no theme
             )
-    bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=max(6, 4 * rows), fraction=0.03)
+    if narrow:
+        bar = figure.colorbar(mesh, ax=axes, location="bottom", pad=0.02, aspect=24)
+    else:
+        bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=max(6, 4 * rows), fraction=0.03)
     bar.locator = MaxNLocator(3)
     bar.formatter = FuncFormatter(_percent)
     bar.outline.set_visible(False)

@@ -16,10 +16,10 @@ _ROW: Final = 0.58  # inches
 _BAR: Final = 0.22  # of a row
 
 
-def draw(verification: MeasuredVerification) -> Figure:
+def draw(verification: MeasuredVerification, *, narrow: bool = False) -> Figure:
     """One row for all tensors, one for each of the biggest groups, one for the rest."""
-    rows = _rows(verification.sizes)
-    figure = new_figure(0.05 + _ROW * len(rows))
+    rows = _rows(verification.sizes, 42 if narrow else 70)
+    figure = new_figure(0.05 + _ROW * (len(rows) + 0.6 * narrow), narrow=narrow)
     axes = figure.add_subplot()
     largest = max(max(before, after) for _, _, before, after in rows) or 1
     for row, (name, note, before, after) in enumerate(rows):
@@ -32,17 +32,21 @@ def draw(verification: MeasuredVerification) -> Figure:
             axes.annotate(
                 words, (value, row + at), (4, 0), textcoords="offset points", va="center"
             ).set(color=MUTED, fontsize=SMALL)
-    axes.set_xlim(0, largest * 1.14)
+    axes.set_xlim(0, largest * (1.35 if narrow else 1.14))
     axes.set_ylim(len(rows) - 0.15, 0)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines["bottom"].set_visible(False)
     bare(axes)
-    axes.legend(axes.patches[:2], ["16 bit", "4-bit artifact"], loc="lower right")
+    called = ["16 bit", "4-bit artifact"]
+    if narrow:
+        figure.legend(axes.patches[:2], called, loc="outside lower left", ncols=2)
+    else:
+        axes.legend(axes.patches[:2], called, loc="lower right")
     return figure
 
 
-def _rows(sizes: Sizes) -> list[tuple[str, str, int, int]]:
+def _rows(sizes: Sizes, letters: int) -> list[tuple[str, str, int, int]]:
     """Name, what to say instead of the bytes after, bytes before, bytes after."""
     groups = sorted(sizes.groups, key=lambda group: (-group.before, group.name))
     least = sizes.original_bytes * _LEAST
@@ -50,7 +54,7 @@ def _rows(sizes: Sizes) -> list[tuple[str, str, int, int]]:
     rest = groups[len(named) :]
     rows = [("all tensors", "", sizes.original_bytes, sizes.artifact_bytes)]
     for group in named:
-        rows.append((label(group.name, 70), _note(group), group.before, group.after))
+        rows.append((label(group.name, letters), _note(group), group.before, group.after))
     if rest:
         before, after = sum(group.before for group in rest), sum(group.after for group in rest)
         groups_word = "other group" if len(rest) == 1 else "other groups"

@@ -1,0 +1,204 @@
+"""A name -> a build or an artifact on the disk."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.build_folder.spec import SourcePin
+from nf4_pipeline.builds.choosing import Chosen, choose, matching
+from nf4_pipeline.builds.listing import Listed, list_builds, look_at
+from nf4_pipeline.checkpoint.model_name import is_hub_id
+from nf4_pipeline.checkpoint.named_path import named_path
+from nf4_pipeline.errors import ArtifactError, BuildError
+from nf4_pipeline.runtime.artifact import ARTIFACTS, is_model
+
+_MOST_SHOWN: Final = 5
+
+
+@dataclass(frozen=True)
+class ChosenArtifact:
+    """An artifact that a name means.
+
+    Attributes:
+        folder: that holds it.
+        build: to which it belongs; None for one that was downloaded or moved.
+        note: for people, which one was taken; empty if a path said it.
+    """
+
+    folder: Path
+    build: Build | None
+    note: str = ""
+
+
+def find_build(
+    name: str | Path | None,
+    artifacts: Path = ARTIFACTS,
+    *,
+    newest: bool = False,
+    needs: str = "",
+) -> Chosen:
+    """The build that a name means.
+
+    Args:
+        name: a model as `nf4 build` takes it (Hub id, local folder, "sample"), a tag ("calibrated",
+            "calibrated-3fa2", "default"), a build folder's name, or the path of a build folder or
+            of its export; None for the one worked on last.
+        artifacts: the folder that holds builds.
+        newest: of several that are meant, take the one worked on last.
+        needs: as in `choose`.
+
+    Raises:
+        BuildError: there is no such build.
+        UsageError: the name can mean several builds, or can be no name.
+    """
+    if name is not None and (root := _build_at(named_path(name))) is not None:
+        return Chosen(look_at(root), named=True)
+    found = find_builds(name, artifacts)
+    if not found:
+        raise no_build(None, artifacts)
+    return choose(None if name is None else str(name), found, newest=newest, needs=needs)
+
+
+def find_builds(name: str | Path | None, artifacts: Path = ARTIFACTS) -> list[Listed]:
+    """All builds that a name means, the one worked on last first; for no name, all there are.
+
+    Args:
+        name: as in `find_build`.
+        artifacts: the folder that holds builds.
+
+    Raises:
+        BuildError: there is no such build.
+        UsageError: the name can be no name.
+    """
+    if name is not None and (root := _build_at(named_path(name))) is not None:
+        return [look_at(root)]
+    listing = list_builds(artifacts)
+    found = candidates(name, listing)
+    if name is not None and not found:
+        raise no_build(name, artifacts, listing)
+    return found
+
+
+def find_artifact(
+    name: str | Path, artifacts: Path = ARTIFACTS, *, newest: bool = False
+) -> ChosenArtifact | None:
+    """The artifact that a name means; None if it is a model of which there is no build.
+
+    Args:
+        name: as in `find_build`; also the path of any folder, which is then meant itself unless it
+            is the source of a build.
+        artifacts: the folder that holds builds.
+        newest: of several that are meant, take the one worked on last.
+
+    Raises:
+        ArtifactError: the build that is meant has no export.
+        UsageError: the name can mean several builds, or can be no name.
+    """
+    path = named_path(name)
+    if (root := _build_at(path)) is not None:
+        return _export(Chosen(look_at(root), named=True))
+    found = candidates(name, list_builds(artifacts))
+    if path.is_dir():
+        found = [build for build in found if "serialize" in build.done]
+        if not found:
+            return ChosenArtifact(path, None)
+    if not found:
+        return None
+    return _export(choose(str(name), found, newest=newest, needs="serialize"))
+
+
+def find_other(name: str | Path, own: Build, artifacts: Path = ARTIFACTS) -> ChosenArtifact | None:
+    """The artifact that another one is compared with: rather one of the same source than any.
+
+    Args:
+        name: as in `find_artifact`.
+        own: the build that it is compared with, which is not meant itself.
+        artifacts: the folder that holds builds.
+
+    Raises:
+        ArtifactError: the build that is meant has no export.
+        UsageError: the name can mean several builds, or can be no name.
+    """
+    if _build_at(named_path(name)) is None:
+        mine = look_at(own.root)
+        others = [
+            build
+            for build in list_builds(artifacts)
+            if build.root.resolve() != own.root.resolve() and is_same_source(build, mine)
+        ]
+        if found := candidates(name, others):
+            return _export(choose(str(name), found, newest=False, needs="serialize"))
+    return find_artifact(name, artifacts)
+
+
+def is_same_source(one: Listed, other: Listed) -> bool:
+    """Whether two builds are of one checkpoint."""
+    pins: list[SourcePin] = [build.spec.source for build in (one, other) if build.spec]
+    return len(pins) == 2 and pins[0].is_same(pins[1])
+
+
+def candidates(name: str | Path | None, listing: Sequence[Listed]) -> list[Listed]:
+    """The builds of a listing that a name can mean.
+
+    Args:
+        name: as in `find_build`, but for paths of builds.
+        listing: of builds.
+    """
+    if name is None:
+        return list(listing)
+    path = named_path(name)
+    return matching(str(name), listing, path.resolve() if path.is_dir() else None)
+
+
+def _build_at(path: Path) -> Path | None:
+    """The build folder that a path means: itself, or the one whose export it is."""
+    for root in (path, path.parent if path.name == "export" else path):
+        if (root / "records").is_dir():
+            return root
+    return None
+
+
+def _export(chosen: Chosen) -> ChosenArtifact:
+    root = chosen.listed.root
+    if not is_model(root / "export"):
+        raise ArtifactError(f"{root} is a build without an export. Finish it: nf4 build.")
+    return ChosenArtifact(root / "export", Build(root), chosen.note)
+
+
+def no_build(
+    name: str | Path | None, artifacts: Path = ARTIFACTS, listing: Sequence[Listed] | None = None
+) -> BuildError:
+    """The error of a name that no build has.
+
+    Args:
+        name: as it was given.
+        artifacts: the folder that holds builds.
+        listing: of them, if it is known.
+    """
+    known = list_builds(artifacts) if listing is None else listing
+    return BuildError(_nothing(name, known, artifacts))
+
+
+def _nothing(name: str | Path | None, listing: Sequence[Listed], artifacts: Path) -> str:
+    """The message for a name that no build has."""
+    if name is None:
+        return f"There is no build under {artifacts}/. Start one: nf4 build sample."
+    text = str(name)
+    start = text if text == "sample" or is_hub_id(text) or named_path(text).is_dir() else "MODEL"
+    said = f"There is no build of {text} under {artifacts}/"
+    if start == "MODEL":
+        said = f"There is no build under {artifacts}/ whose model, tag or folder is {text}"
+    models = {build.spec.source.repo for build in listing if build.spec} | {"sample"}
+    known = sorted(models.union(*(build.names for build in listing)) - {text})
+    if close := difflib.get_close_matches(text, known, n=1):
+        return f"{said}. Did you mean {close[0]}? Or start one: nf4 build {start}."
+    if listing:
+        shown = [build.root.name for build in listing[:_MOST_SHOWN]]
+        more = ", …" if len(listing) > len(shown) else ""
+        said += f"; there are {', '.join(shown)}{more}"
+    return f"{said}. Start one: nf4 build {start}."
