@@ -1,5 +1,6 @@
 # `make` alone lists the targets. The environment is set up once, in .venv, with the exact versions
-# of constraints.txt; it is made again only when what it was made from changes.
+# of constraints.txt; it is made again only when what it was made from changes (scripts/set_up.sh).
+# What only tests and lint need comes with the first of them.
 
 PYTHON   ?= python3
 MODEL    ?= sample
@@ -12,9 +13,8 @@ REPO_ID  ?=
 ARTIFACT ?=
 ARGS     ?=
 
-VENV  := .venv
-STAMP := $(VENV)/.made-from
-BIN   := $(VENV)/bin
+VENV := .venv
+BIN  := $(VENV)/bin
 
 build_dir = $(if $(BUILD_DIR),--build-dir '$(BUILD_DIR)')
 device    = $(if $(DEVICE),--device '$(DEVICE)')
@@ -24,17 +24,17 @@ settings  = $(build_dir) $(if $(RECIPE),--recipe '$(RECIPE)') $(device)
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: quantize test verify prompt push reproduce bench lint format clean help venv
+.PHONY: quantize test verify prompt push reproduce bench lint format clean help venv dev-venv named
 
 ##@ The job
 
-quantize: venv  ## download, quantize, serialize and verify MODEL
+quantize: named venv  ## download, quantize, serialize and verify MODEL
 	$(strip $(BIN)/nf4 build '$(MODEL)' $(if $(REVISION),--revision '$(REVISION)') $(settings)) $(ARGS)
 
-verify: venv  ## hold the artifact of MODEL against its 16-bit source again
+verify: named venv  ## hold the artifact of MODEL against its 16-bit source again
 	$(strip $(BIN)/nf4 verify '$(MODEL)' $(settings)) $(ARGS)
 
-prompt: venv  ## answer PROMPT with the newest artifact of MODEL (a tag will do), or with BUILD_DIR
+prompt: named venv  ## answer PROMPT with the newest artifact of MODEL (a tag will do), or with BUILD_DIR
 	@$(BIN)/nf4 prompt '$(or $(BUILD_DIR),$(MODEL))' "$$PROMPT" $(device) $(ARGS)
 
 reproduce: venv  ## derive ARTIFACT (a folder, a model or a tag) again and compare every byte
@@ -43,7 +43,7 @@ reproduce: venv  ## derive ARTIFACT (a folder, a model or a tag) again and compa
 	fi
 	$(BIN)/nf4 reproduce '$(ARTIFACT)' $(ARGS)
 
-push: venv  ## publish the artifact of MODEL as REPO_ID on the Hub (ARGS=--dry-run lists it)
+push: named venv  ## publish the artifact of MODEL as REPO_ID on the Hub (ARGS=--dry-run lists it)
 	@if [ -z '$(REPO_ID)' ]; then \
 	  echo "Error: where to? make push REPO_ID=ORG/NAME [ARGS=--dry-run]" >&2; exit 2; \
 	fi
@@ -51,20 +51,20 @@ push: venv  ## publish the artifact of MODEL as REPO_ID on the Hub (ARGS=--dry-r
 
 ##@ Work on the project
 
-test: venv  ## run the tests, two files at a time (ARGS go to pytest)
+test: dev-venv  ## run the tests, two files at a time (ARGS go to pytest)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-lint: venv  ## check style, types, and who imports whom
+lint: dev-venv  ## check style, types, and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: venv  ## put the code into the project's style
+format: dev-venv  ## put the code into the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: venv  ## run every scripts/bench/bench_*.py
+bench: dev-venv  ## run every scripts/bench/bench_*.py
 	@set -- scripts/bench/bench_*.py; \
 	if [ ! -f "$$1" ]; then \
 	  echo "Error: there is no scripts/bench/bench_*.py yet, so nothing was measured." >&2; exit 1; \
@@ -96,35 +96,15 @@ help:  ## show this list
 	  ARGS      'anything else for the command underneath' \
 	  PYTHON    'the interpreter to make .venv with, 3.11 or newer  [$(PYTHON)]'
 
-# The environment. What is installed must come from these two files, for this python, at this place:
-# the stamp says so, and is written last. All it says goes to stderr, so that stdout is the job's.
+# Of the environments, a second is the first with more in it: what a command needs is set up by it.
 venv:
-	@command -v '$(PYTHON)' >/dev/null || { \
-	  echo "Error: $(PYTHON) was not found. Name a python >= 3.11: make … PYTHON=/path/to/python3" >&2; \
-	  exit 1; \
-	}
-	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "Error: python >= 3.11 is needed, and $(PYTHON) is $$('$(PYTHON)' -V 2>&1)." \
-	    "Name another: make … PYTHON=/path/to/python3" >&2; \
-	  exit 1; \
-	}
-	@python=$$('$(PYTHON)' -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])'); \
-	place="python $$python in $(CURDIR)"; \
-	wanted=$$(echo "$$place"; cksum pyproject.toml constraints.txt); \
-	if [ "$$(cat $(STAMP) 2>/dev/null)" = "$$wanted" ]; then exit 0; fi; \
-	'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || { \
-	  echo "Error: $(PYTHON) has no venv module. Install it (Debian, Ubuntu: apt-get install" \
-	    "python3-venv), or name another: make … PYTHON=/path/to/python3" >&2; \
-	  exit 1; \
-	}; \
-	echo "Setting up $(VENV) with python $$python; the first time takes some minutes and 2 GB." >&2; \
-	if [ "$$(head -n 1 $(STAMP) 2>/dev/null)" != "$$place" ]; then \
-	  '$(PYTHON)' -m venv --clear $(VENV) >&2 || exit 1; \
-	fi; \
-	echo "$$place" > $(STAMP); \
-	pip="$(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt"; \
-	{ $$pip --quiet setuptools && $$pip --no-build-isolation --editable '.[dev]'; } >&2 || { \
-	  echo "Error: the packages could not be installed; pip says why above. Run make again to retry." >&2; \
-	  exit 1; \
-	}; \
-	echo "$$wanted" > $(STAMP)
+	@scripts/set_up.sh '$(PYTHON)' '$(VENV)' run
+
+dev-venv:
+	@scripts/set_up.sh '$(PYTHON)' '$(VENV)' dev
+
+named:
+	@if [ -z '$(strip $(MODEL))' ]; then \
+	  echo "Error: MODEL is empty. Name a Hub id, a local folder or sample:" \
+	    "make $(firstword $(MAKECMDGOALS)) MODEL=sample" >&2; exit 2; \
+	fi

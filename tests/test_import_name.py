@@ -65,3 +65,16 @@ def test_a_process_that_a_stage_starts_finds_the_package(module: Path) -> None:
     done = run(["-m", "nf4_pipeline", "download", "sample", "-q"], module, module)
     assert done.returncode == 0, done.stderr
     assert list(module.glob("artifacts/*/records/download.json"))
+
+
+def test_the_names_of_the_api_import_nothing_heavy(tmp_path: Path) -> None:
+    """Who only reads an artifact pays for what that needs, and only when it does."""
+    heavy = "torch transformers numpy numba matplotlib jinja2 fastjsonschema greenlet rich click"
+    code = (
+        "import sys\n"
+        "from nf4_pipeline import load, load_tokenizer, prompt\n"
+        "import nf4_pipeline.runtime.prompt\n"
+        f"print(*(name for name in {heavy.split()} if name in sys.modules))"
+    )
+    done = run(["-c", code], tmp_path)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "\n")

@@ -103,7 +103,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         ("[quantize]\ncalibrate = true", "quantize.calibrate is True; expected a str"),
         ("[quantize]\ncalibration_tokens = 255", "is 255; expected at least 256"),
         ('[quantize]\nextra_bytes = "5%"', "nothing without calibration"),
-        ('[quantize]\ncalibrate = "self"\nextra_bytes = "5"', "'5'; expected a percentage"),
+        ('[quantize]\ncalibrate = "self"\nextra_bytes = "0.05"', "'0.05'; expected a percentage"),
         ('[quantize]\ncalibrate = "self"\nextra_bytes = "100.5%"', "expected a percentage"),
         ('[quantize]\ncalibrate = "self"\nextra_bytes = "nan%"', "expected a percentage"),
         ("[quantize]\nextra_bytes = 5", "quantize.extra_bytes is 5; expected a str"),
@@ -157,11 +157,25 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("2 GiB", 2**31),
         ("1.5kib", 1536),
         (" 7kb ", 7000),
-        ("1000", 1000),
+        ("1000000", 10**6),
+        ("0", 0),
     ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text, "x") == size
+
+
+@pytest.mark.parametrize("text", ["1", "5", "40.5", "999999"])
+def test_a_size_whose_unit_was_forgotten(text: str) -> None:
+    with pytest.raises(RecipeError, match=rf'without a unit.*such as "{text}GB" or "{text}MB"'):
+        parse_size(text, "the.size")
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"), [("5", "5%"), ("2.5", "2.5%"), ("5%", "5%"), ("0", "0%")]
+)
+def test_a_percentage_needs_no_sign(said: str, meant: str) -> None:
+    assert QuantizeRecipe(calibrate="self", extra_bytes=said).extra_bytes == meant
 
 
 @pytest.mark.parametrize("text", ["", "GB", "5 5GB", "1e9", "0x10", "5TB", "5GBs", "inf", "٣GB²"])

@@ -48,6 +48,7 @@ The house, from the top floor down; a room imports only from rooms below it (`ma
     documents.py       JSON documents as frozen dataclasses
     quiet_libraries.py  what libraries print and warn of, kept quiet
     printable.py       text of strangers, made safe for a terminal
+    near_names.py      names that somebody may have meant
     sample/            a tiny model that comes with the package
     __main__.py        python -m nf4_pipeline
 """

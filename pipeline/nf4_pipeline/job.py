@@ -31,7 +31,7 @@ from nf4_pipeline.stages.find_source import DownloadRequest
 from nf4_pipeline.stages.quantize import Quantize, count_finished_files
 from nf4_pipeline.stages.run_recorded import Stage
 from nf4_pipeline.stages.serialize import Serialize
-from nf4_pipeline.stages.verify import Verify, check_gpu
+from nf4_pipeline.stages.verify import Verify, check_gpu, check_texts
 from nf4_pipeline.verification.document import Verification
 from nf4_pipeline.verification.launch import Workers
 
@@ -96,7 +96,9 @@ def run_build(
         The build folder, and the result of each stage by name.
     """
     check_gpu(machine)
-    text_path(recipe.quantize)  # a text that is not there is known before any byte
+    # What cannot be read is known before any byte.
+    text_path(recipe.quantize)
+    check_texts(recipe.verify)
     recipe = request.reading.into(recipe)
     request = replace(request, reading=Reading.of(recipe.quantize), recipe=recipe)
     with Workers(machine.device) as workers:

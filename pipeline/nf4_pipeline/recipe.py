@@ -27,6 +27,7 @@ from typing import Any, Final, TypeVar
 from nf4_pipeline.checkpoint.named_path import problem_of
 from nf4_pipeline.checkpoint.plain_file import read_text
 from nf4_pipeline.errors import RecipeError
+from nf4_pipeline.near_names import did_you_mean
 
 RecipeValue = str | int | float | list[str]
 """What a key of a recipe may hold, as TOML and JSON have it."""
@@ -42,6 +43,9 @@ _MOST_DOTS: Final = 100
 
 _SHOWN: Final = 120
 """Characters of a value in a message."""
+
+_LEAST_BARE: Final = 10**6
+"""Below it, a size without a unit is taken for one whose unit was forgotten."""
 
 _UNITS: Final = {
     "": 1,
@@ -64,7 +68,7 @@ class QuantizeRecipe:
             text or JSONL; empty to round to nearest.
         calibration_tokens: how many, at most. KL still falls from 2,000 to 16,000.
         extra_bytes: how much larger the linear layers may become by leaving those that lose most
-            in 16 bit, such as "5%"; needs calibration.
+            in 16 bit, such as "5%", or "5" for the same; needs calibration.
         rounding: how codes and scales are chosen; "nearest" is what bitsandbytes does, and
             "calibrated" follows from `calibrate`.
         allow_unused: tensors of the checkpoint that may be left out though nobody knows what they
@@ -96,18 +100,27 @@ class QuantizeRecipe:
             f"at least 256, at most {_MOST:,}",
         )
         _require_path("quantize.calibrate", self.calibrate)
-        share = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?%", self.extra_bytes)
+        share = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(%?)\s*", self.extra_bytes)
         _require(
             not self.extra_bytes or (share is not None and float(share[1]) <= 100),
             "quantize.extra_bytes",
             self.extra_bytes,
-            'a percentage such as "5%"',
+            'a percentage of the 4-bit layers, such as "5%", at most 100%',
         )
+        if share is not None and not share[2]:
+            _require(
+                float(share[1]) >= 1 or not float(share[1]),
+                "quantize.extra_bytes",
+                self.extra_bytes,
+                f'a percentage such as "5%"; if you mean it, write "{share[1]}%"',
+            )
+            object.__setattr__(self, "extra_bytes", f"{share[1]}%")
         _require(
             not self.extra_bytes or bool(self.calibrate),
             "quantize.extra_bytes",
             self.extra_bytes,
-            "nothing without calibration: what layers lose is measured on its tokens",
+            "nothing without calibration (add --calibrate self): what layers lose is measured on "
+            "its tokens",
         )
         _require(
             all(part and part.isprintable() for part in self.skip_modules),
@@ -320,7 +333,10 @@ def read_tables(path: Path) -> dict[str, object]:
     except RecursionError:
         raise RecipeError(f"The recipe {path} is nested too deep.") from None
     except ValueError as error:  # no TOML, no UTF-8, or a number of more than 4,300 digits
-        raise RecipeError(f"The recipe {path} is not valid TOML: {str(error)[:300]}.") from error
+        raise RecipeError(
+            f"The recipe {path} is not valid TOML: {str(error)[:300]}. Expected tables such as "
+            '[quantize], with lines such as skip_modules = ["h.31.mlp"].'
+        ) from error
 
 
 def parse_recipe(tables: Mapping[str, object], where: str) -> Recipe:
@@ -355,7 +371,10 @@ def _parse_table(kind: type[T], name: str, tables: Mapping[str, object], where: 
 def _reject_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> None:
     unknown = sorted(set(keys) - set(known))
     if unknown:
-        raise RecipeError(f"{where}: {_shown(unknown[0])} is unknown; expected {', '.join(known)}.")
+        near = did_you_mean(str(unknown[0]), known)
+        raise RecipeError(
+            f"{where}: {_shown(unknown[0])} is unknown; expected {', '.join(known)}.{near}"
+        )
 
 
 def _typed(value: object, default: object, where: str) -> Any:
@@ -402,6 +421,11 @@ def parse_size(text: str, name: str) -> int:
     if match is None or unit not in _UNITS:
         raise RecipeError(f'{name} is {_shown(text)}; expected a size such as "5GB" or "500MiB".')
     size = int(float(match[1]) * _UNITS[unit])
+    if 0 < size < _LEAST_BARE and not match[2]:
+        raise RecipeError(
+            f"{name} is {_shown(text)}, and without a unit that is {size} bytes; expected a size "
+            f'such as "{match[1]}GB" or "{match[1]}MB".'
+        )
     if size >= 2**63:
         raise RecipeError(f"{name} is {_shown(text)}; no machine has so much.")
     return size

@@ -34,7 +34,8 @@ PATHS: Final = (
 NUMERIC: Final = (
     ("verify", "--eval-tokens"),
     ("verify", "--device-memory"),
-    ("verify", "--workers"),
+    ("build FOLDER", "--eval-tokens"),
+    ("build FOLDER", "--max-shard-size"),
     ("quantize", "--workers"),
     ("quantize", "--memory-budget"),
     ("quantize", "--extra-bytes"),
@@ -54,7 +55,7 @@ NUMERIC: Final = (
 )
 NAMING: Final = (
     "build @", "build FOLDER --build-dir @", "build FOLDER --recipe @",
-    "build FOLDER --calibrate @",
+    "build FOLDER --calibrate @", "build FOLDER --prompts @", "build FOLDER --eval-text @",
     "download @", "download FOLDER --build-dir @", "download a/b --offline --revision @",
     "download FOLDER --allow-unused @", "download FOLDER --strip-prefix @",
     "quantize @", "quantize --build-dir @", "quantize --recipe @", "serialize @", "verify @",

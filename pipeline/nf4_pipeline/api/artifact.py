@@ -262,7 +262,8 @@ class Artifact:
 def _find(artifact: str | PathLike[str] | None) -> Path:
     """The export folder that is meant."""
     from nf4_pipeline.builds import find_artifact, find_build, no_build
-    from nf4_pipeline.runtime.artifact import is_hub_id, is_model
+    from nf4_pipeline.checkpoint.model_name import is_hub_id
+    from nf4_pipeline.runtime.artifact import is_model
 
     if artifact is None:
         return find_build(None, newest=True, needs="serialize").listed.root / "export"

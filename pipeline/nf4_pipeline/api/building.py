@@ -26,6 +26,7 @@ def build(
     require_gpu: bool = False,
     workers: int = 0,
     memory_budget: str | int = DEFAULT_MEMORY_BUDGET,
+    device_memory: str | int | None = None,
     build_dir: PathName | None = None,
     replace: bool = False,
     offline: bool = False,
@@ -58,6 +59,8 @@ def build(
         require_gpu: fail at once where there is no GPU to verify on.
         workers: threads that quantize; 0 for as many as keep the device busy.
         memory_budget: bytes of all buffers of the engine together, as a number or such as "1GiB".
+        device_memory: how much of the device verifying may use, as a number of bytes or such as
+            "8GB"; all that is free without it.
         build_dir: the build folder; None for one under ./artifacts that is named for the model and,
             where it is not the default, for the recipe.
         replace: a build folder that is another build may become this one.
@@ -93,7 +96,11 @@ def build(
         eval_tokens=eval_tokens,
     )
     machine = make_machine(
-        device=device, require_gpu=require_gpu, workers=workers, memory_budget=memory_budget
+        device=device,
+        require_gpu=require_gpu,
+        workers=workers,
+        memory_budget=memory_budget,
+        device_memory=device_memory,
     )
     request = make_request(
         model,

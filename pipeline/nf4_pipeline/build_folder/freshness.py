@@ -9,6 +9,7 @@ from typing import Literal
 
 from nf4_pipeline.build_folder.record import Facts, Record
 from nf4_pipeline.checkpoint.digest import FileStamp, digest_file
+from nf4_pipeline.checkpoint.folder_advice import dead_link
 from nf4_pipeline.errors import BuildError
 from nf4_pipeline.progress import Reporter
 
@@ -125,6 +126,8 @@ def check_outputs(
     stamps = {}
     for name, expected in record.outputs.items():
         path = root / name
+        if name.startswith("source/") and (link := dead_link(path)) is not None:
+            raise BuildError(link)
         problem = _find_problem(path, name)
         if problem is None:
             stamps[name] = FileStamp.of(path)

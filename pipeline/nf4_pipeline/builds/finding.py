@@ -12,9 +12,10 @@ from nf4_pipeline.build_folder import Build
 from nf4_pipeline.build_folder.spec import SourcePin
 from nf4_pipeline.builds.choosing import Chosen, choose, matching
 from nf4_pipeline.builds.listing import Listed, list_builds, look_at
+from nf4_pipeline.checkpoint.model_name import is_hub_id
 from nf4_pipeline.checkpoint.named_path import named_path
 from nf4_pipeline.errors import ArtifactError, BuildError
-from nf4_pipeline.runtime.artifact import ARTIFACTS, is_hub_id, is_model
+from nf4_pipeline.runtime.artifact import ARTIFACTS, is_model
 
 _MOST_SHOWN: Final = 5
 

@@ -288,6 +288,9 @@ def tokens_of_text(
     except (OSError, UnicodeDecodeError) as error:
         why = why_unreadable(error)
         raise RecipeError(f"The calibration text {path} cannot be read: {why}.") from error
+    # Every sequence begins as the tokenizer begins a text: many models are not themselves without.
+    prefix = tokenizer.prefix()[: length - 1]
+    room = length - len(prefix)
     if path.suffix in (".jsonl", ".ndjson"):
         ids = [
             i
@@ -296,10 +299,7 @@ def tokens_of_text(
             for i in _line(line, tokenizer, f"{path}, line {number}")
         ]
     else:
-        ids = tokenizer.ids(text)
-    # Every sequence begins as the tokenizer begins a text: many models are not themselves without.
-    prefix = tokenizer.prefix()[: length - 1]
-    room = length - len(prefix)
+        ids = tokenizer.ids_all_over(text, sequences, room)
     whole = len(ids) // room
     if whole == 0:
         raise RecipeError(

@@ -7,6 +7,7 @@ with its checkpoints, a pipeline of several models, a repository cloned without 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +25,12 @@ def without_config(folder: Path) -> str | None:
         return cache
     if (link := dead_link(folder / "config.json")) is not None:
         return link
+    if (folder / "records").is_dir():
+        return (
+            f"{folder} is a build folder of nf4, and a model is wanted. What is done in it says: "
+            f"nf4 status --build-dir {shlex.quote(str(folder))}. To build again, name the model "
+            "that it was built from."
+        )
     if (adapter := adapter_advice(folder)) is not None:
         return adapter
     if gguf := sorted(path.name for path in folder.glob("*.gguf")):
@@ -127,7 +134,10 @@ def dead_link(path: Path) -> str | None:
             f"{path} is a dead link: {target.name} is no longer among the blobs of the Hub cache. "
             f"{_download_again(*commit)}"
         )
-    return f"{path} is a dead link: there is no {target}. Bring the file, or name its folder."
+    return (
+        f"{path} is a dead link: there is no {target}. Bring the file back there; if it was moved, "
+        "run `nf4 build` with the folder in which it lies now."
+    )
 
 
 def cache_commit(folder: Path) -> tuple[str, str] | None:

@@ -4,10 +4,12 @@ A command's file is imported only when the command is named, and what is heavy o
 so `nf4 --help` answers at once.
 
     options.py    options that commands share, and what they become
+    help.py       examples on help pages, and what is said of a line that cannot be read
     named_builds.py  the build or the artifact that a command is about
     terminal.py   the one place that prints; what controls a terminal is shown instead
     reporting.py  progress on stderr
     pace.py       what is left of a job, by how long it took last time
+    module_tree.py  the modules of an artifact as a tree, with bits and error
     summary.py    what a person sees at the end of `nf4 build`
 
 and the commands, as `COMMANDS` tells them: build.py, download.py, quantize.py, serialize.py,
@@ -31,6 +33,7 @@ from typing import Any, Final
 import click
 
 from nf4_pipeline import __version__
+from nf4_pipeline.cli.help import no_such_command, usage_message, write_examples
 from nf4_pipeline.cli.terminal import guarded, say, show_cursor
 from nf4_pipeline.errors import (
     PipelineError,
@@ -71,22 +74,48 @@ class _LazyGroup(click.Group):
         command: click.Command = import_module(f"nf4_pipeline.cli.{cmd_name}").command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name in COMMANDS or name.startswith("-") or ctx.resilient_parsing:
+            return super().resolve_command(ctx, args)
+        raise click.UsageError(no_such_command(name, list(COMMANDS)), ctx)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        write_examples(_EXAMPLES, formatter)
+        with formatter.section("Completion of what you type"):
+            formatter.write_dl(list(_COMPLETION.items()))
+
+
+_EXAMPLES: Final = (
+    ("nf4 build sample", "A small model that comes along: no GPU, no network, half a minute."),
+    ("nf4 build tiiuae/falcon-7b-instruct --calibrate self", "A model of the Hub, the better way."),
+)
+_COMPLETE: Final = "_NF4_COMPLETE"
+_COMPLETION: Final = {
+    "~/.bashrc": 'eval "$(_NF4_COMPLETE=bash_source nf4)"',
+    "~/.zshrc": 'eval "$(_NF4_COMPLETE=zsh_source nf4)"',
+    "~/.config/fish/config.fish": "_NF4_COMPLETE=fish_source nf4 | source",
+}
+"""The line that makes a shell complete commands, options and models, and the file that it goes
+into."""
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="nf4")
 def cli() -> None:
-    """Quantize a Hugging Face causal LM to bitsandbytes NF4, prove what it is worth, publish it.
-
-    Start with:  nf4 build sample   or   nf4 build tiiuae/falcon-7b-instruct
-    """
+    """Quantize a Hugging Face causal LM to bitsandbytes NF4, prove what it is worth, publish it."""
 
 
 def main(args: list[str] | None = None) -> None:
     """Runs the command line and exits: 0 good, 1 the job failed, 2 wrong usage, 128 + a signal."""
+    if _COMPLETE in os.environ:  # a shell asks what may follow; it gets bytes, and no messages
+        cli.main(args=args, prog_name="nf4")
     with guarded(), _interruptible():
         status = _run(args)
     if _stopped_by:
@@ -148,7 +177,7 @@ def _say_usage(error: click.ClickException) -> None:
         usage = f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n"
         with suppress(OSError):
             say(usage, err=True, lines=True)
-    _fail(error.format_message())
+    _fail(usage_message(error))
 
 
 def _say_failed_import(error: BaseException) -> str | None:
@@ -162,12 +191,34 @@ def _say_failed_import(error: BaseException) -> str | None:
         library = name.partition(".")[0]
         if frame.f_code.co_name == "<module>" and library not in (_PACKAGE, "__main__"):
             text = " ".join(str(error).split())[:300].rstrip(".")
+            if named := _variables_in(text):
+                return (
+                    f"{library} cannot be imported with {' and '.join(named)} "
+                    f"({type(error).__name__}: {text}). {_expected_of(text)}or unset it."
+                )
             return (
                 f"{library} cannot be imported: {type(error).__name__}: {text}. Libraries read the "
                 "environment as they are imported: correct or unset the variable that holds this; "
                 f"if none does, install {library} again."
             )
     return None
+
+
+def _variables_in(text: str) -> list[str]:
+    """The variables of the environment whose value a message quotes, with their values."""
+    return [
+        f"{name}={value}"
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_READ_BY_LIBRARIES)
+        and "TOKEN" not in name.partition("_")[2]  # a secret, and never a number
+        and value.strip()
+        and repr(value.strip()) in text
+    ]
+
+
+def _expected_of(text: str) -> str:
+    number = "invalid literal for int" in text or "convert string to float" in text
+    return "Set it to a number, such as 10 (seconds, for a timeout), " if number else "Correct it, "
 
 
 def _say_bug(error: BaseException) -> str:
@@ -196,6 +247,11 @@ file that counts is complete or absent at any moment."""
 
 
 _PACKAGE: Final = __name__.partition(".")[0]
+_READ_BY_LIBRARIES: Final = (
+    *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TORCH", "PYTORCH_", "NUMBA_", "BNB_", "CUDA_"),
+    *("OMP_", "MKL_", "TOKENIZERS_", "ACCELERATE_", "MPL"),
+)
+"""How variables begin that libraries read as they are imported."""
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _stopped_by: list[int] = []
 

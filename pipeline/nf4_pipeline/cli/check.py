@@ -6,13 +6,24 @@ from pathlib import Path
 
 import click
 
+from nf4_pipeline.cli.help import CommandWithExamples, complete_model
 from nf4_pipeline.cli.named_builds import artifact_folder
 from nf4_pipeline.cli.options import NamedPath, Ui, output_options
 from nf4_pipeline.cli.terminal import say
 
 
-@click.command("check")
-@click.argument("artifact")
+@click.command(
+    "check",
+    cls=CommandWithExamples,
+    examples=(
+        (
+            "nf4 check DOWNLOADED --key signer-public.pem",
+            "A downloaded artifact, with the key that its maker gave you.",
+        ),
+        ("nf4 check artifacts/NAME --key public.pem --json", "A build of yours, for a program."),
+    ),
+)
+@click.argument("artifact", shell_complete=complete_model)
 @click.option(
     "--key",
     required=True,

@@ -7,6 +7,7 @@ from typing import Final
 
 import click
 
+from nf4_pipeline.cli.help import CommandWithExamples
 from nf4_pipeline.cli.options import ARTIFACTS, Ui, output_options
 from nf4_pipeline.cli.terminal import say
 from nf4_pipeline.doctor import MachineReport, examine
@@ -15,7 +16,14 @@ from nf4_pipeline.progress import LOADING
 _MARKS: Final = {"ok": "ok      ", "note": "note    ", "problem": "PROBLEM "}
 
 
-@click.command("doctor")
+@click.command(
+    "doctor",
+    cls=CommandWithExamples,
+    examples=(
+        ("nf4 doctor", "For people."),
+        ("nf4 doctor --json", "For programs."),
+    ),
+)
 @output_options
 def command(ui: Ui) -> None:
     """Say what this machine has for the job, and which known traps lie on it.

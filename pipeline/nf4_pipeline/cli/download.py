@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nf4_pipeline.cli.help import CommandWithExamples
 from nf4_pipeline.cli.options import Ui, download_options, output_options
 from nf4_pipeline.cli.terminal import say
 
@@ -14,7 +15,17 @@ if TYPE_CHECKING:
     from nf4_pipeline.stages.find_source import DownloadRequest
 
 
-@click.command("download")
+@click.command(
+    "download",
+    cls=CommandWithExamples,
+    examples=(
+        (
+            "nf4 download tiiuae/falcon-7b-instruct --revision main",
+            "A model of the Hub, pinned to the commit that main is now.",
+        ),
+        ("nf4 download ./my-model", "A local folder: hashed and looked at, nothing is copied."),
+    ),
+)
 @download_options
 @output_options
 def command(ui: Ui, request: DownloadRequest) -> None:

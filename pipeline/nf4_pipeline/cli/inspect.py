@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
+from nf4_pipeline.cli.help import CommandWithExamples, complete_model
 from nf4_pipeline.cli.named_builds import artifact_folder
 from nf4_pipeline.cli.options import Ui, output_options
 from nf4_pipeline.cli.terminal import say
@@ -14,9 +17,18 @@ from nf4_pipeline.cli.terminal import say
 if TYPE_CHECKING:
     from nf4_pipeline.manifest.manifest import Manifest
 
+_WIDEST: Final = 100  # columns of the tree
 
-@click.command("inspect")
-@click.argument("artifact")
+
+@click.command(
+    "inspect",
+    cls=CommandWithExamples,
+    examples=(
+        ("nf4 inspect artifacts/NAME", "A build: sizes, bits and errors by module."),
+        ("nf4 inspect artifacts/NAME/export --tensors", "Also every tensor."),
+    ),
+)
+@click.argument("artifact", shell_complete=complete_model)
 @click.option("--tensors", is_flag=True, help="Also list every tensor.")
 @output_options
 def command(ui: Ui, artifact: str, tensors: bool) -> None:
@@ -64,6 +76,12 @@ def _show(folder: Path, manifest: Manifest, tensors: bool) -> None:
             f"  loading      {len(manifest.hidden_modules)} modules are of a class that stock "
             "transformers >= 5.5 passes over; use nf4_pipeline.load (see README.md)"
         )
+    from nf4_pipeline.cli.module_tree import lines_of
+
+    say("  modules, with bits per weight and relative RMSE (layers that are alike are one):")
+    width = min(shutil.get_terminal_size().columns, _WIDEST)
+    for line in lines_of(manifest.tensors, width - 2, sys.stdout.encoding or "ascii"):
+        say(f"  {line}")
     for tensor in manifest.tensors if tensors else ():
         what = (
             f"{tensor.dtype}, {tensor.reason}"

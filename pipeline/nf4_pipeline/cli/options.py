@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from nf4_pipeline.checkpoint.named_path import problem_of
+from nf4_pipeline.cli.help import complete_model
 from nf4_pipeline.cli.terminal import say, say_json
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ _VERIFIED: Final = ("verdict", "checks", "fidelity", "domains", "accuracy", "aga
 """What a stage command says of verification.json."""
 
 Command = Callable[..., Any]
+Decorator = Callable[[Command], Command]
 
 
 class NamedPath(click.Path):
@@ -44,7 +46,13 @@ class NamedPath(click.Path):
             self.fail(f"{str(value)!r}: {error.strerror}.", param, ctx)
 
 
-THREADS: Final = click.IntRange(min=0, max=1024)
+class WholeNumber(click.IntRange):
+    """A whole number from a range; what is none is called so."""
+
+    name = "whole number"
+
+
+THREADS: Final = WholeNumber(min=0, max=1024)
 
 
 def output_options(command: Command) -> Command:
@@ -92,7 +100,7 @@ def replace_option(command: Command) -> Command:
 def download_options(command: Command) -> Command:
     """MODEL, where it is and how it is read; the command gets a `request`."""
 
-    @click.argument("model")
+    @click.argument("model", shell_complete=complete_model)
     @click.option("--revision", help="Branch, tag or commit of a Hub model.  [default: main]")
     @click.option(
         "--offline", is_flag=True, help="Take a Hub model as it is cached; says which commit."
@@ -162,62 +170,141 @@ def download_options(command: Command) -> Command:
     return wrapped
 
 
-def recipe_options(command: Command) -> Command:
-    """What shapes a build and how it is made; the command gets a `recipe` and a `machine`."""
+_RECIPE: Final[Decorator] = click.option(
+    "--recipe",
+    type=NamedPath(dir_okay=False),
+    help="TOML file with everything that shapes bytes and verdict.",
+)
+_SHAPING: Final[dict[str, tuple[Decorator, ...]]] = {
+    "quantize": (
+        click.option(
+            "--calibrate",
+            metavar="self|FILE",
+            help="Choose codes and scales from the model's activations: on tokens that it writes "
+            "itself, or on a text or JSONL file. Slower, and much closer to the 16-bit model.",
+        ),
+        click.option(
+            "--extra-bytes",
+            metavar="PERCENT",
+            help="With --calibrate: leave the layers that lose most in 16 bit, for so many more "
+            "bytes, such as 5%.",
+        ),
+    ),
+    "serialize": (
+        click.option(
+            "--max-shard-size",
+            metavar="SIZE",
+            help='Of one weight file, such as "500MB".  [default: 1GB, which is also the most]',
+        ),
+    ),
+    "verify": (
+        click.option(
+            "--prompts",
+            type=NamedPath(dir_okay=False),
+            help='JSONL of {"prompt", "expect", "chat"}, instead of those that come with nf4.',
+        ),
+        click.option(
+            "--eval-text",
+            type=NamedPath(dir_okay=False),
+            help="Text on which both models are compared, instead of the one that comes with nf4.",
+        ),
+        click.option(
+            "--eval-tokens",
+            type=WholeNumber(min=2, max=10**9),
+            metavar="N",
+            help="Tokens of it, at most.  [default: 8192]",
+        ),
+    ),
+}
+"""What shapes the result of a stage, in the place of what the recipe says."""
 
-    @click.option(
-        "--recipe",
-        type=NamedPath(dir_okay=False),
-        help="TOML file with everything that shapes bytes and verdict.",
-    )
-    @click.option(
-        "--calibrate",
-        metavar="self|FILE",
-        help="Choose codes and scales from the model's activations: on tokens that it writes "
-        "itself, or on a text or JSONL file. Slower, and much closer to the 16-bit model.",
-    )
-    @click.option(
-        "--extra-bytes",
-        metavar="PERCENT",
-        help="With --calibrate: leave the layers that lose most in 16 bit, for so many more bytes.",
-    )
-    @click.option(
-        "--device",
-        default="auto",
-        metavar="auto|cpu|cuda[:N]",
-        show_default=True,
-        help='"cuda" quantizes on all GPUs of the host, and verifies on the first.',
-    )
-    @click.option("--require-gpu", is_flag=True, help="Verifying without a GPU is a failure.")
-    @click.option(
-        "--workers",
-        default=0,
-        type=THREADS,
-        help="Threads that quantize.  [default: CPUs + 1, or 8 a GPU]",
-    )
-    @click.option(
-        "--memory-budget", default="256MiB", show_default=True, help="For the engine's buffers."
-    )
-    @wraps(command)
-    def wrapped(
-        recipe: Path | None,
-        calibrate: str | None,
-        extra_bytes: str | None,
-        device: str,
-        require_gpu: bool,
-        workers: int,
-        memory_budget: str,
-        **values: Any,
-    ) -> Any:
-        from nf4_pipeline.api.options import make_machine, make_recipe
+_COMPUTES: Final = '"cuda" quantizes on all GPUs of the host, and verifies on the first.'
+_JUDGES: Final = "Of the verdict: one from another kind of device is stale."
 
-        machine = make_machine(
-            device=device, require_gpu=require_gpu, workers=workers, memory_budget=memory_budget
-        )
-        said = make_recipe(recipe, calibrate=calibrate, extra_bytes=extra_bytes)
-        return command(recipe=said, machine=machine, **values)
 
-    return wrapped
+def _device(what: str) -> Decorator:
+    return click.option(
+        "--device", default="auto", metavar="auto|cpu|cuda[:N]", show_default=True, help=what
+    )
+
+
+_MACHINE: Final[dict[str, tuple[Decorator, ...]]] = {
+    "quantize": (
+        click.option(
+            "--workers",
+            default=0,
+            type=THREADS,
+            metavar="N",
+            help="Threads that quantize.  [default: CPUs + 1, or 8 a GPU]",
+        ),
+        click.option(
+            "--memory-budget",
+            default="256MiB",
+            metavar="SIZE",
+            show_default=True,
+            help="For the engine's buffers.",
+        ),
+    ),
+    "verify": (
+        click.option("--require-gpu", is_flag=True, help="Verifying without a GPU is a failure."),
+        click.option(
+            "--device-memory",
+            metavar="SIZE",
+            help='How much of the device verifying may use, such as "8GB".  [default: all]',
+        ),
+    ),
+}
+
+
+def recipe_options(*stages: str) -> Decorator:
+    """What shapes a build and how it is made; the command gets a `recipe` and a `machine`.
+
+    Args:
+        stages: those that the command runs. Each brings what shapes its result and what it takes
+            of the machine; without any there are --recipe and --device alone.
+    """
+    shaping = [option for stage in stages for option in _SHAPING.get(stage, ())]
+    taking = [option for stage in stages for option in _MACHINE.get(stage, ())]
+    computes = bool(taking) or not stages
+    device = _device(_COMPUTES if stages else _JUDGES)
+    options = [_RECIPE, *shaping, *([device] if computes else []), *taking]
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def wrapped(**values: Any) -> Any:
+            from nf4_pipeline.api.options import make_machine, make_recipe
+            from nf4_pipeline.errors import RecipeError
+
+            of_machine = {name: values.pop(name) for name in _TAKEN & set(values)}
+            of_recipe = {name: values.pop(name) for name in _SAID & set(values)}
+            machine = make_machine(**of_machine)
+            try:
+                said = make_recipe(**of_recipe)
+            except RecipeError as error:
+                raise RecipeError(_by_option(str(error), of_recipe)) from error
+            return command(recipe=said, machine=machine, **values)
+
+        decorated: Command = wrapped
+        for option in reversed(options):
+            decorated = option(decorated)
+        return decorated
+
+    return decorate
+
+
+def _by_option(text: str, said: Mapping[str, Any]) -> str:
+    """A message about a key of a recipe, with the name of the option that was typed for it."""
+    for key in (key for key, value in said.items() if value is not None and key != "recipe"):
+        for table in _SHAPING:
+            text = text.replace(f"{table}.{key} ", f"--{key.replace('_', '-')} ")
+    return text
+
+
+_SAID: Final = {
+    *("recipe", "calibrate", "extra_bytes", "max_shard_size"),
+    *("prompts", "eval_text", "eval_tokens"),
+}
+_TAKEN: Final = {"device", "workers", "memory_budget", "require_gpu", "device_memory"}
 
 
 class Ui:

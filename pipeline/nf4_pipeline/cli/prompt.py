@@ -7,24 +7,43 @@ from typing import Any
 
 import click
 
+from nf4_pipeline.cli.help import CommandWithExamples, complete_model
 from nf4_pipeline.cli.named_builds import named_artifact
 from nf4_pipeline.cli.options import Ui, output_options
 from nf4_pipeline.cli.terminal import say, say_piece
 
 
-@click.command("prompt")
-@click.argument("artifact")
+@click.command(
+    "prompt",
+    cls=CommandWithExamples,
+    examples=(
+        ('nf4 prompt sample "Once upon a time"', "Greedy: the same answer each time."),
+        (
+            'nf4 prompt sample "Once upon a time" --top-k 10 --num-return-sequences 3 --seed 1',
+            "Three answers by chance, the same three for the same seed.",
+        ),
+    ),
+)
+@click.argument("artifact", shell_complete=complete_model)
 @click.argument("text")
 @click.option("--max-length", type=int, help="Prompt and answer together, in tokens.")
 @click.option("--max-new-tokens", type=int, help="Of the answer.  [default: 128]")
 @click.option("--top-k", type=int, help="Draw from the k likeliest tokens.")
 @click.option("--top-p", type=float, help="Draw from the likeliest tokens of this probability.")
 @click.option("--temperature", type=float, help="Of the draws; 0 is greedy.")
-@click.option("--num-return-sequences", type=int, default=1, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--num-return-sequences", type=int, default=1, show_default=True, help="How many answers."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.  [default: main]")
 @click.option("--raw", is_flag=True, help="Do not use the model's chat template.")
-@click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]", show_default=True)
+@click.option(
+    "--device",
+    default="auto",
+    metavar="auto|cpu|cuda[:N]",
+    show_default=True,
+    help="Where the model runs.",
+)
 @output_options
 def command(
     ui: Ui,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nf4_pipeline.cli.help import CommandWithExamples, complete_model
 from nf4_pipeline.cli.named_builds import named_build
 from nf4_pipeline.cli.options import Command, Ui, build_dir_option, output_options
 from nf4_pipeline.cli.terminal import let_bars_through, say
@@ -35,8 +36,21 @@ def _client_bars(command: Command) -> Command:
     return wrapped
 
 
-@click.command("push")
-@click.argument("model", required=False)
+@click.command(
+    "push",
+    cls=CommandWithExamples,
+    examples=(
+        (
+            "nf4 push sample --repo-id me/sample-nf4 --dry-run",
+            "List files, sizes and card; the Hub is not asked.",
+        ),
+        (
+            "nf4 push sample --repo-id me/sample-nf4",
+            "Publish it, in a private repo if there is none yet.",
+        ),
+    ),
+)
+@click.argument("model", required=False, shell_complete=complete_model)
 @click.option("--repo-id", required=True, metavar="ORG/NAME", help="The Hub repo to publish to.")
 @click.option(
     "--public/--private",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nf4_pipeline.cli.help import CommandWithExamples, complete_model
 from nf4_pipeline.cli.named_builds import build_for, named_build
 from nf4_pipeline.cli.options import (
     Ui,
@@ -26,12 +27,22 @@ if TYPE_CHECKING:
     from nf4_pipeline.selection import Plan
 
 
-@click.command("quantize")
-@click.argument("model", required=False)
+@click.command(
+    "quantize",
+    cls=CommandWithExamples,
+    examples=(
+        (
+            "nf4 quantize --dry-run",
+            "The newest build: what would become of each tensor, and the size to the byte.",
+        ),
+        ("nf4 quantize sample --calibrate self", "With codes chosen from what the model computes."),
+    ),
+)
+@click.argument("model", required=False, shell_complete=complete_model)
 @click.option("--dry-run", is_flag=True, help="Print the plan; read and write no weights.")
 @build_dir_option
 @replace_option
-@recipe_options
+@recipe_options("quantize")
 @output_options
 def command(
     ui: Ui,

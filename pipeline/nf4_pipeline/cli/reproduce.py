@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nf4_pipeline.cli.help import CommandWithExamples, complete_model
 from nf4_pipeline.cli.named_builds import artifact_folder
 from nf4_pipeline.cli.options import THREADS, NamedPath, Ui, output_options
 from nf4_pipeline.cli.terminal import say
@@ -17,8 +18,18 @@ if TYPE_CHECKING:
     from nf4_pipeline.reproduce.reproduce import Reproduction
 
 
-@click.command("reproduce")
-@click.argument("artifact")
+@click.command(
+    "reproduce",
+    cls=CommandWithExamples,
+    examples=(
+        ("nf4 reproduce artifacts/NAME", "From the commit that its manifest pins."),
+        (
+            "nf4 reproduce DOWNLOADED --source ./my-model",
+            "From a copy of the source on this machine.",
+        ),
+    ),
+)
+@click.argument("artifact", shell_complete=complete_model)
 @click.option(
     "--source",
     type=NamedPath(file_okay=False),

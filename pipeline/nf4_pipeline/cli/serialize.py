@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nf4_pipeline.cli.help import CommandWithExamples, complete_model
 from nf4_pipeline.cli.named_builds import build_for
 from nf4_pipeline.cli.options import (
     Ui,
@@ -22,19 +23,24 @@ if TYPE_CHECKING:
     from nf4_pipeline.recipe import PartialRecipe
 
 
-@click.command("serialize")
-@click.argument("model", required=False)
-@click.option("--max-shard-size", help='Such as "500MB", at most 1GB; wins over the recipe.')
+@click.command(
+    "serialize",
+    cls=CommandWithExamples,
+    examples=(
+        ("nf4 serialize", "The newest build."),
+        ("nf4 serialize sample --max-shard-size 500MB", "In smaller files."),
+    ),
+)
+@click.argument("model", required=False, shell_complete=complete_model)
 @build_dir_option
 @replace_option
-@recipe_options
+@recipe_options("serialize")
 @output_options
 def command(
     ui: Ui,
     recipe: PartialRecipe,
     machine: Machine,
     model: str | None,
-    max_shard_size: str | None,
     build_dir: Path | None,
     replaces: bool,
 ) -> None:
@@ -43,8 +49,5 @@ def command(
     MODEL is what the build was started with, a tag such as "calibrated", or a path; without it,
     the build worked on last is meant. Of a model, each recipe has a build of its own.
     """
-    from nf4_pipeline.api.options import make_recipe
-
-    recipe = make_recipe(recipe, max_shard_size=max_shard_size)
     build = build_for(ui, "serialize", model, build_dir, recipe)
     run_one_stage("serialize", ui, build, recipe, machine, replaces=replaces)

@@ -6,13 +6,24 @@ from pathlib import Path
 
 import click
 
+from nf4_pipeline.cli.help import CommandWithExamples, complete_model
 from nf4_pipeline.cli.named_builds import artifact_folder
 from nf4_pipeline.cli.options import NamedPath, Ui, output_options
 from nf4_pipeline.cli.terminal import say
 
 
-@click.command("sign")
-@click.argument("artifact")
+@click.command(
+    "sign",
+    cls=CommandWithExamples,
+    examples=(
+        ("nf4 sign artifacts/NAME --key key.pem", "The signature goes into its export."),
+        (
+            "NF4_KEY_PASSWORD=… nf4 sign artifacts/NAME --key key.pem",
+            "With a key that has a password.",
+        ),
+    ),
+)
+@click.argument("artifact", shell_complete=complete_model)
 @click.option(
     "--key",
     required=True,

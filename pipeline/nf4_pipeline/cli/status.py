@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nf4_pipeline.cli.help import CommandWithExamples, complete_model
 from nf4_pipeline.cli.options import (
     ARTIFACTS,
     Ui,
@@ -21,10 +22,17 @@ if TYPE_CHECKING:
     from nf4_pipeline.recipe import PartialRecipe
 
 
-@click.command("status")
-@click.argument("model", required=False)
+@click.command(
+    "status",
+    cls=CommandWithExamples,
+    examples=(
+        ("nf4 status", "All builds under artifacts/."),
+        ("nf4 status sample --recipe my.toml", "What this recipe would have to do again."),
+    ),
+)
+@click.argument("model", required=False, shell_complete=complete_model)
 @build_dir_option
-@recipe_options
+@recipe_options()
 @output_options
 def command(
     ui: Ui, recipe: PartialRecipe, machine: Machine, model: str | None, build_dir: Path | None

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nf4_pipeline.cli.help import CommandWithExamples, complete_model
 from nf4_pipeline.cli.named_builds import named_build, other_artifact
 from nf4_pipeline.cli.options import (
-    NamedPath,
     Ui,
     build_dir_option,
     output_options,
@@ -23,44 +23,32 @@ if TYPE_CHECKING:
     from nf4_pipeline.recipe import PartialRecipe
 
 
-@click.command("verify")
-@click.argument("model", required=False)
-@click.option(
-    "--prompts",
-    type=NamedPath(dir_okay=False),
-    help='JSONL of {"prompt", "expect", "chat"}; wins over the recipe.',
+@click.command(
+    "verify",
+    cls=CommandWithExamples,
+    examples=(
+        ("nf4 verify sample", "Measure again what lies there now."),
+        (
+            "nf4 verify sample --eval-text my.txt --against ../other/export",
+            "On a text of yours, beside another artifact of the same source.",
+        ),
+    ),
 )
-@click.option(
-    "--eval-text",
-    type=NamedPath(dir_okay=False),
-    help="Text on which both models are compared, instead of the one that comes with nf4.",
-)
-@click.option(
-    "--eval-tokens",
-    type=click.IntRange(min=2, max=10**9),
-    help="Tokens of it, at most.  [default: 8192]",
-)
+@click.argument("model", required=False, shell_complete=complete_model)
 @click.option(
     "--against",
     metavar="ARTIFACT",
     help="Another artifact of the same source (a tag or a path), compared on the same text.",
 )
-@click.option(
-    "--device-memory", help='How much of the device may be used, such as "8GB".  [default: all]'
-)
 @build_dir_option
-@recipe_options
+@recipe_options("verify")
 @output_options
 def command(
     ui: Ui,
     recipe: PartialRecipe,
     machine: Machine,
     model: str | None,
-    prompts: Path | None,
-    eval_text: Path | None,
-    eval_tokens: int | None,
     against: str | None,
-    device_memory: str | None,
     build_dir: Path | None,
 ) -> None:
     """Reload the artifact in a fresh process and hold it against its 16-bit source.
@@ -69,15 +57,8 @@ def command(
     the build worked on last is meant. The 16-bit model is read block by block, so it need not fit
     the device. Exits 1 if the verdict is "fail".
     """
-    from dataclasses import replace
-
-    from nf4_pipeline.api.options import make_recipe
     from nf4_pipeline.cli.summary import show_checks, show_verdict
-    from nf4_pipeline.recipe import parse_size
 
-    recipe = make_recipe(recipe, prompts=prompts, eval_text=eval_text, eval_tokens=eval_tokens)
-    if device_memory:
-        machine = replace(machine, device_memory=parse_size(device_memory, "--device-memory"))
     build = named_build(ui, model, build_dir, newest=model is None, needs="serialize")
     if against is not None:
         against = other_artifact(ui, against, build)

@@ -175,8 +175,9 @@ def cached_model(repo_id: str, revision: str) -> RemoteModel:
     commit = cached_commit(repo_id, revision)
     if commit is None:
         raise HubError(
-            f"offline, and {storage(repo_id)} holds no {repo_id}@{revision}: run once without "
-            "HF_HUB_OFFLINE, or set HF_HOME to a cache that has it."
+            f"offline, and {storage(repo_id)} holds no {repo_id}@{revision}: run once with a "
+            "network and without HF_HUB_OFFLINE and --offline, name a local folder, or set HF_HOME "
+            "to a cache that has it."
         )
     files = listed(snapshot(repo_id, commit))
     return RemoteModel(repo_id, commit, files, revision, offline=True)

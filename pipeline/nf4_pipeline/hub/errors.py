@@ -21,6 +21,7 @@ _PASSING = {
     "RuntimeError",
     "TimeoutException",
 }
+_ANOTHER = "another model that the Hub cache holds whole, with --offline"
 _NO_ANSWER = {"ConnectionError", "TransportError"}
 
 
@@ -135,6 +136,17 @@ def _remedy(status: int | None, request: Request, error: BaseException) -> str:
         return (
             "It may have been done all the same. Run the same command again in a minute: it looks "
             "at the repo first, and does nothing twice."
+        )
+    if status is None and _kinds(error) & _NO_ANSWER and not was_not_answered(error):
+        if request.writes:
+            return (
+                "Check the network, and HF_ENDPOINT; then run the same command again: it does "
+                "nothing twice."
+            )
+        cached = f"the cached commit {commit} with --offline or HF_HUB_OFFLINE=1" if commit else ""
+        return (
+            "Check the network, and HF_ENDPOINT if you go through a mirror. Without a network: "
+            f"name a local folder, or take {cached or _ANOTHER}."
         )
     if status is None and "Invalid metadata" in str(error):
         return "Correct the card (README.md of the source), and run `nf4 build` again."

@@ -59,14 +59,32 @@ def wanted_files(model: RemoteModel, *, allow_pickle: bool = False) -> tuple[Rem
         pickles = {file.path for file in model.files if PICKLE_FILE.fullmatch(file.path)}
         if pickles and allow_pickle:
             return tuple(f for f in model.files if f.path in pickles or is_wanted(f.path))
-        others = [f.path for f in model.files if _matches(f.path, _OTHER_WEIGHTS)]
-        named = ", ".join(others[:3]) + (", …" if others[3:] else "") if others else "none at all"
-        raise HubError(
-            f"{model.repo_id}@{model.commit[:12]} has no model*.safetensors; its weights: {named}. "
-            "Only safetensors are read, because opening a pickle can run code: choose a repo or a "
-            f"revision that has them{', or see --allow-pickle' if pickles else ''}."
-        )
+        raise HubError(_without_weights(model, has_pickles=bool(pickles)))
     return tuple(file for file in model.files if is_wanted(file.path))
+
+
+def _without_weights(model: RemoteModel, *, has_pickles: bool) -> str:
+    """Why a repo without safetensors that are a model will not do, and what to take instead."""
+    names = {file.path for file in model.files}
+    others = [f.path for f in model.files if _matches(f.path, _OTHER_WEIGHTS)]
+    named = ", ".join(others[:3]) + (", …" if others[3:] else "") if others else "none at all"
+    what = f"{model.repo_id}@{model.commit[:12]} has no model*.safetensors"
+    if "adapter_config.json" in names:
+        return (
+            f"{what}: it holds an adapter (PEFT, LoRA), not a whole model. Merge it into its base "
+            "model first, with peft's merge_and_unload(), save the result with its tokenizer, and "
+            "name that folder."
+        )
+    if any(name.endswith(".gguf") for name in names) and not has_pickles:
+        return (
+            f"{what}; its weights: {named}. GGUF is for llama.cpp, and mostly quantized already: "
+            "take the 16-bit checkpoint that it was made from, which its card names."
+        )
+    return (
+        f"{what}; its weights: {named}. Only safetensors are read, because opening a pickle can "
+        "run code: choose a repo or a revision that has them"
+        f"{', or see --allow-pickle' if has_pickles else ''}."
+    )
 
 
 def small_files(model: RemoteModel) -> tuple[RemoteFile, ...]:

@@ -27,7 +27,7 @@ def read_manifest(artifact: Path) -> Manifest:
     if not os.path.lexists(path):
         raise ArtifactError(
             f"{artifact} has no {MANIFEST_FILE}, so it is not an artifact of this pipeline. "
-            "Name the export/ folder of a build."
+            "Name the export/ folder of a build; `nf4 build` makes one."
         )
     try:
         content = read_json(path, finite=True)

@@ -6,6 +6,7 @@ config that transformers itself does not know is refused.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,6 +53,12 @@ def check_not_quantized(config: dict[str, Any], checkpoint: Checkpoint | None, w
     tensors = [tensor.header for tensor in checkpoint.tensors] if checkpoint else []
     names = {path.name for path in where.iterdir()} if where.is_dir() else set()
     how = quantization_of(tensors, config, names)
+    if how is not None and "manifest.json" in names:
+        raise AlreadyQuantizedError(
+            f"{where} is already quantized: it is an artifact ({how}). Use it: nf4 prompt "
+            f'{shlex.quote(str(where))} "…". To build another, start from the 16-bit checkpoint '
+            "that its manifest.json names as its source."
+        )
     if how is not None:
         raise AlreadyQuantizedError(
             f"{where} is already quantized, as {how}. "

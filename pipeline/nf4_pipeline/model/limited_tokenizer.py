@@ -8,7 +8,7 @@ is held against what went in.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -19,6 +19,8 @@ from nf4_pipeline.quiet_libraries import quiet_loading
 
 T = TypeVar("T")
 
+_BRING: Final = "Bring it from where the model came from."
+
 _SECONDS: Final = 10.0
 """For loading it and for all that is asked of it, beyond what follows."""
 _SECONDS_A_CALL: Final = 0.05
@@ -28,6 +30,11 @@ _FILE_BYTES_A_SECOND: Final = 20_000_000
 _IDS_A_SECOND: Final = 20_000
 _DATA_BYTES: Final = 2**30
 """Of memory, beyond what the process has; a real tokenizer of 35 MB takes half of it."""
+
+_READ_WHOLE: Final = 2**20
+"""Characters of a text that it gets in one go: some hundred bytes of memory for each."""
+_PLACE: Final = 16
+"""Characters of a place for each token that is wanted of it."""
 
 _TOKENS_A_BYTE: Final = 32
 """The longest that Unicode itself makes of three bytes are 33, in 18 characters."""
@@ -93,13 +100,10 @@ class LimitedTokenizer:
                     str(folder), trust_remote_code=False, local_files_only=True
                 )
         except error as failure:
-            names = [path.name for path in folder.iterdir()]
-            if any(is_tokenizer(name) or name == "tokenizer_config.json" for name in names):
+            names = {path.name for path in folder.iterdir()}
+            if any(is_tokenizer(name) for name in names):
                 raise
-            raise error(
-                f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model in it. "
-                "Bring it from where the model came from."
-            ) from failure
+            raise error(f"{no_tokenizer(folder, names)} {_BRING}") from failure
         left = seconds - (time.thread_time() - start)
         return cls(tokenizer, error=error, seconds=left, template_remedy=template_remedy)
 
@@ -144,6 +148,30 @@ class LimitedTokenizer:
                 f"The tokenizer of {self.where} makes {len(found):,} tokens of {size:,} bytes of "
                 f"text, which no real one does. {_TOKENIZER_REMEDY}"
             )
+        return found
+
+    def ids_all_over(self, text: str, places: int, room: int) -> list[int]:
+        """The tokens of a text, or of a long one those of places that are spread evenly over it.
+
+        Args:
+            text: it.
+            places: how many.
+            room: tokens of each place; one that has fewer is left out.
+
+        Raises:
+            PipelineError: (of the constructor) the tokenizer fails, or makes far more tokens than
+                the text has characters.
+        """
+        if len(text) <= _READ_WHOLE:
+            return self.ids(text)
+        size = min(room * _PLACE, len(text))
+        found: list[int] = []
+        for number in range(places):
+            start = (len(text) - size) * number // max(1, places - 1)
+            piece = text[start : start + size]
+            # What begins in the middle of a word goes up to the next one.
+            ids = self.ids(piece[piece.find(" ") + 1 :] if start else piece)[:room]
+            found += ids if len(ids) == room else []
         return found
 
     def prefix(self) -> list[int]:
@@ -215,6 +243,20 @@ class LimitedTokenizer:
                 return call()
         finally:
             self._seconds -= max(0.0, time.thread_time() - start - allowed)
+
+
+def no_tokenizer(folder: Path, names: Collection[str]) -> str:
+    """That no file is there from which a tokenizer could be made.
+
+    Args:
+        folder: of the model.
+        names: of all files in it.
+    """
+    beside = " beside its tokenizer_config.json" if "tokenizer_config.json" in names else " in it"
+    return (
+        f"{folder} has no tokenizer: expected tokenizer.json, tokenizer.model or a vocabulary"
+        f"{beside}."
+    )
 
 
 def _limits(seconds: float) -> PhaseLimits:

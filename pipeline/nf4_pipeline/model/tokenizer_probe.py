@@ -18,7 +18,7 @@ from nf4_pipeline.checkpoint.files import is_tokenizer
 from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.errors import CheckpointError, PipelineError, SourceError
 from nf4_pipeline.model.config import brief_text
-from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
+from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer, no_tokenizer
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 
 _PLAIN_TEXT: Final = (
@@ -26,6 +26,10 @@ _PLAIN_TEXT: Final = (
 )
 _USER_TURN: Final = [{"role": "user", "content": "What is 3 plus 10?"}]
 _TEMPLATE_SECONDS: Final = 5
+_BRING: Final = (
+    "Bring its files from where the model came from; without any tokenizer files the model is "
+    "built without one."
+)
 _EXTRA: Final = "pip install 'nf4-pipeline[tokenizers]'"
 
 
@@ -123,6 +127,9 @@ def _failed(
             f"{' and '.join(sorted(packages))}, which is not installed. {_EXTRA} brings what "
             "tokenizers need.",
         )
+    if not any(is_tokenizer(name) for name in names):
+        whole = f"{no_tokenizer(folder, names)} {_BRING}"
+        return TokenizerFacts("fails", kind, *files, whole)
     if not why:
         return TokenizerFacts("fails", kind, *files, whole)
     what = f" ({kind})" if kind else ""
@@ -130,9 +137,7 @@ def _failed(
         "fails",
         kind,
         *files,
-        f"The tokenizer of {folder}{what} does not load: {why.rstrip('.')}. Bring its files again "
-        "from where the model came from; without any tokenizer files the model is built without "
-        "one.",
+        f"The tokenizer of {folder}{what} does not load: {why.rstrip('.')}. {_BRING}",
     )
 
 

@@ -22,7 +22,7 @@ SIGNATURE_FILE: Final = "model.sig"
 _LARGEST_SIGNATURE: Final = 64 * 2**20  # bytes; it names every file
 _LARGEST_KEY: Final = 2**16
 
-_OTHER: Final = re.compile(r"Hash mismatch for \\\\?'(.+?)\\\\?': Expected")
+_OTHER: Final = re.compile(r"Hash mismatch for \\*'(.+?)\\*': Expected")
 _ADDED: Final = re.compile(r"Extra files found in model '.*?': ([^'\"\]]+)")
 _MISSING: Final = re.compile(r"Missing files in model '.*?': ([^'\"\]]+)")
 
@@ -170,4 +170,6 @@ def _words(error: Exception) -> str:
     said = [f"{name} has other bytes" for name in _OTHER.findall(text)]
     said += [f"{names} was added" for names in _ADDED.findall(text)]
     said += [f"{names} is missing" for names in _MISSING.findall(text)]
+    if not said and "Digest(" in text:  # raw bytes, which are for no reader
+        return "its files are not those that were signed"
     return "; ".join(said) or text.rstrip(".") or type(error).__name__

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nf4_pipeline.checkpoint.folder_advice import cache_commit
+from nf4_pipeline.checkpoint.model_name import is_hub_id
 from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import HubError, SourceError, UsageError
 from nf4_pipeline.hub.local import LocalFile
 from nf4_pipeline.hub.remote import RemoteFile
 from nf4_pipeline.manifest.manifest import Source
-from nf4_pipeline.runtime.artifact import is_hub_id
 from nf4_pipeline.sample import SAMPLE_REPO
 
 

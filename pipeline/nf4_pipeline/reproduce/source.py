@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nf4_pipeline.build_folder import Inputs
 from nf4_pipeline.checkpoint.digest import content_sha256, digest_file
+from nf4_pipeline.checkpoint.model_name import SAMPLE
 from nf4_pipeline.checkpoint.weight_files import INDEX_FILE
 from nf4_pipeline.errors import ArtifactError, SourceError, UsageError
 from nf4_pipeline.hub import cache
@@ -18,7 +19,7 @@ from nf4_pipeline.records import DOWNLOAD, DownloadFacts, Reading
 from nf4_pipeline.reproduce.origin import Origin, check_origin
 from nf4_pipeline.sample import SAMPLE_REPO
 from nf4_pipeline.stages.download import Download
-from nf4_pipeline.stages.find_source import SAMPLE, DownloadRequest
+from nf4_pipeline.stages.find_source import DownloadRequest
 
 
 @dataclass(frozen=True)

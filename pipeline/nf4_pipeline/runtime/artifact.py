@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nf4_pipeline.checkpoint.folder_advice import adapter_advice
-from nf4_pipeline.checkpoint.named_path import named_path
+from nf4_pipeline.checkpoint.folder_advice import adapter_advice, without_config
+from nf4_pipeline.checkpoint.model_name import check_hub_id, model_path
 from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.checkpoint.weight_files import choose_weight_files
 from nf4_pipeline.errors import ArtifactError, SourceError, UsageError
@@ -36,7 +36,7 @@ def find_model(name: str | Path | None) -> str:
                 "Name one, or make one: nf4 build sample."
             )
         return str(exports[0])
-    path = named_path(name)
+    path = model_path(name)
     if is_model(path):
         return str(path)
     if (path / "records").is_dir():
@@ -48,11 +48,11 @@ def find_model(name: str | Path | None) -> str:
         from nf4_pipeline.sample import MODEL_DIR
 
         return str(MODEL_DIR)
-    if path.exists():
-        raise ArtifactError(f"{path} holds no model: there is no config.json in it.")
-    if is_hub_id(str(name)):
-        return str(name)
-    raise UsageError(f"{name}: no such folder, and not a Hub id of the form ORG/NAME.")
+    if path.is_dir():
+        advice = without_config(path) or f"{path} holds no model: there is no config.json in it."
+        raise ArtifactError(advice)
+    check_hub_id(str(name))
+    return str(name)
 
 
 def open_folder(
@@ -135,11 +135,6 @@ def build_roots(artifacts: Path) -> list[Path]:
 def is_model(path: Path) -> bool:
     """True for a folder with a config.json."""
     return (path / "config.json").is_file()
-
-
-def is_hub_id(name: str) -> bool:
-    """True for text of the form ORG/NAME that is no path."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 
 def is_quantized(folder: str) -> bool:

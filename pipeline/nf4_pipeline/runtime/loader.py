@@ -20,7 +20,7 @@ from nf4_pipeline.checkpoint.folder_advice import cache_commit
 from nf4_pipeline.checkpoint.source import open_checkpoint
 from nf4_pipeline.errors import ArtifactError, PipelineError, ResourceError, UsageError
 from nf4_pipeline.model.check_folder import building, check_model_fits
-from nf4_pipeline.model.config import read_config
+from nf4_pipeline.model.config import brief_text, read_config
 from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.model.linear import is_plain_linear
 from nf4_pipeline.model.load_dtype import compute_dtype, float32_parts
@@ -296,7 +296,7 @@ def _refused(error: Exception, folder: str, placement: _Placement) -> PipelineEr
             f"{folder} does not fit the memory of {placement}. End what else runs there, or spread "
             'it over more GPUs (device_map="auto", without a max_memory that is too small).'
         )
-    return ArtifactError(f"{folder} could not be loaded on {placement}: {_brief(error)}")
+    return ArtifactError(f"{folder} could not be loaded on {placement}: {brief_text(error)}")
 
 
 def _name_as_on_hub(model: Any, folder: Path) -> None:
@@ -358,12 +358,6 @@ def _unify_dtypes(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit) and module.compute_dtype == torch.bfloat16 != wanted:
             module.compute_dtype = wanted
-
-
-def _brief(error: Exception) -> str:
-    """The first line of what a library says."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def pick_device(device: str) -> str:

@@ -22,7 +22,7 @@ from nf4_pipeline.checkpoint.digest import (
 )
 from nf4_pipeline.checkpoint.files import CARD_FILE, PICKLE_FILE, is_of_tokenizer, is_wanted
 from nf4_pipeline.checkpoint.folder_advice import cache_commit
-from nf4_pipeline.checkpoint.named_path import named_path
+from nf4_pipeline.checkpoint.model_name import SAMPLE, check_hub_id, model_path
 from nf4_pipeline.checkpoint.plain_file import read_beginning
 from nf4_pipeline.checkpoint.source import open_checkpoint, read_json, weight_files
 from nf4_pipeline.checkpoint.source_card import read_card
@@ -36,7 +36,7 @@ from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 from nf4_pipeline.progress import LOADING, SILENT, Reporter
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import DownloadFacts, Reading
-from nf4_pipeline.runtime.artifact import ARTIFACTS, is_hub_id
+from nf4_pipeline.runtime.artifact import ARTIFACTS
 from nf4_pipeline.sample import MODEL_DIR, SAMPLE_REPO
 from nf4_pipeline.stages.preflight import (
     Findings,
@@ -46,8 +46,6 @@ from nf4_pipeline.stages.preflight import (
     look,
     look_ahead,
 )
-
-SAMPLE: Final = "sample"
 
 _LOOK: Final = f"{LOADING}, probe the model"
 """The title of a task: transformers builds it without weights, and loads its tokenizer."""
@@ -226,7 +224,7 @@ class SourceFinder:
             UsageError: the request means nothing.
         """
         request = self.request
-        path = named_path(request.model)
+        path = model_path(request.model)
         if path.is_dir():
             self._refuse_revision()
             folder = path.resolve()
@@ -234,16 +232,13 @@ class SourceFinder:
         if request.model == SAMPLE:
             self._refuse_revision()
             return Place(MODEL_DIR.resolve(), SAMPLE_REPO, is_sample=True)
-        if is_hub_id(request.model):
-            from nf4_pipeline import hub
+        check_hub_id(request.model)
+        from nf4_pipeline import hub
 
-            with self.reporter.task("ask the Hub", None):
-                model = hub.resolve(
-                    request.model, request.revision, offline=request.offline or None
-                )
-            folder = hub.snapshot(model.repo_id, model.commit)
-            return Place(folder, model.repo_id, model.commit, model=model)
-        raise UsageError(f"{request.model}: no such folder, and not a Hub id of the form ORG/NAME.")
+        with self.reporter.task("ask the Hub", None):
+            model = hub.resolve(request.model, request.revision, offline=request.offline or None)
+        folder = hub.snapshot(model.repo_id, model.commit)
+        return Place(folder, model.repo_id, model.commit, model=model)
 
     def keep(self, place: Place) -> None:
         """Says of a Hub model that nothing more of it is needed: the cache's ref moves."""
@@ -281,7 +276,7 @@ class SourceFinder:
         if self.request.revision is not None:
             raise UsageError(
                 f"--revision {self.request.revision} means nothing for {self.request.model}, a "
-                "local folder."
+                "local folder. Leave it out."
             )
 
     def _find_local(self, folder: Path, repo: str, *, is_sample: bool = False) -> Source:

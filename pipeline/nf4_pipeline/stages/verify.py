@@ -34,7 +34,7 @@ from nf4_pipeline.processes.temporary import TemporaryFolder
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.provenance.signing import SIGNATURE_FILE
 from nf4_pipeline.readers.read import Export, OwnReading, Readers
-from nf4_pipeline.recipe import Recipe
+from nf4_pipeline.recipe import Recipe, VerifyRecipe
 from nf4_pipeline.records import ATTEST, DOWNLOAD, SERIALIZE, VERIFY
 from nf4_pipeline.report.page import report_page
 from nf4_pipeline.report.pictures import PICTURES, pictures
@@ -426,6 +426,18 @@ def _read(export: Path, manifest: Manifest) -> Export:
         modules=[tensor.module for tensor in quantized if tensor.module is not None],
         shapes={tensor.name: tensor.shape for tensor in quantized},
     )
+
+
+def check_texts(recipe: VerifyRecipe) -> None:
+    """Refuses prompts and texts of the user that cannot be read, before hours of work.
+
+    Raises:
+        RecipeError: a file that the recipe names cannot be read, or holds something else.
+    """
+    if recipe.prompts:
+        read_prompts(Path(recipe.prompts))
+    if recipe.eval_text:
+        read_text(Path(recipe.eval_text))
 
 
 def check_gpu(machine: Machine) -> None:

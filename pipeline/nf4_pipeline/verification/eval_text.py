@@ -104,7 +104,7 @@ def cut(
     share = tokens // max(1, len(text.domains))
     sequences: list[TokenSequence] = []
     for domain, words in text.domains.items():
-        ids = tokenizer.ids(words)
+        ids = tokenizer.ids_all_over(words, -(-share // room), room)
         for window in _windows(np.asarray(ids, np.int64), share, room):
             whole = np.concatenate([np.asarray(begin, np.int64), window])
             sequences += [TokenSequence(domain, whole)] if len(whole) > 1 else []

@@ -39,6 +39,12 @@ def asked_with(tokenizer: TokenizerFacts | None, prompts: tuple[Prompt, ...]) ->
     return tuple(replace(prompt, chat=False) for prompt in prompts)
 
 
+_EXPECTED: Final = (
+    'expected an object with a text under "prompt", such as {"prompt": "Two and two is", '
+    '"expect": "four"}'
+)
+
+
 def read_prompts(path: Path) -> tuple[Prompt, ...]:
     """Reads a JSONL file: one object a line with "prompt", and "expect" or "chat" if wanted.
 
@@ -65,9 +71,9 @@ def _parse(line: str, where: str) -> Prompt:
     try:
         value = parse_json(line.encode())
     except ValueError as error:
-        raise RecipeError(f"{where}: not valid JSON ({error}).") from error
+        raise RecipeError(f"{where}: not valid JSON ({error}); {_EXPECTED}.") from error
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-        raise RecipeError(f'{where}: expected an object with a text under "prompt".')
+        raise RecipeError(f"{where}: {_EXPECTED}.")
     if not value["prompt"].strip():
         raise RecipeError(f"{where}: the prompt is empty.")
     expect, chat = value.get("expect"), value.get("chat", False)

@@ -1,0 +1,365 @@
+"""Mistakes of a newcomer, as they are typed, and what the message must say of each.
+
+A message says what is wrong, why, and what to do next. `scripts/campaigns/newcomer_mistakes.py`
+runs all of them as processes and writes `docs/messages.md`; the tests run the same list, most of it
+in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from nf4_pipeline.provenance.signing import sign
+
+from tests.support.hub_client import isolated
+from tests.support.hub_server import HubServer
+from tests.support.signed import make_keys
+from tests.support.tiny import Done, copy_of, edit_json, flip_byte
+
+ROOT: Final = Path(__file__).parents[2]
+NOBODY: Final = "http://127.0.0.1:9"
+"""An address at which no Hub answers."""
+
+GATED: Final = "meta-llama/Llama-9-8B"
+BUILD: Final = "artifacts/model@000000000000"
+MOVED: Final = "artifacts/moved@000000000000"
+SIGNED: Final = "signed"
+BARE: Final = "artifacts/bare@000000000000"
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One thing typed in the folder that `make_place` makes.
+
+    Attributes:
+        item: what kind of mistake.
+        line: what is typed.
+        said: patterns that the message must hold: what, why, what next.
+        status: the exit code.
+        variables: of the environment, beside those of every case.
+        hub: a Hub answers; without, the cache is asked alone.
+    """
+
+    item: str
+    line: str
+    said: tuple[str, ...]
+    status: int = 2
+    variables: Mapping[str, str] = field(default_factory=dict)
+    hub: bool = False
+
+    @property
+    def args(self) -> list[str]:
+        """What `nf4` gets."""
+        return shlex.split(self.line)[1:]
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it needs a process of its own."""
+        return self.hub or bool(self.variables) or not self.line.startswith("nf4 ")
+
+
+def make_place(folder: Path, model: Path, whole: Path) -> Path:
+    """A folder as a newcomer has it.
+
+    Args:
+        folder: where; made here.
+        model: a tiny checkpoint.
+        whole: a verified build of it.
+    """
+    copy_of(model, folder / "model")
+    weights = folder / "model" / "model-00001-of-00002.safetensors"
+    copy_of(whole, folder / BUILD)
+    for name in (MOVED, BARE):
+        copy_of(whole, folder / name)
+    for path in (folder / MOVED / "source").iterdir():
+        path.unlink()
+        path.symlink_to(f"/mnt/usb-stick/{path.name}")
+    for build in (BARE, MOVED):
+        for name in ("serialize", "verify", "attest"):
+            (folder / build / "records" / f"{name}.json").unlink(missing_ok=True)
+        shutil.rmtree(folder / build / "export")
+    for name in ("lora", "gguf", "awq", "pickled", "empty", "t5", "no-tokenizer", "half-tokenizer"):
+        (folder / name).mkdir()
+    (folder / "lora" / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "tiiuae/falcon-7b", "peft_type": "LORA"})
+    )
+    shutil.copyfile(weights, folder / "lora" / "adapter_model.safetensors")
+    (folder / "falcon-7b.Q4_K_M.gguf").write_bytes(b"GGUF" + bytes(64))
+    (folder / "gguf" / "falcon-7b.Q4_K_M.gguf").write_bytes(b"GGUF" + bytes(64))
+    for name in ("awq", "pickled"):
+        shutil.copytree(folder / "model", folder / name, dirs_exist_ok=True)
+    edit_json(
+        folder / "awq" / "config.json", quantization_config={"quant_method": "awq", "bits": 4}
+    )
+    for path in (folder / "pickled").glob("*.safetensors*"):
+        path.unlink()
+    (folder / "pickled" / "pytorch_model.bin").write_bytes(b"PK\3\4" + bytes(64))
+    shutil.copyfile(weights, folder / "t5" / "model.safetensors")
+    (folder / "t5" / "config.json").write_text(
+        json.dumps({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]})
+    )
+    for path in (folder / "model").iterdir():
+        if not path.name.startswith("tokenizer"):
+            shutil.copyfile(path, folder / "no-tokenizer" / path.name)
+        if path.name != "tokenizer.json":
+            shutil.copyfile(path, folder / "half-tokenizer" / path.name)
+    cache = folder / "models--tiiuae--falcon-7b"
+    copy_of(folder / "model", cache / "snapshots" / ("ab" * 20))
+    (folder / "typo.toml").write_text("[quantize]\nskip_module = ['h.31']\n")
+    (folder / "recipe.json").write_text('{"quantize": {}}')
+    (folder / "prompts.txt").write_text("What is a fox?\n")
+    (folder / "short.txt").write_text("Too short.\n")
+    (folder / "notes.txt").write_text("Notes.\n")
+    (folder / "key.pem").write_text("not a key\n")
+    _sign_and_change(folder, whole / "export")
+    return folder
+
+
+def _sign_and_change(folder: Path, export: Path) -> None:
+    """A signed artifact in which a file was changed since, and the public key."""
+    private, _ = make_keys(folder, "signer")
+    copy_of(export, folder / SIGNED)
+    sign(folder / SIGNED, private)
+    flip_byte(folder / SIGNED / "config.json")
+
+
+def serve(hub: HubServer, model: Path) -> None:
+    """What the Hub of these cases holds."""
+    hub.store.add("me/tiny", model)
+    hub.store.add(GATED, model).gated = True
+    hub.store.add("me/lora", {"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
+    hub.store.add("me/model-GGUF", {"model.Q4_K_M.gguf": b"GGUF"})
+
+
+def run_process(mistake: Mistake, place: Path, endpoint: str) -> Done:
+    """Types it in a shell.
+
+    Args:
+        mistake: what is typed.
+        place: where.
+        endpoint: the Hub's address.
+    """
+    env = isolated(place / "hf-home", endpoint, **mistake.variables)
+    if not mistake.hub and "HF_ENDPOINT" not in mistake.variables:
+        env.setdefault("HF_HUB_OFFLINE", "1")
+    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    if "HF_TOKEN" not in mistake.variables:
+        env.pop("HF_TOKEN", None)
+    line = (
+        f'nf4() {{ {sys.executable} -m nf4_pipeline "$@"; }}\n'
+        f'make() {{ command make --no-print-directory -C {ROOT} "$@"; }}\n{mistake.line}'
+    )
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=place,
+        env={key: value for key, value in env.items() if value != UNSET},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+UNSET: Final = "<unset>"
+
+
+def message(done: Done) -> str:
+    """The error and what stands below it."""
+    lines = done.err.splitlines()
+    at = next((n for n, line in enumerate(lines) if line.startswith("Error: ")), 0)
+    return "\n".join(lines[at:]).strip()
+
+
+def faults_of(mistake: Mistake, done: Done) -> list[str]:
+    """What should not be; empty if all is well."""
+    said = " ".join(message(done).split())
+    faults = [f"does not say {part!r}" for part in mistake.said if not re.search(part, said)]
+    if done.status != mistake.status:
+        faults.append(f"status {done.status}, expected {mistake.status}")
+    if len(re.findall(r"^Error: ", done.err, re.MULTILINE)) != 1:
+        faults.append("is not one error")
+    faults += [word for word in ("Traceback", "bug in nf4") if word in done.err]
+    if re.search(r"\b[0-9a-f]{64}\b|\\b(rb|b)'|\\x", said):
+        faults.append("shows raw digests or bytes")
+    return faults
+
+
+MISTAKES: Final = (
+    # What is typed
+    Mistake("command", "nf4 biuld sample", ("No such command 'biuld'", "Did you mean.*build")),
+    Mistake("command", "nf4 quantise sample", ("No such command", "quantize")),
+    Mistake("command", "nf4 reproduc model", ("No such command", "reproduce")),
+    Mistake("command", "nf4 upload model", ("No such command", "Did you mean 'push'")),
+    Mistake("command", "nf4 frobnicate", ("No such command", "nf4 --help")),
+    Mistake("command", "nf4 sample", ("No such command", "nf4 build sample")),
+    Mistake("option", "nf4 build sample --calibarte self", ("No such option", "--calibrate")),
+    Mistake("option", "nf4 build model --max-shard 1GB", ("No such option", "--max-shard-size")),
+    Mistake("option", "nf4 status --workers 4", ("No such option",)),
+    Mistake("option", "nf4 build model --workers many", ("--workers", "not a valid whole number")),
+    Mistake("option", "nf4 build model --device gpu", ("--device 'gpu'", "auto, cpu, cuda")),
+    Mistake(
+        "option",
+        'nf4 prompt model "Hello" --device cuda',
+        ("Device cuda", "0 CUDA devices", "--device cpu"),
+        1,
+    ),
+    Mistake("option", "nf4 build model --memory-budget lots", ("--memory-budget", "256MiB|5GB")),
+    Mistake("option", "nf4 build model --max-shard-size 5", ("5 bytes", "MB")),
+    Mistake(
+        "option", "nf4 build model --extra-bytes 5", ("extra_bytes|--extra-bytes", "--calibrate")
+    ),
+    Mistake("option", "nf4 build model --calibrate self --extra-bytes 500%", ("500%", '"5%"')),
+    Mistake("option", "nf4 build model --revision main", ("--revision main", "local folder")),
+    # What is named as a model
+    Mistake("model", "nf4 build", ("Missing argument 'MODEL'", "sample")),
+    Mistake("model", 'nf4 build ""', ("empty", "sample|ORG/NAME")),
+    Mistake("model", "nf4 build sampel", ("sampel", "Did you mean.*sample")),
+    Mistake("model", "nf4 build ./modle", ("no such folder", "Did you mean.*model")),
+    Mistake("model", "nf4 build falcon-7b-instruct", ("no such folder", "ORG/NAME")),
+    Mistake(
+        "model",
+        "nf4 build https://huggingface.co/tiiuae/falcon-7b-instruct",
+        ("address", "by its id: tiiuae/falcon-7b-instruct"),
+    ),
+    Mistake(
+        "model",
+        "nf4 build https://huggingface.co/tiiuae/falcon-7b/tree/refs%2Fpr%2F3",
+        ("address", "by its id: tiiuae/falcon-7b --revision refs/pr/3"),
+    ),
+    Mistake(
+        "model",
+        "nf4 build huggingface.co/datasets/allenai/c4",
+        ("data ?set", "model"),
+    ),
+    Mistake(
+        "model",
+        "nf4 build falcon-7b.Q4_K_M.gguf",
+        ("GGUF", "16-bit", "safetensors"),
+        2,
+    ),
+    Mistake(
+        "model",
+        "nf4 build model/model-00001-of-00002.safetensors",
+        ("one file", "folder that holds all of them: model"),
+    ),
+    Mistake("model", "nf4 build notes.txt", ("is a file", "folder")),
+    Mistake("model", "nf4 build gguf", ("GGUF files", "16-bit checkpoint"), 1),
+    Mistake("model", "nf4 build lora", ("adapter", "tiiuae/falcon-7b", "merge_and_unload"), 1),
+    Mistake("model", "nf4 build awq", ("already quantized", "AWQ", "16-bit"), 1),
+    Mistake("model", f"nf4 build {BUILD}", ("build folder", "nf4 verify|nf4 status"), 1),
+    Mistake("model", f"nf4 build {BUILD}/export", ("already quantized", "nf4 prompt"), 1),
+    Mistake("model", "nf4 build pickled", ("pickles", "--allow-pickle"), 1),
+    Mistake("model", "nf4 build t5", ("not? a?.*causal LM|no causal LM", "left to right"), 1),
+    Mistake("model", "nf4 build empty", ("config.json", "save_pretrained|Hub"), 1),
+    Mistake("model", "nf4 build models--tiiuae--falcon-7b", ("Hub cache", "snapshots"), 1),
+    Mistake("model", f"nf4 serialize {MOVED}", ("dead link", "usb-stick", "[Bb]ring"), 1),
+    Mistake("model", "make quantize MODEL=", ("MODEL", "sample")),
+    # The Hub and the network
+    Mistake(
+        "network",
+        "nf4 build tiiuae/falcon-7b",
+        ("cannot be reached", "local folder|folder", "--offline|HF_HUB_OFFLINE", "HF_ENDPOINT"),
+        1,
+        {"HF_ENDPOINT": NOBODY, "HF_HUB_OFFLINE": UNSET},
+    ),
+    Mistake(
+        "network",
+        'nf4 prompt tiiuae/falcon-7b "Hello"',
+        ("cannot be reached", "folder", "HF_ENDPOINT"),
+        1,
+        {"HF_ENDPOINT": NOBODY, "HF_HUB_OFFLINE": UNSET},
+    ),
+    Mistake(
+        "network",
+        "nf4 build tiiuae/falcon-7b --offline",
+        ("tiiuae/falcon-7b", "cache", "[Uu]nset|without"),
+        1,
+    ),
+    Mistake(
+        "network",
+        "nf4 build me/tiny",
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "'soon'", "seconds|number"),
+        1,
+        {"HF_HUB_DOWNLOAD_TIMEOUT": "soon"},
+        hub=True,
+    ),
+    Mistake(
+        "network",
+        'nf4 prompt me/tiny "Hello"',
+        ("HF_HUB_ETAG_TIMEOUT", "'soon'", "seconds|number"),
+        1,
+        {"HF_HUB_ETAG_TIMEOUT": "soon"},
+        hub=True,
+    ),
+    Mistake("Hub", "nf4 build me/tinny", ("not found", "private", "HF_TOKEN"), 1, hub=True),
+    Mistake("Hub", f"nf4 build {GATED}", ("gated", "licence", "HF_TOKEN"), 1, hub=True),
+    Mistake("Hub", f'nf4 prompt {GATED} "Hello"', ("gated", "licence", "HF_TOKEN"), 1, hub=True),
+    Mistake("Hub", 'nf4 prompt me/tinny "Hello"', ("not found", "HF_TOKEN"), 1, hub=True),
+    Mistake("Hub", "nf4 build me/tiny --revision v9", ("no revision 'v9'", "branch"), 1, hub=True),
+    Mistake("Hub", "nf4 build me/lora", ("adapter", "merge"), 1, hub=True),
+    Mistake("Hub", "nf4 build me/model-GGUF", ("GGUF", "16-bit"), 1, hub=True),
+    # Files that options name
+    Mistake("file", "nf4 build model --recipe typo.toml", ("skip_module'", "skip_modules")),
+    Mistake("file", "nf4 build model --recipe recipe.json", ("TOML", r"\[quantize\]|recipe")),
+    Mistake("file", "nf4 build model --prompts prompts.txt", ("prompts.txt", "JSON", "prompt")),
+    Mistake("file", "nf4 build model --eval-text missing.txt", ("missing.txt", "No such file")),
+    Mistake("file", "nf4 build model --calibrate missing.txt", ("missing.txt", "No such file")),
+    Mistake("file", "nf4 build model --calibrate short.txt", ("short.txt", "tokens", "at least")),
+    Mistake("file", "nf4 build no-tokenizer --calibrate short.txt", ("tokenizer", "self")),
+    # Artifacts
+    Mistake("artifact", "nf4 verify nothing", ("no build.*nothing", "Start one: nf4 build"), 1),
+    Mistake("artifact", f"nf4 verify --build-dir {BARE}", ("serialize",), 1),
+    Mistake("artifact", "nf4 inspect model", ("manifest.json", "export/ folder of a build"), 1),
+    Mistake("artifact", "nf4 inspect nothing", ("no build.*nothing", "Start one: nf4 build"), 1),
+    Mistake("artifact", "nf4 reproduce nothing", ("no build.*nothing", "Start one"), 1),
+    Mistake("artifact", f'nf4 prompt {BARE} "Hello"', ("without an export", "nf4 build"), 1),
+    Mistake("artifact", "nf4 prompt model", ("Missing argument 'TEXT'",)),
+    Mistake(
+        "artifact", 'nf4 prompt model "Hello" --temperature hot', ("--temperature", "not a valid")
+    ),
+    Mistake("artifact", 'nf4 prompt model "Hello" --top-p 90', ("top_p|--top-p", "0", "1")),
+    Mistake(
+        "artifact",
+        'nf4 prompt half-tokenizer "Hello"',
+        ("has no tokenizer", "tokenizer.json", "Bring it"),
+        1,
+    ),
+    Mistake(
+        "artifact",
+        f"nf4 check {SIGNED} --key signer.pub",
+        ("other bytes", "get it again"),
+        1,
+    ),
+    Mistake("artifact", 'nf4 prompt no-tokenizer "Hello"', ("tokenizer", "tokenizer.json"), 1),
+    Mistake("artifact", f"nf4 sign {BUILD}", ("Missing option '--key'", "openssl|PEM|key.pem")),
+    Mistake("artifact", f"nf4 sign {BUILD} --key key.pem", ("no private key", "openssl ecparam")),
+    Mistake("artifact", f"nf4 check {BUILD} --key key.pem", ("has no signature", "nf4 sign"), 1),
+    Mistake(
+        "artifact", f"nf4 push {BUILD}", ("Missing option '--repo-id'", "--repo-id me/sample-nf4")
+    ),
+    Mistake("artifact", f"nf4 push {BUILD} --repo-id mine", ("--repo-id 'mine'", "ORG/NAME")),
+    Mistake(
+        "artifact",
+        f"nf4 push {BARE} --repo-id me/mine --dry-run",
+        ("serialize|verif", "nf4 verify|nf4 build"),
+        1,
+    ),
+    Mistake(
+        "artifact",
+        f"nf4 push {BUILD} --repo-id me/mine",
+        ("token", "HF_TOKEN|hf auth login"),
+        1,
+        hub=True,
+    ),
+)

@@ -1,0 +1,117 @@
+"""Help pages: two examples each that can be typed, and no option that does nothing there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import click
+import pytest
+from nf4_pipeline.cli import COMMANDS, cli
+from nf4_pipeline.cli.help import CommandWithExamples
+
+from tests.support.command_line import run_nf4
+
+SHAPING: Final = {
+    "quantize": {"--calibrate", "--extra-bytes"},
+    "serialize": {"--max-shard-size"},
+    "verify": {"--prompts", "--eval-text", "--eval-tokens"},
+}
+TAKING: Final = {
+    "quantize": {"--device", "--workers", "--memory-budget"},
+    "serialize": set[str](),
+    "verify": {"--device", "--require-gpu", "--device-memory"},
+}
+ALL: Final = {"--recipe"}.union(*SHAPING.values(), *TAKING.values())
+
+
+def command(name: str) -> click.Command:
+    found = cli.get_command(click.Context(cli), name)
+    assert found is not None
+    return found
+
+
+def options_of(name: str) -> set[str]:
+    return {
+        option
+        for param in command(name).params
+        if isinstance(param, click.Option)
+        for option in param.opts
+    }
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_page_has_two_examples_that_can_be_typed(name: str) -> None:
+    found = command(name)
+    assert isinstance(found, CommandWithExamples)
+    assert len(found.examples) >= 2
+    page = run_nf4(name, "--help")
+    assert page.status == 0
+    assert page.out.index("Options:") < page.out.index("Examples:")
+    for line, what in found.examples:
+        assert f"  {line}\n" in page.out
+        assert what.endswith(".")
+        words = [word for word in shlex.split(line) if not re.match("[A-Z0-9_]+=", word)]
+        assert words[:2] == ["nf4", name]
+        with found.make_context(name, words[2:]):  # parsed, not run
+            pass
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_says_what_it_does(name: str) -> None:
+    for param in command(name).params:
+        assert not isinstance(param, click.Option) or param.help, param.name
+
+
+@pytest.mark.parametrize("name", ["quantize", "serialize", "verify"])
+def test_a_stage_has_its_own_options_and_no_others(name: str) -> None:
+    assert options_of(name) & ALL == {"--recipe"} | SHAPING[name] | TAKING[name]
+
+
+def test_build_has_those_of_all_its_stages() -> None:
+    assert ALL <= options_of("build")
+
+
+def test_what_runs_no_stage_has_none() -> None:
+    assert options_of("attest") & ALL == set()
+    assert options_of("status") & ALL == {"--recipe", "--device"}  # a verdict is one of a device
+
+
+def ask(folder: Path, **variables: str) -> str:
+    """What `nf4` gives a shell that asks it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "nf4_pipeline"],
+        cwd=folder,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    return done.stdout
+
+
+def complete(shell: str, line: str, folder: Path) -> list[str]:
+    """What a shell would offer for the last word of a line."""
+    words = line.split(" ")
+    at = words[-1] if shell == "fish" else str(len(words) - 1)
+    asked = ask(folder, _NF4_COMPLETE=f"{shell}_complete", COMP_WORDS=line, COMP_CWORD=at)
+    return re.findall(r"[\w./@-]+", asked)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str, tmp_path: Path) -> None:
+    (tmp_path / "sam-model").mkdir()
+    assert {"serialize", "sign", "status"} <= set(complete(shell, "nf4 s", tmp_path))
+    assert {"sample", "sam-model/"} <= set(complete(shell, "nf4 build sam", tmp_path))
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_line_for_a_shell(shell: str, tmp_path: Path) -> None:
+    assert f"_NF4_COMPLETE={shell}_source nf4" in run_nf4("--help").out
+    assert "_NF4_COMPLETE" in ask(tmp_path, _NF4_COMPLETE=f"{shell}_source")
