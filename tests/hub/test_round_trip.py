@@ -67,6 +67,8 @@ def test_round_trip(
         if path != ".gitattributes" and not path.startswith(".cache/")
     }
     assert there == content_of(build.export)
+    if part_size is not None:
+        return  # what answers was seen: the bytes are the same
     (answer,) = nf4_pipeline.prompt("Tell me a story.", fetched, max_new_tokens=5, device="cpu")
     assert isinstance(answer, str)
     expected = nf4_pipeline.prompt("Tell me a story.", build.export, max_new_tokens=5, device="cpu")
