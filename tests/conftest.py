@@ -49,7 +49,8 @@ def tiny_falcon(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def downloaded_falcon(tiny_falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build folder of it in which `download` is done (see `copy_of`)."""
-    build, *_ = download(tiny_falcon, tmp_path_factory.mktemp("artifacts"))
+    with in_process():
+        build, *_ = download(tiny_falcon, tmp_path_factory.mktemp("artifacts"))
     return build.root
 
 
@@ -57,8 +58,9 @@ def downloaded_falcon(tiny_falcon: Path, tmp_path_factory: pytest.TempPathFactor
 def exported_falcon(downloaded_falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build folder of it that lacks nothing but `verify` (see `copy_of`)."""
     build = Build(copy_of(downloaded_falcon, tmp_path_factory.mktemp("exported") / "build"))
-    for stage in ("quantize", "serialize"):
-        run_stage(build, stage, Recipe(), CPU, SILENT)
+    with in_process():
+        for stage in ("quantize", "serialize"):
+            run_stage(build, stage, Recipe(), CPU, SILENT)
     return build.root
 
 
@@ -75,25 +77,17 @@ def verified(
     """A build whose verdict is "pass" (see `copy_of`)."""
     recipe = load_recipe(quick_recipe)
     folder = tmp_path_factory.mktemp("verified")
-    build, results = run_build(DownloadRequest(str(tiny_falcon), folder), recipe, CPU, SILENT)
+    with in_process():
+        build, results = run_build(DownloadRequest(str(tiny_falcon), folder), recipe, CPU, SILENT)
     assert results["verify"].record.facts.verdict == "pass"
     return build.root
 
 
 @pytest.fixture(scope="session")
 def calibrated_sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole build of the sample, calibrated on 16,384 tokens of its own (see `copy_of`)."""
-    import torch
-
-    threads = torch.get_num_threads()
-    # Threads of torch that wait for a processor that others use take many times as long.
-    torch.set_num_threads(1)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("OMP_NUM_THREADS", "1")  # for the processes that verify
-            recipe = Recipe(QuantizeRecipe(calibrate="self"))
-            folder = tmp_path_factory.mktemp("calibrated-sample")
-            build, _ = run_build(DownloadRequest("sample", folder), recipe, CPU, SILENT)
-    finally:
-        torch.set_num_threads(threads)
+    """A whole build of the sample, calibrated on 4,096 tokens of its own (see `copy_of`)."""
+    recipe = Recipe(QuantizeRecipe(calibrate="self", calibration_tokens=4096))
+    request = DownloadRequest("sample", tmp_path_factory.mktemp("calibrated-sample"))
+    with in_process():
+        build, _ = run_build(request, recipe, CPU, SILENT)
     return build.root

@@ -44,7 +44,7 @@ def test_less_than_half_of_the_loss_at_the_same_bytes(
     found = manifest_of(Build(calibrated_sample))
     assert found["totals"] == manifest_of(plain)["totals"]
     assert found["calibration"]["fallbacks"] == {}
-    assert (found["calibration"]["sequences"], found["calibration"]["tokens"]) == (64, 16384)
+    assert (found["calibration"]["sequences"], found["calibration"]["tokens"]) == (16, 4096)
 
 
 def test_no_answer_is_lost(verification: dict[str, Any]) -> None:

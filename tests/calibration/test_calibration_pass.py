@@ -40,6 +40,8 @@ from tests.support.jobs import CPU
 from tests.support.stock import dequantize_stock, linear4bit, load_stock, logits
 from tests.support.tiny import copy_of
 
+pytestmark = pytest.mark.usefixtures("workers_here")
+
 DTYPED: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "llama-fp16": ("llama", {"dtype": "float16"}),
     "gpt2-fp32": ("gpt2", {"dtype": "float32"}),

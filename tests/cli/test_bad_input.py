@@ -10,15 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 from nf4_pipeline.build_folder import Build
+from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.records import QUANTIZE
 from safetensors.torch import load_file, save_file
 
-from tests.support.command_line import without_progress
+from tests.support.command_line import run_nf4, without_progress
 from tests.support.failures import check_message, check_nothing_written
 from tests.support.jobs import download
 from tests.support.tiny import INDEX, SHARDS, Done, copy_of, edit_json, nf4
 
 WEIGHT = "transformer.h.0.mlp.dense_h_to_4h.weight"
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most commands run in this process; some, one of each kind of fault, in one of their own."""
+    monkeypatch.chdir(tmp_path)
 
 
 def check_nothing_half_written(build: Build) -> None:
@@ -129,7 +136,7 @@ def test_a_source_that_cannot_be_used(tiny_falcon: Path, tmp_path: Path, case: s
     damage, patterns = UNUSABLE[case]
     model = copy_of(tiny_falcon, tmp_path / "model")
     damage(model)
-    done = nf4("download", model, cwd=tmp_path)
+    done = run_nf4("download", model)
     check_message(done, 1, re.escape(str(model)), *patterns)
     check_nothing_written(tmp_path)
 
@@ -151,7 +158,7 @@ def test_an_unknown_model(
 
 
 def test_a_revision_of_a_folder(tiny_falcon: Path, tmp_path: Path) -> None:
-    done = nf4("download", tiny_falcon, "--revision", "main", cwd=tmp_path)
+    done = run_nf4("download", tiny_falcon, "--revision", "main")
     check_message(done, 2, "--revision main means nothing", "local folder")
     check_nothing_written(tmp_path)
 
@@ -169,13 +176,13 @@ def test_a_bad_recipe(
 ) -> None:
     path = tmp_path / "my-recipe.toml"
     path.write_text(recipe)
-    done = nf4("build", tiny_falcon, "--recipe", path, cwd=tmp_path)
+    done = run_nf4("build", tiny_falcon, "--recipe", path)
     check_message(done, 2, r"my-recipe\.toml", *patterns)
     check_nothing_written(tmp_path)
 
 
 def test_a_recipe_that_is_not_there(tiny_falcon: Path, tmp_path: Path) -> None:
-    done = nf4("build", tiny_falcon, "--recipe", "none.toml", cwd=tmp_path)
+    done = run_nf4("build", tiny_falcon, "--recipe", "none.toml")
     check_message(done, 2, r"none\.toml cannot be read", "No such file")
     check_nothing_written(tmp_path)
 
@@ -191,14 +198,15 @@ def test_wrong_usage(tmp_path: Path) -> None:
 
 def downloaded(model: Path, folder: Path) -> Build:
     """A build of which only `download` is done."""
-    build, *_ = download(model, folder / "artifacts")
+    with in_process():
+        build, *_ = download(model, folder / "artifacts")
     return build
 
 
 def quantize(build: Build, folder: Path, recipe: str = "") -> Done:
     path = folder / "recipe.toml"
     path.write_text(recipe)
-    return nf4("quantize", "--build-dir", build.root, "--recipe", path, cwd=folder)
+    return run_nf4("quantize", "--build-dir", build.root, "--recipe", path)
 
 
 @pytest.mark.parametrize("patterns", ['"*"', '"transformer"', '"self_attention", "mlp"'])
@@ -215,7 +223,7 @@ def test_weights_that_do_not_fit_the_config(tiny_falcon: Path, tmp_path: Path) -
     model = copy_of(tiny_falcon, tmp_path / "model")
     edit_json(model / "config.json", hidden_size=128)
     check_message(
-        nf4("download", model, cwd=tmp_path),
+        run_nf4("download", model),
         1,
         r"'transformer\..*' in " + SHARDS[0],
         r"has the shape \(.*64.*\)",
@@ -242,7 +250,7 @@ def test_a_tensor_that_the_model_needs(tiny_falcon: Path, tmp_path: Path) -> Non
     index = json.loads((model / INDEX).read_text())
     del index["weight_map"][WEIGHT]
     (model / INDEX).write_text(json.dumps(index))
-    done = nf4("download", model, cwd=tmp_path)
+    done = run_nf4("download", model)
     check_message(done, 1, "lacks 1 tensors", re.escape(WEIGHT), "again")
     check_nothing_written(tmp_path)
 
@@ -258,7 +266,7 @@ def test_a_weight_that_is_not_finite(tiny_falcon: Path, tmp_path: Path) -> None:
 
     change_tensor(shard, WEIGHT, spoil)
     build = downloaded(model, tmp_path)
-    done = quantize(build, tmp_path)
+    done = nf4("quantize", "--build-dir", build.root, cwd=tmp_path)
     check_message(
         done, 1, re.escape(WEIGHT), shard.name, "an infinity or a NaN", "weights 64 and on", "look"
     )

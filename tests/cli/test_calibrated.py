@@ -13,24 +13,27 @@ from pathlib import Path
 
 import pytest
 from nf4_pipeline.build_folder import Build
+from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.records import QUANTIZE
 
+from tests.support.command_line import run_nf4
 from tests.support.failures import check_message, check_nothing_written
 from tests.support.jobs import download
 from tests.support.tiny import content_of, copy_of, edit_json, environment, nf4, write_falcon
 
 LAYERS = 4
 OPTIONS = ("--calibrate", "self", "--recipe", "recipe.toml")
-RECIPE = "[quantize]\ncalibration_tokens = 512\n"
+RECIPE = "[quantize]\ncalibration_tokens = 256\n"
 
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build of four blocks, whose matrices are large enough to be shared among threads."""
     folder = tmp_path_factory.mktemp("calibrated")
-    model = write_falcon(folder / "model", hidden=384, layers=LAYERS, shards=3)
+    model = write_falcon(folder / "model", hidden=256, layers=LAYERS, shards=3)
     edit_json(model / "config.json", max_position_embeddings=64)  # short texts are soon written
-    build, *_ = download(model, folder / "artifacts")
+    with in_process():
+        build, *_ = download(model, folder / "artifacts")
     return build.root
 
 
@@ -80,7 +83,6 @@ def blocks_of(build: Build) -> list[Path]:
 
 MOMENTS: dict[str, Callable[[Build], bool]] = {
     "with tokens": lambda build: (build.root / "calibration" / "tokens.json").exists(),
-    "with one block": lambda build: len(blocks_of(build)) >= 1,
     "with three blocks": lambda build: len(blocks_of(build)) >= 3,
     "with one shard": lambda build: any(build.quantized.glob("*.safetensors")),
 }
@@ -106,9 +108,7 @@ def test_killed_again_and_again(fresh: Path, whole: Path, tmp_path: Path) -> Non
             assert (path.stat().st_mtime_ns, path.read_bytes()) == state, path.name
         counts.append(len(blocks_of(build)))
         kept = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tokens, *blocks_of(build))}
-    assert counts[1] >= 1
-    assert 3 <= counts[2] <= counts[3] == LAYERS
-    assert counts == sorted(counts)
+    assert 3 <= counts[1] <= counts[2] == LAYERS
     finish(start(build, "--memory-budget", "2MiB", "--workers", "1"))
     assert tokens.read_bytes() == (whole / "calibration" / "tokens.json").read_bytes()
     assert weights(build) == weights(Build(whole))
@@ -144,10 +144,13 @@ BAD_TEXTS: dict[str, tuple[Callable[[Path], str], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", BAD_TEXTS)
-def test_a_text_of_no_use(downloaded_falcon: Path, tmp_path: Path, case: str) -> None:
+def test_a_text_of_no_use(
+    downloaded_falcon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     build = Build(copy_of(downloaded_falcon, tmp_path / "build"))
     write, patterns = BAD_TEXTS[case]
-    done = nf4("quantize", "--build-dir", build.root, "--calibrate", write(tmp_path), cwd=tmp_path)
+    done = run_nf4("quantize", "--build-dir", build.root, "--calibrate", write(tmp_path))
     check_message(done, 2, *patterns)
     assert build.record(QUANTIZE) is None
     assert not build.quantized.exists()

@@ -1,4 +1,7 @@
-"""The commands from outside: real processes on a tiny random Falcon."""
+"""The commands from outside, on a tiny random Falcon.
+
+One build, and what depends on the process, are processes of their own; the rest runs in this one.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from nf4_pipeline.build_folder import Build
 from nf4_pipeline.cli import COMMANDS
 from nf4_pipeline.printable import printable
 
-from tests.support.command_line import without_progress
+from tests.support.command_line import run_nf4, without_progress
 from tests.support.tiny import (
     SHARDS,
     Done,
@@ -25,6 +28,7 @@ from tests.support.tiny import (
     flip_byte,
     nf4,
 )
+from tests.support.verified import skip_documents, skip_readers
 
 REPOSITORY = Path(__file__).parents[2]
 STAGE = re.compile(r"(?P<number>[1-5])/5 (?P<name>[a-z]+): (?P<what>.+)")
@@ -77,9 +81,7 @@ def built(tiny_falcon: Path, quick_recipe: Path, tmp_path_factory: pytest.TempPa
 
 
 def states_of(built: Built, build: Build) -> dict[str, str]:
-    done = nf4(
-        "status", "--build-dir", build.root, "--recipe", built.recipe, "--json", cwd=built.root
-    )
+    done = run_nf4("status", "--build-dir", build.root, "--recipe", built.recipe, "--json")
     assert done.status == 0, done.err
     (stages,) = done.value.values()
     return {name: stage["status"] for name, stage in stages.items()}
@@ -186,10 +188,9 @@ def test_a_damaged_export_is_seen_and_healed(built: Built, tmp_path: Path) -> No
         "verify": "stale",
         "attest": "stale",
     }
-    done = nf4(
-        "build", built.model, "--build-dir", build.root, "--recipe", built.recipe, "--json",
-        cwd=built.root,
-    )  # fmt: skip
+    done = run_nf4(
+        "build", built.model, "--build-dir", build.root, "--recipe", built.recipe, "--json"
+    )
     assert done.status == 0, done.err
     stages = done.value["stages"]
     assert not stages["quantize"]["ran"]
@@ -222,18 +223,18 @@ def test_a_recipe_need_not_be_told_twice(built: Built, tmp_path: Path) -> None:
     recipe.write_text('[quantize]\nskip_modules = ["h.0.mlp"]\n')
     for stage in ("quantize", "serialize"):
         told = ("--recipe", recipe) if stage == "quantize" else ("--max-shard-size", "50KB")
-        refused = nf4(stage, *told, *folder, cwd=tmp_path)
+        refused = run_nf4(stage, *told, *folder)
         assert refused.status == 1
         assert "is another build" in refused.err
         told = (*told, "--replace")
-        done = nf4(stage, *told, *folder, cwd=tmp_path)
+        done = run_nf4(stage, *told, *folder)
         assert (done.status, done.value["ran"]) == (0, True), done.err
     kept = json.loads((build.export / "manifest.json").read_text())["recipe"]
     assert kept["quantize"]["skip_modules"] == ["h.0.mlp"]
     assert kept["serialize"]["max_shard_size"] == "50KB"
 
     def states(*told: str | Path) -> list[str]:
-        done = nf4("status", *told, *folder, cwd=tmp_path)
+        done = run_nf4("status", *told, *folder)
         return [stage["status"] for stage in done.value[str(build.root)].values()]
 
     assert states() == ["done", "done", "done", "missing", "missing"]
@@ -241,12 +242,16 @@ def test_a_recipe_need_not_be_told_twice(built: Built, tmp_path: Path) -> None:
     assert states("--recipe", recipe)[:3] == ["done", "done", "stale"]
     recipe.write_text("[quantize]\n")
     assert states("--recipe", recipe)[:3] == ["done", "stale", "stale"]
-    done = nf4("serialize", "--recipe", recipe, *folder, cwd=tmp_path)
+    done = run_nf4("serialize", "--recipe", recipe, *folder)
     assert done.status == 1
     assert "what `quantize` wrote is stale" in done.err
 
 
-def test_files_that_a_recipe_names_are_found_from_anywhere(built: Built, tmp_path: Path) -> None:
+def test_files_that_a_recipe_names_are_found_from_anywhere(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_documents(monkeypatch)
+    skip_readers(monkeypatch)
     build = built.again(tmp_path)
     folder = ("--build-dir", build.root, "--json")
     here, there = tmp_path / "here", tmp_path / "there"
@@ -254,10 +259,12 @@ def test_files_that_a_recipe_names_are_found_from_anywhere(built: Built, tmp_pat
         place.mkdir()
         (place / "p.jsonl").write_text(json.dumps({"prompt": text}) + "\n")
     recipe = ("--recipe", built.recipe)
-    assert nf4("verify", *recipe, "--prompts", "p.jsonl", *folder, cwd=here).value["ran"]
+    monkeypatch.chdir(here)
+    assert run_nf4("verify", *recipe, "--prompts", "p.jsonl", *folder).value["ran"]
+    monkeypatch.chdir(there)
 
     def verify_now() -> dict[str, str]:
-        done = nf4("status", *folder, cwd=there)
+        done = run_nf4("status", *folder)
         assert done.status == 0, done.err
         found: dict[str, str] = done.value[str(build.root)]["verify"]
         return found
@@ -268,7 +275,7 @@ def test_files_that_a_recipe_names_are_found_from_anywhere(built: Built, tmp_pat
     assert f"{here}/p.jsonl cannot be read" in verify_now()["why"]
     # Told where it is now, the build remembers it.
     again = ("verify", *recipe, "--prompts", here / "q.jsonl", *folder)
-    assert nf4(*again, cwd=there).value["ran"]
+    assert run_nf4(*again).value["ran"]
     assert verify_now()["status"] == "done"
 
 
@@ -279,7 +286,7 @@ def test_a_recorded_recipe_that_cannot_be_read(table: object, built: Built, tmp_
     path = build.root / "records" / "quantize.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"recipe": table}))
     assert set(states_of(built, build).values()) <= {"done", "missing", "stale"}
-    done = nf4("attest", "--build-dir", build.root, cwd=tmp_path)
+    done = run_nf4("attest", "--build-dir", build.root)
     assert done.status == 0, done.err
 
 
@@ -360,7 +367,7 @@ def test_a_prompt_is_answered_greedily(built: Built) -> None:
 def test_draws_with_a_seed_are_the_same_twice(built: Built) -> None:
     prompt = ("prompt", str(built.build.root), "Hello", "--max-new-tokens", "8")
     draws = ("--top-k", "50", "--num-return-sequences", "2", "--seed", "3")
-    done = nf4(*prompt, *draws, cwd=built.root)
+    done = run_nf4(*prompt, *draws)
     assert (done.status, without_progress(done.err)) == (0, "")
     answers = []
     for seed in (3, 3, 4):

@@ -1,4 +1,8 @@
-"""`nf4 download` and `nf4 push` as processes against a Hub: what people read, and what leaks."""
+"""`nf4 download` and `nf4 push` against a Hub: what people read, and what leaks.
+
+What depends on the process, its environment or its end runs in one of its own; other cases share
+one, with everything real but the start.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,6 +24,7 @@ from tests.support.checkpoints import make_checkpoint
 from tests.support.command_line import without_progress
 from tests.support.hub_client import isolated
 from tests.support.hub_server import TOKEN, Fault, HubServer
+from tests.support.hub_worker import Worker
 from tests.support.sources import Change, with_extra, without
 from tests.support.tiny import Done, content_of, copy_of
 
@@ -59,6 +65,31 @@ class Shell:
         return Done(process.returncode, out, err)
 
 
+@dataclass(frozen=True)
+class Shared:
+    """One process for several cases, its cache, and its Hub, where each case has its own repo."""
+
+    hub: HubServer
+    worker: Worker
+    home: Path
+
+    def cached(self, repo: str) -> list[str]:
+        """The names of files in its cache that belong to a repo."""
+        folder = self.home / "hub" / f"models--{repo.replace('/', '--')}"
+        return [path.name for path in folder.rglob("*")]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    home = tmp_path_factory.mktemp("shared") / "hf"
+    with (
+        HubServer() as server,
+        Worker(home, server.url, HF_TOKEN=TOKEN, HF_HUB_DOWNLOAD_TIMEOUT="1") as worker,
+    ):
+        server.store.users[TOKEN] = "me"
+        yield Shared(server, worker, home)
+
+
 @pytest.fixture
 def shell(hub: HubServer, tmp_path: Path) -> Shell:
     return Shell(tmp_path, hub)
@@ -82,22 +113,29 @@ def test_two_downloads_of_one_model_at_a_time(
 
 
 def test_what_has_no_hash_is_refused_or_said(
-    hub: HubServer, shell: Shell, tiny_falcon: Path, quick_recipe: Path
+    shared: Shared,
+    tiny_falcon: Path,
+    quick_recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    hub.store.add(REPO, tiny_falcon)
-    hub.unhashed = {"generation_config.json", "tokenizer_config.json"}
-    hub.unhashed &= {path.name for path in tiny_falcon.iterdir()}
-    assert hub.unhashed
-    refused = shell("download", REPO)
+    hub = shared.hub
+    hub.store.add("me/unhashed", tiny_falcon)
+    unhashed = {"generation_config.json", "tokenizer_config.json"}
+    unhashed &= {path.name for path in tiny_falcon.iterdir()}
+    assert unhashed
+    monkeypatch.setattr(hub, "unhashed", unhashed)
+    refused = shared.worker.nf4(tmp_path, "download", "me/unhashed")
     assert refused.status == 1
     assert "no hash of" in refused.err
     assert "--allow-unhashed" in refused.err
-    built = shell("build", REPO, "--allow-unhashed", "--recipe", quick_recipe, "--json")
+    command = ("build", "me/unhashed", "--allow-unhashed", "--recipe", quick_recipe, "--json")
+    built = shared.worker.nf4(tmp_path, *command)
     assert built.status == 0, built.err
-    (root,) = (shell.folder / "artifacts").iterdir()
+    (root,) = (tmp_path / "artifacts").iterdir()
     record = json.loads((root / "records" / "download.json").read_text("utf-8"))
     manifest = json.loads((root / "export" / "manifest.json").read_text("utf-8"))
-    assert record["facts"]["unchecked"] == manifest["source"]["unchecked"] == sorted(hub.unhashed)
+    assert record["facts"]["unchecked"] == manifest["source"]["unchecked"] == sorted(unhashed)
     assert "listed no hash of" in (root / "export" / "README.md").read_text("utf-8")
 
 
@@ -116,17 +154,18 @@ WRONG_WEIGHTS: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("case", WRONG_WEIGHTS)
 def test_what_headers_tell_is_known_before_the_weights_are_fetched(
-    case: str, hub: HubServer, shell: Shell
+    case: str, shared: Shared, tmp_path: Path
 ) -> None:
     change, said = WRONG_WEIGHTS[case]
-    model = make_checkpoint(shell.folder / "model", "llama")
+    model = make_checkpoint(tmp_path / "model", "llama")
     change(model)
-    hub.store.add(REPO, model)
-    done = shell("download", REPO)
+    repo = f"me/{case.replace(' ', '-')}"
+    shared.hub.store.add(repo, model)
+    done = shared.worker.nf4(tmp_path, "download", repo)
     assert done.status == 1
     assert said in done.err
     assert "/tmp/nf4-" not in done.err
-    cached = [path.name for path in (shell.folder / "hf").rglob("*")]
+    cached = shared.cached(repo)
     assert "config.json" in cached
     assert "model.safetensors" not in cached
 
@@ -166,24 +205,26 @@ def test_an_environment_without_any_request(variables: dict[str, str], shell: Sh
     assert without_progress(done.err).count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        Fault("*.safetensors", cdn=True, flip_bit=8 * 300),
-        Fault("*.safetensors", cdn=True, cut_after=50),
-        Fault("*.safetensors", cdn=True, ignore_range=True),
-        Fault("*.safetensors", cdn=True, status=503, times=2),
-        Fault("*.safetensors", cdn=True, status=416),
-    ],
-    ids=["flipped", "cut", "whole", "503", "416"],
-)
+WRONG_HEADERS: dict[str, dict[str, Any]] = {
+    "flipped": {"flip_bit": 8 * 300},
+    "cut": {"cut_after": 50},
+    "whole": {"ignore_range": True},
+    "503": {"status": 503, "times": 2},
+    "416": {"status": 416},
+}
+
+
+@pytest.mark.parametrize("case", WRONG_HEADERS)
 def test_a_header_that_came_wrong_is_asked_for_again(
-    fault: Fault, hub: HubServer, shell: Shell, tiny_falcon: Path
+    case: str, shared: Shared, tiny_falcon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub.store.add(REPO, tiny_falcon)
-    hub.faults.append(fault)
-    done = shell("download", REPO)
+    repo = f"me/header-{case}"
+    shared.hub.store.add(repo, tiny_falcon)
+    fault = Fault("*.safetensors", cdn=True, **WRONG_HEADERS[case])
+    monkeypatch.setattr(shared.hub, "faults", [fault])
+    done = shared.worker.nf4(tmp_path, "download", repo)
     assert done.status == 0, done.err
+    assert fault.times == 0  # it did come
 
 
 def test_offline_says_which_commit_it_takes(

@@ -17,7 +17,7 @@ from nf4_pipeline.build_folder import Build
 from nf4_pipeline.job import run_build, run_stage
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.provenance.signing import sign
-from nf4_pipeline.recipe import Recipe, load_recipe
+from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.stages.find_source import DownloadRequest
 
 from tests.support.hub_client import isolated
@@ -25,7 +25,9 @@ from tests.support.hub_server import HubServer
 from tests.support.hub_worker import Worker
 from tests.support.jobs import CPU
 from tests.support.signed import make_keys
-from tests.support.tiny import content_of, copy_of, write_falcon
+from tests.support.tiny import content_of, copy_of
+
+PART = 300_000
 
 SNIPPETS = r"""
 import io, json, re, sys
@@ -55,40 +57,20 @@ snapshot_download(sys.argv[1], revision=sys.argv[2], local_dir=sys.argv[3])
 
 
 @pytest.fixture(scope="module")
-def large(quick_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A build with one weight file of more than 30 MB."""
-    folder = tmp_path_factory.mktemp("large")
-    model = write_falcon(folder / "model", hidden=1024, layers=6, shards=1)
-    recipe = load_recipe(quick_recipe)
-    build, _ = run_build(DownloadRequest(str(model), folder / "artifacts"), recipe, CPU, SILENT)
-    assert (build.export / "model.safetensors").stat().st_size > 30_000_000
-    return build.root
-
-
-@pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build of the sample that comes with the package."""
-    recipe = Recipe()
-    build, _ = run_build(
-        DownloadRequest("sample", tmp_path_factory.mktemp("sample")), recipe, CPU, SILENT
-    )
+    request = DownloadRequest("sample", tmp_path_factory.mktemp("sample"))
+    build, _ = run_build(request, Recipe(), CPU, SILENT)
+    weights = list(build.export.glob("*.safetensors"))
+    assert all(path.stat().st_size > 3 * PART for path in weights)
     return build.root
 
 
-@pytest.mark.parametrize(
-    ("name", "part_size"),
-    [("sample", None), ("large", None), ("large", 7_000_000)],
-    ids=["sample-basic", "large-basic", "large-multipart"],
-)
+@pytest.mark.parametrize("part_size", [None, PART], ids=["basic", "multipart"])
 def test_round_trip(
-    hub: HubServer,
-    worker: Worker,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-    name: str,
-    part_size: int | None,
+    hub: HubServer, worker: Worker, tmp_path: Path, sample: Path, part_size: int | None
 ) -> None:
-    build = Build(copy_of(request.getfixturevalue(name), tmp_path / "build"))
+    build = Build(copy_of(sample, tmp_path / "build"))
     hub.part_size = part_size
     outcome = worker.push(build.root, "me/model", private=False)
     assert outcome.error == "", outcome.message
@@ -110,6 +92,8 @@ def test_round_trip(
         if path != ".gitattributes" and not path.startswith(".cache/")
     }
     assert there == content_of(build.export)
+    if part_size is not None:
+        return  # what answers was seen: the bytes are the same
     (answer,) = nf4_pipeline.prompt("Tell me a story.", fetched, max_new_tokens=5, device="cpu")
     assert isinstance(answer, str)
     expected = nf4_pipeline.prompt("Tell me a story.", build.export, max_new_tokens=5, device="cpu")

@@ -8,29 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nf4_pipeline.build_folder import Build
 from nf4_pipeline.checkpoint.atomic import json_bytes
 from nf4_pipeline.errors import ArtifactError
-from nf4_pipeline.job import run_stage
 from nf4_pipeline.manifest.manifest import CalibrationSummary, Manifest
 from nf4_pipeline.manifest.read import MANIFEST_FILE, SCHEMA_FILE, read_manifest
-from nf4_pipeline.progress import SILENT
-from nf4_pipeline.recipe import Recipe
 
 from tests.support import made
-from tests.support.jobs import CPU
 from tests.support.schemas import differences
-from tests.support.tiny import copy_of
 
 SCHEMA: dict[str, Any] = json.loads(SCHEMA_FILE.read_text("utf-8"))
 
 
-@pytest.fixture(scope="module")
-def export(downloaded_falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    build = Build(copy_of(downloaded_falcon, tmp_path_factory.mktemp("manifest") / "build"))
-    for stage in ("quantize", "serialize"):
-        run_stage(build, stage, Recipe(), CPU, SILENT)
-    return build.export
+@pytest.fixture
+def export(exported_falcon: Path) -> Path:
+    return exported_falcon / "export"
 
 
 def test_class_and_schema_say_the_same() -> None:

@@ -206,7 +206,7 @@ def test_neither_outlives_the_program(number: signal.Signals) -> None:
             server = json.loads(parent.stdout.readline())
             (worker,) = children_of(server)
             parent.send_signal(number)
-            parent.wait(20)
+            parent.wait(120)
         finally:
             parent.kill()
     assert eventually_gone(server, worker)
@@ -223,7 +223,7 @@ def test_threads_that_wait_for_different_forks(server: int) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(20)
+            thread.join(120)
     assert sorted(done) == ["0", "1", "2", "3"]
 
 

@@ -284,7 +284,7 @@ def test_a_child_does_not_outlive_its_parent(number: signal.Signals) -> None:
             assert parent.stdout.readline() == b"at work\n"
             assert len(pids_of_workers() - before) == 1
             parent.send_signal(number)
-            assert parent.wait(20) == -number
+            assert parent.wait(120) == -number
         finally:
             parent.kill()
     assert eventually(lambda: pids_of_workers() == before)

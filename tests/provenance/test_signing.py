@@ -12,12 +12,8 @@ from pathlib import Path
 import pytest
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.errors import ArtifactError, SignatureError, UsageError
-from nf4_pipeline.job import run_stage
-from nf4_pipeline.progress import SILENT
 from nf4_pipeline.provenance.signing import SIGNATURE_FILE, check, sign
-from nf4_pipeline.recipe import Recipe
 
-from tests.support.jobs import CPU
 from tests.support.signed import TAMPERINGS, make_keys, tamper
 from tests.support.tiny import content_of, copy_of, nf4
 
@@ -30,11 +26,9 @@ class Signed:
 
 
 @pytest.fixture(scope="module")
-def signed(downloaded_falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Signed:
+def signed(exported_falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Signed:
     folder = tmp_path_factory.mktemp("signed")
-    build = Build(copy_of(downloaded_falcon, folder / "build"))
-    for stage in ("quantize", "serialize"):
-        run_stage(build, stage, Recipe(), CPU, SILENT)
+    build = Build(copy_of(exported_falcon, folder / "build"))
     private, public = make_keys(folder, "key")
     assert sign(build.export, private) == build.export / SIGNATURE_FILE
     return Signed(build.export, private, public)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -23,11 +21,12 @@ from nf4_pipeline.recipe import Recipe, load_recipe
 from nf4_pipeline.reproduce.reproduce import reproduce
 from nf4_pipeline.sample import MODEL_DIR
 
-from tests.support.hub_client import isolated
+from tests.support.command_line import run_nf4
 from tests.support.hub_server import HubServer
+from tests.support.hub_worker import Worker
 from tests.support.jobs import CPU, download
 from tests.support.tamper import agree
-from tests.support.tiny import SHARDS, copy_of, edit_json, nf4, write_falcon
+from tests.support.tiny import SHARDS, Done, copy_of, edit_json, nf4, write_falcon
 from tests.support.verified import skip_documents, skip_readers
 
 pytestmark = pytest.mark.usefixtures("workers_here")
@@ -206,7 +205,7 @@ def test_the_command_says_what_was_not_checked(
     assert re.search(r"reproduced: (\d+) of \1 files\n$", done.out)
     assert f"not checked: that it is {REPO} at {COMMIT} (" in done.out
     assert f"{REPO} at" not in done.out.splitlines()[0]
-    done = nf4("reproduce", "-q", "--json", pinned, "--source", tiny_falcon, cwd=tmp_path)
+    done = run_nf4("reproduce", "-q", "--json", pinned, "--source", tiny_falcon)
     assert done.status == NOT_CHECKED
     assert done.value["reproduced"] is True
     origin = done.value["source"]["origin"]
@@ -217,35 +216,27 @@ def test_a_hub_is_asked_and_believed_of_what_it_lists(
     pinned: Path, tiny_falcon: Path, tmp_path: Path
 ) -> None:
     """Nothing is fetched: the source is at hand, and the Hub lists what it should be."""
-    with HubServer() as hub:
+    home = tmp_path / "hf"
+    with HubServer() as hub, Worker(home, hub.url, CUDA_VISIBLE_DEVICES="") as worker:
         repo = hub.store.add(REPO, tiny_falcon)
         commit = repo.refs["main"]
         later = repo.commit({SHARDS[0]: b"another state of main"})
-        home = isolated(tmp_path / "hf", hub.url, CUDA_VISIBLE_DEVICES="")
 
-        def run(commit: str, name: str = REPO) -> subprocess.CompletedProcess[str]:
+        def run(commit: str, name: str = REPO) -> Done:
             claim(pinned, commit=commit, repo=name)
-            command = [sys.executable, "-m", "nf4_pipeline", "reproduce", str(pinned)]
-            return subprocess.run(
-                [*command, "--source", str(tiny_falcon)],
-                env=home,
-                cwd=tmp_path,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            return worker.nf4(tmp_path, "reproduce", pinned, "--source", tiny_falcon)
 
         done = run(commit)
-        assert done.returncode == 0, done.stderr + done.stdout
-        assert f"confirmed by: the Hub at {hub.url}" in done.stdout
-        assert not list((tmp_path / "hf").rglob("*.safetensors"))
+        assert done.status == 0, done.err + done.out
+        assert f"confirmed by: the Hub at {hub.url}" in done.out
+        assert not list(home.rglob("*.safetensors"))
         done = run(str(later))
-        assert done.returncode == 1
-        assert f"has another {SHARDS[0]} than the source" in done.stderr
+        assert done.status == 1
+        assert f"has another {SHARDS[0]} than the source" in done.err
         for unknown in (("0" * 40, REPO), (commit, "nobody/nothing")):
             done = run(*unknown)
-            assert done.returncode == NOT_CHECKED, done.stderr + done.stdout
-            assert "not checked: that it is" in done.stdout
+            assert done.status == NOT_CHECKED, done.err + done.out
+            assert "not checked: that it is" in done.out
 
 
 # --- verify --against ---

@@ -25,6 +25,7 @@ from nf4_pipeline.reproduce.compare_files import Difference
 from nf4_pipeline.reproduce.reproduce import reproduce
 
 from tests.support.checkpoints import make_checkpoint
+from tests.support.command_line import run_nf4
 from tests.support.hub_client import isolated
 from tests.support.hub_server import HubServer
 from tests.support.jobs import CPU, download
@@ -223,23 +224,26 @@ def test_a_manifest_cannot_point_out_of_its_folder(artifact: Path, made: Made) -
             reproduce(artifact, made.model, SILENT)
 
 
-def test_the_command(made: Made, artifact: Path, tmp_path: Path) -> None:
+def test_the_command(
+    made: Made, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     done = nf4("reproduce", "-q", artifact, "--source", made.model, cwd=tmp_path)
     assert (done.status, done.err) == (0, "")
     assert re.search(r"reproduced: (\d+) of \1 files\n$", done.out)
     path = weight_files(artifact)[2]
     tensor = read_header(path)[0]
     flip_byte(path, tensor.offset + 3)
-    done = nf4("reproduce", "-q", artifact, "--source", made.model, "--json", cwd=tmp_path)
+    done = run_nf4("reproduce", "-q", artifact, "--source", made.model, "--json")
     assert (done.status, done.err) == (1, "")
     assert done.value["differences"] == [
         Difference(
             path.name, done.value["differences"][0]["what"], tensor.name, tensor.offset + 3
         ).to_json()
     ]
-    done = nf4("reproduce", "-q", artifact, "--source", made.model, cwd=tmp_path)
+    done = run_nf4("reproduce", "-q", artifact, "--source", made.model)
     assert f"first in {tensor.name} at byte {tensor.offset + 3:,}" in done.out
-    assert nf4("reproduce", tmp_path / "none", cwd=tmp_path).status == 2
+    assert run_nf4("reproduce", tmp_path / "none").status == 2
     assert not (tmp_path / "artifacts").exists()
 
 

@@ -21,7 +21,7 @@ from tests.support.hostile_tokenizers import (
     TEMPLATES,
     write_template,
 )
-from tests.support.tiny import copy_of, environment, nf4
+from tests.support.tiny import copy_of, environment, listen_to_interrupts, nf4
 
 WORKER: Final = b"nf4_pipeline.runtime.prompt_worker"
 
@@ -101,15 +101,14 @@ def test_the_process_ends_with_the_command(
         env=environment(tmp_path) | {"TMPDIR": str(place)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        # What began the tests may have had them ignore it, as nohup does.
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        preexec_fn=listen_to_interrupts,
     )
     try:
         assert eventually(lambda: workers(process.pid))
         (worker,) = workers(process.pid)
         process.send_signal(number)
-        status = process.wait(20)
-        assert eventually(lambda: is_gone(worker), 10)
+        status = process.wait(120)
+        assert eventually(lambda: is_gone(worker))
     finally:
         process.kill()
     assert status == (-number if number == signal.SIGKILL else 128 + number)

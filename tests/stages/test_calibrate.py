@@ -26,6 +26,8 @@ from tests.support.calibrated import bytes_of, downloaded, manifest_of, quantize
 from tests.support.jobs import CPU
 from tests.support.tiny import copy_of, flip_byte, write_falcon
 
+pytestmark = pytest.mark.usefixtures("workers_here")
+
 BLOCKS: Final = [f"transformer.h.{number}.safetensors" for number in range(4)]
 SELF: Final = settings()
 NEAREST: Final = settings("")

@@ -10,6 +10,8 @@ from nf4_pipeline.errors import UsageError
 from tests.support.jobs import download
 from tests.support.tiny import content_of, copy_of
 
+pytestmark = pytest.mark.usefixtures("workers_here")
+
 
 def test_a_source_inside_the_build_folder_is_refused_and_left_alone(
     tiny_falcon: Path, tmp_path: Path

@@ -18,6 +18,7 @@ from nf4_pipeline.recipe import load_recipe
 
 from tests.support.jobs import CPU
 from tests.support.tiny import content_of, copy_of
+from tests.support.verified import skip_documents, skip_readers
 
 
 class _Killer(SilentReporter):
@@ -56,8 +57,10 @@ def _workers() -> list[int]:
 
 
 def test_a_worker_that_is_killed_leaves_what_was_there(
-    exported_falcon: Path, quick_recipe: Path, tmp_path: Path
+    exported_falcon: Path, quick_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    skip_readers(monkeypatch)
+    skip_documents(monkeypatch)
     build = Build(copy_of(exported_falcon, tmp_path / "build"))
     recipe = load_recipe(quick_recipe)
     before = content_of(build.export), content_of(build.root / "records")

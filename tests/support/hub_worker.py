@@ -11,12 +11,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tests.support.hub_client import ROOT, isolated
+from tests.support.tiny import Done
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,11 @@ class Worker:
         """Looks a model up and fetches every file of it."""
         return self._do({"do": "download", "repo_id": repo_id, "revision": revision})
 
+    def nf4(self, folder: Path, *args: str | Path) -> Done:
+        """Runs `nf4 ARGS` in a folder, workers in the same process."""
+        order = {"do": "nf4", "folder": str(folder), "args": [str(arg) for arg in args]}
+        return Done(**self._do(order).value)
+
     def _do(self, order: Mapping[str, Any]) -> Outcome:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -107,6 +113,13 @@ def _download(order: Mapping[str, Any], sleeps: list[float]) -> dict[str, Any]:
     return {"commit": model.commit, "sha256": fetched.sha256}
 
 
+def _nf4(order: Mapping[str, Any]) -> dict[str, Any]:
+    from tests.support.command_line import run_nf4
+
+    os.chdir(order["folder"])
+    return asdict(run_nf4(*order["args"]))
+
+
 def _main() -> None:
     from nf4_pipeline.errors import PipelineError
     from nf4_pipeline.hub import xet
@@ -119,6 +132,8 @@ def _main() -> None:
         try:
             if order["do"] == "push":
                 outcome["value"] = _push(order)
+            elif order["do"] == "nf4":
+                outcome["value"] = _nf4(order)
             else:
                 outcome["value"] = _download(order, sleeps)
         except PipelineError as error:

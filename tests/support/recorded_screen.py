@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
+from tests.support.tiny import listen_to_interrupts
+
 _ROWS: Final = 24
 _LARGEST_PIECE: Final = 65536
 _CONTROL: Final = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -97,6 +99,7 @@ def record(
         stderr=slave,
         env=variables,
         start_new_session=True,
+        preexec_fn=listen_to_interrupts,
     )
     os.close(slave)
     pieces = []

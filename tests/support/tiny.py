@@ -178,8 +178,9 @@ def start_nf4(*args: str | Path, cwd: Path) -> subprocess.Popen[str]:
 
 
 def listen_to_interrupts() -> None:
-    """For a child of a job in the background, which shells start deaf to Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """For a child of a job in the background: shells start it deaf to Ctrl-C, nohup to SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def nf4(*args: str | Path, cwd: Path, timeout: float = 120) -> Done:

@@ -30,6 +30,8 @@ from tests.support.decoders import write_decoder
 from tests.support.jobs import CPU, download
 from tests.support.sequences import FIELDS, LENGTHS, sequences
 
+pytestmark = pytest.mark.usefixtures("workers_here")
+
 
 def whole(folder: Path) -> Any:
     with quiet_loading():

@@ -27,6 +27,8 @@ from tests.support.jobs import CPU, download
 from tests.support.sequences import FIELDS, LENGTHS, sequences
 from tests.support.tamper import PARTS
 
+pytestmark = pytest.mark.usefixtures("workers_here")
+
 KINDS: Final = ("falcon-7b", "gpt2", "opt")
 
 
