@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from nf4_pipeline.errors import ArchitectureError
+from nf4_pipeline.processes import parent_side
 from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.processes.parent_side import ChildFailed, Session
 
@@ -74,6 +79,31 @@ def test_an_interrupt_ends_it(session: Session[Order, Outcome]) -> None:
     assert not session.is_usable
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_an_interrupt_while_it_begins_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command may end right after it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    begin = parent_side._Process._begin
+    begun: list[Any] = []
+
+    def slowly(self: Any, environment: dict[str, str]) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        begun.append(begin(self, environment))
+        return begun[0]
+
+    monkeypatch.setattr(parent_side._Process, "_begin", slowly)
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Session(EXAMPLE)
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+    assert begun[0].poll() == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_in_this_process() -> None:

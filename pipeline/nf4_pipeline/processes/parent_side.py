@@ -32,6 +32,7 @@ from nf4_pipeline.progress import LOADING, SILENT, Reporter, Task
 
 _TAIL_LINES: Final = 3
 _TAIL_BYTES: Final = 8192
+_BEGINS: Final = 5.0  # seconds in which a child has begun, however busy the machine is
 _SILENT: Final = "no message"
 _IMPORTING: Final = 0  # no number of a task of a child
 
@@ -206,12 +207,14 @@ def _in_lasting_thread(
         else:
             ended.wait()
 
-    threading.Thread(target=live, daemon=True, name="nf4 session").start()
+    thread = threading.Thread(target=live, daemon=True, name="nf4 session")
+    thread.start()
     try:
         return made.result()
     except BaseException:  # an interrupt; the child may be just begun
         made.add_done_callback(_close_made)
         ended.set()
+        thread.join(_BEGINS)  # else this process may end before the child's folder is deleted
         raise
 
 
