@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from math import prod
 from typing import Final
@@ -101,21 +101,11 @@ def lines_of(tensors: Iterable[Tensor], width: int, encoding: str = "utf-8") -> 
         _draw(branch, drawn, room - _INDENT)
     if root.tensors:  # of a model that is one module
         drawn.add(_label("(model)", root.tensors, room - _INDENT))
-    file = _Encoded(encoding)
-    Console(file=file, width=max(width, room + _VALUES), no_color=True).print(drawn)
-    return [line.rstrip() for line in file.getvalue().splitlines()]
-
-
-class _Encoded(io.StringIO):
-    """A text in memory that says to rich which letters there are."""
-
-    def __init__(self, encoding: str) -> None:
-        super().__init__()
-        self._named = encoding
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self._named
+    # As wide as it likes: a terminal that is too narrow breaks lines, and no figure is cut.
+    console = Console(file=io.StringIO(), width=10_000, no_color=True)
+    options = replace(console.options, encoding=encoding)
+    drawn_lines = console.render_lines(drawn, options, pad=False)
+    return ["".join(segment.text for segment in line).rstrip() for line in drawn_lines]
 
 
 def _joined(branch: Branch) -> Branch:
