@@ -108,7 +108,7 @@ def test_serialize_over_an_earlier_export(build: Build) -> None:
         assert nf4(stage, "--build-dir", build.root, cwd=build.root.parent).status == 0
     build.write_record(Record(VERIFY, "", {}, PASSED, 0.0, 0))
     build.write_record(Record(ATTEST, "", {}, AttestFacts(), 0.0, 0))
-    events = trace(build, "serialize", "--max-shard-size", "20KB")
+    events = trace(build, "serialize", "--max-shard-size", "20KB", "--replace")
     swap = next(e for e in events if e.kind == "exchange")
     assert (swap.path, swap.target) == (build.root / ".export.partial", build.export)
     folder = build.root / RECORDS
