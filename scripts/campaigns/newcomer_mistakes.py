@@ -44,7 +44,7 @@ def main() -> None:
         done = nf4("build", model, "--recipe", recipe, "--build-dir", build, cwd=folder)
         assert done.status == 0, done.err
         place = make_place(folder / "place", model, build)
-        serve(hub, model)
+        serve(hub, model, build / "export")
         for mistake in MISTAKES:
             if not re.search(asked.only, f"{mistake.item}: {mistake.line}"):
                 continue

@@ -109,11 +109,14 @@ class Sampling(Document):
         for name, most in _LIMITS.items():
             value = getattr(self, name)
             if value is not None and value > most:
-                raise UsageError(f"{name} is too large; expected at most {most:,}.")
+                raise UsageError(f"{name} is {_whole(value)}; expected at most {most:,}.")
             if value is not None and value < 1:
-                raise UsageError(f"{name} is too small; expected at least 1.")
+                raise UsageError(f"{name} is {_whole(value)}; expected at least 1.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p is {self.top_p}; expected more than 0 and at most 1.")
+            said = f"top_p is {self.top_p}; expected more than 0 and at most 1."
+            if 2 <= self.top_p < 100:
+                said += f" {self.top_p:g} % is {self.top_p / 100:g}."
+            raise UsageError(said)
         if self.temperature and not 1e-6 <= self.temperature <= 1e6:
             raise UsageError(
                 f"temperature is {self.temperature}; expected 0, or from 0.000001 to 1,000,000."
@@ -349,6 +352,11 @@ def _of_generating(error: Exception) -> PipelineError:
         f"The model does not generate: {text}. Look at its config.json and "
         "generation_config.json: transformers does as they say."
     )
+
+
+def _whole(value: int) -> str:
+    """A number for a message; Python writes none of more than 4,300 digits."""
+    return f"{value:,}" if abs(value) < 10**12 else "a number beyond all"
 
 
 def _shown(value: object) -> str:
