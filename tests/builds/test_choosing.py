@@ -165,14 +165,20 @@ def test_what_is_said_where_there_is_none_at_all(
         assert f"The builds lie in {tmp_path} itself" in str(no_build(name))
 
 
+def local(folder: Path) -> Listed:
+    """A build of a local folder."""
+    pin = SourcePin(repo="mine", commit=None, sha256="c" * 64, folder=str(folder))
+    return Listed(Path("builds/mine"), BuildSpec(source=pin, recipe={}), source=folder)
+
+
 @pytest.mark.parametrize(
     ("build", "command"),
     [
         (PLAIN, f"nf4 build org/one --revision {'a' * 40} --build-dir {PLAIN.root}"),
         (SAMPLE, f"nf4 build sample --build-dir {SAMPLE.root}, with the recipe that"),
         (BETTER, "that it was begun with (calibrate = self)"),
-        (LOCAL, f"nf4 build MODEL --build-dir {LOCAL.root}"),  # the folder is gone
-        (listed("mine", DEFAULT, source=Path("/tmp")), "nf4 build /tmp --build-dir"),
+        (local(Path("/gone")), "nf4 build MODEL --build-dir builds/mine"),
+        (local(Path("/tmp")), "nf4 build /tmp --build-dir builds/mine"),
         (Listed(Path("odd name"), None), "nf4 build MODEL --build-dir 'odd name'"),
     ],
 )

@@ -194,7 +194,7 @@ def why_no_artifact(folder: Path, artifacts: Path = ARTIFACTS) -> ArtifactError 
         folder: that was named, and is in no build.
         artifacts: the folder that holds builds.
     """
-    if not is_model(folder) or is_quantized(str(folder)) or (folder / "manifest.json").exists():
+    if (folder / "manifest.json").exists() or not is_model(folder) or is_quantized(str(folder)):
         return None
     name = folder.resolve().name
     same = [build.root for build in list_builds(artifacts) if build.is_of(name)]

@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import shutil
-import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,15 +78,18 @@ def check_can_be_made(folder: Path) -> None:
     """Tries whether a folder can be made; leaves nothing.
 
     Raises:
-        AccessError: it cannot, as below a file, where nothing may be written, or under /proc.
+        AccessError: no folder can be made there, as below a file or under /proc, or not by this
+            user.
     """
     above = folder.absolute()
     while not os.path.lexists(above):
         above = above.parent
     if above == folder.absolute():
         return
+    tried = above / f".nf4_{os.getpid()}_{threading.get_ident()}"
     try:
-        Path(tempfile.mkdtemp(prefix=".nf4_", dir=above)).rmdir()
+        tried.mkdir(exist_ok=True)
+        tried.rmdir()
     except OSError as error:
         if error.errno not in _TAKES_NONE:
             raise
