@@ -51,7 +51,7 @@ def main() -> None:
             done = run_process(mistake, place, hub.url)
             faults = faults_of(mistake, done)
             failed += bool(faults)
-            said = message(done).replace(str(place), "…").replace(hub.url, "HUB")
+            said = message(done).replace(str(place), "…").replace(name, "…").replace(hub.url, "HUB")
             print(f"{'FAULT' if faults else 'ok   '} {mistake.line}\n      {done.status}: {said}")
             for fault in faults:
                 print(f"      -> {fault}", flush=True)

@@ -171,7 +171,7 @@ def test_a_text_that_is_not_there_is_known_before_anything_is_fetched(
             ("--extra-bytes", "5%"),
             ("--extra-bytes needs --calibrate, which", "Add --calibrate self"),
         ),
-        (("--calibrate", "self", "--extra-bytes", "lots"), ("'lots'", 'percentage such as "5%"')),
+        (("--calibrate", "self", "--extra-bytes", "lots"), ("'lots'", 'such as "5%"')),
         (("--calibrate", "self", "--extra-bytes", "-5%"), ("'-5%'", "percentage")),
         (("--calibrate", "self", "--extra-bytes", "101%"), ("'101%'", "percentage")),
     ],
