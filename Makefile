@@ -13,6 +13,10 @@ REPO_ID  ?=
 ARTIFACT ?=
 ARGS     ?=
 
+ifdef model
+$(error Variables are in capitals: write MODEL=$(model))
+endif
+
 VENV := .venv
 BIN  := $(VENV)/bin
 

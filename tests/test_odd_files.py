@@ -127,7 +127,9 @@ def named(name: str, read: Callable[[Path], Any]) -> Callable[[Path], Any]:
     return reader
 
 
-NO_WORDS: Final[Any] = SimpleNamespace(ids=lambda text: [], prefix=list)
+NO_WORDS: Final[Any] = SimpleNamespace(
+    ids=lambda text: [], ids_all_over=lambda text, places, room: [], prefix=list
+)
 
 
 def signature(path: Path) -> int:

@@ -58,7 +58,7 @@ def test_a_full_disk(
     before = downloaded_falcon if stage == "quantize" else exported
     command: list[str | Path] = [stage, "--build-dir", small / "build"]
     if stage == "serialize":
-        command += ["--max-shard-size", "20KB"]
+        command += ["--max-shard-size", "20KB", "--replace"]
     room, expected = disk.after(command, before, small)
     for number in range(4):
         found = disk.too_small(

@@ -12,11 +12,12 @@ from nf4_pipeline.build_folder.variant import SHAPING_TABLES
 from nf4_pipeline.builds import complete_recipe, keep_spec
 from nf4_pipeline.calibration.calibrator import text_path
 from nf4_pipeline.errors import BuildError, RecipeError, StoppedError, is_of_machine, of_system
-from nf4_pipeline.machine import Machine
+from nf4_pipeline.machine import Machine, check_device
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.progress import Stage as ShownStage
 from nf4_pipeline.recipe import TABLES, PartialRecipe, Recipe
 from nf4_pipeline.records import (
+    ATTEST,
     DOWNLOAD,
     KINDS,
     QUANTIZE,
@@ -95,6 +96,7 @@ def run_build(
     Returns:
         The build folder, and the result of each stage by name.
     """
+    check_device(machine.device)
     check_gpu(machine)
     # What cannot be read is known before any byte.
     text_path(recipe.quantize)
@@ -152,7 +154,8 @@ def run_stage(
     """Runs one stage of an existing build, unless its result is still valid.
 
     Verify always runs: whoever asks for it alone wants to know what lies there now. What attest
-    speaks of is hashed, too, before anything is said of it.
+    speaks of is hashed, too, before anything is said of it. Where attest was done, it is done again
+    after verify, since card and provenance speak of the verdict.
 
     Args:
         build: the build folder.
@@ -172,6 +175,7 @@ def run_stage(
     with translate_errors(name, build):
         if not build.root.is_dir():
             raise BuildError(f"{build.root}: no such build. Start one: nf4 build MODEL.")
+        check_device(machine.device)
         if name == "verify":
             check_gpu(machine)
     with translate_errors(name, build), build.locked():
@@ -179,6 +183,7 @@ def run_stage(
         if name in SHAPING_TABLES:
             build.need(DOWNLOAD if name == "quantize" else QUANTIZE)
             keep_spec(build, whole, (name,), replaces=replaces)
+        attested = build.record(ATTEST)
         stages = make_stages(build, whole, machine, reporter, against, repo_id=repo_id)
         if name == "attest":
             for kind in (SERIALIZE, VERIFY):
@@ -187,7 +192,11 @@ def run_stage(
                 raise BuildError(
                     f"{build.export / found[0]} was left by no stage. Run `nf4 build`."
                 )
-        return _ensure(build, stages, name, whole, reporter, anew=name == "verify")
+        result = _ensure(build, stages, name, whole, reporter, anew=name == "verify")
+        if name == "verify" and attested is not None:  # card and provenance speak of a verdict
+            kept = make_stages(build, whole, machine, reporter, repo_id=attested.facts.repo_id)
+            _ensure(build, kept, "attest", whole, reporter)
+        return result
 
 
 def _ensure(

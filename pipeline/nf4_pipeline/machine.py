@@ -9,7 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
+from nf4_pipeline.errors import ResourceError
+
 DEFAULT_MEMORY_BUDGET: Final = 256 * 2**20
+_DRIVER: Final = Path("/proc/driver/nvidia/gpus")
+_MANY: Final = 1024
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,49 @@ def kind_of_device(device: str) -> str:
     """
     if device != "auto":
         return device.partition(":")[0]
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles")
-    return "cuda" if may_have_cuda() and not hidden and _torch_knows_cuda() else "cpu"
+    return "cuda" if _most_devices() > 0 else "cpu"
+
+
+def check_device(device: str) -> None:
+    """Refuses a device that this machine cannot have, before anything is done for it.
+
+    Without importing torch, which alone can tell whether the others work.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        ResourceError: there is no such device.
+    """
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and int(number or 0) >= _most_devices():
+        raise no_such_device(device, _most_devices())
+
+
+def no_such_device(device: str, count: int) -> ResourceError:
+    """The error of a device that is not there.
+
+    Args:
+        device: that was asked for.
+        count: how many CUDA devices there are.
+    """
+    return ResourceError(
+        f"Device {device} was asked for, but this machine has {count} CUDA devices that it can "
+        "use. Take --device cpu, or look at nvidia-smi, CUDA_VISIBLE_DEVICES, and whether the "
+        "installed torch was built for CUDA."
+    )
+
+
+def _most_devices() -> int:
+    """How many CUDA devices there can be; many where nobody says."""
+    if not may_have_cuda() or not _torch_knows_cuda():
+        return 0
+    count = len(list(_DRIVER.glob("*"))) or _MANY
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return count
+    named = visible.strip()
+    return 0 if named in ("", "-1", "NoDevFiles") else min(count, len(named.split(",")))
 
 
 def _torch_knows_cuda() -> bool:

@@ -27,7 +27,6 @@ from kept_ratios import show_beside_kept
 
 _DROP_CACHES: Final = Path("/proc/sys/vm/drop_caches")
 _STAGES: Final = ("download", "quantize", "serialize", "verify", "attest")
-_NEW_TOKENS: Final = 48
 
 
 @click.group(invoke_without_command=True)
@@ -35,6 +34,7 @@ _NEW_TOKENS: Final = 48
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--eval-tokens", default=8192, show_default=True)
+@click.option("--new-tokens", default=48, show_default=True, help="Of each answer, at most.")
 @click.option("--contenders", default="stock,ours", show_default=True)
 @click.option("--cold/--warm", default=False, help="Drop the page cache before each run.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where the checkpoint is made.")
@@ -46,6 +46,7 @@ def main(
     rounds: int,
     device: str,
     eval_tokens: int,
+    new_tokens: int,
     contenders: str,
     cold: bool,
     folder: Path | None,
@@ -63,7 +64,8 @@ def main(
         recipe = Path(temporary) / "recipe.toml"
         # The weights are random: how far 4 bits are from them decides nothing here.
         limits = "max_mean_kl = 100.0\nmin_sure_agreement = 0.0\nmax_perplexity_ratio = 1e9\n"
-        recipe.write_text(f"[verify]\n{limits}eval_tokens = {eval_tokens}\n")
+        sizes = f"eval_tokens = {eval_tokens}\nmax_new_tokens = {new_tokens}\n"
+        recipe.write_text(f"[verify]\n{limits}{sizes}")
         found: dict[str, list[dict[str, float]]] = {name: [] for name in contenders.split(",")}
         for number in range(rounds):
             for name, runs in found.items():
@@ -72,7 +74,10 @@ def main(
                 os.sync()
                 if cold:
                     _DROP_CACHES.write_text("3")
-                runs.append((_ours if name == "ours" else _stock)(source, out, device, recipe))
+                if name == "ours":
+                    runs.append(_ours(source, out, device, recipe))
+                else:
+                    runs.append(_stock(source, out, device, new_tokens))
                 click.echo(f"round {number + 1}, {name}: {runs[-1]['whole']:.1f} s", err=True)
         _show(found, layers, cold)
     if as_json:
@@ -109,10 +114,10 @@ def _ours(source: Path, out: Path, device: str, recipe: Path) -> dict[str, float
     return figures
 
 
-def _stock(source: Path, out: Path, device: str, recipe: Path) -> dict[str, float]:
+def _stock(source: Path, out: Path, device: str, new_tokens: int) -> dict[str, float]:
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, __file__, "stock", str(source), str(out), device],
+        [sys.executable, __file__, "stock", str(source), str(out), device, str(new_tokens)],
         capture_output=True,
         text=True,
         check=False,
@@ -135,7 +140,8 @@ def _timed(command: list[str]) -> float:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("device")
-def stock(source: Path, out: Path, device: str) -> None:
+@click.argument("new_tokens", type=int)
+def stock(source: Path, out: Path, device: str, new_tokens: int) -> None:
     """The same job with stock tools, as far as they do it."""
     took: dict[str, float] = {}
     start = time.perf_counter()
@@ -161,7 +167,7 @@ def stock(source: Path, out: Path, device: str) -> None:
     options: dict[str, Any] = {"dtype": "auto", "device_map": {"": place}}
     model = AutoModelForCausalLM.from_pretrained(source, **options)
     lap("load 16 bit")
-    _answer(model, tokenizer)
+    _answer(model, tokenizer, new_tokens)
     lap("answers, 16 bit")
     del model
     if place != "cpu":
@@ -182,12 +188,12 @@ def stock(source: Path, out: Path, device: str) -> None:
     del model
     model = AutoModelForCausalLM.from_pretrained(out, device_map={"": place})
     lap("reload 4 bit")
-    _answer(model, tokenizer)
+    _answer(model, tokenizer, new_tokens)
     lap("answers, 4 bit")
     print(json.dumps(took))
 
 
-def _answer(model: Any, tokenizer: Any) -> None:
+def _answer(model: Any, tokenizer: Any, new_tokens: int) -> None:
     """One prompt after the other, as an example in a model card would."""
     import torch
     from nf4_pipeline.verification.prompts import REFERENCE, read_prompts
@@ -197,7 +203,7 @@ def _answer(model: Any, tokenizer: Any) -> None:
         ids = tokenizer(prompt.prompt, return_tensors="pt").input_ids.to(model.device)
         for options in ({"do_sample": False}, {"do_sample": True, "top_k": 40}):
             written = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=_NEW_TOKENS, **options
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, **options
             )
             tokenizer.decode(written[0], skip_special_tokens=True)
 

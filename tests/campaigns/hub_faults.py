@@ -244,7 +244,6 @@ def _push(
     proposes = case.endpoint.command == "push --create-pr"
     folder = place / f"build-{case.number}"
     shutil.copytree(build, folder, symlinks=True)
-    export = content_of(folder / "export")
     if proposes:
         hub.store.add(repo_id, {"a": b"a"})
     hub.part_size = 20_000 if case.endpoint.parts else None
@@ -252,6 +251,7 @@ def _push(
     hub.faults[:] = case.faults()
     begin = time.monotonic()
     outcome = worker.push(folder, repo_id, pull_request=proposes)
+    export = content_of(folder / "export")  # with the repo's name in its card
     problems = _unmet(hub, case) + _state(hub.store.repos.get(repo_id), export, proposes)
     recorded = (folder / "records" / "push.json").exists()
     if recorded == bool(outcome.error):

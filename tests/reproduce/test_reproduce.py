@@ -243,7 +243,7 @@ def test_the_command(
     ]
     done = run_nf4("reproduce", "-q", artifact, "--source", made.model)
     assert f"first in {tensor.name} at byte {tensor.offset + 3:,}" in done.out
-    assert run_nf4("reproduce", tmp_path / "none").status == 2
+    assert run_nf4("reproduce", tmp_path / "none").status == 1
     assert not (tmp_path / "artifacts").exists()
 
 

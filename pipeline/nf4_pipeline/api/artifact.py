@@ -89,6 +89,10 @@ class Artifact:
         """Its sizes in bytes and bits per weight, and those of its source."""
         return self.manifest.totals
 
+    def __fspath__(self) -> str:
+        """Its path, so that it can stand where a path can."""
+        return str(self.path)
+
     def __repr__(self) -> str:
         return (
             f"Artifact({str(self.path)!r}, verdict={self.verdict!r}, "
@@ -141,14 +145,10 @@ class Artifact:
         machine = make_machine(device=device, require_gpu=require_gpu, device_memory=device_memory)
         build = self._build("verify")
         from nf4_pipeline.job import run_stage
-        from nf4_pipeline.records import ATTEST
 
-        attested = build.record(ATTEST) is not None
         other = None if against is None else _find_other(fspath(against), build)
         with interruptible(), reporting_to(progress) as reporter:
             run_stage(build, "verify", options, machine, reporter, against=other)
-            if attested:  # its provenance speaks of the last verification
-                run_stage(build, "attest", options, machine, reporter)
         return Artifact.open(self.path)
 
     @overload

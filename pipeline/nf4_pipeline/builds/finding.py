@@ -14,7 +14,7 @@ from nf4_pipeline.builds.choosing import Chosen, choose, matching
 from nf4_pipeline.builds.listing import Listed, list_builds, look_at, recipe_shown
 from nf4_pipeline.checkpoint.model_name import SAMPLE, at_revision, beside, is_hub_id
 from nf4_pipeline.checkpoint.named_path import named_path
-from nf4_pipeline.errors import ArtifactError, BuildError
+from nf4_pipeline.errors import ArtifactError, BuildError, UsageError
 from nf4_pipeline.near_names import near_names
 from nf4_pipeline.runtime.artifact import ARTIFACTS, build_roots, is_model, is_quantized
 
@@ -123,7 +123,7 @@ def find_other(name: str | Path, own: Build, artifacts: Path = ARTIFACTS) -> Cho
 
     Raises:
         ArtifactError: the build that is meant has no export.
-        UsageError: the name can mean several builds, or can be no name.
+        UsageError: the name means `own`, can mean several builds, or can be no name.
     """
     if _build_at(named_path(name)) is None:
         mine = look_at(own.root)
@@ -134,7 +134,10 @@ def find_other(name: str | Path, own: Build, artifacts: Path = ARTIFACTS) -> Cho
         ]
         if found := candidates(name, others):
             return _export(choose(str(name), found, newest=False, needs="serialize"))
-    return find_artifact(name, artifacts)
+    chosen = find_artifact(name, artifacts)
+    if chosen and chosen.build and chosen.build.root.resolve() == own.root.resolve():
+        raise UsageError(f"{name} is the build itself. Name another one to compare it with.")
+    return chosen
 
 
 def is_same_source(one: Listed, other: Listed) -> bool:

@@ -138,6 +138,10 @@ def _run(args: list[str] | None) -> int:
             status = ended.code
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        with suppress(OSError):
+            say(error.ctx.get_help() if error.ctx else "", err=True, lines=True, limit=sys.maxsize)
+        return error.exit_code
     except click.ClickException as error:
         _say_usage(error)
         return error.exit_code

@@ -9,7 +9,7 @@ import click
 
 from nf4_pipeline.cli.help import CommandWithExamples
 from nf4_pipeline.cli.options import Ui, download_options, output_options
-from nf4_pipeline.cli.terminal import say
+from nf4_pipeline.cli.terminal import program, say
 
 if TYPE_CHECKING:
     from nf4_pipeline.stages.find_source import DownloadRequest
@@ -54,6 +54,6 @@ def command(ui: Ui, request: DownloadRequest) -> None:
         place = shlex.quote(str(build.root))
         say(f"build:  {place}")
         named = shlex.quote(request.model) if request.build_dir is None else f"--build-dir {place}"
-        say(f"next:   nf4 quantize {named}")
+        say(f"next:   {program()} quantize {named}")
 
     ui.result(value, show)

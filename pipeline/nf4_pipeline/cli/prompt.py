@@ -36,6 +36,7 @@ from nf4_pipeline.cli.terminal import say, say_piece
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.  [default: main]")
+@click.option("--offline", is_flag=True, help="Take a Hub model as it is cached.")
 @click.option("--raw", is_flag=True, help="Do not use the model's chat template.")
 @click.option(
     "--device",
@@ -50,6 +51,7 @@ def command(
     artifact: str,
     text: str,
     revision: str | None,
+    offline: bool,
     raw: bool,
     device: str,
     **values: Any,
@@ -72,6 +74,7 @@ def command(
         without_build(artifact, text) if chosen is None else str(chosen.folder),
         sampling,
         revision=revision,
+        offline=offline,
         device=device,
         chat=not raw,
         show=say_piece if streams else None,

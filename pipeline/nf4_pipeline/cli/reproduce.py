@@ -102,7 +102,7 @@ def _show(result: Reproduction) -> None:
             place += f" at byte {difference.offset:,}"
         say(f"differs: {difference.file} {difference.what}{place}")
     if result.not_derived:
-        say(f"not derived: {', '.join(result.not_derived)}")
+        say(f"not derived: {', '.join(result.not_derived)} (not made from the source)")
     if result.differences and result.calibrated_on:
         say(
             f"calibrated: again, on {result.calibrated_on}. Codes hang on how a device computes: "

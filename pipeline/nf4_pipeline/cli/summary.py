@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from nf4_pipeline.build_folder import Build, Record
-from nf4_pipeline.cli.terminal import say, say_brief
+from nf4_pipeline.cli.terminal import program, say, say_brief
 from nf4_pipeline.fidelity.metrics import Fidelity
 from nf4_pipeline.fidelity.verdict import Check
 from nf4_pipeline.job import StageResult
@@ -109,9 +109,9 @@ def show_summary(summary: Summary, *, verbose: bool = False) -> None:
 
 
 def _show_next(build: Build) -> None:
-    root = shlex.quote(str(build.root))
-    say(f'  next        nf4 prompt {root} "…"')
-    say(f"              nf4 push --dry-run --repo-id ORG/NAME --build-dir {root}")
+    root, nf4 = shlex.quote(str(build.root)), program()
+    say(f'  next        {nf4} prompt {root} "…"')
+    say(f"              {nf4} push {root} --dry-run --repo-id ORG/NAME")
 
 
 def _show_all(summary: Summary) -> None:

@@ -11,10 +11,12 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Final, TextIO
 
 import click
@@ -24,6 +26,18 @@ from nf4_pipeline.printable import LONGEST, printable
 _STANDARD: Final = (0, 1, 2)
 _OF_A_BAR: Final = re.compile(r"\r(?P<text>[^\r]*)|(?:\n|\x1b\[A)+")
 """What tqdm writes in one go: a line over the last one, or the way to another bar."""
+
+
+def program() -> str:
+    """How this program was called, so that a line that begins with it can be pasted."""
+    called = sys.argv[0] if sys.argv else ""
+    if Path(called).name != "nf4":
+        return "nf4" if shutil.which("nf4") else "python -m nf4_pipeline"
+    found = shutil.which("nf4")
+    if found is not None and Path(found).resolve() == Path(called).resolve():
+        return "nf4"
+    here = os.path.relpath(called)
+    return shlex.quote(here if len(here) < len(called) else called)
 
 
 def say(

@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from nf4_pipeline.checkpoint.digest import FileStamp
 from nf4_pipeline.checkpoint.files import WEIGHT_FILE
 from nf4_pipeline.checkpoint.weight_files import INDEX_FILE
 from nf4_pipeline.documents import Document
 from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
+
+_OF_ITS_WEIGHTS: Final = {"calibration.json", "model.sig"}
+"""Files of an artifact that are not in each, and speak of the weights beside them."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,8 @@ def changes(
     """Compares.
 
     Deleted is what would be read as part of the model though it is not (weights of another build,
-    which loaders prefer), and what an earlier push left there; everything else stays.
+    which loaders prefer; what another artifact's repo says of its own weights), and what an earlier
+    push left there; everything else stays.
 
     Args:
         remote: what the repo holds.
@@ -133,6 +137,7 @@ def changes(
         and (
             WEIGHT_FILE.fullmatch(path)
             or path == INDEX_FILE
+            or (path in _OF_ITS_WEIGHTS and "manifest.json" in listed)
             or (path in earlier and earlier[path] in (file.sha256, file.git_sha1))
         )
     )

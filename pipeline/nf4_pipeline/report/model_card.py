@@ -483,7 +483,8 @@ def _text(text: str) -> str:
 
 def _plain_name(text: str) -> str:
     """A name in the metadata, which the Hub shows as it likes: nothing but letters and digits."""
-    return " ".join(re.sub(r"[^\w .,:()+-]", " ", text).split())[:80].strip(" -") or "unnamed"
+    plain = re.sub(r"[^\w .,:()+’-]", " ", text.replace("'", "’"))
+    return " ".join(plain.split())[:80].strip(" -") or "unnamed"
 
 
 def _code(text: str) -> str:

@@ -32,6 +32,8 @@ from nf4_pipeline.reproduce.origin import Origin
 from nf4_pipeline.reproduce.source import open_source
 from nf4_pipeline.resource_usage import measured
 
+_DOWNLOADER: Final = ".cache/huggingface/"
+"""What the Hub's client leaves in a folder that it fills."""
 _MACHINE: Final = Machine()
 
 
@@ -192,6 +194,7 @@ def reproduce(
             and (name := path.relative_to(artifact).as_posix()) not in made
             and name not in listed
             and not name.endswith(".safetensors")
+            and not name.startswith(_DOWNLOADER)
         ),
         None if tokens is None else device_name(device),
         usage.seconds,

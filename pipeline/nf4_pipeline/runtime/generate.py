@@ -108,10 +108,16 @@ class Sampling(Document):
     def __post_init__(self) -> None:
         for name, most in _LIMITS.items():
             value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise UsageError(f"{name} is {value!r}; expected a whole number.")
             if value is not None and value > most:
                 raise UsageError(f"{name} is {_whole(value)}; expected at most {most:,}.")
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {_whole(value)}; expected at least 1.")
+        for name in ("top_p", "temperature", "seed"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int if name == "seed" else (int, float)):
+                raise UsageError(f"{name} is {value!r}; expected a number.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             said = f"top_p is {self.top_p}; expected more than 0 and at most 1."
             if 2 <= self.top_p < 100:

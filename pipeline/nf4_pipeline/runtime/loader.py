@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict
 from nf4_pipeline.checkpoint.folder_advice import cache_commit
 from nf4_pipeline.checkpoint.source import open_checkpoint
 from nf4_pipeline.errors import ArtifactError, PipelineError, ResourceError, UsageError
+from nf4_pipeline.machine import no_such_device
 from nf4_pipeline.model.check_folder import building, check_model_fits
 from nf4_pipeline.model.config import brief_text, read_config
 from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
@@ -378,10 +379,7 @@ def pick_device(device: str) -> str:
         raise ResourceError(f"No device is called {device!r}; expected auto, cpu, cuda or cuda:N.")
     number = int(index or 0)
     if number >= count:
-        raise ResourceError(
-            f"Device {device} was asked for, but this machine has {count} CUDA devices. "
-            "Use --device cpu, or look at nvidia-smi."
-        )
+        raise no_such_device(device, count)
     return f"cuda:{number}"
 
 
