@@ -102,7 +102,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         ),
         ("[quantize]\ncalibrate = true", "quantize.calibrate is True; expected a str"),
         ("[quantize]\ncalibration_tokens = 255", "is 255; expected at least 256"),
-        ('[quantize]\nextra_bytes = "5%"', "nothing without calibration"),
+        ('[quantize]\nextra_bytes = "5%"', "needs quantize.calibrate.*calibrate = .self"),
         ('[quantize]\ncalibrate = "self"\nextra_bytes = "0.05"', "'0.05'; expected a percentage"),
         ('[quantize]\ncalibrate = "self"\nextra_bytes = "100.5%"', "expected a percentage"),
         ('[quantize]\ncalibrate = "self"\nextra_bytes = "nan%"', "expected a percentage"),

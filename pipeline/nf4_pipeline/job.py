@@ -132,6 +132,8 @@ def run_download(
         begin: called if there is something to do.
         of: how many stages the job has.
     """
+    with translate_errors("download"):
+        request.check_names()
     with translate_errors("download"), reporter.stage("download", 1, of) as shown:
         downloaded = Download(request, reporter, begin).run()
         shown.finish(ran=downloaded.ran, nbytes=downloaded.record.total_bytes)

@@ -115,13 +115,11 @@ class QuantizeRecipe:
                 f'a percentage such as "5%"; if you mean it, write "{share[1]}%"',
             )
             object.__setattr__(self, "extra_bytes", f"{share[1]}%")
-        _require(
-            not self.extra_bytes or bool(self.calibrate),
-            "quantize.extra_bytes",
-            self.extra_bytes,
-            "nothing without calibration (add --calibrate self): what layers lose is measured on "
-            "its tokens",
-        )
+        if self.extra_bytes and not self.calibrate:
+            raise RecipeError(
+                "quantize.extra_bytes needs quantize.calibrate, which measures what each layer "
+                'loses. Add calibrate = "self", or leave it out.'
+            )
         _require(
             all(part and part.isprintable() for part in self.skip_modules),
             "quantize.skip_modules",

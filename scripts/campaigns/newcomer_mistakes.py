@@ -44,14 +44,14 @@ def main() -> None:
         done = nf4("build", model, "--recipe", recipe, "--build-dir", build, cwd=folder)
         assert done.status == 0, done.err
         place = make_place(folder / "place", model, build)
-        serve(hub, model)
+        serve(hub, model, build / "export")
         for mistake in MISTAKES:
             if not re.search(asked.only, f"{mistake.item}: {mistake.line}"):
                 continue
             done = run_process(mistake, place, hub.url)
             faults = faults_of(mistake, done)
             failed += bool(faults)
-            said = message(done).replace(str(place), "…").replace(hub.url, "HUB")
+            said = message(done).replace(str(place), "…").replace(name, "…").replace(hub.url, "HUB")
             print(f"{'FAULT' if faults else 'ok   '} {mistake.line}\n      {done.status}: {said}")
             for fault in faults:
                 print(f"      -> {fault}", flush=True)

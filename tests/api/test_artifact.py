@@ -131,12 +131,20 @@ def test_what_is_no_artifact_is_not_opened(case: str, mine: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("no/such/folder", BuildError, "no build under artifacts/ whose model, tag or folder is"),
+        (
+            "no/such/folder",
+            BuildError,
+            "no build under /.*/artifacts whose model, tag or folder is",
+        ),
         ("me/model", ArtifactError, "is no folder, and there is no build of it. An artifact on"),
-        ("sample", BuildError, "no build of sample under artifacts/. Start one: nf4 build sample"),
+        (
+            "sample",
+            BuildError,
+            "no build of sample under /.*/artifacts. Start one: nf4 build sample",
+        ),
         ("", UsageError, "empty"),
         (".", ArtifactError, "holds no model"),
-        (None, BuildError, "There is no build under artifacts/"),
+        (None, BuildError, "There is no build under /.*/artifacts"),
     ],
 )
 def test_names_that_are_no_artifact(

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from nf4_pipeline.build_folder.spec import BuildSpec, SourcePin
 from nf4_pipeline.build_folder.variant import folder_name
-from nf4_pipeline.builds import Listed
+from nf4_pipeline.builds import Listed, no_build
 from nf4_pipeline.builds.choosing import choose, matching
+from nf4_pipeline.builds.finding import how_to_finish
 from nf4_pipeline.errors import UsageError
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe, SerializeRecipe
 
@@ -111,3 +112,75 @@ def test_those_that_lack_what_is_needed_count_only_where_all_do() -> None:
     with pytest.raises(UsageError):
         choose("org/one", [half, PLAIN], newest=False, needs="recipe")
     assert choose("org/one", [FETCHED, PLAIN], newest=False, needs="recipe").listed is PLAIN
+
+
+NOBODY: dict[str, tuple[str, str]] = {
+    "an artifact on the Hub": (
+        "me/sample-nf4",
+        "me/sample-nf4 under {}. Start one: nf4 build me/sample-nf4. If it is an artifact on the",
+    ),
+    "and what then": (
+        "me/sample-nf4",
+        "fetch it first: hf download me/sample-nf4 --local-dir DIR; then: nf4 reproduce DIR.",
+    ),
+    "at a revision": (
+        "me/sample-nf4@v2",
+        "hf download me/sample-nf4 --revision v2 --local-dir DIR; then: nf4 reproduce DIR.",
+    ),
+    "an id that is near": ("org/onr", "Did you mean org/one? Start one: nf4 build org/onr."),
+    "an id that ends alike": ("me/one", "build of me/one under {}. Start one: nf4 build me/one."),
+    "a tag that is near": ("defualt", "is defualt; it is no folder here and no Hub id (ORG/NAME)"),
+    "and which": ("defualt", "Did you mean default? Or start one: nf4 build MODEL."),
+    "sampel": ("sampel", "Did you mean sample?"),
+    "a folder that is near": ("modle", "Did you mean model?"),
+    "a path": ("builds/onee", "Did you mean builds/one?"),
+    "the sample": ("sample", "There is no build of sample under {}. Builds there: "),
+    "a checkpoint": ("model", "Start one: nf4 build model."),
+    "an artifact": ("loaded", "loaded is an artifact that lies in no build"),
+}
+
+
+@pytest.mark.parametrize("case", NOBODY)
+def test_what_is_said_of_a_name_that_nothing_has(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("model", "builds/one", "loaded"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "loaded" / "manifest.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    name, said = NOBODY[case]
+    listing = [PLAIN, BETTER] if name == "sample" else LISTING
+    text = str(no_build(name, Path("artifacts"), listing))
+    assert said.format(tmp_path / "artifacts") in text
+
+
+def test_what_is_said_where_there_is_none_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (None, "calibrated", "org/one"):
+        assert f"{tmp_path}/artifacts" in str(no_build(name))
+    (tmp_path / "one@000000000000" / "records").mkdir(parents=True)
+    for name in (None, "calibrated", "org/one"):
+        assert f"The builds lie in {tmp_path} itself" in str(no_build(name))
+
+
+def local(folder: Path) -> Listed:
+    """A build of a local folder."""
+    pin = SourcePin(repo="mine", commit=None, sha256="c" * 64, folder=str(folder))
+    return Listed(Path("builds/mine"), BuildSpec(source=pin, recipe={}), source=folder)
+
+
+@pytest.mark.parametrize(
+    ("build", "command"),
+    [
+        (PLAIN, f"nf4 build org/one --revision {'a' * 40} --build-dir {PLAIN.root}"),
+        (SAMPLE, f"nf4 build sample --build-dir {SAMPLE.root}, with the recipe that"),
+        (BETTER, "that it was begun with (calibrate = self)"),
+        (local(Path("/gone")), "nf4 build MODEL --build-dir builds/mine"),
+        (local(Path("/tmp")), "nf4 build /tmp --build-dir builds/mine"),
+        (Listed(Path("odd name"), None), "nf4 build MODEL --build-dir 'odd name'"),
+    ],
+)
+def test_how_a_build_is_finished(build: Listed, command: str) -> None:
+    assert command in how_to_finish(build)

@@ -34,6 +34,9 @@ BUILD: Final = "artifacts/model@000000000000"
 MOVED: Final = "artifacts/moved@000000000000"
 SIGNED: Final = "signed"
 BARE: Final = "artifacts/bare@000000000000"
+BROKEN: Final = "artifacts/broken@000000000000"
+ON_HUB: Final = "me/sample-nf4"
+"""An artifact that somebody published."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,9 @@ def make_place(folder: Path, model: Path, whole: Path) -> Path:
     copy_of(model, folder / "model")
     weights = folder / "model" / "model-00001-of-00002.safetensors"
     copy_of(whole, folder / BUILD)
-    for name in (MOVED, BARE):
+    for name in (MOVED, BARE, BROKEN):
         copy_of(whole, folder / name)
+    min((folder / BROKEN / "export").glob("*.safetensors")).unlink()
     for path in (folder / MOVED / "source").iterdir():
         path.unlink()
         path.symlink_to(f"/mnt/usb-stick/{path.name}")
@@ -132,9 +136,10 @@ def _sign_and_change(folder: Path, export: Path) -> None:
     flip_byte(folder / SIGNED / "config.json")
 
 
-def serve(hub: HubServer, model: Path) -> None:
+def serve(hub: HubServer, model: Path, export: Path) -> None:
     """What the Hub of these cases holds."""
     hub.store.add("me/tiny", model)
+    hub.store.add(ON_HUB, export)
     hub.store.add(GATED, model).gated = True
     hub.store.add("me/lora", {"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
     hub.store.add("me/model-GGUF", {"model.Q4_K_M.gguf": b"GGUF"})
@@ -203,6 +208,9 @@ MISTAKES: Final = (
     Mistake("command", "nf4 upload model", ("No such command", "Did you mean 'push'")),
     Mistake("command", "nf4 frobnicate", ("No such command", "nf4 --help")),
     Mistake("command", "nf4 sample", ("No such command", "nf4 build sample")),
+    Mistake("command", "nf4 help build", ("an option: nf4 build --help",)),
+    Mistake("command", "nf4 help", ("an option: nf4 --help",)),
+    Mistake("command", "nf4 version", ("nf4 --version",)),
     Mistake("option", "nf4 build sample --calibarte self", ("No such option", "--calibrate")),
     Mistake("option", "nf4 build model --max-shard 1GB", ("No such option", "--max-shard-size")),
     Mistake("option", "nf4 status --workers 4", ("No such option",)),
@@ -217,7 +225,34 @@ MISTAKES: Final = (
     Mistake("option", "nf4 build model --memory-budget lots", ("--memory-budget", "256MiB|5GB")),
     Mistake("option", "nf4 build model --max-shard-size 5", ("5 bytes", "MB")),
     Mistake(
-        "option", "nf4 build model --extra-bytes 5", ("extra_bytes|--extra-bytes", "--calibrate")
+        "option",
+        "nf4 build model --extra-bytes 5",
+        ("--extra-bytes needs --calibrate, ", "Add --calibrate self, or leave it out"),
+    ),
+    Mistake("option", "nf4 build model --calibrate", ("requires an arg", "--calibrate self$")),
+    Mistake(
+        "option",
+        "nf4 build model --calibrate --extra-bytes 5%",
+        ("--calibrate has no value: --extra-bytes follows", "--calibrate self$"),
+    ),
+    Mistake("option", "nf4 build model --calibrate slef", ("slef", "Did you mean 'self'?")),
+    Mistake("option", "nf4 build model --bits 4", ("No such option '--bits'. `nf4 build --help`",)),
+    Mistake(
+        "option",
+        "nf4 build model --skip-modules h.0",
+        ("No such option", "key of a recipe", r"skip_modules = .*\[quantize\]", "--recipe"),
+    ),
+    Mistake(
+        "option",
+        "nf4 build model --build-dir /proc/foo",
+        ("/proc/foo cannot be made", "another --build-dir"),
+        1,
+    ),
+    Mistake(
+        "option",
+        "nf4 build model --build-dir notes.txt/build",
+        ("notes.txt/build cannot be made", "Not a directory", "another --build-dir"),
+        1,
     ),
     Mistake("option", "nf4 build model --calibrate self --extra-bytes 500%", ("500%", '"5%"')),
     Mistake("option", "nf4 build model --revision main", ("--revision main", "local folder")),
@@ -226,6 +261,15 @@ MISTAKES: Final = (
     Mistake("model", 'nf4 build ""', ("empty", "sample|ORG/NAME")),
     Mistake("model", "nf4 build sampel", ("sampel", "Did you mean.*sample")),
     Mistake("model", "nf4 build ./modle", ("no such folder", "Did you mean.*model")),
+    Mistake("model", "nf4 build falcon-7b@main", ("option: ORG/falcon-7b --revision main",)),
+    Mistake(
+        "model", "nf4 build tiiuae/falcon-7b@main", ("option: tiiuae/falcon-7b --revision main",)
+    ),
+    Mistake(
+        "model",
+        "nf4 build falcon-7b@00112233aabb-calibrated-3fa2",
+        ("a folder of a build", "name the model"),
+    ),
     Mistake("model", "nf4 build falcon-7b-instruct", ("no such folder", "ORG/NAME")),
     Mistake(
         "model",
@@ -288,6 +332,13 @@ MISTAKES: Final = (
     ),
     Mistake(
         "network",
+        "nf4 build me/tiny --revision main",
+        ("HF_ENDPOINT is 'huggingface.co'", "Set it to https://huggingface.co, or unset"),
+        1,
+        {"HF_ENDPOINT": "huggingface.co", "HF_HUB_OFFLINE": UNSET},
+    ),
+    Mistake(
+        "network",
         "nf4 build me/tiny",
         ("HF_HUB_DOWNLOAD_TIMEOUT", "'soon'", "seconds|number"),
         1,
@@ -309,26 +360,116 @@ MISTAKES: Final = (
     Mistake("Hub", "nf4 build me/tiny --revision v9", ("no revision 'v9'", "branch"), 1, hub=True),
     Mistake("Hub", "nf4 build me/lora", ("adapter", "merge"), 1, hub=True),
     Mistake("Hub", "nf4 build me/model-GGUF", ("GGUF", "16-bit"), 1, hub=True),
+    Mistake(
+        "Hub",
+        f"nf4 build {ON_HUB}",
+        (f"^Error: {ON_HUB} is already quantized", f'Use it: nf4 prompt {ON_HUB} "…"'),
+        1,
+        hub=True,
+    ),
     # Files that options name
     Mistake("file", "nf4 build model --recipe typo.toml", ("skip_module'", "skip_modules")),
     Mistake("file", "nf4 build model --recipe recipe.json", ("TOML", r"\[quantize\]|recipe")),
     Mistake("file", "nf4 build model --prompts prompts.txt", ("prompts.txt", "JSON", "prompt")),
-    Mistake("file", "nf4 build model --eval-text missing.txt", ("missing.txt", "No such file")),
+    Mistake(
+        "file",
+        "nf4 build model --eval-text missing.txt",
+        ("missing.txt", "No such file", "Name another .--eval-text., or none for the text that"),
+    ),
+    Mistake(
+        "file",
+        "nf4 build model --prompts missing.jsonl",
+        ("missing.jsonl", "No such file", "Name others .--prompts., or none for those that"),
+    ),
     Mistake("file", "nf4 build model --calibrate missing.txt", ("missing.txt", "No such file")),
     Mistake("file", "nf4 build model --calibrate short.txt", ("short.txt", "tokens", "at least")),
     Mistake("file", "nf4 build no-tokenizer --calibrate short.txt", ("tokenizer", "self")),
     # Artifacts
     Mistake("artifact", "nf4 verify nothing", ("no build.*nothing", "Start one: nf4 build"), 1),
     Mistake("artifact", f"nf4 verify --build-dir {BARE}", ("serialize",), 1),
-    Mistake("artifact", "nf4 inspect model", ("manifest.json", "export/ folder of a build"), 1),
+    Mistake(
+        "artifact",
+        "nf4 inspect model",
+        ("is a checkpoint, not an artifact", "that name: artifacts/|one: nf4 build model"),
+        1,
+    ),
+    *(
+        Mistake(
+            "artifact",
+            f"nf4 {command} {ON_HUB}{options}",
+            (
+                f"no build of {ON_HUB} under .*artifacts",
+                f"hf download {ON_HUB} --local-dir DIR; then: nf4 reproduce DIR",
+            ),
+            1,
+        )
+        for command, options in (
+            ("inspect", ""),
+            ("reproduce", ""),
+            ("verify", ""),
+            ("push", " --repo-id me/mine"),
+        )
+    ),
+    Mistake("artifact", f"nf4 verify {SIGNED}", ("lies in no build", f"nf4 reproduce {SIGNED}"), 1),
+    Mistake(
+        "artifact",
+        f"nf4 push {SIGNED} --repo-id me/mine",
+        ("lies in no build", f"nf4 reproduce {SIGNED}"),
+        1,
+    ),
+    Mistake(
+        "artifact",
+        f"nf4 verify {BUILD} --against defualt",
+        ("is defualt", "Did you mean default?"),
+        1,
+    ),
+    Mistake(
+        "artifact",
+        "nf4 verify artifacts/modle@000000000000",
+        ("Did you mean artifacts/model@000000000000?",),
+        1,
+    ),
+    Mistake(
+        "artifact",
+        "cd artifacts && nf4 verify",
+        ("no build under .*/artifacts/artifacts", "go to the folder above"),
+        1,
+    ),
+    Mistake(
+        "artifact",
+        'cd empty && nf4 prompt calibrated "Hello"',
+        ("no build under .*/empty/artifacts", "tag or folder is calibrated", "no folder here"),
+        1,
+    ),
+    Mistake(
+        "artifact",
+        'nf4 prompt "Tell me a story" sample',
+        ('The model comes first: nf4 prompt sample "Tell me a story"$',),
+    ),
+    Mistake(
+        "artifact",
+        f'nf4 prompt {BROKEN} "Hello"',
+        ("export of a build", f"nf4 build MODEL --build-dir .*{BROKEN}` again"),
+        1,
+    ),
     Mistake("artifact", "nf4 inspect nothing", ("no build.*nothing", "Start one: nf4 build"), 1),
     Mistake("artifact", "nf4 reproduce nothing", ("no build.*nothing", "Start one"), 1),
-    Mistake("artifact", f'nf4 prompt {BARE} "Hello"', ("without an export", "nf4 build"), 1),
+    Mistake(
+        "artifact",
+        f'nf4 prompt {BARE} "Hello"',
+        ("without an export", f"nf4 build /.* --build-dir {BARE}"),
+        1,
+    ),
     Mistake("artifact", "nf4 prompt model", ("Missing argument 'TEXT'",)),
     Mistake(
         "artifact", 'nf4 prompt model "Hello" --temperature hot', ("--temperature", "not a valid")
     ),
-    Mistake("artifact", 'nf4 prompt model "Hello" --top-p 90', ("top_p|--top-p", "0", "1")),
+    Mistake("artifact", 'nf4 prompt model "Hello" --top-p 90', ("top_p is 90", "90 % is 0.9")),
+    Mistake(
+        "artifact",
+        'nf4 prompt model "Hello" --max-new-tokens 0',
+        ("max_new_tokens is 0", "at least 1"),
+    ),
     Mistake(
         "artifact",
         'nf4 prompt half-tokenizer "Hello"',
@@ -344,7 +485,12 @@ MISTAKES: Final = (
     Mistake("artifact", 'nf4 prompt no-tokenizer "Hello"', ("tokenizer", "tokenizer.json"), 1),
     Mistake("artifact", f"nf4 sign {BUILD}", ("Missing option '--key'", "openssl|PEM|key.pem")),
     Mistake("artifact", f"nf4 sign {BUILD} --key key.pem", ("no private key", "openssl ecparam")),
-    Mistake("artifact", f"nf4 check {BUILD} --key key.pem", ("has no signature", "nf4 sign"), 1),
+    Mistake(
+        "artifact",
+        f"nf4 check {BUILD} --key key.pem",
+        ("has no signature", "Only its maker", "nf4 reproduce"),
+        1,
+    ),
     Mistake(
         "artifact", f"nf4 push {BUILD}", ("Missing option '--repo-id'", "--repo-id me/sample-nf4")
     ),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from nf4_pipeline.checkpoint import atomic as durable
 from nf4_pipeline.checkpoint.atomic import (
+    check_can_be_made,
     json_bytes,
     link_or_copy,
     remove_leftovers,
@@ -19,6 +20,7 @@ from nf4_pipeline.checkpoint.atomic import (
     write_bytes,
     write_json,
 )
+from nf4_pipeline.errors import AccessError
 
 
 class Stop(BaseException):
@@ -169,3 +171,17 @@ def test_a_link_in_the_place_of_the_half_file_is_not_followed(tmp_path: Path, ta
     assert precious.read_text() == "mine"
     assert [path.name for path in folder.iterdir()] == ["x.json"]
     assert not (tmp_path / "new.txt").exists()
+
+
+@pytest.mark.parametrize("place", ["/proc/none", "/proc/none/deeper", "file/build", "gone/build"])
+def test_a_folder_that_cannot_be_made(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "gone").symlink_to("nowhere")
+    with pytest.raises(AccessError, match=f"{place} cannot be made.*another --build-dir"):
+        check_can_be_made(tmp_path / place)
+
+
+@pytest.mark.parametrize("place", [".", "new", "new/and/deeper"])
+def test_a_folder_that_can_be_made(place: str, tmp_path: Path) -> None:
+    check_can_be_made(tmp_path / place)
+    assert not list(tmp_path.iterdir())

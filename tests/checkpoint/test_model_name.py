@@ -128,3 +128,26 @@ def test_a_repo_without_a_model(files: list[str], said: str) -> None:
     listed = tuple(RemoteFile(name, 1, None, None) for name in files)
     model = RemoteModel("me/model", "ab" * 20, listed)
     assert said in refusal(lambda: wanted_files(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("falcon-7b@main", "an option: ORG/falcon-7b --revision main"),
+        (f"{ID}@main", f"an option: {ID} --revision main"),
+        (f"{ID}@refs/pr/3", f"an option: {ID} --revision refs/pr/3"),
+        (f"{ID}@{'ab' * 20}", f"an option: {ID} --revision {'ab' * 20}"),
+        ("org--model@0123456789ab", "a folder of a build"),
+        ("model@0123456789ab-calibrated-3fa2", "a folder of a build"),
+        ("./model@main", "no such folder, and not a Hub id"),
+        ("builds/model@main", "no such folder, and not a Hub id"),
+        ("@", "no such folder, and not a Hub id"),
+        (f"{ID}@", "no such folder, and not a Hub id"),
+    ],
+)
+def test_a_revision_behind_a_name(
+    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "builds").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert said in refusal(lambda: check_hub_id(name))

@@ -167,7 +167,10 @@ def test_a_text_that_is_not_there_is_known_before_anything_is_fetched(
 @pytest.mark.parametrize(
     ("options", "patterns"),
     [
-        (("--extra-bytes", "5%"), ("--extra-bytes", "--calibrate self")),
+        (
+            ("--extra-bytes", "5%"),
+            ("--extra-bytes needs --calibrate, which", "Add --calibrate self"),
+        ),
         (("--calibrate", "self", "--extra-bytes", "lots"), ("'lots'", 'such as "5%"')),
         (("--calibrate", "self", "--extra-bytes", "-5%"), ("'-5%'", "percentage")),
         (("--calibrate", "self", "--extra-bytes", "101%"), ("'101%'", "percentage")),

@@ -293,7 +293,7 @@ def test_a_recorded_recipe_that_cannot_be_read(table: object, built: Built, tmp_
 def test_status_where_there_is_nothing(tmp_path: Path) -> None:
     done = nf4("status", cwd=tmp_path)
     assert done.status == 0
-    assert "No builds" in done.out
+    assert f"There is no build under {tmp_path}/artifacts. Start one" in done.out
     done = nf4("status", "--json", cwd=tmp_path)
     assert done.value == {}
 
@@ -312,7 +312,7 @@ def test_inspect(built: Built) -> None:
 def test_inspect_of_something_else(built: Built, tmp_path: Path) -> None:
     done = nf4("inspect", built.model, cwd=tmp_path)
     assert done.status == 1
-    assert "has no manifest.json" in done.err
+    assert "is a checkpoint, not an artifact. Make one: nf4 build /" in done.err
     assert "Traceback" not in done.err
 
 

@@ -12,6 +12,7 @@ from typing import Final
 
 import click
 import pytest
+from nf4_pipeline import __version__
 from nf4_pipeline.cli import COMMANDS, cli
 from nf4_pipeline.cli.help import CommandWithExamples
 
@@ -115,3 +116,60 @@ def test_completion(shell: str, tmp_path: Path) -> None:
 def test_the_line_for_a_shell(shell: str, tmp_path: Path) -> None:
     assert f"_NF4_COMPLETE={shell}_source nf4" in run_nf4("--help").out
     assert "_NF4_COMPLETE" in ask(tmp_path, _NF4_COMPLETE=f"{shell}_source")
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "said"),
+    [
+        ("build", "--calibarte", "Did you mean '--calibrate'?"),
+        ("build", "--CALIBRATE", "Did you mean '--calibrate'?"),
+        ("build", "--max-shard", "Did you mean '--max-shard-size'?"),
+        ("push", "--privat", "Did you mean '--private'?"),
+        ("build", "--bits", "`nf4 build --help` lists"),
+        ("build", "--gpu", "`nf4 build --help` lists"),
+        ("build", "-x", "`nf4 build --help` lists"),
+        ("build", "--skip-modules", "skip_modules = … under [quantize] into a TOML file"),
+        ("verify", "--max_mean_kl", "max_mean_kl = … under [verify] into a TOML file"),
+        ("inspect", "--skip-modules", "`nf4 inspect --help` lists"),
+        ("build", "--shaping", "`nf4 build --help` lists"),
+    ],
+)
+def test_an_option_that_there_is_not(name: str, option: str, said: str) -> None:
+    done = run_nf4(name, "model", option)
+    assert done.status == 2
+    assert f"No such option '{option}'. " in done.err
+    assert said in done.err
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("build model --calibrate", "It takes self|FILE. For example: --calibrate self"),
+        ("build model --recipe", "It takes FILE."),
+        ("build model --device", "For example: --device auto"),
+        ("prompt model Hello --seed", "It takes INTEGER."),
+        ("build model --json=1", "Option '--json' does not take a value."),
+        ("build model --calibrate --device cpu", "--calibrate has no value: --device follows it."),
+        ("build --calibrate --json", "--calibrate has no value: --json follows it."),
+        ("build model --recipe --device cpu", "--recipe has no value: --device follows it."),
+    ],
+)
+def test_an_option_without_its_value(line: str, said: str) -> None:
+    done = run_nf4(*line.split())
+    assert done.status == 2
+    assert said in done.err
+
+
+@pytest.mark.parametrize("option", ["-V", "--version"])
+def test_the_version(option: str) -> None:
+    done = run_nf4(option)
+    assert (done.status, done.out) == (0, f"nf4, version {__version__}\n")
+
+
+@pytest.mark.parametrize("option", ["--calibrate", "--prompts", "--eval-text", "--recipe"])
+def test_the_home_folder_in_a_path(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in `--recipe=~/my.toml`, which a shell leaves as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"{tmp_path}/none cannot be read" in run_nf4("build", "sample", f"{option}=~/none").err

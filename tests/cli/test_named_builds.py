@@ -165,16 +165,16 @@ def test_a_downloaded_artifact_and_a_source_without_a_build(here: Two, tmp_path:
     shutil.rmtree("artifacts")
     done = run_nf4("inspect", here.model)
     assert done.status == 1
-    assert "has no manifest.json" in done.err
+    assert f"{here.model} is a checkpoint, not an artifact. Make one: nf4 build" in done.err
 
 
 def test_against_takes_a_tag(here: Two) -> None:
     done = run_nf4("verify", "skip", "--against", "default", "--prompts", "none.jsonl")
     assert done.status == 2
     assert f"against: {here.default.export}\n" in done.err
-    done = run_nf4("verify", "skip", "--against", "nothing", "--prompts", "none.jsonl")
-    assert done.status == 2
-    assert "nothing" in done.err
+    done = run_nf4("verify", "skip", "--against", "defualt", "--prompts", "none.jsonl")
+    assert done.status == 1
+    assert "Did you mean default?" in done.err
 
 
 def test_stages_of_another_recipe_by_the_models_name(here: Two) -> None:

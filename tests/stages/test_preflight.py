@@ -10,6 +10,7 @@ import pytest
 import torch
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.errors import AlreadyQuantizedError, SourceError, UsageError
+from nf4_pipeline.hub import RemoteFile, RemoteModel
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.progress import SILENT
@@ -17,6 +18,7 @@ from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import SERIALIZE, Reading
 from nf4_pipeline.stages.download import Download
 from nf4_pipeline.stages.find_source import DownloadRequest
+from nf4_pipeline.stages.preflight import check_small_files
 from safetensors.torch import load_file
 
 from tests.support import sources as s
@@ -360,3 +362,22 @@ def test_a_nan_in_what_is_copied_is_named_with_its_place(llama: Path, tmp_path: 
     )
     with pytest.raises(SourceError, match=message):
         run_stage(build, "quantize", Recipe(), CPU, SILENT)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["manifest.json"], 'it is an artifact .*Use it: nf4 prompt me/model-nf4 "…"'),
+        (["quant_config.json"], "Start from the 16-bit checkpoint"),
+    ],
+)
+def test_what_is_quantized_on_the_hub_is_called_by_its_id(
+    files: list[str], said: str, llama: Path, tmp_path: Path
+) -> None:
+    """Of its cache only that part is there which was needed to know."""
+    model = copy_of(llama, tmp_path / "model")
+    edit_json(model / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    listed = tuple(RemoteFile(name, 1, None, None) for name in ["config.json", *files])
+    with pytest.raises(AlreadyQuantizedError, match=f"^me/model-nf4 is already .*{said}") as caught:
+        check_small_files(model, RemoteModel("me/model-nf4", "ab" * 20, listed))
+    assert str(tmp_path) not in str(caught.value)

@@ -19,6 +19,7 @@ from nf4_pipeline.builds.finding import (
     find_builds,
     find_other,
     no_build,
+    why_no_artifact,
 )
 from nf4_pipeline.builds.keeping import check_spec, complete_recipe, keep_spec, spec_of
 from nf4_pipeline.builds.listing import Listed, list_builds, recipe_shown
@@ -41,4 +42,5 @@ __all__ = [
     "no_build",
     "recipe_shown",
     "spec_of",
+    "why_no_artifact",
 ]

@@ -20,6 +20,7 @@ from nf4_pipeline.checkpoint.digest import digest_file, json_sha256
 from nf4_pipeline.checkpoint.plain_file import check_plain, why_unreadable
 from nf4_pipeline.errors import BuildError, PlanMismatchError, RecipeError, ResourceError
 from nf4_pipeline.manifest.manifest import KeptModule
+from nf4_pipeline.near_names import did_you_mean
 from nf4_pipeline.nf4.rounding import NearestOnCpu, Rounding
 from nf4_pipeline.progress import LOADING, Reporter
 from nf4_pipeline.recipe import QuantizeRecipe
@@ -255,9 +256,11 @@ def text_path(recipe: QuantizeRecipe) -> Path | None:
     try:
         check_plain(path, LARGEST)
     except OSError as error:
+        is_word = recipe.calibrate == path.stem
+        near = did_you_mean(recipe.calibrate, ["self"]) if is_word else ""
+        remedy = near or ' Name another, or "self" for tokens that the model writes.'
         raise RecipeError(
-            f"The calibration text {path} cannot be read: {why_unreadable(error)}. "
-            'Name another, or "self" for tokens that the model writes.'
+            f"The calibration text {path} cannot be read: {why_unreadable(error)}.{remedy}"
         ) from error
     return path
 

@@ -12,10 +12,13 @@ import errno
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
+
+from nf4_pipeline.errors import AccessError
 
 PARTIAL_SUFFIX: Final = ".partial"
 
@@ -25,6 +28,8 @@ _RENAME_EXCHANGE: Final = 2  # renameat2(2)
 _SYNC_FILE_RANGE_WRITE: Final = 2  # sync_file_range(2)
 _NO_FSYNC: Final = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 """What file systems say of a folder that keep no names back, or cannot be asked to write them."""
+_TAKES_NONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
+"""What is said of a new folder where none can ever be made, or not by this user."""
 _sync_file_range: Any = getattr(_LIBC, "sync_file_range", None)
 if _sync_file_range is not None:
     _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
@@ -67,6 +72,31 @@ def make_folder(folder: Path) -> None:
     make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     sync_folder(folder.parent)
+
+
+def check_can_be_made(folder: Path) -> None:
+    """Tries whether a folder can be made; leaves nothing.
+
+    Raises:
+        AccessError: no folder can be made there, as below a file or under /proc, or not by this
+            user.
+    """
+    above = folder.absolute()
+    while not os.path.lexists(above):
+        above = above.parent
+    if above == folder.absolute():
+        return
+    tried = above / f".nf4_{os.getpid()}_{threading.get_ident()}"
+    try:
+        tried.mkdir(exist_ok=True)
+        tried.rmdir()
+    except OSError as error:
+        if error.errno not in _TAKES_NONE:
+            raise
+        raise AccessError(
+            f"{folder} cannot be made: {above} takes no folder ({error.strerror}). Give this user "
+            "the right to it, or name another --build-dir."
+        ) from error
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def without_weights(folder: Path) -> str:
         )
     if (commit := cache_commit(folder)) is not None:
         return f"{folder} holds no weights: {expected} {_download_again(*commit)}"
-    return f"{folder} holds no weights: {expected}"
+    return f"{folder} holds no weights: {expected} {_build_again(folder) or ''}".rstrip()
 
 
 def how_to_complete(folder: Path, missing: str) -> str:
@@ -107,6 +107,8 @@ def how_to_complete(folder: Path, missing: str) -> str:
         return link
     if (commit := cache_commit(folder)) is not None:
         return _download_again(*commit)
+    if (again := _build_again(folder)) is not None:
+        return again
     others = sorted(
         path.name for path in folder.glob("*.safetensors") if path.name.startswith("model")
     )
@@ -116,6 +118,15 @@ def how_to_complete(folder: Path, missing: str) -> str:
             "saved with them, or the files that were saved with it."
         )
     return "Download the checkpoint again."
+
+
+def _build_again(folder: Path) -> str | None:
+    """The way to the files of a build; None for a folder that is in none."""
+    root = folder.absolute().parent
+    if folder.absolute().name != "export" or not (root / "records").is_dir():
+        return None
+    place = shlex.quote(str(root))
+    return f"It is the export of a build: run `nf4 build MODEL --build-dir {place}` again."
 
 
 def _shards_of(name: str) -> str:

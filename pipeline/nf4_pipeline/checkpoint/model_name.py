@@ -26,6 +26,10 @@ _HUB_ADDRESS: Final = re.compile(
 )
 _ADDRESS: Final = re.compile(r"[a-z][a-z0-9+.-]*://|git@|www\.", re.I)
 _NOT_MODELS: Final = {"datasets": "a data set", "spaces": "a Space", "collections": "a collection"}
+_AT_REVISION: Final = re.compile(r"(?P<model>[^@/]+(/[^@/]+)?)@(?P<revision>[^@]+)")
+_BUILD: Final = re.compile(r"[^@/]+@[0-9a-f]{12}(-[a-z0-9-]+)?")
+"""The name of a build folder."""
+
 _WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _ARCHIVES: Final = (".zip", ".tar", ".gz", ".tgz", ".zst", ".xz", ".7z", ".bz2")
 _MOST: Final = 1000  # names of a folder that are compared
@@ -34,6 +38,14 @@ _MOST: Final = 1000  # names of a folder that are compared
 def is_hub_id(name: str) -> bool:
     """True for text of the form ORG/NAME that is no path."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+
+
+def at_revision(name: str) -> tuple[str, str] | None:
+    """The parts of `ORG/NAME@REVISION`, as some programs write it; None of any other name."""
+    found = _AT_REVISION.fullmatch(name)
+    if found is None or ("/" in found["model"] and not is_hub_id(found["model"])):
+        return None
+    return found["model"], found["revision"]
 
 
 def model_path(name: str | Path) -> Path:
@@ -65,9 +77,21 @@ def check_hub_id(name: str) -> None:
         )
     if (path := named_path(name)).is_file():
         raise UsageError(_of_file(path))
-    if is_hub_id(name):
+    if _BUILD.fullmatch(name):
+        raise UsageError(
+            f"{name} is called as a folder of a build is, and there is none of that name here. To "
+            "build, name the model that it was built from."
+        )
+    is_beside = len(path.parts) > 1 and path.parent.is_dir()
+    if (at := at_revision(name)) is not None and not is_beside:
+        model, revision = at
+        whole = "" if is_hub_id(model) else "ORG/"
+        raise UsageError(
+            f"{name}: no such folder. A revision is an option: {whole}{model} --revision {revision}"
+        )
+    if is_hub_id(name) and "@" not in name:
         return
-    near = did_you_mean(path.name, _near(path), "" if len(path.parts) < 2 else f"{path.parent}/")
+    near = did_you_mean(path.name, beside(path), "" if len(path.parts) < 2 else f"{path.parent}/")
     if is_hub_id(name.strip("/")) and not name.startswith("/"):
         near = f" Did you mean {name.strip('/')!r}?"
     near = near or " Write the whole id, such as tiiuae/falcon-7b-instruct, or the folder's path."
@@ -118,7 +142,7 @@ def _of_file(path: Path) -> str:
     return f"{path} is a file, and a model is a folder with config.json in it. Name {WANTED}."
 
 
-def _near(path: Path) -> list[str]:
+def beside(path: Path) -> list[str]:
     """The names of the folders beside which a path was to lie, and "sample"."""
     found = [SAMPLE] if len(path.parts) < 2 else []
     with suppress(OSError):

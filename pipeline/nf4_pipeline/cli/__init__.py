@@ -80,7 +80,7 @@ class _LazyGroup(click.Group):
         name = args[0]
         if name in COMMANDS or name.startswith("-") or ctx.resilient_parsing:
             return super().resolve_command(ctx, args)
-        raise click.UsageError(no_such_command(name, list(COMMANDS)), ctx)
+        raise click.UsageError(no_such_command(name, list(COMMANDS), args[1:]), ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -93,7 +93,10 @@ class _LazyGroup(click.Group):
 
 
 _EXAMPLES: Final = (
-    ("nf4 build sample", "A small model that comes along: no GPU, no network, half a minute."),
+    (
+        "nf4 build sample",
+        "A small model that comes along: no GPU, no network, 15 seconds.",
+    ),
     ("nf4 build tiiuae/falcon-7b-instruct --calibrate self", "A model of the Hub, the better way."),
 )
 _COMPLETE: Final = "_NF4_COMPLETE"
@@ -107,7 +110,7 @@ into."""
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="nf4")
+@click.version_option(__version__, "-V", "--version", prog_name="nf4")
 def cli() -> None:
     """Quantize a Hugging Face causal LM to bitsandbytes NF4, prove what it is worth, publish it."""
 

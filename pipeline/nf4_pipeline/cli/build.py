@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     "build",
     cls=CommandWithExamples,
     examples=(
-        ("nf4 build sample", "A small model that comes along: no GPU, no network, half a minute."),
+        (
+            "nf4 build sample",
+            "A small model that comes along: no GPU, no network, 15 seconds.",
+        ),
         (
             "nf4 build tiiuae/falcon-7b-instruct --calibrate self --extra-bytes 5%",
             "A model of the Hub; its most sensitive layers stay in 16 bit, for 5 % more bytes.",

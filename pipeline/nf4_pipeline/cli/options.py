@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -41,9 +42,18 @@ class NamedPath(click.Path):
         if (problem := problem_of(os.fspath(value))) is not None:
             self.fail(f"{os.fspath(value)[:80]!r} can be no path: {problem}.", param, ctx)
         try:
-            return super().convert(value, param, ctx)
+            # A shell leaves "~" where it stands behind "--option=" or in quotes.
+            return super().convert(_expanded(value), param, ctx)
         except OSError as error:  # such as a link to itself
             self.fail(f"{str(value)!r}: {error.strerror}.", param, ctx)
+
+
+def _expanded(value: Any) -> Any:
+    """A path with the user's home folder in the place of "~", if there is one."""
+    if value is not None and os.fspath(value).startswith("~"):
+        with suppress(RuntimeError):  # there is no such user, and so no such file
+            return str(Path(value).expanduser())
+    return value
 
 
 class WholeNumber(click.IntRange):
@@ -180,6 +190,7 @@ _SHAPING: Final[dict[str, tuple[Decorator, ...]]] = {
         click.option(
             "--calibrate",
             metavar="self|FILE",
+            callback=lambda _context, _option, value: _expanded(value),
             help="Choose codes and scales from the model's activations: on tokens that it writes "
             "itself, or on a text or JSONL file. Slower, and much closer to the 16-bit model.",
         ),
@@ -297,6 +308,9 @@ def _by_option(text: str, said: Mapping[str, Any]) -> str:
     for key in (key for key, value in said.items() if value is not None and key != "recipe"):
         for table in _SHAPING:
             text = text.replace(f"{table}.{key} ", f"--{key.replace('_', '-')} ")
+    if said.get("extra_bytes") is not None:  # the one option that needs another one
+        text = text.replace("quantize.calibrate, ", "--calibrate, ")
+        text = text.replace('calibrate = "self"', "--calibrate self")
     return text
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from nf4_pipeline.cli.help import CommandWithExamples, complete_model
-from nf4_pipeline.cli.named_builds import named_artifact
+from nf4_pipeline.cli.named_builds import named_artifact, without_build
 from nf4_pipeline.cli.options import Ui, output_options
 from nf4_pipeline.cli.terminal import say, say_piece
 
@@ -71,7 +71,7 @@ def command(
     chosen = named_artifact(ui, artifact, newest=True)
     reply = ask(
         text,
-        artifact if chosen is None else str(chosen.folder),
+        without_build(artifact, text) if chosen is None else str(chosen.folder),
         sampling,
         revision=revision,
         offline=offline,

@@ -43,7 +43,7 @@ def command(
     path. Without MODEL or --build-dir, all builds under artifacts/ are meant.
     """
     from nf4_pipeline.build_folder import Build
-    from nf4_pipeline.builds import find_builds, recipe_shown
+    from nf4_pipeline.builds import find_builds, no_build, recipe_shown
     from nf4_pipeline.progress import LOADING
 
     builds = find_builds(model if build_dir is None else build_dir, ARTIFACTS)
@@ -55,7 +55,7 @@ def command(
 
     def show() -> None:
         if not found:
-            say(f"No builds under {ARTIFACTS}/. Start one: nf4 build sample")
+            say(str(no_build(None, ARTIFACTS)))
         for build, stages in found:
             say(f"{build.root}")
             if build.variant is not None and (changed := recipe_shown(build.variant)):

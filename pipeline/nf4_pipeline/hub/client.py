@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 from nf4_pipeline.errors import HubError, PipelineError
 from nf4_pipeline.hub import limits, replies
-from nf4_pipeline.hub.errors import Request, may_pass, translate_error
+from nf4_pipeline.hub.errors import Request, may_pass, translate_error, without_secrets
 from nf4_pipeline.hub.limits import Allowance
 from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
 from nf4_pipeline.printable import printable
@@ -126,6 +127,17 @@ def _install(request: Request) -> None:
     Raises:
         HubError: the environment is one in which the client can make none.
     """
+    from huggingface_hub import constants
+
+    if not re.match(r"https?://[^/\s]", constants.ENDPOINT):
+        shown = without_secrets(constants.ENDPOINT, None)[:200]
+        host = re.sub(r"^(https?:)?/*", "", shown) or "huggingface.co"
+        raise HubError(
+            printable(
+                f"HF_ENDPOINT is {shown!r}, and a Hub's address begins with https://. Set it to "
+                f"https://{host}, or unset it."
+            )
+        )
     try:
         from nf4_pipeline.hub import transport
 

@@ -7,6 +7,7 @@ config that transformers itself does not know is refused.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,29 +40,39 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def check_not_quantized(config: dict[str, Any], checkpoint: Checkpoint | None, where: Path) -> None:
+def check_not_quantized(
+    config: dict[str, Any],
+    checkpoint: Checkpoint | None,
+    where: Path,
+    *,
+    repo: str | None = None,
+    others: Collection[str] = (),
+) -> None:
     """Refuses a checkpoint that is quantized already.
 
     Args:
         config: its config.json.
         checkpoint: the headers of its weights; None if they cannot be read yet.
         where: the folder.
+        repo: by which it is called, if it is on the Hub.
+        others: names of files that are there and not in the folder.
 
     Raises:
         AlreadyQuantizedError: the config, the tensors or a file beside them say so.
     """
     tensors = [tensor.header for tensor in checkpoint.tensors] if checkpoint else []
-    names = {path.name for path in where.iterdir()} if where.is_dir() else set()
+    names = {*others, *(path.name for path in where.iterdir())} if where.is_dir() else {*others}
+    called = repo or str(where)
     how = quantization_of(tensors, config, names)
     if how is not None and "manifest.json" in names:
         raise AlreadyQuantizedError(
-            f"{where} is already quantized: it is an artifact ({how}). Use it: nf4 prompt "
-            f'{shlex.quote(str(where))} "…". To build another, start from the 16-bit checkpoint '
+            f"{called} is already quantized: it is an artifact ({how}). Use it: nf4 prompt "
+            f'{shlex.quote(called)} "…". To build another, start from the 16-bit checkpoint '
             "that its manifest.json names as its source."
         )
     if how is not None:
         raise AlreadyQuantizedError(
-            f"{where} is already quantized, as {how}. "
+            f"{called} is already quantized, as {how}. "
             "Start from the 16-bit checkpoint that it was made from."
         )
 

@@ -91,7 +91,8 @@ def check(artifact: Path, public_key: Path) -> int:
     path = artifact / SIGNATURE_FILE
     if not path.is_file():
         raise SignatureError(
-            f"{artifact} has no signature: expected {SIGNATURE_FILE} in it. Sign it: nf4 sign."
+            f"{artifact} has no signature: expected {SIGNATURE_FILE} in it. Only its maker can "
+            "sign it (nf4 sign). Without a signature, nf4 reproduce compares every byte."
         )
     try:
         check_plain(path, _LARGEST_SIGNATURE)

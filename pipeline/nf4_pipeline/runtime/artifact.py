@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from nf4_pipeline.checkpoint.folder_advice import adapter_advice, without_config
@@ -43,7 +44,10 @@ def find_model(name: str | Path | None) -> str:
         export = path / "export"
         if is_model(export):
             return str(export)
-        raise ArtifactError(f"{path} is a build without an export. Finish it: nf4 build.")
+        raise ArtifactError(
+            f"{path} is a build without an export. Finish it: nf4 build MODEL --build-dir "
+            f"{shlex.quote(str(path))}."
+        )
     if str(name) == "sample":
         from nf4_pipeline.sample import MODEL_DIR
 

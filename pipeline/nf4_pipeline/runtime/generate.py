@@ -111,15 +111,18 @@ class Sampling(Document):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise UsageError(f"{name} is {value!r}; expected a whole number.")
             if value is not None and value > most:
-                raise UsageError(f"{name} is too large; expected at most {most:,}.")
+                raise UsageError(f"{name} is {_whole(value)}; expected at most {most:,}.")
             if value is not None and value < 1:
-                raise UsageError(f"{name} is too small; expected at least 1.")
+                raise UsageError(f"{name} is {_whole(value)}; expected at least 1.")
         for name in ("top_p", "temperature", "seed"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, int if name == "seed" else (int, float)):
                 raise UsageError(f"{name} is {value!r}; expected a number.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p is {self.top_p}; expected more than 0 and at most 1.")
+            said = f"top_p is {self.top_p}; expected more than 0 and at most 1."
+            if 2 <= self.top_p < 100:
+                said += f" {self.top_p:g} % is {self.top_p / 100:g}."
+            raise UsageError(said)
         if self.temperature and not 1e-6 <= self.temperature <= 1e6:
             raise UsageError(
                 f"temperature is {self.temperature}; expected 0, or from 0.000001 to 1,000,000."
@@ -355,6 +358,11 @@ def _of_generating(error: Exception) -> PipelineError:
         f"The model does not generate: {text}. Look at its config.json and "
         "generation_config.json: transformers does as they say."
     )
+
+
+def _whole(value: int) -> str:
+    """A number for a message; Python writes none of more than 4,300 digits."""
+    return f"{value:,}" if abs(value) < 10**12 else "a number beyond all"
 
 
 def _shown(value: object) -> str:

@@ -13,6 +13,7 @@ from nf4_pipeline.build_folder import Build
 from nf4_pipeline.build_folder.spec import SourcePin
 from nf4_pipeline.build_folder.variant import SHAPING_TABLES
 from nf4_pipeline.builds import check_spec, folder_for, keep_spec, spec_of
+from nf4_pipeline.checkpoint.atomic import check_can_be_made
 from nf4_pipeline.checkpoint.digest import (
     FileDigest,
     FileStamp,
@@ -82,6 +83,24 @@ class DownloadRequest:
     check: bool = False
     recipe: Recipe | None = None
     replaces: bool = False
+
+    def check_names(self) -> None:
+        """Refuses names that mean nothing, before anything is looked up.
+
+        Raises:
+            UsageError: the model is no folder and no Hub id either, or a revision was named for a
+                local folder.
+            AccessError: the build folder cannot be made.
+        """
+        if self.model != SAMPLE and not model_path(self.model).is_dir():
+            check_hub_id(self.model)
+        elif self.revision is not None:
+            raise UsageError(
+                f"--revision {self.revision} means nothing for {self.model}, a local folder. "
+                "Leave it out."
+            )
+        if self.build_dir is not None:
+            check_can_be_made(self.build_dir)
 
     @property
     def _whole_recipe(self) -> Recipe:
@@ -224,15 +243,13 @@ class SourceFinder:
             UsageError: the request means nothing.
         """
         request = self.request
+        request.check_names()
         path = model_path(request.model)
         if path.is_dir():
-            self._refuse_revision()
             folder = path.resolve()
             return Place(folder, *(cache_commit(folder) or (folder.name, None)))
         if request.model == SAMPLE:
-            self._refuse_revision()
             return Place(MODEL_DIR.resolve(), SAMPLE_REPO, is_sample=True)
-        check_hub_id(request.model)
         from nf4_pipeline import hub
 
         with self.reporter.task("ask the Hub", None):
@@ -271,13 +288,6 @@ class SourceFinder:
         # The commit counts if every file is what the Hub listed.
         proved = are_blobs(place.folder, source.files)
         return replace(source, commit=place.commit) if proved else source
-
-    def _refuse_revision(self) -> None:
-        if self.request.revision is not None:
-            raise UsageError(
-                f"--revision {self.request.revision} means nothing for {self.request.model}, a "
-                "local folder. Leave it out."
-            )
 
     def _find_local(self, folder: Path, repo: str, *, is_sample: bool = False) -> Source:
         check_small_files(folder)
@@ -333,7 +343,7 @@ class SourceFinder:
 
         whole = hub.wanted_files(model, allow_pickle=request.allow_pickle)  # or has no weights
         folder = fetch(hub.small_files(model))
-        check_small_files(folder)
+        check_small_files(folder, model)
         weights = choose_weight_files(
             {file.path for file in model.files if "/" not in file.path},
             read_config(folder),

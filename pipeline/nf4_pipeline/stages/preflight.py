@@ -17,6 +17,7 @@ from nf4_pipeline.checkpoint.skeleton import make_skeleton
 from nf4_pipeline.checkpoint.source import open_checkpoint
 from nf4_pipeline.checkpoint.strip_prefix import check_prefix
 from nf4_pipeline.errors import PipelineError, SourceError
+from nf4_pipeline.hub.remote import RemoteModel
 from nf4_pipeline.model import check_folder
 from nf4_pipeline.model.architecture import Architecture
 from nf4_pipeline.model.config import check_not_quantized, read_config
@@ -53,14 +54,21 @@ class Findings:
         return replace(self, tokenizer=tokenizer)
 
 
-def check_small_files(folder: Path) -> None:
+def check_small_files(folder: Path, model: RemoteModel | None = None) -> None:
     """What can be known without the weights being there.
+
+    Args:
+        folder: the checkpoint.
+        model: what the Hub lists, if it is from there.
 
     Raises:
         SourceError: the folder is no checkpoint, or a file in it is not what its name says.
         AlreadyQuantizedError: its config says that it is quantized.
     """
-    check_not_quantized(check_folder.check_small_files(folder), None, folder)
+    config = check_folder.check_small_files(folder)
+    repo = None if model is None else model.repo_id
+    others = () if model is None else {file.path for file in model.files}
+    check_not_quantized(config, None, folder, repo=repo, others=others)
     whole = (folder / "adapter_config.json").is_file() and list(folder.glob("adapter_model.*"))
     if whole:
         raise SourceError(

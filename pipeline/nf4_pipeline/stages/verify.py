@@ -23,7 +23,7 @@ from nf4_pipeline.checkpoint.digest import (
 )
 from nf4_pipeline.checkpoint.files import CARD_FILE, entries, is_tokenizer
 from nf4_pipeline.checkpoint.plain_file import check_plain
-from nf4_pipeline.errors import ArtifactError, RecipeError, ResourceError
+from nf4_pipeline.errors import ArtifactError, ResourceError
 from nf4_pipeline.fidelity.verdict import Check
 from nf4_pipeline.machine import Machine, kind_of_device
 from nf4_pipeline.manifest.manifest import Manifest, Source
@@ -58,7 +58,14 @@ from nf4_pipeline.verification.document import (
 )
 from nf4_pipeline.verification.eval_text import RANDOM, Text, read_text
 from nf4_pipeline.verification.launch import Examination, Workers, compare_scores
-from nf4_pipeline.verification.prompts import LARGEST, REFERENCE, Prompt, asked_with, read_prompts
+from nf4_pipeline.verification.prompts import (
+    LARGEST,
+    REFERENCE,
+    Prompt,
+    asked_with,
+    read_prompts,
+    unreadable,
+)
 
 CODE_VERSION: Final = 7
 REPORT_FILE: Final = "report.html"
@@ -166,9 +173,7 @@ class Verify:
             try:
                 check_plain(path, LARGEST)
             except OSError as error:
-                raise RecipeError(
-                    f"The prompts {path} cannot be read: {error.strerror}."
-                ) from error
+                raise unreadable(path, error) from error
             return path
         if self.build.need(DOWNLOAD).facts.is_sample:
             from nf4_pipeline.sample import QUESTIONS

@@ -75,7 +75,10 @@ def read_text(path: Path | None) -> Text:
         text = plain_file.read_text(path, _LARGEST)
     except (OSError, UnicodeDecodeError) as error:
         why = plain_file.why_unreadable(error)
-        raise RecipeError(f"The text {path} cannot be read: {why}.") from error
+        raise RecipeError(
+            f"The text {path} cannot be read: {why}. Name another (--eval-text), or none for the "
+            "text that comes along."
+        ) from error
     if not text.strip():
         raise RecipeError(f"The text {path} is empty. Name one with some thousand words.")
     return Text(path.name, {path.stem: text})

@@ -55,8 +55,7 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     try:
         lines = read_text(path, LARGEST).split("\n")  # splitlines() also splits inside of texts
     except (OSError, UnicodeDecodeError) as error:
-        why = why_unreadable(error)
-        raise RecipeError(f"The prompts {path} cannot be read: {why}.") from error
+        raise unreadable(path, error) from error
     prompts = tuple(
         _parse(line, f"{path}, line {number}")
         for number, line in enumerate(lines, start=1)
@@ -65,6 +64,14 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     if not prompts:
         raise RecipeError(f"The prompts {path} are empty; expected one JSON object a line.")
     return prompts
+
+
+def unreadable(path: Path, error: OSError | UnicodeDecodeError) -> RecipeError:
+    """The error of a file of prompts that cannot be read."""
+    return RecipeError(
+        f"The prompts {path} cannot be read: {why_unreadable(error)}. Name others (--prompts), or "
+        "none for those that come along."
+    )
 
 
 def _parse(line: str, where: str) -> Prompt:
