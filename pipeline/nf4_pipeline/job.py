@@ -155,7 +155,7 @@ def run_stage(
 
     Verify always runs: whoever asks for it alone wants to know what lies there now. What attest
     speaks of is hashed, too, before anything is said of it. Where attest was done, it is done again
-    after verify, since card and provenance speak of the verdict.
+    after verify has passed, since card and provenance speak of the verdict.
 
     Args:
         build: the build folder.
@@ -193,7 +193,8 @@ def run_stage(
                     f"{build.export / found[0]} was left by no stage. Run `nf4 build`."
                 )
         result = _ensure(build, stages, name, whole, reporter, anew=name == "verify")
-        if name == "verify" and attested is not None:  # card and provenance speak of a verdict
+        passed = name == "verify" and result.record.facts.verdict == "pass"
+        if passed and attested is not None:  # card and provenance speak of the verdict
             kept = make_stages(build, whole, machine, reporter, repo_id=attested.facts.repo_id)
             _ensure(build, kept, "attest", whole, reporter)
         return result

@@ -208,13 +208,14 @@ def _in_lasting_thread(
             ended.wait()
 
     thread = threading.Thread(target=live, daemon=True, name="nf4 session")
-    thread.start()
     try:
+        thread.start()  # an interrupt may come in here, too, with the thread begun
         return made.result()
     except BaseException:  # an interrupt; the child may be just begun
         made.add_done_callback(_close_made)
         ended.set()
-        thread.join(_BEGINS)  # else this process may end before the child's folder is deleted
+        with suppress(RuntimeError):  # the thread did not even begin
+            thread.join(_BEGINS)  # else this process may end before the child's folder is deleted
         raise
 
 
