@@ -26,7 +26,7 @@ from nf4_pipeline.engine.scheduler import Output, QuantizedFile
 from nf4_pipeline.errors import PlanMismatchError, ResourceError
 from nf4_pipeline.machine import Machine, may_have_cuda
 from nf4_pipeline.nf4.packing import blocks_of
-from nf4_pipeline.nf4.rounding import NearestOnCpu, Rounding
+from nf4_pipeline.nf4.rounding import MANY_PROCESSORS, NearestOnCpu, Rounding
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import DOWNLOAD, QUANTIZE, FileFacts, QuantizeFacts
@@ -37,7 +37,6 @@ from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 CODE_VERSION: Final = 2
 _LARGEST_FACTS: Final = 256 * 2**20
 _FACTS_SUFFIX: Final = ".facts.json"
-_MANY_PROCESSORS: Final = 8
 _BYTES_PER_BLOCK: Final = 24  # absmax, three sums, and the rounded scale twice
 
 
@@ -230,7 +229,7 @@ def rounding_for(device: str) -> Rounding:
         device: "cpu", "cuda" or "cuda:N"; "auto" takes GPUs only beside few processors, since many
             are as fast as the disk themselves, and starting CUDA takes longer than they need.
     """
-    few = len(os.sched_getaffinity(0)) < _MANY_PROCESSORS
+    few = len(os.sched_getaffinity(0)) < MANY_PROCESSORS
     if device == "cpu" or (device == "auto" and not (few and may_have_cuda())):
         return NearestOnCpu()
     from nf4_pipeline.runtime.loader import cuda_devices
