@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -69,15 +70,26 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def pids_of_workers() -> set[int]:
-    """Those processes that run the example worker, whoever started them."""
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A variable that only the workers of this test inherit: other tests run beside it."""
+    value = uuid.uuid4().hex
+    monkeypatch.setenv("NF4_TEST_MARK", value)
+    return f"NF4_TEST_MARK={value}"
+
+
+def pids_of_workers(mark: str) -> set[int]:
+    """Those processes that run the example worker and were started by the test of the mark."""
     marked = set()
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            if b"tests.processes.example_worker" in entry.read_bytes().split(b"\0"):
-                marked.add(int(entry.parent.name))
+            command, environment = (
+                (process / name).read_bytes().split(b"\0") for name in ("cmdline", "environ")
+            )
         except OSError:
-            pass  # it ended
+            continue  # it ended, or is another user's
+        if b"tests.processes.example_worker" in command and mark.encode() in environment:
+            marked.add(int(process.name))
     return {pid for pid in marked if is_running(pid)}
 
 
@@ -238,11 +250,10 @@ def test_an_interrupt_is_for_the_parent_to_decide() -> None:
     assert ask("interrupt").text == "still here"
 
 
-def test_leaving_the_with_ends_it() -> None:
-    before = pids_of_workers()
+def test_leaving_the_with_ends_it(mark: str) -> None:
     with start(EXAMPLE, Order("sleep")):
-        assert eventually(lambda: pids_of_workers() - before)
-    assert pids_of_workers() == before
+        assert eventually(lambda: pids_of_workers(mark))
+    assert not pids_of_workers(mark)
 
 
 def test_a_task_that_is_open_when_the_child_dies_is_closed() -> None:
@@ -258,7 +269,7 @@ def test_a_task_that_is_open_when_the_child_dies_is_closed() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_child_does_not_outlive_its_parent(number: signal.Signals) -> None:
+def test_a_child_does_not_outlive_its_parent(number: signal.Signals, mark: str) -> None:
     program = textwrap.dedent(
         """
         from nf4_pipeline.processes.parent_side import run
@@ -274,7 +285,6 @@ def test_a_child_does_not_outlive_its_parent(number: signal.Signals) -> None:
         run(EXAMPLE, Order("sleep"), Reporter())
         """
     )
-    before = pids_of_workers()
     environment = {**os.environ, **PATHS}
     with subprocess.Popen(
         [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE
@@ -282,12 +292,12 @@ def test_a_child_does_not_outlive_its_parent(number: signal.Signals) -> None:
         try:
             assert parent.stdout is not None
             assert parent.stdout.readline() == b"at work\n"
-            assert len(pids_of_workers() - before) == 1
+            assert len(pids_of_workers(mark)) == 1
             parent.send_signal(number)
             assert parent.wait(120) == -number
         finally:
             parent.kill()
-    assert eventually(lambda: pids_of_workers() == before)
+    assert eventually(lambda: not pids_of_workers(mark))
 
 
 def test_a_child_whose_parent_died_before_it_could_ask() -> None:
