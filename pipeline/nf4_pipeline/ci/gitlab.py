@@ -13,6 +13,9 @@ from nf4_pipeline.printable import printable
 _UNSAFE: Final = re.compile(r"[^\w .,:/@+=-]", re.ASCII)
 """What a line of such a file cannot hold, or what a shell that reads it could act on."""
 
+_LONGEST: Final = 500
+"""Characters of a value: the whole file may have 5 KB."""
+
 
 def junit(checks: Sequence[Check]) -> str:
     """Every check as a test: those that failed stand on the page of a merge request."""
@@ -32,8 +35,12 @@ def junit(checks: Sequence[Check]) -> str:
 
 
 def variables(outputs: Mapping[str, str]) -> str:
-    """Outputs as variables of later jobs: "hub-url" is NF4_HUB_URL."""
+    """Outputs as variables of later jobs: "hub-url" is NF4_HUB_URL.
+
+    A value that such a file cannot hold is left out.
+    """
     return "".join(
-        f"NF4_{name.upper().replace('-', '_')}={_UNSAFE.sub('_', value)[:1000]}\n"
+        f"NF4_{name.upper().replace('-', '_')}={value}\n"
         for name, value in outputs.items()
+        if not _UNSAFE.search(value) and len(value) <= _LONGEST
     )

@@ -1,6 +1,7 @@
 """A plan, an artifact or a failure -> Markdown, outputs for later steps, annotations. Pure.
 
-Every name and every reason may be a stranger's: Markdown holds them as words, outputs as one line.
+Every name and every reason may be a stranger's: Markdown holds them as words, outputs as one line;
+and where a log shows the Markdown, no line of it is a workflow command.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from nf4_pipeline.model.unused_tensors import left_out
 from nf4_pipeline.printable import printable
 from nf4_pipeline.records import PushFacts
 from nf4_pipeline.report.formatting import interval, is_finite, plain_size
-from nf4_pipeline.report.markdown import code, folded, in_cell, in_text, table
+from nf4_pipeline.report.markdown import folded, in_cell, in_text, table
 from nf4_pipeline.report.pictures import drawable
 from nf4_pipeline.verification.document import MeasuredVerification, Verification
 
@@ -87,7 +88,7 @@ def report_of_artifact(
     verdict = "not verified" if verification is None else verification.verdict
     failed = () if verification is None else verification.failed_checks
     measured = verification if isinstance(verification, MeasuredVerification) else None
-    heading = f"## {code(manifest.source.repo)} in {manifest.codebook}: {verdict}"
+    heading = f"## {in_text(manifest.source.repo[:_LONGEST_MESSAGE])} in {manifest.codebook}: {verdict}"
     parts = [heading, _figures(manifest, measured)]
     if failed:
         rows = [(in_cell(c.name), in_cell(c.found), in_cell(c.expected)) for c in failed]
@@ -138,8 +139,8 @@ def report_of_plan(plan: Mapping[str, Any], parts: int = 1) -> CiReport:
         raise UsageError(
             "That is no plan of a build. Make one: nf4 build MODEL --dry-run --json >plan.json"
         ) from error
-    pinned = f" at {code(str(commit)[:12])}" if commit else ""
-    markdown = f"## Plan for {code(str(name))}{pinned}\n\n{table(('', 'bytes'), sizes)}\n"
+    pinned = f" at {in_text(str(commit)[:12])}" if commit else ""
+    markdown = f"## Plan for {in_text(str(name)[:_LONGEST_MESSAGE])}{pinned}\n\n{table(('', 'bytes'), sizes)}\n"
     return CiReport(markdown, outputs)
 
 
@@ -152,7 +153,7 @@ def report_of_failure(log: str) -> CiReport:
     lines = [line.removeprefix("Error: ") for line in log.splitlines() if line.startswith("Error:")]
     why = lines[-1].strip() if lines else "Nothing says why: see the log of the step that built it."
     annotation = Annotation("error", "nf4: no artifact", printable(why, _LONGEST_MESSAGE))
-    markdown = f"## No artifact was made\n\n{in_text(why[:_LONGEST_MESSAGE])}\n"
+    markdown = f"## No artifact was made\n\n**Error:** {in_text(why[:_LONGEST_MESSAGE])}\n"
     return CiReport(markdown, {"verdict": "none"}, (annotation,))
 
 
