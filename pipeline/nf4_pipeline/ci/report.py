@@ -88,8 +88,8 @@ def report_of_artifact(
     verdict = "not verified" if verification is None else verification.verdict
     failed = () if verification is None else verification.failed_checks
     measured = verification if isinstance(verification, MeasuredVerification) else None
-    heading = f"## {in_text(manifest.source.repo[:_LONGEST_MESSAGE])} in {manifest.codebook}: {verdict}"
-    parts = [heading, _figures(manifest, measured)]
+    name = in_text(manifest.source.repo[:_LONGEST_MESSAGE])
+    parts = [f"## {name} in {manifest.codebook}: {verdict}", _figures(manifest, measured)]
     if failed:
         rows = [(in_cell(c.name), in_cell(c.found), in_cell(c.expected)) for c in failed]
         parts.append(_checks_table(("check that failed", "found", "expected"), rows))
@@ -140,8 +140,8 @@ def report_of_plan(plan: Mapping[str, Any], parts: int = 1) -> CiReport:
             "That is no plan of a build. Make one: nf4 build MODEL --dry-run --json >plan.json"
         ) from error
     pinned = f" at {in_text(str(commit)[:12])}" if commit else ""
-    markdown = f"## Plan for {in_text(str(name)[:_LONGEST_MESSAGE])}{pinned}\n\n{table(('', 'bytes'), sizes)}\n"
-    return CiReport(markdown, outputs)
+    heading = f"## Plan for {in_text(str(name)[:_LONGEST_MESSAGE])}{pinned}"
+    return CiReport(f"{heading}\n\n{table(('', ''), sizes)}\n", outputs)
 
 
 def report_of_failure(log: str) -> CiReport:
