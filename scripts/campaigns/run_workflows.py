@@ -2,9 +2,9 @@
 
     python scripts/campaigns/run_workflows.py FOLDER
 
-The project's own job that uses the action, twice, so that the second finds the first one's caches; the
-reusable workflow on the sample, in two parts, up to a Hub on this machine; the same by the component
-for GitLab. FOLDER must be new, and takes some 10 GB. What came of it stands in docs/ci.md.
+The project's own job that uses the action, twice, so that the second finds the first one's caches;
+the reusable workflow on the sample, in two parts, up to a Hub on this machine; the same by the
+component for GitLab. FOLDER must be new, and takes some 20 GB. The result is in docs/ci.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.support.workflow_runner import JobResult, Platform  # noqa: E402
 
 assert hub_uploads  # its routes are registered by importing it
 
-_KEPT = ("PATH", "HOME", "LANG", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS")
+_FOREIGN = ("HF_", "PYTHON", "VIRTUAL_ENV", "GITHUB_", "NF4_", "NUMBA_")
 
 
 def main() -> None:
@@ -41,18 +41,18 @@ def main() -> None:
     subprocess.run([*command, key], check=True)
     with HubServer() as hub:
         hub.store.users[TOKEN] = "me"
-        environment = {name: os.environ[name] for name in _KEPT if name in os.environ} | {
+        environment = {
+            **{name: text for name, text in os.environ.items() if not name.startswith(_FOREIGN)},
             "HF_ENDPOINT": hub.url,
             "HF_TOKEN": TOKEN,
             "HF_HUB_DISABLE_XET": "1",
-            "PIP_CONFIG_FILE": os.environ.get("PIP_CONFIG_FILE", ""),
         }
         platform = Platform(
             folder / "github",
             ROOT,
             folder / "caller",
             python=sys.executable,
-            environment={name: value for name, value in environment.items() if value},
+            environment=environment,
             action_inputs={"torch-index": ""},
         )
         for turn in ("first", "second"):

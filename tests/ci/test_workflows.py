@@ -77,7 +77,7 @@ def test_the_sample_is_built_verified_signed_pushed_and_attested(
 
     repo = hub.store.repos["me/sample-nf4"]
     assert jobs["push"].outputs["hub-commit"] == repo.refs["main"]
-    held = {name: blob.content for name, blob in repo.find("main").files.items()}
+    held = {name: blob.data for name, blob in repo.head.files.items()}
     held.pop(".gitattributes", None)
     assert {name: hashlib.sha256(raw).hexdigest() for name, raw in held.items()} == (
         platform.attested

@@ -1,7 +1,7 @@
 """Runs a component of GitLab CI here: every script for real, in the order of the jobs' needs.
 
-Each job has a clone of its own; artifacts and variables of the jobs that it needs are copied into it,
-as a runner does. What is not known of a job ends the run.
+Each job has a clone of its own; artifacts and variables of the jobs that it needs are copied into
+it, as a runner does. What is not known of a job ends the run.
 """
 
 from __future__ import annotations
