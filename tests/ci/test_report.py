@@ -19,9 +19,9 @@ from nf4_pipeline.ci.report import (
     report_of_failure,
     report_of_plan,
 )
-from nf4_pipeline.errors import UsageError
 from nf4_pipeline.hub.local import Proof
 from nf4_pipeline.records import PushFacts
+from nf4_pipeline.stages.forecast import Forecast
 from nf4_pipeline.verification.document import parse_verification
 
 from tests.support.command_line import controls, run_nf4
@@ -151,37 +151,62 @@ def test_words_of_strangers_stay_words(attack: str) -> None:
     assert told.outputs["verdict"] == "fail"
     assert read_outputs(github.output_lines(told.outputs))["verdict"] == "fail"
     check_harmless(report_of_failure(f"Error: {attack}\n"))
-    plan = {"name": attack, "commit": attack}
-    check_harmless(report_of_plan(PLAN | {"source": plan}, 3))
+    check_harmless(report_of_plan(plan(attack, attack, seconds={attack: 1.0}), 3))
 
 
-@pytest.mark.parametrize(
-    "name", ["source_bytes", "quantized_bytes", "disk_bytes", "memory_bytes", "source"]
-)
-@pytest.mark.parametrize("value", [None, "x", []])
-def test_what_is_no_plan(name: str, value: object) -> None:
-    with pytest.raises(UsageError, match="no plan of a build"):
-        report_of_plan(PLAN | {name: value})
-    with pytest.raises(UsageError, match="no plan of a build"):
-        report_of_plan({key: what for key, what in PLAN.items() if key != name})
-
-
-PLAN: Final[dict[str, Any]] = {
-    "source": {"name": "org/model", "commit": "d" * 40},
-    "source_bytes": 14_434_000_000,
-    "quantized_bytes": 4_010_000_000,
-    "disk_bytes": 19_000_000_000,
-    "memory_bytes": 1_000_000_000,
-}
+def plan(name: str = "org/model", commit: str | None = "d" * 40, **more: Any) -> Forecast:
+    """Of a falcon-7b."""
+    space = {"folder": "/builds", "needed": 5_000_000_000, "free": 9_000_000_000}
+    totals = manifest().totals.to_json() | {"artifact_bytes": 4_010_000_000, "ratio": 0.28}
+    return Forecast.from_json(
+        {
+            "source": {"name": name} | ({} if commit is None else {"commit": commit}),
+            "build": "artifacts/x",
+            "source_bytes": 14_434_000_000,
+            "fetch_bytes": 14_434_000_000,
+            "quantized_bytes": 4_010_000_000,
+            "files": {"a.safetensors": 4_010_000_000},
+            "totals": totals,
+            "kept": {"embedding": 590_000_000},
+            "dropped": {},
+            "skip_modules": [],
+            "extra_bytes": 0,
+            "memory_bytes": 600_000_000,
+            "hub_cache": space,
+            "builds": space,
+            "fits": True,
+            "rates": {"sha256": 1_000_000_000, "weights": 1_000_000_000},
+            "seconds": {"download": 14.4, "quantize": 9.9},
+        }
+        | more
+    )
 
 
 def test_a_plan() -> None:
-    told = report_of_plan(PLAN, 3)
+    told = report_of_plan(plan(), 3)
     assert told.outputs["parts"] == "[1, 2, 3]"
     assert told.outputs["commit"] == "d" * 40
     assert "14.434 GB" in told.markdown
+    assert "72.0% smaller" in told.markdown
+    assert told.annotations == ()
     assert "NF4_PARTS" not in gitlab.variables(told.outputs)  # no value for such a file
     assert f"NF4_COMMIT={'d' * 40}\n" in gitlab.variables(told.outputs)
+    assert report_of_plan(plan(commit=None)).outputs["commit"] == ""
+    full = report_of_plan(plan(fits=False)).annotations
+    assert {a.level for a in full} == {"error"}
+    assert "5.000 GB needed, 9.000 GB free" in full[0].message
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "no JSON", '{"source": 1}', '{"source": NaN}'])
+def test_what_is_no_plan(text: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    (tmp_path / "log").write_text("Error: there is no such model.\n")
+    done = run_nf4("report", "--plan", tmp_path / "plan.json")
+    assert done.status == 2
+    assert "is no plan of a build" in done.err
+    told = run_nf4("report", "--plan", tmp_path / "plan.json", "--log", tmp_path / "log", "--json")
+    assert told.status == 0, told.err
+    assert "there is no such model" in told.value["annotations"][0]["message"]
 
 
 @pytest.mark.parametrize(

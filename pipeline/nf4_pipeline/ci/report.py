@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from nf4_pipeline.errors import UsageError
 from nf4_pipeline.fidelity.verdict import Check
 from nf4_pipeline.manifest.manifest import Manifest
 from nf4_pipeline.model.unused_tensors import left_out
@@ -20,6 +19,7 @@ from nf4_pipeline.records import PushFacts
 from nf4_pipeline.report.formatting import interval, is_finite, plain_size
 from nf4_pipeline.report.markdown import folded, in_cell, in_text, table
 from nf4_pipeline.report.pictures import drawable
+from nf4_pipeline.stages.forecast import Forecast, Space
 from nf4_pipeline.verification.document import MeasuredVerification, Verification
 
 _MOST_CHECKS: Final = 100
@@ -108,40 +108,37 @@ def report_of_artifact(
     )
 
 
-def report_of_plan(plan: Mapping[str, Any], parts: int = 1) -> CiReport:
+def report_of_plan(plan: Forecast, parts: int = 1) -> CiReport:
     """What a build will take, and in which parts it is made.
 
     Args:
-        plan: as `nf4 build --dry-run --json` prints it.
+        plan: as `nf4 build --dry-run` makes it.
         parts: among how many jobs quantizing is divided.
-
-    Raises:
-        UsageError: the plan is no plan of a build.
     """
-    try:
-        source = plan["source"]
-        name, commit = source["name"], source.get("commit") or ""
-        sizes = [
-            ("original checkpoint", plain_size(plan["source_bytes"])),
-            ("artifact", plain_size(plan["quantized_bytes"])),
-            ("disk", plain_size(plan["disk_bytes"])),
-            ("memory", plain_size(plan["memory_bytes"])),
-            ("parts", str(parts)),
-        ]
-        outputs = {
-            "commit": printable(str(commit)),
-            "parts": json.dumps(list(range(1, parts + 1))),
-            "source-bytes": str(int(plan["source_bytes"])),
-            "quantized-bytes": str(int(plan["quantized_bytes"])),
-            "disk-bytes": str(int(plan["disk_bytes"])),
-        }
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UsageError(
-            "That is no plan of a build. Make one: nf4 build MODEL --dry-run --json >plan.json"
-        ) from error
-    pinned = f" at {in_text(str(commit)[:12])}" if commit else ""
-    heading = f"## Plan for {in_text(str(name)[:_LONGEST_MESSAGE])}{pinned}"
-    return CiReport(f"{heading}\n\n{table(('', ''), sizes)}\n", outputs)
+    commit, totals = plan.source.commit or "", plan.totals
+    pinned = f" at {in_text(commit[:12])}" if commit else ""
+    heading = f"## Plan for {in_text(plan.source.name[:_LONGEST_MESSAGE])}{pinned}"
+    took = ", ".join(f"{in_cell(name)} {value:.0f} s" for name, value in plan.seconds.items())
+    rows = [
+        ("weights", f"{plain_size(plan.source_bytes)}, {plain_size(plan.fetch_bytes)} to fetch"),
+        ("artifact", f"{plain_size(totals.artifact_bytes)}: {1 - totals.ratio:.1%} smaller"),
+        ("memory", plain_size(plan.memory_bytes)),
+        *[("disk", _room(space)) for space in (plan.hub_cache, plan.builds) if space is not None],
+        ("time of the processors", took),
+        ("parts", str(parts)),
+    ]
+    outputs = {
+        "commit": printable(commit),
+        "parts": json.dumps(list(range(1, parts + 1))),
+        "original-bytes": str(totals.original_bytes),
+        "artifact-bytes": str(totals.artifact_bytes),
+    }
+    full = [
+        Annotation("error", "nf4: too little room on the disk", f"{_room(space)}.")
+        for space in (plan.hub_cache, plan.builds)
+        if space is not None and not plan.fits
+    ]
+    return CiReport(f"{heading}\n\n{table(('', ''), rows)}\n", outputs, tuple(full))
 
 
 def report_of_failure(log: str) -> CiReport:
@@ -155,6 +152,10 @@ def report_of_failure(log: str) -> CiReport:
     annotation = Annotation("error", "nf4: no artifact", printable(why, _LONGEST_MESSAGE))
     markdown = f"## No artifact was made\n\n**Error:** {in_text(why[:_LONGEST_MESSAGE])}\n"
     return CiReport(markdown, {"verdict": "none"}, (annotation,))
+
+
+def _room(space: Space) -> str:
+    return f"{plain_size(space.needed)} needed, {plain_size(space.free)} free"
 
 
 def _figures(manifest: Manifest, measured: MeasuredVerification | None) -> str:

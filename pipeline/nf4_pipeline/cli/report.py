@@ -57,7 +57,7 @@ _LONGEST_LOG: Final = 2**20  # bytes of its end
 @click.option(
     "--log",
     type=NamedPath(dir_okay=False),
-    help="What the build wrote on stderr: says why there is no artifact, if there is none.",
+    help="What the build wrote on stderr: says why there is no artifact or plan, if there is none.",
 )
 @click.option(
     "--report-url", metavar="URL", help="Where report.html can be downloaded; it is linked to."
@@ -88,7 +88,7 @@ def command(
             "Actions. Elsewhere, --format markdown prints the summary."
         )
     if plan is not None:
-        report = _of_plan(plan, parts)
+        report = _of_plan(plan, parts, log)
     else:
         assert artifact is not None
         report = _of_artifact(ui, artifact, log, report_url)
@@ -99,11 +99,23 @@ def command(
     ui.result(report.to_json(), lambda: _show(report, kind))
 
 
-def _of_plan(plan: Path, parts: int) -> CiReport:
+def _of_plan(path: Path, parts: int, log: Path | None) -> CiReport:
     from nf4_pipeline.checkpoint.source import read_json
-    from nf4_pipeline.ci.report import report_of_plan
+    from nf4_pipeline.ci.report import report_of_failure, report_of_plan
+    from nf4_pipeline.documents import DocumentError
+    from nf4_pipeline.errors import CheckpointError, UsageError
+    from nf4_pipeline.stages.forecast import Forecast
 
-    return report_of_plan(read_json(plan), parts)
+    try:
+        plan = Forecast.from_json(read_json(path, finite=True))
+    except (CheckpointError, DocumentError) as error:
+        if log is not None:
+            return report_of_failure(_end_of(log))
+        raise UsageError(
+            f"{path} is no plan of a build ({error}). Make one: nf4 build MODEL --dry-run --json "
+            f">{path}"
+        ) from error
+    return report_of_plan(plan, parts)
 
 
 def _of_artifact(ui: Ui, name: str, log: Path | None, report_url: str | None) -> CiReport:
