@@ -3,8 +3,9 @@
     python scripts/campaigns/run_workflows.py FOLDER
 
 The project's own job that uses the action, twice, so that the second finds the first one's caches;
-the reusable workflow on the sample, in two parts, up to a Hub on this machine; the same by the
-component for GitLab. FOLDER must be new, and takes some 20 GB. The result is in docs/ci.md.
+the reusable workflow on the sample, in two parts, up to a Hub on this machine; then with thresholds
+that the sample fails, which must publish nothing; the same by the component for GitLab. FOLDER must
+be new, and takes some 20 GB. The result is in docs/ci.md.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from tests.support.workflow_runner import JobResult, Platform  # noqa: E402
 
 assert hub_uploads  # its routes are registered by importing it
 
+_PUBLISH = ".github/workflows/build-and-publish.yml"
 _FOREIGN = ("HF_", "PYTHON", "VIRTUAL_ENV", "GITHUB_", "NF4_", "NUMBA_")
 
 
@@ -63,13 +65,23 @@ def main() -> None:
         with _timed("build-and-publish.yml: sample in two parts"):
             inputs: dict[str, Any] = {"model": "sample", "repo": "me/sample", "parts": 2}
             inputs["torch-index"] = ""
-            jobs = platform.run(
-                ".github/workflows/build-and-publish.yml", inputs, {"signing-key": key.read_text()}
-            )
+            jobs = platform.run(_PUBLISH, inputs, {"signing-key": key.read_text()})
             _check(jobs)
         print(
             f"  {len(platform.attested)} files attested; hub: {hub.store.repos['me/sample'].refs}"
         )
+        _forget_artifacts(platform)
+        for job in (folder / "github" / "jobs").iterdir():
+            job.rename(folder / f"published-{job.name}")
+        with _timed("build-and-publish.yml: thresholds that the sample fails"):
+            (folder / "caller" / "recipe.toml").write_text("[verify]\nmax_mean_kl = 1e-9\n")
+            inputs |= {"recipe": "recipe.toml", "repo": "me/never", "parts": 1}
+            jobs = platform.run(_PUBLISH, inputs)
+            titles = [command.properties["title"] for command in jobs["build"].commands]
+            assert jobs["build"].outputs["verdict"] == "fail", jobs["build"].log
+            assert titles == ["nf4: mean KL from the 16-bit model"], titles
+            assert jobs["push"].result == "skipped"
+            assert "me/never" not in hub.store.repos
         with _timed("templates/build-and-publish.yml: sample in two parts"):
             done = run_component(
                 ROOT / "templates" / "build-and-publish.yml",

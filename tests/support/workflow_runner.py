@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -184,11 +185,16 @@ class Platform:
         if "uses" in job:
             return self._called(job, contexts)
         matrix = fill_in((job.get("strategy") or {}).get("matrix") or {}, contexts)
-        done = JobResult("success")
-        for values in itertools.product(*matrix.values()):
+
+        def run_one(values: tuple[Any, ...]) -> JobResult:
             chosen = dict(zip(matrix, values, strict=True))
             suffix = "".join(f"-{as_text(value)}" for value in values)
-            one = _Job(self, f"{name}{suffix}", contexts | {"matrix": chosen}).run(job)
+            return _Job(self, f"{name}{suffix}", contexts | {"matrix": chosen}).run(job)
+
+        done = JobResult("success")
+        with ThreadPoolExecutor() as pool:
+            all_of_them = list(pool.map(run_one, itertools.product(*matrix.values())))
+        for one in all_of_them:
             done.result = one.result if done.result == "success" else done.result
             done.outputs = one.outputs
             done.steps += one.steps
