@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from nf4_pipeline.fidelity.verdict import Check
 from nf4_pipeline.manifest.manifest import Manifest
@@ -19,8 +19,10 @@ from nf4_pipeline.records import PushFacts
 from nf4_pipeline.report.formatting import interval, is_finite, plain_size
 from nf4_pipeline.report.markdown import folded, in_cell, in_text, table
 from nf4_pipeline.report.pictures import drawable
-from nf4_pipeline.stages.forecast import Forecast, Space
 from nf4_pipeline.verification.document import MeasuredVerification, Verification
+
+if TYPE_CHECKING:
+    from nf4_pipeline.stages.forecast import Forecast, Space
 
 _MOST_CHECKS: Final = 100
 """Rows of a table: an artifact has some twenty checks, and a stranger's may have any number."""
