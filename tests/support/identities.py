@@ -192,13 +192,17 @@ def _handler(issuer: Issuer) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             url = urlsplit(self.path)
+            if url.path == "/.well-known/openid-configuration":
+                places = {f"{name}_endpoint": issuer.url for name in ("authorization", "token")}
+                self._send(200, {}, json.dumps(places).encode())
+                return
             issuer.bearers.append(self.headers.get("authorization", ""))
             if issuer.endless:
                 self._without_end()
                 return
             if issuer.answer is not None:
                 self._send(*issuer.answer)
-            elif issuer.bearers[-1] != f"Bearer {issuer.request_token}":
+            elif issuer.bearers[-1].casefold() != f"bearer {issuer.request_token}":
                 self._send(401, {}, b"{}")
             else:
                 (audience,) = parse_qs(url.query)["audience"]
