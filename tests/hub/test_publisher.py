@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -20,9 +22,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.support import hub_uploads
+from tests.support.hub_client import isolated
 from tests.support.hub_server import TOKEN, Answer, HubServer
 from tests.support.hub_worker import Outcome, Worker
 from tests.support.identities import Issuer, end_tokens, trust
+from tests.support.tiny import copy_of
 
 assert hub_uploads  # its routes are registered by importing it
 
@@ -215,7 +219,7 @@ def by_another_key(claims: dict[str, Any]) -> str:
 
 
 def by_no_key(claims: dict[str, Any]) -> str:
-    return jwt.encode(claims, None, algorithm="none") + "c2lnbmF0dXJl"
+    return jwt.encode(claims, "", algorithm="none") + "c2lnbmF0dXJl"
 
 
 def by_a_word(claims: dict[str, Any]) -> str:
@@ -403,3 +407,61 @@ def test_no_variable_is_left_behind(job: Job) -> None:
     outcome = job.push({})
     job.look(outcome.message)
     assert "needs a token" in outcome.message
+
+
+# What a job leaves: its log, its build folder, its caches.
+
+
+def left_behind(*places: Path) -> Iterator[tuple[Path, bytes]]:
+    for place in places:
+        for path in place.rglob("*"):
+            if path.is_file():
+                yield path, path.read_bytes()
+
+
+def end(job: Job) -> None:
+    job.hub.before("*/preupload/*", lambda: end_tokens(job.hub))
+
+
+def answer_with_the_token(job: Job) -> None:
+    echo = {"error": "invalid_grant", "error_description": job.issuer.request_token}
+    trust(job.hub).answer = Answer(400, echo)
+
+
+RUNS: dict[str, tuple[Callable[[Job], None] | None, int, str]] = {
+    "pushed": (None, 0, "pushed to"),
+    "the token ends": (end, 1, "it has ended"),
+    "an answer with a token": (answer_with_the_token, 1, "Trusted Publishers"),
+}
+
+
+def test_no_token_is_left_anywhere(job: Job, verified: Path, tmp_path: Path) -> None:
+    """Whatever comes of it, at -v and with the client's own log at its loudest."""
+    build, home = copy_of(verified, tmp_path / "build"), tmp_path / "hf"
+    variables = job.issuer.variables | {"HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug"}
+    environment = isolated(home, job.hub.url, HF_HUB_DOWNLOAD_TIMEOUT="1", **variables)
+    command = (sys.executable, "-m", "nf4_pipeline", "push", "-v", "--build-dir", str(build))
+    for case, (prepare, status, words) in reversed(RUNS.items()):
+        job.trusted()
+        trust(job.hub).answer = None
+        if prepare is not None:
+            prepare(job)
+        done = subprocess.run(
+            [*command, "--repo-id", job.repo_id],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == status, (case, done.stderr)
+        assert words in done.stdout + done.stderr, (case, done.stderr)
+        assert "token: of this CI job" in done.stderr
+        texts = {Path("output"): (done.stdout + done.stderr).encode()}
+        texts |= dict(left_behind(build, home))
+        for secret in (*job.issuer.handed_out, *job.hub.store.ends):
+            assert [path for path, data in texts.items() if secret.encode() in data] == []
+            assert [path for path, data in texts.items() if secret[8:40].encode() in data] == []
+    assert len(job.issuer.handed_out) == 1 + len(RUNS)
+    assert job.hub.store.repos[job.repo_id].refs["main"] != job.before

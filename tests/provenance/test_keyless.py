@@ -299,7 +299,10 @@ def leaving_an_added_file_out(artifact: Path, world: World) -> None:
 
 
 def replaced(text: bytes) -> Callable[[Path, World], None]:
-    return lambda artifact, _: (artifact / SIGNATURE_FILE).write_bytes(text) and None
+    def act(artifact: Path, _: World) -> None:
+        (artifact / SIGNATURE_FILE).write_bytes(text)
+
+    return act
 
 
 SIGNATURES: dict[str, tuple[Callable[[Path, World], None], str]] = {

@@ -99,8 +99,8 @@ def is_issuer(url: str) -> bool:
 
     Its query is the client's to make.
     """
-    issuer = os.environ.get(REQUEST_URL)
-    return bool(issuer) and url.partition("?")[0] == issuer.partition("?")[0]
+    issuer = os.environ.get(REQUEST_URL, "")
+    return issuer != "" and url.partition("?")[0] == issuer.partition("?")[0]
 
 
 def address(error: BaseException) -> str:

@@ -91,7 +91,7 @@ def identity_token(given: str | None) -> str:
     """The token that says who signs: the one that is given, or that which CI makes for this job.
 
     Raises:
-        UsageError: there is none, it cannot be used, or CI's issuer does not make one.
+        UsageError: no token is given and CI makes none for this job, or the token cannot be used.
     """
     from sigstore.oidc import IdentityError, IdentityToken, detect_credential
 
@@ -141,7 +141,7 @@ def within(call: Callable[[], T], whom: str) -> T:
     """Makes a call that asks the network, which may be silent or speak without end.
 
     Raises:
-        SignatureError: it took too long.
+        SignatureError: the call did not end in two minutes.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -185,7 +185,7 @@ def _quiet() -> Iterator[None]:
 
 def words(error: BaseException) -> str:
     """What a library says of a fault, and what the one that asked the network said to it."""
-    texts = []
+    texts: list[str] = []
     seen: BaseException | None = error
     while seen is not None and len(texts) < 2:
         text = " ".join(str(seen).split())

@@ -250,7 +250,7 @@ class _Hashed:
         """How many files were hashed.
 
         Raises:
-            SignatureError: it was none, or the artifact holds others now.
+            SignatureError: no file was hashed, or the artifact holds other files than were hashed.
         """
         names = {item.identifier for item in self._manifest.resource_descriptors()}
         there = {path.relative_to(self._artifact).as_posix() for path in _files(self._artifact)}
