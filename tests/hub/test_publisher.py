@@ -22,7 +22,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.support import hub_uploads
-from tests.support.hub_client import isolated
+from tests.support.hub_client import isolated, run
 from tests.support.hub_server import TOKEN, Answer, HubServer
 from tests.support.hub_worker import Outcome, Worker
 from tests.support.identities import Issuer, end_tokens, trust
@@ -183,6 +183,34 @@ def test_a_token_for_something_else_is_not_asked_for(job: Job, named: str) -> No
     outcome = job.push(job.issuer.variables | {"HF_OIDC_RESOURCE": resource})
     job.refused(outcome, f"HF_OIDC_RESOURCE is {resource}", job.repo_id, "unset it")
     assert job.exchanges == 0
+
+
+def test_downloads_exchange_where_it_is_asked_for(job: Job, home: Path) -> None:
+    """In the midst of a file, too: this token is always due."""
+    trust(job.hub).life = 200
+    job.trusted()
+    job.repo.private = True
+    found = run(home, job.hub.url, job.repo_id, fetch=False, env=job.issuer.variables)
+    assert found.error == "NotFoundError"
+    job.repo.commit({"config.json": b"{}", "model.safetensors": bytes(100_000)})
+    variables = job.issuer.variables | {"HF_OIDC_RESOURCE": job.repo_id}
+    found = run(home, job.hub.url, job.repo_id, env=variables)
+    assert found.error == "", found.message
+    assert set(found.sha256) == {"config.json", "model.safetensors"}
+    assert job.exchanges > 3
+    job.look(found.text)
+
+
+def test_a_token_of_one_repo_is_good_for_no_other(job: Job) -> None:
+    job.trusted()
+    job.pushed(job.push())
+    token = next(
+        token for token, user in job.hub.store.users.items() if user == f"[OIDC] {job.repo_id}"
+    )
+    other = Job(job.hub, job.issuer, job.worker, job.files)
+    other.refused(other.push({"HF_TOKEN": token}), "403", "Use a token that may write")
+    own = job.push({"HF_TOKEN": token})  # as CI may hand it on, until it ends
+    assert (own.error, own.value["committed"]) == ("", False)
 
 
 # A job without an identity.
