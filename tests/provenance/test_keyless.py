@@ -494,6 +494,31 @@ def test_an_issuer_that_gives_no_identity(
     assert world.issuer.request_token not in str(caught.value)
 
 
+def test_an_issuer_that_leads_elsewhere_does_not_take_the_jobs_secret_there(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in world.issuer.variables.items():
+        monkeypatch.setenv(name, value)
+    with Issuer() as other:
+        elsewhere = other.url.replace("127.0.0.1", "localhost")
+        world.issuer.answer = (302, {"Location": f"{elsewhere}/job?audience=sigstore"}, b"")
+        with pytest.raises(UsageError, match="gives this job no identity"):
+            sign_keyless(world.copy(tmp_path), None, world.instance)
+        assert not any(world.issuer.request_token in bearer for bearer in other.bearers)
+
+
+def test_a_sigstore_that_is_not_there(world: World, tmp_path: Path) -> None:
+    config = json.loads((world.instance.trust or tmp_path).read_text())
+    for service in ("caUrls", "rekorTlogUrls"):
+        config["signingConfig"][service][0]["url"] = "http://127.0.0.1:9"
+    trust = tmp_path / "trust.json"
+    trust.write_text(json.dumps(config))
+    with pytest.raises(SignatureError, match=r"127\.0\.0\.1 cannot be reached\. Check"):
+        sign_keyless(world.copy(tmp_path), world.token(), Instance(trust))
+    # To check asks nobody: not the authority, not the log.
+    assert check_identity(world.artifact, world.signer, Instance(trust))
+
+
 # Files that say whom to trust.
 
 

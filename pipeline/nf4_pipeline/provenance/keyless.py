@@ -9,6 +9,7 @@ says where the identity token comes from, how long Sigstore may take, and what w
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ _PATIENCE: Final = 120.0  # seconds for all that is asked of Sigstore and of CI'
 _LARGEST_TRUST: Final = 2**22  # bytes
 _SHOWN: Final = 400  # characters of what a library or a server says
 _LOGGERS: Final = ("sigstore", "model_signing", "id", "tuf", "urllib3")
+_UNREACHED: Final = re.compile(r"HTTPS?ConnectionPool\(host='([^']*)'.*")
 _OF_IDENTITY: Final = (
     "Let a CI job say who it is: GitHub Actions needs `permissions: id-token: write`, GitLab "
     f"`id_tokens: {TOKEN_VARIABLE}: aud: {AUDIENCE}`. Elsewhere put a token that an issuer made "
@@ -192,7 +194,8 @@ def words(error: BaseException) -> str:
         if text and not any(text in other for other in texts):
             texts.append(text)
         seen = seen.__cause__ or seen.__context__
-    said = without_secrets(": ".join(texts), None) or type(error).__name__
+    text = _UNREACHED.sub(r"\1 cannot be reached", ": ".join(texts))
+    said = without_secrets(text, None) or type(error).__name__
     return printable(said, _SHOWN).rstrip(".")
 
 
