@@ -1,7 +1,7 @@
 """Artifacts signed by an identity: model-signing and sigstore for real, against a Sigstore here.
 
-Certificates, their log, Rekor and every check of them are real; the keys at their roots are those
-of the tests. What the public instance alone could show, its own roots by TUF, is not.
+Certificates, their log, Rekor (1, and 2 with stamped times) and every check of them are real; the
+keys at their roots are those of the tests. The public instance, its roots by TUF, is not asked.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -54,14 +55,26 @@ class World:
         return copy_of(self.artifact, folder / "copy")
 
 
-@pytest.fixture(scope="module")
-def world(exported_falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    folder = tmp_path_factory.mktemp("keyless")
-    build = Build(copy_of(exported_falcon, folder / "build"))
-    with Issuer() as issuer, Sigstore(issuer) as sigstore:
+@contextmanager
+def signed(export: Path, folder: Path, version: int) -> Iterator[World]:
+    build = Build(copy_of(export, folder / "build"))
+    with Issuer() as issuer, Sigstore(issuer, version=version) as sigstore:
         instance = Instance(sigstore.write_trust(folder / "trust.json"))
         found = World(issuer, sigstore, instance, build.export)
         assert sign_keyless(build.export, found.token(), instance) == found.signer
+        yield found
+
+
+@pytest.fixture(scope="module")
+def world(exported_falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with signed(exported_falcon, tmp_path_factory.mktemp("keyless"), 1) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def world_2(exported_falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """With Rekor 2, where the time comes from a timestamp authority."""
+    with signed(exported_falcon, tmp_path_factory.mktemp("keyless"), 2) as found:
         yield found
 
 
@@ -344,6 +357,63 @@ def test_a_signature_that_says_something_else(world: World, tmp_path: Path, case
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 2_000
     assert "Do not use it" in str(caught.value)
+
+
+def stamps(value: dict[str, Any]) -> list[dict[str, str]]:
+    found: list[dict[str, str]]
+    found = value["verificationMaterial"]["timestampVerificationData"]["rfc3161Timestamps"]
+    return found
+
+
+def without_time(value: dict[str, Any]) -> None:
+    stamps(value).clear()
+
+
+def time_twice(value: dict[str, Any]) -> None:
+    stamps(value).extend(stamps(value))
+
+
+def another_time(value: dict[str, Any]) -> None:
+    data = bytearray(base64.b64decode(stamps(value)[0]["signedTimestamp"]))
+    data[-5] ^= 1  # of the signature
+    stamps(value)[0]["signedTimestamp"] = base64.b64encode(data).decode()
+
+
+def time_of_another_signature(artifact: Path, world: World) -> None:
+    value = bundle(artifact)
+    sign_keyless(artifact, world.token(), world.instance)
+    other = bundle(artifact)
+    stamps(value)[0] = stamps(other)[0]
+    (artifact / SIGNATURE_FILE).write_text(json.dumps(value))
+
+
+SIGNATURES_2: dict[str, tuple[Callable[[Path, World], None], str]] = {
+    "without a time": (rewritten(without_time), "timestamp"),
+    "the time twice": (rewritten(time_twice), "duplicate timestamp"),
+    "another time": (rewritten(another_time), "verified time"),
+    "the time of another signature": (time_of_another_signature, "verified time"),
+    "without a log entry": (rewritten(without_entry), "log entry"),
+    "in another tree": (rewritten(other_root), "inclusion proof"),
+    "another entry": (rewritten(other_body), ""),
+    "another payload": (rewritten(other_payload), ""),
+    "another signature": (rewritten(other_signature), ""),
+    "signed after the certificate ended": (signed_after_the_certificate_ended, "certificate"),
+    "signed before it began": (signed_before_it_began, "certificate"),
+    "of another model": (of_another_model, "config.json has other bytes"),
+    "of another instance": (of_another_instance, "certificate"),
+    "leaving files out": (leaving_files_out, "config.json was added"),
+}
+
+
+@pytest.mark.parametrize("case", SIGNATURES_2)
+def test_a_signature_with_a_stamped_time(world_2: World, tmp_path: Path, case: str) -> None:
+    world_2.sigstore.late = 0
+    change, words = SIGNATURES_2[case]
+    copy = world_2.copy(tmp_path)
+    assert checked(world_2, copy)
+    change(copy, world_2)
+    with pytest.raises(SignatureError, match=f"(?s)is not what.* signed: .*{words}"):
+        checked(world_2, copy)
 
 
 def test_an_artifact_without_a_signature_or_without_files(world: World, tmp_path: Path) -> None:

@@ -4,10 +4,11 @@
         trust = sigstore.write_trust(folder / "trust.json")  # what clients are told of it
         ...  # SIGSTORE_ID_TOKEN=issuer.token("sigstore") nf4 sign --keyless --trust-config trust
 
-Fulcio (an X.509 authority whose certificates carry a certificate transparency log's signature) and
-Rekor (version 1: an entry with a promise and a proof of inclusion) do what the client checks: every
-signature, hash and time is real, and made with keys of this instance. There is no timestamp
-authority, as Rekor's promise holds the time; and each entry is alone in its tree.
+Fulcio is an X.509 authority whose certificates carry a certificate transparency log's signature.
+Rekor 1 gives an entry with a promise, which holds the time, and a proof of inclusion; Rekor 2 the
+proof alone, and the time comes from a timestamp authority (RFC 3161). They do what the client checks:
+every signature, hash and time is real, and made with keys of this instance. Each entry is alone in
+its tree.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import jwt
+from asn1crypto import cms, tsp
+from asn1crypto import x509 as asn1_x509
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -43,18 +46,21 @@ class Sigstore:
     """One instance; a context manager.
 
     Attributes:
+        version: of Rekor.
         age: seconds since when its certificates began; they are good for ten minutes.
         late: seconds that the log's clock is before the machine's.
         planned: what is answered instead, by path.
         bearers: what each request was authorized with, by path.
     """
 
-    def __init__(self, issuer: Issuer) -> None:
-        self.issuer = issuer
+    def __init__(self, issuer: Issuer, *, version: int = 1) -> None:
+        self.issuer, self.version = issuer, version
         self.age = self.late = 0
         self.planned: dict[str, tuple[int, bytes]] = {}
         self.bearers: list[tuple[str, str]] = []
-        self.fulcio, self.ct, self.rekor = (ec.generate_private_key(ec.SECP256R1()) for _ in "123")
+        self.fulcio, self.ct, self.rekor, self.tsa = (
+            ec.generate_private_key(ec.SECP256R1()) for _ in range(4)
+        )
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fulcio of the tests")])
         public = self.fulcio.public_key()
         self.root = (
@@ -68,6 +74,21 @@ class Sigstore:
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_usage(signs_certificates=True), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+            .sign(self.fulcio, hashes.SHA256())
+        )
+        self.tsa_certificate = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tsa of the tests")]))
+            .issuer_name(name)
+            .public_key(self.tsa.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(_START)
+            .not_valid_after(_START + timedelta(days=36_000))
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage(), critical=True)
+            .add_extension(
+                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.TIME_STAMPING]), critical=True
+            )
             .sign(self.fulcio, hashes.SHA256())
         )
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -88,28 +109,27 @@ class Sigstore:
         """Writes the file for `--trust-config`."""
         valid = {"start": "2024-01-01T00:00:00Z"}
         service = {"majorApiVersion": 1, "operator": "tests", "validFor": valid}
-        chain = {"certificates": [{"rawBytes": _b64(_der(self.root))}]}
+        root = {"rawBytes": _b64(_der(self.root))}
+        subject = {"organization": "tests", "commonName": "fulcio of the tests"}
+        authority = {"subject": subject, "uri": self.url, "validFor": valid}
+        stamps = {"certificates": [{"rawBytes": _b64(_der(self.tsa_certificate))}, root]}
         config = {
             "mediaType": "application/vnd.dev.sigstore.clienttrustconfig.v0.1+json",
             "trustedRoot": {
                 "mediaType": "application/vnd.dev.sigstore.trustedroot+json;version=0.1",
                 "tlogs": [_log(self.url, self.rekor)],
                 "ctlogs": [_log(f"{self.url}/ct", self.ct)],
-                "certificateAuthorities": [
-                    {
-                        "subject": {"organization": "tests", "commonName": "fulcio of the tests"},
-                        "uri": self.url,
-                        "certChain": chain,
-                        "validFor": valid,
-                    }
-                ],
+                "certificateAuthorities": [{**authority, "certChain": {"certificates": [root]}}],
+                "timestampAuthorities": [{**authority, "certChain": stamps}],
             },
             "signingConfig": {
                 "mediaType": "application/vnd.dev.sigstore.signingconfig.v0.2+json",
                 "caUrls": [{"url": self.url, **service}],
                 "oidcUrls": [{"url": self.issuer.url, **service}],
-                "rekorTlogUrls": [{"url": self.url, **service}],
+                "rekorTlogUrls": [{"url": self.url, **service, "majorApiVersion": self.version}],
                 "rekorTlogConfig": {"selector": "ANY"},
+                "tsaUrls": [{"url": f"{self.url}/tsa", **service}] * (self.version == 2),
+                "tsaConfig": {"selector": "ANY"},
             },
         }
         path.write_text(json.dumps(config))
@@ -199,7 +219,7 @@ class Sigstore:
             },
         }
         text = _canonical(body)
-        root = hashlib.sha256(b"\0" + text).digest()
+        root, checkpoint = self._tree(text)
         entry: dict[str, Any] = {
             "body": _b64(text),
             "integratedTime": int(time.time()) + self.late,
@@ -207,8 +227,6 @@ class Sigstore:
             "logIndex": 0,
         }
         promise = self._sign(_canonical(entry))
-        note = f"log of the tests\n1\n{_b64(root)}\n"
-        mark = _b64(_key_id(self.rekor)[:4] + self._sign(note.encode()))
         entry["verification"] = {
             "signedEntryTimestamp": _b64(promise),
             "inclusionProof": {
@@ -216,10 +234,87 @@ class Sigstore:
                 "rootHash": root.hex(),
                 "treeSize": 1,
                 "hashes": [],
-                "checkpoint": f"{note}\n— tests {mark}\n",
+                "checkpoint": checkpoint,
             },
         }
         return {root.hex(): entry}
+
+    def log_2(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """The same of version 2, which says nothing of the time."""
+        asked = order["hashedRekordRequestV002"]
+        signed = {"algorithm": "SHA2_256", "digest": asked["digest"]}
+        body = {
+            "apiVersion": "0.0.2",
+            "kind": "hashedrekord",
+            "spec": {"hashedRekordV002": {"data": signed, "signature": asked["signature"]}},
+        }
+        text = _canonical(body)
+        root, checkpoint = self._tree(text)
+        return {
+            "logIndex": "0",
+            "logId": {"keyId": _b64(_key_id(self.rekor))},
+            "kindVersion": {"kind": "hashedrekord", "version": "0.0.2"},
+            "inclusionProof": {
+                "logIndex": "0",
+                "rootHash": _b64(root),
+                "treeSize": "1",
+                "hashes": [],
+                "checkpoint": {"envelope": checkpoint},
+            },
+            "canonicalizedBody": _b64(text),
+        }
+
+    def _tree(self, leaf: bytes) -> tuple[bytes, str]:
+        """The root of a tree of one leaf, and the log's signed word for it."""
+        root = hashlib.sha256(b"\0" + leaf).digest()
+        note = f"log of the tests\n1\n{_b64(root)}\n"
+        mark = _b64(_key_id(self.rekor)[:4] + self._sign(note.encode()))
+        return root, f"{note}\n— tests {mark}\n"
+
+    # The timestamp authority.
+
+    def stamp(self, asked: bytes) -> bytes:
+        """A signed time for what a request names (RFC 3161)."""
+        request = tsp.TimeStampReq.load(asked)
+        certificate = asn1_x509.Certificate.load(_der(self.tsa_certificate))
+        info = tsp.TSTInfo(
+            {
+                "version": "v1",
+                "policy": "1.3.6.1.4.1.57264.2",
+                "message_imprint": request["message_imprint"],
+                "serial_number": x509.random_serial_number(),
+                "gen_time": datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=self.late),
+                "nonce": request["nonce"],
+            }
+        )
+        content = info.dump()
+        named = {"issuer": certificate.issuer, "serial_number": certificate.serial_number}
+        own = {"cert_hash": hashlib.sha256(certificate.dump()).digest()}
+        attributes = cms.CMSAttributes(
+            [
+                {"type": "content_type", "values": ["tst_info"]},
+                {"type": "message_digest", "values": [hashlib.sha256(content).digest()]},
+                {"type": "signing_certificate_v2", "values": [{"certs": [own]}]},
+            ]
+        )
+        signer = {
+            "version": "v1",
+            "sid": cms.SignerIdentifier("issuer_and_serial_number", named),
+            "digest_algorithm": {"algorithm": "sha256"},
+            "signed_attrs": attributes,
+            "signature_algorithm": {"algorithm": "sha256_ecdsa"},
+            "signature": self.tsa.sign(attributes.dump(), ec.ECDSA(hashes.SHA256())),
+        }
+        signed = {
+            "version": "v3",
+            "digest_algorithms": [{"algorithm": "sha256"}],
+            "encap_content_info": {"content_type": "tst_info", "content": info},
+            "certificates": [certificate],
+            "signer_infos": [signer],
+        }
+        token = {"content_type": "signed_data", "content": cms.SignedData(signed)}
+        answer = tsp.TimeStampResp({"status": {"status": "granted"}, "time_stamp_token": token})
+        return bytes(answer.dump())
 
     def _sign(self, data: bytes) -> bytes:
         return self.rekor.sign(data, ec.ECDSA(hashes.SHA256()))
@@ -234,24 +329,27 @@ def _handler(sigstore: Sigstore) -> type[BaseHTTPRequestHandler]:
             pass
 
         def do_POST(self) -> None:
-            order = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            body = self.rfile.read(int(self.headers["content-length"]))
             bearer = self.headers.get("authorization", "")
             sigstore.bearers.append((self.path, bearer))
-            status, body = sigstore.planned.get(self.path, (0, b""))
+            status, answer = sigstore.planned.get(self.path, (0, b""))
             if not status:
-                status, body = self._act(order, bearer)
+                status, answer = self._act(body, bearer)
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(len(answer)))
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(answer)
 
-        def _act(self, order: dict[str, Any], bearer: str) -> tuple[int, bytes]:
+        def _act(self, body: bytes, bearer: str) -> tuple[int, bytes]:
+            if self.path == "/tsa":
+                return 201, sigstore.stamp(body)
+            order = json.loads(body)
             try:
                 if self.path == "/api/v2/signingCert":
                     return 200, json.dumps(sigstore.certify(bearer, order)).encode()
-                assert self.path == "/api/v1/log/entries"
-                return 201, json.dumps(sigstore.log(order)).encode()
+                log = {"/api/v1/log/entries": sigstore.log, "/api/v2/log/entries": sigstore.log_2}
+                return 201, json.dumps(log[self.path](order)).encode()
             except jwt.InvalidTokenError as error:
                 words = {"code": 16, "message": f"There was an error: {error} in {bearer}"}
                 return 401, json.dumps(words).encode()
