@@ -99,8 +99,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     files.mkdir()
     (files / "model.safetensors").write_bytes(b"weights" * 100)
     (files / "config.json").write_text("{}")
-    unset = {"GITHUB_ACTIONS": "", "GITHUB_REPOSITORY": "", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
-    with HubServer() as hub, Worker(folder / "hf", hub.url, **unset) as worker:
+    with (
+        HubServer() as hub,
+        Worker(folder / "hf", hub.url, HF_HUB_DOWNLOAD_TIMEOUT="1") as worker,
+    ):
         hub.store.users[TOKEN] = "me"
         yield World(hub, worker, files)
 

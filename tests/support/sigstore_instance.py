@@ -6,9 +6,9 @@
 
 Fulcio is an X.509 authority whose certificates carry a certificate transparency log's signature.
 Rekor 1 gives an entry with a promise, which holds the time, and a proof of inclusion; Rekor 2 the
-proof alone, and the time comes from a timestamp authority (RFC 3161). They do what the client checks:
-every signature, hash and time is real, and made with keys of this instance. Each entry is alone in
-its tree.
+proof alone, and the time comes from a timestamp authority (RFC 3161). They do what the client
+checks: every signature, hash and time is real, and made with keys of this instance. Each entry is
+alone in its tree.
 """
 
 from __future__ import annotations

@@ -141,4 +141,7 @@ def remedy(endpoint: str) -> str:
             f"{endpoint}, is valid for minutes and can be exchanged once: run a job anew that does "
             "nothing but push, and set HF_OIDC_RESOURCE for no other command."
         )
-    return f"Add{job} at {where}, then run this again: each run gets an id token of its own."
+    return (
+        f"Add{job} at {where}, then run this again: each run gets an id token of its own. Or set "
+        "HF_TOKEN, and no HF_OIDC_RESOURCE."
+    )
