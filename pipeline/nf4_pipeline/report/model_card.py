@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import yaml
 
 from nf4_pipeline.checkpoint.source_card import SourceCard
+from nf4_pipeline.documents import Document
 from nf4_pipeline.fidelity.metrics import Fidelity
 from nf4_pipeline.manifest.manifest import Manifest
 from nf4_pipeline.model.unused_tensors import left_out
@@ -21,6 +23,10 @@ from nf4_pipeline.report.calibration import (
     list_exceptions,
 )
 from nf4_pipeline.report.formatting import interval, is_finite, number, one_in, plain_size
+from nf4_pipeline.report.markdown import cell as _cell
+from nf4_pipeline.report.markdown import code as _code
+from nf4_pipeline.report.markdown import plain as _text
+from nf4_pipeline.report.markdown import table as _table
 from nf4_pipeline.report.pictures import PICTURES, drawable
 from nf4_pipeline.report.snippets import (
     generate_snippet,
@@ -41,6 +47,21 @@ from nf4_pipeline.verification.document import (
 _MAX_CARD_ANSWERS: Final = 4
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rebuild(Document):
+    """A summary by somebody who derived the artifact again, and found it equal.
+
+    Attributes:
+        verifier: who, as a URI.
+        verified: when, in UTC.
+        url: where the summary stands.
+    """
+
+    verifier: str
+    verified: str
+    url: str
+
+
 def model_card(
     manifest: Manifest,
     verification: Verification,
@@ -48,6 +69,7 @@ def model_card(
     *,
     repo_id: str | None = None,
     chat: bool = False,
+    rebuilt: Rebuild | None = None,
 ) -> str:
     """The card as Markdown with Hub metadata; how to use it comes first, then what proves it.
 
@@ -57,6 +79,7 @@ def model_card(
         source_card: what the source's own card says.
         repo_id: the Hub repo that the snippets load from; None for the folder where the card lies.
         chat: the tokenizer has a chat template that works.
+        rebuilt: who derived all of it again; None if nobody is known who did.
     """
     name = _text(manifest.source.repo.rpartition("/")[2])
     metadata = _metadata(manifest, verification, source_card, repo_id)
@@ -73,7 +96,7 @@ def model_card(
         _checks(verification),
         *(_quality(manifest, measured) if measured else []),
         _making(manifest),
-        _checking(manifest, repo_id),
+        _checking(manifest, repo_id, rebuilt),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -425,25 +448,38 @@ def _making(manifest: Manifest) -> str:
     )
 
 
-def _checking(manifest: Manifest, repo_id: str | None) -> str:
+def _checking(manifest: Manifest, repo_id: str | None, rebuilt: Rebuild | None) -> str:
     """The commands that hold a download against the Hub, the source and a signature."""
     folder = "."
     lines = []
+    local = manifest.source.commit is None and manifest.source.repo != SAMPLE_REPO
     if repo_id is not None:
         folder, repo = _argument(repo_id.rpartition("/")[2]), _argument(repo_id)
+        if not local:
+            lines += [
+                "# all of this repo is derived again or accounted for, with a verdict:",
+                f"nf4 rebuild {repo}",
+            ]
         lines += [
             f"hf download {repo} --local-dir {folder}",
             "# every file has the checksum that the Hub lists:",
             f"hf cache verify {repo} --local-dir {folder}",
         ]
-    local = manifest.source.commit is None and manifest.source.repo != SAMPLE_REPO
     lines += [
         "# every byte is derived again from the source:",
         f"nf4 reproduce {folder}" + (f" --source {_source_argument(manifest)}" if local else ""),
         "# if there is a model.sig, with the signer's public key:",
         f"nf4 check {folder} --key key.pub",
     ]
-    return "## Check it yourself\n\n" + _block("\n".join(lines), "sh")
+    parts = ["## Check it yourself", _block("\n".join(lines), "sh")]
+    if rebuilt is not None:
+        parts.insert(
+            1,
+            f"**Verified reproducible** by `{rebuilt.verifier}` on {rebuilt.verified}: "
+            f"[summary](<{rebuilt.url}>). It is as good as who signs for it; the commands below "
+            "need nobody.",
+        )
+    return "\n\n".join(parts)
 
 
 def _source_argument(manifest: Manifest) -> str:
@@ -459,37 +495,10 @@ def _folded(summary: str, content: str) -> str:
     return f"<details><summary>{summary}</summary>\n\n{content}\n\n</details>"
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def _cell(text: str) -> str:
-    """Words of others inside a table."""
-    line = " ".join(text.split())
-    return _text(line if len(line) <= 160 else line[:159] + "…")
-
-
-# What Markdown, HTML or a formula ($) begins with; an underscore only at the edge of a word.
-_MARKS: Final = re.compile(r"[&<>|`\[\]*~$\\]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|^[#+=-]")
-_NAMED: Final = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
-
-
-def _text(text: str) -> str:
-    """Words of others, as words: one line, with nothing for Markdown or HTML to act on."""
-    line = printable(" ".join(text.split()))
-    return _MARKS.sub(lambda mark: _NAMED.get(mark[0], f"&#{ord(mark[0])};"), line)
-
-
 def _plain_name(text: str) -> str:
     """A name in the metadata, which the Hub shows as it likes: nothing but letters and digits."""
     plain = re.sub(r"[^\w .,:()+’-]", " ", text.replace("'", "’"))
     return " ".join(plain.split())[:80].strip(" -") or "unnamed"
-
-
-def _code(text: str) -> str:
-    """A name as code; where backticks in it would end that, as words."""
-    return f"`{printable(text)}`" if text.strip() and not set(text) & set("`\r\n") else _text(text)
 
 
 def _argument(text: str) -> str:
