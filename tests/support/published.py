@@ -1,4 +1,4 @@
-"""Artifacts on a test Hub as people publish them, and as a forger who knows the format changes them.
+"""Artifacts on a test Hub as people publish them, and as a forger changes them.
 
 Nothing is measured: what verify would say of each is made up. Everything else is real.
 """
@@ -164,7 +164,16 @@ class Artifact:
         if documents and (self.folder / "provenance.json").is_file():
             self.attest_again()
 
-    def attest_again(self, **said: Any) -> None:
+    def agree_files_only(self) -> None:
+        """As `agree`, where a weight file is no longer one."""
+        manifest = self.json("manifest.json")
+        manifest["files"] = {
+            name: digest_file(self.folder / name).to_json() for name in manifest["files"]
+        }
+        self.put_json("manifest.json", manifest)
+        self.attest_again()
+
+    def attest_again(self) -> None:
         """Card, bill and provenance of what the manifest says now."""
         manifest = Manifest.from_json(self.json("manifest.json"))
         card = source_card(self.build)

@@ -1,4 +1,4 @@
-"""A SLSA verification summary (VSA): what somebody found who derived an artifact again. Pure.
+"""A SLSA verification summary (VSA): what somebody found who derived an artifact again.
 
 It says of the files at one commit of a repo that they follow, byte for byte, from the source and
 the recipe that they name. No build level follows from that: who built it, and where, is not seen.
@@ -6,11 +6,18 @@ the recipe that they name. No build level follows from that: who built it, and w
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from nf4_pipeline.checkpoint.digest import json_sha256
+from nf4_pipeline.checkpoint.digest import FileDigest, json_sha256
+from nf4_pipeline.checkpoint.source import read_json
+from nf4_pipeline.documents import Document
+from nf4_pipeline.errors import ArtifactError, CheckpointError, UsageError
+from nf4_pipeline.manifest.read import MANIFEST_FILE
 from nf4_pipeline.provenance.statement import STATEMENT_TYPE
 
 SUMMARY_TYPE: Final = "https://slsa.dev/verification_summary/v1"
@@ -71,3 +78,64 @@ def verification_summary(
             "slsaVersion": SLSA_VERSION,
         },
     }
+
+
+_ADDRESS: Final = re.compile(r"https?://[^\s<>\"'`\\|^{}()\[\]]{1,1000}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rebuild(Document):
+    """A summary by somebody who derived an artifact again and found it equal, for its card.
+
+    Attributes:
+        verifier: who, as a URI.
+        verified: when, in UTC.
+        url: where the summary stands.
+    """
+
+    verifier: str
+    verified: str
+    url: str
+
+
+def read_summary(path: Path, url: str, manifest: FileDigest) -> Rebuild:
+    """What a card may say of a summary: it passed, and speaks of this very manifest.
+
+    Args:
+        path: of the summary, as `nf4 rebuild` writes it.
+        url: where others find it.
+        manifest: digest of the manifest.json of the artifact that the card is for.
+
+    Raises:
+        UsageError: the address is none.
+        ArtifactError: the file is no such summary, did not pass, or speaks of another artifact.
+    """
+    import fastjsonschema
+
+    if not _ADDRESS.fullmatch(url):
+        raise UsageError(f"{url[:120]!r} is no address at which others could read the summary.")
+    check = fastjsonschema.compile(json.loads(SCHEMA_FILE.read_text("utf-8")))
+    try:
+        value = read_json(path)
+        check(value)
+    except (CheckpointError, fastjsonschema.JsonSchemaValueException) as error:
+        raise ArtifactError(
+            f"{path} is no verification summary of nf4 rebuild ({str(error)[:300]}). Take the file "
+            "that ends with .vsa.json."
+        ) from error
+    predicate = value["predicate"]
+    if predicate["verificationResult"] != "PASSED" or REPRODUCED not in predicate["verifiedLevels"]:
+        raise ArtifactError(
+            f"{path} says {predicate['verificationResult']}, and a card may name a summary that "
+            "passed. results.json beside it says what differs."
+        )
+    subjects = {entry["name"]: entry["digest"] for entry in value["subject"]}
+    said = subjects.get(MANIFEST_FILE, {}).get("sha256")
+    if said != manifest.sha256:
+        raise ArtifactError(
+            f"{path} speaks of another artifact: its {MANIFEST_FILE} has sha256 {said}, and the "
+            f"one here has {manifest.sha256}. Publish this one, and have it rebuilt."
+        )
+    return Rebuild(
+        verifier=predicate["verifier"]["id"], verified=predicate["timeVerified"], url=url
+    )

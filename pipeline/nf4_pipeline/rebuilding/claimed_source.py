@@ -108,6 +108,11 @@ def _is_converted(model: hub.RemoteModel) -> bool:
 
 def _compare(source: Source, model: hub.RemoteModel, *, weights: bool) -> None:
     listed = {file.path: file for file in model.files}
+    hashed = [n for n in source.unchecked or () if n in listed and listed[n].is_hashed]
+    if hashed:
+        raise ArtifactError(
+            f"{MANIFEST_FILE} says that the Hub lists no hash of {hashed[0]}, and it does."
+        )
     for name, digest in source.files.items():
         if not weights and name.endswith((".safetensors", ".safetensors.index.json")):
             continue

@@ -27,8 +27,9 @@ from nf4_pipeline.printable import printable
 from nf4_pipeline.provenance.bom import bill_of_materials
 from nf4_pipeline.provenance.signing import SIGNATURE_FILE
 from nf4_pipeline.provenance.statement import SCHEMA_FILE, statement
+from nf4_pipeline.provenance.summary import Rebuild
 from nf4_pipeline.rebuilding.accounting import ATTESTED
-from nf4_pipeline.report.model_card import Rebuild, model_card
+from nf4_pipeline.report.model_card import model_card
 from nf4_pipeline.reproduce.compare_files import Difference
 from nf4_pipeline.stages.publication import BOM_FILE, PROVENANCE_FILE
 from nf4_pipeline.stages.verify import REPORT_FILE

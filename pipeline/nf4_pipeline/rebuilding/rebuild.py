@@ -304,6 +304,8 @@ class _Attempt:
             )
         except HubError as error:
             raise NotCheckable(f"the Hub does not give its source: {error}") from error
+        except UsageError as error:  # nobody typed it: the recipe in the manifest asks for it
+            raise ArtifactError(f"{MANIFEST_FILE} cannot be followed: {error}") from error
 
     def _look_at_documents(self, published: Published, made: Reproduction) -> Findings:
         tokenizer, card = made.facts.tokenizer, made.facts.card

@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import yaml
 
 from nf4_pipeline.checkpoint.source_card import SourceCard
-from nf4_pipeline.documents import Document
 from nf4_pipeline.fidelity.metrics import Fidelity
 from nf4_pipeline.manifest.manifest import Manifest
 from nf4_pipeline.model.unused_tensors import left_out
 from nf4_pipeline.printable import printable
+from nf4_pipeline.provenance.summary import Rebuild
 from nf4_pipeline.readers.document import ReaderResult
 from nf4_pipeline.report.calibration import (
     describe_extra_bytes,
@@ -45,21 +44,6 @@ from nf4_pipeline.verification.document import (
 )
 
 _MAX_CARD_ANSWERS: Final = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rebuild(Document):
-    """A summary by somebody who derived the artifact again, and found it equal.
-
-    Attributes:
-        verifier: who, as a URI.
-        verified: when, in UTC.
-        url: where the summary stands.
-    """
-
-    verifier: str
-    verified: str
-    url: str
 
 
 def model_card(
