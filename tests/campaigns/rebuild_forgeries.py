@@ -359,7 +359,7 @@ class Cases:
         more = {"notes.txt": {"size": 1, "sha256": "1" * 64}}
         yield Case("source", "a file more", source_file(lambda f: f.update(more)), "notes.txt")
         unhashed = manifest(lambda value: value["source"].update({"unchecked": ["config.json"]}))
-        yield Case("source", "a file said to have had no hash", unhashed, "manifest.json")
+        yield Case("source", "a file said to have had no hash", unhashed, "lists no hash")
 
     def _recipe(self) -> Iterable[Case]:
         for table, said in (

@@ -139,7 +139,7 @@ class Artifact:
         manifest["files"] = {
             name: digest_file(self.folder / name).to_json() for name in sorted(names)
         }
-        stored = {}
+        stored: dict[str, Any] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             headers = read_header(path)
             hashes = digest_tensors(path, headers)[1]

@@ -57,7 +57,7 @@ def rebuild(
         progress: called with each `ProgressEvent`.
 
     Raises:
-        UsageError: nothing is named, or a name or an option means nothing.
+        UsageError: a name or an option means nothing.
         AccessError: a folder cannot be made or written to.
         BuildError: another rebuilder works in that folder.
     """
@@ -93,13 +93,11 @@ def make_rebuild(
     """What is to be derived again; `RebuildRequest` says what each means.
 
     Raises:
-        UsageError: nothing is named, or a name or an option means nothing.
+        UsageError: a name or an option means nothing.
     """
     from nf4_pipeline.rebuilding.rebuild import RebuildRequest
 
     names = [fspath(name) for name in artifacts]
-    if not names:
-        raise UsageError("No artifact is named. Name repos of the Hub, or folders.")
     for name in names:
         if not model_path(name).is_dir():
             check_hub_id((at_revision(name) or (name,))[0])

@@ -58,6 +58,13 @@ def command(
 
     check_repo_id(repo_id)
     build = named_build(ui, model, build_dir, newest=model is None, needs="serialize")
+    summary = None
+    if rebuilt is not None:
+        from nf4_pipeline.checkpoint.digest import digest_file
+        from nf4_pipeline.manifest.read import MANIFEST_FILE
+        from nf4_pipeline.provenance.summary import read_summary
+
+        summary = read_summary(*rebuilt, digest_file(build.export / MANIFEST_FILE))
     run_one_stage(
-        "attest", ui, build, make_recipe(), make_machine(), repo_id=repo_id, rebuilt=rebuilt
+        "attest", ui, build, make_recipe(), make_machine(), repo_id=repo_id, rebuilt=summary
     )

@@ -100,6 +100,8 @@ def command(
     from nf4_pipeline.api.rebuilding import make_rebuild, make_writer
     from nf4_pipeline.progress import LOADING
 
+    if not artifacts and listed is None:
+        raise UsageError("No artifact is named. Name repos of the Hub, or folders, or a --list.")
     names = [*artifacts, *(_names_in(listed) if listed is not None else ())]
     request = make_rebuild(
         names,
@@ -123,7 +125,7 @@ def command(
     document = writer.document(results)
     if output is not None:
         writer.write(results, output)
-    verdicts = [each.result.verdict for each in results]
+    verdicts: list[str] = [each.result.verdict for each in results]
     ui.result(document.to_json(), lambda: _show_end(verdicts, output))
     if "FAILED" in verdicts:
         sys.exit(1)

@@ -136,6 +136,5 @@ def read_summary(path: Path, url: str, manifest: FileDigest) -> Rebuild:
             f"{path} speaks of another artifact: its {MANIFEST_FILE} has sha256 {said}, and the "
             f"one here has {manifest.sha256}. Publish this one, and have it rebuilt."
         )
-    return Rebuild(
-        verifier=predicate["verifier"]["id"], verified=predicate["timeVerified"], url=url
-    )
+    verifier, verified = predicate["verifier"]["id"], predicate["timeVerified"]
+    return Rebuild(verifier=verifier, verified=verified, url=url)

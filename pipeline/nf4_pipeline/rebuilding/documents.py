@@ -42,9 +42,7 @@ from nf4_pipeline.verification.document import (
 
 _OWN_PACKAGE: Final = "nf4-pipeline"
 _SHOWN: Final = 80  # characters of a value in a message
-_NAMED_REPO: Final = re.compile(
-    r"https://huggingface\.co/([\w.-]+/[\w.-]+)/blob/main/verification\.json"
-)
+_NAMED_REPO: Final = re.compile(r"^hf download ([\w.-]+/[\w.-]+) --local-dir ", re.M | re.A)
 _REBUILT: Final = re.compile(
     r"^\*\*Verified reproducible\*\* by `([^`\n]{1,1000})` on ([0-9TZ:-]{10,20}): "
     r"\[summary\]\(<([^>\n]{1,2000})>\)",
@@ -292,7 +290,7 @@ def _contradictions(text: str, truth: Truth) -> Iterable[str]:
 
 
 def _repos_in(text: str) -> list[str]:
-    """The repo that a card says it is of, if it does."""
+    """The repo that a card's commands download, if it names one."""
     match = _NAMED_REPO.search(text)
     return [match[1]] if match else []
 

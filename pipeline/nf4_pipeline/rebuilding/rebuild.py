@@ -89,12 +89,9 @@ def rebuild(
         done: called with each result as soon as it is known.
 
     Raises:
-        UsageError: nothing is named, or a name can be no artifact.
         AccessError: the folder to work in cannot be made or written to.
         BuildError: another rebuilder works in that folder.
     """
-    if not request.artifacts:
-        raise UsageError("No artifact is named. Name repos of the Hub, or folders.")
     results = []
     with _work_folder(request) as work, hub.cache_at(work / "hub"):
         for name in dict.fromkeys(request.artifacts):
