@@ -73,7 +73,8 @@ class Reproduction:
         source: the checkpoint, as it was found.
         origin: who confirms its repo and commit.
         files: how many files the source makes.
-        differences: the files that are not what the source makes; the first one says which byte.
+        differences: the files that are not what the source makes; the first one, and the first of
+            the weights, say which byte.
         not_derived: files in the folder that no source makes, such as the model card.
         manifest: as the source and the recipe make it.
         facts: of the source.
