@@ -155,6 +155,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory, tiny_falcon: Path) -> Iterat
         with in_process():
             twelve(hub, folder)
         home = folder / "hf"
+        (folder / SOURCE).mkdir(parents=True)  # what lies here is not what a manifest means
         with Worker(home, hub.url, TMPDIR=str(folder), CUDA_VISIBLE_DEVICES="") as worker:
             options = ("--json", "-q", "--work-dir", folder / "work", "--output", folder / "out")
             done = worker.nf4(folder, "rebuild", *options, *WHOLE, *_cases)
@@ -335,8 +336,16 @@ def test_exit_codes_and_names(shelf: Shelf) -> None:
     assert gone.status == NOT_CHECKED
     assert "NOT_CHECKED  nobody/nothing" in gone.out
     names = shelf.folder / "names.txt"
-    names.write_text("# ours\n\npinned/sample@main # the newest\n", "utf-8")
+    names.write_text("# ours\n\npinned/shards@main # the newest\n", "utf-8")
     assert run("--list", names).status == 0
+    names.write_text("no-such-thing\nx\0y\npinned/commit\n", "utf-8")
+    output = shelf.folder / "listed"
+    listed = run("--list", names, "--output", output)
+    assert listed.status == 1
+    assert [line.split()[0] for line in listed.out.splitlines()[:3]] == [NOT, NOT, "FAILED"]
+    assert len(list(output.glob("*.vsa.json"))) == 1
+    names.write_text("# none yet\n", "utf-8")
+    assert run("--list", names, "--output", output).status == 0
     too_small = run("pinned/shards", "--max-download", "1KB")
     assert too_small.status == NOT_CHECKED
     assert "--max-download allows 1,000" in too_small.out

@@ -82,6 +82,7 @@ def rebuild(
 
 def make_rebuild(
     artifacts: Sequence[PathName],
+    listed: Sequence[str] = (),
     *,
     work_dir: PathName | None = None,
     keep: bool = False,
@@ -91,6 +92,8 @@ def make_rebuild(
     memory_budget: str | int = DEFAULT_MEMORY_BUDGET,
 ) -> RebuildRequest:
     """What is to be derived again; `RebuildRequest` says what each means.
+
+    One of `listed` that can be no artifact gets a verdict like the others: it must not end a run.
 
     Raises:
         UsageError: a name or an option means nothing.
@@ -104,7 +107,7 @@ def make_rebuild(
     if keep and work_dir is None:
         raise UsageError("--keep keeps what lies in --work-dir: name one.")
     return RebuildRequest(
-        names,
+        [*names, *listed],
         None if work_dir is None else named_path(fspath(work_dir)),
         keep,
         parse_size(str(max_download), "--max-download"),

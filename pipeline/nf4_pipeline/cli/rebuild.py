@@ -102,9 +102,9 @@ def command(
 
     if not artifacts and listed is None:
         raise UsageError("No artifact is named. Name repos of the Hub, or folders, or a --list.")
-    names = [*artifacts, *(_names_in(listed) if listed is not None else ())]
     request = make_rebuild(
-        names,
+        artifacts,
+        _names_in(listed) if listed is not None else (),
         work_dir=work_dir,
         keep=keep,
         max_download=max_download,

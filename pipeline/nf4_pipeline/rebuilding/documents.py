@@ -212,7 +212,7 @@ def _read_verification(
             what = f"says {_short(sizes[name])} of {name}; it is {_short(totals[name])}"
             found.differs(VERIFICATION_FILE, what)
     if verification.verdict != "pass":
-        found.notes.append("Its own verification failed, and the card says so.")
+        found.notes.append("Its own verdict, of what was measured, is no pass.")
     found.notes.append(
         f"What {VERIFICATION_FILE} says was measured was not measured again: nf4 verify does."
     )

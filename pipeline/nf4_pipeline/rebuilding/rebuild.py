@@ -51,7 +51,6 @@ from nf4_pipeline.stages.publication import PROVENANCE_FILE
 
 WORK: Final = "nf4-rebuild"
 """The one folder that is made, and emptied, in the folder that a user names."""
-MOST_BYTES: Final = "100GB"
 _LONGEST_WHY: Final = 600
 _MACHINE: Final = Machine()
 

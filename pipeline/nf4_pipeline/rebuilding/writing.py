@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from nf4_pipeline.checkpoint.atomic import json_bytes, make_folder, write_bytes
-from nf4_pipeline.checkpoint.model_name import at_revision, model_path
+from nf4_pipeline.checkpoint.model_name import model_path
+from nf4_pipeline.errors import UsageError
 from nf4_pipeline.provenance.identifiers import tool_versions
 from nf4_pipeline.provenance.summary import VERIFIER, verification_summary
 from nf4_pipeline.rebuilding.accounting import POLICY
@@ -139,10 +141,10 @@ def file_names(rebuilt: Sequence[Rebuilt]) -> list[str]:
 
 
 def _stem(artifact: str) -> str:
-    path = model_path(artifact)
-    said = path.resolve().name if path.is_dir() else artifact
-    if not path.is_dir() and (at := at_revision(artifact)) is not None:
-        said = f"{at[0]}@{at[1]}"
+    said = artifact
+    with suppress(UsageError):  # a name that no path can have
+        if (path := model_path(artifact)).is_dir():
+            said = path.resolve().name
     stem = re.sub(r"[^\w.@-]", "-", said.replace("/", "--"), flags=re.ASCII).lstrip(".-")
     return stem[:150] or "artifact"
 
