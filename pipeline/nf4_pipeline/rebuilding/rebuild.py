@@ -38,7 +38,12 @@ from nf4_pipeline.model.tokenizer_probe import EXTRA_NEEDED
 from nf4_pipeline.printable import printable
 from nf4_pipeline.processes.temporary import TemporaryFolder
 from nf4_pipeline.progress import SILENT, Reporter
-from nf4_pipeline.rebuilding.accounting import account, check_manifest_names, may_be_read
+from nf4_pipeline.rebuilding.accounting import (
+    DOCUMENTS,
+    account,
+    check_manifest_names,
+    may_be_read,
+)
 from nf4_pipeline.rebuilding.claimed_source import NotCheckable, check_source
 from nf4_pipeline.rebuilding.documents import Findings, Truth, check_documents
 from nf4_pipeline.rebuilding.published import Published, open_published
@@ -335,12 +340,20 @@ def _verdict_of(error: Exception) -> tuple[Verdict, str]:
 
 
 def _merge(*groups: Sequence[Difference]) -> tuple[Difference, ...]:
-    """One difference a file, that of the first group that has one, by file."""
+    """One difference a file, that of the first group that has one; what tells most comes first."""
     by_file: dict[str, Difference] = {}
     for group in groups:
         for difference in group:
             by_file.setdefault(difference.file, difference)
-    return tuple(by_file[name] for name in sorted(by_file))
+    return tuple(sorted(by_file.values(), key=_importance))
+
+
+def _importance(difference: Difference) -> tuple[int, str]:
+    """Weights, then other files, then what speaks of them all and differs with them."""
+    name = difference.file
+    if difference.tensor is not None:
+        return 0, name
+    return (3 if name in DOCUMENTS else 2 if name == MANIFEST_FILE else 1), name
 
 
 def _differ(differences: Sequence[Difference]) -> str:
