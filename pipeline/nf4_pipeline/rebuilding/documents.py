@@ -48,6 +48,10 @@ _REBUILT: Final = re.compile(
     r"\[summary\]\(<([^>\n]{1,2000})>\)",
     re.M,
 )
+_WORKFLOW: Final = re.compile(
+    r"(https://[\w.-]+/[\w.-]+/[\w./-]+?)(?:/\.github/|//)[\w./-]+@[\w./-]+"
+)
+_RUN: Final = re.compile(r"(https://[\w.-]+/[\w.-]+/[\w./-]+?)/(?:actions/runs|-/pipelines)/[0-9]+")
 _BASE_MODEL: Final = re.compile(r"^([\"']?)base_model\1[ \t]*:[ \t]*(.*)$", re.M)
 
 
@@ -70,10 +74,17 @@ class Truth:
 
 @dataclass
 class Findings:
-    """What came of looking at the documents; both grow while that is done."""
+    """What came of looking at the documents; all of it grows while that is done.
+
+    Attributes:
+        differences: what is wrong.
+        notes: what a reader of the verdict should know.
+        builder: who provenance.json says made it, if that is not somebody who ran the program.
+    """
 
     differences: list[Difference] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    builder: str | None = None
 
     def differs(self, file: str, what: str) -> None:
         self.differences.append(Difference(file, what))
@@ -127,6 +138,7 @@ def _check_provenance(
     said_tools = _inside(details, "builder", "version")
     times = _inside(details, "metadata")
     tools = {str(name): str(version) for name, version in said_tools.items()}
+    found.builder = _workflow(_inside(details, "builder").get("id"), times.get("invocationId"))
     expected = statement(
         manifest,
         subjects,
@@ -134,6 +146,10 @@ def _check_provenance(
         started=str(times.get("startedOn")),
         finished=str(times.get("finishedOn")),
     )
+    if found.builder is not None:
+        run = expected["predicate"]["runDetails"]
+        run["builder"]["id"] = found.builder
+        run["metadata"]["invocationId"] = times["invocationId"]
     _check_subjects(value.pop("subject", None), subjects, found)
     del expected["subject"]
     if (place := first_difference(expected, value)) is not None:
@@ -141,6 +157,14 @@ def _check_provenance(
     else:
         _check_schema(folder, found)
     return tools
+
+
+def _workflow(builder: Any, run: Any) -> str | None:
+    """The builder, if it is named as the workflow of a public CI run is."""
+    if not isinstance(builder, str) or not isinstance(run, str):
+        return None
+    named, ran = _WORKFLOW.fullmatch(builder), _RUN.fullmatch(run)
+    return builder if named and ran and named[1] == ran[1] else None
 
 
 def _check_subjects(said: Any, subjects: Mapping[str, FileDigest], found: Findings) -> None:

@@ -235,9 +235,9 @@ class _Attempt:
             ),
             calibrated_on=made.calibrated_on,
         )
-        self._conclude(made)
+        self._conclude(made, found.builder)
 
-    def _conclude(self, made: Reproduction) -> None:
+    def _conclude(self, made: Reproduction, builder: str | None) -> None:
         differences = self.result.differences
         if differences:
             caveat = ""
@@ -251,6 +251,12 @@ class _Attempt:
             self._end(
                 "NOT_CHECKED",
                 f"all is derived again, and its source is not confirmed: {made.origin.not_checked}",
+            )
+        elif builder is not None:
+            self._end(
+                "NOT_CHECKED",
+                f"all is derived again, and {PROVENANCE_FILE} says that {builder} built it, which "
+                "nothing here can tell; if that workflow signed it, nf4 check --identity can",
             )
         else:
             self._end("PASSED", f"{made.files} files are derived again, byte for byte.")
