@@ -549,6 +549,20 @@ class Cases:
         }
         for where, change in changes.items():
             yield Case("provenance", where, provenance(change), "")
+        workflow = "https://github.com/me/code"
+
+        def by_workflow(value: Any) -> None:
+            _builder(value).update(id=f"{workflow}/.github/workflows/ci.yml@refs/heads/main")
+            run = {"invocationId": f"{workflow}/actions/runs/7"}
+            value["predicate"]["runDetails"]["metadata"].update(run)
+
+        def by_another(value: Any) -> None:
+            by_workflow(value)
+            _builder(value).update(id="https://github.com/you/code/.github/workflows/ci.yml@main")
+
+        named = "a workflow that signed nothing"
+        yield Case("provenance", named, provenance(by_workflow), "nobody confirms", "NOT_CHECKED")
+        yield Case("provenance", "a workflow, and another's run", provenance(by_another), "prov")
         yield Case("provenance", "no JSON", _provenance_bytes(b"{"), "provenance.json")
         yield Case("provenance", "a list", _provenance_bytes(b"[]"), "provenance.json")
         yield Case("provenance", "deep", _provenance_bytes(b"[" * 9999), "provenance.json")

@@ -61,6 +61,7 @@ OTHER_CASES: Final = (
     "file removed: provenance.json",
     "card: 'pip install nf4-pipeline' is 'pip install nf4-pipelime'",
     "provenance: another builder",
+    "provenance: a workflow that signed nothing",
     "provenance: a subject's hash",
     "bill of materials: a license",
     "pointer: config.json",

@@ -38,6 +38,7 @@ def rebuild(
     device: str = "auto",
     workers: int = 0,
     memory_budget: str | int = DEFAULT_MEMORY_BUDGET,
+    trust_config: PathName | None = None,
     progress: ProgressCallback | None = None,
 ) -> RebuildDocument:
     """Fetches artifacts, derives each again from its source, and gives each a verdict.
@@ -54,6 +55,8 @@ def rebuild(
         device: where calibrated codes are chosen again; "auto" for the kind that a manifest says.
         workers: threads; 0 for as many as keep the processor busy.
         memory_budget: bytes of the engine's buffers.
+        trust_config: of the Sigstore that certifies the workflows which provenance names; None for
+            the public one.
         progress: called with each `ProgressEvent`.
 
     Raises:
@@ -69,6 +72,7 @@ def rebuild(
         device=device,
         workers=workers,
         memory_budget=memory_budget,
+        trust_config=trust_config,
     )
     writer = make_writer(verifier, output)
     from nf4_pipeline.rebuilding.rebuild import rebuild
@@ -90,6 +94,7 @@ def make_rebuild(
     device: str = "auto",
     workers: int = 0,
     memory_budget: str | int = DEFAULT_MEMORY_BUDGET,
+    trust_config: PathName | None = None,
 ) -> RebuildRequest:
     """What is to be derived again; `RebuildRequest` says what each means.
 
@@ -106,12 +111,18 @@ def make_rebuild(
             check_hub_id((at_revision(name) or (name,))[0])
     if keep and work_dir is None:
         raise UsageError("--keep keeps what lies in --work-dir: name one.")
+    trust = None if trust_config is None else named_path(fspath(trust_config))
+    if trust is not None:
+        from nf4_pipeline.provenance.keyless import Instance
+
+        Instance(trust).check()
     return RebuildRequest(
         [*names, *listed],
         None if work_dir is None else named_path(fspath(work_dir)),
         keep,
         parse_size(str(max_download), "--max-download"),
         make_machine(device=device, workers=workers, memory_budget=memory_budget),
+        trust,
     )
 
 

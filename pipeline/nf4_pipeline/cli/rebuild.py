@@ -73,6 +73,11 @@ _MOST_SHOWN = 10  # differences of one artifact
 @click.option(
     "--memory-budget", default="256MiB", show_default=True, help="For the engine's buffers."
 )
+@click.option(
+    "--trust-config",
+    type=NamedPath(dir_okay=False),
+    help="Of the Sigstore that certifies workflows.  [default: the public one]",
+)
 @output_options
 def command(
     ui: Ui,
@@ -86,6 +91,7 @@ def command(
     device: str,
     workers: int,
     memory_budget: str,
+    trust_config: Path | None,
 ) -> None:
     """Fetch published artifacts, derive each again from its source, and give each a verdict.
 
@@ -111,6 +117,7 @@ def command(
         device=device,
         workers=workers,
         memory_budget=memory_budget,
+        trust_config=trust_config,
     )
     writer = make_writer(verifier, output)
     reporter = ui.reporter()

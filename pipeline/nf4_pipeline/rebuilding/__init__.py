@@ -5,6 +5,7 @@
     accounting.py   each listed file is derived, a document that nf4 writes, or a difference
     claimed_source.py  the source that a manifest names, before anything of it is fetched
     documents.py    card, provenance and bill of materials, held against what was derived
+    signature.py    whether the workflow that provenance names as builder signed the artifact
     results.py      what came of it, as documents; rebuild.schema.json is their published form
     writing.py      summaries (VSA), badges, a table and results.json, into a folder
 

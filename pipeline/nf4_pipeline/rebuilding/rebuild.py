@@ -38,6 +38,8 @@ from nf4_pipeline.model.tokenizer_probe import EXTRA_NEEDED
 from nf4_pipeline.printable import printable
 from nf4_pipeline.processes.temporary import TemporaryFolder
 from nf4_pipeline.progress import SILENT, Reporter
+from nf4_pipeline.provenance.keyless import Instance
+from nf4_pipeline.provenance.signing import SIGNATURE_FILE
 from nf4_pipeline.rebuilding.accounting import (
     DOCUMENTS,
     account,
@@ -48,6 +50,7 @@ from nf4_pipeline.rebuilding.claimed_source import NotCheckable, check_source
 from nf4_pipeline.rebuilding.documents import Findings, Truth, check_documents
 from nf4_pipeline.rebuilding.published import Published, open_published
 from nf4_pipeline.rebuilding.results import ClaimedSource, RebuildResult, Rebuilt, Verdict
+from nf4_pipeline.rebuilding.signature import why_not_confirmed
 from nf4_pipeline.recipe import parse_recipe
 from nf4_pipeline.reproduce.calibration import device_for
 from nf4_pipeline.reproduce.compare_files import Difference
@@ -71,6 +74,8 @@ class RebuildRequest:
         max_download: bytes that one artifact and its source may have together.
         machine: threads, memory, and where calibrated codes are chosen; its device "auto" means
             what a manifest says.
+        trust: a trust configuration of the Sigstore that certifies workflows; None for the public
+            one. It is asked only of an artifact whose provenance names a workflow as builder.
     """
 
     artifacts: Sequence[str]
@@ -78,6 +83,7 @@ class RebuildRequest:
     keep: bool = False
     max_download: int = 10**11
     machine: Machine = _MACHINE
+    trust: Path | None = None
 
 
 def rebuild(
@@ -235,9 +241,23 @@ class _Attempt:
             ),
             calibrated_on=made.calibrated_on,
         )
-        self._conclude(made, found.builder)
+        open_claim = ""
+        if found.builder is not None and not self.result.differences:
+            open_claim = self._check_builder(published, found.builder, scratch / "signed")
+        self._conclude(made, open_claim)
 
-    def _conclude(self, made: Reproduction, builder: str | None) -> None:
+    def _check_builder(self, published: Published, builder: str, scratch: Path) -> str:
+        """What is claimed of the builder and not known; "" if its signature says so, too."""
+        instance = Instance(self.request.trust)
+        why = why_not_confirmed(published.folder, self.digests, builder, scratch, instance)
+        if why:
+            return f"{PROVENANCE_FILE} says that {builder} built it, which nobody confirms: {why}"
+        note = f"Signed by the workflow that {PROVENANCE_FILE} names as its builder: {builder}"
+        notes = [n for n in self.result.notes if SIGNATURE_FILE not in n]
+        self.result = replace(self.result, notes=(note, *notes))
+        return ""
+
+    def _conclude(self, made: Reproduction, open_claim: str) -> None:
         differences = self.result.differences
         if differences:
             caveat = ""
@@ -252,12 +272,8 @@ class _Attempt:
                 "NOT_CHECKED",
                 f"all is derived again, and its source is not confirmed: {made.origin.not_checked}",
             )
-        elif builder is not None:
-            self._end(
-                "NOT_CHECKED",
-                f"all is derived again, and {PROVENANCE_FILE} says that {builder} built it, which "
-                "nothing here can tell; if that workflow signed it, nf4 check --identity can",
-            )
+        elif open_claim:
+            self._end("NOT_CHECKED", f"all is derived again, and {open_claim}")
         else:
             self._end("PASSED", f"{made.files} files are derived again, byte for byte.")
 
