@@ -14,6 +14,7 @@ docs/python-api.md shows them at work.
 The house, from the top floor down; a room imports only from rooms below it (`make lint`):
 
     cli/               one file per command
+    batch/             many builds, one after the other
     api/               build and Artifact, for Python programs; what options of both mean
     rebuilding/        what others published: fetched, derived again, accounted for, summed up
     job.py             stages in their order; nothing valid is done again

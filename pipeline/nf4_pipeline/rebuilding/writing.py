@@ -188,9 +188,8 @@ def markdown(document: RebuildDocument, names: Sequence[str]) -> str:
         if stem and result.verdict != "NOT_CHECKED":
             verdict = f"[{verdict}](<{stem}{SUMMARY_ENDING}>)"
         source = "" if result.source is None else _source(result)
-        rows.append(
-            (in_cell(result.artifact), (result.commit or "")[:12], verdict, source, in_cell(result.why))
-        )
+        artifact, why = in_cell(result.artifact), in_cell(result.why)
+        rows.append((artifact, (result.commit or "")[:12], verdict, source, why))
     counts = {verdict: 0 for verdict in _MESSAGES}
     for result in document.results:
         counts[result.verdict] += 1
