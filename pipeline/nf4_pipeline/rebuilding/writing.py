@@ -24,7 +24,7 @@ from nf4_pipeline.rebuilding.results import (
     Rebuilt,
     Verdict,
 )
-from nf4_pipeline.report.markdown import cell, table
+from nf4_pipeline.report.markdown import in_cell, table
 
 RESULTS_FILE: Final = "results.json"
 TABLE_FILE: Final = "README.md"
@@ -188,7 +188,7 @@ def markdown(document: RebuildDocument, names: Sequence[str]) -> str:
             verdict = f"[{verdict}](<{stem}{SUMMARY_ENDING}>)"
         source = "" if result.source is None else _source(result)
         rows.append(
-            (cell(result.artifact), (result.commit or "")[:12], verdict, source, cell(result.why))
+            (in_cell(result.artifact), (result.commit or "")[:12], verdict, source, in_cell(result.why))
         )
     counts = {verdict: 0 for verdict in _MESSAGES}
     for result in document.results:
@@ -198,7 +198,7 @@ def markdown(document: RebuildDocument, names: Sequence[str]) -> str:
     return (
         f"# Rebuilt with nf4-pipeline {document.versions['nf4-pipeline']}\n\n"
         f"{len(document.results)} artifacts: {said}. {document.verified}, by "
-        f"{cell(document.verifier)}.\n\n{table(head, rows)}\n\n"
+        f"{in_cell(document.verifier)}.\n\n{table(head, rows)}\n\n"
         "PASSED: every byte that source and recipe decide was derived again, nothing else is "
         "there but known documents, and these claim nothing else. It says nothing of who built it, "
         "nor of the figures that were measured. NOT_CHECKED: nobody can tell here.\n"
@@ -208,4 +208,4 @@ def markdown(document: RebuildDocument, names: Sequence[str]) -> str:
 def _source(result: RebuildResult) -> str:
     source = result.source
     assert source is not None
-    return cell(source.repo + ("" if source.commit is None else f" at {source.commit[:12]}"))
+    return in_cell(source.repo + ("" if source.commit is None else f" at {source.commit[:12]}"))

@@ -22,9 +22,10 @@ from nf4_pipeline.report.calibration import (
     list_exceptions,
 )
 from nf4_pipeline.report.formatting import interval, is_finite, number, one_in, plain_size
-from nf4_pipeline.report.markdown import cell as _cell
 from nf4_pipeline.report.markdown import code as _code
-from nf4_pipeline.report.markdown import plain as _text
+from nf4_pipeline.report.markdown import folded as _folded
+from nf4_pipeline.report.markdown import in_cell as _cell
+from nf4_pipeline.report.markdown import in_text as _text
 from nf4_pipeline.report.markdown import table as _table
 from nf4_pipeline.report.pictures import PICTURES, drawable
 from nf4_pipeline.report.snippets import (
@@ -472,11 +473,6 @@ def _source_argument(manifest: Manifest) -> str:
     if source.commit is None:
         return "sample" if source.repo == SAMPLE_REPO else _argument(f"./{source.repo}")
     return _argument(source.repo)
-
-
-def _folded(summary: str, content: str) -> str:
-    """What is long, behind a line that opens it."""
-    return f"<details><summary>{summary}</summary>\n\n{content}\n\n</details>"
 
 
 def _plain_name(text: str) -> str:
