@@ -1,0 +1,168 @@
+"""Runs the blocks of documents, one page after the other, each in a folder of its own.
+
+    python -m tests.support.doc_runner ORDER.json
+
+Hub and token come with the environment. A page's folder holds, before its first block, finished builds
+of `sample` and of `tiiuae/falcon-7b-instruct` (small ones) and what `_PLACE` names. With `in_process`
+in the order, `nf4` is called in this process and verifies little; otherwise it is the real program.
+Prints what came of each block as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any, Final
+
+from nf4_pipeline import sample
+from nf4_pipeline.recipe import load_recipe, parse_recipe, read_tables
+
+MODEL: Final = "tiiuae/falcon-7b-instruct"
+MODELS: Final = ("sample", MODEL)
+_PLACE: Final = {
+    "my-text.txt": "Once upon a time, there was a clever fox named Ben. He lived by the lake.\n" * 40,
+}
+_WITH_SHELL: Final = re.compile(r"[|&;<>$`(){}]|^(cd|export|for|if|while|do|done|fi|wait)\b", re.M)
+
+
+def main(order_file: Path) -> None:
+    """Runs them."""
+    order_file = order_file.absolute()
+    order = json.loads(order_file.read_text("utf-8"))
+    nf4: Callable[[list[str]], str] = _real
+    if order["in_process"]:
+        sample.MODEL_DIR = Path(order["model"])
+        _verify_little(Path(order["recipe"]))
+        nf4 = _here
+    made = order_file.parent / "made"
+    made.mkdir()
+    os.chdir(made)
+    results: list[dict[str, Any]] = []
+    for model in MODELS:
+        began = time.monotonic()
+        fault = nf4(["build", model])
+        assert not fault, fault
+        seconds = round(time.monotonic() - began, 2)
+        results.append({"block": {"page": f"build {model}", "line": 0}, "fault": "", "seconds": seconds})
+    for page, blocks in order["pages"].items():
+        place = order_file.parent / "places" / page.replace("/", "-")
+        shutil.copytree(made, place, symlinks=True)
+        shutil.copytree(order["model"], place / "my-model")
+        for name, text in _PLACE.items():
+            (place / name).write_text(text)
+        os.chdir(place)
+        names: dict[str, Any] = {}
+        for block in blocks:
+            began = time.monotonic()
+            try:
+                fault = _run(block, names, nf4, order["slow"])
+            except BaseException:
+                fault = traceback.format_exc()
+            seconds = round(time.monotonic() - began, 2)
+            results.append({"block": block, "fault": fault, "seconds": seconds})
+        for claim in order["claims"].get(page, ()):
+            fault = "" if eval(claim, names) else f"{claim} does not hold"  # noqa: S307
+            results.append({"block": {"page": page, "line": 0}, "fault": fault, "seconds": 0})
+    (order_file.parent / "results.json").write_text(json.dumps(results), "utf-8")
+
+
+def _run(
+    block: dict[str, Any], names: dict[str, Any], nf4: Callable[[list[str]], str], slow: bool
+) -> str:
+    """Runs a block; returns what went wrong."""
+    mark, language, text = block["mark"], block["language"], block["text"]
+    if mark == "not run" or (mark == "slow" and not slow):
+        return ""
+    if mark == "file":
+        Path(block["why"]).parent.mkdir(parents=True, exist_ok=True)
+        Path(block["why"]).write_text(text, "utf-8")
+    match language:
+        case "toml":
+            if mark == "file":
+                load_recipe(Path(block["why"]))
+            else:
+                path = Path(f"recipe-{block['line']}.toml")
+                path.write_text(text, "utf-8")
+                parse_recipe(read_tables(path), str(path))
+        case "json" if mark == "file":
+            for line in text.splitlines() if block["why"].endswith(".jsonl") else [text]:
+                json.loads(line)
+        case "python" if mark != "file":
+            code = compile(text, f"<{block['page']}:{block['line']}>", "exec")
+            exec(code, names)
+        case "sh" | "console" if mark != "file":
+            if nf4 is _real or _WITH_SHELL.search("\n".join(block["commands"])):
+                return _shell("\n".join(block["commands"]))
+            for line in block["commands"]:
+                if fault := _run_line(line, nf4):
+                    return fault
+    return ""
+
+
+def _run_line(line: str, nf4: Callable[[list[str]], str]) -> str:
+    words = shlex.split(line, comments=True)
+    if not words or words[0] != "nf4":
+        return _shell(line)
+    return nf4(words[1:])
+
+
+def _shell(line: str) -> str:
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", line],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    return f"{line}\nexit {done.returncode}: {done.stdout}{done.stderr}" if done.returncode else ""
+
+
+def _real(args: list[str]) -> str:
+    return _shell(shlex.join(["nf4", *args]))
+
+
+def _here(args: list[str]) -> str:
+    """`nf4 ARGS` in this process, workers and all."""
+    from nf4_pipeline.cli import main as nf4
+    from nf4_pipeline.processes.in_process import in_process
+
+    said = StringIO()
+    try:
+        with redirect_stdout(said), redirect_stderr(said), in_process():
+            nf4(args)
+    except SystemExit as ended:
+        return f"nf4 {shlex.join(args)}\nexit {ended.code}: {said.getvalue()}" if ended.code else ""
+    return ""
+
+
+def _verify_little(path: Path) -> None:
+    """The default recipe is, for once, one that verifies and calibrates in little time."""
+    from nf4_pipeline.api import options
+
+    quick, read = load_recipe(path), options._read
+
+    def read_quick(said: Any) -> Any:
+        recipe, given = read(said)
+        if "verify" not in given:
+            recipe = replace(recipe, verify=quick.verify)
+        if "quantize" not in given:
+            recipe = replace(recipe, quantize=replace(recipe.quantize, calibration_tokens=256))
+        return recipe, given
+
+    options._read = read_quick
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
