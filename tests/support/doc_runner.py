@@ -20,19 +20,21 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, Final
 
 from nf4_pipeline import sample
+from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.recipe import load_recipe, parse_recipe, read_tables
 
 MODEL: Final = "tiiuae/falcon-7b-instruct"
 MODELS: Final = ("sample", MODEL)
 _PLACE: Final = {
     "my-text.txt": "Once upon a time, there was a clever fox named Ben. He lived by the lake.\n" * 40,
+    "chats.jsonl": '{"text": "Once upon a time, there was a clever fox named Ben."}\n' * 40,
 }
 _WITH_SHELL: Final = re.compile(r"[|&;<>$`(){}]|^(cd|export|for|if|while|do|done|fi|wait)\b", re.M)
 
@@ -101,7 +103,8 @@ def _run(
                 json.loads(line)
         case "python" if mark != "file":
             code = compile(text, f"<{block['page']}:{block['line']}>", "exec")
-            exec(code, names)
+            with nullcontext() if nf4 is _real else in_process():
+                exec(code, names)
         case "sh" | "console" if mark != "file":
             if nf4 is _real or _WITH_SHELL.search("\n".join(block["commands"])):
                 return _shell("\n".join(block["commands"]))
@@ -113,9 +116,9 @@ def _run(
 
 def _run_line(line: str, nf4: Callable[[list[str]], str]) -> str:
     words = shlex.split(line, comments=True)
-    if not words or words[0] != "nf4":
-        return _shell(line)
-    return nf4(words[1:])
+    while words and re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
+    return nf4(words[1:]) if words[:1] == ["nf4"] else _shell(line)
 
 
 def _shell(line: str) -> str:
@@ -136,7 +139,6 @@ def _real(args: list[str]) -> str:
 def _here(args: list[str]) -> str:
     """`nf4 ARGS` in this process, workers and all."""
     from nf4_pipeline.cli import main as nf4
-    from nf4_pipeline.processes.in_process import in_process
 
     said = StringIO()
     try:
@@ -148,9 +150,23 @@ def _here(args: list[str]) -> str:
 
 
 def _verify_little(path: Path) -> None:
-    """The default recipe is, for once, one that verifies and calibrates in little time."""
-    from nf4_pipeline.api import options
+    """Verifying and calibrating take little time, for once.
 
+    The default recipe is a quick one, stock transformers is no reader (it would be a process of its own
+    for each build), and nothing is drawn.
+    """
+    from nf4_pipeline.api import options
+    from nf4_pipeline.readers import read as readers
+    from nf4_pipeline.report import pictures
+
+    def two_readers(self: Any, own: Any) -> Any:
+        modules = self._export.modules
+        ours = readers.judge_own(own.version, own.layers, modules, own.lost, self.own_logits)
+        return ours, self._decoded.result()
+
+    pictures.drawable = lambda verification: {}
+    readers.Readers._start = lambda self: None  # type: ignore[assignment, method-assign]
+    readers.Readers.results = two_readers  # type: ignore[method-assign]
     quick, read = load_recipe(path), options._read
 
     def read_quick(said: Any) -> Any:
