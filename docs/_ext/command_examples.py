@@ -1,6 +1,8 @@
-"""The examples of a help page, on the page of the reference that sphinx-click makes of a command."""
+"""What sphinx-click leaves out of a command's page: its examples; and stars that are no emphasis."""
 
 from __future__ import annotations
+
+import re
 
 import click
 from nf4_pipeline.cli.help import CommandWithExamples
@@ -13,7 +15,12 @@ def _add_examples(app: Sphinx, context: click.Context, lines: list[str]) -> None
             lines += [what, "", ".. code-block:: sh", "", f"   {line}", ""]
 
 
+def _escape_stars(app: Sphinx, context: click.Context, lines: list[str]) -> None:
+    lines[:] = [re.sub(r"(?<=[\s_\w])\*(?=[.\w])", r"\\*", line) for line in lines]
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Registers it."""
+    """Registers them."""
     app.connect("sphinx-click-process-epilog", _add_examples)
+    app.connect("sphinx-click-process-options", _escape_stars)
     return {"parallel_read_safe": True}

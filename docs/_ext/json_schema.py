@@ -51,19 +51,28 @@ def _definitions(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def _table(part: dict[str, Any]) -> Iterator[str]:
-    properties = part.get("properties", {})
-    if not properties:
-        yield f"{_kind(part)}"
-        yield ""
+    rows = list(_rows(part, ""))
+    if not rows:
+        yield from (_kind(part), "")
         return
-    required = set(part.get("required", ()))
     yield "| key | type | |"
     yield "| --- | --- | --- |"
-    for key, value in properties.items():
+    for key, value, optional in rows:
         said = str(value.get("description", "")).replace("|", "\\|").replace("\n", " ")
-        optional = "" if key in required else "may be absent. "
-        yield f"| `{key}` | {_kind(value)} | {optional}{said} |"
+        yield f"| `{key}` | {_kind(value)} | {'may be absent. ' * optional}{said} |"
     yield ""
+
+
+def _rows(part: dict[str, Any], before: str) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """The keys of an object and of what is in it: a.b, items[].b, by_name.*.b."""
+    required = set(part.get("required", ()))
+    for key, value in part.get("properties", {}).items():
+        name = f"{before}{key}"
+        yield name, value, key not in required
+        yield from _rows(value, f"{name}.")
+        for inner, sign in (("items", "[]"), ("additionalProperties", ".*")):
+            if isinstance(value.get(inner), dict):
+                yield from _rows(value[inner], f"{name}{sign}.")
 
 
 def _kind(value: dict[str, Any]) -> str:
@@ -83,8 +92,6 @@ def _kind(value: dict[str, Any]) -> str:
         text += f" of {_kind(value['items'])}"
     elif isinstance(value.get("additionalProperties"), dict):
         text += f" of {_kind(value['additionalProperties'])} by name"
-    elif "properties" in value:
-        text += " with " + ", ".join(f"`{key}`" for key in value["properties"])
     bounds = [sign + str(value[key]) for key, sign in _BOUNDS.items() if key in value]
     if "pattern" in value:
         bounds.append("`" + value["pattern"].replace("|", "\\|") + "`")

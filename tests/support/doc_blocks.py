@@ -175,4 +175,5 @@ def _fault_of_line(line: str) -> str:
     target = re.match(r"make ([a-z]+)", line)
     if target and not re.search(rf"^{target[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE):
         return f"make has no target {target[1]!r}"
-    return fault_of(line) if re.search(r"(^|[\s/])nf4 ", line) and "$" not in line else ""
+    line = re.sub(r"\$\(\(.*?\)\)|\$\{.*?\}|\$\w+", "1", line)
+    return fault_of(line) if re.match(r"([A-Z_]+=\S* )*nf4 ", line) else ""
