@@ -38,6 +38,9 @@ autodoc_typehints_description_target = "documented_params"
 napoleon_google_docstring = True
 napoleon_use_ivar = True
 
+highlight_language = "none"  # what has no language is what a program said
+smartquotes = False  # "--" is an option more often than a dash
+
 html_theme = "furo"
 html_title = "nf4-pipeline"
 html_copy_source = False
