@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,8 +11,9 @@ from typing import Any, Final
 
 from nf4_pipeline.build_folder import Build, Record, State
 from nf4_pipeline.build_folder.variant import SHAPING_TABLES
-from nf4_pipeline.builds import complete_recipe, keep_spec
+from nf4_pipeline.builds import check_spec, complete_recipe, keep_spec, spec_of
 from nf4_pipeline.calibration.calibrator import text_path
+from nf4_pipeline.engine.parts import Part
 from nf4_pipeline.errors import BuildError, RecipeError, StoppedError, is_of_machine, of_system
 from nf4_pipeline.machine import Machine, check_device
 from nf4_pipeline.progress import SILENT, Reporter
@@ -24,12 +27,15 @@ from nf4_pipeline.records import (
     SERIALIZE,
     VERIFY,
     Reading,
+    part_records,
     strangers,
 )
 from nf4_pipeline.stages.attest import Attest
 from nf4_pipeline.stages.download import Download, Downloaded
 from nf4_pipeline.stages.find_source import DownloadRequest
+from nf4_pipeline.stages.forecast import Forecast, forecast
 from nf4_pipeline.stages.quantize import Quantize, count_finished_files
+from nf4_pipeline.stages.quantize_parts import MergeParts, QuantizePart
 from nf4_pipeline.stages.run_recorded import Stage
 from nf4_pipeline.stages.serialize import Serialize
 from nf4_pipeline.stages.verify import Verify, check_gpu, check_texts
@@ -38,6 +44,9 @@ from nf4_pipeline.verification.launch import Workers
 
 STAGES: Final = ("download", "quantize", "serialize", "verify", "attest")
 """Of a build, in their order."""
+
+
+_PATIENCE: Final = 5.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,18 @@ def run_build(
     return build, results
 
 
+def plan_build(
+    request: DownloadRequest, recipe: Recipe, machine: Machine, reporter: Reporter
+) -> Forecast:
+    """What `run_build` would read, write and take; see `forecast`."""
+    check_device(machine.device)
+    text_path(recipe.quantize)
+    recipe = request.reading.into(recipe)
+    request = replace(request, reading=Reading.of(recipe.quantize), recipe=recipe)
+    with translate_errors("download"):
+        return forecast(request, recipe, machine, reporter)
+
+
 def run_download(
     request: DownloadRequest,
     reporter: Reporter,
@@ -173,13 +194,14 @@ def run_stage(
             done, or the build is one of another recipe.
     """
     with translate_errors(name, build):
-        if not build.root.is_dir():
-            raise BuildError(f"{build.root}: no such build. Start one: nf4 build MODEL.")
-        check_device(machine.device)
+        _check_begun(build, machine)
         if name == "verify":
             check_gpu(machine)
     with translate_errors(name, build), build.locked():
         whole = complete_recipe(build, recipe, before=name)
+        if name == "serialize" and build.record(QUANTIZE) is None and part_records(build):
+            quantize = Quantize(build, whole, machine, reporter)
+            _ensure(build, {"quantize": MergeParts(quantize)}, "quantize", whole, reporter)
         if name in SHAPING_TABLES:
             build.need(DOWNLOAD if name == "quantize" else QUANTIZE)
             keep_spec(build, whole, (name,), replaces=replaces)
@@ -198,6 +220,90 @@ def run_stage(
             kept = make_stages(build, whole, machine, reporter, repo_id=attested.facts.repo_id)
             _ensure(build, kept, "attest", whole, reporter)
         return result
+
+
+def run_part(
+    build: Build,
+    part: Part,
+    recipe: PartialRecipe,
+    machine: Machine,
+    reporter: Reporter,
+) -> StageResult:
+    """Makes a part of quantized/, unless it is there; beside other parts, in one build or several.
+
+    Args:
+        build: the build folder, in which download is done.
+        part: which.
+        recipe: as in `run_stage`.
+        machine: what the work may use.
+        reporter: told how far it is.
+
+    Raises:
+        BuildError: there is no such build, it is one of another recipe, download is not done, or
+            another process works there at something else.
+    """
+    with translate_errors("quantize", build):
+        _check_begun(build, machine)
+        whole = complete_recipe(build, recipe, before="quantize")
+        _decide_together(build, whole)
+    with translate_errors("quantize", build), build.shared():
+        stage = QuantizePart(Quantize(build, whole, machine, reporter), part)
+        with reporter.stage(f"quantize {part}", 1, 1) as shown:
+            state = build.state(stage.kind, stage.key(), reporter)
+            ran = state.status != "done"
+            record = stage.run() if ran else build.need(stage.kind)
+            shown.finish(ran=ran, nbytes=record.total_bytes)
+    return StageResult(record, ran)
+
+
+def merge_parts(
+    build: Build, recipe: PartialRecipe, machine: Machine, reporter: Reporter
+) -> StageResult:
+    """Completes the record of quantize where all its parts are done; quantizes nothing.
+
+    Args:
+        build: the build folder.
+        recipe: as in `run_stage`.
+        machine: what the work may use.
+        reporter: told how far it is.
+
+    Raises:
+        BuildError: there is no such build, it is one of another recipe, another process works
+            there, or a part is missing or is not as it was left.
+    """
+    with translate_errors("quantize", build):
+        _check_begun(build, machine)
+    with translate_errors("quantize", build), build.locked():
+        whole = complete_recipe(build, recipe, before="quantize")
+        build.need(DOWNLOAD)
+        keep_spec(build, whole, ("quantize",))
+        stages = {"quantize": MergeParts(Quantize(build, whole, machine, reporter))}
+        return _ensure(build, stages, "quantize", whole, reporter)
+
+
+def _check_begun(build: Build, machine: Machine) -> None:
+    if not build.root.is_dir():
+        raise BuildError(f"{build.root}: no such build. Start one: nf4 build MODEL.")
+    check_device(machine.device)
+
+
+def _decide_together(build: Build, recipe: Recipe) -> None:
+    """Notes what a build is for, which only one process can do; the others find it noted."""
+    build.need(DOWNLOAD)
+    end = time.monotonic() + _PATIENCE
+    while True:
+        spec = spec_of(build, recipe)
+        if spec is not None and "quantize" in spec.decided:
+            check_spec(build, spec, recipe, ("quantize",))
+            return
+        try:
+            with build.locked():
+                keep_spec(build, recipe, ("quantize",))
+            return
+        except BuildError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.05)
 
 
 def _ensure(
@@ -356,6 +462,11 @@ def _state(build: Build, stage: Stage, reporter: Reporter) -> State:
 def _check_state(build: Build, stage: Stage, reporter: Reporter, *, check: bool = True) -> State:
     """The state of a stage; serialize owns its folder, in which nothing else may lie."""
     state = build.state(stage.kind, stage.key(), reporter, check=check)
+    if state.status == "missing" and stage.kind is QUANTIZE and (parts := part_records(build)):
+        done = Counter(part.of for part in parts)
+        return replace(
+            state, why=", ".join(f"{n} of {of} parts are done" for of, n in done.items())
+        )
     if state.status == "done" and stage.kind is SERIALIZE and (found := strangers(build)):
         return State("stale", f"export/{found[0]} was left by no stage")
     return state

@@ -1,7 +1,8 @@
 """The records of all stages: what each leaves for the others to know. Stages read nothing else.
 
 DOWNLOAD    what was pinned, and what transformers says of its architecture
-QUANTIZE    what stands in quantized/, file by file, and how it was chosen
+QUANTIZE    what stands in quantized/, file by file, and how it was chosen; while only parts of it
+            do, each of them has a record of its own (`part_kind`)
 SERIALIZE   the totals of the artifact
 VERIFY      verification.json
 ATTEST      which repo the card names
@@ -10,17 +11,19 @@ PUSH        what the Hub holds, and the proof
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from nf4_pipeline.build_folder import Build, Facts, RecordKind
+from nf4_pipeline.build_folder import Build, Facts, Record, RecordKind
 from nf4_pipeline.calibration.calibration_facts import CalibrationFacts
 from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.checkpoint.files import CARD_FILE, entries
 from nf4_pipeline.checkpoint.shards import TensorFacts
 from nf4_pipeline.checkpoint.source_card import SourceCard, read_card
 from nf4_pipeline.documents import Document, key, optional
+from nf4_pipeline.engine.parts import Part
 from nf4_pipeline.hub.local import Proof
 from nf4_pipeline.manifest.manifest import Source, Totals
 from nf4_pipeline.model.architecture import Architecture
@@ -29,6 +32,8 @@ from nf4_pipeline.model.unused_tensors import LeftOut
 from nf4_pipeline.provenance.signing import SIGNATURE_FILE
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe
 from nf4_pipeline.verification.document import Verification, parse_verification
+
+_PART_FILE: Final = re.compile(r"quantize\.([0-9]{1,5})-of-([0-9]{1,5})\.json")
 
 
 @dataclass(frozen=True)
@@ -194,6 +199,21 @@ class QuantizeFacts(Document):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartFacts(Document):
+    """Which part of quantized/ was made; its files are the record's outputs.
+
+    Attributes:
+        part: its number, from 1 on.
+        of: how many parts there are.
+        untied: as in `QuantizeFacts`.
+    """
+
+    part: int
+    of: int
+    untied: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class SerializeFacts(Document):
     """What stands in the artifact.
 
@@ -296,3 +316,27 @@ def strangers(build: Build) -> list[str]:
     """What lies in the export and no stage left there, but for a signature, sorted."""
     known = {*recorded_files(build), SIGNATURE_FILE}
     return sorted(entries(build.export).keys() - known)
+
+
+def part_kind(part: Part) -> RecordKind[PartFacts]:
+    """Of the record that a part leaves."""
+    return RecordKind(
+        f"quantize --part {part}", PartFacts.from_json, f"quantize.{part.number}-of-{part.of}"
+    )
+
+
+def part_records(build: Build) -> dict[Part, Record[PartFacts]]:
+    """The partial records that stand in a build, in their order."""
+    found = {}
+    for path in (build.root / "records").glob("quantize.*-of-*.json"):
+        if name := _PART_FILE.fullmatch(path.name):
+            part = Part(int(name[2]), int(name[1]))
+            if (record := build.record(part_kind(part))) is not None:
+                found[part] = record
+    return dict(sorted(found.items()))
+
+
+def forget_parts(build: Build) -> None:
+    """Deletes partial records: the whole one stands."""
+    for part in part_records(build):
+        build.forget(part_kind(part))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 from nf4_pipeline.build_folder.freshness import Inputs, State, check_outputs, find_state
 from nf4_pipeline.build_folder.record import (
@@ -27,6 +28,9 @@ from nf4_pipeline.checkpoint.atomic import (
 from nf4_pipeline.checkpoint.digest import FileStamp
 from nf4_pipeline.errors import BuildError
 from nf4_pipeline.progress import SILENT, Reporter
+
+_LOCK: Final = ".lock"
+"""A file in the build folder; with the name of a file of quantized/ behind it, that file's."""
 
 
 class Build:
@@ -54,7 +58,7 @@ class Build:
         return self.root / "calibration"
 
     def _record_path(self, kind: RecordKind[Facts]) -> Path:
-        return self.root / "records" / f"{kind.stage}.json"
+        return self.root / "records" / f"{kind.file or kind.stage}.json"
 
     def record(self, kind: RecordKind[F]) -> Record[F] | None:
         """The record of a stage, or None if there is none that can be read."""
@@ -129,7 +133,7 @@ class Build:
     def _refuse_links(self) -> None:
         """Stages empty their folders: where one is a link, they would empty somebody else's."""
         inside = [Path(parent, name) for parent, names, _ in os.walk(self.root) for name in names]
-        for path in (self.root / ".lock", *inside):
+        for path in (self.root / _LOCK, *inside):
             if path.is_symlink():
                 raise BuildError(
                     f"{path} is a link, and a build works only in its own folder: nothing was "
@@ -146,32 +150,72 @@ class Build:
             BuildError: another live process holds this build folder, nothing can be locked there,
                 or a folder in it is a link.
         """
-        make_folder(self.root)
-        self._refuse_links()
-        descriptor = _open_lock(self.root / ".lock")
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if not isinstance(error, BlockingIOError):
-                    raise BuildError(
-                        f"{self.root}: the file system there has no locks ({error.strerror}), so "
-                        "that nothing would keep two processes apart. Name a --build-dir on "
-                        "another one."
-                    ) from error
-                owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-                raise BuildError(
-                    f"{self.root} is in use by another nf4 process (pid {owner}). "
-                    "Wait for it to end, or name another --build-dir."
-                ) from error
+        with self._holding(fcntl.LOCK_EX) as descriptor:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            for left in self.root.glob(f"{_LOCK}.*"):
+                left.unlink()
             recover_folder(self.export)
             for folder in (self.root / "records", self.quantized, self.export):
                 remove_leftovers(folder)
             yield
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Holds the build folder together with others that do so, and against `locked`.
+
+        Each may only write files that it holds by `making`, and records that nobody else writes.
+
+        Raises:
+            BuildError: another live process holds this build folder, nothing can be locked there,
+                or a folder in it is a link.
+        """
+        with self._holding(fcntl.LOCK_SH):
+            yield
+
+    @contextmanager
+    def making(self, names: Collection[str]) -> Iterator[None]:
+        """Holds files of quantized/ among the processes that share this build folder.
+
+        Args:
+            names: of the files.
+
+        Raises:
+            BuildError: another live process is making one of them.
+        """
+        with ExitStack() as stack:
+            for name in sorted(names):
+                descriptor = _open_lock(self.root / f"{_LOCK}.{name}")
+                stack.callback(os.close, descriptor)
+                self._flock(descriptor, fcntl.LOCK_EX, self.quantized / name)
+            yield
+
+    @contextmanager
+    def _holding(self, how: int) -> Iterator[int]:
+        make_folder(self.root)
+        self._refuse_links()
+        descriptor = _open_lock(self.root / _LOCK)
+        try:
+            self._flock(descriptor, how, self.root)
+            yield descriptor
         finally:
             os.close(descriptor)
+
+    def _flock(self, descriptor: int, how: int, what: Path) -> None:
+        try:
+            fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                raise BuildError(
+                    f"{self.root}: the file system there has no locks ({error.strerror}), so "
+                    "that nothing would keep two processes apart. Name a --build-dir on "
+                    "another one."
+                ) from error
+            owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+            raise BuildError(
+                f"{what} is in use by another nf4 process (pid {owner or 'unknown'}). "
+                "Wait for it to end, or name another --build-dir."
+            ) from error
 
 
 def _open_lock(path: Path) -> int:

@@ -35,10 +35,12 @@ class RecordKind(Generic[F_co]):
     Attributes:
         stage: the stage's name, as the command's.
         parse: JSON -> its facts.
+        file: its name in records/, but for the ending; that of the stage without it.
     """
 
     stage: str
     parse: Callable[[Any], F_co]
+    file: str = ""
 
 
 @dataclass(frozen=True)

@@ -315,10 +315,13 @@ def tokens_of_text(
 def _line(line: str, tokenizer: LimitedTokenizer, where: str) -> list[int]:
     try:
         value = parse_json(line.encode())
-        if isinstance(value.get("messages"), list) and tokenizer.has_template:
-            return tokenizer.ids(tokenizer.in_template(value["messages"], answer_follows=False))
-        if isinstance(value.get("messages"), list):
-            text = "\n".join(str(message["content"]) for message in value["messages"])
+        messages = value.get("messages")
+        if isinstance(messages, list):
+            if not all(isinstance(message, dict) for message in messages):
+                raise TypeError("a message that is no object")
+            if tokenizer.has_template:
+                return tokenizer.ids(tokenizer.in_template(messages, answer_follows=False))
+            text = "\n".join(str(message["content"]) for message in messages)
         else:
             text = value["text"] if "text" in value else value["prompt"]
         if not isinstance(text, str):

@@ -10,6 +10,7 @@ so `nf4 --help` answers at once.
     reporting.py  progress on stderr
     pace.py       what is left of a job, by how long it took last time
     module_tree.py  the modules of an artifact as a tree, with bits and error
+    forecast.py   what a person sees of `nf4 build --dry-run`
     summary.py    what a person sees at the end of `nf4 build`
 
 and the commands, as `COMMANDS` tells them: build.py, download.py, quantize.py, serialize.py,

@@ -17,6 +17,7 @@ from nf4_pipeline.cli.options import (
 
 if TYPE_CHECKING:
     from nf4_pipeline.machine import Machine
+    from nf4_pipeline.progress import Reporter
     from nf4_pipeline.recipe import PartialRecipe
     from nf4_pipeline.stages.find_source import DownloadRequest
 
@@ -33,12 +34,24 @@ if TYPE_CHECKING:
             "nf4 build tiiuae/falcon-7b-instruct --calibrate self --extra-bytes 5%",
             "A model of the Hub; its most sensitive layers stay in 16 bit, for 5 % more bytes.",
         ),
+        (
+            "nf4 build Qwen/Qwen3-8B --dry-run",
+            "What it would fetch, write and take, from a few hundred kilobytes of headers.",
+        ),
     ),
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print sizes, disk, memory and time; fetch no weights and build nothing. Exits 1 if a "
+    "disk is too small.",
 )
 @download_options
 @recipe_options("quantize", "serialize", "verify")
 @output_options
-def command(ui: Ui, request: DownloadRequest, recipe: PartialRecipe, machine: Machine) -> None:
+def command(
+    ui: Ui, request: DownloadRequest, recipe: PartialRecipe, machine: Machine, dry_run: bool
+) -> None:
     """Download, quantize, serialize, verify, attest MODEL: a Hub id, a local folder, or "sample".
 
     What is done and still valid is not done again. Exits 1 if the verdict is "fail".
@@ -46,6 +59,9 @@ def command(ui: Ui, request: DownloadRequest, recipe: PartialRecipe, machine: Ma
     from nf4_pipeline.progress import LOADING
 
     reporter = ui.reporter()
+    if dry_run:
+        _show_forecast(ui, request, recipe, machine, reporter)
+        return
     with reporter.task(LOADING, None):
         from nf4_pipeline.cli.summary import Summary, show_summary
         from nf4_pipeline.job import run_build
@@ -54,4 +70,23 @@ def command(ui: Ui, request: DownloadRequest, recipe: PartialRecipe, machine: Ma
     summary = Summary.of(build, results)
     ui.result(summary.to_json(), lambda: show_summary(summary, verbose=ui.verbose))
     if summary.verification.verdict != "pass":
+        sys.exit(1)
+
+
+def _show_forecast(
+    ui: Ui,
+    request: DownloadRequest,
+    recipe: PartialRecipe,
+    machine: Machine,
+    reporter: Reporter,
+) -> None:
+    from nf4_pipeline.progress import LOADING
+
+    with reporter.task(LOADING, None):
+        from nf4_pipeline.cli.forecast import show_forecast
+        from nf4_pipeline.job import plan_build
+
+    found = plan_build(request, recipe.recipe, machine, reporter)
+    ui.result(found.to_json(), lambda: show_forecast(found, verbose=ui.verbose))
+    if not found.fits:
         sys.exit(1)

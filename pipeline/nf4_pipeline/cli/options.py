@@ -18,6 +18,7 @@ from nf4_pipeline.cli.terminal import say, say_json
 
 if TYPE_CHECKING:
     from nf4_pipeline.build_folder import Build, Record
+    from nf4_pipeline.job import StageResult
     from nf4_pipeline.machine import Machine
     from nf4_pipeline.progress import Reporter
     from nf4_pipeline.recipe import PartialRecipe
@@ -356,7 +357,6 @@ def run_one_stage(
 ) -> Record[Any]:
     """Runs one stage of an existing build and says what came of it; returns its record."""
     from nf4_pipeline.progress import LOADING
-    from nf4_pipeline.verification.document import Verification
 
     reporter = ui.reporter()
     with reporter.task(LOADING, None):
@@ -372,6 +372,14 @@ def run_one_stage(
         replaces=replaces,
         repo_id=repo_id,
     )
+    show_stage(ui, name, build, result)
+    return result.record
+
+
+def show_stage(ui: Ui, name: str, build: Build, result: StageResult) -> None:
+    """Says what came of a stage."""
+    from nf4_pipeline.verification.document import Verification
+
     record = result.record
     value = {
         "build": str(build.root),
@@ -391,4 +399,3 @@ def run_one_stage(
         say(f"build:  {shlex.quote(str(build.root))}")
 
     ui.result(value, show)
-    return record

@@ -17,11 +17,13 @@ from nf4_pipeline.cli.options import (
     recipe_options,
     replace_option,
     run_one_stage,
+    show_stage,
 )
 from nf4_pipeline.cli.terminal import say
 from nf4_pipeline.documents import Document
 
 if TYPE_CHECKING:
+    from nf4_pipeline.build_folder import Build
     from nf4_pipeline.machine import Machine
     from nf4_pipeline.recipe import PartialRecipe
     from nf4_pipeline.selection import Plan
@@ -36,10 +38,22 @@ if TYPE_CHECKING:
             "The newest build: what would become of each tensor, and the size to the byte.",
         ),
         ("nf4 quantize sample --calibrate self", "With codes chosen from what the model computes."),
+        (
+            "nf4 quantize --part 3/8",
+            "The third of eight parts, for as many machines; --merge completes the stage.",
+        ),
     ),
 )
 @click.argument("model", required=False, shell_complete=complete_model)
 @click.option("--dry-run", is_flag=True, help="Print the plan; read and write no weights.")
+@click.option(
+    "--part",
+    metavar="I/N",
+    help="Make the I-th of N parts alone, such as 3/8; others can make theirs at the same time.",
+)
+@click.option(
+    "--merge", is_flag=True, help="Check that all parts are there, and complete the stage."
+)
 @build_dir_option
 @replace_option
 @recipe_options("quantize")
@@ -50,6 +64,8 @@ def command(
     machine: Machine,
     model: str | None,
     dry_run: bool,
+    part: str | None,
+    merge: bool,
     build_dir: Path | None,
     replaces: bool,
 ) -> None:
@@ -58,6 +74,14 @@ def command(
     MODEL is what the build was started with, a tag such as "calibrated", or a path; without it,
     the build worked on last is meant. Of a model, each recipe has a build of its own.
     """
+    if part is not None or merge:
+        if dry_run or replaces or (part is not None and merge):
+            raise click.UsageError(
+                "--part and --merge go with none of each other, --dry-run and --replace."
+            )
+        build = build_for(ui, "quantize", model, build_dir, recipe)
+        _run_parts(ui, build, part, recipe, machine)
+        return
     if not dry_run:
         build = build_for(ui, "quantize", model, build_dir, recipe)
         run_one_stage("quantize", ui, build, recipe, machine, replaces=replaces)
@@ -70,6 +94,25 @@ def command(
     plan = stage.plan()
     stage.check_disk(plan)
     ui.result(PlanDocument.of(plan).to_json(), lambda: _show(plan))
+
+
+def _run_parts(
+    ui: Ui, build: Build, part: str | None, recipe: PartialRecipe, machine: Machine
+) -> None:
+    """Makes a part, or merges all of them if None is named."""
+    from nf4_pipeline.engine.parts import Part
+    from nf4_pipeline.progress import LOADING
+
+    wanted = None if part is None else Part.parse(part)
+    reporter = ui.reporter()
+    with reporter.task(LOADING, None):
+        from nf4_pipeline.job import merge_parts, run_part
+
+    if wanted is None:
+        result = merge_parts(build, recipe, machine, reporter)
+    else:
+        result = run_part(build, wanted, recipe, machine, reporter)
+    show_stage(ui, "quantize" if wanted is None else f"quantize {wanted}", build, result)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@
     tied_weights.py         tensors that the source stores twice, compared as one of them is copied
     shard_job.py            one output file: what happens to its chunks, what is known at the end
     scheduler.py            worker threads over the chunks of all files
+    parts.py                the output files, dealt out to processes
     quantize_checkpoint.py  a checkpoint, planned and run; planned again if tied tensors differ
 
 A worker owns one chunk at a time from reading to writing, so reading, computing and writing overlap

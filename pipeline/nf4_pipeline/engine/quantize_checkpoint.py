@@ -7,12 +7,14 @@ QuantizationRun     plan + rounding + machine -> the engine, with its threads an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
 from nf4_pipeline.checkpoint.source import Checkpoint
 from nf4_pipeline.engine.buffers import divide
 from nf4_pipeline.engine.scheduler import Opener, Output, QuantizedFile, make_files
+from nf4_pipeline.engine.tied_weights import equals_twin
 from nf4_pipeline.errors import TiedWeightsDiffer
 from nf4_pipeline.machine import Machine
 from nf4_pipeline.model.architecture import Architecture
@@ -62,8 +64,27 @@ class CheckpointPlanner:
             sensitive=sensitive,
         )
 
+    def find_untied(self, reporter: Reporter) -> frozenset[str]:
+        """Tied tensors to keep, since they differ from their twins; found by reading both.
+
+        `run` finds it out as it copies one of them. Where several processes make a part each, only
+        one of them does, and all must work by the same plan.
+
+        Raises:
+            SourceError: the checkpoint does not fit its config, or cannot be read.
+        """
+        plan = self.plan()
+        tied = [tensor for tensor in plan.tensors if tensor.tied_to is not None]
+        with reporter.task("compare tied weights", None) if tied else nullcontext():
+            differ = not all(equals_twin(tensor, self.checkpoint) for tensor in tied)
+        return frozenset(tensor.source.name for tensor in tied) if differ else frozenset()
+
     def run(
-        self, work: Callable[[Plan], T], reporter: Reporter, sensitive: frozenset[str] = frozenset()
+        self,
+        work: Callable[[Plan], T],
+        reporter: Reporter,
+        sensitive: frozenset[str] = frozenset(),
+        untied: frozenset[str] = frozenset(),
     ) -> T:
         """Works by the plan; once more, by another one, if tied tensors turn out to differ.
 
@@ -73,8 +94,9 @@ class CheckpointPlanner:
             work: quantizes by a plan.
             reporter: told that it starts again.
             sensitive: as in `plan`.
+            untied: as in `plan`, as far as that is known.
         """
-        plan = self.plan(sensitive=sensitive)
+        plan = self.plan(sensitive=sensitive, untied=untied)
         try:
             return work(plan)
         except TiedWeightsDiffer as error:

@@ -7,14 +7,18 @@ and the plan is made anew with both kept; that costs a second run, and happens t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nf4_pipeline.checkpoint.plain_file import open_plain
+from nf4_pipeline.checkpoint.source import Checkpoint
 from nf4_pipeline.engine.chunks import Chunk, read_range, will_read
 from nf4_pipeline.errors import TiedWeightsDiffer
 from nf4_pipeline.selection import TensorPlan
+
+_PIECE: Final = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,32 @@ class TiedTensor:
             same = _equal(data.view(np.uint8), buffer)
         if not same:
             raise TiedWeightsDiffer(self.tensor.source.name)
+
+
+def equals_twin(tensor: TensorPlan, checkpoint: Checkpoint) -> bool:
+    """Whether a tensor has the bytes of the one that it is tied to; reads both, in pieces.
+
+    Args:
+        tensor: one with `tied_to`.
+        checkpoint: that holds both.
+    """
+    twin = next(other for other in checkpoint.tensors if other.name == tensor.tied_to)
+    own = tensor.source
+    if (own.header.dtype, own.header.shape) != (twin.header.dtype, twin.header.shape):
+        return False
+    with (
+        open_plain(checkpoint.path(own.file)) as first,
+        open_plain(checkpoint.path(twin.file)) as second,
+    ):
+        first.seek(own.header.offset)
+        second.seek(twin.header.offset)
+        left = own.header.nbytes
+        while left:
+            pieces = [file.read(min(left, _PIECE)) for file in (first, second)]
+            if not pieces[0] or pieces[0] != pieces[1]:
+                return False
+            left -= len(pieces[0])
+    return True
 
 
 def _equal(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> bool:

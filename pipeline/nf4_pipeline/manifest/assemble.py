@@ -54,7 +54,7 @@ def build_manifest(
         model_class=model_class,
         source=replace(source, files=dict(sorted(source.files.items()))),
         recipe={name: tables[name] for name in ("quantize", "serialize")},
-        totals=totals(plan, stored),
+        totals=totals(plan),
         files=dict(sorted(files.items())),
         skip_modules=plan.skip_modules,
         hidden_modules=plan.hidden_modules,
@@ -97,11 +97,11 @@ def _tensor(
     )
 
 
-def totals(plan: Plan, stored: Mapping[str, StoredTensorEntry]) -> Totals:
+def totals(plan: Plan) -> Totals:
     """Sizes and counts over a whole plan."""
     quantized, kept, dropped = (plan.by_action(a) for a in ("quantize", "keep", "drop"))
     original = sum(tensor.source.header.nbytes for tensor in plan.tensors)
-    quantized_bytes = sum(stored[part.name].bytes for t in quantized for part in t.stored)
+    quantized_bytes = sum(part.nbytes for tensor in quantized for part in tensor.stored)
     kept_bytes = sum(part.nbytes for tensor in kept for part in tensor.stored)
     quantized_weights = sum(prod(tensor.shape) for tensor in quantized)
     weights = quantized_weights + sum(prod(tensor.shape) for tensor in kept)

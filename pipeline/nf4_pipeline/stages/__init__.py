@@ -3,9 +3,12 @@
     run_recorded.py  what a stage is; forget the record, work, write the record
     preflight.py     what can be known of a checkpoint before its first weight is read
     find_source.py   a name -> a checkpoint that was found, looked at, fetched and hashed
+    hub_files.py     a model of the Hub, looked at before its weights are fetched, then fetched
+    forecast.py      what a build would read, write and take, before a byte of weights moves
     publication.py   the card, provenance and bill of materials of an export, for the repo they name
     download.py      a name -> a pinned, hashed checkpoint in source/
     quantize.py      source/ -> quantized/
+    quantize_parts.py  a part of it by one of several processes; all parts -> one record
     serialize.py     quantized/ -> export/: the artifact and its manifest
     verify.py        export/ against source/ -> verification.json, report, the verdict
     attest.py        export/ -> model card, provenance.json and bom.cdx.json in it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,31 +25,30 @@ from nf4_pipeline.checkpoint.files import CARD_FILE, PICKLE_FILE, is_of_tokenize
 from nf4_pipeline.checkpoint.folder_advice import cache_commit
 from nf4_pipeline.checkpoint.model_name import SAMPLE, check_hub_id, model_path
 from nf4_pipeline.checkpoint.plain_file import read_beginning
-from nf4_pipeline.checkpoint.source import open_checkpoint, read_json, weight_files
+from nf4_pipeline.checkpoint.skeleton import make_skeleton
+from nf4_pipeline.checkpoint.source import Checkpoint, open_checkpoint, weight_files
 from nf4_pipeline.checkpoint.source_card import read_card
 from nf4_pipeline.checkpoint.strip_prefix import check_prefix, copy_without_prefix
 from nf4_pipeline.checkpoint.untrusted import check_file
-from nf4_pipeline.checkpoint.weight_files import choose_weight_files
 from nf4_pipeline.errors import BuildError, SourceError, UsageError
 from nf4_pipeline.hub.remote import RemoteModel
-from nf4_pipeline.model.config import read_config
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
-from nf4_pipeline.progress import LOADING, SILENT, Reporter
+from nf4_pipeline.processes.temporary import TemporaryFolder
+from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import DownloadFacts, Reading
 from nf4_pipeline.runtime.artifact import ARTIFACTS
 from nf4_pipeline.sample import MODEL_DIR, SAMPLE_REPO
+from nf4_pipeline.stages.hub_files import LOOK, HubFiles
 from nf4_pipeline.stages.preflight import (
     Findings,
     Preflight,
     check_headers,
     check_small_files,
     look,
-    look_ahead,
 )
 
-_LOOK: Final = f"{LOADING}, probe the model"
-"""The title of a task: transformers builds it without weights, and loads its tokenizer."""
+_UNSEEN: Final = "what would become of its weights is only known"
 
 _LOCK_PATIENCE: Final = 5.0  # seconds
 
@@ -225,6 +224,23 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Preview:
+    """A checkpoint whose weights nobody has read yet.
+
+    Attributes:
+        checkpoint: its headers; not all of its weights need to be there.
+        found: what transformers says of its model.
+        weights: its files of weights, with their sizes in bytes.
+        missing: those of them that would have to be fetched.
+    """
+
+    checkpoint: Checkpoint
+    found: Findings
+    weights: Mapping[str, int]
+    missing: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class SourceFinder:
     """Finds, checks and hashes a checkpoint."""
 
@@ -276,6 +292,45 @@ class SourceFinder:
         unchecked = tuple(sorted(taken & self._unchecked))
         return replace(source, reading=self.request.reading, unchecked=unchecked)
 
+    @contextmanager
+    def preview(self, place: Place) -> Iterator[Preview]:
+        """What is known of it before its weights are fetched or hashed, from their headers.
+
+        Of a Hub model, the small files are fetched, and the beginning of each file of weights.
+
+        Raises:
+            SourceError: the checkpoint is not usable, or nothing can be known of its weights before
+                they are read: pickles, and names with a prefix that is to be stripped.
+            HubError: the Hub could not be asked, or sent wrong bytes.
+        """
+        if self.request.reading.strip_prefix:
+            raise SourceError(f"{place.repo}: {_UNSEEN} once the copy without a prefix is made.")
+        if place.model is None:
+            check_small_files(place.folder)
+            if self.request.allow_pickle and weight_files(place.folder) is None:
+                raise SourceError(f"{place.folder}: {_UNSEEN} once its pickles are converted.")
+            with self.reporter.task(LOOK, None):
+                found = look(place.folder, self.request.reading)
+            checkpoint = open_checkpoint(place.folder)
+            sizes = {name: checkpoint.path(name).stat().st_size for name in checkpoint.files}
+            yield Preview(checkpoint, found, sizes, {})
+            return
+        hub_files = self._hub_files(place.model)
+        seen = hub_files.look(claimed=False)
+        if seen is None:
+            raise SourceError(f"{place.repo}: {_UNSEEN} once its pickles are converted.")
+        sizes = {part.path: part.size for part in seen.parts}
+        if not seen.starts:
+            yield Preview(open_checkpoint(hub_files.folder), seen.found, sizes, {})
+            return
+        missing = {
+            name: size for name, size in sizes.items() if not (hub_files.folder / name).is_file()
+        }
+        with TemporaryFolder("look") as made:
+            holes = {name: (seen.starts[name], size) for name, size in sizes.items()}
+            make_skeleton(made, hub_files.folder, hub_files.digests, holes)
+            yield Preview(open_checkpoint(made), seen.found, sizes, missing)
+
     def _find(self, place: Place) -> Source:
         if place.model is not None:
             return self._find_on_hub(place.model)
@@ -302,7 +357,7 @@ class SourceFinder:
             return self._strip_prefix(folder, repo, None, files)
         preflight = Preflight(folder, allow_unused)
         files = self._hash(_wanted_in(folder), preflight)
-        with self.reporter.task(_LOOK, None):
+        with self.reporter.task(LOOK, None):
             found = preflight.wait()
         files = _with_tokenizer(folder, files, found.tokenizer)
         return Source(folder, repo, None, files, found, is_sample)
@@ -321,80 +376,37 @@ class SourceFinder:
                 return digest_files(paths, watched)
 
     def _find_on_hub(self, model: RemoteModel) -> Source:
-        from nf4_pipeline import hub
-
-        request, repo = self.request, model.repo_id
-        files: dict[str, FileDigest] = {}
-
-        def fetch(wanted: Iterable[hub.RemoteFile], *, last: bool = False) -> Path:
-            fetched = hub.fetch(
-                model,
-                tuple(wanted),
-                self.reporter,
-                allow_unhashed=request.allow_unhashed,
-                last=last,
-            )
-            self._unchecked.update(fetched.unchecked)
-            for name, sha256 in fetched.sha256.items():
-                stamp = fetched.stamps[name]
-                files[name] = FileDigest(stamp.size, sha256)
-                self.stamps[(fetched.folder / name).resolve()] = stamp
-            return fetched.folder
-
-        whole = hub.wanted_files(model, allow_pickle=request.allow_pickle)  # or has no weights
-        folder = fetch(hub.small_files(model))
-        check_small_files(folder, model)
-        weights = choose_weight_files(
-            {file.path for file in model.files if "/" not in file.path},
-            read_config(folder),
-            lambda name: read_json(folder / name),
-            f"{repo}@{model.commit[:12]}",
-        )
-        if weights is None:
-            fetch((file for file in whole if file.path not in files), last=True)
-            return self._convert(folder, repo, model.commit, files)
-        parts = hub.named(model, weights.files)
-        ahead = not model.offline and not all((folder / part.path).is_file() for part in parts)
-
-        def headers() -> dict[str, bytes]:
-            with self.reporter.task("fetch headers", None):
-                return hub.fetch_headers(model, parts) if ahead else {}
-
-        if not ahead:
-            fetch(parts)
-        starts = headers()
-
-        def findings() -> Findings:
-            with self.reporter.task(_LOOK, None):
-                if not ahead:
-                    return look(folder, request.reading)
-                holes = {part.path: (starts[part.path], part.size) for part in parts}
-                return look_ahead(folder, files, holes, request.reading)
-
+        hub_files = self._hub_files(model)
         try:
-            found = findings()
-        except SourceError:
-            # These bytes are of no hash; what was wrong with them may have come on their way.
-            first, starts = starts, headers()
-            if starts == first:
-                raise
-            found = findings()
-        more = [file for file in hub.named(model, found.tokenizer.asked) if file.path not in files]
-        if more:
-            fetch(more)
-            found = findings()
-        found.tokenizer.check()
-        fetch(parts if ahead else (), last=True)
-        if not _begin_so(folder, starts):
-            with self.reporter.task(_LOOK, None):
-                found = look(folder, request.reading)
+            return self._fetch_all(hub_files)
+        finally:
+            self.stamps.update(hub_files.stamps)
+            self._unchecked.update(hub_files.unchecked)
+
+    def _hub_files(self, model: RemoteModel) -> HubFiles:
+        request = self.request
+        return HubFiles(
+            model, request.reading, request.allow_pickle, request.allow_unhashed, self.reporter
+        )
+
+    def _fetch_all(self, hub_files: HubFiles) -> Source:
+        repo, commit = hub_files.model.repo_id, hub_files.model.commit
+        seen = hub_files.look()
+        if seen is None:
+            hub_files.fetch_whole()
+            return self._convert(hub_files.folder, repo, commit, hub_files.digests)
+        hub_files.fetch(seen.parts, last=True)
+        folder, found = hub_files.folder, seen.found
+        if not _begin_so(folder, seen.starts):
+            with self.reporter.task(LOOK, None):
+                found = look(folder, self.request.reading)
             found.tokenizer.check()
-        taken = {*_wanted_in(folder), *(file.path for file in more)}
-        files = {name: digest for name, digest in files.items() if name in taken}
-        if request.reading.strip_prefix:
-            return self._strip_prefix(folder, repo, model.commit, files)
+        taken = {*_wanted_in(folder), *seen.more}
+        files = {name: digest for name, digest in hub_files.digests.items() if name in taken}
+        if self.request.reading.strip_prefix:
+            return self._strip_prefix(folder, repo, commit, files)
         files = _with_tokenizer(folder, files, found.tokenizer)
-        return Source(folder, repo, model.commit, files, found)
+        return Source(folder, repo, commit, files, found)
 
     def _convert(
         self, folder: Path, repo: str, commit: str | None, files: Mapping[str, FileDigest]
@@ -434,7 +446,7 @@ class SourceFinder:
         """The checkpoint in converted/, looked at like any other."""
         check_small_files(target)
         check_headers(target)
-        with self.reporter.task(_LOOK, None):
+        with self.reporter.task(LOOK, None):
             found = Preflight(target, self.request.reading.allow_unused).wait()
         made = _with_tokenizer(target, made, found.tokenizer)
         return Source(target, repo, commit, made, found, converted_from=files)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -29,15 +29,28 @@ from nf4_pipeline.nf4.packing import blocks_of
 from nf4_pipeline.nf4.rounding import MANY_PROCESSORS, NearestOnCpu, Rounding
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.recipe import Recipe
-from nf4_pipeline.records import DOWNLOAD, QUANTIZE, FileFacts, QuantizeFacts
+from nf4_pipeline.records import (
+    DOWNLOAD,
+    QUANTIZE,
+    FileFacts,
+    QuantizeFacts,
+    forget_parts,
+    part_records,
+)
 from nf4_pipeline.resource_usage import available_memory, measured, measured_on_device
 from nf4_pipeline.selection import Plan
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 
 CODE_VERSION: Final = 2
 _LARGEST_FACTS: Final = 256 * 2**20
-_FACTS_SUFFIX: Final = ".facts.json"
+FACTS_SUFFIX: Final = ".facts.json"
+"""What is known of a finished file stands beside it, in one of its name and this."""
+
 _BYTES_PER_BLOCK: Final = 24  # absmax, three sums, and the rounded scale twice
+
+
+Refuse = Callable[[Collection[str]], None]
+"""What is done instead of making files: it raises."""
 
 
 @dataclass(frozen=True)
@@ -77,21 +90,27 @@ class Quantize:
             BuildError: download is not done.
             SourceError: the checkpoint does not fit its config, or nothing in it can be quantized.
         """
-        return self._planner().plan()
+        return self.planner().plan()
 
-    def run(self) -> Record[QuantizeFacts]:
+    def run(self, refuse: Refuse | None = None) -> Record[QuantizeFacts]:
         """Does the work.
 
+        Args:
+            refuse: called with the names of files that would have to be made, if there are any, and
+                raises; None to make them.
+
         Raises:
-            BuildError: download is not done, or the source changed since, or while it was read.
+            BuildError: download is not done, or the source changed since, or while it was read; or
+                what `refuse` raises.
             SourceError: the checkpoint is not usable.
             ResourceError: the disk is too full, or there is too little memory.
             UsageError: the memory budget is too small for a single worker.
             PlanMismatchError: the bytes written are not the bytes planned.
         """
         source = self.build.check_inputs(DOWNLOAD)
-        planner = self._planner()
-        plan = planner.plan()
+        planner = self.planner()
+        untied = self._untied_of_parts()
+        plan = planner.plan(untied=untied)
         calibrator = self._calibrator() if self.recipe.quantize.calibrate else None
         self.check_disk(plan, calibrator)
         check_memory(plan, self.machine.memory_budget)
@@ -103,7 +122,7 @@ class Quantize:
             choice = None
             if calibrator is not None and tokens is not None:
                 choice = calibrator.choose(plan, tokens, self.reporter, sampling=sampling)
-            outcome = self._quantize(planner, key, choice, source)
+            outcome = self._quantize(planner, key, choice, source, untied, refuse)
             source.check_untouched()
             return outcome
 
@@ -111,14 +130,31 @@ class Quantize:
         record = run_recorded(self.build, self.kind, key, work, recipe=table, before=preparing)
         if calibrator is not None:
             calibrator.clear()
+        forget_parts(self.build)
         return record
 
-    def check_disk(self, plan: Plan, calibrator: Calibrator | None = None) -> None:
+    def _untied_of_parts(self) -> frozenset[str]:
+        """Tied tensors that differ, as a part of this very work found out."""
+        parts = part_records(self.build)
+        if not parts:
+            return frozenset()
+        key = self.key()
+        return frozenset(
+            name for record in parts.values() if record.key == key for name in record.facts.untied
+        )
+
+    def check_disk(
+        self,
+        plan: Plan,
+        calibrator: Calibrator | None = None,
+        names: Collection[str] | None = None,
+    ) -> None:
         """Refuses to begin what the disk cannot hold.
 
         Args:
             plan: what will be written.
             calibrator: whose codes and scales stand on the disk, too, until all is written.
+            names: of the files that will be written; None for all of the plan.
 
         Raises:
             ResourceError: the disk has too little free space.
@@ -126,7 +162,7 @@ class Quantize:
         needed = sum(
             layout.nbytes
             for file, layout in plan.layouts().items()
-            if not (self.build.quantized / file).exists()
+            if (names is None or file in names) and not (self.build.quantized / file).exists()
         )
         if calibrator is not None:
             needed += sum(part.nbytes for tensor in plan.quantized for part in tensor.stored)
@@ -139,7 +175,13 @@ class Quantize:
                 "disk."
             )
 
-    def _planner(self) -> CheckpointPlanner:
+    def planner(self) -> CheckpointPlanner:
+        """Plans the work.
+
+        Raises:
+            BuildError: download is not done.
+            SourceError: the checkpoint cannot be read.
+        """
         return CheckpointPlanner(
             open_checkpoint(self.build.source),
             self.build.need(DOWNLOAD).facts.model,
@@ -161,6 +203,8 @@ class Quantize:
         key: str,
         choice: CalibratedChoice | None,
         source: Inputs,
+        untied: frozenset[str],
+        refuse: Refuse | None,
     ) -> Outcome[QuantizeFacts]:
         if choice is None:
             rounding, kept = rounding_for(self.machine.device), frozenset[str]()
@@ -171,29 +215,68 @@ class Quantize:
 
         def work(plan: Plan) -> QuantizeFacts:
             run = QuantizationRun(planner.checkpoint, plan, rounding, self.machine)
+            make_folder(self.build.quantized)
+            _remove_other_files(self.build.quantized, plan.layouts())
             return QuantizeFacts(
                 predicted_bytes=sum(layout.nbytes for layout in plan.layouts().values()),
                 skip_modules=plan.skip_modules,
                 hidden_modules=plan.hidden_modules,
                 untied=plan.untied,
-                files=self._make_files(run, key, source),
+                files=self._make_files(run, key, source, refuse=refuse),
                 calibration=None if choice is None else choice.facts,
             )
 
-        facts = planner.run(work, self.reporter, kept)
+        facts = planner.run(work, self.reporter, kept, untied)
         return {f"quantized/{file}": made.digest for file, made in facts.files.items()}, facts
 
-    def _make_files(self, run: QuantizationRun, key: str, source: Inputs) -> dict[str, FileFacts]:
+    def make_files(
+        self, plan: Plan, planner: CheckpointPlanner, names: Collection[str], source: Inputs
+    ) -> dict[str, FileFacts]:
+        """Makes some files of quantized/, rounded to nearest, as far as they do not stand there.
+
+        Args:
+            plan: of the whole.
+            planner: that made it.
+            names: of the files.
+            source: as download left it.
+
+        Returns:
+            What is known of each of them, by name.
+
+        Raises:
+            BuildError: the source was touched while it was read.
+            SourceError: a weight holds an infinity or a NaN, or the source cannot be read.
+            ResourceError: the disk is too full, or there is too little memory.
+            PlanMismatchError: the bytes written are not the bytes planned.
+        """
+        self.check_disk(plan, names=names)
+        check_memory(plan, self.machine.memory_budget)
+        rounding = rounding_for(self.machine.device)
+        run = QuantizationRun(planner.checkpoint, plan, rounding, self.machine)
+        make_folder(self.build.quantized)
+        return self._make_files(run, self.key(), source, names=names)
+
+    def _make_files(
+        self,
+        run: QuantizationRun,
+        key: str,
+        source: Inputs,
+        *,
+        names: Collection[str] | None = None,
+        refuse: Refuse | None = None,
+    ) -> dict[str, FileFacts]:
         """Makes those files of quantized/ that do not stand there yet; the facts of all of them."""
         folder, plan = self.build.quantized, run.plan
-        make_folder(folder)
-        layouts = plan.layouts()
-        _remove_other_files(folder, layouts)
+        whole = plan.layouts()
+        layouts = whole if names is None else {name: whole[name] for name in names}
         finished = {
             file: facts
             for file, layout in layouts.items()
             if (facts := _finished(folder / file, key, layout)) is not None
         }
+
+        if refuse is not None and len(finished) < len(layouts):
+            refuse([name for name in layouts if name not in finished])
 
         def done(file: str, made: QuantizedFile) -> None:
             source.check_untouched()  # else the file would count as finished
@@ -249,9 +332,7 @@ def check_memory(plan: Plan, budget: int) -> None:
         ResourceError: less memory is available than the buffers and the scales need.
         UsageError: the budget is too small for a single worker.
     """
-    divide(budget, 1, 1)  # what is too small is not refused after hours of calibration
-    blocks = max(blocks_of(prod(tensor.shape)) for tensor in plan.quantized)
-    needed = budget + 2 * blocks * _BYTES_PER_BLOCK
+    needed = memory_needed(plan, budget)
     available = available_memory()
     if available is not None and needed > available:
         raise ResourceError(
@@ -260,9 +341,20 @@ def check_memory(plan: Plan, budget: int) -> None:
         )
 
 
+def memory_needed(plan: Plan, budget: int) -> int:
+    """Bytes of the engine's buffers, and of the scales of two weights.
+
+    Raises:
+        UsageError: the budget is too small for a single worker.
+    """
+    divide(budget, 1, 1)  # what is too small is not refused after hours of calibration
+    blocks = max(blocks_of(prod(tensor.shape)) for tensor in plan.quantized)
+    return budget + 2 * blocks * _BYTES_PER_BLOCK
+
+
 def _remove_other_files(folder: Path, layouts: Mapping[str, FileLayout]) -> None:
     """Deletes what a run by another plan left."""
-    expected = {name for file in layouts for name in (file, file + _FACTS_SUFFIX)}
+    expected = {name for file in layouts for name in (file, file + FACTS_SUFFIX)}
     for path in folder.iterdir():
         if path.name not in expected:
             path.unlink()
@@ -270,13 +362,13 @@ def _remove_other_files(folder: Path, layouts: Mapping[str, FileLayout]) -> None
 
 def count_finished_files(build: Build) -> int:
     """How many quantized files stand whole, of a run that may have ended early."""
-    return len(list(build.quantized.glob(f"*{_FACTS_SUFFIX}")))
+    return len(list(build.quantized.glob(f"*{FACTS_SUFFIX}")))
 
 
 def _finished(target: Path, key: str, layout: FileLayout) -> FileFacts | None:
     """The facts of a shard that an earlier run with the same key finished, or None."""
     try:
-        text = read_plain(target.with_name(target.name + _FACTS_SUFFIX), _LARGEST_FACTS)
+        text = read_plain(target.with_name(target.name + FACTS_SUFFIX), _LARGEST_FACTS)
         facts = FileFacts.from_json(json.loads(text))
         same = facts.key == key and target.stat().st_size == facts.size == layout.nbytes
         return facts if same and digest_file(target).sha256 == facts.sha256 else None
@@ -299,5 +391,5 @@ def _leave_facts(target: Path, made: QuantizedFile, layout: FileLayout, key: str
         tensors=tensor_facts(made.written),
         relative_rmse=dict(sorted(made.relative_rmse.items())),
     )
-    write_json(target.with_name(target.name + _FACTS_SUFFIX), facts.to_json())
+    write_json(target.with_name(target.name + FACTS_SUFFIX), facts.to_json())
     return facts

@@ -1,0 +1,162 @@
+"""source/ -> a part of quantized/, by one of several processes; and all parts -> one record.
+
+Each part makes files of its own and leaves a partial record. Parts may run in one build folder that
+several machines see, or in a folder of their own each, whose `quantized/` and `records/` are then
+brought together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+from nf4_pipeline.build_folder import Record, RecordKind
+from nf4_pipeline.checkpoint.digest import digest_file
+from nf4_pipeline.engine.parts import Part
+from nf4_pipeline.errors import BuildError, UsageError
+from nf4_pipeline.records import (
+    DOWNLOAD,
+    QUANTIZE,
+    PartFacts,
+    QuantizeFacts,
+    part_kind,
+    part_records,
+)
+from nf4_pipeline.stages.quantize import FACTS_SUFFIX, Quantize
+from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
+
+_MOST_NAMED: Final = 5
+
+
+@dataclass(frozen=True)
+class QuantizePart:
+    """Makes the files of one part.
+
+    Attributes:
+        whole: the stage that it is a part of.
+        part: which.
+    """
+
+    whole: Quantize
+    part: Part
+
+    @property
+    def kind(self) -> RecordKind[PartFacts]:
+        return part_kind(self.part)
+
+    def key(self) -> str:
+        """That of the whole stage: parts with the same one belong together.
+
+        Raises:
+            BuildError: download is not done.
+        """
+        return self.whole.key()
+
+    def run(self) -> Record[PartFacts]:
+        """Does the work.
+
+        Raises:
+            BuildError: download is not done, the source changed since or while it was read, or
+                another process is making one of the files.
+            SourceError: the checkpoint is not usable.
+            ResourceError: the disk is too full, or there is too little memory.
+            UsageError: the recipe is a calibrated one, or the memory budget is too small.
+            PlanMismatchError: the bytes written are not the bytes planned.
+        """
+        whole = self.whole
+        if whole.recipe.quantize.calibrate:
+            raise UsageError(
+                "--part: calibrated codes are chosen in one walk through the model, which cannot "
+                "be divided. Leave --part out, or --calibrate."
+            )
+        source = whole.build.check_inputs(DOWNLOAD)
+        planner = whole.planner()
+        untied = planner.find_untied(whole.reporter)
+        plan = planner.plan(untied=untied)
+        names = self.part.share({file: layout.nbytes for file, layout in plan.layouts().items()})
+
+        def work() -> Outcome[PartFacts]:
+            with whole.build.making(names):
+                files = whole.make_files(plan, planner, names, source)
+            outputs = {f"quantized/{name}": facts.digest for name, facts in files.items()}
+            for name in (f"quantized/{file}{FACTS_SUFFIX}" for file in files):
+                outputs[name] = digest_file(whole.build.root / name)
+            return outputs, PartFacts(part=self.part.number, of=self.part.of, untied=plan.untied)
+
+        table = whole.recipe.table("quantize")
+        return run_recorded(whole.build, self.kind, self.key(), work, recipe=table)
+
+
+@dataclass(frozen=True)
+class MergeParts:
+    """Completes the record of a build whose parts are all done; quantizes nothing.
+
+    Attributes:
+        whole: the stage that they are parts of.
+    """
+
+    whole: Quantize
+
+    kind: ClassVar = QUANTIZE
+
+    def key(self) -> str:
+        """That of the whole stage.
+
+        Raises:
+            BuildError: download is not done.
+        """
+        return self.whole.key()
+
+    def run(self) -> Record[QuantizeFacts]:
+        """Does the work: every file of every part is hashed.
+
+        Raises:
+            BuildError: a part is missing, belongs to another source or recipe, or a file that it
+                made is gone or has other bytes.
+            SourceError: the checkpoint is not usable.
+        """
+        build = self.whole.build
+        records = part_records(build)
+        own = {part: record for part, record in records.items() if record.key == self.key()}
+        if not own:
+            foreign = f"; {_named(records)} there are of another source or recipe" * bool(records)
+            raise BuildError(
+                f"{build.root} holds no part of what it is for{foreign}. Make each: nf4 quantize "
+                "--part 1/N and so on, on this build or on others of the same source and recipe."
+            )
+        counts = {part.of: sum(other.of == part.of for other in own) for part in own}
+        of = max(counts, key=lambda of: (counts[of] / of, of))
+        missing = [Part(of, number) for number in range(1, of + 1) if Part(of, number) not in own]
+        if missing:
+            strangers = [part for part in missing if part in records]
+            why = f" ({_named(strangers)} there is of another source or recipe)" * bool(strangers)
+            raise BuildError(
+                f"{build.root} holds {counts[of]} of {of} parts; {_named(missing)} are missing"
+                f"{why}. Run `nf4 quantize --part {missing[0]}`, or bring what it left in "
+                "quantized/ and records/ here."
+            )
+        made_by = {
+            name.removeprefix("quantized/"): part
+            for part, record in own.items()
+            if part.of == of
+            for name in record.outputs
+        }
+
+        def refuse(names: Collection[str]) -> None:
+            parts = sorted({made_by[name] for name in names if name in made_by})
+            by = f"made by part {_named(parts)}, " if parts else ""
+            raise BuildError(
+                f"{build.quantized / min(names)}, {by}is not there as that part left it, with its "
+                f".facts.json beside it; {len(names)} files in all. Bring both files here, or run "
+                f"`nf4 quantize --part {parts[0] if parts else f'1/{of}'}` again."
+            )
+
+        return self.whole.run(refuse=refuse)
+
+
+def _named(parts: Collection[Part]) -> str:
+    """Parts for people, the first few of them."""
+    first = ", ".join(map(str, sorted(parts)[:_MOST_NAMED]))
+    more = len(parts) - _MOST_NAMED
+    return f"{first} and {more} more" if more > 0 else first
