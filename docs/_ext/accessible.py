@@ -1,7 +1,7 @@
-"""What the theme's HTML lacks for readers without eyes or mouse (WCAG 2.2 AA, as axe-core finds it).
+"""What the theme's HTML lacks for readers without eyes or mouse (WCAG 2.2 AA, by axe-core).
 
-Captions of the sidebar are headings without a level; boxes that scroll sideways cannot be reached by
-keyboard.
+Captions of the sidebar are headings without a level; boxes that scroll sideways cannot be reached
+by keyboard.
 """
 
 from __future__ import annotations

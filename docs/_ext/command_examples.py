@@ -1,4 +1,4 @@
-"""What sphinx-click leaves out of a command's page: its examples; and stars that are no emphasis."""
+"""What sphinx-click leaves out of a command: its examples; and stars that are no emphasis."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A directive that shows a JSON Schema of the package as tables: every key, its type, what it is.
 
-    ```{json-schema} manifest/manifest.schema.json
-    ```
+```{json-schema} manifest/manifest.schema.json
+```
 """
 
 from __future__ import annotations

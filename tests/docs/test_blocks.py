@@ -77,9 +77,7 @@ def test_what_is_neither_run_nor_explained_is_found() -> None:
         assert faults(block) != []
 
 
-def test_the_blocks_run(
-    tiny_falcon: Path, quick_recipe: Path, tmp_path: Path
-) -> None:
+def test_the_blocks_run(tiny_falcon: Path, quick_recipe: Path, tmp_path: Path) -> None:
     """In one process, pages in the order in which one needs what another published."""
     order(tmp_path / "order.json", tiny_falcon, quick_recipe)
     with HubServer() as hub:
@@ -95,4 +93,6 @@ def test_the_blocks_run(
     assert done.returncode == 0, done.stderr
     results: list[dict[str, Any]] = json.loads((tmp_path / "results.json").read_text())
     assert len(results) > 60
-    assert [(r["block"]["page"], r["block"]["line"], r["fault"]) for r in results if r["fault"]] == []
+    assert [
+        (r["block"]["page"], r["block"]["line"], r["fault"]) for r in results if r["fault"]
+    ] == []

@@ -1,4 +1,4 @@
-"""The site of the documents: made without a warning, no dead link, nothing fetched from elsewhere."""
+"""The site of the documents: no warning, no dead link, nothing fetched from elsewhere."""
 
 from __future__ import annotations
 
@@ -48,8 +48,10 @@ class _Page(HTMLParser):
 def make(source: Path, site: Path) -> subprocess.CompletedProcess[str]:
     """What `make docs` runs."""
     return subprocess.run(
-        [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-W", "--keep-going"]
-        + ["-d", str(site.parent / "doctrees"), str(source), str(site)],
+        [
+            *(sys.executable, "-m", "sphinx", "-b", "html", "-q", "-W", "--keep-going"),
+            *("-d", str(site.parent / "doctrees"), str(source), str(site)),
+        ],
         env={"PATH": "", "PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
@@ -113,7 +115,9 @@ def test_a_dead_link_or_anchor_stops_it(tmp_path: Path) -> None:
     source.mkdir()
     for name in ("conf.py", "_ext", "_static"):
         (source / name).symlink_to(DOCS / name)
-    page = "# One\n\n[two](two.md), [no page](none.md), [no anchor](two.md#none), [not here](#none)\n"
+    page = (
+        "# One\n\n[two](two.md), [no page](none.md), [no anchor](two.md#none), [not here](#none)\n"
+    )
     (source / "index.md").write_text(f"{page}\n```{{toctree}}\ntwo\n```\n")
     (source / "two.md").write_text("# Two\n")
     (source / "lost.md").write_text("# In no table of contents\n")

@@ -4,8 +4,9 @@
     <!-- slow: REASON -->       the same in the tests; `scripts/campaigns/docs.py` runs it
     <!-- file: NAME -->         the content of a file that later blocks of the page use
 
-Of all others, those in sh, console, python and toml are run (`doc_runner.py`). A comment with "page"
-before the word ("page not run: …") holds for every block of its page that has none of its own.
+Of all others, those in sh, console, python and toml are run (`doc_runner.py`). A comment with
+"page" before the word ("page not run: …") holds for every block of its page that has none of its
+own.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Block:
 
     @property
     def commands(self) -> list[str]:
-        """The logical lines of a shell block, without comments; of a console block, what is typed."""
+        """The logical lines of a shell block, without comments; what is typed in a console."""
         text = re.sub(r"\\\n\s*", " ", self.text)
         lines = [line.strip() for line in text.splitlines()]
         if self.language == "console":
@@ -135,7 +136,9 @@ def _fault_of_words(words: list[str], whole: bool) -> str:
     assert command is not None
     context = click.Context(command, info_name=name)
     if not whole:  # a text may break off: `nf4 push … --repo-id`
-        known = {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
+        known = {
+            option for param in command.params for option in (*param.opts, *param.secondary_opts)
+        }
         known |= set(context.help_option_names) | {"-h", "--help"}
         asked = [word.partition("=")[0] for word in args if re.match("--?[a-z]", word)]
         return ", ".join(f"nf4 {name} has no {word}" for word in asked if word not in known)

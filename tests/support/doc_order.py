@@ -1,4 +1,4 @@
-"""What `doc_runner` is told: the pages in their order, what the Hub holds, what must be true after."""
+"""What `doc_runner` is told: pages in their order, what the Hub holds, what must hold after."""
 
 from __future__ import annotations
 

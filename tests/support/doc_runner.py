@@ -2,9 +2,10 @@
 
     python -m tests.support.doc_runner ORDER.json
 
-Hub and token come with the environment. A page's folder holds, before its first block, finished builds
-of `sample` and of `tiiuae/falcon-7b-instruct` (small ones) and what `_PLACE` names. With `in_process`
-in the order, `nf4` is called in this process and verifies little; otherwise it is the real program.
+Hub and token come with the environment. A page's folder holds, before its first block, finished
+builds of `sample` and of `tiiuae/falcon-7b-instruct` (small ones) and what `_PLACE` names. With
+`in_process` in the order, `nf4` is called in this process and verifies little; otherwise it is the
+real program.
 Prints what came of each block as JSON.
 """
 
@@ -22,6 +23,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from typing import Any, Final
@@ -33,7 +35,8 @@ from nf4_pipeline.recipe import load_recipe, parse_recipe, read_tables
 MODEL: Final = "tiiuae/falcon-7b-instruct"
 MODELS: Final = ("sample", MODEL)
 _PLACE: Final = {
-    "my-text.txt": "Once upon a time, there was a clever fox named Ben. He lived by the lake.\n" * 40,
+    "my-text.txt": "Once upon a time, there was a clever fox named Ben. He lived by the lake.\n"
+    * 40,
     "chats.jsonl": '{"text": "Once upon a time, there was a clever fox named Ben."}\n' * 40,
 }
 _WITH_SHELL: Final = re.compile(r"[|&;<>$`(){}]|^(cd|export|for|if|while|do|done|fi|wait)\b", re.M)
@@ -57,7 +60,9 @@ def main(order_file: Path) -> None:
         fault = nf4(["build", model])
         assert not fault, fault
         seconds = round(time.monotonic() - began, 2)
-        results.append({"block": {"page": f"build {model}", "line": 0}, "fault": "", "seconds": seconds})
+        results.append(
+            {"block": {"page": f"build {model}", "line": 0}, "fault": "", "seconds": seconds}
+        )
     for page, blocks in order["pages"].items():
         place = order_file.parent / "places" / page.replace("/", "-")
         shutil.copytree(made, place, symlinks=True)
@@ -75,7 +80,7 @@ def main(order_file: Path) -> None:
             seconds = round(time.monotonic() - began, 2)
             results.append({"block": block, "fault": fault, "seconds": seconds})
         for claim in order["claims"].get(page, ()):
-            fault = "" if eval(claim, names) else f"{claim} does not hold"  # noqa: S307
+            fault = "" if eval(claim, names) else f"{claim} does not hold"
             results.append({"block": {"page": page, "line": 0}, "fault": fault, "seconds": 0})
     (order_file.parent / "results.json").write_text(json.dumps(results), "utf-8")
 
@@ -152,21 +157,21 @@ def _here(args: list[str]) -> str:
 def _verify_little(path: Path) -> None:
     """Verifying and calibrating take little time, for once.
 
-    The default recipe is a quick one, stock transformers is no reader (it would be a process of its own
-    for each build), and nothing is drawn.
+    The default recipe is a quick one, stock transformers is no reader (it would be a process of its
+    own for each build), and nothing is drawn.
     """
-    from nf4_pipeline.api import options
-    from nf4_pipeline.readers import read as readers
-    from nf4_pipeline.report import pictures
+    names = ("api.options", "readers.read", "report.pictures")
+    modules: list[Any] = [import_module(f"nf4_pipeline.{name}") for name in names]
+    options, readers, pictures = modules
 
     def two_readers(self: Any, own: Any) -> Any:
-        modules = self._export.modules
-        ours = readers.judge_own(own.version, own.layers, modules, own.lost, self.own_logits)
+        layers = self._export.modules
+        ours = readers.judge_own(own.version, own.layers, layers, own.lost, self.own_logits)
         return ours, self._decoded.result()
 
     pictures.drawable = lambda verification: {}
-    readers.Readers._start = lambda self: None  # type: ignore[assignment, method-assign]
-    readers.Readers.results = two_readers  # type: ignore[method-assign]
+    readers.Readers._start = lambda self: None
+    readers.Readers.results = two_readers
     quick, read = load_recipe(path), options._read
 
     def read_quick(said: Any) -> Any:
