@@ -44,7 +44,7 @@ def main() -> None:
             env=isolated(folder / "home", hub.url, **VARIABLES | {"OMP_NUM_THREADS": "2"}),
             check=True,
         )
-        results = json.loads((folder / "results.json").read_text())
+        results = [json.loads(line) for line in (folder / "results.jsonl").open()]
     counts: Counter[str] = Counter()
     for result in results:
         block, fault = result["block"], result["fault"]

@@ -91,7 +91,9 @@ def test_the_blocks_run(tiny_falcon: Path, quick_recipe: Path, tmp_path: Path) -
             check=False,
         )
     assert done.returncode == 0, done.stderr
-    results: list[dict[str, Any]] = json.loads((tmp_path / "results.json").read_text())
+    results: list[dict[str, Any]] = [
+        json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()
+    ]
     assert len(results) > 60
     assert [
         (r["block"]["page"], r["block"]["line"], r["fault"]) for r in results if r["fault"]

@@ -18,6 +18,9 @@ from tests.support.tiny import copy_of
 FIRST: Final = ("publishing.md",)
 """Pages that publish what others fetch."""
 
+LAST: Final = ("calibration.md", "choosing.md")
+"""Pages that take long."""
+
 CHAT_MODEL: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _CHAT: Final = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
@@ -55,7 +58,8 @@ def order(path: Path, model: Path, recipe: Path | None, *, only: str = "") -> No
         only: part of the names of the pages that are wanted.
     """
     found = {page.relative_to(DOCS).as_posix(): blocks_of(page) for page in pages()}
-    wanted = [*FIRST, *(name for name in found if name not in FIRST)]
+    others = [name for name in found if name not in (*FIRST, *LAST)]
+    wanted = [*FIRST, *others, *LAST]
     path.write_text(
         json.dumps(
             {

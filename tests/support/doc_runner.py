@@ -6,7 +6,7 @@ Hub and token come with the environment. A page's folder holds, before its first
 builds of `sample` and of `tiiuae/falcon-7b-instruct` (small ones) and what `_PLACE` names. With
 `in_process` in the order, `nf4` is called in this process and verifies little; otherwise it is the
 real program.
-Prints what came of each block as JSON.
+What came of each block stands in results.jsonl beside the order, block by block.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
@@ -54,35 +55,35 @@ def main(order_file: Path) -> None:
     made = order_file.parent / "made"
     made.mkdir()
     os.chdir(made)
-    results: list[dict[str, Any]] = []
-    for model in MODELS:
-        began = time.monotonic()
-        fault = nf4(["build", model])
-        assert not fault, fault
-        seconds = round(time.monotonic() - began, 2)
-        results.append(
-            {"block": {"page": f"build {model}", "line": 0}, "fault": "", "seconds": seconds}
-        )
-    for page, blocks in order["pages"].items():
-        place = order_file.parent / "places" / page.replace("/", "-")
-        shutil.copytree(made, place, symlinks=True)
-        shutil.copytree(order["model"], place / "my-model")
-        for name, text in _PLACE.items():
-            (place / name).write_text(text)
-        os.chdir(place)
-        names: dict[str, Any] = {}
-        for block in blocks:
+    with (order_file.parent / "results.jsonl").open("w", buffering=1) as results:
+
+        def told(block: dict[str, Any], work: Callable[[], str]) -> None:
             began = time.monotonic()
             try:
-                fault = _run(block, names, nf4, order["slow"])
+                fault = work()
             except BaseException:
                 fault = traceback.format_exc()
             seconds = round(time.monotonic() - began, 2)
-            results.append({"block": block, "fault": fault, "seconds": seconds})
-        for claim in order["claims"].get(page, ()):
-            fault = "" if eval(claim, names) else f"{claim} does not hold"
-            results.append({"block": {"page": page, "line": 0}, "fault": fault, "seconds": 0})
-    (order_file.parent / "results.json").write_text(json.dumps(results), "utf-8")
+            results.write(json.dumps({"block": block, "fault": fault, "seconds": seconds}) + "\n")
+
+        for model in MODELS:
+            told({"page": f"build {model}", "line": 0}, partial(nf4, ["build", model]))
+        for page, blocks in order["pages"].items():
+            place = order_file.parent / "places" / page.replace("/", "-")
+            shutil.copytree(made, place, symlinks=True)
+            shutil.copytree(order["model"], place / "my-model")
+            for name, text in _PLACE.items():
+                (place / name).write_text(text)
+            os.chdir(place)
+            names: dict[str, Any] = {}
+            for block in blocks:
+                told(block, partial(_run, block, names, nf4, order["slow"]))
+            for claim in order["claims"].get(page, ()):
+                told({"page": page, "line": 0}, partial(_hold, claim, names))
+
+
+def _hold(claim: str, names: dict[str, Any]) -> str:
+    return "" if eval(claim, names) else f"{claim} does not hold"
 
 
 def _run(
