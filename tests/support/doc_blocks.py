@@ -15,7 +15,7 @@ import ast
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -30,6 +30,7 @@ RUN: Final = ("sh", "console", "python", "toml")
 KNOWN: Final = (*RUN, "", "json", "yaml")
 
 _MARK: Final = re.compile(r"<!--\s*(page )?(not run|slow|file): (.+?)\s*-->", re.DOTALL)
+_PRINTS: Final = ("python", "slow")
 _PARSER: Final = MarkdownIt("commonmark").enable("table")
 _ASSIGNMENT: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 
@@ -45,6 +46,7 @@ class Block:
         text: what stands in it.
         mark: "not run", "slow", "file", or nothing.
         why: what the mark says: a reason, or the name of the file.
+        output: of a slow Python block, what the page says that it prints.
     """
 
     page: str
@@ -53,6 +55,7 @@ class Block:
     text: str
     mark: str = ""
     why: str = ""
+    output: str = ""
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -89,7 +92,10 @@ def blocks_of(path: Path) -> list[Block]:
             assert token.map is not None
             said = mark or whole
             kind, why = (said[2], " ".join(said[3].split())) if said else ("", "")
-            found.append(Block(page, token.map[0] + 1, token.info, token.content, kind, why))
+            block = Block(page, token.map[0] + 1, token.info, token.content, kind, why)
+            if not block.language and found and (found[-1].language, found[-1].mark) == _PRINTS:
+                found[-1] = replace(found[-1], output=block.text)
+            found.append(block)
         mark = None
     return found
 

@@ -109,8 +109,13 @@ def _run(
                 json.loads(line)
         case "python" if mark != "file":
             code = compile(text, f"<{block['page']}:{block['line']}>", "exec")
-            with nullcontext() if nf4 is _real else in_process():
+            said = StringIO()
+            with nullcontext() if nf4 is _real else in_process(), redirect_stdout(said):
                 exec(code, names)
+            # What libraries log goes to stderr, whatever place it has on the page.
+            shown = [line for line in block["output"].splitlines() if not line.startswith("[")]
+            if shown and shown != said.getvalue().splitlines():
+                return f"printed:\n{said.getvalue()}"
         case "sh" | "console" if mark != "file":
             if nf4 is _real or _WITH_SHELL.search("\n".join(block["commands"])):
                 return _shell("\n".join(block["commands"]))
