@@ -16,6 +16,7 @@ The house, from the top floor down; a room imports only from rooms below it (`ma
     api/               build and Artifact, for Python programs; what options of both mean
     job.py             stages in their order; nothing valid is done again
     reproduce/         an artifact derived again from its source, every byte compared
+    ci/                what CI systems show of a build: summary, outputs, annotations
     doctor.py          what this machine has, and known traps on it
     stages/            download, quantize, serialize, verify, attest, push
     builds/            side by side: which one a name means, which folder a recipe gets

@@ -14,8 +14,8 @@ so `nf4 --help` answers at once.
     summary.py    what a person sees at the end of `nf4 build`
 
 and the commands, as `COMMANDS` tells them: build.py, download.py, quantize.py, serialize.py,
-verify.py, attest.py, push.py, prompt.py, inspect.py, reproduce.py, sign.py, check.py, status.py,
-doctor.py.
+verify.py, attest.py, push.py, prompt.py, inspect.py, report.py, reproduce.py, sign.py, check.py,
+status.py, doctor.py.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ COMMANDS: Final = {
     "push": "publish a verified export to the Hub, and prove what the Hub holds",
     "prompt": "generate text with an artifact",
     "inspect": "what is inside an artifact",
+    "report": "what came of a build, for CI: a summary, outputs, annotations",
     "reproduce": "derive an artifact again from its source and compare every byte",
     "sign": "sign every file of an artifact with a key of yours",
     "check": "check that an artifact holds exactly what was signed",

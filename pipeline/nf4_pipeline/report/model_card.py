@@ -21,6 +21,11 @@ from nf4_pipeline.report.calibration import (
     list_exceptions,
 )
 from nf4_pipeline.report.formatting import interval, is_finite, number, one_in, plain_size
+from nf4_pipeline.report.markdown import code as _code
+from nf4_pipeline.report.markdown import folded as _folded
+from nf4_pipeline.report.markdown import in_cell as _cell
+from nf4_pipeline.report.markdown import in_text as _text
+from nf4_pipeline.report.markdown import table as _table
 from nf4_pipeline.report.pictures import PICTURES, drawable
 from nf4_pipeline.report.snippets import (
     generate_snippet,
@@ -454,42 +459,10 @@ def _source_argument(manifest: Manifest) -> str:
     return _argument(source.repo)
 
 
-def _folded(summary: str, content: str) -> str:
-    """What is long, behind a line that opens it."""
-    return f"<details><summary>{summary}</summary>\n\n{content}\n\n</details>"
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def _cell(text: str) -> str:
-    """Words of others inside a table."""
-    line = " ".join(text.split())
-    return _text(line if len(line) <= 160 else line[:159] + "…")
-
-
-# What Markdown, HTML or a formula ($) begins with; an underscore only at the edge of a word.
-_MARKS: Final = re.compile(r"[&<>|`\[\]*~$\\]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|^[#+=-]")
-_NAMED: Final = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
-
-
-def _text(text: str) -> str:
-    """Words of others, as words: one line, with nothing for Markdown or HTML to act on."""
-    line = printable(" ".join(text.split()))
-    return _MARKS.sub(lambda mark: _NAMED.get(mark[0], f"&#{ord(mark[0])};"), line)
-
-
 def _plain_name(text: str) -> str:
     """A name in the metadata, which the Hub shows as it likes: nothing but letters and digits."""
     plain = re.sub(r"[^\w .,:()+’-]", " ", text.replace("'", "’"))
     return " ".join(plain.split())[:80].strip(" -") or "unnamed"
-
-
-def _code(text: str) -> str:
-    """A name as code; where backticks in it would end that, as words."""
-    return f"`{printable(text)}`" if text.strip() and not set(text) & set("`\r\n") else _text(text)
 
 
 def _argument(text: str) -> str:
