@@ -98,6 +98,19 @@ def build_dir_option(command: Command) -> Command:
     )(command)
 
 
+def sigstore_options(command: Command) -> Command:
+    """--trust-config and --staging: which Sigstore."""
+    command = click.option(
+        "--staging", is_flag=True, help="Sigstore's instance for tests; nobody should trust it."
+    )(command)
+    return click.option(
+        "--trust-config",
+        type=NamedPath(dir_okay=False),
+        help="Another Sigstore, by its client trust configuration (JSON).  [default: the public "
+        "one]",
+    )(command)
+
+
 def replace_option(command: Command) -> Command:
     """--replace; the command gets `replaces`."""
     return click.option(

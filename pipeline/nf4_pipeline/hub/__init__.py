@@ -7,6 +7,7 @@
 
     headers.py    what weights hold, before they are fetched
     client.py     every call of huggingface_hub: quiet, patient to a limit, tried again
+    publisher.py  a CI job's identity, exchanged for a token of an hour
     transport.py  every request and answer of it: to whom the token goes, what may come back
     replies.py    the forms of what a Hub says: names, hashes, addresses, JSON
     limits.py     how much one call may take: bytes, time in proportion, requests

@@ -92,6 +92,7 @@ class Publication:
             tool_versions(),
             started=began.isoformat(timespec="seconds").replace("+00:00", "Z"),
             finished=verified.finished.replace("+00:00", "Z"),
+            run=quantized.facts.run,
         )
         return {**written, PROVENANCE_FILE: json_bytes(provenance)}
 
