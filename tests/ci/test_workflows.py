@@ -72,7 +72,7 @@ def test_the_sample_is_built_verified_signed_pushed_and_attested(
     assert {name: job.result for name, job in jobs.items()} == dict.fromkeys(jobs, "success"), log
     assert list(jobs) == ["plan", "part", "build", "sign", "push", "attest"]
     assert [command for job in jobs.values() for command in job.commands] == []
-    assert len(issuer.bearers) == 2
+    assert issuer.bearers
     assert [secret for secret in (*issuer.handed_out, *hub.store.users) if secret in log] == []
     assert jobs["build"].outputs["verdict"] == "pass"
     assert 0 < float(jobs["build"].outputs["kl"]) < 0.1
