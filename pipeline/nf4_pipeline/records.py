@@ -31,6 +31,7 @@ from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 from nf4_pipeline.model.unused_tensors import LeftOut
 from nf4_pipeline.provenance.ci_run import CiRun
 from nf4_pipeline.provenance.signing import SIGNATURE_FILE
+from nf4_pipeline.provenance.summary import Rebuild
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe
 from nf4_pipeline.verification.document import Verification, parse_verification
 
@@ -237,9 +238,11 @@ class AttestFacts(Document):
 
     Attributes:
         repo_id: the Hub repo that the card names; None if it names none.
+        rebuilt: the summary that the card links to; None if none is known.
     """
 
     repo_id: str | None = optional()
+    rebuilt: Rebuild | None = optional()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nf4_pipeline.job import StageResult
     from nf4_pipeline.machine import Machine
     from nf4_pipeline.progress import Reporter
+    from nf4_pipeline.provenance.summary import Rebuild
     from nf4_pipeline.recipe import PartialRecipe
 
 ARTIFACTS: Final = Path("artifacts")
@@ -368,6 +369,7 @@ def run_one_stage(
     against: str | None = None,
     replaces: bool = False,
     repo_id: str | None = None,
+    rebuilt: Rebuild | None = None,
 ) -> Record[Any]:
     """Runs one stage of an existing build and says what came of it; returns its record."""
     from nf4_pipeline.progress import LOADING
@@ -385,6 +387,7 @@ def run_one_stage(
         against=against,
         replaces=replaces,
         repo_id=repo_id,
+        rebuilt=rebuilt,
     )
     show_stage(ui, name, build, result)
     return result.record

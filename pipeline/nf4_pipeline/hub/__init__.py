@@ -37,7 +37,7 @@ test in `tests/hub`):
 - with Xet, `upload_folder` may make several commits: `publish` makes one
 """
 
-from nf4_pipeline.hub.cache import snapshot
+from nf4_pipeline.hub.cache import cache_at, snapshot
 from nf4_pipeline.hub.download import Fetched, fetch, file_digests
 from nf4_pipeline.hub.headers import fetch_headers
 from nf4_pipeline.hub.local import LocalFile
@@ -62,6 +62,7 @@ __all__ = [
     "RemoteFile",
     "RemoteModel",
     "Target",
+    "cache_at",
     "commit_url",
     "fetch",
     "fetch_headers",

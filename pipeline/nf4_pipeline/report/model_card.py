@@ -14,6 +14,7 @@ from nf4_pipeline.fidelity.metrics import Fidelity
 from nf4_pipeline.manifest.manifest import Manifest
 from nf4_pipeline.model.unused_tensors import left_out
 from nf4_pipeline.printable import printable
+from nf4_pipeline.provenance.summary import Rebuild
 from nf4_pipeline.readers.document import ReaderResult
 from nf4_pipeline.report.calibration import (
     describe_extra_bytes,
@@ -53,6 +54,7 @@ def model_card(
     *,
     repo_id: str | None = None,
     chat: bool = False,
+    rebuilt: Rebuild | None = None,
 ) -> str:
     """The card as Markdown with Hub metadata; how to use it comes first, then what proves it.
 
@@ -62,6 +64,7 @@ def model_card(
         source_card: what the source's own card says.
         repo_id: the Hub repo that the snippets load from; None for the folder where the card lies.
         chat: the tokenizer has a chat template that works.
+        rebuilt: who derived all of it again; None if nobody is known who did.
     """
     name = _text(manifest.source.repo.rpartition("/")[2])
     metadata = _metadata(manifest, verification, source_card, repo_id)
@@ -78,7 +81,7 @@ def model_card(
         _checks(verification),
         *(_quality(manifest, measured) if measured else []),
         _making(manifest),
-        _checking(manifest, repo_id),
+        _checking(manifest, repo_id, rebuilt),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -430,25 +433,38 @@ def _making(manifest: Manifest) -> str:
     )
 
 
-def _checking(manifest: Manifest, repo_id: str | None) -> str:
+def _checking(manifest: Manifest, repo_id: str | None, rebuilt: Rebuild | None) -> str:
     """The commands that hold a download against the Hub, the source and a signature."""
     folder = "."
     lines = []
+    local = manifest.source.commit is None and manifest.source.repo != SAMPLE_REPO
     if repo_id is not None:
         folder, repo = _argument(repo_id.rpartition("/")[2]), _argument(repo_id)
+        if not local:
+            lines += [
+                "# all of this repo is derived again or accounted for, with a verdict:",
+                f"nf4 rebuild {repo}",
+            ]
         lines += [
             f"hf download {repo} --local-dir {folder}",
             "# every file has the checksum that the Hub lists:",
             f"hf cache verify {repo} --local-dir {folder}",
         ]
-    local = manifest.source.commit is None and manifest.source.repo != SAMPLE_REPO
     lines += [
         "# every byte is derived again from the source:",
         f"nf4 reproduce {folder}" + (f" --source {_source_argument(manifest)}" if local else ""),
         "# if there is a model.sig, with the signer's public key:",
         f"nf4 check {folder} --key key.pub",
     ]
-    return "## Check it yourself\n\n" + _block("\n".join(lines), "sh")
+    parts = ["## Check it yourself", _block("\n".join(lines), "sh")]
+    if rebuilt is not None:
+        parts.insert(
+            1,
+            f"**Verified reproducible** by `{rebuilt.verifier}` on {rebuilt.verified}: "
+            f"[summary](<{rebuilt.url}>). It is as good as who signs for it; the commands below "
+            "need nobody.",
+        )
+    return "\n\n".join(parts)
 
 
 def _source_argument(manifest: Manifest) -> str:
