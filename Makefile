@@ -28,7 +28,7 @@ settings  = $(build_dir) $(if $(RECIPE),--recipe '$(RECIPE)') $(device)
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: quantize test verify prompt push reproduce bench lint format clean help venv dev-venv named
+.PHONY: quantize test verify prompt push reproduce bench lint format docs clean help venv dev-venv named
 
 ##@ The job
 
@@ -69,6 +69,11 @@ lint: dev-venv  ## check style, types, who imports whom, and the workflows
 format: dev-venv  ## put the code into the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: dev-venv  ## make the site of docs/ in build/site; a warning or a dead link is an error
+	@$(BIN)/python -m sphinx --builder html --quiet --fail-on-warning --keep-going \
+	  --doctree-dir build/doctrees $(ARGS) docs build/site
+	@echo "build/site/index.html"
 
 bench: dev-venv  ## run every scripts/bench/bench_*.py
 	@set -- scripts/bench/bench_*.py; \
