@@ -11,6 +11,7 @@ import argparse
 import re
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,12 +21,23 @@ from tests.campaigns.newcomer import MISTAKES, faults_of, make_place, message, r
 from tests.support.hub_server import HubServer
 from tests.support.tiny import nf4, write_falcon, write_recipe
 
-HEAD: Final = """# What nf4 says of a newcomer's mistakes
+HEAD: Final = """# Messages
 
-Made by `python scripts/campaigns/newcomer_mistakes.py --write docs/messages.md`, which types each
-line in a folder with a small model, some builds and what else lies about, against a Hub on this
-machine (`HUB` below). The tests run the same list (`tests/campaigns/newcomer.py`).
+What `nf4` says of a newcomer's mistakes, by what they are about. Made by
+`python scripts/campaigns/newcomer_mistakes.py --write docs/messages.md`, which types each line in a
+folder with a small model, some builds and what else lies about, against a Hub on this machine (`HUB`
+below). The tests run the same list (`tests/campaigns/newcomer.py`).
 """
+SECTIONS: Final = {
+    "command": "Commands",
+    "option": "Options",
+    "model": "Models",
+    "network": "Network",
+    "Hub": "The Hub",
+    "file": "Files",
+    "artifact": "Builds and artifacts",
+}
+"""What the page calls a kind of mistake, in its order."""
 
 
 def main() -> None:
@@ -34,7 +46,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a pattern: of kinds and lines")
     parser.add_argument("--write", type=Path, help="the page to write")
     asked = parser.parse_args()
-    rows: list[str] = []
+    rows: dict[str, list[str]] = {kind: [] for kind in SECTIONS}
     failed = 0
     with tempfile.TemporaryDirectory(prefix="nf4-newcomer-") as name, HubServer() as hub:
         folder = Path(name)
@@ -55,11 +67,10 @@ def main() -> None:
             print(f"{'FAULT' if faults else 'ok   '} {mistake.line}\n      {done.status}: {said}")
             for fault in faults:
                 print(f"      -> {fault}", flush=True)
-            rows.append(_row(mistake.item, _typed(mistake), done.status, said))
-    print(f"{len(rows)} mistakes, {failed} with a fault")
+            rows[mistake.item].append(_row(_typed(mistake), done.status, said))
+    print(f"{sum(map(len, rows.values()))} mistakes, {failed} with a fault")
     if asked.write:
-        head = "| kind | typed | exit | said |\n| --- | --- | --- | --- |\n"
-        asked.write.write_text(f"{HEAD}\n{head}{''.join(rows)}", "utf-8")
+        asked.write.write_text(f"{HEAD}{_sections(rows)}", "utf-8")
     sys.exit(bool(failed))
 
 
@@ -67,8 +78,15 @@ def _typed(mistake) -> str:  # type: ignore[no-untyped-def]
     return mistake.line
 
 
-def _row(item: str, line: str, status: int, said: str) -> str:
-    cells = (item, f"`{line}`", str(status), " ".join(said.split()).removeprefix("Error: "))
+def _sections(rows: Mapping[str, Sequence[str]]) -> str:
+    head = "| typed | exit | said |\n| --- | --- | --- |\n"
+    return "".join(
+        f"\n## {SECTIONS[kind]}\n\n{head}{''.join(said)}" for kind, said in rows.items() if said
+    )
+
+
+def _row(line: str, status: int, said: str) -> str:
+    cells = (f"`{line}`", str(status), " ".join(said.split()).removeprefix("Error: "))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
