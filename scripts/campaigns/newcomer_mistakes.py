@@ -24,9 +24,9 @@ from tests.support.tiny import nf4, write_falcon, write_recipe
 HEAD: Final = """# Messages
 
 What `nf4` says of a newcomer's mistakes, by what they are about. Made by
-`python scripts/campaigns/newcomer_mistakes.py --write docs/messages.md`, which types each line in a
-folder with a small model, some builds and what else lies about, against a Hub on this machine (`HUB`
-below). The tests run the same list (`tests/campaigns/newcomer.py`).
+`python scripts/campaigns/newcomer_mistakes.py --write docs/messages.md`, which types each line in
+a folder with a small model, some builds and what else lies about, against a Hub on this machine
+(`HUB` below). The tests run the same list (`tests/campaigns/newcomer.py`).
 """
 SECTIONS: Final = {
     "command": "Commands",
