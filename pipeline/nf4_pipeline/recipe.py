@@ -331,9 +331,13 @@ def read_tables(path: Path) -> dict[str, object]:
     except RecursionError:
         raise RecipeError(f"The recipe {path} is nested too deep.") from None
     except ValueError as error:  # no TOML, no UTF-8, or a number of more than 4,300 digits
+        is_json = path.suffix.lower() == ".json"
+        what = (
+            "is JSON, and a recipe is TOML" if is_json else f"is not valid TOML: {str(error)[:300]}"
+        )
         raise RecipeError(
-            f"The recipe {path} is not valid TOML: {str(error)[:300]}. Expected tables such as "
-            '[quantize], with lines such as skip_modules = ["h.31.mlp"].'
+            f"The recipe {path} {what}. Write {'another file with ' if is_json else ''}tables such "
+            'as [quantize], and under it lines such as skip_modules = ["h.31.mlp"].'
         ) from error
 
 
@@ -370,9 +374,8 @@ def _reject_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> No
     unknown = sorted(set(keys) - set(known))
     if unknown:
         near = did_you_mean(str(unknown[0]), known)
-        raise RecipeError(
-            f"{where}: {_shown(unknown[0])} is unknown; expected {', '.join(known)}.{near}"
-        )
+        expected = near or f" Expected {', '.join(known)}."
+        raise RecipeError(f"{where}: {_shown(unknown[0])} is unknown.{expected}")
 
 
 def _typed(value: object, default: object, where: str) -> Any:

@@ -42,5 +42,7 @@ def command(ui: Ui, model: str | None, repo_id: str | None, build_dir: Path | No
     from nf4_pipeline.api.options import check_repo_id, make_machine, make_recipe
 
     check_repo_id(repo_id)
-    build = named_build(ui, model, build_dir, newest=model is None, needs="serialize")
+    build = named_build(
+        ui, model, build_dir, newest=model is None, needs="serialize", after="verify"
+    )
     run_one_stage("attest", ui, build, make_recipe(), make_machine(), repo_id=repo_id)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import wraps
@@ -57,13 +59,77 @@ def _expanded(value: Any) -> Any:
     return value
 
 
-class WholeNumber(click.IntRange):
-    """A whole number from a range; what is none is called so."""
+class Number(click.ParamType):
+    """A number from a range; of what is none, the message shows the range and one that is.
+
+    Args:
+        example: a value that makes sense.
+        least: the smallest.
+        most: the largest; None for no limit.
+        expected: what to say that is expected, where the limits do not tell it.
+    """
+
+    name = "number"
+
+    def __init__(
+        self, example: float, least: float, most: float | None = None, expected: str = ""
+    ) -> None:
+        self.example = example
+        self.least = least
+        self.most = most
+        to = f" to {most:,}" if most is not None and most < _BEYOND else ""
+        self.expected = expected or f"a {self.name} from {least:,}{to}"
+
+    def read(self, text: str) -> float:
+        """The number that a text is.
+
+        Raises:
+            ValueError: it is none.
+        """
+        return float(text)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        option = max(param.opts, key=len) if param is not None else "It"
+        try:
+            number = self.read(value)
+        except ValueError:
+            number = math.nan
+        if number >= self.least and (self.most is None or number <= self.most):
+            return number
+        raise click.UsageError(
+            f"{option} is {value[:80]!r}; expected {self.expected}, such as "
+            f"{option} {self.example}{self.hint(number)}",
+            ctx,
+        )
+
+    def hint(self, number: float) -> str:
+        """What to say of a number that is out of the range, after an example."""
+        return ""
+
+
+class WholeNumber(Number):
+    """A whole number from a range."""
 
     name = "whole number"
 
+    def read(self, text: str) -> int:
+        return int(text)
 
-THREADS: Final = WholeNumber(min=0, max=1024)
+
+class Share(Number):
+    """A number above 0 and at most 1, which some give in per cent."""
+
+    def __init__(self, example: float) -> None:
+        super().__init__(example, sys.float_info.min, 1, "a number above 0 and at most 1")
+
+    def hint(self, number: float) -> str:
+        return f"; {number:g} % is {number / 100:g}" if 2 <= number <= 100 else ""
+
+
+_BEYOND: Final = 10**6  # a limit that nobody meets is not shown
+THREADS: Final = WholeNumber(4, 0, 1024)
 
 
 def output_options(command: Command) -> Command:
@@ -222,7 +288,7 @@ _SHAPING: Final[dict[str, tuple[Decorator, ...]]] = {
         ),
         click.option(
             "--eval-tokens",
-            type=WholeNumber(min=2, max=10**9),
+            type=WholeNumber(8192, 2, 10**9),
             metavar="N",
             help="Tokens of it, at most.  [default: 8192]",
         ),
@@ -311,7 +377,11 @@ def _by_option(text: str, said: Mapping[str, Any]) -> str:
             text = text.replace(f"{table}.{key} ", f"--{key.replace('_', '-')} ")
     if said.get("extra_bytes") is not None:  # the one option that needs another one
         text = text.replace("quantize.calibrate, ", "--calibrate, ")
-        text = text.replace('calibrate = "self"', "--calibrate self")
+        typed = f"--extra-bytes {str(said['extra_bytes']).strip('% ')}%"
+        text = text.replace(
+            'Add calibrate = "self", or leave it out.',
+            f"Write: --calibrate self {typed}. Or leave --extra-bytes out.",
+        )
     return text
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import shlex
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Final
@@ -59,10 +60,11 @@ def sign(artifact: Path, private_key: Path, password: str | None = None) -> Path
         secret = password.encode() if password else None
         config.use_elliptic_key_signer(private_key=private_key, password=secret)
     except Exception as error:  # of the key's format, its password, or its curve
+        new = shlex.quote(str(_free_name(private_key)))
         raise UsageError(
-            f"{private_key} is no private key that can sign ({_words(error)}); expected a PEM file "
-            "of an elliptic curve key. Make one: openssl ecparam -name prime256v1 -genkey -noout "
-            f"-out {private_key}"
+            f"{private_key} is no private key that can sign{_why_no_key(error)}; expected a PEM "
+            "file of an elliptic curve key. Name another, or make one: openssl ecparam -name "
+            f"prime256v1 -genkey -noout -out {new}"
         ) from error
     with TemporaryFolder("sign") as folder:
         fresh = folder / SIGNATURE_FILE
@@ -91,8 +93,9 @@ def check(artifact: Path, public_key: Path) -> int:
     path = artifact / SIGNATURE_FILE
     if not path.is_file():
         raise SignatureError(
-            f"{artifact} has no signature: expected {SIGNATURE_FILE} in it. Only its maker can "
-            "sign it (nf4 sign). Without a signature, nf4 reproduce compares every byte."
+            f"{artifact} was never signed: there is no {SIGNATURE_FILE} in it. Without it, "
+            f"compare every byte: nf4 reproduce {shlex.quote(str(artifact))}. If you made it, sign "
+            f"it with your private key: nf4 sign {shlex.quote(str(artifact))} --key my-key.pem"
         )
     try:
         check_plain(path, _LARGEST_SIGNATURE)
@@ -138,6 +141,20 @@ def _check_key(path: Path) -> None:
         check_plain(path, _LARGEST_KEY)
     except OSError as error:
         raise UsageError(f"The key {path} cannot be read: {error.strerror}.") from error
+
+
+def _why_no_key(error: Exception) -> str:
+    """What a library says of a key, in brackets; nothing of what is only for programmers."""
+    text = _words(error)
+    if "password" in text.lower() or "decrypt" in text.lower():
+        return f" ({text})"
+    return "" if "PEM" in text or "deserialize" in text else f" ({text})"
+
+
+def _free_name(key: Path) -> Path:
+    """A name beside a key that no file has, so that no key is written over."""
+    names = (f"my-key{number}.pem" for number in ("", *range(2, 1000)))
+    return next(path for name in names if not (path := key.with_name(name)).exists())
 
 
 def _refuse_all_but_files(artifact: Path) -> None:
