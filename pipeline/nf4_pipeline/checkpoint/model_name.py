@@ -113,6 +113,11 @@ def check_hub_id(name: str) -> None:
         near = f" Did you mean {name.strip('/')!r}?"
     if not near and "/" not in name and (of := _owner(name)):
         near = f" Did you mean '{of}/{name}'?"
+    if not near and (name.startswith(("~", "/", "./", "../")) or path.is_absolute()):
+        raise UsageError(
+            f"{name}: no such folder; looked for {path.absolute()}. Correct the path, or name a "
+            'Hub id of the form ORG/NAME, or "sample".'
+        )
     near = near or " Write the whole id, such as tiiuae/falcon-7b-instruct, or the folder's path."
     raise UsageError(f"{name}: no such folder, and not a Hub id of the form ORG/NAME.{near}")
 

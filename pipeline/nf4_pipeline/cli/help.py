@@ -156,7 +156,7 @@ def usage_message(error: click.ClickException) -> str:
     if context is not None and (taken := _taken_for_a_value(context)) is not None:
         return taken
     if isinstance(error, click.MissingParameter):
-        return f"{said}{_missing(error.param, context)}"
+        return f"{said.rstrip('.')}{_missing(error.param, context)}"
     if context is not None and said.startswith("Got unexpected extra argument"):
         return _too_many(context) or said
     return said
@@ -168,7 +168,7 @@ def _missing(param: click.Parameter | None, context: click.Context | None) -> st
     if not isinstance(command, CommandWithExamples) or context is None or param is None:
         return ""
     if isinstance(param, click.Option):
-        is_what = f" {param.help}" if param.help else ""
+        is_what = f": {param.help.rstrip('.')}." if param.help else "."
         option = param.opts[0]
         line = next((line for line, _ in command.examples if f"{option} " in line), "")
         value = line.partition(f"{option} ")[2].partition(" ")[0]
@@ -176,7 +176,7 @@ def _missing(param: click.Parameter | None, context: click.Context | None) -> st
             line = f"{context.command_path} {shlex.join(typed)} {option} {value}"
         return f"{is_what} For example: {line or command.examples[0][0]}"
     what = _ARGUMENTS.get(param.name or "", "")
-    said = f" Name {what}." if what else ""
+    said = f": {what}." if what else "."
     return f"{said} For example: {command.examples[0][0]}"
 
 

@@ -176,7 +176,7 @@ def other_artifact(ui: Ui, name: str, own: Build) -> str:
         name: as in `named_artifact`.
         own: the build.
     """
-    from nf4_pipeline.builds import find_other, no_build
+    from nf4_pipeline.builds import find_other, no_build, why_no_artifact
     from nf4_pipeline.checkpoint.model_name import is_hub_id
 
     chosen = find_other(name, own, ARTIFACTS)
@@ -184,6 +184,9 @@ def other_artifact(ui: Ui, name: str, own: Build) -> str:
         if is_hub_id(name):
             return name
         raise no_build(name, ARTIFACTS, use=_use("--against"))
+    error = None if chosen.build else why_no_artifact(chosen.folder, ARTIFACTS)
+    if error is not None:
+        raise error
     if chosen.note:
         _note(ui, f"against: {chosen.folder}")
     return str(chosen.folder)

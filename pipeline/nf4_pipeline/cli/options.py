@@ -98,9 +98,10 @@ class Number(click.ParamType):
             number = math.nan
         if number >= self.least and (self.most is None or number <= self.most):
             return number
+        said = repr(value[:80]) if math.isnan(number) else value[:80]
         raise click.UsageError(
-            f"{option} is {value[:80]!r}; expected {self.expected}, such as "
-            f"{option} {self.example}{self.hint(number)}",
+            f"{option} is {said}; expected {self.expected}, such as {option} {self.example}"
+            f"{self.hint(number)}",
             ctx,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Any, Final
 
@@ -85,10 +86,16 @@ def command(
     one is quantized while loading). Of several builds, the one worked on last answers. Answers are
     greedy unless --top-k, --top-p, --temperature or several answers ask for chance.
     """
+    from nf4_pipeline.errors import UsageError
     from nf4_pipeline.machine import check_device_name
     from nf4_pipeline.runtime.generate import Sampling
     from nf4_pipeline.runtime.prompt import ask
 
+    if not text.strip():
+        raise UsageError(
+            "TEXT is empty, as of a variable that is not set. Give at least one word: nf4 prompt "
+            f'{shlex.quote(artifact)} "Hello"'
+        )
     check_device_name(device)
     sampling = Sampling(**values)
     streams = not ui.as_json and sampling.num_return_sequences == 1

@@ -16,9 +16,9 @@ from nf4_pipeline.cli.terminal import say
     "sign",
     cls=CommandWithExamples,
     examples=(
-        ("nf4 sign artifacts/NAME --key key.pem", "The signature goes into its export."),
+        ("nf4 sign artifacts/NAME --key my-key.pem", "The signature goes into its export."),
         (
-            "NF4_KEY_PASSWORD=… nf4 sign artifacts/NAME --key key.pem",
+            "NF4_KEY_PASSWORD=… nf4 sign artifacts/NAME --key my-key.pem",
             "With a key that has a password.",
         ),
     ),
@@ -28,7 +28,8 @@ from nf4_pipeline.cli.terminal import say
     "--key",
     required=True,
     type=NamedPath(dir_okay=False),
-    help="PEM file of an elliptic curve private key.",
+    help="PEM file of an elliptic curve private key. Make one: test -e my-key.pem || openssl "
+    "ecparam -name prime256v1 -genkey -noout -out my-key.pem",
 )
 @click.option(
     "--password",

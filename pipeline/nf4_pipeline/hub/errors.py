@@ -106,7 +106,10 @@ def translate_error(error: BaseException, request: Request) -> PipelineError:
     elif token and not (token.isascii() and token.isprintable()):
         text = f"{request.doing}: HF_TOKEN has characters that no token has: copy it again."
     elif status == 401 and token and not _is_elsewhere(_url(error)):
-        text = f"{request.doing}: {endpoint} does not accept the token that is set: renew HF_TOKEN."
+        text = (
+            f"{request.doing}: {endpoint} does not accept the token that is set: it may be out of "
+            f"date, or cut off. {_token_remedy(endpoint)}"
+        )
     elif status == 401 and not token:
         text = f"{request.doing}: {endpoint} asks for a token, and none is set: set HF_TOKEN."
     else:
@@ -116,11 +119,25 @@ def translate_error(error: BaseException, request: Request) -> PipelineError:
     return kind(printable(without_secrets(text, token)))
 
 
+def _token_remedy(endpoint: str) -> str:
+    """How to be rid of a token that is not accepted, by where it comes from."""
+    new = f"Make a new one at {endpoint}/settings/tokens"
+    if os.environ.get("HF_TOKEN"):
+        return f"{new} and set HF_TOKEN to it; a public model needs none: unset HF_TOKEN"
+    return f"{new}, then: hf auth login. A public model needs none: hf auth logout"
+
+
 def _remedy(status: int | None, request: Request, error: BaseException) -> str:
+    from huggingface_hub import constants
+
     commit = None if request.writes else cache.cached_commit(request.repo_id, request.revision)
     offline = f"; --offline or HF_HUB_OFFLINE=1 uses the cached commit {commit}." if commit else "."
     if status == 403 and request.writes:
-        return f"Use a token that may write to {request.repo_id}, and check the name."
+        return (
+            f"Use a token that may write to {request.repo_id} (make one at "
+            f"{constants.ENDPOINT}/settings/tokens, with write access), and check the name: the "
+            "owner must be you, or an organization of yours."
+        )
     if status == 403:
         return f"Check that your token may read {request.repo_id}{offline}"
     if status == 404:

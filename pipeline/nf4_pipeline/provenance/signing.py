@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from nf4_pipeline.checkpoint.atomic import write_bytes
-from nf4_pipeline.checkpoint.plain_file import check_plain
+from nf4_pipeline.checkpoint.plain_file import check_plain, read_beginning
 from nf4_pipeline.errors import ArtifactError, SignatureError, UsageError
 from nf4_pipeline.manifest.read import MANIFEST_FILE
+from nf4_pipeline.near_names import did_you_mean
 from nf4_pipeline.processes.temporary import TemporaryFolder
 
 SIGNATURE_FILE: Final = "model.sig"
@@ -106,10 +107,7 @@ def check(artifact: Path, public_key: Path) -> int:
     try:
         config.use_elliptic_key_verifier(public_key=public_key)
     except Exception as error:
-        raise UsageError(
-            f"{public_key} is no public key that can check a signature ({_words(error)}); expected "
-            "a PEM file. Take it from the private key: openssl ec -in key.pem -pubout"
-        ) from error
+        raise UsageError(_no_public_key(public_key, error)) from error
     try:
         with redirect_stdout(io.StringIO()):  # the library prints about old formats
             config.verify(artifact, path)
@@ -140,7 +138,11 @@ def _check_key(path: Path) -> None:
     try:
         check_plain(path, _LARGEST_KEY)
     except OSError as error:
-        raise UsageError(f"The key {path} cannot be read: {error.strerror}.") from error
+        near = did_you_mean(path.name, _files_beside(path), f"{path.parent}/" * ("/" in str(path)))
+        raise UsageError(
+            f"The key {path} cannot be read: {error.strerror} (looked in {path.absolute().parent})."
+            f"{near or ' Correct the path.'}"
+        ) from error
 
 
 def _why_no_key(error: Exception) -> str:
@@ -151,10 +153,31 @@ def _why_no_key(error: Exception) -> str:
     return "" if "PEM" in text or "deserialize" in text else f" ({text})"
 
 
-def _free_name(key: Path) -> Path:
+def _free_name(key: Path, stem: str = "my-key") -> Path:
     """A name beside a key that no file has, so that no key is written over."""
-    names = (f"my-key{number}.pem" for number in ("", *range(2, 1000)))
+    names = (f"{stem}{number}.pem" for number in ("", *range(2, 1000)))
     return next(path for name in names if not (path := key.with_name(name)).exists())
+
+
+def _files_beside(path: Path) -> list[str]:
+    try:
+        return [other.name for other in path.parent.iterdir() if other.is_file()]
+    except OSError:
+        return []
+
+
+def _no_public_key(path: Path, error: Exception) -> str:
+    """The message for a file that is no public key; of a private one, how to take it from that."""
+    if b"PRIVATE KEY" in read_beginning(path, _LARGEST_KEY):
+        public = _free_name(path, f"{path.stem}-public")
+        return (
+            f"{path} is a private key, and a signature is checked with a public one. Make that "
+            f"of it: openssl ec -in {shlex.quote(str(path))} -pubout -out {shlex.quote(str(public))}"
+        )
+    return (
+        f"{path} is no public key that can check a signature{_why_no_key(error)}; expected a PEM "
+        'file that begins with "-----BEGIN PUBLIC KEY-----". Its signer publishes it.'
+    )
 
 
 def _refuse_all_but_files(artifact: Path) -> None:

@@ -482,10 +482,10 @@ def _check_is_source(folder: Path) -> None:
             f'prompt {shlex.quote(str(folder))} "Hello". To build another from its source: '
             f"{how_to_build(build)}"
         )
-    status = f"nf4 status --build-dir {shlex.quote(str(folder))}"
+    where = shlex.quote(str(folder))
     raise SourceError(
-        f"{folder} is a build folder of nf4, not a model. To see how far it is: {status} . To go on "
-        f"with it: {how_to_finish(build)}"
+        f"{folder} is a build folder of nf4, not a model. To see how far it is: nf4 status "
+        f"--build-dir {where} . To go on with it: {how_to_finish(build)}"
     )
 
 
