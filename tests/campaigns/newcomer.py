@@ -107,9 +107,11 @@ def make_place(folder: Path, model: Path, whole: Path) -> Path:
         for name in ("serialize", "verify", "attest"):
             (folder / build / "records" / f"{name}.json").unlink(missing_ok=True)
         shutil.rmtree(folder / build / "export")
-    for name in ("quantized", "export", "records"):
+    for name in ("quantized", "export"):
         shutil.rmtree(folder / FETCHED / name)
-    copy_of(whole / "records" / "download.json", folder / FETCHED / "records" / "download.json")
+    for record in (folder / FETCHED / "records").glob("*.json"):
+        if record.name != "download.json":
+            record.unlink()
     for name in ("lora", "gguf", "awq", "pickled", "empty", "t5", "no-tokenizer", "half-tokenizer"):
         (folder / name).mkdir()
     (folder / "lora" / "adapter_config.json").write_text(
@@ -428,9 +430,9 @@ MISTAKES: Final = (
     Mistake(
         "model",
         f"nf4 build {BUILD}",
-        ("build folder", "nf4 build /.*/model --build-dir"),
+        ("build folder", "nf4 status --build-dir", "To go on with it: nf4 build /"),
         1,
-        remedy=f"nf4 build /.*/model --build-dir {BUILD}",
+        remedy=f"nf4 build /.* --build-dir {BUILD}$",
         typed="{} --dry-run",
     ),
     Mistake(
@@ -586,9 +588,8 @@ MISTAKES: Final = (
     Mistake(
         "artifact",
         "nf4 inspect model",
-        ("is a checkpoint, not an artifact", "4-bit build: nf4 inspect"),
+        ("is a checkpoint, not an artifact", r"nf4 inspect artifacts/\S+$|nf4 build model$"),
         1,
-        remedy=r"nf4 inspect artifacts/\S+$",
     ),
     *(
         Mistake(

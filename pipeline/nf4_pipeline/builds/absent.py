@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from nf4_pipeline.builds.finishing import how_to_finish
 from nf4_pipeline.builds.listing import Listed, list_builds
 from nf4_pipeline.checkpoint.model_name import SAMPLE, at_revision, beside, is_hub_id
 from nf4_pipeline.checkpoint.named_path import named_path
@@ -78,8 +77,6 @@ def why_no_artifact(
     if done:
         name = str(done[0].root)
         do = f"Name its 4-bit build: {use.typed(name) if use.command else name}"
-    elif same:
-        do = f"Its build is not finished. Finish it: {how_to_finish(same[0])}"
     else:
         do = f"Build it: nf4 build {_quoted(folder)}"
     return ArtifactError(f"{folder} is a checkpoint, not an artifact: a 16-bit model. {do}")

@@ -170,9 +170,10 @@ def _no_public_key(path: Path, error: Exception) -> str:
     """The message for a file that is no public key; of a private one, how to take it from that."""
     if b"PRIVATE KEY" in read_beginning(path, _LARGEST_KEY):
         public = _free_name(path, f"{path.stem}-public")
+        made = f"openssl ec -in {shlex.quote(str(path))} -pubout -out {shlex.quote(str(public))}"
         return (
-            f"{path} is a private key, and a signature is checked with a public one. Make that "
-            f"of it: openssl ec -in {shlex.quote(str(path))} -pubout -out {shlex.quote(str(public))}"
+            f"{path} is a private key, and a signature is checked with a public one. Make it of "
+            f"that: {made}"
         )
     return (
         f"{path} is no public key that can check a signature{_why_no_key(error)}; expected a PEM "
