@@ -118,7 +118,11 @@ def test_what_an_option_says_wins_and_names_its_table(tmp_path: Path) -> None:
 
 REFUSED: Final[dict[str, tuple[Callable[[], object], type[Exception], str]]] = {
     "an unknown table": (lambda: make_recipe({"quantise": {}}), RecipeError, "'quantise' is unkn"),
-    "an unknown key": (lambda: make_recipe({"verify": {"kl": 1}}), RecipeError, "'kl' is unknown"),
+    "an unknown key": (
+        lambda: make_recipe({"verify": {"kl": 1}}),
+        RecipeError,
+        "'kl' in .verify. is unknown",
+    ),
     "no table": (lambda: make_recipe({"verify": 3}), RecipeError, "verify is 3"),  # type: ignore[dict-item]
     "a wrong type": (
         lambda: make_recipe({"verify": {"eval_tokens": "9"}}),

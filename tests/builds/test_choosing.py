@@ -117,26 +117,27 @@ def test_those_that_lack_what_is_needed_count_only_where_all_do() -> None:
 NOBODY: dict[str, tuple[str, str]] = {
     "an artifact on the Hub": (
         "me/sample-nf4",
-        "me/sample-nf4 under {}. Start one: nf4 build me/sample-nf4. If it is an artifact on the",
+        "me/sample-nf4 was not built here. If it is an artifact on the Hub, check it",
     ),
     "and what then": (
         "me/sample-nf4",
-        "fetch it first: hf download me/sample-nf4 --local-dir DIR; then: nf4 reproduce DIR.",
+        "hf download me/sample-nf4 --local-dir sample-nf4; then: nf4 reproduce sample-nf4. If it is "
+        "a 16-bit model, build it: nf4 build me/sample-nf4",
     ),
     "at a revision": (
         "me/sample-nf4@v2",
-        "hf download me/sample-nf4 --revision v2 --local-dir DIR; then: nf4 reproduce DIR.",
+        "hf download me/sample-nf4 --revision v2 --local-dir sample-nf4; then: ",
     ),
-    "an id that is near": ("org/onr", "Did you mean org/one? Start one: nf4 build org/onr."),
-    "an id that ends alike": ("me/one", "build of me/one under {}. Start one: nf4 build me/one."),
-    "a tag that is near": ("defualt", "is defualt; it is no folder here and no Hub id (ORG/NAME)"),
-    "and which": ("defualt", "Did you mean default? Or start one: nf4 build MODEL."),
-    "sampel": ("sampel", "Did you mean sample?"),
-    "a folder that is near": ("modle", "Did you mean model?"),
-    "a path": ("builds/onee", "Did you mean builds/one?"),
-    "the sample": ("sample", "There is no build of sample under {}. Builds there: "),
-    "a checkpoint": ("model", "Start one: nf4 build model."),
-    "an artifact": ("loaded", "loaded is an artifact that lies in no build"),
+    "an id that is near": ("org/onr", "Did you mean 'org/one'? If it is an artifact"),
+    "an id that ends alike": ("me/one", "me/one was not built here. If it is"),
+    "a tag that is near": ("defualt", "no Hub id (ORG/NAME) is called 'defualt'; looked in {}."),
+    "and which": ("defualt", "Did you mean 'default'? To make a build: nf4 build MODEL"),
+    "sampel": ("sampel", "Did you mean 'sample'?"),
+    "a folder that is near": ("modle", "Did you mean 'model'?"),
+    "a path": ("builds/onee", "builds/onee: no such folder. Did you mean 'builds/one'?"),
+    "the sample": ("sample", "There is no build of sample under {}. Start one: nf4 build sample"),
+    "a checkpoint": ("model", "Start one: nf4 build model"),
+    "an artifact": ("loaded", "loaded was not built on this machine, and this needs a build."),
 }
 
 
@@ -147,6 +148,7 @@ def test_what_is_said_of_a_name_that_nothing_has(
     for name in ("model", "builds/one", "loaded"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "loaded" / "manifest.json").write_text("{}")
+    (tmp_path / "model" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     name, said = NOBODY[case]
     listing = [PLAIN, BETTER] if name == "sample" else LISTING

@@ -551,7 +551,7 @@ MISTAKES: Final = (
     Mistake(
         "file",
         "nf4 build model --prompts prompts.txt",
-        ("prompts.txt, line 1 is plain text", "one JSON object on each line", "prompt"),
+        ("prompts.txt, line 1 is plain text", "a JSON object on each line", "prompt"),
     ),
     Mistake(
         "file",
@@ -758,7 +758,7 @@ MISTAKES: Final = (
     Mistake(
         "artifact",
         f"nf4 check {BUILD} --key key.pem",
-        ("was never signed", "If you made it, .*nf4 sign", "nf4 reproduce"),
+        ("has no signature", "If you made it, .*nf4 sign", "nf4 reproduce"),
         1,
     ),
     Mistake(

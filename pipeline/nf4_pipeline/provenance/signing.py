@@ -94,7 +94,7 @@ def check(artifact: Path, public_key: Path) -> int:
     path = artifact / SIGNATURE_FILE
     if not path.is_file():
         raise SignatureError(
-            f"{artifact} was never signed: there is no {SIGNATURE_FILE} in it. Without it, "
+            f"{artifact} has no signature: there is no {SIGNATURE_FILE} in it. Without it, "
             f"compare every byte: nf4 reproduce {shlex.quote(str(artifact))}. If you made it, sign "
             f"it with your private key: nf4 sign {shlex.quote(str(artifact))} --key my-key.pem"
         )

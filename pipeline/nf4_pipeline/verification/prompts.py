@@ -40,8 +40,8 @@ def asked_with(tokenizer: TokenizerFacts | None, prompts: tuple[Prompt, ...]) ->
 
 
 _EXPECTED: Final = (
-    'expected one JSON object on each line, such as {"prompt": "Two and two is", "expect": "four"} '
-    '("expect" may be left out)'
+    'expected a JSON object on each line, with a text under "prompt", such as '
+    '{"prompt": "Two and two is", "expect": "four"} ("expect" may be left out)'
 )
 
 
