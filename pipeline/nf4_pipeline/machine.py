@@ -58,7 +58,7 @@ def check_device_name(device: str) -> None:
         device: "auto", "cpu", "cuda" or "cuda:N".
 
     Raises:
-        UsageError: it is none of these.
+        UsageError: the device is none of these.
     """
     if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", device):
         return

@@ -121,8 +121,7 @@ NOBODY: dict[str, tuple[str, str]] = {
     ),
     "and what then": (
         "me/sample-nf4",
-        "hf download me/sample-nf4 --local-dir sample-nf4; then: nf4 reproduce sample-nf4. If it is "
-        "a 16-bit model, build it: nf4 build me/sample-nf4",
+        "download me/sample-nf4 --local-dir sample-nf4; then: nf4 reproduce sample-nf4. If it is a ",
     ),
     "at a revision": (
         "me/sample-nf4@v2",
@@ -160,7 +159,7 @@ def test_what_is_said_where_there_is_none_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in (None, "calibrated", "org/one"):
+    for name in (None, "calibrated"):
         assert f"{tmp_path}/artifacts" in str(no_build(name))
     (tmp_path / "one@000000000000" / "records").mkdir(parents=True)
     for name in (None, "calibrated", "org/one"):
@@ -177,8 +176,8 @@ def local(folder: Path) -> Listed:
     ("build", "command"),
     [
         (PLAIN, f"nf4 build org/one --revision {'a' * 40} --build-dir {PLAIN.root}"),
-        (SAMPLE, f"nf4 build sample --build-dir {SAMPLE.root}, with the recipe that"),
-        (BETTER, "that it was begun with (calibrate = self)"),
+        (SAMPLE, f"nf4 build sample --build-dir {SAMPLE.root} --max-shard-size 5MB"),
+        (BETTER, f"--build-dir {BETTER.root} --calibrate self"),
         (local(Path("/gone")), "nf4 build MODEL --build-dir builds/mine"),
         (local(Path("/tmp")), "nf4 build /tmp --build-dir builds/mine"),
         (Listed(Path("odd name"), None), "nf4 build MODEL --build-dir 'odd name'"),

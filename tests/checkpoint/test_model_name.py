@@ -133,16 +133,16 @@ def test_a_repo_without_a_model(files: list[str], said: str) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("falcon-7b@main", "an option: ORG/falcon-7b --revision main"),
+        ("falcon-7b@main", "begins with its owner): tiiuae/falcon-7b --revision main"),
         (f"{ID}@main", f"an option: {ID} --revision main"),
         (f"{ID}@refs/pr/3", f"an option: {ID} --revision refs/pr/3"),
         (f"{ID}@{'ab' * 20}", f"an option: {ID} --revision {'ab' * 20}"),
-        ("org--model@0123456789ab", "a folder of a build"),
-        ("model@0123456789ab-calibrated-3fa2", "a folder of a build"),
-        ("./model@main", "no such folder, and not a Hub id"),
-        ("builds/model@main", "no such folder, and not a Hub id"),
-        ("@", "no such folder, and not a Hub id"),
-        (f"{ID}@", "no such folder, and not a Hub id"),
+        ("org--model@0123456789ab", "looks like the name of a build"),
+        ("model@0123456789ab-calibrated-3fa2", "looks like the name of a build"),
+        ("./model@main", "no such folder; looked for"),
+        ("builds/model@main", "no such folder; looked for"),
+        ("@", "no such folder; looked for"),
+        (f"{ID}@", "no such folder; looked for"),
     ],
 )
 def test_a_revision_behind_a_name(

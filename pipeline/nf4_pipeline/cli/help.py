@@ -322,6 +322,8 @@ def _value_of(option: str, context: click.Context) -> str:
     param = _options(context).get(option)
     if not isinstance(param, click.Option) or param.is_flag:
         return ""
+    if (expected := getattr(param.type, "expected", "")) != "":
+        return f" It takes {expected}. For example: {option} {getattr(param.type, 'example', '')}"
     values = param.make_metavar(context)
     first, *others = values.split("|")
     such = f" For example: {option} {first}" if others and first.islower() else ""

@@ -213,7 +213,7 @@ def _with_stage(build: Build, after: str) -> Build:
     """The same, if it has a record of a stage.
 
     Raises:
-        BuildError: it has none.
+        BuildError: the build has no record of that stage.
     """
     from nf4_pipeline.builds import not_finished
     from nf4_pipeline.errors import BuildError

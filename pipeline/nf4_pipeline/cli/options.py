@@ -84,7 +84,7 @@ class Number(click.ParamType):
         """The number that a text is.
 
         Raises:
-            ValueError: it is none.
+            ValueError: the text is no number of this kind.
         """
         return float(text)
 
@@ -104,6 +104,9 @@ class Number(click.ParamType):
             f"{self.hint(number)}",
             ctx,
         )
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "N"
 
     def hint(self, number: float) -> str:
         """What to say of a number that is out of the range, after an example."""
