@@ -121,7 +121,7 @@ NOBODY: dict[str, tuple[str, str]] = {
     ),
     "and what then": (
         "me/sample-nf4",
-        "download me/sample-nf4 --local-dir sample-nf4; then: nf4 reproduce sample-nf4. If it is a ",
+        "download me/sample-nf4 --local-dir sample-nf4; then: nf4 reproduce sample-nf4. If",
     ),
     "at a revision": (
         "me/sample-nf4@v2",

@@ -141,8 +141,8 @@ def test_a_repo_without_a_model(files: list[str], said: str) -> None:
         ("model@0123456789ab-calibrated-3fa2", "looks like the name of a build"),
         ("./model@main", "no such folder; looked for"),
         ("builds/model@main", "no such folder; looked for"),
-        ("@", "no such folder; looked for"),
-        (f"{ID}@", "no such folder; looked for"),
+        ("@", "no such folder, and not a Hub id"),
+        (f"{ID}@", "no such folder, and not a Hub id"),
     ],
 )
 def test_a_revision_behind_a_name(

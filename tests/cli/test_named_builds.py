@@ -177,7 +177,7 @@ def test_against_takes_a_tag(here: Two) -> None:
     assert f"against: {here.default.export}\n" in done.err
     done = run_nf4("verify", "skip", "--against", "defualt", "--prompts", "none.jsonl")
     assert done.status == 1
-    assert "Did you mean default?" in done.err
+    assert "Did you mean 'default'?" in done.err
 
 
 def test_stages_of_another_recipe_by_the_models_name(here: Two) -> None:

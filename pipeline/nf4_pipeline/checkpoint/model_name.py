@@ -109,11 +109,11 @@ def check_hub_id(name: str) -> None:
     if is_hub_id(name) and "@" not in name:
         return
     near = did_you_mean(path.name, beside(path), "" if len(path.parts) < 2 else f"{path.parent}/")
-    if is_hub_id(name.strip("/")) and not name.startswith("/"):
+    if is_hub_id(name.strip("/")) and name.endswith("/") and not name.startswith("/"):
         near = f" Did you mean {name.strip('/')!r}?"
     if not near and "/" not in name and (of := _owner(name)):
         near = f" Did you mean '{of}/{name}'?"
-    if not near and (name.startswith(("~", "/", "./", "../")) or path.is_absolute()):
+    if not near and (is_beside or name.startswith(("~", "/", "./", "../"))):
         raise UsageError(
             f"{name}: no such folder; looked for {path.absolute()}. Correct the path, or name a "
             'Hub id of the form ORG/NAME, or "sample".'
