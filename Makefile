@@ -71,11 +71,13 @@ push: named venv  ## publish the artifact of MODEL as REPO_ID on the Hub (ARGS=-
 test: dev-venv  ## run the tests, two files at a time (ARGS go to pytest)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-lint: dev-venv  ## check style, types, and who imports whom
+lint: dev-venv  ## check style, types, who imports whom, and the workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/actionlint -shellcheck $(BIN)/shellcheck
+	$(BIN)/zizmor --offline --quiet --persona auditor .
 
 format: dev-venv  ## put the code into the project's style
 	$(BIN)/ruff check --fix .

@@ -1,9 +1,12 @@
 #!/bin/sh
-# Makes the environment in a folder, once:  scripts/set_up.sh PYTHON FOLDER run|dev
+# Makes the environment in a folder, once:  scripts/set_up.sh PYTHON FOLDER run|dev|ci
 #
-# "run" is what `nf4` needs, "dev" also what tests and lint need. What is installed comes from
-# pyproject.toml and constraints.txt, for this python, at this place: the stamp says so, and is
-# written last. All that is said goes to stderr, so that stdout is the job's.
+# "run" is what `nf4` needs, "dev" also what tests and lint need; "ci" is "run" with what signs, and
+# with a copy of this package in the folder, so that the folder can be cached with the kernels that
+# were compiled for it. What is installed comes from pyproject.toml and constraints.txt, for this
+# python, at this place: the stamp says so, and is written last. TORCH_INDEX names a package index to
+# take torch from, such as the one with builds for CPUs. All that is said goes to stderr, so that
+# stdout is the job's.
 set -eu
 python=$1 venv=$2 for=$3
 stamp=$venv/.made-from
@@ -32,7 +35,7 @@ esac
         "or name another: $hint"
 began=$(date +%s)
 case $for in
-run) echo "Setting up $venv with python $version: once, a minute or less, 1.3 GB." >&2 ;;
+run | ci) echo "Setting up $venv with python $version: once, a minute or less, 1.3 GB." >&2 ;;
 dev) echo "Setting up $venv with python $version, and what tests and lint need: once, 2 GB." >&2 ;;
 esac
 if [ "$(echo "$made" | head -n 1)" != "$place" ]; then
@@ -45,8 +48,13 @@ pip() {
         fail "the packages could not be installed; pip says why above. Run make again to retry."
 }
 pip setuptools
+if [ -n "${TORCH_INDEX:-}" ]; then
+    pip --no-deps --index-url "$TORCH_INDEX" torch
+fi
 if [ "$for" = dev ]; then
     pip --no-build-isolation --editable '.[dev]'
+elif [ "$for" = ci ]; then
+    pip --no-compile --no-build-isolation '.[sign]'
 else
     # Of its thousands of files a build imports some hundred; those are compiled below.
     pip --no-compile --no-build-isolation --editable .

@@ -21,6 +21,7 @@ NAMES: Final = [
     "load",
     "load_tokenizer",
     "prompt",
+    "rebuild",
 ]
 HEAVY: Final = ("torch", "transformers", "numpy", "numba", "huggingface_hub", "click", "rich")
 
@@ -46,7 +47,7 @@ def test_names_are_listed_and_import_nothing_heavy() -> None:
 
 def test_names_are_what_they_say() -> None:
     assert set(NAMES) | {"__version__"} == set(nf4_pipeline.__all__)
-    for name in ("build", "load", "load_tokenizer", "prompt"):
+    for name in ("build", "load", "load_tokenizer", "prompt", "rebuild"):
         function = getattr(nf4_pipeline, name)
         assert inspect.isfunction(function)
         assert function.__name__ == name

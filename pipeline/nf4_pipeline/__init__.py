@@ -4,6 +4,7 @@ build(model)              a model in, a verified Artifact out
 load(path_or_repo)        a model that is ready to generate, on transformers >= 5.5
 load_tokenizer(…)         its tokenizer
 prompt(query, artifact)   text generation in one call
+rebuild(repos)            artifacts that others published, derived again; a verdict for each
 Artifact                  what was built: its figures, and .verify() .push() .prompt() .load()
 ProgressEvent             what a progress callback is called with
 PipelineError             every expected failure; the tree of them is in errors.py
@@ -13,9 +14,12 @@ docs/python-api.md shows them at work.
 The house, from the top floor down; a room imports only from rooms below it (`make lint`):
 
     cli/               one file per command
+    batch/             many builds, one after the other
     api/               build and Artifact, for Python programs; what options of both mean
+    rebuilding/        what others published: fetched, derived again, accounted for, summed up
     job.py             stages in their order; nothing valid is done again
     reproduce/         an artifact derived again from its source, every byte compared
+    ci/                what CI systems show of a build: summary, outputs, annotations
     doctor.py          what this machine has, and known traps on it
     stages/            download, quantize, serialize, verify, attest, push
     builds/            side by side: which one a name means, which folder a recipe gets
@@ -64,6 +68,7 @@ from nf4_pipeline.errors import PipelineError
 if TYPE_CHECKING:
     from nf4_pipeline.api.artifact import Artifact
     from nf4_pipeline.api.building import build
+    from nf4_pipeline.api.rebuilding import rebuild
     from nf4_pipeline.progress import ProgressEvent
     from nf4_pipeline.runtime.loader import load, load_tokenizer
     from nf4_pipeline.runtime.prompt import prompt
@@ -80,6 +85,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "prompt",
+    "rebuild",
 ]
 
 _LAZY: Final = {
@@ -89,6 +95,7 @@ _LAZY: Final = {
     "load": "nf4_pipeline.runtime.loader",
     "load_tokenizer": "nf4_pipeline.runtime.loader",
     "prompt": "nf4_pipeline.runtime.prompt",
+    "rebuild": "nf4_pipeline.api.rebuilding",
 }
 
 

@@ -22,7 +22,8 @@
     └── StoppedError              the user stopped it: exit code 130
 
 Exit code 3 is no error: `nf4 reproduce` derived every byte again, and could not check where its
-source is said to be from (`NOT_CHECKED`).
+source is said to be from; `nf4 rebuild` found nothing wrong, and could not check all of it
+(`NOT_CHECKED`).
 
 A message says what happened, where, what was expected and what was found, and what to do next.
 Only the command line turns an error into text and an exit code (`cli/__init__.py`).

@@ -18,6 +18,7 @@ from nf4_pipeline.errors import BuildError, RecipeError, StoppedError, is_of_mac
 from nf4_pipeline.machine import Machine, check_device
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.progress import Stage as ShownStage
+from nf4_pipeline.provenance.summary import Rebuild
 from nf4_pipeline.recipe import TABLES, PartialRecipe, Recipe
 from nf4_pipeline.records import (
     ATTEST,
@@ -70,6 +71,7 @@ def make_stages(
     against: str | None = None,
     workers: Workers | None = None,
     repo_id: str | None = None,
+    rebuilt: Rebuild | None = None,
 ) -> dict[str, Stage]:
     """The stages behind `download`, by name, in their order.
 
@@ -81,12 +83,13 @@ def make_stages(
         against: an artifact of the same source that verify compares this one with; None for none.
         workers: the processes that verify, if they were started before.
         repo_id: the Hub repo that attest names; see `Attest`.
+        rebuilt: the summary that attest names; see `Attest`.
     """
     return {
         "quantize": Quantize(build, recipe, machine, reporter),
         "serialize": Serialize(build, recipe, reporter),
         "verify": Verify(build, recipe, machine, reporter, against, workers),
-        "attest": Attest(build, repo_id),
+        "attest": Attest(build, repo_id, rebuilt),
     }
 
 
@@ -171,6 +174,7 @@ def run_stage(
     against: str | None = None,
     replaces: bool = False,
     repo_id: str | None = None,
+    rebuilt: Rebuild | None = None,
 ) -> StageResult:
     """Runs one stage of an existing build, unless its result is still valid.
 
@@ -188,6 +192,7 @@ def run_stage(
         against: as in `make_stages`.
         replaces: the build may become one of another recipe.
         repo_id: as in `make_stages`.
+        rebuilt: as in `make_stages`.
 
     Raises:
         BuildError: there is no such build, another process works there, an earlier stage is not
@@ -206,7 +211,9 @@ def run_stage(
             build.need(DOWNLOAD if name == "quantize" else QUANTIZE)
             keep_spec(build, whole, (name,), replaces=replaces)
         attested = build.record(ATTEST)
-        stages = make_stages(build, whole, machine, reporter, against, repo_id=repo_id)
+        stages = make_stages(
+            build, whole, machine, reporter, against, repo_id=repo_id, rebuilt=rebuilt
+        )
         if name == "attest":
             for kind in (SERIALIZE, VERIFY):
                 build.check_inputs(kind, claimed=True)
@@ -217,7 +224,10 @@ def run_stage(
         result = _ensure(build, stages, name, whole, reporter, anew=name == "verify")
         passed = name == "verify" and result.record.facts.verdict == "pass"
         if passed and attested is not None:  # card and provenance speak of the verdict
-            kept = make_stages(build, whole, machine, reporter, repo_id=attested.facts.repo_id)
+            facts = attested.facts
+            kept = make_stages(
+                build, whole, machine, reporter, repo_id=facts.repo_id, rebuilt=facts.rebuilt
+            )
             _ensure(build, kept, "attest", whole, reporter)
         return result
 

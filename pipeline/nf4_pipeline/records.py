@@ -29,7 +29,9 @@ from nf4_pipeline.manifest.manifest import Source, Totals
 from nf4_pipeline.model.architecture import Architecture
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 from nf4_pipeline.model.unused_tensors import LeftOut
+from nf4_pipeline.provenance.ci_run import CiRun
 from nf4_pipeline.provenance.signing import SIGNATURE_FILE
+from nf4_pipeline.provenance.summary import Rebuild
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe
 from nf4_pipeline.verification.document import Verification, parse_verification
 
@@ -174,6 +176,7 @@ class QuantizeFacts(Document):
         untied: tied tensors that differ, so that both are kept.
         files: name in quantized/ -> its facts.
         calibration: how codes and scales were chosen; None if rounded to nearest.
+        run: the CI run that it was done in; None if it was none, or nobody may know.
     """
 
     predicted_bytes: int
@@ -182,6 +185,7 @@ class QuantizeFacts(Document):
     untied: tuple[str, ...] = field(metadata=key("different_twins"))
     files: Mapping[str, FileFacts]
     calibration: CalibrationFacts | None = optional()
+    run: CiRun | None = optional()
 
     @property
     def kept_modules(self) -> frozenset[str]:
@@ -234,9 +238,11 @@ class AttestFacts(Document):
 
     Attributes:
         repo_id: the Hub repo that the card names; None if it names none.
+        rebuilt: the summary that the card links to; None if none is known.
     """
 
     repo_id: str | None = optional()
+    rebuilt: Rebuild | None = optional()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,5 +5,6 @@ disk.py          full disks
 headers.py       mutations of safetensors headers
 hub_faults.py    every fault at every endpoint of a Hub
 hub_kills.py     SIGKILL at random moments of download and push
+rebuild_forgeries.py  changes to published artifacts, by a forger who knows the format
 cases.py         what people give to build, kind by kind (only in scripts/campaigns/)
 """

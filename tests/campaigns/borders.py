@@ -419,7 +419,7 @@ _REPLIES: Final[dict[tuple[str, str], Any]] = {
         "start": 0,
         "count": 1,
     },
-    ("GET", "/api/whoami-v2"): {"name": "n", "type": "user"},
+    ("POST", "/oauth/token"): {"access_token": "t", "token_type": "bearer", "expires_in": 3600},
     ("POST", "/api/models/a/b/preupload/main"): {
         "files": [
             {"path": "a", "uploadMode": "lfs", "shouldIgnore": False, "oid": _SHA256},

@@ -85,7 +85,6 @@ ENDPOINTS: Final = (
     ),
     Endpoint("LFS complete", "push", "POST", "/api/lfs/*/complete", parts=True),
     Endpoint("commit", "push", "POST", "/api/models/*/commit/*"),
-    Endpoint("whoami", "push --create-pr", "GET", "/api/whoami-v2"),
     Endpoint("pull requests", "push --create-pr", "GET", "/api/models/*/discussions"),
     Endpoint("preupload", "push --create-pr", "POST", "/api/models/*/preupload/*"),
     Endpoint("commit", "push --create-pr", "POST", "/api/models/*/commit/*"),

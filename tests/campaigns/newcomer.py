@@ -747,7 +747,7 @@ MISTAKES: Final = (
         "artifact",
         f"nf4 sign {BUILD}",
         ("--key", "openssl ecparam"),
-        remedy=r"test -e my-key.pem \|\| openssl [^.]* my-key.pem",
+        remedy=r"test -e my-key.pem \|\| openssl .* -out my-key.pem",
     ),
     Mistake(
         "artifact",

@@ -17,7 +17,7 @@ PATHS = [
     ("GET", "/api/models/a/b/revision/main"),
     ("GET", "/api/models/a/b/tree/main"),
     ("GET", "/api/models/a/b/discussions"),
-    ("GET", "/api/whoami-v2"),
+    ("POST", "/oauth/token"),
     ("POST", "/api/models/a/b/preupload/main"),
     ("POST", "/api/models/a/b/commit/main"),
     ("POST", "/a/b.git/info/lfs/objects/batch"),
@@ -28,7 +28,7 @@ KEYS = (
     "sha id private type path size oid lfs pointerSize name discussions num title author status "
     "count start files uploadMode shouldIgnore objects actions upload href header chunk_size "
     "verify error code message commitOid commitUrl pullRequestUrl url errors warnings "
-    "isPullRequest 00001"
+    "isPullRequest 00001 access_token token_type expires_in"
 ).split()
 WORDS = [
     "file", "directory", "lfs", "regular", "config.json", "../x", "/x", "a" * 40, "a" * 64, "", "1",

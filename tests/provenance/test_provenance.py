@@ -24,10 +24,11 @@ from nf4_pipeline.manifest.manifest import CalibrationSummary, Manifest
 from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.provenance.bom import bill_of_materials
+from nf4_pipeline.provenance.ci_run import CiRun
 from nf4_pipeline.provenance.identifiers import licenses, model_purl
 from nf4_pipeline.provenance.statement import SCHEMA_FILE, statement
 from nf4_pipeline.recipe import Recipe
-from nf4_pipeline.records import VERIFY
+from nf4_pipeline.records import QUANTIZE, VERIFY
 from nf4_pipeline.stages.verify import Verify
 
 from tests.support import made
@@ -91,6 +92,28 @@ def test_the_statement_is_valid_for_us_and_for_in_toto(attested: Build) -> None:
     theirs = Statement([], "", {})
     json_format.ParseDict(value, theirs.pb)
     theirs.validate()
+
+
+def test_a_ci_run_is_named_as_the_quantizing_record_has_it(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever run attests or pushes: the one that quantized is the one that made the bytes."""
+    made_by = CiRun(
+        builder="https://github.com/me/code/.github/workflows/publish.yml@refs/heads/main",
+        invocation="https://github.com/me/code/actions/runs/77",
+    )
+    record = build.need(QUANTIZE)
+    build.write_record(replace(record, facts=replace(record.facts, run=made_by)))
+    run_stage(build, "attest", RECIPE, CPU, SILENT)
+    value = provenance_of(build)
+    jsonschema.validate(value, json.loads(SCHEMA_FILE.read_text("utf-8")))
+    details = value["predicate"]["runDetails"]
+    assert details["builder"]["id"] == made_by.builder
+    assert details["metadata"]["invocationId"] == made_by.invocation
+    assert (
+        "invocationId"
+        not in statement(hub_manifest(build), {}, {}, "", "")["predicate"]["runDetails"]["metadata"]
+    )
 
 
 def test_the_predicate_is_valid_slsa(attested: Build) -> None:

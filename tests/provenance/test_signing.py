@@ -54,6 +54,23 @@ def test_every_tampering_is_refused(signed: Signed, tmp_path: Path, kind: str) -
     assert check(copy, signed.public)
 
 
+def test_what_a_signature_leaves_out_is_not_called_signed(signed: Signed, tmp_path: Path) -> None:
+    """Another program may sign so; model-signing would pass over what is named there."""
+    from model_signing import hashing, signing
+
+    copy = copy_of(signed.artifact, tmp_path / "copy")
+    (copy / "evil.py").write_text("x")
+    for ignored in (["evil.py"], ["config.json", "evil.py"], ["."]):
+        paths = hashing.Config().set_ignored_paths(
+            paths=[*ignored, SIGNATURE_FILE], ignore_git_paths=False
+        )
+        config = signing.Config().set_hashing_config(paths)
+        config.use_elliptic_key_signer(private_key=signed.private)
+        config.sign(copy, copy / SIGNATURE_FILE)
+        with pytest.raises(SignatureError, match=r"evil\.py was added|evil\.py, .* was added"):
+            check(copy, signed.public)
+
+
 def unsigned(artifact: Path) -> None:
     (artifact / SIGNATURE_FILE).unlink()
 

@@ -444,7 +444,9 @@ def test_the_commands_name_what_they_take(
     lines = [line for line in check.split("\n") if not line.startswith("#")]
     folder = "x" if repo_id else "."
     downloads = ["hf download me/x --local-dir x", "hf cache verify me/x --local-dir x"]
+    local = bool(origin)  # no rebuilder has the folder
     assert lines == [
+        *(["nf4 rebuild me/x"] if repo_id and not local else []),
         *(downloads if repo_id else []),
         f"nf4 reproduce {folder}{origin}",
         f"nf4 check {folder} --key key.pub",

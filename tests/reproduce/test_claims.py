@@ -170,7 +170,7 @@ def test_what_is_no_name_of_a_repo_is_not_looked_for(artifact: Path, tiny_falcon
 
 @pytest.mark.usefixtures("offline")
 def test_the_name_of_the_sample_is_held_against_the_sample(
-    artifact: Path, tiny_falcon: Path, tmp_path: Path
+    artifact: Path, tiny_falcon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim(artifact, repo="nf4-pipeline/sample")
     found = reproduce(artifact, tiny_falcon, SILENT)
@@ -179,6 +179,8 @@ def test_the_name_of_the_sample_is_held_against_the_sample(
     build, *_ = download("sample", tmp_path / "artifacts")
     for stage in ("quantize", "serialize"):
         run_stage(build, stage, Recipe(), CPU, SILENT)
+    (tmp_path / "here" / "sample").mkdir(parents=True)  # is not what the manifest means
+    monkeypatch.chdir(tmp_path / "here")
     for source in (None, copy_of(MODEL_DIR, tmp_path / "sample")):
         found = reproduce(build.export, source, SILENT)
         assert (found.differences, found.origin.is_open) == ([], False)

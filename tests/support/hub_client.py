@@ -25,7 +25,10 @@ ROOT = Path(__file__).parents[2]
 PYTHONPATH = os.pathsep.join([str(ROOT), str(ROOT / "pipeline")])
 """For processes that import this tree and its tests."""
 
-_FOREIGN = ("HF_", "HUGGING", "TRANSFORMERS_", "XDG_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+_FOREIGN = (
+    *("HF_", "HUGGING", "TRANSFORMERS_", "XDG_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"),
+    *("GITHUB_", "ACTIONS_", "GITLAB_", "CI_", "SIGSTORE_"),  # of the CI that runs the tests
+)
 
 
 def isolated(home: Path, endpoint: str, **variables: str) -> dict[str, str]:

@@ -84,8 +84,9 @@ class Call:
         bearer = self.headers.get("authorization", "")
         if not bearer:
             return None
-        user = self.hub.store.users.get(bearer.removeprefix("Bearer "))
-        if user is None:
+        store, token = self.hub.store, bearer.removeprefix("Bearer ")
+        user = store.users.get(token)
+        if user is None or time.time() >= store.ends.get(token, time.time() + 1):
             raise Refused(401, None, "Invalid credentials in Authorization header")
         return user
 
@@ -172,6 +173,7 @@ class Seen:
     path: str
     cdn: bool
     authorized: bool
+    bearer: str = ""
 
 
 class HubServer:
@@ -282,7 +284,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._read_body()
         headers = {name.lower(): value for name, value in self.headers.items()}
         with hub.lock:
-            hub.seen.append(Seen(method, path, cdn, "authorization" in headers))
+            bearer = headers.get("authorization", "")
+            hub.seen.append(Seen(method, path, cdn, "authorization" in headers, bearer))
         fault = hub.next_fault(method, path, cdn=cdn) or Fault(path)
         time.sleep(fault.delay + hub.pause)
         if fault.dropped:

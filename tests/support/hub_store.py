@@ -123,6 +123,7 @@ class Store:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.users: dict[str, str] = {}  # token → user name
+        self.ends: dict[str, float] = {}  # token → when it ends, where it does
         self.organizations: dict[str, set[str]] = {}  # user name → where it may create repos
 
     def add(

@@ -22,8 +22,11 @@ _COMMITTING = threading.Lock()
 
 @route("GET", "/api/whoami-v2")
 def whoami(call: Call) -> Answer:
-    """The name of the one whose token came along."""
-    return Answer(body={"type": "user", "name": call.writer(), "orgs": [], "auth": {}})
+    """The name of the one whose token came along; one for a single repo is nobody's."""
+    user = call.writer()
+    if user.startswith("[OIDC]"):
+        raise Refused(403, None, "This token is for one repo")
+    return Answer(body={"type": "user", "name": user, "orgs": [], "auth": {}})
 
 
 @route("POST", "/api/repos/create")

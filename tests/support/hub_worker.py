@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from unittest import mock
 
 from tests.support.hub_client import ROOT, isolated
 from tests.support.tiny import Done
@@ -77,6 +78,18 @@ class Worker:
         """Looks a model up and fetches every file of it."""
         return self._do({"do": "download", "repo_id": repo_id, "revision": revision})
 
+    def publish(
+        self,
+        files: Path,
+        repo_id: str,
+        *,
+        variables: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> Outcome:
+        """Publishes the files of a folder, with `variables` in the environment meanwhile."""
+        order = {"do": "publish", "files": str(files), "repo_id": repo_id, "options": options}
+        return self._do(order | {"variables": dict(variables or {})})
+
     def nf4(self, folder: Path, *args: str | Path) -> Done:
         """Runs `nf4 ARGS` in a folder, workers in the same process."""
         order = {"do": "nf4", "folder": str(folder), "args": [str(arg) for arg in args]}
@@ -102,6 +115,22 @@ def _push(order: Mapping[str, Any]) -> dict[str, Any]:
     unverified = options.pop("allow_unverified", False)
     push = Push(Build(Path(order["build"])), Target(**options), SILENT, unverified)
     return push.run().facts.to_json()
+
+
+def _publish(order: Mapping[str, Any], sleeps: list[float]) -> dict[str, Any]:
+    from nf4_pipeline import hub
+    from nf4_pipeline.checkpoint.digest import digest_file
+    from nf4_pipeline.progress import SILENT
+
+    files = {}
+    for path in Path(order["files"]).iterdir():
+        digest = digest_file(path)
+        files[path.name] = hub.LocalFile(path, digest.size, digest.sha256, None)
+    target = hub.Target(order["repo_id"], **order["options"])
+    message = hub.CommitMessage("NF4 artifact of tests")
+    with mock.patch.dict(os.environ, order["variables"]):
+        made = hub.publish(files, target, message, SILENT, sleep=sleeps.append)
+    return {"commit": made.commit, "branch": made.branch, "committed": made.parent is not None}
 
 
 def _download(order: Mapping[str, Any], sleeps: list[float]) -> dict[str, Any]:
@@ -132,6 +161,8 @@ def _main() -> None:
         try:
             if order["do"] == "push":
                 outcome["value"] = _push(order)
+            elif order["do"] == "publish":
+                outcome["value"] = _publish(order, sleeps)
             elif order["do"] == "nf4":
                 outcome["value"] = _nf4(order)
             else:

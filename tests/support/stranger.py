@@ -166,7 +166,6 @@ class Stranger:
             rf"GET {api}/tree/.*": self._tree,
             rf"(?:GET|HEAD) /{REPO}/resolve/[^/]*/(.*)": self._file,
             r"(?:GET|HEAD) /blobs/([0-9a-f]{64})": self._blob,
-            r"GET /api/whoami-v2": lambda _: Reply().with_json({"name": "me"}),
             rf"GET {api}/discussions": lambda _: Reply().with_json(
                 {"discussions": [], "count": 0, "start": 0}
             ),

@@ -190,8 +190,9 @@ class Artifact:
     ) -> PushFacts | Upload:
         """Publishes it on the Hub in one commit, and proves what the Hub holds.
 
-        The token comes from HF_TOKEN or `hf auth login`. While bytes are sent, huggingface_hub
-        shows bars of its own on stderr, unless HF_HUB_DISABLE_PROGRESS_BARS is set.
+        The token comes from HF_TOKEN or `hf auth login`, or in CI from a trusted publisher. While
+        bytes are sent, huggingface_hub shows bars of its own on stderr, unless
+        HF_HUB_DISABLE_PROGRESS_BARS is set.
 
         Args:
             repo_id: ORG/NAME; made if there is no such repo.

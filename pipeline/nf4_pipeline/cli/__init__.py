@@ -13,9 +13,9 @@ so `nf4 --help` answers at once.
     forecast.py   what a person sees of `nf4 build --dry-run`
     summary.py    what a person sees at the end of `nf4 build`
 
-and the commands, as `COMMANDS` tells them: build.py, download.py, quantize.py, serialize.py,
-verify.py, attest.py, push.py, prompt.py, inspect.py, reproduce.py, sign.py, check.py, status.py,
-doctor.py.
+and the commands, as `COMMANDS` tells them: build.py, batch.py, download.py, quantize.py,
+serialize.py, verify.py, attest.py, push.py, prompt.py, inspect.py, report.py, reproduce.py,
+rebuild.py, sign.py, check.py, status.py, doctor.py.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from nf4_pipeline.printable import printable
 
 COMMANDS: Final = {
     "build": "download, quantize, serialize, verify and attest; skips what is done and still valid",
+    "batch": "build many models and recipes, and say what came of each",
     "download": "pin, fetch and hash a checkpoint",
     "quantize": "turn linear layers into NF4 codes",
     "serialize": "write the publishable folder and its manifest",
@@ -55,7 +56,9 @@ COMMANDS: Final = {
     "push": "publish a verified export to the Hub, and prove what the Hub holds",
     "prompt": "generate text with an artifact",
     "inspect": "what is inside an artifact",
+    "report": "what came of a build, for CI: a summary, outputs, annotations",
     "reproduce": "derive an artifact again from its source and compare every byte",
+    "rebuild": "fetch published artifacts, derive each again, and give each a verdict",
     "sign": "sign every file of an artifact with a key of yours",
     "check": "check that an artifact holds exactly what was signed",
     "status": "the stages of a build: done, stale, missing, and why",

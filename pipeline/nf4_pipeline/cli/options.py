@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nf4_pipeline.job import StageResult
     from nf4_pipeline.machine import Machine
     from nf4_pipeline.progress import Reporter
+    from nf4_pipeline.provenance.summary import Rebuild
     from nf4_pipeline.recipe import PartialRecipe
 
 ARTIFACTS: Final = Path("artifacts")
@@ -165,6 +166,19 @@ def build_dir_option(command: Command) -> Command:
         type=NamedPath(file_okay=False),
         help="The build folder.  [default: artifacts/<org>--<name>@<sha12>/, with a tag "
         "of any recipe but the default]",
+    )(command)
+
+
+def sigstore_options(command: Command) -> Command:
+    """--trust-config and --staging: which Sigstore."""
+    command = click.option(
+        "--staging", is_flag=True, help="Sigstore's instance for tests; nobody should trust it."
+    )(command)
+    return click.option(
+        "--trust-config",
+        type=NamedPath(dir_okay=False),
+        help="Another Sigstore, by its client trust configuration (JSON).  [default: the public "
+        "one]",
     )(command)
 
 
@@ -428,6 +442,7 @@ def run_one_stage(
     against: str | None = None,
     replaces: bool = False,
     repo_id: str | None = None,
+    rebuilt: Rebuild | None = None,
 ) -> Record[Any]:
     """Runs one stage of an existing build and says what came of it; returns its record."""
     from nf4_pipeline.progress import LOADING
@@ -445,6 +460,7 @@ def run_one_stage(
         against=against,
         replaces=replaces,
         repo_id=repo_id,
+        rebuilt=rebuilt,
     )
     show_stage(ui, name, build, result)
     return result.record

@@ -84,8 +84,11 @@ def command(
     """Publish a verified export to the Hub in one commit, and prove what the Hub holds.
 
     MODEL is as it was given to `nf4 build`, a tag such as "calibrated", or a path; it may be left
-    out where there is one build. The token comes from HF_TOKEN or `hf auth login`. Running it again
-    with nothing changed commits nothing.
+    out where there is one build. Running it again with nothing changed commits nothing.
+
+    The token comes from HF_TOKEN or `hf auth login`. A CI job that has neither exchanges its
+    identity for a token of the repo, if the repo lists it under Trusted Publishers; where
+    HF_OIDC_RESOURCE names the repo, that goes first. Which it was is said.
     """
     from nf4_pipeline.api.options import make_target
     from nf4_pipeline.stages.push import Push

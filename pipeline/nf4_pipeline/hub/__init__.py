@@ -7,6 +7,7 @@
 
     headers.py    what weights hold, before they are fetched
     client.py     every call of huggingface_hub: quiet, patient to a limit, tried again
+    publisher.py  a CI job's identity, exchanged for a token of an hour
     transport.py  every request and answer of it: to whom the token goes, what may come back
     replies.py    the forms of what a Hub says: names, hashes, addresses, JSON
     limits.py     how much one call may take: bytes, time in proportion, requests
@@ -36,7 +37,7 @@ test in `tests/hub`):
 - with Xet, `upload_folder` may make several commits: `publish` makes one
 """
 
-from nf4_pipeline.hub.cache import snapshot
+from nf4_pipeline.hub.cache import cache_at, snapshot
 from nf4_pipeline.hub.download import Fetched, fetch, file_digests
 from nf4_pipeline.hub.headers import fetch_headers
 from nf4_pipeline.hub.local import LocalFile
@@ -61,6 +62,7 @@ __all__ = [
     "RemoteFile",
     "RemoteModel",
     "Target",
+    "cache_at",
     "commit_url",
     "fetch",
     "fetch_headers",

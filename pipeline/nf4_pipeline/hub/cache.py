@@ -17,6 +17,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -35,6 +36,25 @@ def storage(repo_id: str) -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE) / "--".join(["models", *repo_id.split("/")])
+
+
+@contextmanager
+def cache_at(folder: Path) -> Iterator[None]:
+    """Downloads go to this folder, and not to the user's cache, while the body runs.
+
+    The client looks its place up at each call. So this is for the whole process: one at a time.
+
+    Args:
+        folder: laid out as the user's cache is; made when something is fetched.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_CACHE
+    constants.HF_HUB_CACHE = str(folder)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_CACHE = before
 
 
 def snapshot(repo_id: str, commit: str) -> Path:

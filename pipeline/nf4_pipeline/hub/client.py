@@ -11,8 +11,14 @@ from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from nf4_pipeline.errors import HubError, PipelineError
-from nf4_pipeline.hub import limits, replies
-from nf4_pipeline.hub.errors import Request, may_pass, translate_error, without_secrets
+from nf4_pipeline.hub import limits, publisher, replies
+from nf4_pipeline.hub.errors import (
+    Request,
+    may_pass,
+    translate_error,
+    was_refused,
+    without_secrets,
+)
 from nf4_pipeline.hub.limits import Allowance
 from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
 from nf4_pipeline.printable import printable
@@ -175,7 +181,9 @@ def attempt(
     """
     _install(request)
     allowance = allowance or limits.for_replies()
-    for delay in (*delays, None):
+    token = _token_of_job(request, sleep)
+    pauses = iter((*delays, None))
+    while True:
         try:
             allowance.again()
             with limits.allowed(allowance):
@@ -184,10 +192,40 @@ def attempt(
             raise
         # Whatever the client does with an answer that it did not expect ends here, in words.
         except Exception as error:
+            if token is not None and was_refused(error):
+                # It may have come to its end on the way: another one, if CI gives one, goes on.
+                fresh = _token_of_job(request, sleep)
+                if fresh != token:
+                    token = fresh
+                    continue
+            delay = next(pauses)
             if delay is None or not passing(error):
                 # The cause's text may hold a token.
                 raise translate_error(error, request) from None
             headers = getattr(getattr(error, "response", None), "headers", {})
             asked = replies.number(headers.get("retry-after"), _LONGEST_DELAY)
             sleep(max(delay, float(asked or 0)))
+
+
+def _token_of_job(request: Request, sleep: Callable[[float], None]) -> str | None:
+    """The token that this CI job's identity is exchanged for, asked for anew when it is due.
+
+    None where another token, or none, is used. Asked before each call, so that what it takes counts
+    to no other; a call that goes on longer than the token lets the client ask by itself.
+
+    Raises:
+        HubError: there is no identity, its issuer does not answer, or the Hub does not take it.
+    """
+    if publisher.resource() is None:
+        return None
+    from huggingface_hub import get_token
+
+    for delay in (*DELAYS[:2], None):
+        try:
+            with limits.allowed(limits.for_token()):
+                return get_token()
+        except Exception as error:
+            if delay is None or not may_pass(error):
+                raise translate_error(error, request) from None
+            sleep(delay)
     raise AssertionError("the last try returns or raises")

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from nf4_pipeline.errors import ConflictError, HubError, NotFoundError, PipelineError, ResourceError
-from nf4_pipeline.hub import cache
+from nf4_pipeline.hub import cache, publisher
 from nf4_pipeline.hub.replies import ReplyError, shown
 from nf4_pipeline.printable import printable
 
@@ -48,6 +48,8 @@ def may_pass(error: BaseException) -> bool:
         return error.passing
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
+        if publisher.concerns(error):
+            return status in (408, 429) or status >= 500
         # What a signed address refuses, a newly signed one may give. 422: bytes came wrong.
         expired = status in (400, 401, 403) and _is_elsewhere(_url(error))
         return status in (408, 422, 429) or status >= 500 or expired
@@ -63,9 +65,16 @@ def was_not_answered(error: BaseException) -> bool:
     return "TimeoutException" in _kinds(_root(error))
 
 
+def was_refused(error: BaseException) -> bool:
+    """Whether the Hub does not accept the token that it was asked with."""
+    error = _root(error)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status == 401 and not _is_elsewhere(_url(error)) and not publisher.concerns(error)
+
+
 def translate_error(error: BaseException, request: Request) -> PipelineError:
     """Says what went wrong and what to do about it, in one message."""
-    from huggingface_hub import constants, errors, get_token
+    from huggingface_hub import constants, errors
 
     error = _root(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -73,11 +82,18 @@ def translate_error(error: BaseException, request: Request) -> PipelineError:
             f"{request.doing}: the disk is full. Make room, or set HF_HOME to a larger disk."
         )
     repo_id, endpoint = request.repo_id, constants.ENDPOINT
-    token = get_token()
+    token = _stored_token()
+    named = publisher.resource()
     access = "the token that is set has no access to it" if token else "no token is set"
+    if named is not None:
+        access = (
+            f"the token of this CI job, for {named}, has no access to it, or has come to its end"
+        )
     status = getattr(getattr(error, "response", None), "status_code", None)
     kind: type[HubError] = HubError
-    if isinstance(error, errors.GatedRepoError):
+    if publisher.concerns(error):
+        text = _exchange(error, status, request, endpoint)
+    elif isinstance(error, errors.GatedRepoError):
         text = (
             f"{repo_id} is gated, and {access}: accept the licence at {endpoint}/{repo_id} "
             "and set HF_TOKEN to a token of that account."
@@ -103,6 +119,17 @@ def translate_error(error: BaseException, request: Request) -> PipelineError:
             f"{request.doing}: {endpoint} {error}. No Hub does that: check HF_ENDPOINT, and what "
             "stands between this machine and it."
         )
+    elif named is not None and status in (401, 403) and not _is_elsewhere(_url(error)):
+        text = (
+            f"{request.doing}: {_fault(error, status, endpoint, None)} to the token that it gave "
+            f"this CI job for {named}: "
+        )
+        text += (
+            "it has ended. Run the same command in a new job, which gets another; it does nothing "
+            "twice."
+            if status == 401
+            else f"does {endpoint}/{named}/settings, under Trusted Publishers, let it only read?"
+        )
     elif token and not (token.isascii() and token.isprintable()):
         text = f"{request.doing}: HF_TOKEN has characters that no token has: copy it again."
     elif status == 401 and token and not _is_elsewhere(_url(error)):
@@ -125,6 +152,41 @@ def _token_remedy(endpoint: str) -> str:
     if os.environ.get("HF_TOKEN"):
         return f"{new} and set HF_TOKEN to it; a public model needs none: unset HF_TOKEN"
     return f"{new}, then: hf auth login. A public model needs none: hf auth logout"
+
+
+def _stored_token() -> str | None:
+    """The token that is set; never one that would have to be asked for."""
+    from huggingface_hub import get_token
+
+    return None if publisher.resource() is not None else get_token()
+
+
+def _exchange(error: BaseException, status: int | None, request: Request, endpoint: str) -> str:
+    """What went wrong between a CI job's identity and a token."""
+    name = publisher.resource()
+    doing = f"{request.doing}: a token for {name} in exchange for the identity of this CI job"
+    url = publisher.address(error)
+    if not url:  # the client asked nobody
+        return (
+            f"{doing} cannot be asked for: this job has no identity. GitHub Actions gives one to a "
+            "job with `permissions: id-token: write`; elsewhere put the id token that CI makes for "
+            f"the audience {endpoint} into {publisher.ID_TOKEN}. Or unset HF_OIDC_RESOURCE and set "
+            "HF_TOKEN."
+        )
+    if publisher.is_issuer(url):
+        issuer = url.partition("?")[0]
+        said = str(error) if isinstance(error, ReplyError) else _fault(error, status, issuer, None)
+        said = said if said.startswith(issuer) else f"{issuer} {said}"
+        return (
+            f"{doing} was not had: the issuer of id tokens that CI names failed: {said}. Does the "
+            "job have `permissions: id-token: write`? If so, run it again later."
+        )
+    if isinstance(error, ReplyError):
+        return f"{doing} was not had: {endpoint} {error}. No Hub does that: check HF_ENDPOINT."
+    said = _fault(error, status, endpoint, None)
+    if status is None or status == 429 or status >= 500:
+        return f"{doing} was not had: {said}. Check HF_ENDPOINT, and run this again later."
+    return f"{doing} was refused: {said}. {publisher.remedy(endpoint)}"
 
 
 def _remedy(status: int | None, request: Request, error: BaseException) -> str:
@@ -195,7 +257,13 @@ def _root(error: BaseException) -> BaseException:
     from huggingface_hub import errors
 
     wrappers = (errors.LocalEntryNotFoundError, ValueError, RuntimeError)
-    while isinstance(error, wrappers) and error.__cause__ is not None:
+    # An answer of 400 is a ValueError, too, and has words that its cause does not have.
+    answered = errors.BadRequestError
+    while (
+        isinstance(error, wrappers)
+        and not isinstance(error, answered)
+        and error.__cause__ is not None
+    ):
         error = error.__cause__
     return error
 
@@ -234,10 +302,22 @@ def _fault(error: BaseException, status: int | None, endpoint: str, token: str |
     return f"{what} ({type(error).__name__}{': ' + first if first else ''})"
 
 
+_kept_out: set[str] = set()
+_SHORTEST_SECRET = 8  # characters: less would take words out of messages
+
+
+def keep_out(secret: str) -> None:
+    """Remembers a token that was sent or came, so that no message holds it."""
+    if len(secret) >= _SHORTEST_SECRET:
+        _kept_out.add(secret)
+
+
 def without_secrets(text: str, token: str | None) -> str:
     """Takes tokens, and what addresses carry besides their path, out of a text."""
-    if token:
-        text = text.replace(token, "***")
+    given = (os.environ.get(name) for name in (publisher.ID_TOKEN, publisher.REQUEST_TOKEN))
+    for secret in sorted({*_kept_out, *filter(None, (token, *given))}, key=len, reverse=True):
+        text = text.replace(secret, "***")
     text = re.sub(r"(?<=//)[^/@\s]+@", "", text)
-    text = re.sub(r"\bhf_\w{8,}", "***", text)
+    text = re.sub(r"\bhf_[\w.-]{8,}", "***", text)
+    text = re.sub(r"\beyJ[\w-]{8,}(\.[\w-]*)*", "***", text)
     return re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", text)

@@ -113,6 +113,11 @@ def for_replies() -> Allowance:
     return Allowance(rate=256 << 10, most=4 * LARGEST_REPLY)
 
 
+def for_token() -> Allowance:
+    """For the exchange of a CI job's identity: two small answers."""
+    return Allowance(rate=8 << 10, most=1 << 20, patience=_PATIENCE / 2)
+
+
 def for_file(size: int, etag: str | None, commit: str) -> Allowance:
     """For one file of `size` bytes: three tries from its front, and what comes around them."""
     most = 3 * size + (8 << 20)

@@ -49,7 +49,12 @@ _PORTS = {"http": 80, "https": 443}
 
 
 class ReplyError(Exception):
-    """A Hub, or who stands in for it, said or did what no Hub does; `passing` if once may do."""
+    """A Hub, or who stands in for it, said or did what no Hub does; `passing` if once may do.
+
+    `address` is the one that was asked, as far as that is known.
+    """
+
+    address = ""
 
     def __init__(self, text: str, *, passing: bool = False) -> None:
         super().__init__(text)
@@ -220,8 +225,8 @@ def check_commit(value: object) -> str:
 # JSON.
 
 
-def parsed(body: bytes) -> Any:
-    """The JSON of a body.
+def parsed(body: bytes, *, is_secret: bool = False) -> Any:
+    """The JSON of a body; what of it is wrong is not shown if it `is_secret`.
 
     Raises:
         ReplyError: the body is no JSON; is nested too deep; holds more lists and objects than any
@@ -233,8 +238,9 @@ def parsed(body: bytes) -> Any:
         return json.loads(body.decode("utf-8"), parse_int=_whole, parse_constant=_no_number)
     except (json.JSONDecodeError, UnicodeDecodeError):
         start = body[:_SHOWN].decode("utf-8", "replace")
-        text = f"answered with what is no JSON: {shown(start)}" if body else "answered nothing"
-        raise ReplyError(text, passing=True) from None
+        text = "answered with what is no JSON" if body else "answered nothing"
+        shows = body and not is_secret
+        raise ReplyError(f"{text}: {shown(start)}" if shows else text, passing=True) from None
     except RecursionError:
         raise ReplyError("answered with JSON that is nested too deep") from None
 
@@ -322,15 +328,6 @@ def _entry(entry: Json) -> Json:
         sha256 = _hash(lfs.get("oid"), SHA256)
         found["lfs"] = {"oid": sha256, "size": _size(lfs.get("size")), "pointerSize": 0}
     return found
-
-
-def whoami(value: Any) -> Json:
-    """Whose token it is.
-
-    Raises:
-        ReplyError: the reply is not of its form.
-    """
-    return {"name": _text(_object(value, "a user's facts").get("name"), "a user's name")}
 
 
 def discussions(value: Any) -> Json:
@@ -535,6 +532,43 @@ def fault(body: bytes, content_type: str) -> Json:
     return found
 
 
+# Tokens. What is wrong with one is said without it.
+
+_TOKEN = re.compile(r"[!-~]{1,16384}")
+_JWT = re.compile(r"[A-Za-z0-9_-]{2,}(\.[A-Za-z0-9_-]{2,}){2}")
+_LONGEST_LIFE = 24 * 3600  # seconds; a Hub's are an hour
+
+
+def id_token(value: Any) -> Json:
+    """The id token that a CI's issuer made.
+
+    Raises:
+        ReplyError: the reply is not of its form.
+    """
+    token = _object(value, "an id token").get("value")
+    if not (isinstance(token, str) and len(token) <= 16_384 and _JWT.fullmatch(token)):
+        raise ReplyError("answered without an id token")
+    return {"value": token}
+
+
+def exchanged(value: Any) -> Json:
+    """The token that an identity was exchanged for.
+
+    Raises:
+        ReplyError: the reply is not of its form.
+    """
+    found = _object(value, "a token")
+    token, life = found.get("access_token"), found.get("expires_in", 3600)
+    if not (isinstance(token, str) and _TOKEN.fullmatch(token)):
+        raise ReplyError("exchanged an identity for what is no token")
+    kind = found.get("token_type", "bearer")
+    if not (isinstance(kind, str) and kind.lower() == "bearer"):
+        raise ReplyError("exchanged an identity for a token of another kind than bearer")
+    if isinstance(life, bool) or not isinstance(life, int) or not 0 < life <= _LONGEST_LIFE:
+        raise ReplyError("exchanged an identity for a token without an end")
+    return {"access_token": token, "token_type": "bearer", "expires_in": life}
+
+
 def number(text: str | None, most: int) -> int | None:
     """A header's number of ASCII digits, no larger than `most`; None if it is none."""
     match = re.fullmatch(r" *([0-9]{1,15}) *", text or "")
@@ -544,7 +578,7 @@ def number(text: str | None, most: int) -> int | None:
 READERS: Final[tuple[tuple[str, re.Pattern[str], Callable[[Any], Any]], ...]] = tuple(
     (method, re.compile(pattern), reader)
     for method, pattern, reader in (
-        ("GET", r"/api/whoami-v2", whoami),
+        ("POST", r"/oauth/token", exchanged),
         ("GET", r"/api/models/[^?]+/tree/[^/?]+/?", tree),
         ("GET", r"/api/models/[^?]+/discussions", discussions),
         ("POST", r"/api/models/[^?]+/preupload/[^/?]+", preupload),
@@ -575,7 +609,7 @@ def read(method: str, path: str, body: bytes, endpoint: Origin, root: str) -> by
         return written(lfs_batch(parsed(body), endpoint))
     for verb, pattern, reader in READERS:
         if verb == method and pattern.fullmatch(path):
-            return written(reader(parsed(body)))
+            return written(reader(parsed(body, is_secret=reader is exchanged)))
     return b""  # nobody reads it: an upload's, a verification's, that of a Xet token
 
 

@@ -2,7 +2,8 @@
 
 The client's session gets a transport around its own. While a call of `client.attempt` runs
 
-- the token goes to the origin of HF_ENDPOINT and to no other, whoever named the address
+- the token goes to the origin of HF_ENDPOINT and to no other, whoever named the address; what CI
+  gave to ask for an id token goes to the issuer that CI named
 - redirects, links, ETags, commits and sizes are those of a Hub, or the call ends
 - JSON is read whole, within limits, and made again of what is used of it (`replies`)
 - bytes, seconds and requests are counted (`limits`), encoded bodies are refused or limited
@@ -12,6 +13,7 @@ What else this process asks of a Hub passes untouched. Imported only with the cl
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import zlib
@@ -22,7 +24,8 @@ from huggingface_hub import constants, get_session, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import _http
 
-from nf4_pipeline.hub import limits, replies, xet
+from nf4_pipeline.hub import limits, publisher, replies, xet
+from nf4_pipeline.hub.errors import keep_out
 from nf4_pipeline.hub.limits import Allowance, PacedBackend
 from nf4_pipeline.hub.replies import ReplyError, shown
 from nf4_pipeline.printable import printable
@@ -113,6 +116,13 @@ class _Guard:
         allowance = limits.current()
         if allowance is None:
             return self._inner.handle_request(request)
+        try:
+            return self._handle(request, allowance)
+        except ReplyError as error:
+            error.address = str(request.url)
+            raise
+
+    def _handle(self, request: Any, allowance: Allowance) -> Any:
         allowance.ask()
         home = endpoint()
         _bind(request, home)
@@ -133,6 +143,10 @@ def _bind(request: Any, home: replies.Origin) -> None:
     """
     # Nothing needs to be smaller on its way, and what is sent shall be what is counted.
     request.headers["accept-encoding"] = "identity"
+    keep_out(request.headers.get("authorization", "").partition(" ")[2])
+    if _is_for_issuer(request):
+        request.headers.pop("cookie", None)
+        return
     if _origin(request.url) == home:
         return
     if request.url.userinfo:
@@ -142,6 +156,17 @@ def _bind(request: Any, home: replies.Origin) -> None:
         raise ReplyError(f"named {_origin(request.url)} to be asked with the token")
     for name in _SECRETS:
         request.headers.pop(name, None)
+
+
+def _is_for_issuer(request: Any) -> bool:
+    """Whether CI's issuer is asked for an id token, with the token that CI gave for that alone."""
+    given = os.environ.get(publisher.REQUEST_TOKEN)
+    return (
+        bool(given)
+        and request.method == "GET"
+        and publisher.is_issuer(str(request.url))
+        and request.headers.get("authorization") == f"Bearer {given}"
+    )
 
 
 class _Answer:
@@ -157,7 +182,12 @@ class _Answer:
         root = _LIBRARY.URL(constants.ENDPOINT).path.rstrip("/")
         path = request.url.raw_path.partition(b"?")[0].decode("ascii")
         self._below = path.removeprefix(root) if self._is_own else ""
-        is_token = "/xet-read-token/" in self._below
+        self._is_issuers = _is_for_issuer(request)
+        is_token = (
+            "/xet-read-token/" in self._below
+            or self._is_issuers
+            or (request.method == "POST" and self._below == publisher.EXCHANGE)
+        )
         self._is_file = (
             allowance.file_size is not None and request.method in _READ_ONLY and not is_token
         )
@@ -215,6 +245,8 @@ class _Answer:
             target = str(self._request.url.join(location))
         except Exception:  # whatever the library's own parser finds
             raise ReplyError(f"led to {shown(location)}, which is no address") from None
+        if self._is_issuers:
+            raise ReplyError(f"led to {shown(location)} for an id token")
         where = replies.check_target(target, self._home)
         if self._is_own and not self._is_file and where != self._home:
             raise ReplyError(f"led to {where} for an answer of its own")
@@ -300,6 +332,10 @@ class _Answer:
         body = self._body(limits.LARGEST_REPLY)
         if 300 <= self._response.status_code:
             return self._again(b"")
+        if self._is_issuers:
+            found = replies.id_token(replies.parsed(body, is_secret=True))
+            keep_out(found["value"])
+            return self._again(replies.written(found))
         if not self._is_own:
             return self._again(b"")
         root = constants.ENDPOINT.rstrip("/")

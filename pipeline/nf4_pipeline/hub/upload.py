@@ -20,16 +20,17 @@ from itertools import count
 from typing import Any, TypeVar
 
 from nf4_pipeline.errors import ConflictError, HubError, NotFoundError
-from nf4_pipeline.hub import client, limits, local
+from nf4_pipeline.hub import client, limits, local, publisher
 from nf4_pipeline.hub.errors import Request, may_pass, was_not_answered
 from nf4_pipeline.hub.local import LocalFile, Proof
 from nf4_pipeline.hub.lookup import resolve
-from nf4_pipeline.hub.remote import RemoteModel
+from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
 from nf4_pipeline.progress import Reporter
 
 T = TypeVar("T")
 
 MAIN = "main"
+_MOST_LOOKED_AT = 10  # pull requests of the same title, the newest first
 _FORCED_TRIES = 3  # commits over other people's, if they keep on pushing
 
 
@@ -132,7 +133,7 @@ def publish(
         HubError: no token, no right to write, no answer, or the Hub lists other checksums than
             those of the files.
     """
-    with client.quiet():
+    with client.quiet(), publisher.pushing(target.repo_id):
         return _Push(files, target, message, earlier, reporter, sleep).run()
 
 
@@ -159,7 +160,7 @@ class _Push:
         self._check_token()
         remote, created = self._find_or_create()
         self._check_visibility(remote)
-        number = self._own_pull_request() if self._target.pull_request else None
+        number = self._own_pull_request(remote) if self._target.pull_request else None
         if number is not None:
             remote = self._look(_branch(number))
         made = _Head(remote.commit, remote.revision or MAIN)
@@ -184,10 +185,13 @@ class _Push:
 
         if constants.HF_HUB_OFFLINE:
             raise HubError("HF_HUB_OFFLINE is set, and a push needs the Hub. Unset it.")
-        if get_token() is None:
+        if (named := publisher.resource()) is not None:
+            self._reporter.note(f"token: of this CI job, as a trusted publisher of {named}")
+        elif get_token() is None:
             raise HubError(
                 f"Pushing to {self._repo_id} needs a token, and none is set. Make one with write "
                 f"access at {constants.ENDPOINT}/settings/tokens, then `hf auth login` or HF_TOKEN."
+                f"{publisher.WITHOUT_TOKEN if publisher.is_in_ci() else ''}"
             )
 
     def _look(self, revision: str = MAIN) -> RemoteModel:
@@ -230,26 +234,40 @@ class _Push:
                 f"{constants.ENDPOINT}/{self._repo_id}/settings, or leave the option out."
             )
 
-    def _own_pull_request(self) -> int | None:
-        """The open pull request that an earlier push made, by its author and title."""
-        me = self._attempt(lambda: self._api.whoami()["name"], "asking whose token this is")
+    def _own_pull_request(self, base: RemoteModel) -> int | None:
+        """The open pull request to go on with: that of an earlier push, or one that is the same.
+
+        Whose token this is cannot be asked: one of a trusted publisher belongs to nobody. So what
+        tells a pull request apart is the record of an earlier push; and, where there is none
+        because its answer was lost, that it makes of `base` what would be proposed, and no more.
+        """
         requests = self._attempt(
             lambda: list(
-                self._api.get_repo_discussions(
-                    self._repo_id, author=me, discussion_type="pull_request"
-                )
+                self._api.get_repo_discussions(self._repo_id, discussion_type="pull_request")
             ),
             f"listing the pull requests of {self._repo_id}",
         )
-        own = [
+        numbers = [
             request.num
             for request in requests
             if request.is_pull_request
-            and request.author == me
             and request.title == self._message.title
             and request.status in ("open", "draft")
         ]
-        return max(own, default=None)
+        earlier = self._earlier.branch if self._earlier else MAIN
+        for number in sorted(numbers, reverse=True):
+            if _branch(number) == earlier:
+                return number
+        for number in sorted(numbers, reverse=True)[:_MOST_LOOKED_AT]:
+            there = self._look(_branch(number))
+            if not self._todo(there) and self._others(there) == self._others(base):
+                return number
+        return None
+
+    def _others(self, remote: RemoteModel) -> set[RemoteFile]:
+        """The files of a branch that a push would leave as they are."""
+        own = {*self._files, *self._todo(remote).delete}
+        return {file for file in remote.files if file.path not in own}
 
     # What changes it.
 
@@ -324,7 +342,7 @@ class _Push:
 
         def made() -> _Head | None:
             """The branch, if it holds the files although the commit was not acknowledged."""
-            opened = self._own_pull_request() if opens else number
+            opened = self._own_pull_request(remote) if opens else number
             if opens and opened is None:
                 return None
             now = self._look(_branch(opened) if opened is not None else branch)

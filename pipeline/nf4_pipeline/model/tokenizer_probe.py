@@ -30,7 +30,7 @@ _BRING: Final = (
     "Bring its files from where the model came from; without any tokenizer files the model is "
     "built without one."
 )
-_EXTRA: Final = "pip install 'nf4-pipeline[tokenizers]'"
+EXTRA_NEEDED: Final = "pip install 'nf4-pipeline[tokenizers]'"
 
 
 def probe_tokenizer(folder: Path, rows: int | None) -> TokenizerFacts:
@@ -124,7 +124,7 @@ def _failed(
             kind,
             *files,
             f"The tokenizer of {folder} ({', '.join(sorted(packages.values()))}) needs "
-            f"{' and '.join(sorted(packages))}, which is not installed. {_EXTRA} brings what "
+            f"{' and '.join(sorted(packages))}, which is not installed. {EXTRA_NEEDED} brings what "
             "tokenizers need.",
         )
     if not any(is_tokenizer(name) for name in names):

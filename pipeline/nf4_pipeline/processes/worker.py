@@ -33,6 +33,7 @@ _SET: Final = {
     "RUST_BACKTRACE": "0",  # the last words of a library should say why, not where
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+    "HF_OIDC_RESOURCE": "",  # nor an identity to exchange for a token
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "PYTHONOPTIMIZE": "",  # transformers reads its own docstrings, and -OO takes them away
 }

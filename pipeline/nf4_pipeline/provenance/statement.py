@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.manifest.manifest import Manifest
+from nf4_pipeline.provenance.ci_run import CiRun
 from nf4_pipeline.provenance.identifiers import model_purl
 
 STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"
@@ -19,7 +20,10 @@ BUILD_TYPE: Final = "pkg:pypi/nf4-pipeline?build_type=v1#docs/provenance.md"
 """What the parameters mean: docs/provenance.md of this package."""
 
 BUILDER: Final = "pkg:pypi/nf4-pipeline?builder=local#docs/provenance.md"
-"""Whoever ran the program, on a machine that nobody vouches for: SLSA Build L1 at most."""
+"""Whoever ran the program, on a machine that nobody vouches for: SLSA Build L1 at most.
+
+A public CI run is named instead, by its workflow.
+"""
 
 SCHEMA_FILE: Final = Path(__file__).with_name("provenance.schema.json")
 
@@ -30,6 +34,7 @@ def statement(
     tools: Mapping[str, str],
     started: str,
     finished: str,
+    run: CiRun | None = None,
 ) -> dict[str, Any]:
     """Puts the statement together.
 
@@ -39,6 +44,7 @@ def statement(
         tools: name -> version of what was used.
         started: when quantizing began, as RFC 3339 in UTC.
         finished: when the artifact was verified, the same.
+        run: the CI run that quantized; None if it was none, or nobody may know.
     """
     source = manifest.source.to_json()
     del source["files"]  # they are among the dependencies
@@ -57,8 +63,12 @@ def statement(
                 "resolvedDependencies": _dependencies(manifest),
             },
             "runDetails": {
-                "builder": {"id": BUILDER, "version": dict(tools)},
-                "metadata": {"startedOn": started, "finishedOn": finished},
+                "builder": {"id": run.builder if run else BUILDER, "version": dict(tools)},
+                "metadata": {
+                    **({"invocationId": run.invocation} if run else {}),
+                    "startedOn": started,
+                    "finishedOn": finished,
+                },
             },
         },
     }

@@ -11,6 +11,7 @@ codes were chosen.
     snippets.py    the Python that card and page give to paste
     answers.py     what to show of two long answers, and where they part
     formatting.py  numbers and names -> text
+    markdown.py    words of strangers in Markdown, as words
     model_card.py  model_card(): README.md of the artifact
     templates/     the page (Jinja2) and its style
 """

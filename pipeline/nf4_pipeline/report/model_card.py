@@ -14,6 +14,7 @@ from nf4_pipeline.fidelity.metrics import Fidelity
 from nf4_pipeline.manifest.manifest import Manifest
 from nf4_pipeline.model.unused_tensors import left_out
 from nf4_pipeline.printable import printable
+from nf4_pipeline.provenance.summary import Rebuild
 from nf4_pipeline.readers.document import ReaderResult
 from nf4_pipeline.report.calibration import (
     describe_extra_bytes,
@@ -21,6 +22,11 @@ from nf4_pipeline.report.calibration import (
     list_exceptions,
 )
 from nf4_pipeline.report.formatting import interval, is_finite, number, one_in, plain_size
+from nf4_pipeline.report.markdown import code as _code
+from nf4_pipeline.report.markdown import folded as _folded
+from nf4_pipeline.report.markdown import in_cell as _cell
+from nf4_pipeline.report.markdown import in_text as _text
+from nf4_pipeline.report.markdown import table as _table
 from nf4_pipeline.report.pictures import PICTURES, drawable
 from nf4_pipeline.report.snippets import (
     generate_snippet,
@@ -48,6 +54,7 @@ def model_card(
     *,
     repo_id: str | None = None,
     chat: bool = False,
+    rebuilt: Rebuild | None = None,
 ) -> str:
     """The card as Markdown with Hub metadata; how to use it comes first, then what proves it.
 
@@ -57,6 +64,7 @@ def model_card(
         source_card: what the source's own card says.
         repo_id: the Hub repo that the snippets load from; None for the folder where the card lies.
         chat: the tokenizer has a chat template that works.
+        rebuilt: who derived all of it again; None if nobody is known who did.
     """
     name = _text(manifest.source.repo.rpartition("/")[2])
     metadata = _metadata(manifest, verification, source_card, repo_id)
@@ -73,7 +81,7 @@ def model_card(
         _checks(verification),
         *(_quality(manifest, measured) if measured else []),
         _making(manifest),
-        _checking(manifest, repo_id),
+        _checking(manifest, repo_id, rebuilt),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -425,25 +433,38 @@ def _making(manifest: Manifest) -> str:
     )
 
 
-def _checking(manifest: Manifest, repo_id: str | None) -> str:
+def _checking(manifest: Manifest, repo_id: str | None, rebuilt: Rebuild | None) -> str:
     """The commands that hold a download against the Hub, the source and a signature."""
     folder = "."
     lines = []
+    local = manifest.source.commit is None and manifest.source.repo != SAMPLE_REPO
     if repo_id is not None:
         folder, repo = _argument(repo_id.rpartition("/")[2]), _argument(repo_id)
+        if not local:
+            lines += [
+                "# all of this repo is derived again or accounted for, with a verdict:",
+                f"nf4 rebuild {repo}",
+            ]
         lines += [
             f"hf download {repo} --local-dir {folder}",
             "# every file has the checksum that the Hub lists:",
             f"hf cache verify {repo} --local-dir {folder}",
         ]
-    local = manifest.source.commit is None and manifest.source.repo != SAMPLE_REPO
     lines += [
         "# every byte is derived again from the source:",
         f"nf4 reproduce {folder}" + (f" --source {_source_argument(manifest)}" if local else ""),
         "# if there is a model.sig, with the signer's public key:",
         f"nf4 check {folder} --key key.pub",
     ]
-    return "## Check it yourself\n\n" + _block("\n".join(lines), "sh")
+    parts = ["## Check it yourself", _block("\n".join(lines), "sh")]
+    if rebuilt is not None:
+        parts.insert(
+            1,
+            f"**Verified reproducible** by `{rebuilt.verifier}` on {rebuilt.verified}: "
+            f"[summary](<{rebuilt.url}>). It is as good as who signs for it; the commands below "
+            "need nobody.",
+        )
+    return "\n\n".join(parts)
 
 
 def _source_argument(manifest: Manifest) -> str:
@@ -454,42 +475,10 @@ def _source_argument(manifest: Manifest) -> str:
     return _argument(source.repo)
 
 
-def _folded(summary: str, content: str) -> str:
-    """What is long, behind a line that opens it."""
-    return f"<details><summary>{summary}</summary>\n\n{content}\n\n</details>"
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def _cell(text: str) -> str:
-    """Words of others inside a table."""
-    line = " ".join(text.split())
-    return _text(line if len(line) <= 160 else line[:159] + "…")
-
-
-# What Markdown, HTML or a formula ($) begins with; an underscore only at the edge of a word.
-_MARKS: Final = re.compile(r"[&<>|`\[\]*~$\\]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|^[#+=-]")
-_NAMED: Final = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
-
-
-def _text(text: str) -> str:
-    """Words of others, as words: one line, with nothing for Markdown or HTML to act on."""
-    line = printable(" ".join(text.split()))
-    return _MARKS.sub(lambda mark: _NAMED.get(mark[0], f"&#{ord(mark[0])};"), line)
-
-
 def _plain_name(text: str) -> str:
     """A name in the metadata, which the Hub shows as it likes: nothing but letters and digits."""
     plain = re.sub(r"[^\w .,:()+’-]", " ", text.replace("'", "’"))
     return " ".join(plain.split())[:80].strip(" -") or "unnamed"
-
-
-def _code(text: str) -> str:
-    """A name as code; where backticks in it would end that, as words."""
-    return f"`{printable(text)}`" if text.strip() and not set(text) & set("`\r\n") else _text(text)
 
 
 def _argument(text: str) -> str:

@@ -60,7 +60,8 @@ def compare_files(
         reporter: told how far it is.
 
     Returns:
-        The differences, by file; only the first one says which byte.
+        The differences, by file; only the first one, and that of the first weight file, say which
+        byte.
     """
     expected = {name: written.digest for name, written in derived.written.items()}
     expected |= {name: FileDigest.of(content) for name, content in small.items()}
@@ -89,9 +90,11 @@ def compare_files(
     for name in sorted(path.name for path in artifact.glob("*.safetensors")):
         if name not in expected and name not in listed:
             differences.append(Difference(name, "the source does not make it"))
-    first = differences[0] if differences else None
-    if first and (artifact / first.file).is_file() and first.file in expected:
-        differences[0] = _locate(artifact, first, derived, small)
+    weights = next((n for n, d in enumerate(differences) if d.file in derived.outputs), 0)
+    for number in {0, weights} if differences else ():
+        found = differences[number]
+        if (artifact / found.file).is_file() and found.file in expected:
+            differences[number] = _locate(artifact, found, derived, small)
     return differences
 
 

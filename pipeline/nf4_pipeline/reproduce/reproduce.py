@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,6 +21,7 @@ from nf4_pipeline.nf4.rounding import NearestOnCpu
 from nf4_pipeline.processes.temporary import TemporaryFolder
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.recipe import Recipe, parse_recipe
+from nf4_pipeline.records import DownloadFacts
 from nf4_pipeline.reproduce.calibration import (
     choose_again,
     device_for,
@@ -71,8 +73,11 @@ class Reproduction:
         source: the checkpoint, as it was found.
         origin: who confirms its repo and commit.
         files: how many files the source makes.
-        differences: the files that are not what the source makes; the first one says which byte.
+        differences: the files that are not what the source makes; the first one, and the first of
+            the weights, say which byte.
         not_derived: files in the folder that no source makes, such as the model card.
+        manifest: as the source and the recipe make it.
+        facts: of the source.
         calibrated_on: the device that codes were chosen on again; None if none are calibrated.
         seconds: wall-clock time.
         peak_memory: bytes.
@@ -83,6 +88,8 @@ class Reproduction:
     files: int
     differences: list[Difference]
     not_derived: list[str]
+    manifest: Manifest
+    facts: DownloadFacts
     calibrated_on: str | None
     seconds: float
     peak_memory: int
@@ -115,7 +122,12 @@ class Reproduction:
 
 
 def reproduce(
-    artifact: Path, source: Path | None, reporter: Reporter, machine: Machine = _MACHINE
+    artifact: Path,
+    source: Path | None,
+    reporter: Reporter,
+    machine: Machine = _MACHINE,
+    *,
+    scratch: Path | None = None,
 ) -> Reproduction:
     """Derives an artifact again from its source, and compares every file.
 
@@ -128,6 +140,7 @@ def reproduce(
         reporter: told how far it is.
         machine: threads, memory, and where calibrated codes are chosen; its device "auto" means
             what the manifest says.
+        scratch: an empty folder for what is needed on the way; None for a temporary one.
 
     Raises:
         ArtifactError: there is no manifest, or not one that can be followed; or no calibration.json
@@ -146,7 +159,9 @@ def reproduce(
     device = "cpu"
     if tokens is not None and summary is not None:
         device = device_for(summary, machine.device)
-    with measured() as usage, TemporaryFolder("reproduce") as scratch:
+    with ExitStack() as stack:
+        usage = stack.enter_context(measured())
+        scratch = scratch or stack.enter_context(TemporaryFolder("reproduce"))
         pinned = open_source(manifest, source, scratch, reporter)
         facts = pinned.facts
         planner = CheckpointPlanner(open_checkpoint(pinned.folder), facts.model, recipe.quantize)
@@ -171,13 +186,14 @@ def reproduce(
         if choice is not None and tokens is not None:
             content = calibration_file(tokens, choice.facts)
             calibration = public_calibration(choice.facts), {CALIBRATION_FILE: content}
-        small = assemble_files(
+        files = assemble_files(
             pinned.folder,
             pinned.source,
             facts.model.class_name,
             recipe,
             Weights(derived.run.plan, derived.shards, derived.relative_rmse, calibration),
-        ).small
+        )
+        small = files.small
         listed = manifest.files
         differences = compare_files(artifact, listed, derived, small, reporter)
         pinned.inputs.check_untouched()
@@ -196,6 +212,8 @@ def reproduce(
             and not name.endswith(".safetensors")
             and not name.startswith(_DOWNLOADER)
         ),
+        files.manifest,
+        facts,
         None if tokens is None else device_name(device),
         usage.seconds,
         usage.peak_memory,

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from nf4_pipeline.build_folder import Inputs
 from nf4_pipeline.checkpoint.digest import content_sha256, digest_file
-from nf4_pipeline.checkpoint.model_name import SAMPLE
 from nf4_pipeline.checkpoint.weight_files import INDEX_FILE
 from nf4_pipeline.errors import ArtifactError, SourceError, UsageError
 from nf4_pipeline.hub import cache
@@ -17,7 +16,7 @@ from nf4_pipeline.manifest.read import MANIFEST_FILE
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.records import DOWNLOAD, DownloadFacts, Reading
 from nf4_pipeline.reproduce.origin import Origin, check_origin
-from nf4_pipeline.sample import SAMPLE_REPO
+from nf4_pipeline.sample import MODEL_DIR, SAMPLE_REPO
 from nf4_pipeline.stages.download import Download
 from nf4_pipeline.stages.find_source import DownloadRequest
 
@@ -81,6 +80,7 @@ def open_source(
         scratch / "build",
         allow_unhashed=bool(source.unchecked),  # the manifest has their hashes
         reading=reading,
+        from_hub=folder is None and source.commit is not None,
     )
     build, record, _ = Download(request, reporter).run()
     if folder is None and record.facts.commit != source.commit:
@@ -126,8 +126,6 @@ def open_source(
 
 def _is_sample(source: Source) -> bool:
     """Whether a source holds what the sample that comes with this package holds."""
-    from nf4_pipeline.sample import MODEL_DIR
-
     paths = {name: MODEL_DIR / name for name in source.files}
     if not all(path.is_file() for path in paths.values()):
         return False
@@ -149,13 +147,13 @@ def _lacks(model: str, name: str, source: Source) -> SourceError:
 
 
 def _where(source: Source, folder: Path | None) -> tuple[str, str | None]:
-    """What `download` is asked for: a folder, the sample, or a Hub id with a commit."""
+    """What `download` is asked for: a folder, that of the sample, or a Hub id with a commit."""
     if folder is not None:
         return str(folder), None
     if source.commit is not None:
         return source.repo, source.commit
     if source.repo == SAMPLE_REPO:
-        return SAMPLE, None
+        return str(MODEL_DIR), None
     raise UsageError(
         f"The artifact was made from a local folder named {source.repo!r} (content "
         f"{source.content_sha256[:12]}…), which no Hub holds. Say where it is: --source DIR."

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from nf4_pipeline.build_folder import Build, Record
+from nf4_pipeline.provenance.summary import Rebuild
 from nf4_pipeline.records import ATTEST, AttestFacts
 from nf4_pipeline.stages.publication import Publication
 
@@ -17,10 +18,12 @@ class Attest:
     Attributes:
         build: the build folder.
         repo_id: the repo that the card names; see `Publication`.
+        rebuilt: the summary that the card links to; see `Publication`.
     """
 
     build: Build
     repo_id: str | None = None
+    rebuilt: Rebuild | None = None
 
     kind: ClassVar = ATTEST
 
@@ -30,7 +33,7 @@ class Attest:
         Raises:
             BuildError: serialize or verify is not done.
         """
-        return Publication(self.build, self.repo_id).key()
+        return Publication(self.build, self.repo_id, self.rebuilt).key()
 
     def run(self) -> Record[AttestFacts]:
         """Does the work.
@@ -38,4 +41,4 @@ class Attest:
         Raises:
             BuildError: serialize or verify is not done, or a file changed since.
         """
-        return Publication(self.build, self.repo_id).write()
+        return Publication(self.build, self.repo_id, self.rebuilt).write()

@@ -68,6 +68,7 @@ class DownloadRequest:
 
     Attributes:
         model: Hub id, local folder, or "sample".
+        from_hub: the model is a Hub id, whatever folder here is called so.
         artifacts: the folder that holds builds.
         revision: of a Hub model; a branch, a tag or a commit.
         build_dir: the build folder, if not the default one under `artifacts`.
@@ -91,6 +92,7 @@ class DownloadRequest:
     check: bool = False
     recipe: Recipe | None = None
     replaces: bool = False
+    from_hub: bool = False
 
     def check_names(self) -> None:
         """Refuses names that mean nothing, before anything is looked up.
@@ -101,18 +103,22 @@ class DownloadRequest:
             SourceError: the model is a build, or the export of one.
             AccessError: the build folder cannot be made.
         """
-        is_folder = self.model != SAMPLE and model_path(self.model).is_dir()
-        if self.model != SAMPLE and not is_folder:
+        if self.model != SAMPLE and not self.is_folder:
             check_hub_id(self.model)
         elif self.revision is not None:
             raise UsageError(
                 f"--revision {self.revision} means nothing for {self.model}, a local folder. "
                 "Leave it out."
             )
-        if is_folder:
+        if self.is_folder:
             _check_is_source(model_path(self.model))
         if self.build_dir is not None:
             check_can_be_made(self.build_dir)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the model is a folder of this machine."""
+        return not self.from_hub and model_path(self.model).is_dir()
 
     @property
     def _whole_recipe(self) -> Recipe:
@@ -273,9 +279,8 @@ class SourceFinder:
         """
         request = self.request
         request.check_names()
-        path = model_path(request.model)
-        if path.is_dir():
-            folder = path.resolve()
+        if request.is_folder:
+            folder = model_path(request.model).resolve()
             return Place(folder, *(cache_commit(folder) or (folder.name, None)))
         if request.model == SAMPLE:
             return Place(MODEL_DIR.resolve(), SAMPLE_REPO, is_sample=True)

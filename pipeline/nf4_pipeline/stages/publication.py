@@ -19,6 +19,7 @@ from nf4_pipeline.manifest.read import MANIFEST_FILE, read_manifest
 from nf4_pipeline.provenance.bom import bill_of_materials
 from nf4_pipeline.provenance.identifiers import tool_versions
 from nf4_pipeline.provenance.statement import statement
+from nf4_pipeline.provenance.summary import Rebuild
 from nf4_pipeline.records import (
     ATTEST,
     DOWNLOAD,
@@ -45,24 +46,28 @@ class Publication:
         build: the build folder.
         repo_id: the repo that the card names; None for the one that it was last written for, or
             for none: its snippets then load from the folder where it lies.
+        rebuilt: the summary that the card links to; None for the one that it linked to last, or
+            for none.
     """
 
     build: Build
     repo_id: str | None = None
+    rebuilt: Rebuild | None = None
 
     def key(self) -> str:
-        """Depends on every file that serialize and verify left in the export, and on the repo.
+        """Depends on every file that serialize and verify left in the export, and on what is named.
 
         Raises:
             BuildError: serialize or verify is not done.
         """
-        return json_sha256(
-            {
-                "code": CODE_VERSION,
-                "export": {name: digest.sha256 for name, digest in self._subjects().items()},
-                "repo": self._repo(),
-            }
-        )
+        parts = {
+            "code": CODE_VERSION,
+            "export": {name: digest.sha256 for name, digest in self._subjects().items()},
+            "repo": self._repo(),
+        }
+        if (rebuilt := self._rebuilt()) is not None:
+            parts["rebuilt"] = rebuilt.to_json()
+        return json_sha256(parts)
 
     def documents(self) -> dict[str, bytes]:
         """All of it, by name in the export; the same each time.
@@ -80,6 +85,7 @@ class Publication:
             source,
             repo_id=self._repo(),
             chat=tokenizer is not None and tokenizer.template == "works",
+            rebuilt=self._rebuilt(),
         )
         bom = bill_of_materials(manifest, subjects[MANIFEST_FILE].sha256, source)
         written = {CARD_FILE: card.encode(), BOM_FILE: json_bytes(bom)}
@@ -92,6 +98,7 @@ class Publication:
             tool_versions(),
             started=began.isoformat(timespec="seconds").replace("+00:00", "Z"),
             finished=verified.finished.replace("+00:00", "Z"),
+            run=quantized.facts.run,
         )
         return {**written, PROVENANCE_FILE: json_bytes(provenance)}
 
@@ -101,18 +108,18 @@ class Publication:
         Raises:
             BuildError: serialize or verify is not done, or a file changed since.
         """
-        key, repo_id = self.key(), self._repo()
+        key, repo_id, rebuilt = self.key(), self._repo(), self._rebuilt()
         self.build.check_inputs(SERIALIZE)
         self.build.check_inputs(VERIFY)
 
         def work() -> Outcome[AttestFacts]:
-            written = Publication(self.build, repo_id).documents()
+            written = Publication(self.build, repo_id, rebuilt).documents()
             for name, content in written.items():
                 write_bytes(self.build.export / name, content)
             outputs = {
                 f"export/{name}": FileDigest.of(content) for name, content in written.items()
             }
-            return outputs, AttestFacts(repo_id=repo_id)
+            return outputs, AttestFacts(repo_id=repo_id, rebuilt=rebuilt)
 
         return run_recorded(self.build, ATTEST, key, work)
 
@@ -121,6 +128,12 @@ class Publication:
             return self.repo_id
         record = self.build.record(ATTEST)
         return record.facts.repo_id if record else None
+
+    def _rebuilt(self) -> Rebuild | None:
+        if self.rebuilt is not None:
+            return self.rebuilt
+        record = self.build.record(ATTEST)
+        return record.facts.rebuilt if record else None
 
     def _subjects(self) -> dict[str, FileDigest]:
         """What serialize and verify left in the export, by name."""

@@ -28,6 +28,7 @@ from nf4_pipeline.machine import Machine, may_have_cuda
 from nf4_pipeline.nf4.packing import blocks_of
 from nf4_pipeline.nf4.rounding import MANY_PROCESSORS, NearestOnCpu, Rounding
 from nf4_pipeline.progress import SILENT, Reporter
+from nf4_pipeline.provenance.ci_run import current_run
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import (
     DOWNLOAD,
@@ -224,6 +225,7 @@ class Quantize:
                 untied=plan.untied,
                 files=self._make_files(run, key, source, refuse=refuse),
                 calibration=None if choice is None else choice.facts,
+                run=current_run(),
             )
 
         facts = planner.run(work, self.reporter, kept, untied)

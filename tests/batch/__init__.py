@@ -1,0 +1,1 @@
+"""Batches: many models and recipes in one queue."""
