@@ -30,7 +30,7 @@ MORE_OF_VERIFY: Final = {"calibrate", "extra_bytes", "workers", "memory_budget"}
 """Options of every stage command; verify has no use for them."""
 
 COMMANDS: Final[list[tuple[str, Callable[..., Any], set[str]]]] = [
-    ("build", nf4_pipeline.build, set()),
+    ("build", nf4_pipeline.build, {"dry_run"}),
     ("verify", Artifact.verify, OF_THE_BUILD | MORE_OF_VERIFY),
     ("push", Artifact.push, OF_THE_BUILD),
     ("prompt", nf4_pipeline.prompt, OF_THE_BUILD),

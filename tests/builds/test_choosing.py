@@ -10,7 +10,7 @@ from nf4_pipeline.build_folder.spec import BuildSpec, SourcePin
 from nf4_pipeline.build_folder.variant import folder_name
 from nf4_pipeline.builds import Listed, no_build
 from nf4_pipeline.builds.choosing import choose, matching
-from nf4_pipeline.builds.finding import how_to_finish
+from nf4_pipeline.builds.finishing import how_to_finish
 from nf4_pipeline.errors import UsageError
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe, SerializeRecipe
 

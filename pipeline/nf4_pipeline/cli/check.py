@@ -56,8 +56,8 @@ def command(
     named = identity is not None or issuer is not None
     if named == (key is not None):
         raise UsageError(
-            "Name who must have signed: --key FILE with the signer's public key, or --identity and "
-            f"--issuer. For example: nf4 check {shlex.quote(artifact)} --key signer.pub"
+            "Name who must have signed: --key FILE, or --identity and --issuer. For "
+            f"example: nf4 check {shlex.quote(artifact)} --key signer.pub"
         )
     value: dict[str, Any] = {"signed": True}
     if key is not None:

@@ -60,7 +60,7 @@ def _expanded(value: Any) -> Any:
     return value
 
 
-class Number(click.ParamType):
+class Number(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions alone
     """A number from a range; of what is none, the message shows the range and one that is.
 
     Args:

@@ -63,13 +63,11 @@ def command(
     from nf4_pipeline.provenance.keyless import Instance
     from nf4_pipeline.provenance.signing import SIGNATURE_FILE, sign, sign_keyless
 
-    if keyless and key is not None:
-        raise UsageError("Name how to sign: either --key FILE or --keyless.")
-    if key is None and not keyless:
+    if keyless == (key is not None):
         raise UsageError(
-            "Name how to sign: --key FILE with your private key, or --keyless in a CI job. To make "
-            "a key: test -e my-key.pem || openssl ecparam -name prime256v1 -genkey -noout -out "
-            f"my-key.pem ; then: nf4 sign {shlex.quote(artifact)} --key my-key.pem"
+            "Name how to sign: either --key FILE or --keyless. To make a key: test -e "
+            "my-key.pem || openssl ecparam -name prime256v1 -genkey -noout -out my-key.pem ; "
+            f"then: nf4 sign {shlex.quote(artifact)} --key my-key.pem"
         )
     if key is not None:
         if trust_config or staging:
