@@ -247,7 +247,6 @@ def test_a_config_that_makes_no_model(tiny_falcon: Path, tmp_path: Path) -> None
             "Error: transformers cannot build a falcon model from this config: ",
         )
     )
-    assert "num_heads" in said or "num_attention_heads" in said
     assert "Traceback" not in done.err
     check_nothing_written(tmp_path)
 
