@@ -20,6 +20,7 @@ from typing import Final
 
 from nf4_pipeline.provenance.signing import sign
 
+from tests.support import hub_uploads  # noqa: F401  # its routes
 from tests.support.hub_client import isolated
 from tests.support.hub_server import HubServer
 from tests.support.signed import make_keys

@@ -221,12 +221,12 @@ def _instead_of(option: str, context: click.Context) -> str:
     longer = [known[name] for name in known if word and name.startswith(word)]
     if longer:
         return f" Did you mean {' or '.join(map(repr, longer[:3]))}?"
-    if others := _commands_with(f"--{word}", context):
-        which = ", ".join(f"`nf4 {name}`" for name in others[:4])
-        return f" It is one of {which}. Leave it out here."
     if (other := _OTHER_OPTIONS.get(word)) in known.values():
         such = " cuda" if word in ("gpu", "cuda") else ""
         return f" Did you mean '{other}{such}'?"
+    if others := _commands_with(f"--{word}", context):
+        which = ", ".join(f"`nf4 {name}`" for name in others[:4])
+        return f" It is one of {which}. Leave it out here."
     if word in _ALWAYS:
         return (
             " nf4 always makes the 4-bit weights of bitsandbytes (NF4, blocks of 64, double "
