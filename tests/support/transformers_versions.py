@@ -10,5 +10,5 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 MULTIPLIES_BY_WEIGHT: Final = "dt_proj.weight @" in inspect.getsource(
     getattr(MambaMixer, "slow_forward", MambaMixer.forward)
 )
-"""Whether Mamba multiplies by a projection's weight itself, wherever it runs; in 5.5 it only does so
-with kernels of its own."""
+"""Whether Mamba multiplies by a projection's weight itself, wherever it runs: in 5.5.0 it only does
+so with kernels of its own."""
