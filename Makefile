@@ -19,7 +19,7 @@ endif
 
 # A word that is no target was meant as the value of a variable; make would see that only after the
 # targets before it were made, with the default model.
-TARGETS := quantize test verify prompt push reproduce bench lint format clean help venv dev-venv named
+TARGETS := quantize test verify prompt push reproduce bench lint format docs clean help venv dev-venv named
 stray   := $(strip $(filter-out $(TARGETS),$(MAKECMDGOALS)))
 ifneq ($(stray),)
 target   := $(firstword $(filter $(TARGETS),$(MAKECMDGOALS)))
@@ -82,6 +82,11 @@ lint: dev-venv  ## check style, types, who imports whom, and the workflows
 format: dev-venv  ## put the code into the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: dev-venv  ## make the site of docs/ in build/site; a warning or a dead link is an error
+	@$(BIN)/python -m sphinx --builder html --quiet --fail-on-warning --keep-going \
+	  --doctree-dir build/doctrees $(ARGS) docs build/site
+	@echo "build/site/index.html"
 
 bench: dev-venv  ## run every scripts/bench/bench_*.py
 	@set -- scripts/bench/bench_*.py; \

@@ -18,6 +18,7 @@ git config user.name "nf4 rebuild"
 git config user.email "nf4-rebuild@users.noreply.github.com"
 git remote add origin "$origin"
 if [ -n "${GITHUB_TOKEN:-}" ]; then
+# shellcheck disable=SC2016 # git runs it, and the variable is read there
   git config credential.helper \
     '!f() { echo username=x-access-token; echo "password=$GITHUB_TOKEN"; }; f'
 fi

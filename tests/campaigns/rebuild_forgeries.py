@@ -592,6 +592,10 @@ class Cases:
         }
         for where, change in figures.items():
             yield Case("verification", where, verification(change), "")
+        script = b"<p>Fine.</p><SCRIPT src=https://evil.example></SCRIPT>"
+        yield Case("report", "a script", replaced("report.html", script), "report.html")
+        smudge = _attributes(b"*.json filter=evil\n")
+        yield Case("git's attributes", "a filter", smudge, ".gitattributes")
         for name in ("README.md", "report.html", "verification.json", "bom.cdx.json"):
             yield Case("document changed, provenance not", name, quietly(name), name)
 
@@ -678,6 +682,13 @@ def _pointer(name: str) -> Forgery:
     def forge(artifact: Artifact) -> None:
         (artifact.folder / name).write_text(POINTER)
         artifact.agree_files_only()
+
+    return forge
+
+
+def _attributes(content: bytes) -> Forgery:
+    def forge(artifact: Artifact) -> None:
+        artifact.extra[".gitattributes"] = content
 
     return forge
 

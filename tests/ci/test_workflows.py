@@ -15,7 +15,9 @@ import pytest
 from tests.support import hub_uploads
 from tests.support.hub_client import isolated
 from tests.support.hub_server import TOKEN, HubServer
-from tests.support.tiny import nf4
+from tests.support.identities import Issuer
+from tests.support.sigstore_instance import Sigstore
+from tests.support.tiny import copy_of, nf4
 from tests.support.workflow_commands import obeyed
 from tests.support.workflow_expressions import ExpressionError, evaluate, fill_in, holds
 from tests.support.workflow_runner import Platform, WorkflowError
@@ -42,7 +44,7 @@ def platform(hub: HubServer, tmp_path: Path) -> Platform:
         tmp_path / "platform",
         ROOT,
         tmp_path / "caller",
-        environment=isolated(tmp_path / "hf", hub.url, HF_TOKEN=TOKEN, CUDA_VISIBLE_DEVICES=""),
+        environment=isolated(tmp_path / "hf", hub.url, CUDA_VISIBLE_DEVICES=""),
     )
 
 
@@ -55,18 +57,23 @@ def key(tmp_path: Path) -> Path:
 
 
 def test_the_sample_is_built_verified_signed_pushed_and_attested(
-    platform: Platform, hub: HubServer, key: Path, tmp_path: Path
+    platform: Platform, hub: HubServer, tmp_path: Path
 ) -> None:
+    """Without a secret: two jobs say who they are, to a Sigstore and to the Hub."""
     (platform.caller / "recipe.toml").write_text("[verify]\neval_tokens = 512\n")
+    hub.store.add("me/sample-nf4", {"README.md": b"Soon.\n"})
     inputs = {"model": "sample", "recipe": "recipe.toml", "repo": "me/sample-nf4", "parts": 2}
-    secrets = {"signing-key": key.read_text()}
-    jobs = platform.run(PUBLISH, inputs | {"python": sys.executable}, secrets)
+    with Issuer() as issuer, Sigstore(issuer) as sigstore:
+        issuer.trusted_by(hub, "me/sample-nf4", repository="me/code")
+        trust = sigstore.write_trust(tmp_path / "trust.json")
+        platform.identity = issuer.variables | {"NF4_TRUST_CONFIG": str(trust)}
+        jobs = platform.run(PUBLISH, inputs | {"python": sys.executable})
     log = "".join(job.log for job in jobs.values())
     assert {name: job.result for name, job in jobs.items()} == dict.fromkeys(jobs, "success"), log
     assert list(jobs) == ["plan", "part", "build", "sign", "push", "attest"]
     assert [command for job in jobs.values() for command in job.commands] == []
-    assert TOKEN not in log
-    assert "PRIVATE KEY" not in log
+    assert issuer.bearers
+    assert [secret for secret in (*issuer.handed_out, *hub.store.users) if secret in log] == []
     assert jobs["build"].outputs["verdict"] == "pass"
     assert 0 < float(jobs["build"].outputs["kl"]) < 0.1
     assert "Plan for nf4-pipeline/sample" in jobs["plan"].summary
@@ -83,20 +90,41 @@ def test_the_sample_is_built_verified_signed_pushed_and_attested(
     for name, raw in held.items():
         (tmp_path / "fetched" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "fetched" / name).write_bytes(raw)
-    subprocess.run(
-        ["openssl", "ec", "-in", key, "-pubout", "-out", tmp_path / "key.pub"],
-        check=True,
-        capture_output=True,
+    who = ("--identity", issuer.claims["sub"], "--issuer", issuer.url)
+    checked = nf4(
+        "check", tmp_path / "fetched", *who, "--trust-config", trust, "--json", cwd=tmp_path
     )
-    fetched = tmp_path / "fetched"
-    checked = nf4("check", fetched, "--key", tmp_path / "key.pub", "--json", cwd=tmp_path)
-    assert checked.value["signed"] is True
+    assert checked.value["signed"] is True, checked.err
     assert "me/sample-nf4" in held["README.md"].decode()
     subjects = json.loads(held["provenance.json"])["subject"]
     assert {subject["name"] for subject in subjects} == set(held) - {
         "provenance.json",
         "model.sig",
     }
+
+
+SIGN: Final = """
+on: {workflow_call: {secrets: {key: {required: true}}}}
+permissions: {}
+jobs:
+  sign:
+    permissions: {}
+    steps:
+      - uses: $/.
+        with: {command: sign, build-dir: build, signing-key: "${{ secrets.key }}"}
+"""
+
+
+def test_signing_with_a_key(platform: Platform, verified: Path, key: Path, tmp_path: Path) -> None:
+    (tmp_path / "sign.yml").write_text(SIGN)
+    platform.action_inputs = {"python": sys.executable, "build-dir": "build"}
+    copy_of(verified, tmp_path / "platform" / "jobs" / "sign" / "work" / "caller" / "build")
+    done = platform.run(str(tmp_path / "sign.yml"), {}, {"key": key.read_text()})["sign"]
+    assert done.result == "success", done.log
+    assert "PRIVATE KEY" not in done.log
+    left = [path.name for path in (platform.folder / "jobs" / "sign").rglob("*.pem")]
+    assert left == []
+    assert len(list((platform.folder / "jobs").rglob("export/model.sig"))) == 1
 
 
 def test_what_fails_says_why_and_nothing_follows(platform: Platform, hub: HubServer) -> None:

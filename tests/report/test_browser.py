@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,20 +10,11 @@ from typing import Any
 import pytest
 from nf4_pipeline.report.page import render, report_page
 from nf4_pipeline.verification.document import parse_verification
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from tests.support import made
+from tests.support.browser import AXE, AXE_RUN, open_browser, overflow, watch
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-ARGUMENTS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 PICTURES = ["sizes", "layers", "kl", "domains"]
 CASES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "falcon": (made.made(against=True), "Pass", PICTURES),
@@ -89,16 +78,8 @@ CUT = """() => [...document.querySelectorAll("*")]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    path = next(filter(None, map(shutil.which, NAMES)), None)
-    if path is None:
-        if os.environ.get("NF4_REQUIRE_BROWSER"):
-            pytest.fail(f"NF4_REQUIRE_BROWSER is set and none of {', '.join(NAMES)} was found.")
-        pytest.skip(f"No browser: none of {', '.join(NAMES)} was found.")
-    with sync_playwright() as playwright:
-        # A fresh profile in a temporary folder is what launch() makes.
-        opened = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+    with open_browser() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +99,7 @@ def test_the_page_opens(
 ) -> None:
     _, verdict, drawn = CASES[name]
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    said, asked = _watch(page)
+    said, asked = watch(page)
     page.goto(files[name].as_uri())
     try:
         badge = page.locator("#verdict")
@@ -137,23 +118,20 @@ def test_the_page_opens(
             assert box["height"] >= 80
         assert [s.get_attribute("aria-labelledby") for s in _sections(page)] == drawn
 
-        assert _overflow(page) <= 0
+        assert overflow(page) <= 0
         assert width > 400 or page.evaluate(CUT) == []
         ratio, text, texts = page.evaluate(CONTRAST)
         assert texts > 20
         assert ratio >= 4.5, text
 
         page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
-        assert _overflow(page) <= 0
+        assert overflow(page) <= 0
         assert width > 400 or page.evaluate(CUT) == []
         assert page.evaluate(CONTRAST)[0] >= 4.5
         assert said == []
         assert asked == [files[name].as_uri()]
     finally:
         page.close()
-
-
-AXE = os.environ.get("NF4_AXE")
 
 
 @pytest.mark.skipif(not AXE, reason="NF4_AXE names no axe.min.js (npm pack axe-core)")
@@ -180,12 +158,6 @@ def test_axe_finds_no_violation(
         context.close()
 
 
-AXE_RUN = """() => axe.run({runOnly: {type: "tag", values: [
-    "wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}}).then(result => ({
-  violations: result.violations.map(v => [v.id, v.nodes.map(n => n.html.slice(0, 120))]),
-  passed: result.passes.length}))"""
-
-
 def test_the_page_prints_light_and_within_the_paper(
     browser: Browser, files: dict[str, Path]
 ) -> None:
@@ -193,28 +165,12 @@ def test_the_page_prints_light_and_within_the_paper(
     page.goto(files["falcon"].as_uri())
     page.emulate_media(media="print", color_scheme="dark")
     try:
-        assert _overflow(page) <= 0
+        assert overflow(page) <= 0
         assert page.evaluate(CONTRAST)[0] >= 4.5
         background = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
         assert background == "rgb(255, 255, 255)"
     finally:
         page.close()
-
-
-def _watch(page: Page) -> tuple[list[str], list[str]]:
-    """What the console says, and what is asked of files and network."""
-    said: list[str] = []
-    asked: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}"))
-    page.on("request", lambda request: asked.append(request.url))
-    return said, asked
-
-
-def _overflow(page: Page) -> int:
-    found: int = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-    return found
 
 
 def _sections(page: Page) -> list[Any]:
@@ -289,7 +245,7 @@ def test_nothing_that_a_stranger_names_acts(browser: Browser, tmp_path: Path, pa
     path.write_text(page_text, "utf-8")
     context = browser.new_context(bypass_csp=True)
     page = context.new_page()
-    said, asked = _watch(page)
+    said, asked = watch(page)
     try:
         page.goto(path.as_uri())
         page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")

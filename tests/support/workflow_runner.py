@@ -90,6 +90,7 @@ class Platform:
         variables: the repository's, as `vars`.
         event: what the run is started by.
         action_inputs: of this repository's own action, where a workflow gives none.
+        identity: what the environment has of jobs that may say who they are.
         attested: name -> sha256 of what was attested.
     """
 
@@ -101,6 +102,7 @@ class Platform:
     variables: Mapping[str, str] = field(default_factory=dict)
     event: str = "push"
     action_inputs: Mapping[str, str] = field(default_factory=dict)
+    identity: Mapping[str, str] = field(default_factory=dict)
     attested: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -221,10 +223,10 @@ class _Job:
     def __init__(self, platform: Platform, name: str, contexts: dict[str, Any]) -> None:
         self.platform = platform
         self.root = platform.folder / "jobs" / name
-        if self.root.exists():
+        if (self.root / "work" / "_temp").exists():
             raise WorkflowError(f"two jobs are called {name}")
         self.workspace, self.temp = self.root / "work" / "caller", self.root / "work" / "_temp"
-        self.workspace.mkdir(parents=True)
+        self.workspace.mkdir(parents=True, exist_ok=True)
         self.temp.mkdir()
         self.actions = self.root / "work" / "_actions" / REPOSITORY / SHA
         self.contexts = contexts
@@ -235,6 +237,8 @@ class _Job:
 
     def run(self, job: Mapping[str, Any]) -> JobResult:
         environment = _texts(fill_in(job.get("env") or {}, self.contexts))
+        if job["permissions"].get("id-token") == "write":
+            environment |= self.platform.identity
         failed, steps = self._steps(job["steps"], self.contexts, environment, "", None)
         if failed:
             self.done.result = "failure"

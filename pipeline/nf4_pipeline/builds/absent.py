@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from nf4_pipeline.builds.finishing import missing_weights
 from nf4_pipeline.builds.listing import Listed, list_builds
 from nf4_pipeline.checkpoint.model_name import SAMPLE, at_revision, beside, is_hub_id
 from nf4_pipeline.checkpoint.named_path import named_path
@@ -71,9 +72,8 @@ def why_no_artifact(
         return None
     real = folder.resolve()
     same = [b for b in list_builds(artifacts) if b.is_of_folder(real) or b.is_of(real.name)]
-    done = [
-        build for build in same if "serialize" in build.done and is_model(build.root / "export")
-    ]
+    exports = [(build, build.root / "export") for build in same if "serialize" in build.done]
+    done = [build for build, path in exports if is_model(path) and not missing_weights(path)]
     if done:
         name = str(done[0].root)
         do = f"Name its 4-bit build: {use.typed(name) if use.command else name}"

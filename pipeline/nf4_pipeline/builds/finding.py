@@ -10,12 +10,10 @@ from nf4_pipeline.build_folder import Build
 from nf4_pipeline.build_folder.spec import SourcePin
 from nf4_pipeline.builds.absent import ANY_USE, Use, no_build
 from nf4_pipeline.builds.choosing import Chosen, choose, matching
-from nf4_pipeline.builds.finishing import how_to_finish
+from nf4_pipeline.builds.finishing import how_to_finish, missing_weights
 from nf4_pipeline.builds.listing import Listed, list_builds, look_at
 from nf4_pipeline.checkpoint.named_path import named_path
-from nf4_pipeline.checkpoint.source import read_json
-from nf4_pipeline.checkpoint.weight_files import INDEX_FILE
-from nf4_pipeline.errors import ArtifactError, CheckpointError, UsageError
+from nf4_pipeline.errors import ArtifactError, UsageError
 from nf4_pipeline.runtime.artifact import ARTIFACTS, is_model
 
 
@@ -177,18 +175,9 @@ def _export(chosen: Chosen) -> ChosenArtifact:
             f"{root} is not finished: it is a build without an export. Finish it: "
             f"{how_to_finish(chosen.listed)}"
         )
-    if missing := _missing_weights(root / "export"):
+    if missing := missing_weights(root / "export"):
         raise ArtifactError(
             f"{root} is incomplete: {missing[0]} is missing in its export. Make it again: "
             f"{how_to_finish(chosen.listed)}"
         )
     return ChosenArtifact(root / "export", Build(root), chosen.note)
-
-
-def _missing_weights(export: Path) -> list[str]:
-    """Weight files that the index of an export names and that are not there."""
-    try:
-        named = read_json(export / INDEX_FILE)["weight_map"].values()
-        return sorted({str(name) for name in named if not (export / str(name)).exists()})
-    except (OSError, CheckpointError, LookupError, AttributeError, ValueError):
-        return []  # there is none, or whoever reads the weights says what is wrong with it

@@ -8,6 +8,9 @@ from typing import Final
 
 from nf4_pipeline.build_folder.variant import Variant
 from nf4_pipeline.builds.listing import Listed, look_at, recipe_shown
+from nf4_pipeline.checkpoint.source import read_json
+from nf4_pipeline.checkpoint.weight_files import INDEX_FILE
+from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.recipe import Recipe
 
 _OPTIONS: Final = {
@@ -66,3 +69,12 @@ def _model(build: Listed) -> list[str]:
     if build.source is not None and build.source.is_dir():
         return [str(build.source)]
     return ["MODEL"]
+
+
+def missing_weights(export: Path) -> list[str]:
+    """Weight files that the index of an export names and that are not there."""
+    try:
+        named = read_json(export / INDEX_FILE)["weight_map"].values()
+        return sorted({str(name) for name in named if not (export / str(name)).exists()})
+    except (OSError, CheckpointError, LookupError, AttributeError, ValueError):
+        return []  # there is none, or whoever reads the weights says what is wrong with it

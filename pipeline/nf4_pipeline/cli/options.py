@@ -176,9 +176,10 @@ def sigstore_options(command: Command) -> Command:
     )(command)
     return click.option(
         "--trust-config",
+        envvar="NF4_TRUST_CONFIG",
         type=NamedPath(dir_okay=False),
-        help="Another Sigstore, by its client trust configuration (JSON).  [default: the public "
-        "one]",
+        help="Another Sigstore, by its client trust configuration (JSON); or in NF4_TRUST_CONFIG, "
+        "for runs that nobody types.  [default: the public one]",
     )(command)
 
 

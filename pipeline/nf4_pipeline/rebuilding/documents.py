@@ -15,7 +15,7 @@ from typing import Any, Final
 from nf4_pipeline import __version__
 from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.checkpoint.files import CARD_FILE
-from nf4_pipeline.checkpoint.plain_file import read_text
+from nf4_pipeline.checkpoint.plain_file import read_plain, read_text
 from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.checkpoint.source_card import SourceCard, parse_card
 from nf4_pipeline.checkpoint.untrusted import size_limit
@@ -28,7 +28,7 @@ from nf4_pipeline.provenance.bom import bill_of_materials
 from nf4_pipeline.provenance.signing import SIGNATURE_FILE
 from nf4_pipeline.provenance.statement import SCHEMA_FILE, statement
 from nf4_pipeline.provenance.summary import Rebuild
-from nf4_pipeline.rebuilding.accounting import ATTESTED
+from nf4_pipeline.rebuilding.accounting import ATTESTED, GIT_FILE
 from nf4_pipeline.report.model_card import model_card
 from nf4_pipeline.reproduce.compare_files import Difference
 from nf4_pipeline.stages.publication import BOM_FILE, PROVENANCE_FILE
@@ -52,6 +52,8 @@ _WORKFLOW: Final = re.compile(
     r"(https://[\w.-]+/[\w.-]+/[\w./-]+?)(?:/\.github/|//)[\w./-]+@[\w./-]+"
 )
 _RUN: Final = re.compile(r"(https://[\w.-]+/[\w.-]+/[\w./-]+?)/(?:actions/runs|-/pipelines)/[0-9]+")
+_PROGRAM: Final = re.compile(r"\s((?:filter|diff|merge)=(?!lfs(?:\s|$))\S*)")
+_ACTS: Final = re.compile(rb"<\s*(?:script|iframe|object|embed|base)\b", re.I)
 _BASE_MODEL: Final = re.compile(r"^([\"']?)base_model\1[ \t]*:[ \t]*(.*)$", re.M)
 
 
@@ -117,9 +119,26 @@ def check_documents(folder: Path, digests: Mapping[str, FileDigest], truth: Trut
         found.notes.append(
             f"{SIGNATURE_FILE} was not looked at: nf4 check does, with the signer's public key."
         )
+    if GIT_FILE in digests:
+        _check_attributes(folder, found)
     if REPORT_FILE in digests:
+        if _ACTS.search(read_plain(folder / REPORT_FILE, size_limit(REPORT_FILE))):
+            found.differs(REPORT_FILE, "holds what a browser runs; no report does")
         found.notes.append("The report and its pictures were not drawn again.")
     return found
+
+
+def _check_attributes(folder: Path, found: Findings) -> None:
+    """What git is told to do with files: LFS, and nothing else that runs a program."""
+    try:
+        lines = read_text(folder / GIT_FILE, size_limit(GIT_FILE)).splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        found.differs(GIT_FILE, f"cannot be read: {_short(str(error))}")
+        return
+    for line in lines:
+        if not line.lstrip().startswith("#") and (odd := _PROGRAM.search(line)):
+            found.differs(GIT_FILE, f"asks for {_short(odd[1])}; only LFS belongs there")
+            return
 
 
 def _check_provenance(

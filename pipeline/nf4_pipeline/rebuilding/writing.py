@@ -44,15 +44,15 @@ _SVG: Final = (
     '<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="20" role="img" '
     'aria-label="{label}: {message}">\n'
     "<title>{title}</title>\n"
-    '<rect width="{left}" height="20" rx="3" fill="#3c4043"/>\n'
+    '<rect width="{width}" height="20" rx="3" fill="#3c4043"/>\n'
     '<rect x="{left}" width="{right}" height="20" rx="3" fill="{colour}"/>\n'
-    '<rect x="{seam}" width="6" height="20" fill="{colour}"/>\n'
+    '<rect x="{left}" width="6" height="20" fill="{colour}"/>\n'
     '<g fill="#fff" font-family="Verdana,DejaVu Sans,sans-serif" font-size="11">\n'
     '<text x="8" y="14" textLength="{left_text}">{label}</text>\n'
     '<text x="{middle}" y="14" textLength="{right_text}">{message}</text>\n'
     "</g>\n</svg>\n"
 )
-_CHARACTER: Final = 6.6  # of 11 px Verdana, on average
+_CHARACTER: Final = 6.2  # pixels of a letter of 11 px Verdana, on average
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,6 @@ def badge(result: RebuildResult) -> str:
         width=left + right,
         left=left,
         right=right,
-        seam=left,
         middle=left + 7,
         left_text=left_text,
         right_text=right_text,
