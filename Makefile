@@ -17,6 +17,19 @@ ifdef model
 $(error Variables are in capitals: write MODEL=$(model))
 endif
 
+# A word that is no target was meant as the value of a variable; make would see that only after the
+# targets before it were made, with the default model.
+TARGETS := quantize test verify prompt push reproduce bench lint format docs clean help venv dev-venv named
+stray   := $(strip $(filter-out $(TARGETS),$(MAKECMDGOALS)))
+ifneq ($(stray),)
+target   := $(firstword $(filter $(TARGETS),$(MAKECMDGOALS)))
+variable := $(or $(if $(filter prompt,$(target)),PROMPT),$(if $(filter reproduce,$(target)),ARTIFACT),MODEL)
+word     := $(subst ','\'',$(stray))
+remedy   := $(if $(target),Give it as a variable: make $(target) $(variable)="$(word)",To see all: make help)
+$(shell echo 'Error: $(word) is no target. $(remedy)' >&2)
+$(error Nothing was made)
+endif
+
 VENV := .venv
 BIN  := $(VENV)/bin
 
@@ -28,7 +41,7 @@ settings  = $(build_dir) $(if $(RECIPE),--recipe '$(RECIPE)') $(device)
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: quantize test verify prompt push reproduce bench lint format docs clean help venv dev-venv named
+.PHONY: $(TARGETS)
 
 ##@ The job
 

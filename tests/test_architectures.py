@@ -16,12 +16,13 @@ from nf4_pipeline.recipe import Recipe
 from tests.support.decoders import DECODERS, write_decoder
 from tests.support.jobs import CPU, download
 from tests.support.stock import linear4bit, logits
+from tests.support.transformers_versions import MULTIPLIES_BY_WEIGHT
 
 pytestmark = pytest.mark.usefixtures("workers_here")
 
 TOKENS: Final = (torch.arange(24) * 9 % 250).reshape(2, 12)
 MERGED: Final = {"mixtral": 2 * 4 * 3, "qwen2_moe": 2 * 4 * 3}  # layers x experts x projections
-EXPOSED: Final = {"mamba": 2}
+EXPOSED: Final = {"mamba": 2 * MULTIPLIES_BY_WEIGHT}
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import nf4_pipeline
 import pytest
 import torch
 from nf4_pipeline.build_folder import Build
-from nf4_pipeline.sample import MODEL_DIR
+from nf4_pipeline.sample import MODEL_DIR, TEXT
 
 from tests.support.calibrated import downloaded, manifest_of, quantized, settings
 from tests.support.checkpoints import read_tensors
@@ -77,3 +78,23 @@ def test_scales_of_both_signs_are_stored(calibrated_sample: Path) -> None:
         if name.endswith(".absmax") and not name.endswith("nested_absmax"):
             assert 0.2 < float((codes < 127).float().mean()) < 0.8, name
             assert not (codes == 127).any(), name  # the level zero
+
+
+def test_the_evaluation_of_the_comparison_agrees_with_verify(
+    calibrated_sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/comparison.md: decoded by bitsandbytes, scored as all peers are."""
+    scripts = Path(__file__).parents[1] / "scripts"
+    monkeypatch.syspath_prepend(scripts / "peers" / "drivers")
+    monkeypatch.syspath_prepend(scripts)
+    export = calibrated_sample / "export"
+    common, driver = import_module("common"), import_module("bitsandbytes_stock")
+    decoded = tmp_path / "decoded.safetensors"
+    common.save(decoded, driver.decode({"out": str(export)}))
+    evaluation = import_module("peers.evaluation").Evaluation(MODEL_DIR, TEXT, 8192)
+    found = evaluation.fidelity(decoded)
+    verified = json.loads((export / "verification.json").read_text("utf-8"))["fidelity"]
+    assert found.tokens == verified["tokens"]
+    assert found.mean_kl.value == pytest.approx(verified["mean_kl"]["value"], rel=0.05)
+    for name in ("top1_agreement", "perplexity_16bit", "perplexity_4bit"):
+        assert getattr(found, name).value == pytest.approx(verified[name]["value"], rel=0.005)

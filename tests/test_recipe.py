@@ -86,10 +86,10 @@ def test_a_recipe_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[quantise]", "tables: 'quantise' is unknown; expected quantize, serialize, verify"),
-        ("x = 1", "tables: 'x' is unknown"),
+        ("[quantise]", "'quantise' as a table is unknown. Did you mean 'quantize'"),
+        ("x = 1", "'x' as a table is unknown. Expected quantize, serialize, verify"),
         ("quantize = 3", r"quantize is 3; expected a table \[quantize\]"),
-        ("[quantize]\nskip = []", r"keys of \[quantize\]: 'skip' is unknown"),
+        ("[quantize]\nskip = []", r"'skip' in \[quantize\] is unknown"),
         ('[quantize]\nskip_modules = "a"', "quantize.skip_modules is 'a'; expected a list"),
         ("[quantize]\nskip_modules = [1]", r"quantize.skip_modules is \[1\]; expected a list"),
         ('[quantize]\nskip_modules = [""]', "names of modules, none of them empty"),

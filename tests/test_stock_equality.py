@@ -302,17 +302,24 @@ def test_loading_leaves_the_voice_of_transformers_as_it_was(make: Make) -> None:
         transformers_logging.set_verbosity(before)
 
 
+def stock_cannot_load(export: Path) -> bool:
+    """It refuses; or, as transformers 5.5.0 does, takes the codes for weights without a word."""
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(export, dtype="auto")
+    except RuntimeError as error:
+        return "mismatch" in str(error)
+    return not linear4bit(loaded)
+
+
 @pytest.mark.parametrize("name", FALCONS)
 def test_the_trap_stock_cannot_load_a_falcon_artifact(make: Make, name: str) -> None:
     made = make(name)
     quantizer = AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]
-    with pytest.raises(RuntimeError, match="mismatch"):
-        AutoModelForCausalLM.from_pretrained(made.export, dtype="auto")
+    assert stock_cannot_load(made.export)
     assert linear4bit(nf4_pipeline.load(made.export, device="cpu")) == made.planned
     # What `load` does to transformers ends with it.
     assert AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] is quantizer
-    with pytest.raises(RuntimeError, match="mismatch"):
-        AutoModelForCausalLM.from_pretrained(made.export, dtype="auto")
+    assert stock_cannot_load(made.export)
 
 
 def test_the_patch_of_these_tests_is_undone() -> None:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from nf4_pipeline.errors import ResourceError
+from nf4_pipeline.errors import ResourceError, UsageError
 
 DEFAULT_MEMORY_BUDGET: Final = 256 * 2**20
 _DRIVER: Final = Path("/proc/driver/nvidia/gpus")
@@ -49,6 +49,27 @@ def kind_of_device(device: str) -> str:
     if device != "auto":
         return device.partition(":")[0]
     return "cuda" if _most_devices() > 0 else "cpu"
+
+
+def check_device_name(device: str) -> None:
+    """Refuses what can be the name of no device.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        UsageError: the device is none of these.
+    """
+    if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", device):
+        return
+    said = device.strip().casefold()
+    number = re.fullmatch(r"(?:cuda|gpu)?[ :=]*([0-9]{1,4})", said)
+    gpu = re.match(r"gpu|nvidia|cud|rtx|[ahlv][0-9]", said)
+    meant = f"cuda:{number[1]}" if number else "cuda" if gpu else ""
+    raise UsageError(
+        f"--device {device[:80]!r}: expected auto, cpu, cuda, or cuda:0 for the first GPU."
+        + (f" Did you mean {meant!r}?" if meant else "")
+    )
 
 
 def check_device(device: str) -> None:

@@ -331,9 +331,13 @@ def read_tables(path: Path) -> dict[str, object]:
     except RecursionError:
         raise RecipeError(f"The recipe {path} is nested too deep.") from None
     except ValueError as error:  # no TOML, no UTF-8, or a number of more than 4,300 digits
+        is_json = path.suffix.lower() == ".json"
+        what = (
+            "is JSON, and a recipe is TOML" if is_json else f"is not valid TOML: {str(error)[:300]}"
+        )
         raise RecipeError(
-            f"The recipe {path} is not valid TOML: {str(error)[:300]}. Expected tables such as "
-            '[quantize], with lines such as skip_modules = ["h.31.mlp"].'
+            f"The recipe {path} {what}. Write {'another file with ' if is_json else ''}tables such "
+            'as [quantize], and under it lines such as skip_modules = ["h.31.mlp"].'
         ) from error
 
 
@@ -343,7 +347,7 @@ def parse_recipe(tables: Mapping[str, object], where: str) -> Recipe:
     Raises:
         RecipeError: a key is unknown, or a value has a wrong type or is out of range.
     """
-    _reject_unknown(tables, TABLES, f"{where}: tables")
+    _reject_unknown(tables, TABLES, where, "as a table")
     return Recipe(
         _parse_table(QuantizeRecipe, "quantize", tables, where),
         _parse_table(SerializeRecipe, "serialize", tables, where),
@@ -356,7 +360,7 @@ def _parse_table(kind: type[T], name: str, tables: Mapping[str, object], where: 
     if not isinstance(table, dict):
         raise RecipeError(f"{where}: {name} is {_shown(table)}; expected a table [{name}].")
     defaults = {item.name: getattr(kind(), item.name) for item in fields(kind)}
-    _reject_unknown(table, defaults, f"{where}: keys of [{name}]")
+    _reject_unknown(table, defaults, where, f"in [{name}]")
     values = {
         key: _typed(value, defaults[key], f"{where}: {name}.{key}") for key, value in table.items()
     }
@@ -366,13 +370,12 @@ def _parse_table(kind: type[T], name: str, tables: Mapping[str, object], where: 
         raise RecipeError(f"{where}: {error}") from error
 
 
-def _reject_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> None:
+def _reject_unknown(keys: Iterable[str], known: Iterable[str], where: str, place: str) -> None:
     unknown = sorted(set(keys) - set(known))
     if unknown:
         near = did_you_mean(str(unknown[0]), known)
-        raise RecipeError(
-            f"{where}: {_shown(unknown[0])} is unknown; expected {', '.join(known)}.{near}"
-        )
+        expected = near or f" Expected {', '.join(known)}."
+        raise RecipeError(f"{where}: {_shown(unknown[0])} {place} is unknown.{expected}")
 
 
 def _typed(value: object, default: object, where: str) -> Any:

@@ -133,7 +133,7 @@ def test_what_is_no_artifact_is_not_opened(case: str, mine: Path) -> None:
         (
             "no/such/folder",
             BuildError,
-            "no build under /.*/artifacts whose model, tag or folder is",
+            "no/such/folder: no such folder",
         ),
         ("me/model", ArtifactError, "is no folder, and there is no build of it. An artifact on"),
         (

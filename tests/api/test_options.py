@@ -30,7 +30,7 @@ MORE_OF_VERIFY: Final = {"calibrate", "extra_bytes", "workers", "memory_budget"}
 """Options of every stage command; verify has no use for them."""
 
 COMMANDS: Final[list[tuple[str, Callable[..., Any], set[str]]]] = [
-    ("build", nf4_pipeline.build, set()),
+    ("build", nf4_pipeline.build, {"dry_run"}),
     ("verify", Artifact.verify, OF_THE_BUILD | MORE_OF_VERIFY),
     ("push", Artifact.push, OF_THE_BUILD),
     ("prompt", nf4_pipeline.prompt, OF_THE_BUILD),
@@ -117,8 +117,16 @@ def test_what_an_option_says_wins_and_names_its_table(tmp_path: Path) -> None:
 
 
 REFUSED: Final[dict[str, tuple[Callable[[], object], type[Exception], str]]] = {
-    "an unknown table": (lambda: make_recipe({"quantise": {}}), RecipeError, "'quantise' is unkn"),
-    "an unknown key": (lambda: make_recipe({"verify": {"kl": 1}}), RecipeError, "'kl' is unknown"),
+    "an unknown table": (
+        lambda: make_recipe({"quantise": {}}),
+        RecipeError,
+        "'quantise' as a table",
+    ),
+    "an unknown key": (
+        lambda: make_recipe({"verify": {"kl": 1}}),
+        RecipeError,
+        "'kl' in [verify] is unknown",
+    ),
     "no table": (lambda: make_recipe({"verify": 3}), RecipeError, "verify is 3"),  # type: ignore[dict-item]
     "a wrong type": (
         lambda: make_recipe({"verify": {"eval_tokens": "9"}}),
@@ -135,8 +143,8 @@ REFUSED: Final[dict[str, tuple[Callable[[], object], type[Exception], str]]] = {
     "no budget": (lambda: make_machine(memory_budget="much"), UsageError, "'much'"),
     "a negative budget": (lambda: make_machine(memory_budget=-1), UsageError, "-1"),
     "no device memory": (lambda: make_machine(device_memory="8XB"), UsageError, "8XB"),
-    "a repo without its owner": (lambda: make_target("model"), UsageError, "ORG/NAME"),
-    "a path as a repo": (lambda: make_target("./me/model"), UsageError, "ORG/NAME"),
+    "a repo without its owner": (lambda: make_target("model"), UsageError, "USER/"),
+    "a path as a repo": (lambda: make_target("./me/model"), UsageError, "USER/"),
     "a pattern that is no list": (
         lambda: make_request("m", allow_unused="score"),
         UsageError,

@@ -10,7 +10,7 @@ from nf4_pipeline.build_folder.spec import BuildSpec, SourcePin
 from nf4_pipeline.build_folder.variant import folder_name
 from nf4_pipeline.builds import Listed, no_build
 from nf4_pipeline.builds.choosing import choose, matching
-from nf4_pipeline.builds.finding import how_to_finish
+from nf4_pipeline.builds.finishing import how_to_finish
 from nf4_pipeline.errors import UsageError
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe, SerializeRecipe
 
@@ -117,26 +117,26 @@ def test_those_that_lack_what_is_needed_count_only_where_all_do() -> None:
 NOBODY: dict[str, tuple[str, str]] = {
     "an artifact on the Hub": (
         "me/sample-nf4",
-        "me/sample-nf4 under {}. Start one: nf4 build me/sample-nf4. If it is an artifact on the",
+        "me/sample-nf4 was not built here. If it is an artifact on the Hub, check it",
     ),
     "and what then": (
         "me/sample-nf4",
-        "fetch it first: hf download me/sample-nf4 --local-dir DIR; then: nf4 reproduce DIR.",
+        "download me/sample-nf4 --local-dir sample-nf4; then: nf4 reproduce sample-nf4. If",
     ),
     "at a revision": (
         "me/sample-nf4@v2",
-        "hf download me/sample-nf4 --revision v2 --local-dir DIR; then: nf4 reproduce DIR.",
+        "hf download me/sample-nf4 --revision v2 --local-dir sample-nf4; then: ",
     ),
-    "an id that is near": ("org/onr", "Did you mean org/one? Start one: nf4 build org/onr."),
-    "an id that ends alike": ("me/one", "build of me/one under {}. Start one: nf4 build me/one."),
-    "a tag that is near": ("defualt", "is defualt; it is no folder here and no Hub id (ORG/NAME)"),
-    "and which": ("defualt", "Did you mean default? Or start one: nf4 build MODEL."),
-    "sampel": ("sampel", "Did you mean sample?"),
-    "a folder that is near": ("modle", "Did you mean model?"),
-    "a path": ("builds/onee", "Did you mean builds/one?"),
-    "the sample": ("sample", "There is no build of sample under {}. Builds there: "),
-    "a checkpoint": ("model", "Start one: nf4 build model."),
-    "an artifact": ("loaded", "loaded is an artifact that lies in no build"),
+    "an id that is near": ("org/onr", "Did you mean 'org/one'? If it is an artifact"),
+    "an id that ends alike": ("me/one", "me/one was not built here. If it is"),
+    "a tag that is near": ("defualt", "no Hub id (ORG/NAME) is called 'defualt'; looked in {}."),
+    "and which": ("defualt", "Did you mean 'default'? To make a build: nf4 build MODEL"),
+    "sampel": ("sampel", "Did you mean 'sample'?"),
+    "a folder that is near": ("modle", "Did you mean 'model'?"),
+    "a path": ("builds/onee", "builds/onee: no such folder. Did you mean 'builds/one'?"),
+    "the sample": ("sample", "There is no build of sample under {}. Start one: nf4 build sample"),
+    "a checkpoint": ("model", "Start one: nf4 build model"),
+    "an artifact": ("loaded", "loaded was not built on this machine, and this needs a build."),
 }
 
 
@@ -147,6 +147,7 @@ def test_what_is_said_of_a_name_that_nothing_has(
     for name in ("model", "builds/one", "loaded"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "loaded" / "manifest.json").write_text("{}")
+    (tmp_path / "model" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     name, said = NOBODY[case]
     listing = [PLAIN, BETTER] if name == "sample" else LISTING
@@ -158,7 +159,7 @@ def test_what_is_said_where_there_is_none_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in (None, "calibrated", "org/one"):
+    for name in (None, "calibrated"):
         assert f"{tmp_path}/artifacts" in str(no_build(name))
     (tmp_path / "one@000000000000" / "records").mkdir(parents=True)
     for name in (None, "calibrated", "org/one"):
@@ -175,8 +176,8 @@ def local(folder: Path) -> Listed:
     ("build", "command"),
     [
         (PLAIN, f"nf4 build org/one --revision {'a' * 40} --build-dir {PLAIN.root}"),
-        (SAMPLE, f"nf4 build sample --build-dir {SAMPLE.root}, with the recipe that"),
-        (BETTER, "that it was begun with (calibrate = self)"),
+        (SAMPLE, f"nf4 build sample --build-dir {SAMPLE.root} --max-shard-size 5MB"),
+        (BETTER, f"--build-dir {BETTER.root} --calibrate self"),
         (local(Path("/gone")), "nf4 build MODEL --build-dir builds/mine"),
         (local(Path("/tmp")), "nf4 build /tmp --build-dir builds/mine"),
         (Listed(Path("odd name"), None), "nf4 build MODEL --build-dir 'odd name'"),

@@ -20,6 +20,7 @@ from typing import Final
 
 from nf4_pipeline.provenance.signing import sign
 
+from tests.support import hub_uploads  # noqa: F401  # its routes
 from tests.support.hub_client import isolated
 from tests.support.hub_server import HubServer
 from tests.support.signed import make_keys
@@ -35,6 +36,12 @@ MOVED: Final = "artifacts/moved@000000000000"
 SIGNED: Final = "signed"
 BARE: Final = "artifacts/bare@000000000000"
 BROKEN: Final = "artifacts/broken@000000000000"
+FETCHED: Final = "artifacts/fetched@000000000000"
+"""A build of which only the source was fetched."""
+
+READER: Final = "hf_reader"
+"""The token of somebody who owns nothing on the Hub."""
+
 ON_HUB: Final = "me/sample-nf4"
 """An artifact that somebody published."""
 
@@ -50,6 +57,8 @@ class Mistake:
         status: the exit code.
         variables: of the environment, beside those of every case.
         hub: a Hub answers; without, the cache is asked alone.
+        remedy: a pattern; what it finds in the message (its group, if it has one) helps.
+        typed: a line with what was found in it, which does go well.
     """
 
     item: str
@@ -58,11 +67,19 @@ class Mistake:
     status: int = 2
     variables: Mapping[str, str] = field(default_factory=dict)
     hub: bool = False
+    remedy: str = ""
+    typed: str = "{}"
 
     @property
     def args(self) -> list[str]:
         """What `nf4` gets."""
         return shlex.split(self.line)[1:]
+
+    @property
+    def shown(self) -> str:
+        """The line with the variables before it, as it is shown."""
+        set_here = [f"{name}={value}" for name, value in self.variables.items() if value != UNSET]
+        return " ".join([*set_here, self.line])
 
     @property
     def is_alone(self) -> bool:
@@ -81,7 +98,7 @@ def make_place(folder: Path, model: Path, whole: Path) -> Path:
     copy_of(model, folder / "model")
     weights = folder / "model" / "model-00001-of-00002.safetensors"
     copy_of(whole, folder / BUILD)
-    for name in (MOVED, BARE, BROKEN):
+    for name in (MOVED, BARE, BROKEN, FETCHED):
         copy_of(whole, folder / name)
     min((folder / BROKEN / "export").glob("*.safetensors")).unlink()
     for path in (folder / MOVED / "source").iterdir():
@@ -91,6 +108,11 @@ def make_place(folder: Path, model: Path, whole: Path) -> Path:
         for name in ("serialize", "verify", "attest"):
             (folder / build / "records" / f"{name}.json").unlink(missing_ok=True)
         shutil.rmtree(folder / build / "export")
+    for name in ("quantized", "export"):
+        shutil.rmtree(folder / FETCHED / name)
+    for record in (folder / FETCHED / "records").glob("*.json"):
+        if record.name != "download.json":
+            record.unlink()
     for name in ("lora", "gguf", "awq", "pickled", "empty", "t5", "no-tokenizer", "half-tokenizer"):
         (folder / name).mkdir()
     (folder / "lora" / "adapter_config.json").write_text(
@@ -138,6 +160,7 @@ def _sign_and_change(folder: Path, export: Path) -> None:
 
 def serve(hub: HubServer, model: Path, export: Path) -> None:
     """What the Hub of these cases holds."""
+    hub.store.users[READER] = "reader"
     hub.store.add("me/tiny", model)
     hub.store.add(ON_HUB, export)
     hub.store.add(GATED, model).gated = True
@@ -179,6 +202,19 @@ def run_process(mistake: Mistake, place: Path, endpoint: str) -> Done:
 UNSET: Final = "<unset>"
 
 
+def cure_of(mistake: Mistake, done: Done) -> str:
+    """The line that a message names, as somebody would type it; empty if it names none.
+
+    Args:
+        mistake: one with a `remedy`.
+        done: what came of it.
+    """
+    found = re.search(mistake.remedy, " ".join(message(done).split()))
+    if found is None:
+        return ""
+    return mistake.typed.format(found[found.re.groups])
+
+
 def message(done: Done) -> str:
     """The error and what stands below it."""
     lines = done.err.splitlines()
@@ -206,16 +242,51 @@ MISTAKES: Final = (
     Mistake("command", "nf4 quantise sample", ("No such command", "quantize")),
     Mistake("command", "nf4 reproduc model", ("No such command", "reproduce")),
     Mistake("command", "nf4 upload model", ("No such command", "Did you mean 'push'")),
-    Mistake("command", "nf4 frobnicate", ("No such command", "nf4 --help")),
+    Mistake("command", "nf4 frobnicate", ("No such command", "nf4 --help"), remedy="nf4 --help"),
     Mistake("command", "nf4 sample", ("No such command", "nf4 build sample")),
-    Mistake("command", "nf4 help build", ("an option: nf4 build --help",)),
-    Mistake("command", "nf4 help", ("an option: nf4 --help",)),
-    Mistake("command", "nf4 version", ("nf4 --version",)),
+    Mistake("command", "nf4 help build", ("an option",), remedy="nf4 build --help"),
+    Mistake("command", "nf4 help", ("an option",), remedy="nf4 --help"),
+    Mistake("command", "nf4 version", ("nf4 --version",), remedy="nf4 --version"),
     Mistake("option", "nf4 build sample --calibarte self", ("No such option", "--calibrate")),
     Mistake("option", "nf4 build model --max-shard 1GB", ("No such option", "--max-shard-size")),
-    Mistake("option", "nf4 status --workers 4", ("No such option",)),
-    Mistake("option", "nf4 build model --workers many", ("--workers", "not a valid whole number")),
-    Mistake("option", "nf4 build model --device gpu", ("--device 'gpu'", "auto, cpu, cuda")),
+    Mistake(
+        "option",
+        "nf4 build model --dry_run",
+        ("No such option '--dry_run'", "Did you mean"),
+        remedy="'(--dry-run)'",
+        typed="nf4 build model {}",
+    ),
+    Mistake(
+        "option",
+        "nf4 status --workers 4",
+        ("No such option", "one of `nf4 build`, `nf4 quantize`", "Leave it out"),
+    ),
+    Mistake(
+        "option",
+        "nf4 build --model sample",
+        ("No such option", "MODEL is no option"),
+        remedy="nf4 build sample$",
+        typed="{} --dry-run",
+    ),
+    Mistake(
+        "option",
+        "nf4 build model --gpu",
+        ("No such option", "Did you mean '--device cuda'"),
+    ),
+    Mistake("option", "nf4 build model --output here", ("No such option", "'--build-dir'")),
+    Mistake("option", "nf4 build model --token abc", ("No such option", "HF_TOKEN", "hf auth")),
+    Mistake(
+        "option",
+        "nf4 build model --workers many",
+        ("--workers is 'many'; expected a whole number from 0 to 1,024",),
+        remedy="such as (--workers 4)",
+        typed="nf4 build model --dry-run {}",
+    ),
+    Mistake(
+        "option",
+        "nf4 build model --device gpu",
+        ("--device 'gpu'", "auto, cpu, cuda, or cuda:0 for the first GPU", "mean 'cuda'"),
+    ),
     Mistake(
         "option",
         'nf4 prompt model "Hello" --device cuda',
@@ -227,7 +298,9 @@ MISTAKES: Final = (
     Mistake(
         "option",
         "nf4 build model --extra-bytes 5",
-        ("--extra-bytes needs --calibrate, ", "Add --calibrate self, or leave it out"),
+        ("--extra-bytes needs --calibrate, ", "Or leave --extra-bytes out"),
+        remedy="--calibrate self --extra-bytes 5%",
+        typed="nf4 build model --dry-run {}",
     ),
     Mistake("option", "nf4 build model --calibrate", ("requires an arg", "--calibrate self$")),
     Mistake(
@@ -236,41 +309,88 @@ MISTAKES: Final = (
         ("--calibrate has no value: --extra-bytes follows", "--calibrate self$"),
     ),
     Mistake("option", "nf4 build model --calibrate slef", ("slef", "Did you mean 'self'?")),
-    Mistake("option", "nf4 build model --bits 4", ("No such option '--bits'. `nf4 build --help`",)),
+    Mistake(
+        "option",
+        "nf4 build model --bits 4",
+        ("No such option '--bits'", "always makes the 4-bit", "Leave it out"),
+    ),
     Mistake(
         "option",
         "nf4 build model --skip-modules h.0",
-        ("No such option", "key of a recipe", r"skip_modules = .*\[quantize\]", "--recipe"),
+        ("No such option", "key of a recipe, under .quantize."),
+        remedy="printf .* && nf4 build model --recipe my.toml$",
+        typed="{} --dry-run",
     ),
     Mistake(
         "option",
         "nf4 build model --build-dir /proc/foo",
-        ("/proc/foo cannot be made", "another --build-dir"),
+        ("/proc/foo cannot be made", "belongs to the system"),
         1,
+        remedy="--build-dir, such as (artifacts/mine)",
+        typed="nf4 build model --dry-run --build-dir {}",
     ),
     Mistake(
         "option",
         "nf4 build model --build-dir notes.txt/build",
-        ("notes.txt/build cannot be made", "Not a directory", "another --build-dir"),
+        ("notes.txt/build cannot be made", "notes.txt is no folder, but a file"),
         1,
     ),
     Mistake("option", "nf4 build model --calibrate self --extra-bytes 500%", ("500%", '"5%"')),
     Mistake("option", "nf4 build model --revision main", ("--revision main", "local folder")),
+    Mistake(
+        "option",
+        f"nf4 quantize {BUILD} --part 9/8",
+        ("--part '9/8': there is no part 9 of 8", "--part 8/8$"),
+    ),
+    Mistake(
+        "option", f"nf4 quantize {BUILD} --part 3", ("--part '3': expected I/N", "such as 3/8")
+    ),
+    Mistake(
+        "option",
+        f"nf4 quantize {FETCHED} --merge",
+        ("holds no part of what it is for", "--part 1/N"),
+        1,
+    ),
+    Mistake(
+        "option",
+        f"nf4 build model --build-dir {BUILD} --max-shard-size 100MB",
+        ("is another build", "max_shard_size", "Leave --build-dir out", "--replace"),
+        1,
+    ),
     # What is named as a model
-    Mistake("model", "nf4 build", ("Missing argument 'MODEL'", "sample")),
+    Mistake("model", "nf4 build", ("Missing argument 'MODEL': a Hub id", "nf4 build sample$")),
+    Mistake(
+        "model",
+        "nf4 build sample model",
+        ("one model at a time", "nf4 build sample && nf4 build model"),
+    ),
     Mistake("model", 'nf4 build ""', ("empty", "sample|ORG/NAME")),
     Mistake("model", "nf4 build sampel", ("sampel", "Did you mean.*sample")),
+    Mistake("model", "nf4 build Sample", ("Sample: no such folder", "Did you mean 'sample'")),
     Mistake("model", "nf4 build ./modle", ("no such folder", "Did you mean.*model")),
-    Mistake("model", "nf4 build falcon-7b@main", ("option: ORG/falcon-7b --revision main",)),
+    Mistake(
+        "model",
+        'nf4 build "~/models/falcon-7b"',
+        ("no such folder", "looked for /.*/models/falcon-7b", "Correct the path"),
+    ),
+    Mistake(
+        "model",
+        "nf4 build falcon-7b@main",
+        ("begins with its owner", "tiiuae/falcon-7b --revision main"),
+    ),
     Mistake(
         "model", "nf4 build tiiuae/falcon-7b@main", ("option: tiiuae/falcon-7b --revision main",)
     ),
     Mistake(
         "model",
         "nf4 build falcon-7b@00112233aabb-calibrated-3fa2",
-        ("a folder of a build", "name the model"),
+        ("the name of a build", "`nf4 status`", "name the model: ORG/falcon-7b"),
     ),
-    Mistake("model", "nf4 build falcon-7b-instruct", ("no such folder", "ORG/NAME")),
+    Mistake(
+        "model",
+        "nf4 build falcon-7b-instruct",
+        ("no such folder", "ORG/NAME", "Did you mean 'tiiuae/falcon-7b-instruct'"),
+    ),
     Mistake(
         "model",
         "nf4 build https://huggingface.co/tiiuae/falcon-7b-instruct",
@@ -295,32 +415,63 @@ MISTAKES: Final = (
     Mistake(
         "model",
         "nf4 build model/model-00001-of-00002.safetensors",
-        ("one file", "folder that holds all of them: model"),
+        ("one file",),
+        remedy="folder that holds all of them: (model)$",
+        typed="nf4 build {} --dry-run",
     ),
     Mistake("model", "nf4 build notes.txt", ("is a file", "folder")),
     Mistake("model", "nf4 build gguf", ("GGUF files", "16-bit checkpoint"), 1),
-    Mistake("model", "nf4 build lora", ("adapter", "tiiuae/falcon-7b", "merge_and_unload"), 1),
-    Mistake("model", "nf4 build awq", ("already quantized", "AWQ", "16-bit"), 1),
-    Mistake("model", f"nf4 build {BUILD}", ("build folder", "nf4 verify|nf4 status"), 1),
-    Mistake("model", f"nf4 build {BUILD}/export", ("already quantized", "nf4 prompt"), 1),
-    Mistake("model", "nf4 build pickled", ("pickles", "--allow-pickle"), 1),
-    Mistake("model", "nf4 build t5", ("not? a?.*causal LM|no causal LM", "left to right"), 1),
+    Mistake(
+        "model",
+        "nf4 build lora",
+        ("adapter", "tiiuae/falcon-7b", "merge_and_unload", "nf4 build lora-merged$"),
+        1,
+    ),
+    Mistake("model", "nf4 build awq", ("already quantized", "AWQ", "16-bit", "card"), 1),
+    Mistake(
+        "model",
+        f"nf4 build {BUILD}",
+        ("build folder", "nf4 status --build-dir", "To go on with it: nf4 build /"),
+        1,
+        remedy=f"nf4 build /.* --build-dir {BUILD}$",
+        typed="{} --dry-run",
+    ),
+    Mistake(
+        "model",
+        f"nf4 build {BUILD}/export",
+        ("already quantized", "nf4 prompt", "another from its source: nf4 build"),
+        1,
+        remedy=f'nf4 prompt {BUILD}/export "Hello"',
+        typed="{} --max-new-tokens 1",
+    ),
+    Mistake("model", "nf4 build pickled", ("pickles", "nf4 build /.*/pickled --allow-pickle$"), 1),
+    Mistake("model", "nf4 build t5", ("decoder-only", "choose one such as Falcon"), 1),
     Mistake("model", "nf4 build empty", ("config.json", "save_pretrained|Hub"), 1),
     Mistake("model", "nf4 build models--tiiuae--falcon-7b", ("Hub cache", "snapshots"), 1),
     Mistake("model", f"nf4 serialize {MOVED}", ("dead link", "usb-stick", "[Bb]ring"), 1),
     Mistake("model", "make quantize MODEL=", ("MODEL", "sample")),
+    Mistake(
+        "model",
+        "make quantize tiiuae/falcon-7b",
+        ("no target", 'make quantize MODEL="tiiuae/falcon-7b"'),
+    ),
+    Mistake(
+        "model",
+        'make prompt "Tell me a story"',
+        ("no target", 'make prompt PROMPT="Tell me a story"'),
+    ),
     # The Hub and the network
     Mistake(
         "network",
         "nf4 build tiiuae/falcon-7b",
-        ("cannot be reached", "local folder|folder", "--offline|HF_HUB_OFFLINE", "HF_ENDPOINT"),
+        (f"{NOBODY} cannot be reached .connection refused", "comes from HF_ENDPOINT", "folder"),
         1,
         {"HF_ENDPOINT": NOBODY, "HF_HUB_OFFLINE": UNSET},
     ),
     Mistake(
         "network",
         'nf4 prompt tiiuae/falcon-7b "Hello"',
-        ("cannot be reached", "folder", "HF_ENDPOINT"),
+        ("cannot be reached", "comes from HF_ENDPOINT", "`nf4 status` lists the builds"),
         1,
         {"HF_ENDPOINT": NOBODY, "HF_HUB_OFFLINE": UNSET},
     ),
@@ -340,7 +491,7 @@ MISTAKES: Final = (
     Mistake(
         "network",
         "nf4 build me/tiny",
-        ("HF_HUB_DOWNLOAD_TIMEOUT", "'soon'", "seconds|number"),
+        ("HF_HUB_DOWNLOAD_TIMEOUT is 'soon'; expected a whole number of seconds, such as 10",),
         1,
         {"HF_HUB_DOWNLOAD_TIMEOUT": "soon"},
         hub=True,
@@ -348,85 +499,152 @@ MISTAKES: Final = (
     Mistake(
         "network",
         'nf4 prompt me/tiny "Hello"',
-        ("HF_HUB_ETAG_TIMEOUT", "'soon'", "seconds|number"),
+        ("HF_HUB_ETAG_TIMEOUT is 'soon'; expected a whole number of seconds", "unset"),
         1,
         {"HF_HUB_ETAG_TIMEOUT": "soon"},
         hub=True,
     ),
     Mistake("Hub", "nf4 build me/tinny", ("not found", "private", "HF_TOKEN"), 1, hub=True),
     Mistake("Hub", f"nf4 build {GATED}", ("gated", "licence", "HF_TOKEN"), 1, hub=True),
+    Mistake(
+        "Hub",
+        f"nf4 build {GATED}",
+        ("does not accept the token", "settings/tokens", "unset HF_TOKEN"),
+        1,
+        {"HF_TOKEN": "hf_wrong"},
+        hub=True,
+    ),
+    Mistake(
+        "Hub",
+        f"nf4 build {GATED}",
+        ("gated", "the token that is set has no access", "accept the licence at"),
+        1,
+        {"HF_TOKEN": READER},
+        hub=True,
+    ),
     Mistake("Hub", f'nf4 prompt {GATED} "Hello"', ("gated", "licence", "HF_TOKEN"), 1, hub=True),
     Mistake("Hub", 'nf4 prompt me/tinny "Hello"', ("not found", "HF_TOKEN"), 1, hub=True),
-    Mistake("Hub", "nf4 build me/tiny --revision v9", ("no revision 'v9'", "branch"), 1, hub=True),
-    Mistake("Hub", "nf4 build me/lora", ("adapter", "merge"), 1, hub=True),
+    Mistake(
+        "Hub",
+        "nf4 build me/tiny --revision v9",
+        ("no revision 'v9'", "Leave --revision out for main", "me/tiny/tree/main"),
+        1,
+        hub=True,
+    ),
+    Mistake(
+        "Hub", "nf4 build me/lora", ("adapter", "merge_and_unload", "lora-merged$"), 1, hub=True
+    ),
     Mistake("Hub", "nf4 build me/model-GGUF", ("GGUF", "16-bit"), 1, hub=True),
     Mistake(
         "Hub",
         f"nf4 build {ON_HUB}",
-        (f"^Error: {ON_HUB} is already quantized", f'Use it: nf4 prompt {ON_HUB} "…"'),
+        (
+            f"^Error: {ON_HUB} is already quantized",
+            f'Use it: nf4 prompt {ON_HUB} "Hello"',
+            "its 16-bit source, a folder called model",
+        ),
         1,
         hub=True,
     ),
     # Files that options name
     Mistake("file", "nf4 build model --recipe typo.toml", ("skip_module'", "skip_modules")),
-    Mistake("file", "nf4 build model --recipe recipe.json", ("TOML", r"\[quantize\]|recipe")),
-    Mistake("file", "nf4 build model --prompts prompts.txt", ("prompts.txt", "JSON", "prompt")),
+    Mistake("file", "nf4 build model --recipe recipe.json", ("is JSON", "TOML", r"\[quantize\]")),
+    Mistake(
+        "file",
+        "nf4 build model --prompts prompts.txt",
+        ("prompts.txt, line 1 is plain text", "a JSON object on each line", "prompt"),
+    ),
     Mistake(
         "file",
         "nf4 build model --eval-text missing.txt",
-        ("missing.txt", "No such file", "Name another .--eval-text., or none for the text that"),
+        ("missing.txt", "No such file", "looked in /", "leave --eval-text out"),
     ),
     Mistake(
         "file",
         "nf4 build model --prompts missing.jsonl",
-        ("missing.jsonl", "No such file", "Name others .--prompts., or none for those that"),
+        ("missing.jsonl", "No such file", "looked in /", "leave --prompts out"),
     ),
     Mistake("file", "nf4 build model --calibrate missing.txt", ("missing.txt", "No such file")),
-    Mistake("file", "nf4 build model --calibrate short.txt", ("short.txt", "tokens", "at least")),
+    Mistake(
+        "file",
+        "nf4 build model --calibrate short.txt",
+        ("short.txt", "at least 256, better 16,384", "KB of English", "--calibrate self$"),
+    ),
     Mistake("file", "nf4 build no-tokenizer --calibrate short.txt", ("tokenizer", "self")),
     # Artifacts
-    Mistake("artifact", "nf4 verify nothing", ("no build.*nothing", "Start one: nf4 build"), 1),
-    Mistake("artifact", f"nf4 verify --build-dir {BARE}", ("serialize",), 1),
+    Mistake(
+        "artifact",
+        "nf4 verify nothing",
+        ("No build, no folder and no Hub id .* 'nothing'", "Builds there: ", "nf4 build MODEL"),
+        1,
+    ),
+    Mistake(
+        "artifact",
+        f"nf4 verify --build-dir {BARE}",
+        ("not finished", "nothing to verify yet"),
+        1,
+        remedy=f"nf4 build /.* --build-dir {BARE}$",
+        typed="{} --dry-run",
+    ),
     Mistake(
         "artifact",
         "nf4 inspect model",
-        ("is a checkpoint, not an artifact", "that name: artifacts/|one: nf4 build model"),
+        ("is a checkpoint, not an artifact", r"nf4 inspect artifacts/\S+$|nf4 build model$"),
         1,
     ),
     *(
         Mistake(
             "artifact",
             f"nf4 {command} {ON_HUB}{options}",
-            (
-                f"no build of {ON_HUB} under .*artifacts",
-                f"hf download {ON_HUB} --local-dir DIR; then: nf4 reproduce DIR",
-            ),
+            (said, f"hf download {ON_HUB} --local-dir sample-nf4; then: {then}"),
             1,
         )
-        for command, options in (
-            ("inspect", ""),
-            ("reproduce", ""),
-            ("verify", ""),
-            ("push", " --repo-id me/mine"),
+        for command, options, said, then in (
+            ("inspect", "", "is not on this machine", "nf4 inspect sample-nf4"),
+            ("reproduce", "", "is not on this machine", "nf4 reproduce sample-nf4"),
+            ("verify", "", "compares a build with its 16-bit source", "nf4 reproduce sample-nf4"),
+            (
+                "push",
+                " --repo-id me/mine",
+                "publishes only what was built and verified here",
+                "hf upload me/mine sample-nf4",
+            ),
         )
     ),
-    Mistake("artifact", f"nf4 verify {SIGNED}", ("lies in no build", f"nf4 reproduce {SIGNED}"), 1),
+    Mistake(
+        "artifact",
+        f"nf4 verify {SIGNED}",
+        ("was not built on this machine", f"nf4 reproduce {SIGNED}$"),
+        1,
+    ),
     Mistake(
         "artifact",
         f"nf4 push {SIGNED} --repo-id me/mine",
-        ("lies in no build", f"nf4 reproduce {SIGNED}"),
+        ("was not built on this machine", f"hf upload me/mine {SIGNED}", "nf4 build"),
         1,
     ),
     Mistake(
         "artifact",
         f"nf4 verify {BUILD} --against defualt",
-        ("is defualt", "Did you mean default?"),
+        ("--against 'defualt': no such build", "Did you mean 'default'?"),
+        1,
+    ),
+    Mistake(
+        "artifact",
+        f"nf4 verify {BUILD} --against no-tokenizer",
+        ("no-tokenizer is a checkpoint, not an artifact", "nf4 build no-tokenizer"),
+        1,
+    ),
+    Mistake(
+        "artifact",
+        f"nf4 reproduce {SIGNED} --source no-tokenizer",
+        ("no-tokenizer lacks tokenizer.json", "another model", "--source with the folder of"),
         1,
     ),
     Mistake(
         "artifact",
         "nf4 verify artifacts/modle@000000000000",
-        ("Did you mean artifacts/model@000000000000?",),
+        ("modle@000000000000: no such folder. Did you mean 'artifacts/model@000000000000'?",),
         1,
     ),
     Mistake(
@@ -438,37 +656,69 @@ MISTAKES: Final = (
     Mistake(
         "artifact",
         'cd empty && nf4 prompt calibrated "Hello"',
-        ("no build under .*/empty/artifacts", "tag or folder is calibrated", "no folder here"),
+        ("looked in .*/empty/artifacts", "folder in which it is started", "Go there first: cd /"),
         1,
     ),
     Mistake(
         "artifact",
         'nf4 prompt "Tell me a story" sample',
-        ('The model comes first: nf4 prompt sample "Tell me a story"$',),
+        ("The model comes first",),
+        remedy='nf4 prompt sample "Tell me a story"$',
+        typed="{} --max-new-tokens 1",
     ),
+    Mistake(
+        "artifact",
+        "nf4 prompt model Tell me a story",
+        ("several words stands in quotes",),
+        remedy='nf4 prompt model "Tell me a story"$',
+        typed="{} --max-new-tokens 1",
+    ),
+    Mistake(
+        "artifact",
+        'nf4 prompt model --prompt "Hello"',
+        ("No such option", "TEXT is no option"),
+        remedy="nf4 prompt model Hello$",
+        typed="{} --max-new-tokens 1",
+    ),
+    Mistake("artifact", 'nf4 prompt model ""', ("TEXT is empty", 'nf4 prompt model "Hello"$')),
     Mistake(
         "artifact",
         f'nf4 prompt {BROKEN} "Hello"',
-        ("export of a build", f"nf4 build MODEL --build-dir .*{BROKEN}` again"),
+        ("incomplete", "model-00001-of-00002.safetensors is missing"),
         1,
+        remedy=f"nf4 build /.* --build-dir {BROKEN}$",
+        typed="{} --dry-run",
     ),
-    Mistake("artifact", "nf4 inspect nothing", ("no build.*nothing", "Start one: nf4 build"), 1),
-    Mistake("artifact", "nf4 reproduce nothing", ("no build.*nothing", "Start one"), 1),
+    Mistake("artifact", "nf4 inspect nothing", ("No build.*'nothing'", "nf4 build MODEL"), 1),
+    Mistake("artifact", "nf4 reproduce nothing", ("No build.*'nothing'", "nf4 build MODEL"), 1),
     Mistake(
         "artifact",
         f'nf4 prompt {BARE} "Hello"',
-        ("without an export", f"nf4 build /.* --build-dir {BARE}"),
+        ("not finished", "without an export", f"nf4 build /.* --build-dir {BARE}$"),
         1,
     ),
     Mistake("artifact", "nf4 prompt model", ("Missing argument 'TEXT'",)),
     Mistake(
-        "artifact", 'nf4 prompt model "Hello" --temperature hot', ("--temperature", "not a valid")
+        "artifact",
+        'nf4 prompt model "Hello" --temperature hot',
+        ("--temperature is 'hot'", "a number"),
+        remedy="such as (--temperature 0.7)",
+        typed="nf4 prompt model Hello --max-new-tokens 1 {}",
     ),
-    Mistake("artifact", 'nf4 prompt model "Hello" --top-p 90', ("top_p is 90", "90 % is 0.9")),
+    Mistake(
+        "artifact",
+        'nf4 prompt model "Hello" --temperature -1',
+        ("--temperature is -1; expected 0 for the likeliest token",),
+    ),
+    Mistake(
+        "artifact",
+        'nf4 prompt model "Hello" --top-p 90',
+        ("--top-p is 90; expected", "such as --top-p 0.9; 90 % is 0.9"),
+    ),
     Mistake(
         "artifact",
         'nf4 prompt model "Hello" --max-new-tokens 0',
-        ("max_new_tokens is 0", "at least 1"),
+        ("--max-new-tokens is 0; expected a whole number from 1", "--max-new-tokens 100$"),
     ),
     Mistake(
         "artifact",
@@ -482,23 +732,54 @@ MISTAKES: Final = (
         ("other bytes", "get it again"),
         1,
     ),
+    Mistake(
+        "artifact",
+        f"nf4 check {SIGNED} --key signre.pub",
+        ("The key signre.pub cannot be read", "Did you mean 'signer.pub'"),
+    ),
+    Mistake(
+        "artifact",
+        f"nf4 check {SIGNED} --key signer.pem",
+        ("signer.pem is a private key", "checked with a public one"),
+        remedy=r"openssl ec -in signer.pem -pubout -out \S+$",
+    ),
     Mistake("artifact", 'nf4 prompt no-tokenizer "Hello"', ("tokenizer", "tokenizer.json"), 1),
-    Mistake("artifact", f"nf4 sign {BUILD}", ("Missing option '--key'", "openssl|PEM|key.pem")),
-    Mistake("artifact", f"nf4 sign {BUILD} --key key.pem", ("no private key", "openssl ecparam")),
+    Mistake(
+        "artifact",
+        f"nf4 sign {BUILD}",
+        ("--key", "openssl ecparam"),
+        remedy=r"test -e my-key.pem \|\| openssl .* -out my-key.pem",
+    ),
+    Mistake(
+        "artifact",
+        f"nf4 sign {BUILD} --key key.pem",
+        ("key.pem is no private key",),
+        remedy=r"openssl ecparam .* -out my-key\S*.pem$",
+    ),
     Mistake(
         "artifact",
         f"nf4 check {BUILD} --key key.pem",
-        ("has no signature", "Only its maker", "nf4 reproduce"),
+        ("has no signature", "If you made it, .*nf4 sign", "nf4 reproduce"),
         1,
     ),
     Mistake(
-        "artifact", f"nf4 push {BUILD}", ("Missing option '--repo-id'", "--repo-id me/sample-nf4")
+        "artifact",
+        f"nf4 push {BUILD}",
+        ("Missing option '--repo-id'",),
+        remedy=f"nf4 push {BUILD} --repo-id me/sample-nf4$",
+        typed="{} --dry-run",
     ),
-    Mistake("artifact", f"nf4 push {BUILD} --repo-id mine", ("--repo-id 'mine'", "ORG/NAME")),
+    Mistake(
+        "artifact",
+        f"nf4 push {BUILD} --repo-id mine",
+        ("--repo-id 'mine': the owner is missing", "user name"),
+        remedy="--repo-id USER/mine$",
+        typed=f"nf4 push {BUILD} --dry-run {{}}",
+    ),
     Mistake(
         "artifact",
         f"nf4 push {BARE} --repo-id me/mine --dry-run",
-        ("serialize|verif", "nf4 verify|nf4 build"),
+        ("not finished", "only a verified build can be published", "nf4 build /.* --build-dir"),
         1,
     ),
     Mistake(
@@ -506,6 +787,14 @@ MISTAKES: Final = (
         f"nf4 push {BUILD} --repo-id me/mine",
         ("token", "HF_TOKEN|hf auth login"),
         1,
+        hub=True,
+    ),
+    Mistake(
+        "artifact",
+        f"nf4 push {BUILD} --repo-id me/tiny",
+        ("may write to me/tiny", "settings/tokens", "the owner must be you"),
+        1,
+        {"HF_TOKEN": READER},
         hub=True,
     ),
 )

@@ -125,7 +125,7 @@ UNUSABLE: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         already_quantized,
         ("already quantized", "'bitsandbytes'", "Start from the 16-bit"),
     ),
-    "t5": (encoder_decoder, ("t5 model", "no causal LM", "left to right")),
+    "t5": (encoder_decoder, ("t5 model", "no causal LM", "decoder-only")),
     "vit": (vision, ("vit model", "no causal LM")),
     "unknown architecture": (unknown_architecture, ("'brand-new'", "does not know", "never run")),
 }
@@ -166,7 +166,7 @@ def test_a_revision_of_a_folder(tiny_falcon: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "patterns"),
     [
-        ("[quantise]\n", ("'quantise' is unknown", "expected quantize")),
+        ("[quantise]\n", ("'quantise' as a table is unknown", "Did you mean 'quantize'")),
         ("[verify]\nmax_new_tokens = 0\n", (r"verify\.max_new_tokens is 0", "expected > 0")),
         ("[verify\n", ("not valid TOML",)),
     ],

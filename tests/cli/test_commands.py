@@ -312,7 +312,7 @@ def test_inspect(built: Built) -> None:
 def test_inspect_of_something_else(built: Built, tmp_path: Path) -> None:
     done = nf4("inspect", built.model, cwd=tmp_path)
     assert done.status == 1
-    assert "is a checkpoint, not an artifact. Make one: nf4 build /" in done.err
+    assert "is a checkpoint, not an artifact: a 16-bit model. Build it: nf4 build /" in done.err
     assert "Traceback" not in done.err
 
 
@@ -341,13 +341,13 @@ def test_push_refuses_what_was_not_verified(built: Built, tmp_path: Path) -> Non
     (build.root / "records" / "verify.json").unlink()
     done = nf4(*arguments, cwd=tmp_path)
     assert done.status == 1
-    assert "no finished `verify` stage" in done.err
+    assert "only a verified build can be published. Finish it: nf4 build " in done.err
 
 
 def test_push_wants_a_repo_name(tmp_path: Path) -> None:
     done = nf4("push", "--dry-run", "--repo-id", "no-slash", cwd=tmp_path)
     assert done.status == 2
-    assert "expected ORG/NAME" in done.err
+    assert "the owner is missing" in done.err
 
 
 def test_a_prompt_is_answered_greedily(built: Built) -> None:

@@ -58,8 +58,8 @@ COMMANDS: dict[str, tuple[list[str], int, str]] = {
     "quantize": ([], 0, "quantize: was done"),
     "serialize": ([], 0, "serialize: was done"),
     "verify": (["--prompts", "none.jsonl"], 2, "none.jsonl cannot be read"),
-    "attest": ([], 1, "no finished `verify` stage"),
-    "push": (["--dry-run", "--repo-id", "a/b"], 1, "no finished `verify` stage"),
+    "attest": ([], 1, "there is nothing to attest yet. Finish it: nf4 build "),
+    "push": (["--dry-run", "--repo-id", "a/b"], 1, "only a verified build can be published"),
     "inspect": ([], 0, "FalconForCausalLM"),
     "prompt": (["Hello", "--max-new-tokens", "1", "--json"], 0, '"prompt": "Hello"'),
     "reproduce": ([], 2, "made from a local folder named 'tiny-falcon'"),
@@ -134,8 +134,8 @@ def test_a_name_that_nothing_has(here: Two, command: str, name: str, close: str)
     done = run(command, name)
     assert done.status in (1, 2)
     if command != "prompt":
-        assert f"whose model, tag or folder is {name}" in done.err
-        assert f"Did you mean {close}?" in done.err
+        assert f"is called {name!r}" in done.err
+        assert f"Did you mean {close!r}?" in done.err
     assert (content(here.default), content(here.skip)) == before
 
 
@@ -150,7 +150,7 @@ def test_without_a_name(here: Two) -> None:
     shutil.rmtree(here.default.root)
     done = run_nf4("push", "--dry-run", "--repo-id", "a/b")
     assert f"build: {here.skip.root}\n" in done.err
-    assert "no finished `verify` stage" in done.err
+    assert "only a verified build can be published" in done.err
 
 
 def test_quiet_says_nothing_of_it(here: Two) -> None:
@@ -165,7 +165,10 @@ def test_a_downloaded_artifact_and_a_source_without_a_build(here: Two, tmp_path:
     shutil.rmtree("artifacts")
     done = run_nf4("inspect", here.model)
     assert done.status == 1
-    assert f"{here.model} is a checkpoint, not an artifact. Make one: nf4 build" in done.err
+    assert (
+        f"{here.model} is a checkpoint, not an artifact: a 16-bit model. Build it: nf4 build"
+        in done.err
+    )
 
 
 def test_against_takes_a_tag(here: Two) -> None:
@@ -174,7 +177,7 @@ def test_against_takes_a_tag(here: Two) -> None:
     assert f"against: {here.default.export}\n" in done.err
     done = run_nf4("verify", "skip", "--against", "defualt", "--prompts", "none.jsonl")
     assert done.status == 1
-    assert "Did you mean default?" in done.err
+    assert "Did you mean 'default'?" in done.err
 
 
 def test_stages_of_another_recipe_by_the_models_name(here: Two) -> None:

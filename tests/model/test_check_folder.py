@@ -151,7 +151,7 @@ DAMAGE: Final[dict[str, tuple[Callable[[Path], object], str]]] = {
     "an absolute index": (_index("/etc/model.safetensors"), "plain name of a .safetensors"),
     "an index of a pickle": (_index("pytorch_model.bin"), "plain name of a .safetensors"),
     "an index of nothing": (_index("model-9.safetensors"), "lacks 1 of the 1 shards"),
-    "a pickle": (_pickle, "only as Python pickles.*--allow-pickle of `nf4 build`"),
+    "a pickle": (_pickle, "only as Python pickles.*nf4 build .* --allow-pickle"),
     "a linked shard": (_link_out(SHARDS[0]), "a link out of its folder"),
     "a sparse template": (_sparse("chat_template.jinja"), "no real chat_template.jinja has more"),
     "an adapter": (

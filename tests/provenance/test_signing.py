@@ -93,7 +93,7 @@ def linked_folder(artifact: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "unsigned": (unsigned, r"has no signature.*nf4 sign"),
+    "unsigned": (unsigned, r"has no signature.*nf4 reproduce .*nf4 sign .* --key"),
     "empty": (empty, "not what was signed"),
     "not a bundle": (not_a_bundle, "not what was signed"),
     "linked": (linked, "symbolic link"),

@@ -367,8 +367,8 @@ def test_a_nan_in_what_is_copied_is_named_with_its_place(llama: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        (["manifest.json"], 'it is an artifact .*Use it: nf4 prompt me/model-nf4 "…"'),
-        (["quant_config.json"], "Start from the 16-bit checkpoint"),
+        (["manifest.json"], 'it is an artifact .*Use it: nf4 prompt me/model-nf4 "Hello"'),
+        (["quant_config.json"], "Start from the 16-bit model"),
     ],
 )
 def test_what_is_quantized_on_the_hub_is_called_by_its_id(

@@ -458,7 +458,7 @@ WRONG: Final[dict[str, tuple[tuple[str, ...], str]]] = {
     "no such prompts": (("--prompts", "none.jsonl"), "none.jsonl cannot be read"),
     "prompts that are none": (("--prompts", "empty.txt"), "empty.txt are empty"),
     "nothing to compare with": (("--against", "./none"), "There is no build under"),
-    "no such device": (("--device", "tpu"), "--device 'tpu': expected auto, cpu, cuda or cuda:N"),
+    "no such device": (("--device", "tpu"), "--device 'tpu': expected auto, cpu, cuda, or cuda:0"),
 }
 
 

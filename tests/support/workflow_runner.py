@@ -237,7 +237,7 @@ class _Job:
 
     def run(self, job: Mapping[str, Any]) -> JobResult:
         environment = _texts(fill_in(job.get("env") or {}, self.contexts))
-        if job["permissions"].get("id-token") == "write":
+        if job.get("permissions", {}).get("id-token") == "write":
             environment |= self.platform.identity
         failed, steps = self._steps(job["steps"], self.contexts, environment, "", None)
         if failed:

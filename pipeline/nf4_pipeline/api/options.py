@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from nf4_pipeline.checkpoint.named_path import named_path
 from nf4_pipeline.errors import UsageError
-from nf4_pipeline.machine import DEFAULT_MEMORY_BUDGET, Machine
+from nf4_pipeline.machine import DEFAULT_MEMORY_BUDGET, Machine, check_device_name
 from nf4_pipeline.recipe import TABLES, PartialRecipe, Recipe, parse_recipe, parse_size, read_tables
 
 if TYPE_CHECKING:
@@ -145,8 +145,7 @@ def make_machine(
     Raises:
         UsageError: a value is out of its range, or no size or device.
     """
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", device):
-        raise UsageError(f"--device {device[:80]!r}: expected auto, cpu, cuda or cuda:N.")
+    check_device_name(device)
     if not 0 <= workers <= _MOST_WORKERS:
         raise UsageError(f"--workers {workers}: expected 0 to {_MOST_WORKERS}.")
     return Machine(
@@ -172,6 +171,19 @@ def make_target(
     return Target(repo_id, private, create_pr, force)
 
 
+def _expected_of(repo_id: str) -> str:
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", repo_id.strip("/")).strip("-.")
+    if name and "/" not in repo_id:
+        return (
+            f"the owner is missing. Write your user name on the Hub, or that of an organization, "
+            f"before it: --repo-id USER/{name}"
+        )
+    return (
+        "expected USER/NAME, of letters, digits, -, _ and dots, with your user name on the Hub or "
+        "an organization first."
+    )
+
+
 def check_repo_id(repo_id: str | None) -> None:
     """Refuses what no repo of the Hub can be called; None stands for no repo.
 
@@ -179,6 +191,4 @@ def check_repo_id(repo_id: str | None) -> None:
         UsageError: the repo is not called ORG/NAME.
     """
     if repo_id is not None and not _REPO_ID.fullmatch(repo_id):
-        raise UsageError(
-            f"--repo-id {repo_id[:120]!r}: expected ORG/NAME, of letters, digits, -, _ and dots."
-        )
+        raise UsageError(f"--repo-id {repo_id[:120]!r}: {_expected_of(repo_id)}")

@@ -73,8 +73,8 @@ class Build:
         record = self.record(kind)
         if record is None:
             raise BuildError(
-                f"{self.root} has no finished `{kind.stage}` stage. Run `nf4 {kind.stage}` on it "
-                "first, or `nf4 build` for all stages."
+                f"{self.root} is not finished: its {kind.stage} stage is not done. Run `nf4 build` "
+                "with its model and --build-dir, which does all that is missing."
             )
         return record
 

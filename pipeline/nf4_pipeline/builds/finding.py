@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.build_folder.spec import SourcePin
+from nf4_pipeline.builds.absent import ANY_USE, Use, no_build
 from nf4_pipeline.builds.choosing import Chosen, choose, matching
-from nf4_pipeline.builds.listing import Listed, list_builds, look_at, recipe_shown
-from nf4_pipeline.checkpoint.model_name import SAMPLE, at_revision, beside, is_hub_id
+from nf4_pipeline.builds.finishing import how_to_finish, missing_weights
+from nf4_pipeline.builds.listing import Listed, list_builds, look_at
 from nf4_pipeline.checkpoint.named_path import named_path
-from nf4_pipeline.errors import ArtifactError, BuildError, UsageError
-from nf4_pipeline.near_names import near_names
-from nf4_pipeline.runtime.artifact import ARTIFACTS, build_roots, is_model, is_quantized
-
-_MOST_SHOWN: Final = 5
+from nf4_pipeline.errors import ArtifactError, UsageError
+from nf4_pipeline.runtime.artifact import ARTIFACTS, is_model
 
 
 @dataclass(frozen=True)
@@ -42,6 +38,7 @@ def find_build(
     *,
     newest: bool = False,
     needs: str = "",
+    use: Use = ANY_USE,
 ) -> Chosen:
     """The build that a name means.
 
@@ -52,6 +49,7 @@ def find_build(
         artifacts: the folder that holds builds.
         newest: of several that are meant, take the one worked on last.
         needs: as in `choose`.
+        use: what it is wanted for, for messages.
 
     Raises:
         BuildError: there is no such build.
@@ -59,18 +57,21 @@ def find_build(
     """
     if name is not None and (root := _build_at(named_path(name))) is not None:
         return Chosen(look_at(root), named=True)
-    found = find_builds(name, artifacts)
+    found = find_builds(name, artifacts, use)
     if not found:
-        raise no_build(None, artifacts)
+        raise no_build(None, artifacts, use=use)
     return choose(None if name is None else str(name), found, newest=newest, needs=needs)
 
 
-def find_builds(name: str | Path | None, artifacts: Path = ARTIFACTS) -> list[Listed]:
+def find_builds(
+    name: str | Path | None, artifacts: Path = ARTIFACTS, use: Use = ANY_USE
+) -> list[Listed]:
     """All builds that a name means, the one worked on last first; for no name, all there are.
 
     Args:
         name: as in `find_build`.
         artifacts: the folder that holds builds.
+        use: as in `find_build`.
 
     Raises:
         BuildError: there is no such build.
@@ -81,7 +82,7 @@ def find_builds(name: str | Path | None, artifacts: Path = ARTIFACTS) -> list[Li
     listing = list_builds(artifacts)
     found = candidates(name, listing)
     if name is not None and not found:
-        raise no_build(name, artifacts, listing)
+        raise no_build(name, artifacts, listing, use)
     return found
 
 
@@ -171,130 +172,12 @@ def _export(chosen: Chosen) -> ChosenArtifact:
     root = chosen.listed.root
     if not is_model(root / "export"):
         raise ArtifactError(
-            f"{root} is a build without an export. Finish it: {how_to_finish(chosen.listed)}."
+            f"{root} is not finished: it is a build without an export. Finish it: "
+            f"{how_to_finish(chosen.listed)}"
+        )
+    if missing := missing_weights(root / "export"):
+        raise ArtifactError(
+            f"{root} is incomplete: {missing[0]} is missing in its export. Make it again: "
+            f"{how_to_finish(chosen.listed)}"
         )
     return ChosenArtifact(root / "export", Build(root), chosen.note)
-
-
-def how_to_finish(build: Listed) -> str:
-    """The command that finishes a build, as far as is known of which model it is."""
-    words = ["nf4", "build", "MODEL"]
-    if build.is_sample:
-        words[2] = "sample"
-    elif build.spec is not None and build.spec.source.commit is not None:
-        words[2:] = [build.spec.source.repo, "--revision", build.spec.source.commit]
-    elif build.source is not None and build.source.is_dir():
-        words[2] = str(build.source)
-    command = shlex.join([*words, "--build-dir", str(build.root)])
-    own = recipe_shown(build.variant) if build.variant is not None else ""
-    return f"{command}, with the recipe that it was begun with ({own})" if own else command
-
-
-def why_no_artifact(folder: Path, artifacts: Path = ARTIFACTS) -> ArtifactError | None:
-    """The error of a plain checkpoint where an artifact is wanted; None of any other folder.
-
-    Args:
-        folder: that was named, and is in no build.
-        artifacts: the folder that holds builds.
-    """
-    if (folder / "manifest.json").exists() or not is_model(folder) or is_quantized(str(folder)):
-        return None
-    name = folder.resolve().name
-    same = [build.root for build in list_builds(artifacts) if build.is_of(name)]
-    do = f"A build of that name: {same[0]}" if same else f"Make one: nf4 build {_quoted(folder)}"
-    return ArtifactError(f"{folder} is a checkpoint, not an artifact. {do}.")
-
-
-def _quoted(name: str | Path) -> str:
-    return shlex.quote(str(name))
-
-
-def no_build(
-    name: str | Path | None, artifacts: Path = ARTIFACTS, listing: Sequence[Listed] | None = None
-) -> BuildError:
-    """The error of a name that no build has.
-
-    Args:
-        name: as it was given.
-        artifacts: the folder that holds builds.
-        listing: of them, if it is known.
-    """
-    known = list_builds(artifacts) if listing is None else listing
-    return BuildError(_nothing(name, known, artifacts))
-
-
-def _nothing(name: str | Path | None, listing: Sequence[Listed], artifacts: Path) -> str:
-    """The message for a name that no build has."""
-    where = artifacts.absolute()
-    if not listing and build_roots(where.parent):
-        here = f" The builds lie in {where.parent} itself: go to the folder above it."
-    else:
-        here = ""
-    if name is None:
-        return f"There is no build under {where}.{here or ' Start one: nf4 build sample.'}"
-    text, path = str(name), named_path(name)
-    if (path / "manifest.json").is_file():
-        return (
-            f"{path} is an artifact that lies in no build, and this needs a build with its records "
-            f"and its source. To check an artifact of others: nf4 reproduce {_quoted(path)}."
-        )
-    said = f"There is no build of {text} under {where}"
-    near = _near(text, path, listing)
-    if path.is_dir() or text == SAMPLE:
-        start = _quoted(text)
-    elif is_hub_id(text) and not path.parent.is_dir():
-        return _not_on_disk(text, said, near) + here
-    else:
-        start = "MODEL"
-        said = (
-            f"There is no build under {where} whose model, tag or folder is {text}; it is no "
-            "folder here and no Hub id (ORG/NAME) either"
-        )
-    if here:
-        return f"{said}.{here}"
-    if near:
-        return f"{said}. Did you mean {near}? Or start one: nf4 build {start}."
-    if listing:
-        shown = [build.root.name for build in listing[:_MOST_SHOWN]]
-        more = ", …" if len(listing) > len(shown) else ""
-        said += f". Builds there: {', '.join(shown)}{more}"
-    return f"{said}. Start one: nf4 build {start}."
-
-
-def _not_on_disk(repo: str, said: str, near: str) -> str:
-    """The message for a Hub id of which there is no build.
-
-    Args:
-        repo: the id, perhaps with a revision behind it.
-        said: that there is none.
-        near: a name that may have been meant; empty if there is none.
-    """
-    model, revision = at_revision(repo) or (repo, "")
-    at = _quoted(model) + (f" --revision {_quoted(revision)}" if revision else "")
-    meant = f" Did you mean {near}?" if near else ""
-    return (
-        f"{said}.{meant} Start one: nf4 build {at}. If it is an artifact on the Hub, fetch it "
-        f"first: hf download {at} --local-dir DIR; then: nf4 reproduce DIR."
-    )
-
-
-def _near(name: str, path: Path, listing: Sequence[Listed]) -> str:
-    """A build, a folder, or "sample" that may have been meant; empty if nothing is near.
-
-    A Hub id is near to other ids only, and to few: it says little that two of them end alike.
-
-    Args:
-        name: as it was given.
-        path: the same as a path.
-        listing: of the builds.
-    """
-    models = {build.spec.source.repo for build in listing if build.spec}
-    if path.parent != Path() and path.parent.is_dir():
-        found = near_names(path.name, beside(path))
-        return str(path.parent / found[0]) if found else ""
-    if is_hub_id(name):
-        found = near_names(name, filter(is_hub_id, models - {name}), cutoff=0.8)
-    else:
-        known = {*models, *beside(path)}.union(*(build.names for build in listing))
-        found = near_names(name, sorted(known - {name}))
-    return found[0] if found else ""

@@ -134,8 +134,8 @@ def check_spec(
         more = f"; and {len(problems) - _MOST_SHOWN} more" if len(problems) > _MOST_SHOWN else ""
         raise BuildError(
             f"{build.root} is another build: {'; '.join(problems[:_MOST_SHOWN])}{more}. It was "
-            "left as it is. Name the model and no folder, or another --build-dir, and both stand "
-            "side by side; or let --replace make this one anew."
+            "left as it is. Leave --build-dir out, or name another one, and both stand side by "
+            "side; or add --replace, and this one is made anew."
         )
 
 

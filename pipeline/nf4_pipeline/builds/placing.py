@@ -15,6 +15,7 @@ from nf4_pipeline.build_folder.variant import (
     split_name,
     text_sha256,
 )
+from nf4_pipeline.builds.absent import ANY_USE, Use
 from nf4_pipeline.builds.choosing import ambiguous
 from nf4_pipeline.builds.finding import candidates, find_build
 from nf4_pipeline.builds.keeping import complete_recipe, spec_of
@@ -68,6 +69,7 @@ def find_place(
     stage: Literal["quantize", "serialize"],
     said: PartialRecipe,
     artifacts: Path = ARTIFACTS,
+    use: Use = ANY_USE,
 ) -> tuple[Build, str]:
     """The build in which a stage shall run by what was said of its recipe.
 
@@ -80,6 +82,7 @@ def find_place(
         stage: that shall run.
         said: of the recipe.
         artifacts: the folder that holds builds.
+        use: as in `find_build`.
 
     Returns:
         The build, and a note for people, which one it is; empty if a path said it.
@@ -90,7 +93,7 @@ def find_place(
         RecipeError: the text to calibrate on cannot be read.
     """
     needs = {"quantize": "download", "serialize": "quantize"}[stage]
-    newest = find_build(name, artifacts, newest=True, needs=needs)
+    newest = find_build(name, artifacts, newest=True, needs=needs, use=use)
     if newest.named:
         chosen = find_build(name, artifacts, needs=needs)
         return Build(chosen.listed.root), chosen.note

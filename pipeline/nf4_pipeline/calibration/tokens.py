@@ -303,8 +303,9 @@ def tokens_of_text(
     whole = len(ids) // room
     if whole == 0:
         raise RecipeError(
-            f"The calibration text {path} has {len(ids)} tokens; expected at least {room}, "
-            f"better {sequences * length:,}."
+            f"The calibration text {path} has {len(ids)} tokens; expected at least {room}, better "
+            f"{sequences * length:,} (some {round(sequences * length * 4, -4) // 1000:,} KB of "
+            "English). Give a longer text, or let the model write one: --calibrate self"
         )
     picked = np.linspace(0, whole - 1, min(sequences, whole)).round().astype(int)
     rows = rearrange(np.array(ids[: whole * room], np.int32), "(row id) -> row id", id=room)[picked]

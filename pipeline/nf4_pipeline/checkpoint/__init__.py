@@ -5,6 +5,7 @@
     safetensors_header.py  parsing and writing the header, strictly: every byte is accounted for
     named_path.py   a path as somebody wrote it, looked at before the system is asked for it
     model_name.py   what stands where a model is wanted and is no folder
+    named_source.py of which model an artifact says that it is, for messages
     plain_file.py   reading a file that may be a pipe, a device or far too large
     strict_json.py  untrusted JSON, limited before it is parsed
     generation_config.py  generation_config.json, of the types that generating needs

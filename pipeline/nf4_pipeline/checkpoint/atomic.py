@@ -93,9 +93,20 @@ def check_can_be_made(folder: Path) -> None:
     except OSError as error:
         if error.errno not in _TAKES_NONE:
             raise
+        if not above.is_dir():
+            why = (
+                f"{above} is no folder, but a file" if above.is_file() else f"{above} is no folder"
+            )
+            remedy = "Name"
+        elif error.errno in (errno.EACCES, errno.EPERM):
+            why = f"this user may not write in {above}"
+            remedy = "Give the user the right to it, or name"
+        else:
+            why, remedy = f"{above} takes no folders ({error.strerror})", "Name"
+            if str(above).startswith(("/proc", "/sys", "/dev")):
+                why = f"{above} belongs to the system, and takes no folders"
         raise AccessError(
-            f"{folder} cannot be made: {above} takes no folder ({error.strerror}). Give this user "
-            "the right to it, or name another --build-dir."
+            f"{folder} cannot be made: {why}. {remedy} another --build-dir, such as artifacts/mine."
         ) from error
 
 

@@ -80,9 +80,10 @@ def without_weights(folder: Path) -> str:
     )
     if pickles:
         return (
-            f"{folder} holds its weights only as Python pickles ({pickles[0]}, …), which can run "
-            "code when they are read. Take a checkpoint in safetensors, or see --allow-pickle of "
-            "`nf4 build` and `nf4 download`."
+            f"{folder} holds its weights only as Python pickles ({pickles[0]}"
+            f"{', …' if pickles[1:] else ''}), which can run code when they are read. Take a "
+            "checkpoint in safetensors. If you trust its maker, let them be scanned and converted: "
+            f"nf4 build {shlex.quote(str(folder))} --allow-pickle"
         )
     expected = "expected model.safetensors.index.json or model.safetensors in it."
     if others:
@@ -126,7 +127,10 @@ def _build_again(folder: Path) -> str | None:
     if folder.absolute().name != "export" or not (root / "records").is_dir():
         return None
     place = shlex.quote(str(root))
-    return f"It is the export of a build: run `nf4 build MODEL --build-dir {place}` again."
+    return (
+        "It is the export of a build: run `nf4 build` again with the model that `nf4 status "
+        f"--build-dir {place}` names, and --build-dir {place}."
+    )
 
 
 def _shards_of(name: str) -> str:
@@ -215,11 +219,28 @@ def adapter_advice(folder: Path) -> str | None:
     except (OSError, ValueError, AttributeError):
         base, kind = None, None
     base = base if isinstance(base, str) and base else None
+    of = f"{folder} holds an adapter ({str(kind or 'PEFT')[:80]}) of {base or 'a base model'}"
+    return f"{of}, not a whole model. {how_to_merge(str(folder), base, f'{folder.name}-merged')}"
+
+
+def how_to_merge(adapter: str, base: str | None, merged: str) -> str:
+    """The line that makes a whole model of an adapter.
+
+    Args:
+        adapter: its folder or Hub id.
+        base: the model that it adapts; None if that is not known, and the adapter says it.
+        merged: the folder to make.
+    """
+    code = (
+        "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as "
+        f"T; M.from_pretrained({adapter!r}, dtype='auto').merge_and_unload()"
+        f".save_pretrained({merged!r}); T.from_pretrained({base or adapter!r})"
+        f".save_pretrained({merged!r})"
+    )
+    word = shlex.quote(code) if {*code} & {*'"$`\\!'} else f'"{code}"'
     return (
-        f"{folder} holds an adapter ({kind or 'PEFT'}) of {base or 'a base model'}, not a whole "
-        "model: merge it first. With peft: PeftModel.from_pretrained(AutoModelForCausalLM."
-        f"from_pretrained({base or 'BASE'!r}), {str(folder)!r}).merge_and_unload()"
-        ".save_pretrained(NEW), and the tokenizer beside it; then name NEW."
+        f"Merge it into that model first: pip install peft && python -c {word} && nf4 build "
+        f"{shlex.quote(merged)}"
     )
 
 

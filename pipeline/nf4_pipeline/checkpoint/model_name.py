@@ -32,6 +32,19 @@ _BUILD: Final = re.compile(r"[^@/]+@[0-9a-f]{12}(-[a-z0-9-]+)?")
 
 _WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _ARCHIVES: Final = (".zip", ".tar", ".gz", ".tgz", ".zst", ".xz", ".7z", ".bz2")
+_OWNERS: Final = {
+    "falcon": "tiiuae",
+    "falcon3": "tiiuae",
+    "gemma": "google",
+    "llama": "meta-llama",
+    "mistral": "mistralai",
+    "phi": "microsoft",
+    "qwen2.5": "Qwen",
+    "qwen3": "Qwen",
+    "smollm2": "HuggingFaceTB",
+}
+"""Who owns the models of a family, by how their names begin, for those who leave it out."""
+
 _MOST: Final = 1000  # names of a folder that are compared
 
 
@@ -78,24 +91,40 @@ def check_hub_id(name: str) -> None:
     if (path := named_path(name)).is_file():
         raise UsageError(_of_file(path))
     if _BUILD.fullmatch(name):
+        owner, is_whole, model = name.partition("@")[0].rpartition("--")
+        of = f"{owner}/{model}" if is_whole else f"ORG/{model}, with its owner for ORG"
         raise UsageError(
-            f"{name} is called as a folder of a build is, and there is none of that name here. To "
-            "build, name the model that it was built from."
+            f"{name} looks like the name of a build, and there is no folder of that name (`nf4 "
+            f"status` lists the builds here). To build, name the model: {of}"
         )
     is_beside = len(path.parts) > 1 and path.parent.is_dir()
     if (at := at_revision(name)) is not None and not is_beside:
         model, revision = at
-        whole = "" if is_hub_id(model) else "ORG/"
+        owner = "" if is_hub_id(model) else f"{_owner(model) or 'ORG'}/"
+        needed = " (a Hub id begins with its owner)" if owner else ""
         raise UsageError(
-            f"{name}: no such folder. A revision is an option: {whole}{model} --revision {revision}"
+            f"{name}: no such folder. A revision is an option{needed}: {owner}{model} --revision "
+            f"{revision}"
         )
     if is_hub_id(name) and "@" not in name:
         return
     near = did_you_mean(path.name, beside(path), "" if len(path.parts) < 2 else f"{path.parent}/")
-    if is_hub_id(name.strip("/")) and not name.startswith("/"):
+    if is_hub_id(name.strip("/")) and name.endswith("/") and not name.startswith("/"):
         near = f" Did you mean {name.strip('/')!r}?"
+    if not near and "/" not in name and (of := _owner(name)):
+        near = f" Did you mean '{of}/{name}'?"
+    if not near and (is_beside or name.startswith(("~", "/", "./", "../"))):
+        raise UsageError(
+            f"{name}: no such folder; looked for {path.absolute()}. Correct the path, or name a "
+            'Hub id of the form ORG/NAME, or "sample".'
+        )
     near = near or " Write the whole id, such as tiiuae/falcon-7b-instruct, or the folder's path."
     raise UsageError(f"{name}: no such folder, and not a Hub id of the form ORG/NAME.{near}")
+
+
+def _owner(model: str) -> str:
+    """Who owns the models of a family on the Hub; empty if that is not known."""
+    return _OWNERS.get(model.partition("-")[0].casefold(), "")
 
 
 def _of_address(path: str) -> str:

@@ -203,9 +203,11 @@ def _say_failed_import(error: BaseException) -> str | None:
         if frame.f_code.co_name == "<module>" and library not in (_PACKAGE, "__main__"):
             text = " ".join(str(error).split())[:300].rstrip(".")
             if named := _variables_in(text):
+                if (number := _no_number(named, text)) is not None:
+                    return number
                 return (
                     f"{library} cannot be imported with {' and '.join(named)} "
-                    f"({type(error).__name__}: {text}). {_expected_of(text)}or unset it."
+                    f"({type(error).__name__}: {text}). Correct it, or unset it."
                 )
             return (
                 f"{library} cannot be imported: {type(error).__name__}: {text}. Libraries read the "
@@ -227,9 +229,24 @@ def _variables_in(text: str) -> list[str]:
     ]
 
 
-def _expected_of(text: str) -> str:
-    number = "invalid literal for int" in text or "convert string to float" in text
-    return "Set it to a number, such as 10 (seconds, for a timeout), " if number else "Correct it, "
+def _no_number(named: list[str], text: str) -> str | None:
+    """What to say of variables that should hold a number; None if a library says something else.
+
+    Args:
+        named: the variables, with their values.
+        text: what the library said.
+    """
+    whole = "invalid literal for int" in text
+    if not whole and "convert string to float" not in text:
+        return None
+    said = " and ".join(
+        f"{name} is {value!r}" for name, _, value in (n.partition("=") for n in named)
+    )
+    seconds = " of seconds" if all("TIMEOUT" in name.partition("=")[0] for name in named) else ""
+    expected = f"a {'whole ' if whole else ''}number{seconds}, such as 10"
+    return (
+        f"{said}; expected {expected}. Set it so, or unset it: unset {named[0].partition('=')[0]}"
+    )
 
 
 def _say_bug(error: BaseException) -> str:

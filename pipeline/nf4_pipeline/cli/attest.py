@@ -57,7 +57,9 @@ def command(
     from nf4_pipeline.api.options import check_repo_id, make_machine, make_recipe
 
     check_repo_id(repo_id)
-    build = named_build(ui, model, build_dir, newest=model is None, needs="serialize")
+    build = named_build(
+        ui, model, build_dir, newest=model is None, needs="serialize", after="verify"
+    )
     summary = None
     if rebuilt is not None:
         from nf4_pipeline.checkpoint.digest import digest_file

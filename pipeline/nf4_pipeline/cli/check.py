@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,10 @@ def command(
 
     named = identity is not None or issuer is not None
     if named == (key is not None):
-        raise UsageError("Name who must have signed: --key FILE, or --identity and --issuer.")
+        raise UsageError(
+            "Name who must have signed: --key FILE, or --identity and --issuer. For "
+            f"example: nf4 check {shlex.quote(artifact)} --key signer.pub"
+        )
     value: dict[str, Any] = {"signed": True}
     if key is not None:
         if trust_config or staging:

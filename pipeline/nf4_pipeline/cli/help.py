@@ -10,6 +10,7 @@ from typing import Any, Final
 import click
 from click.shell_completion import CompletionItem
 
+from nf4_pipeline.checkpoint.model_name import WANTED
 from nf4_pipeline.near_names import did_you_mean, near_names
 
 Examples = Sequence[tuple[str, str]]
@@ -40,6 +41,50 @@ _OTHER_WORDS: Final = {
 }
 """What other programs call a thing, and the command that does it here."""
 
+_OTHER_OPTIONS: Final = {
+    "calib": "--calibrate",
+    "calibration": "--calibrate",
+    "cuda": "--device",
+    "dataset": "--calibrate",
+    "force": "--replace",
+    "gpu": "--device",
+    "jobs": "--workers",
+    "max-tokens": "--max-new-tokens",
+    "num-workers": "--workers",
+    "out": "--build-dir",
+    "output": "--build-dir",
+    "output-dir": "--build-dir",
+    "overwrite": "--replace",
+    "repo": "--repo-id",
+    "shard-size": "--max-shard-size",
+    "threads": "--workers",
+    "trust-pickle": "--allow-pickle",
+}
+"""What other programs call an option, and the one that a command may have for it."""
+
+_ALWAYS: Final = (
+    *("4bit", "bits", "load-in-4bit", "nf4", "quant-type", "quantization", "wbits"),
+    *("block-size", "double-quant", "group-size", "use-double-quant"),
+)
+"""Options of other programs for what is always so here."""
+
+_ELSEWHERE: Final = {
+    "hf-token": "A token comes from the environment (HF_TOKEN) or from `hf auth login`.",
+    "token": "A token comes from the environment (HF_TOKEN) or from `hf auth login`.",
+    "trust-remote-code": "Code that comes with a model is never run. Leave it out.",
+    "yes": "Nothing is ever asked. Leave it out.",
+}
+"""Options of other programs, and what there is instead."""
+
+_ARGUMENTS: Final = {
+    "model": WANTED,
+    "artifact": "a model of which there is a build, a tag, or the folder of a build or an artifact",
+}
+"""What an argument is, for one that is missing."""
+
+_TYPED: Final = "nf4_pipeline.typed"
+"""Under which a context keeps what was typed behind its command."""
+
 _MOST: Final = 100  # names that a completion offers
 
 
@@ -56,6 +101,7 @@ class CommandWithExamples(click.Command):
         self.examples = examples
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_TYPED] = tuple(args)
         try:
             return super().parse_args(ctx, args)
         except click.UsageError as error:
@@ -110,12 +156,46 @@ def usage_message(error: click.ClickException) -> str:
     if context is not None and (taken := _taken_for_a_value(context)) is not None:
         return taken
     if isinstance(error, click.MissingParameter):
-        command = context.command if context is not None else None
-        if isinstance(error.param, click.Option) and error.param.help:
-            said = f"{said.rstrip('.')}: {error.param.help}"
-        if isinstance(command, CommandWithExamples):
-            said = f"{said} For example: {command.examples[0][0]}"
+        return f"{said.rstrip('.')}{_missing(error.param, context)}"
+    if context is not None and said.startswith("Got unexpected extra argument"):
+        return _too_many(context) or said
     return said
+
+
+def _missing(param: click.Parameter | None, context: click.Context | None) -> str:
+    """What to say of something that is missing: what it is, and a line that has it."""
+    command = context.command if context is not None else None
+    if not isinstance(command, CommandWithExamples) or context is None or param is None:
+        return ""
+    if isinstance(param, click.Option):
+        is_what = f": {param.help.rstrip('.')}." if param.help else "."
+        option = param.opts[0]
+        line = next((line for line, _ in command.examples if f"{option} " in line), "")
+        value = line.partition(f"{option} ")[2].partition(" ")[0]
+        if value and (typed := context.meta.get(_TYPED)):
+            line = f"{context.command_path} {shlex.join(typed)} {option} {value}"
+        return f"{is_what} For example: {line or command.examples[0][0]}"
+    what = _ARGUMENTS.get(param.name or "", "")
+    said = f": {what}." if what else "."
+    return f"{said} For example: {command.examples[0][0]}"
+
+
+def _too_many(context: click.Context) -> str | None:
+    """What to say of words for which a command has no place; None if that is not known."""
+    words = [word for word in context.meta.get(_TYPED, ()) if not word.startswith("-")]
+    if context.info_name == "prompt" and len(words) == len(context.meta[_TYPED]):
+        text = " ".join(words[1:])
+        line = f"{context.command_path} {shlex.quote(words[0])} {quoted_text(text)}"
+        return f"A text of several words stands in quotes: {line}"
+    if words == list(context.meta.get(_TYPED, ())) and len(words) > 1:
+        lines = " && ".join(f"{context.command_path} {shlex.quote(word)}" for word in words)
+        return f"{context.command_path} takes one model at a time. One after the other: {lines}"
+    return None
+
+
+def quoted_text(text: str) -> str:
+    """A text as a word of a shell, in double quotes if it can stand in them."""
+    return f'"{text}"' if not {*text} & {*'"$`\\!'} else shlex.quote(text)
 
 
 def _options(context: click.Context) -> dict[str, click.Parameter]:
@@ -135,25 +215,106 @@ def _instead_of(option: str, context: click.Context) -> str:
     Without dashes, which make all of them alike.
     """
     known = {name.lstrip("-"): name for name in _options(context) if name.startswith("--")}
-    word = option.lstrip("-")
-    longer = [known[name] for name in known if name.startswith(word)]
-    near = longer[:3] or [known[name] for name in near_names(word, known)]
-    if near:
-        return f" Did you mean {' or '.join(map(repr, near))}?"
-    if "recipe" in known and (table := _table_with(word.replace("-", "_"))) is not None:
-        key = word.replace("-", "_")
+    word = option.lstrip("-").replace("_", "-").casefold()
+    if (argument := _as_argument(option, context)) is not None:
+        return argument
+    longer = [known[name] for name in known if word and name.startswith(word)]
+    if longer:
+        return f" Did you mean {' or '.join(map(repr, longer[:3]))}?"
+    if (other := _OTHER_OPTIONS.get(word)) in known.values():
+        such = " cuda" if word in ("gpu", "cuda") else ""
+        return f" Did you mean '{other}{such}'?"
+    if others := _commands_with(f"--{word}", context):
+        which = ", ".join(f"`nf4 {name}`" for name in others[:4])
+        return f" It is one of {which}. Leave it out here."
+    if word in _ALWAYS:
         return (
-            f" It is a key of a recipe: write {key} = … under [{table}] into a TOML file, and name "
-            "that with --recipe."
+            " nf4 always makes the 4-bit weights of bitsandbytes (NF4, blocks of 64, double "
+            "quantization). Leave it out."
         )
-    return f" `{context.command_path} --help` lists those that there are."
+    if word in _ELSEWHERE:
+        return f" {_ELSEWHERE[word]}"
+    if near := [known[name] for name in near_names(word, known)]:
+        return f" Did you mean {' or '.join(map(repr, near))}?"
+    if "recipe" in known:
+        key = _in_recipe(word.replace("-", "_"), option, context)
+        if key is not None:
+            return key
+    return f" `{context.command_path} --help` lists its options."
 
 
-def _table_with(key: str) -> str | None:
-    """The table of a recipe that has a key; None if none has it."""
+def _as_argument(option: str, context: click.Context) -> str | None:
+    """For an option that is called as an argument is; None for any other."""
+    arguments = [
+        param.name
+        for param in context.command.get_params(context)
+        if isinstance(param, click.Argument)
+    ]
+    name = option.lstrip("-")
+    if name not in arguments:
+        name = {"prompt": "text", "m": "model", "model": "artifact"}.get(name, "")
+    words, value = _without(option, context)
+    if name not in arguments or not value:
+        return None
+    at = arguments.index(name)
+    words = [*words[:at], value, *words[at:]]
+    line = " ".join(quoted_text(word) if " " in word else shlex.quote(word) for word in words)
+    return f" {name.upper()} is no option. Write it without: {context.command_path} {line}"
+
+
+def _commands_with(option: str, context: click.Context) -> list[str]:
+    """The other commands that have an option."""
+    group = context.find_root().command
+    if not isinstance(group, click.Group):
+        return []
+    return [
+        name
+        for name in group.list_commands(context)
+        if (command := group.get_command(context, name)) is not None
+        and any(option in param.opts for param in command.params)
+        and command is not context.command
+    ]
+
+
+def _in_recipe(key: str, option: str, context: click.Context) -> str | None:
+    """How to say what stands in a recipe, for an option that is called as a key of one; else None.
+
+    Args:
+        key: a name.
+        option: as it was typed.
+        context: of the command.
+    """
     from nf4_pipeline.recipe import TABLES, Recipe
 
-    return next((name for name in TABLES if key in Recipe().table(name)), None)
+    table = next((name for name in TABLES if key in Recipe().table(name)), None)
+    if table is None:
+        return None
+    said = f" It is a key of a recipe, under [{table}]."
+    words, value = _without(option, context)
+    if not value or any(word.partition("=")[0] == "--recipe" for word in words):
+        return f"{said} Write it there, and name that file with --recipe."
+    usual = Recipe().table(table)[key]
+    right = f'["{value}"]' if isinstance(usual, list) else value
+    if isinstance(usual, str):
+        right = f'"{value}"'
+    names = (f"my{number}.toml" for number in ("", *range(2, 1000)))
+    file = next(name for name in names if not Path(name).exists())
+    line = f"[{table}]\\n{key} = {right}\\n"
+    return (
+        f"{said} Write it there, and name that file: printf {shlex.quote(line)} > {file} && "
+        f"{context.command_path} {shlex.join(words)} --recipe {file}"
+    )
+
+
+def _without(option: str, context: click.Context) -> tuple[list[str], str]:
+    """What was typed without an option and its value, and that value; "" if it has none."""
+    typed = list(context.meta.get(_TYPED, ()))
+    at = next((n for n, word in enumerate(typed) if word.partition("=")[0] == option), len(typed))
+    name, is_joined, value = (typed[at] if at < len(typed) else "").partition("=")
+    rest = typed[at + 1 :]
+    if name and not is_joined and rest and not rest[0].startswith("-"):
+        value, *rest = rest
+    return [*typed[:at], *rest], value
 
 
 def _value_of(option: str, context: click.Context) -> str:
@@ -161,6 +322,8 @@ def _value_of(option: str, context: click.Context) -> str:
     param = _options(context).get(option)
     if not isinstance(param, click.Option) or param.is_flag:
         return ""
+    if (expected := getattr(param.type, "expected", "")) != "":
+        return f" It takes {expected}. For example: {option} {getattr(param.type, 'example', '')}"
     values = param.make_metavar(context)
     first, *others = values.split("|")
     such = f" For example: {option} {first}" if others and first.islower() else ""

@@ -8,20 +8,31 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
+import click
+
+from nf4_pipeline.cli.help import quoted_text
 from nf4_pipeline.cli.options import ARTIFACTS, Ui
 from nf4_pipeline.cli.terminal import say
 
 if TYPE_CHECKING:
     from nf4_pipeline.build_folder import Build
-    from nf4_pipeline.builds import ChosenArtifact
+    from nf4_pipeline.builds import ChosenArtifact, Use
     from nf4_pipeline.recipe import PartialRecipe
 
 _WORD: Final = re.compile(r"[\w.@-]+")
 """What is no path, no address and no Hub id."""
 
+_LIST: Final = " `nf4 status` lists the builds."
+
 
 def named_build(
-    ui: Ui, model: str | None, build_dir: Path | None, *, newest: bool = False, needs: str = ""
+    ui: Ui,
+    model: str | None,
+    build_dir: Path | None,
+    *,
+    newest: bool = False,
+    needs: str = "",
+    after: str = "",
 ) -> Build:
     """The build that is meant; says which one it is, unless a path said it.
 
@@ -31,19 +42,20 @@ def named_build(
         build_dir: the folder itself, which wins.
         newest: of several that are meant, take the one worked on last.
         needs: as in `builds.find_build`.
+        after: the stage that must be done; none if empty.
 
     Raises:
-        BuildError: there is no such build.
+        BuildError: there is no such build, or it lacks that stage.
         UsageError: the name can mean several builds.
     """
     from nf4_pipeline.build_folder import Build
     from nf4_pipeline.builds import find_build
 
     if build_dir is not None:
-        return _build_in(build_dir)
-    chosen = find_build(model, ARTIFACTS, newest=newest, needs=needs)
+        return _with_stage(_build_in(build_dir), after)
+    chosen = find_build(model, ARTIFACTS, newest=newest, needs=needs, use=_use())
     _note(ui, chosen.note)
-    return Build(chosen.listed.root)
+    return _with_stage(Build(chosen.listed.root), after)
 
 
 def build_for(
@@ -68,11 +80,12 @@ def build_for(
     """
     from nf4_pipeline.builds import find_place
 
+    after = {"quantize": "download", "serialize": "quantize"}[stage]
     if build_dir is not None:
-        return _build_in(build_dir)
-    build, note = find_place(model, stage, recipe, ARTIFACTS)
+        return _with_stage(_build_in(build_dir), after)
+    build, note = find_place(model, stage, recipe, ARTIFACTS, _use())
     _note(ui, note)
-    return build
+    return _with_stage(build, after)
 
 
 def named_artifact(ui: Ui, name: str, *, newest: bool = False) -> ChosenArtifact | None:
@@ -112,8 +125,9 @@ def artifact_folder(ui: Ui, name: str, *, newest: bool = False) -> Path:
 
     chosen = named_artifact(ui, name, newest=newest)
     if chosen is None:
-        raise no_build(name, ARTIFACTS)
-    if chosen.build is None and (error := why_no_artifact(chosen.folder, ARTIFACTS)) is not None:
+        raise no_build(name, ARTIFACTS, use=_use())
+    error = None if chosen.build else why_no_artifact(chosen.folder, ARTIFACTS, _use())
+    if error is not None:
         raise error
     return chosen.folder
 
@@ -136,9 +150,11 @@ def without_build(name: str, text: str) -> str:
     if name == SAMPLE or (is_hub_id(name) and not any(map(str.isspace, name))):
         return name
     if _is_model(text):
-        raise UsageError(f"The model comes first: nf4 prompt {shlex.quote(text)} {_as_text(name)}")
+        raise UsageError(
+            f"The model comes first: nf4 prompt {shlex.quote(text)} {quoted_text(name)}"
+        )
     if _WORD.fullmatch(name) and at_revision(name) is None and not Path(name).is_file():
-        raise no_build(name, ARTIFACTS)
+        raise no_build(name, ARTIFACTS, use=_use())
     return name
 
 
@@ -152,10 +168,6 @@ def _is_model(text: str) -> bool:
     return False
 
 
-def _as_text(text: str) -> str:
-    return f'"{text}"' if not {*text} & {*'"$`\\!'} else shlex.quote(text)
-
-
 def other_artifact(ui: Ui, name: str, own: Build) -> str:
     """The artifact that a build is compared with; rather one of the same source than any.
 
@@ -164,14 +176,17 @@ def other_artifact(ui: Ui, name: str, own: Build) -> str:
         name: as in `named_artifact`.
         own: the build.
     """
-    from nf4_pipeline.builds import find_other, no_build
+    from nf4_pipeline.builds import find_other, no_build, why_no_artifact
     from nf4_pipeline.checkpoint.model_name import is_hub_id
 
     chosen = find_other(name, own, ARTIFACTS)
     if chosen is None:
         if is_hub_id(name):
             return name
-        raise no_build(name, ARTIFACTS)
+        raise no_build(name, ARTIFACTS, use=_use("--against"))
+    error = None if chosen.build else why_no_artifact(chosen.folder, ARTIFACTS)
+    if error is not None:
+        raise error
     if chosen.note:
         _note(ui, f"against: {chosen.folder}")
     return str(chosen.folder)
@@ -179,14 +194,44 @@ def other_artifact(ui: Ui, name: str, own: Build) -> str:
 
 def _build_in(folder: Path) -> Build:
     from nf4_pipeline.build_folder import Build
+    from nf4_pipeline.checkpoint.model_name import beside
     from nf4_pipeline.errors import BuildError
+    from nf4_pipeline.near_names import did_you_mean
 
+    if not folder.is_dir():
+        near = did_you_mean(folder.name, beside(folder), f"{folder.parent}/")
+        raise BuildError(f"--build-dir {folder}: no such folder.{near or _LIST}")
     if not (folder / "records").is_dir():
         raise BuildError(
-            f"{folder} is no build: it has no records. Start one: nf4 build MODEL --build-dir "
-            f"{shlex.quote(str(folder))}."
+            f"--build-dir {folder} is no build: it has no records.{_LIST} To start one there: nf4 "
+            f"build MODEL --build-dir {shlex.quote(str(folder))}"
         )
     return Build(folder)
+
+
+def _with_stage(build: Build, after: str) -> Build:
+    """The same, if it has a record of a stage.
+
+    Raises:
+        BuildError: the build has no record of that stage.
+    """
+    from nf4_pipeline.builds import not_finished
+    from nf4_pipeline.errors import BuildError
+    from nf4_pipeline.records import KINDS
+
+    if after and build.record(KINDS[after]) is None:
+        raise BuildError(not_finished(build.root, after, _use().command))
+    return build
+
+
+def _use(option: str = "") -> Use:
+    """What is wanted of a build, as far as the command that runs tells."""
+    from nf4_pipeline.builds import Use
+
+    context = click.get_current_context(silent=True)
+    if context is None:
+        return Use(option=option)
+    return Use(context.info_name or "", context.params.get("repo_id") or "", option)
 
 
 def _note(ui: Ui, text: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import wraps
@@ -58,13 +60,81 @@ def _expanded(value: Any) -> Any:
     return value
 
 
-class WholeNumber(click.IntRange):
-    """A whole number from a range; what is none is called so."""
+class Number(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions alone
+    """A number from a range; of what is none, the message shows the range and one that is.
+
+    Args:
+        example: a value that makes sense.
+        least: the smallest.
+        most: the largest; None for no limit.
+        expected: what to say that is expected, where the limits do not tell it.
+    """
+
+    name = "number"
+
+    def __init__(
+        self, example: float, least: float, most: float | None = None, expected: str = ""
+    ) -> None:
+        self.example = example
+        self.least = least
+        self.most = most
+        to = f" to {most:,}" if most is not None and most < _BEYOND else ""
+        self.expected = expected or f"a {self.name} from {least:,}{to}"
+
+    def read(self, text: str) -> float:
+        """The number that a text is.
+
+        Raises:
+            ValueError: the text is no number of this kind.
+        """
+        return float(text)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        option = max(param.opts, key=len) if param is not None else "It"
+        try:
+            number = self.read(value)
+        except ValueError:
+            number = math.nan
+        if number >= self.least and (self.most is None or number <= self.most):
+            return number
+        said = repr(value[:80]) if math.isnan(number) else value[:80]
+        raise click.UsageError(
+            f"{option} is {said}; expected {self.expected}, such as {option} {self.example}"
+            f"{self.hint(number)}",
+            ctx,
+        )
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "N"
+
+    def hint(self, number: float) -> str:
+        """What to say of a number that is out of the range, after an example."""
+        return ""
+
+
+class WholeNumber(Number):
+    """A whole number from a range."""
 
     name = "whole number"
 
+    def read(self, text: str) -> int:
+        return int(text)
 
-THREADS: Final = WholeNumber(min=0, max=1024)
+
+class Share(Number):
+    """A number above 0 and at most 1, which some give in per cent."""
+
+    def __init__(self, example: float) -> None:
+        super().__init__(example, sys.float_info.min, 1, "a number above 0 and at most 1")
+
+    def hint(self, number: float) -> str:
+        return f"; {number:g} % is {number / 100:g}" if 2 <= number <= 100 else ""
+
+
+_BEYOND: Final = 10**6  # a limit that nobody meets is not shown
+THREADS: Final = WholeNumber(4, 0, 1024)
 
 
 def output_options(command: Command) -> Command:
@@ -237,7 +307,7 @@ _SHAPING: Final[dict[str, tuple[Decorator, ...]]] = {
         ),
         click.option(
             "--eval-tokens",
-            type=WholeNumber(min=2, max=10**9),
+            type=WholeNumber(8192, 2, 10**9),
             metavar="N",
             help="Tokens of it, at most.  [default: 8192]",
         ),
@@ -326,7 +396,11 @@ def _by_option(text: str, said: Mapping[str, Any]) -> str:
             text = text.replace(f"{table}.{key} ", f"--{key.replace('_', '-')} ")
     if said.get("extra_bytes") is not None:  # the one option that needs another one
         text = text.replace("quantize.calibrate, ", "--calibrate, ")
-        text = text.replace('calibrate = "self"', "--calibrate self")
+        typed = f"--extra-bytes {str(said['extra_bytes']).strip('% ')}%"
+        text = text.replace(
+            'Add calibrate = "self", or leave it out.',
+            f"Write: --calibrate self {typed}. Or leave --extra-bytes out.",
+        )
     return text
 
 

@@ -95,7 +95,7 @@ def command(
 
     private = None if public is None else not public
     target = make_target(repo_id, private=private, create_pr=create_pr, force=force)
-    build = named_build(ui, model, build_dir, needs="recipe")
+    build = named_build(ui, model, build_dir, needs="recipe", after="verify")
     push = Push(build, target, ui.reporter(), allow_unverified)
     if dry_run:
         upload = push.plan()

@@ -41,7 +41,7 @@ _LONGEST_LOG: Final = 2**20  # bytes of its end
 @click.option(
     "--parts",
     default=1,
-    type=WholeNumber(min=1, max=256),
+    type=WholeNumber(4, 1, 256),
     metavar="N",
     help="With --plan: among how many jobs quantizing is divided.",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -17,9 +18,9 @@ from nf4_pipeline.errors import UsageError
     "sign",
     cls=CommandWithExamples,
     examples=(
-        ("nf4 sign artifacts/NAME --key key.pem", "The signature goes into its export."),
+        ("nf4 sign artifacts/NAME --key my-key.pem", "The signature goes into its export."),
         (
-            "NF4_KEY_PASSWORD=… nf4 sign artifacts/NAME --key key.pem",
+            "NF4_KEY_PASSWORD=… nf4 sign artifacts/NAME --key my-key.pem",
             "With a key that has a password.",
         ),
         ("nf4 sign artifacts/NAME --keyless", "In a CI job, as this job."),
@@ -63,7 +64,11 @@ def command(
     from nf4_pipeline.provenance.signing import SIGNATURE_FILE, sign, sign_keyless
 
     if keyless == (key is not None):
-        raise UsageError("Name how to sign: either --key FILE or --keyless.")
+        raise UsageError(
+            "Name how to sign: either --key FILE or --keyless. To make a key: test -e "
+            "my-key.pem || openssl ecparam -name prime256v1 -genkey -noout -out my-key.pem ; "
+            f"then: nf4 sign {shlex.quote(artifact)} --key my-key.pem"
+        )
     if key is not None:
         if trust_config or staging:
             raise UsageError("--trust-config and --staging are of --keyless; --key asks nobody.")

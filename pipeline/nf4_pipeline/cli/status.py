@@ -43,10 +43,10 @@ def command(
     path. Without MODEL or --build-dir, all builds under artifacts/ are meant.
     """
     from nf4_pipeline.build_folder import Build
-    from nf4_pipeline.builds import find_builds, no_build, recipe_shown
+    from nf4_pipeline.builds import Use, find_builds, no_build, recipe_shown
     from nf4_pipeline.progress import LOADING
 
-    builds = find_builds(model if build_dir is None else build_dir, ARTIFACTS)
+    builds = find_builds(model if build_dir is None else build_dir, ARTIFACTS, Use("status"))
     reporter = ui.reporter()
     with reporter.task(LOADING, None):
         from nf4_pipeline.job import states

@@ -59,7 +59,9 @@ def command(
     """
     from nf4_pipeline.cli.summary import show_checks, show_verdict
 
-    build = named_build(ui, model, build_dir, newest=model is None, needs="serialize")
+    build = named_build(
+        ui, model, build_dir, newest=model is None, needs="serialize", after="serialize"
+    )
     if against is not None:
         against = other_artifact(ui, against, build)
     record = run_one_stage("verify", ui, build, recipe, machine, against=against)

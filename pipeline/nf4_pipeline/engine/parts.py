@@ -34,6 +34,11 @@ class Part:
         """
         found = _PART.fullmatch(text.strip())
         part = cls(int(found[2]), int(found[1])) if found else None
+        if part is not None and 1 <= part.of < part.number:
+            raise UsageError(
+                f"--part {text[:80]!r}: there is no part {part.number} of {part.of}; the last one "
+                f"is --part {part.of}/{part.of}"
+            )
         if part is None or not 1 <= part.number <= part.of <= _MOST:
             raise UsageError(
                 f"--part {text[:80]!r}: expected I/N, such as 3/8 for the third of eight; I from 1 "

@@ -22,7 +22,6 @@ _PASSING = {
     "RuntimeError",
     "TimeoutException",
 }
-_ANOTHER = "another model that the Hub cache holds whole, with --offline"
 _NO_ANSWER = {"ConnectionError", "TransportError"}
 
 
@@ -107,10 +106,12 @@ def translate_error(error: BaseException, request: Request) -> PipelineError:
         )
     elif isinstance(error, errors.RevisionNotFoundError):
         kind = NotFoundError
-        text = (
-            f"{repo_id} has no revision {request.revision!r}: "
-            f"give a branch, a tag or a commit that {endpoint}/{repo_id} has."
-        )
+        text = f"{repo_id} has no revision {request.revision!r}. "
+        if request.revision != constants.DEFAULT_REVISION:
+            text += "Leave --revision out for main, or take "
+        else:
+            text += "Give --revision with "
+        text += f"a branch, a tag or a commit that {endpoint}/{repo_id}/tree/main shows."
     elif isinstance(error, errors.OfflineModeIsEnabled):
         text = f"{request.doing}: HF_HUB_OFFLINE is set. Unset it: this needs the Hub."
     elif isinstance(error, ReplyError):
@@ -132,7 +133,10 @@ def translate_error(error: BaseException, request: Request) -> PipelineError:
     elif token and not (token.isascii() and token.isprintable()):
         text = f"{request.doing}: HF_TOKEN has characters that no token has: copy it again."
     elif status == 401 and token and not _is_elsewhere(_url(error)):
-        text = f"{request.doing}: {endpoint} does not accept the token that is set: renew HF_TOKEN."
+        text = (
+            f"{request.doing}: {endpoint} does not accept the token that is set: it may be out of "
+            f"date, or cut off. {_token_remedy(endpoint)}"
+        )
     elif status == 401 and not token:
         text = f"{request.doing}: {endpoint} asks for a token, and none is set: set HF_TOKEN."
     else:
@@ -140,6 +144,14 @@ def translate_error(error: BaseException, request: Request) -> PipelineError:
         text = f"{request.doing}: {_fault(error, status, endpoint, token)}. "
         text += _remedy(status, request, error)
     return kind(printable(without_secrets(text, token)))
+
+
+def _token_remedy(endpoint: str) -> str:
+    """How to be rid of a token that is not accepted, by where it comes from."""
+    new = f"Make a new one at {endpoint}/settings/tokens"
+    if os.environ.get("HF_TOKEN"):
+        return f"{new} and set HF_TOKEN to it; a public model needs none: unset HF_TOKEN"
+    return f"{new}, then: hf auth login. A public model needs none: hf auth logout"
 
 
 def _stored_token() -> str | None:
@@ -178,10 +190,16 @@ def _exchange(error: BaseException, status: int | None, request: Request, endpoi
 
 
 def _remedy(status: int | None, request: Request, error: BaseException) -> str:
+    from huggingface_hub import constants
+
     commit = None if request.writes else cache.cached_commit(request.repo_id, request.revision)
     offline = f"; --offline or HF_HUB_OFFLINE=1 uses the cached commit {commit}." if commit else "."
     if status == 403 and request.writes:
-        return f"Use a token that may write to {request.repo_id}, and check the name."
+        return (
+            f"Use a token that may write to {request.repo_id} (make one at "
+            f"{constants.ENDPOINT}/settings/tokens, with write access), and check the name: the "
+            "owner must be you, or an organization of yours."
+        )
     if status == 403:
         return f"Check that your token may read {request.repo_id}{offline}"
     if status == 404:
@@ -202,18 +220,36 @@ def _remedy(status: int | None, request: Request, error: BaseException) -> str:
         )
     if status is None and _kinds(error) & _NO_ANSWER and not was_not_answered(error):
         if request.writes:
-            return (
-                "Check the network, and HF_ENDPOINT; then run the same command again: it does "
-                "nothing twice."
-            )
-        cached = f"the cached commit {commit} with --offline or HF_HUB_OFFLINE=1" if commit else ""
+            return f"{_where_from()} Then run the same command again: it does nothing twice."
+        cached = f", or take the cached commit {commit}: add --offline" if commit else ""
         return (
-            "Check the network, and HF_ENDPOINT if you go through a mirror. Without a network: "
-            f"name a local folder, or take {cached or _ANOTHER}."
+            f"{_where_from()} Without a network: name a local folder (`nf4 status` lists the "
+            f"builds on this machine){cached}."
         )
     if status is None and "Invalid metadata" in str(error):
         return "Correct the card (README.md of the source), and run `nf4 build` again."
     return f"Try again later{offline}"
+
+
+def _where_from() -> str:
+    """What to look at if an address does not answer, by where it comes from."""
+    if not os.environ.get("HF_ENDPOINT"):
+        return "Check the network."
+    return (
+        "That address comes from HF_ENDPOINT: correct it, or unset it to ask huggingface.co; else "
+        "check the network."
+    )
+
+
+def _why_silent(error: BaseException, first: str) -> str:
+    """Why nobody answers, in the words of the system where it has some."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.strerror and type(seen).__module__ == "builtins":
+            return seen.strerror.lower()
+        seen = seen.__cause__ or seen.__context__
+    words = re.sub(r"\[Errno -?\d+\] ", "", first)
+    return words[:1].lower() + words[1:] if words else type(error).__name__
 
 
 def _root(error: BaseException) -> BaseException:
@@ -260,9 +296,9 @@ def _fault(error: BaseException, status: int | None, endpoint: str, token: str |
         return f"{endpoint} answered in a form that the client cannot read ({kind}: {shown(first)})"
     if was_not_answered(error):
         return f"{endpoint} stopped answering ({type(error).__name__})"
-    what = (
-        f"{endpoint} cannot be reached" if _kinds(error) & _NO_ANSWER else "the Hub client failed"
-    )
+    if _kinds(error) & _NO_ANSWER:
+        return f"{endpoint} cannot be reached ({_why_silent(error, first)})"
+    what = "the Hub client failed"
     return f"{what} ({type(error).__name__}{': ' + first if first else ''})"
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from nf4_pipeline.checkpoint.files import PICKLE_FILE, WEIGHT_FILE, is_wanted
+from nf4_pipeline.checkpoint.folder_advice import how_to_merge
 from nf4_pipeline.errors import HubError
 
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
@@ -70,20 +71,24 @@ def _without_weights(model: RemoteModel, *, has_pickles: bool) -> str:
     named = ", ".join(others[:3]) + (", …" if others[3:] else "") if others else "none at all"
     what = f"{model.repo_id}@{model.commit[:12]} has no model*.safetensors"
     if "adapter_config.json" in names:
+        merged = f"{model.repo_id.partition('/')[2]}-merged"
         return (
-            f"{what}: it holds an adapter (PEFT, LoRA), not a whole model. Merge it into its base "
-            "model first, with peft's merge_and_unload(), save the result with its tokenizer, and "
-            "name that folder."
+            f"{model.repo_id} holds an adapter (PEFT, LoRA), not a whole model; the base model is "
+            "named in its adapter_config.json. " + how_to_merge(model.repo_id, None, merged)
         )
     if any(name.endswith(".gguf") for name in names) and not has_pickles:
         return (
             f"{what}; its weights: {named}. GGUF is for llama.cpp, and mostly quantized already: "
             "take the 16-bit checkpoint that it was made from, which its card names."
         )
+    of_pickles = (
+        ". If you trust its maker, let them be scanned and converted: nf4 build "
+        f"{model.repo_id} --revision {model.commit} --allow-pickle"
+    )
     return (
         f"{what}; its weights: {named}. Only safetensors are read, because opening a pickle can "
         "run code: choose a repo or a revision that has them"
-        f"{', or see --allow-pickle' if has_pickles else ''}."
+        f"{of_pickles if has_pickles else ''}."
     )
 
 

@@ -12,13 +12,19 @@ from pathlib import Path
 from typing import Any, Final
 
 from nf4_pipeline.checkpoint.folder_advice import without_config
+from nf4_pipeline.checkpoint.named_source import named_source
 from nf4_pipeline.checkpoint.quantized_formats import quantization_of
 from nf4_pipeline.checkpoint.source import Checkpoint, read_json
 from nf4_pipeline.checkpoint.weight_files import NAMED_IN_CONFIG
 from nf4_pipeline.errors import AlreadyQuantizedError, ArchitectureError, SourceError
+from nf4_pipeline.sample import SAMPLE_REPO
 
 CONFIG_FILE: Final = "config.json"
 
+_ONLY_DECODERS: Final = (
+    "Only decoder-only models, which have no encoder, are quantized here: choose one such as "
+    "Falcon, Llama, Mistral or Qwen."
+)
 _CAUSAL_SUFFIXES: Final = ("ForCausalLM", "LMHeadModel")
 
 
@@ -66,15 +72,26 @@ def check_not_quantized(
     how = quantization_of(tensors, config, names)
     if how is not None and "manifest.json" in names:
         raise AlreadyQuantizedError(
-            f"{called} is already quantized: it is an artifact ({how}). Use it: nf4 prompt "
-            f'{shlex.quote(called)} "…". To build another, start from the 16-bit checkpoint '
-            "that its manifest.json names as its source."
+            f"{called} is already quantized: it is an artifact that nf4 made. Use it: nf4 prompt "
+            f'{shlex.quote(called)} "Hello". {_how_to_build_another(where)}'
         )
     if how is not None:
         raise AlreadyQuantizedError(
             f"{called} is already quantized, as {how}. "
-            "Start from the 16-bit checkpoint that it was made from."
+            "Start from the 16-bit model that it was made from; the card of its repository on the "
+            "Hub names that."
         )
+
+
+def _how_to_build_another(artifact: Path) -> str:
+    """How to make another artifact of the same source, as far as its manifest says which."""
+    repo, commit = named_source(artifact) or ("", None)
+    if repo == SAMPLE_REPO:
+        return "To build another: nf4 build sample"
+    if commit is not None:
+        return f"To build another, start from its source: nf4 build {repo} --revision {commit}"
+    named = f", a folder called {repo} where it was made" if repo else ""
+    return f"To build another, start from its 16-bit source{named}."
 
 
 def without_remote_code(config: dict[str, Any]) -> dict[str, Any]:
@@ -126,16 +143,14 @@ def causal_lm_config(config: dict[str, Any], where: Path) -> Any:
         ) from error
     if type(built) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ArchitectureError(
-            f"{where} is a {model_type} model, and transformers {transformers.__version__} has no "
-            "causal LM for it; only models that generate text from left to right can be "
-            "quantized here."
+            f"{where} is a {model_type} model, and that is no decoder-only language model: "
+            f"transformers {transformers.__version__} has no causal LM for it. {_ONLY_DECODERS}"
         )
     names = config.get("architectures") or []
     causal = any(str(name).endswith(_CAUSAL_SUFFIXES) for name in names)
     if names and not causal and not has_text_model(built):
         raise ArchitectureError(
-            f"{where} holds a {str(names[0])[:80]}, which is not a causal LM; only models that "
-            "generate text from left to right can be quantized here."
+            f"{where} holds a {str(names[0])[:80]}, which is no causal LM. {_ONLY_DECODERS}"
         )
     return built
 

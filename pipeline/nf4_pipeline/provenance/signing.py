@@ -9,14 +9,16 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Final
 
 from nf4_pipeline.checkpoint.atomic import write_bytes
-from nf4_pipeline.checkpoint.plain_file import check_plain
+from nf4_pipeline.checkpoint.plain_file import check_plain, read_beginning
 from nf4_pipeline.errors import ArtifactError, SignatureError, UsageError
 from nf4_pipeline.manifest.read import MANIFEST_FILE
+from nf4_pipeline.near_names import did_you_mean
 from nf4_pipeline.printable import printable
 from nf4_pipeline.processes.temporary import TemporaryFolder
 from nf4_pipeline.provenance import keyless
@@ -62,10 +64,11 @@ def sign(artifact: Path, private_key: Path, password: str | None = None) -> Path
         secret = password.encode() if password else None
         config.use_elliptic_key_signer(private_key=private_key, password=secret)
     except Exception as error:  # of the key's format, its password, or its curve
+        new = shlex.quote(str(_free_name(private_key)))
         raise UsageError(
-            f"{private_key} is no private key that can sign ({_words(error)}); expected a PEM file "
-            "of an elliptic curve key. Make one: openssl ecparam -name prime256v1 -genkey -noout "
-            f"-out {private_key}"
+            f"{private_key} is no private key that can sign{_why_no_key(error)}; expected a PEM "
+            "file of an elliptic curve key. Name another, or make one: openssl ecparam -name "
+            f"prime256v1 -genkey -noout -out {new}"
         ) from error
     config.set_hashing_config(_Hashed(artifact, hashing))
     with TemporaryFolder("sign") as folder:
@@ -151,10 +154,7 @@ def check(artifact: Path, public_key: Path) -> int:
     try:
         config.use_elliptic_key_verifier(public_key=public_key)
     except Exception as error:
-        raise UsageError(
-            f"{public_key} is no public key that can check a signature ({_words(error)}); expected "
-            "a PEM file. Take it from the private key: openssl ec -in key.pem -pubout"
-        ) from error
+        raise UsageError(_no_public_key(public_key, error)) from error
     hashed = _Hashed(artifact, hashing)
     config.set_hashing_config(hashed)
     try:
@@ -277,8 +277,9 @@ def _signature(artifact: Path) -> Path:
     path = artifact / SIGNATURE_FILE
     if not path.is_file():
         raise SignatureError(
-            f"{artifact} has no signature: expected {SIGNATURE_FILE} in it. Only its maker can "
-            "sign it (nf4 sign). Without a signature, nf4 reproduce compares every byte."
+            f"{artifact} has no signature: there is no {SIGNATURE_FILE} in it. Without it, "
+            f"compare every byte: nf4 reproduce {shlex.quote(str(artifact))}. If you made it, sign "
+            f"it with your private key: nf4 sign {shlex.quote(str(artifact))} --key my-key.pem"
         )
     try:
         check_plain(path, _LARGEST_SIGNATURE)
@@ -317,7 +318,47 @@ def _check_key(path: Path) -> None:
     try:
         check_plain(path, _LARGEST_KEY)
     except OSError as error:
-        raise UsageError(f"The key {path} cannot be read: {error.strerror}.") from error
+        near = did_you_mean(path.name, _files_beside(path), f"{path.parent}/" * ("/" in str(path)))
+        raise UsageError(
+            f"The key {path} cannot be read: {error.strerror} (looked in {path.absolute().parent})."
+            f"{near or ' Correct the path.'}"
+        ) from error
+
+
+def _why_no_key(error: Exception) -> str:
+    """What a library says of a key, in brackets; nothing of what is only for programmers."""
+    text = _words(error)
+    if "password" in text.lower() or "decrypt" in text.lower():
+        return f" ({text})"
+    return "" if "PEM" in text or "deserialize" in text else f" ({text})"
+
+
+def _free_name(key: Path, stem: str = "my-key") -> Path:
+    """A name beside a key that no file has, so that no key is written over."""
+    names = (f"{stem}{number}.pem" for number in ("", *range(2, 1000)))
+    return next(path for name in names if not (path := key.with_name(name)).exists())
+
+
+def _files_beside(path: Path) -> list[str]:
+    try:
+        return [other.name for other in path.parent.iterdir() if other.is_file()]
+    except OSError:
+        return []
+
+
+def _no_public_key(path: Path, error: Exception) -> str:
+    """The message for a file that is no public key; of a private one, how to take it from that."""
+    if b"PRIVATE KEY" in read_beginning(path, _LARGEST_KEY):
+        public = _free_name(path, f"{path.stem}-public")
+        made = f"openssl ec -in {shlex.quote(str(path))} -pubout -out {shlex.quote(str(public))}"
+        return (
+            f"{path} is a private key, and a signature is checked with a public one. Make it of "
+            f"that: {made}"
+        )
+    return (
+        f"{path} is no public key that can check a signature{_why_no_key(error)}; expected a PEM "
+        'file that begins with "-----BEGIN PUBLIC KEY-----". Its signer publishes it.'
+    )
 
 
 def _refuse_all_but_files(artifact: Path) -> None:

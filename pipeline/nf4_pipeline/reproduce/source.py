@@ -133,9 +133,16 @@ def _is_sample(source: Source) -> bool:
 
 
 def _lacks(model: str, name: str, source: Source) -> SourceError:
+    if source.commit is not None:
+        way = f"Leave --source out to fetch it: {source.repo} at commit {source.commit[:12]}"
+    else:
+        way = (
+            f"Give --source with the folder of {source.repo} (content "
+            f"{source.content_sha256[:12]}…)"
+        )
     return SourceError(
-        f"{model} lacks {name}, which the artifact was made from. Name the folder, or the commit, "
-        f"that the manifest pins: content {source.content_sha256[:12]}…"
+        f"{model} lacks {name}, which the artifact was made from: it is another model, or not all "
+        f"of it. {way}."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,7 +13,15 @@ from typing import Final
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.build_folder.spec import SourcePin
 from nf4_pipeline.build_folder.variant import SHAPING_TABLES
-from nf4_pipeline.builds import check_spec, folder_for, keep_spec, spec_of
+from nf4_pipeline.builds import (
+    check_spec,
+    folder_for,
+    how_to_build,
+    how_to_finish,
+    keep_spec,
+    look_at,
+    spec_of,
+)
 from nf4_pipeline.checkpoint.atomic import check_can_be_made
 from nf4_pipeline.checkpoint.digest import (
     FileDigest,
@@ -30,14 +39,14 @@ from nf4_pipeline.checkpoint.source import Checkpoint, open_checkpoint, weight_f
 from nf4_pipeline.checkpoint.source_card import read_card
 from nf4_pipeline.checkpoint.strip_prefix import check_prefix, copy_without_prefix
 from nf4_pipeline.checkpoint.untrusted import check_file
-from nf4_pipeline.errors import BuildError, SourceError, UsageError
+from nf4_pipeline.errors import AlreadyQuantizedError, BuildError, SourceError, UsageError
 from nf4_pipeline.hub.remote import RemoteModel
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 from nf4_pipeline.processes.temporary import TemporaryFolder
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import DownloadFacts, Reading
-from nf4_pipeline.runtime.artifact import ARTIFACTS
+from nf4_pipeline.runtime.artifact import ARTIFACTS, is_model
 from nf4_pipeline.sample import MODEL_DIR, SAMPLE_REPO
 from nf4_pipeline.stages.hub_files import LOOK, HubFiles
 from nf4_pipeline.stages.preflight import (
@@ -91,6 +100,7 @@ class DownloadRequest:
         Raises:
             UsageError: the model is no folder and no Hub id either, or a revision was named for a
                 local folder.
+            SourceError: the model is a build, or the export of one.
             AccessError: the build folder cannot be made.
         """
         if self.model != SAMPLE and not self.is_folder:
@@ -100,6 +110,8 @@ class DownloadRequest:
                 f"--revision {self.revision} means nothing for {self.model}, a local folder. "
                 "Leave it out."
             )
+        if self.is_folder:
+            _check_is_source(model_path(self.model))
         if self.build_dir is not None:
             check_can_be_made(self.build_dir)
 
@@ -456,6 +468,30 @@ class SourceFinder:
             found = Preflight(target, self.request.reading.allow_unused).wait()
         made = _with_tokenizer(target, made, found.tokenizer)
         return Source(target, repo, commit, made, found, converted_from=files)
+
+
+def _check_is_source(folder: Path) -> None:
+    """Refuses what was built where the source of a build is wanted.
+
+    Raises:
+        SourceError: the folder is a build, or the export of one.
+    """
+    is_export = folder.absolute().name == "export"
+    root = folder.absolute().parent if is_export else folder
+    if not (root / "records").is_dir() or is_model(folder) != is_export:
+        return
+    build = look_at(root)
+    if is_export:
+        raise AlreadyQuantizedError(
+            f"{folder} is already quantized: it is the 4-bit artifact of a build. Use it: nf4 "
+            f'prompt {shlex.quote(str(folder))} "Hello". To build another from its source: '
+            f"{how_to_build(build)}"
+        )
+    where = shlex.quote(str(folder))
+    raise SourceError(
+        f"{folder} is a build folder of nf4, not a model. To see how far it is: nf4 status "
+        f"--build-dir {where} . To go on with it: {how_to_finish(build)}"
+    )
 
 
 def _begin_so(folder: Path, starts: Mapping[str, bytes]) -> bool:

@@ -115,6 +115,8 @@ class HubFiles:
         model = self.model
         hub.wanted_files(model, allow_pickle=self.allow_pickle)  # refuses what has no weights
         self.fetch(hub.small_files(model))
+        if read_config(self.folder).get("quantization_config"):
+            self.fetch(hub.named(model, ["manifest.json"]))  # of an artifact: what it was made from
         check_small_files(self.folder, model)
         weights = choose_weight_files(
             {file.path for file in model.files if "/" not in file.path},

@@ -76,8 +76,8 @@ def read_text(path: Path | None) -> Text:
     except (OSError, UnicodeDecodeError) as error:
         why = plain_file.why_unreadable(error)
         raise RecipeError(
-            f"The text {path} cannot be read: {why}. Name another (--eval-text), or none for the "
-            "text that comes along."
+            f"The text {path} cannot be read: {why} (looked in {path.absolute().parent}). Correct "
+            "the path, or leave --eval-text out: a text comes along."
         ) from error
     if not text.strip():
         raise RecipeError(f"The text {path} is empty. Name one with some thousand words.")

@@ -40,8 +40,8 @@ def asked_with(tokenizer: TokenizerFacts | None, prompts: tuple[Prompt, ...]) ->
 
 
 _EXPECTED: Final = (
-    'expected an object with a text under "prompt", such as {"prompt": "Two and two is", '
-    '"expect": "four"}'
+    'expected a JSON object on each line, with a text under "prompt", such as '
+    '{"prompt": "Two and two is", "expect": "four"} ("expect" may be left out)'
 )
 
 
@@ -69,8 +69,8 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
 def unreadable(path: Path, error: OSError | UnicodeDecodeError) -> RecipeError:
     """The error of a file of prompts that cannot be read."""
     return RecipeError(
-        f"The prompts {path} cannot be read: {why_unreadable(error)}. Name others (--prompts), or "
-        "none for those that come along."
+        f"The prompts {path} cannot be read: {why_unreadable(error)} (looked in "
+        f"{path.absolute().parent}). Correct the path, or leave --prompts out: prompts come along."
     )
 
 
@@ -78,7 +78,8 @@ def _parse(line: str, where: str) -> Prompt:
     try:
         value = parse_json(line.encode())
     except ValueError as error:
-        raise RecipeError(f"{where}: not valid JSON ({error}); {_EXPECTED}.") from error
+        what = "no JSON" if line.lstrip()[:1] == "{" else "plain text, no JSON"
+        raise RecipeError(f"{where} is {what}; {_EXPECTED}.") from error
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
         raise RecipeError(f"{where}: {_EXPECTED}.")
     if not value["prompt"].strip():
