@@ -75,10 +75,6 @@ def main() -> None:
     sys.exit(bool(failed))
 
 
-def mistake.shown -> str:  # type: ignore[no-untyped-def]
-    return mistake.line
-
-
 def _sections(rows: Mapping[str, Sequence[str]]) -> str:
     head = "| typed | exit | said |\n| --- | --- | --- |\n"
     return "".join(
