@@ -125,8 +125,8 @@ class MergeParts:
             quantize = f"nf4 quantize {shlex.quote(str(build.root))}"
             raise BuildError(
                 f"{build.root} has no parts to merge: --part made none of its source and recipe "
-                f"yet{foreign}. On one machine no parts are needed: {quantize}. For three machines: "
-                f"{quantize} --part 1/3, and so on; --merge at the end."
+                f"yet{foreign}. On one machine no parts are needed: {quantize}. For three: "
+                f"{quantize} --part 1/3 and so on, and --merge at the end."
             )
         counts = {part.of: sum(other.of == part.of for other in own) for part in own}
         of = max(counts, key=lambda of: (counts[of] / of, of))
