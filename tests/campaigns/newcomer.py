@@ -348,7 +348,7 @@ MISTAKES: Final = (
     Mistake(
         "option",
         f"nf4 quantize {FETCHED} --merge",
-        ("holds no part of what it is for", "--part 1/N"),
+        ("has no parts to merge", "--part 1/3"),
         1,
     ),
     Mistake(
@@ -471,7 +471,7 @@ MISTAKES: Final = (
     Mistake(
         "network",
         'nf4 prompt tiiuae/falcon-7b "Hello"',
-        ("cannot be reached", "comes from HF_ENDPOINT", "`nf4 status` lists the builds"),
+        ("cannot be reached", "comes from HF_ENDPOINT", "`nf4 status` lists those on this machine"),
         1,
         {"HF_ENDPOINT": NOBODY, "HF_HUB_OFFLINE": UNSET},
     ),
@@ -632,7 +632,7 @@ MISTAKES: Final = (
     Mistake(
         "artifact",
         f"nf4 verify {BUILD} --against no-tokenizer",
-        ("no-tokenizer is a checkpoint, not an artifact", "nf4 build no-tokenizer"),
+        ("--against no-tokenizer: that is a 16-bit model", "leave --against out"),
         1,
     ),
     Mistake(

@@ -184,7 +184,7 @@ DAMAGE: Final[dict[Callable[[Build], None], str]] = {
     missing_facts: r"made by part 2/3, is not there as that part left it.*--part 2/3` again",
     flipped_bit: r"made by part 2/3, is not there as that part left it.*--part 2/3` again",
     of_another_recipe: r"2/3 are missing \(2/3 there is of another source or recipe\)",
-    no_part: r"holds no part of what it is for\. Make each: nf4 quantize --part 1/N",
+    no_part: r"has no parts to merge: --part made none.*nf4 quantize \S+ --part 1/3",
 }
 
 

@@ -70,6 +70,12 @@ def why_no_artifact(
     """
     if (folder / "manifest.json").exists() or not is_model(folder) or is_quantized(str(folder)):
         return None
+    if use.option == "--against":
+        return ArtifactError(
+            f"--against {folder}: that is a 16-bit model; expected another 4-bit build of the same "
+            "model. `nf4 verify` compares with the 16-bit model anyway: leave --against out. `nf4 "
+            "status` lists builds."
+        )
     real = folder.resolve()
     same = [b for b in list_builds(artifacts) if b.is_of_folder(real) or b.is_of(real.name)]
     exports = [(build, build.root / "export") for build in same if "serialize" in build.done]

@@ -184,7 +184,9 @@ def other_artifact(ui: Ui, name: str, own: Build) -> str:
         if is_hub_id(name):
             return name
         raise no_build(name, ARTIFACTS, use=_use("--against"))
-    error = None if chosen.build else why_no_artifact(chosen.folder, ARTIFACTS)
+    error = None
+    if chosen.build is None:
+        error = why_no_artifact(chosen.folder, ARTIFACTS, _use("--against"))
     if error is not None:
         raise error
     if chosen.note:

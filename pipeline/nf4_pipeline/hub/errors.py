@@ -223,8 +223,8 @@ def _remedy(status: int | None, request: Request, error: BaseException) -> str:
             return f"{_where_from()} Then run the same command again: it does nothing twice."
         cached = f", or take the cached commit {commit}: add --offline" if commit else ""
         return (
-            f"{_where_from()} Without a network: name a local folder (`nf4 status` lists the "
-            f"builds on this machine){cached}."
+            f"{_where_from()} Without a network: name a local folder that holds the model; where "
+            f"an artifact will do, `nf4 status` lists those on this machine{cached}."
         )
     if status is None and "Invalid metadata" in str(error):
         return "Correct the card (README.md of the source), and run `nf4 build` again."

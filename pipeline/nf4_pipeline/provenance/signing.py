@@ -58,7 +58,7 @@ def sign(artifact: Path, private_key: Path, password: str | None = None) -> Path
     """
     signing, _, hashing = _library()
     _check_artifact(artifact)
-    _check_key(private_key)
+    _check_key(private_key, private=True)
     config = signing.Config()
     try:
         secret = password.encode() if password else None
@@ -149,7 +149,7 @@ def check(artifact: Path, public_key: Path) -> int:
     """
     _, verifying, hashing = _library()
     path = _signature(artifact)
-    _check_key(public_key)
+    _check_key(public_key, private=False)
     config = verifying.Config()
     try:
         config.use_elliptic_key_verifier(public_key=public_key)
@@ -313,12 +313,14 @@ def _files(artifact: Path) -> list[Path]:
     ]
 
 
-def _check_key(path: Path) -> None:
+def _check_key(path: Path, *, private: bool) -> None:
     """The library reads a key whole, whatever it is."""
     try:
         check_plain(path, _LARGEST_KEY)
     except OSError as error:
-        near = did_you_mean(path.name, _files_beside(path), f"{path.parent}/" * ("/" in str(path)))
+        beside = _files_beside(path)
+        keys = [name for name in beside if _is_private(path.with_name(name)) == private]
+        near = did_you_mean(path.name, keys, f"{path.parent}/" * ("/" in str(path)))
         raise UsageError(
             f"The key {path} cannot be read: {error.strerror} (looked in {path.absolute().parent})."
             f"{near or ' Correct the path.'}"
@@ -339,6 +341,13 @@ def _free_name(key: Path, stem: str = "my-key") -> Path:
     return next(path for name in names if not (path := key.with_name(name)).exists())
 
 
+def _is_private(path: Path) -> bool:
+    try:
+        return b"PRIVATE KEY" in read_beginning(path, _LARGEST_KEY)
+    except OSError:
+        return False
+
+
 def _files_beside(path: Path) -> list[str]:
     try:
         return [other.name for other in path.parent.iterdir() if other.is_file()]
@@ -348,7 +357,7 @@ def _files_beside(path: Path) -> list[str]:
 
 def _no_public_key(path: Path, error: Exception) -> str:
     """The message for a file that is no public key; of a private one, how to take it from that."""
-    if b"PRIVATE KEY" in read_beginning(path, _LARGEST_KEY):
+    if _is_private(path):
         public = _free_name(path, f"{path.stem}-public")
         made = f"openssl ec -in {shlex.quote(str(path))} -pubout -out {shlex.quote(str(public))}"
         return (

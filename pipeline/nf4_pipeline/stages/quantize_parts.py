@@ -7,6 +7,7 @@ brought together.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Final
@@ -120,10 +121,12 @@ class MergeParts:
         records = part_records(build)
         own = {part: record for part, record in records.items() if record.key == self.key()}
         if not own:
-            foreign = f"; {_named(records)} there are of another source or recipe" * bool(records)
+            foreign = f" ({_named(records)} there is of another source or recipe)" * bool(records)
+            quantize = f"nf4 quantize {shlex.quote(str(build.root))}"
             raise BuildError(
-                f"{build.root} holds no part of what it is for{foreign}. Make each: nf4 quantize "
-                "--part 1/N and so on, on this build or on others of the same source and recipe."
+                f"{build.root} has no parts to merge: --part made none of its source and recipe "
+                f"yet{foreign}. On one machine no parts are needed: {quantize}. For three: "
+                f"{quantize} --part 1/3 and so on, and --merge at the end."
             )
         counts = {part.of: sum(other.of == part.of for other in own) for part in own}
         of = max(counts, key=lambda of: (counts[of] / of, of))
