@@ -105,7 +105,7 @@ def test_a_folder_becomes_no_other_recipe_unless_asked(
         with pytest.raises(BuildError, match="is another build: ") as raised:
             door()
         assert "--replace" in str(raised.value)
-        assert "another --build-dir" in str(raised.value)
+        assert "Leave --build-dir out, or name another one" in str(raised.value)
         assert content(standing) == before
     with pytest.raises(BuildError) as raised:
         doors[0]()

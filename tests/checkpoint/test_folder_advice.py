@@ -51,7 +51,7 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "the root of a cache": (cache, rf"Hub cache's folder for org/some-name.*snapshots/{COMMIT}"),
     "its snapshots": (lambda f: cache(f) / "snapshots", rf"Give .*{COMMIT}"),
     "a cache without any": (lambda f: cache(f, snapshots=0), "holds no snapshot of it"),
-    "an adapter": (adapter, r"an adapter \(LORA\) of org/base.*merge it first"),
+    "an adapter": (adapter, r"an adapter \(LORA\) of org/base.*Merge it into that model first"),
     "a training": (training, r"checkpoint-9, checkpoint-20, checkpoint-100.*such as .*-100\."),
     "GGUF": (gguf, "GGUF files"),
     "a dead link": (dead_config, r"is a dead link: there is no gone\.json"),

@@ -169,7 +169,7 @@ def test_a_text_that_is_not_there_is_known_before_anything_is_fetched(
     [
         (
             ("--extra-bytes", "5%"),
-            ("--extra-bytes needs --calibrate, which", "Add --calibrate self"),
+            ("--extra-bytes needs --calibrate, which", "Write: --calibrate self --extra-bytes 5%"),
         ),
         (("--calibrate", "self", "--extra-bytes", "lots"), ("'lots'", 'such as "5%"')),
         (("--calibrate", "self", "--extra-bytes", "-5%"), ("'-5%'", "percentage")),

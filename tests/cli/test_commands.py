@@ -391,7 +391,7 @@ def test_draws_with_a_seed_are_the_same_twice(built: Built) -> None:
 def test_a_prompt_with_values_that_mean_nothing(built: Built) -> None:
     done = nf4("prompt", built.build.root, "Hello", "--top-p", "1.5", cwd=built.root)
     assert done.status == 2
-    assert "top_p is 1.5; expected more than 0 and at most 1" in done.err
+    assert "--top-p is 1.5; expected a number above 0 and at most 1" in done.err
     assert "Traceback" not in done.err
 
 

@@ -132,6 +132,7 @@ def test_what_the_card_says_to_run_runs(
     assert build_it == "nf4 build sample\n"  # as the fixture was built
     lines = [shlex.split(line) for line in check_it.splitlines() if not line.startswith("#")]
     assert [line[:2] for line in lines] == [
+        ["nf4", "rebuild"],
         ["hf", "download"],
         ["hf", "cache"],
         ["nf4", "reproduce"],

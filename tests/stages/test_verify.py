@@ -452,12 +452,12 @@ WRONG: Final[dict[str, tuple[tuple[str, ...], str]]] = {
     "not UTF-8": (("--eval-text", "latin.txt"), "latin.txt cannot be read"),
     "a folder": (("--eval-text", "."), "is a directory"),
     "a text of one token": (("--eval-text", "short.txt"), "make no sequence of two tokens"),
-    "one token": (("--eval-tokens", "1"), "1 is not in the range 2<=x"),
+    "one token": (("--eval-tokens", "1"), "--eval-tokens is 1; expected a whole number from 2"),
     "fewer tokens than domains": (("--eval-tokens", "4"), "4 tokens of the text built in make no"),
     "no size": (("--device-memory", "nonsense"), "--device-memory is 'nonsense'; expected a size"),
     "no such prompts": (("--prompts", "none.jsonl"), "none.jsonl cannot be read"),
     "prompts that are none": (("--prompts", "empty.txt"), "empty.txt are empty"),
-    "nothing to compare with": (("--against", "./none"), "There is no build under"),
+    "nothing to compare with": (("--against", "./none"), "--against './none': no such build"),
     "no such device": (("--device", "tpu"), "--device 'tpu': expected auto, cpu, cuda, or cuda:0"),
 }
 

@@ -99,7 +99,9 @@ class Number(click.ParamType):  # type: ignore[type-arg]  # generic in newer ver
             number = math.nan
         if number >= self.least and (self.most is None or number <= self.most):
             return number
-        said = repr(value[:80]) if math.isnan(number) else value[:80]
+        # An int may be too large to be a float.
+        is_none = isinstance(number, float) and math.isnan(number)
+        said = repr(value[:80]) if is_none else value[:80]
         raise click.UsageError(
             f"{option} is {said}; expected {self.expected}, such as {option} {self.example}"
             f"{self.hint(number)}",
