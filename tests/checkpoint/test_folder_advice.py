@@ -30,6 +30,15 @@ def adapter(folder: Path) -> Path:
     return folder
 
 
+def adapter_of_an_artifact(folder: Path) -> Path:
+    base = folder / "artifact"
+    base.mkdir()
+    (base / "config.json").write_text('{"quantization_config": {"load_in_4bit": true}}')
+    said = {"base_model_name_or_path": str(base), "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    return folder
+
+
 def training(folder: Path) -> Path:
     for step in (9, 100, 20):
         (folder / f"checkpoint-{step}").mkdir()
@@ -52,6 +61,10 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "its snapshots": (lambda f: cache(f) / "snapshots", rf"Give .*{COMMIT}"),
     "a cache without any": (lambda f: cache(f, snapshots=0), "holds no snapshot of it"),
     "an adapter": (adapter, r"an adapter \(LORA\) of org/base.*Merge it into that model first"),
+    "an adapter of an artifact": (
+        adapter_of_an_artifact,
+        "quantized itself: what is merged into it is rounded twice. Load the 16-bit model",
+    ),
     "a training": (training, r"checkpoint-9, checkpoint-20, checkpoint-100.*such as .*-100\."),
     "GGUF": (gguf, "GGUF files"),
     "a dead link": (dead_config, r"is a dead link: there is no gone\.json"),

@@ -77,7 +77,7 @@ def pages() -> list[Path]:
 
 def blocks_of(path: Path) -> list[Block]:
     """The blocks of a document, in their order; what is a directive of the site is none."""
-    page = path.relative_to(DOCS).as_posix()
+    page = path.relative_to(DOCS).as_posix() if path.is_relative_to(DOCS) else path.name
     text = path.read_text("utf-8")
     whole = next((found for found in _MARK.finditer(text) if found[1]), None)
     found: list[Block] = []

@@ -21,6 +21,8 @@ FIRST: Final = ("publishing.md",)
 LAST: Final = ("calibration.md", "choosing.md")
 """Pages that take long."""
 
+README: Final = DOCS.parent / "README.md"
+
 CHAT_MODEL: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _CHAT: Final = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
@@ -35,6 +37,12 @@ CLAIMS: Final = {
         "isinstance(answer, str)",
         "bars == {}",  # every task that began has ended
         "any(parameter.requires_grad for parameter in tuned.parameters())",
+    ),
+    "README.md": (
+        "artifact.verdict == 'pass'",
+        "type(model).__name__ == 'FalconForCausalLM' and model.is_loaded_in_4bit",
+        "len(tokenizer) > 200",
+        "modeling_falcon.FalconLinear is torch.nn.Linear",
     ),
     "serving.md": ("isinstance(answer, str)", "model.is_loaded_in_4bit"),
 }
@@ -59,7 +67,9 @@ def order(path: Path, model: Path, recipe: Path | None, *, only: str = "") -> No
     """
     found = {page.relative_to(DOCS).as_posix(): blocks_of(page) for page in pages()}
     others = [name for name in found if name not in (*FIRST, *LAST)]
-    wanted = [*FIRST, *others, *LAST]
+    # Of the README, whose commands make an environment first; last, since it changes transformers.
+    found[README.name] = [block for block in blocks_of(README) if block.language == "python"]
+    wanted = [*FIRST, *others, *LAST, README.name]
     path.write_text(
         json.dumps(
             {

@@ -220,7 +220,22 @@ def adapter_advice(folder: Path) -> str | None:
         base, kind = None, None
     base = base if isinstance(base, str) and base else None
     of = f"{folder} holds an adapter ({str(kind or 'PEFT')[:80]}) of {base or 'a base model'}"
+    if base is not None and _says_quantized(Path(base) / "config.json"):
+        return (
+            f"{of}, which is quantized itself: what is merged into it is rounded twice. Load the "
+            "16-bit model that it was made of, merge the adapter into that (PeftModel."
+            "from_pretrained(model, adapter).merge_and_unload().save_pretrained(FOLDER)), save the "
+            "tokenizer beside it, then: nf4 build FOLDER"
+        )
     return f"{of}, not a whole model. {how_to_merge(str(folder), base, f'{folder.name}-merged')}"
+
+
+def _says_quantized(config: Path) -> bool:
+    """Whether a config.json on this machine says that its model is quantized."""
+    try:
+        return bool(parse_json(read_plain(config, _LARGEST_CONFIG)).get("quantization_config"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def how_to_merge(adapter: str, base: str | None, merged: str) -> str:
