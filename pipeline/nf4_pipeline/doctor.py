@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +12,7 @@ from typing import Final, Literal
 
 from nf4_pipeline import __version__
 from nf4_pipeline.documents import Document
-from nf4_pipeline.resource_usage import available_memory
+from nf4_pipeline.resource_usage import available_memory, free_space
 
 _LIBRARIES: Final = (
     "torch",
@@ -205,9 +204,7 @@ def _gpus() -> Iterator[Gpu]:
 
 
 def _disk(folder: Path) -> Disk:
-    absolute = folder.absolute()
-    existing = next(path for path in (absolute, *absolute.parents) if path.exists())
-    return Disk(str(folder), shutil.disk_usage(existing).free)
+    return Disk(str(folder), free_space(folder))
 
 
 def _hub_home() -> Path:

@@ -113,8 +113,7 @@ def run_build(
     # What cannot be read is known before any byte.
     text_path(recipe.quantize)
     check_texts(recipe.verify)
-    recipe = request.reading.into(recipe)
-    request = replace(request, reading=Reading.of(recipe.quantize), recipe=recipe)
+    request, recipe = _agreed(request, recipe)
     with Workers(machine.device) as workers:
         # They import what verify needs while the source is hashed, quantized and written.
         build, record, ran = run_download(request, reporter, workers.begin, of=len(STAGES))
@@ -129,14 +128,19 @@ def run_build(
     return build, results
 
 
+def _agreed(request: DownloadRequest, recipe: Recipe) -> tuple[DownloadRequest, Recipe]:
+    """Both, with what each says of how tensors are read; where both do, the recipe counts."""
+    recipe = request.reading.into(recipe)
+    return replace(request, reading=Reading.of(recipe.quantize), recipe=recipe), recipe
+
+
 def plan_build(
     request: DownloadRequest, recipe: Recipe, machine: Machine, reporter: Reporter
 ) -> Forecast:
     """What `run_build` would read, write and take; see `forecast`."""
     check_device(machine.device)
     text_path(recipe.quantize)
-    recipe = request.reading.into(recipe)
-    request = replace(request, reading=Reading.of(recipe.quantize), recipe=recipe)
+    request, recipe = _agreed(request, recipe)
     with translate_errors("download"):
         return forecast(request, recipe, machine, reporter)
 
@@ -205,8 +209,7 @@ def run_stage(
     with translate_errors(name, build), build.locked():
         whole = complete_recipe(build, recipe, before=name)
         if name == "serialize" and build.record(QUANTIZE) is None and part_records(build):
-            quantize = Quantize(build, whole, machine, reporter)
-            _ensure(build, {"quantize": MergeParts(quantize)}, "quantize", whole, reporter)
+            _merge(build, whole, machine, reporter)
         if name in SHAPING_TABLES:
             build.need(DOWNLOAD if name == "quantize" else QUANTIZE)
             keep_spec(build, whole, (name,), replaces=replaces)
@@ -287,8 +290,12 @@ def merge_parts(
         whole = complete_recipe(build, recipe, before="quantize")
         build.need(DOWNLOAD)
         keep_spec(build, whole, ("quantize",))
-        stages = {"quantize": MergeParts(Quantize(build, whole, machine, reporter))}
-        return _ensure(build, stages, "quantize", whole, reporter)
+        return _merge(build, whole, machine, reporter)
+
+
+def _merge(build: Build, recipe: Recipe, machine: Machine, reporter: Reporter) -> StageResult:
+    stages = {"quantize": MergeParts(Quantize(build, recipe, machine, reporter))}
+    return _ensure(build, stages, "quantize", recipe, reporter)
 
 
 def _check_begun(build: Build, machine: Machine) -> None:

@@ -1,8 +1,9 @@
-"""Seconds and peak memory of a piece of work in this process, and on its CUDA devices."""
+"""What work takes: seconds and peak memory, here and on CUDA devices; and what is free for it."""
 
 from __future__ import annotations
 
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -85,6 +86,17 @@ def _cuda_in_use() -> Any:
 def available_memory() -> int | None:
     """Bytes that can be used without swapping, or None where the system does not say."""
     return _bytes_in(_MEMINFO, "MemAvailable:")
+
+
+def nearest_folder(folder: Path) -> Path:
+    """A folder, or the nearest one above it that is there."""
+    absolute = folder.absolute()
+    return next(path for path in (absolute, *absolute.parents) if path.exists())
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that are free on the disk where a folder is, or will be."""
+    return shutil.disk_usage(nearest_folder(folder)).free
 
 
 def peak_memory_of_children() -> int:

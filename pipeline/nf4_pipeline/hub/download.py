@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from nf4_pipeline.hub import cache, client, replies
 from nf4_pipeline.hub.client import StoppedTransfer
 from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
 from nf4_pipeline.progress import Reporter, Task
+from nf4_pipeline.resource_usage import free_space
 
 T = TypeVar("T")
 
@@ -160,7 +160,7 @@ def _check_small(model: RemoteModel, files: Sequence[RemoteFile]) -> None:
 def _check_disk(model: RemoteModel, files: Sequence[RemoteFile]) -> None:
     folder = cache.storage(model.repo_id)
     missing = sum(file.size for file in files if not cache.is_cached(model, file))
-    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    free = free_space(folder)
     if missing > free:
         raise ResourceError(
             f"{folder}: the download needs {missing:,} bytes, and {free:,} are free. "

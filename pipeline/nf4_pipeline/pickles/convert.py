@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from nf4_pipeline.processes.messages import Limits
 from nf4_pipeline.processes.parent_side import ChildFailed, run
 from nf4_pipeline.processes.worker import Worker
 from nf4_pipeline.progress import Reporter
+from nf4_pipeline.resource_usage import free_space
 
 CODE_VERSION: Final = 1
 NOTE_FILE: Final = "conversion.json"
@@ -172,7 +172,7 @@ def _scan(source: Path) -> int:
 
 
 def _check_disk(target: Path, needed: int) -> None:
-    free = shutil.disk_usage(next(p for p in (target, *target.parents) if p.exists())).free
+    free = free_space(target)
     if needed > free:
         raise ResourceError(
             f"{target}: the weights take {needed:,} bytes as safetensors, and {free:,} are free. "

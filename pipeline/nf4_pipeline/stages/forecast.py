@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from nf4_pipeline.nf4.packing import packed_bytes
 from nf4_pipeline.nf4.rounding import Rounding
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.recipe import Recipe
+from nf4_pipeline.resource_usage import free_space, nearest_folder
 from nf4_pipeline.selection import Plan
 from nf4_pipeline.stages.find_source import DownloadRequest, Place, Preview, SourceFinder
 from nf4_pipeline.stages.quantize import memory_needed, rounding_for
@@ -191,7 +191,7 @@ def _by_reason(plan: Plan, action: Literal["keep", "drop"]) -> dict[str, int]:
 
 
 def _space(folder: Path, needed: int) -> Space:
-    return Space(folder=str(folder), needed=needed, free=shutil.disk_usage(_existing(folder)).free)
+    return Space(folder=str(folder), needed=needed, free=free_space(folder))
 
 
 def _fit(spaces: Sequence[Space]) -> bool:
@@ -199,15 +199,10 @@ def _fit(spaces: Sequence[Space]) -> bool:
     needed: dict[int, int] = {}
     free: dict[int, int] = {}
     for space in spaces:
-        disk = _existing(Path(space.folder)).stat().st_dev
+        disk = nearest_folder(Path(space.folder)).stat().st_dev
         needed[disk] = needed.get(disk, 0) + space.needed
         free[disk] = min(free.get(disk, space.free), space.free)
     return all(needed[disk] <= free[disk] for disk in needed)
-
-
-def _existing(folder: Path) -> Path:
-    absolute = folder.absolute()
-    return next(path for path in (absolute, *absolute.parents) if path.exists())
 
 
 def _seconds(
