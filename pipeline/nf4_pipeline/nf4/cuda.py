@@ -11,7 +11,9 @@ subnormal. The CPU's result is the standard, so a chunk that holds such a block 
 
 from __future__ import annotations
 
+import os
 import queue
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, Final
 
@@ -25,7 +27,8 @@ from nf4_pipeline.nf4.float_bits import tensor_of
 from nf4_pipeline.nf4.rounding import NearestWeight
 from nf4_pipeline.nf4.rounding_triton import round_blocks
 
-_WORKERS: Final = 8  # enough to keep a disk busy
+_MOST_WORKERS: Final = 16
+_WAITING: Final = 2  # workers that wait for a device or a disk while the processors are busy
 _SLOTS_PER_DEVICE: Final = 4
 _MAX_CHUNK: Final = 16 * 2**20  # fewer steps in Python, where threads wait for each other
 _TRUSTED: Final = np.float32(2.0**-96), np.float32(2.0**96)
@@ -40,7 +43,7 @@ class NearestOnCuda:
     """
 
     def __init__(self, devices: list[str]) -> None:
-        self.workers = _WORKERS * len(devices)
+        self.workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)) + _WAITING)
         self.max_chunk_bytes = _MAX_CHUNK
         self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
         for _, device in product(range(_SLOTS_PER_DEVICE), devices):
@@ -76,6 +79,27 @@ class NearestOnCuda:
         return cpu.quantize_blocks(bits, dtype, packed, absmax, sums)
 
 
+@dataclass(frozen=True)
+class _Room:
+    """Where a slot keeps a chunk of one size and dtype.
+
+    Attributes:
+        weights: on the device, [n].
+        codes: on the device, uint8 [n / 2].
+        found: on the device, int32 [4 * blocks]: `scales` and `sums`, so that one copy takes both.
+        scales: float32 [blocks].
+        sums: int32 [3 * blocks].
+        staged: pinned, as `found`.
+    """
+
+    weights: torch.Tensor
+    codes: torch.Tensor
+    found: torch.Tensor
+    scales: torch.Tensor
+    sums: torch.Tensor
+    staged: torch.Tensor
+
+
 class _Slot:
     """A way through a device for one chunk at a time."""
 
@@ -85,15 +109,8 @@ class _Slot:
         self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._levels = torch.from_numpy(NF4_LEVELS).to(device)
         self._midpoints = torch.from_numpy(NF4_MIDPOINTS).to(device)
-        self._make_room(0, 0)
-
-    def _make_room(self, nbytes: int, blocks: int) -> None:
-        """Memory for a chunk of that many bytes and blocks."""
-        self._weights = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-        self._codes = torch.empty(blocks * BLOCK_SIZE // 2, dtype=torch.uint8, device=self._device)
-        # Of each block its scale, then of each block its three sums: one copy takes all of them.
-        self._found = torch.empty(4 * blocks, dtype=torch.int32, device=self._device)
-        self._staged = torch.empty(4 * blocks, dtype=torch.int32, pin_memory=True)
+        self._memory = self._staging = torch.empty(0, dtype=torch.uint8)
+        self._rooms: dict[tuple[torch.dtype, int], _Room] = {}
 
     def quantize(
         self,
@@ -103,19 +120,42 @@ class _Slot:
         sums: NDArray[np.int32],
     ) -> None:
         """Rounds a chunk of whole blocks."""
-        blocks = absmax.size
         with torch.cuda.stream(self._stream):
-            if self._weights.numel() < on_host.nbytes or self._found.numel() < 4 * blocks:
-                self._make_room(on_host.nbytes, blocks)
-            weights = self._weights[: on_host.nbytes].view(on_host.dtype)
-            codes, found = self._codes[: packed.size], self._found[: 4 * blocks]
-            weights.copy_(on_host, non_blocking=True)
-            scales, terms = found[:blocks].view(torch.float32), found[blocks:]
-            round_blocks(weights, self._levels, self._midpoints, codes, scales, terms)
-            torch.from_numpy(packed).copy_(codes, non_blocking=True)
-            self._staged[: 4 * blocks].copy_(found, non_blocking=True)
+            room = self._room(on_host.dtype, on_host.numel())
+            room.weights.copy_(on_host, non_blocking=True)
+            round_blocks(
+                room.weights, self._levels, self._midpoints, room.codes, room.scales, room.sums
+            )
+            torch.from_numpy(packed).copy_(room.codes, non_blocking=True)
+            room.staged.copy_(room.found, non_blocking=True)
             self._done.record(self._stream)
         self._done.synchronize()
-        staged = self._staged.numpy()
-        absmax[:] = staged[:blocks].view(np.float32)
-        sums[:] = staged[blocks : 4 * blocks].reshape(blocks, 3)
+        staged = room.staged.numpy()
+        absmax[:] = staged[: absmax.size].view(np.float32)
+        sums[:] = staged[absmax.size :].reshape(sums.shape)
+
+    def _room(self, dtype: torch.dtype, count: int) -> _Room:
+        """Room for a chunk; most chunks are of one size, and need no steps in Python to find it."""
+        room = self._rooms.get((dtype, count))
+        if room is None:
+            room = self._rooms[dtype, count] = self._make_room(dtype, count)
+        return room
+
+    def _make_room(self, dtype: torch.dtype, count: int) -> _Room:
+        blocks = count // BLOCK_SIZE
+        codes_at = count * dtype.itemsize
+        found_at = codes_at + count // 2
+        end = found_at + 16 * blocks
+        if self._memory.numel() < end or self._staging.numel() < end - found_at:
+            self._rooms.clear()  # they are of the smaller memory
+            self._memory = torch.empty(end, dtype=torch.uint8, device=self._device)
+            self._staging = torch.empty(end - found_at, dtype=torch.uint8, pin_memory=True)
+        found = self._memory[found_at:end].view(torch.int32)
+        return _Room(
+            weights=self._memory[:codes_at].view(dtype),
+            codes=self._memory[codes_at:found_at],
+            found=found,
+            scales=found[:blocks].view(torch.float32),
+            sums=found[blocks:],
+            staged=self._staging[: end - found_at].view(torch.int32),
+        )

@@ -17,7 +17,7 @@ _COMPILING: Final = threading.Lock()
 _compiled: Final[set[tuple[Any, Any]]] = set()
 
 
-@triton.jit(do_not_specialize=["blocks"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["sums"])  # type: ignore[untyped-decorator]
 def _kernel(weights, levels, midpoints, packed, absmax, sums, blocks, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     valid = row < blocks
