@@ -30,7 +30,7 @@ from nf4_pipeline.nf4.rounding_triton import round_blocks
 _MOST_WORKERS: Final = 16
 _WAITING: Final = 2  # workers that wait for a device or a disk while the processors are busy
 _SLOTS_PER_DEVICE: Final = 4
-_MAX_CHUNK: Final = 16 * 2**20  # fewer steps in Python, where threads wait for each other
+_MAX_CHUNK: Final = 8 * 2**20  # more leaves the caches before it is written and hashed
 _TRUSTED: Final = np.float32(2.0**-96), np.float32(2.0**96)
 """Between these scales nothing in the kernel comes near a subnormal number."""
 

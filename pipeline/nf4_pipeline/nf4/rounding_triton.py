@@ -54,7 +54,9 @@ def _kernel(weights, levels, midpoints, packed, absmax, sums, blocks, BLOCKS: tl
 def round_blocks(
     weights: Any, levels: Any, midpoints: Any, packed: Any, absmax: Any, sums: Any
 ) -> None:
-    """Rounds whole blocks; what `nf4_pipeline.nf4.cpu.quantize_blocks` does where scales are usual.
+    """Rounds whole blocks, as `nf4_pipeline.nf4.cpu.quantize_blocks` does.
+
+    The bits are the same if no scale or reciprocal is zero or nearly subnormal.
 
     Args:
         weights: bfloat16, float16 or float32 [n], n a multiple of 64.

@@ -15,11 +15,11 @@ from nf4_pipeline.machine import cuda_has_begun, may_have_cuda
 from nf4_pipeline.nf4.rounding import NearestOnCpu, Rounding
 from nf4_pipeline.progress import SILENT, Reporter
 
-# Measured on 14.43 GB with 2 to 16 processors of one machine; see docs/performance.md.
-_ON_PROCESSORS: Final = 2.2  # seconds of one processor for 1 GB of the source
-_BESIDE_CUDA: Final = 1.2  # the same where a GPU rounds
-_LEAST_WITH_CUDA: Final = 0.12  # seconds for 1 GB, however many processors there are
-_START_OF_CUDA: Final = 10.0  # seconds: importing torch and triton, the device, the kernel
+# Measured with falcon-7b's shapes; docs/performance.md says on what ("On the cores or on the GPU").
+_ON_PROCESSORS: Final = 2.4  # seconds of one processor for 1 GB of the source
+_BESIDE_CUDA: Final = 1.1  # the same where a GPU rounds
+_LEAST_WITH_CUDA: Final = 0.13  # seconds for 1 GB, however many processors there are
+_START_OF_CUDA: Final = 10.0  # seconds: imports, the device, the kernel
 
 
 @dataclass(frozen=True)
