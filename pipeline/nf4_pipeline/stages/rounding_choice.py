@@ -19,7 +19,7 @@ from nf4_pipeline.progress import SILENT, Reporter
 _ON_PROCESSORS: Final = 2.4  # seconds of one processor for 1 GB of the source
 _BESIDE_CUDA: Final = 1.1  # the same where a GPU rounds
 _LEAST_WITH_CUDA: Final = 0.13  # seconds for 1 GB, however many processors there are
-_START_OF_CUDA: Final = 10.0  # seconds: imports, the device, the kernel
+_START_OF_CUDA: Final = 8.0  # seconds: imports, the device, the kernel
 
 
 @dataclass(frozen=True)
