@@ -115,6 +115,8 @@ class Quantize:
         calibrator = self._calibrator() if self.recipe.quantize.calibrate else None
         self.check_disk(plan, calibrator)
         check_memory(plan, self.machine.memory_budget)
+        if calibrator is not None:
+            calibrator.check_memory(plan)
         with measured() as preparing, measured_on_device() as sampling:
             tokens = None if calibrator is None else calibrator.tokens(self.reporter)
         key = self.key()  # tokens are part of it
@@ -166,7 +168,8 @@ class Quantize:
             if (names is None or file in names) and not (self.build.quantized / file).exists()
         )
         if calibrator is not None:
-            needed += sum(part.nbytes for tensor in plan.quantized for part in tensor.stored)
+            stored = sum(part.nbytes for tensor in plan.quantized for part in tensor.stored)
+            needed += stored * (2 if self.recipe.quantize.effort else 1)  # calibrated, and learned
             needed -= calibrator.chosen_bytes()
         free = shutil.disk_usage(self.build.root).free
         if needed > free:
