@@ -220,7 +220,7 @@ class Learner:
                 parameter.grad = weight.momentum  # added to in place
             for part in parts:
                 own, gradient = self._compared(part, ids.size)
-                own.backward(gradient)
+                torch.autograd.backward(own, gradient)
             return
 
         def gradients(part: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -238,7 +238,7 @@ class Learner:
 
     def _parts(self, ids: NDArray[np.int32]) -> list[torch.Tensor]:
         rows = max(1, self._plan.together // ids.shape[1])
-        return list(torch.from_numpy(ids).long().to(self._device).split(rows))
+        return list(torch.split(torch.from_numpy(ids).long().to(self._device), rows))
 
     def _compared(self, ids: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The 4-bit model's logits, and the gradient of the loss by them.
@@ -384,7 +384,7 @@ def _pieces(*logits: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Some tokens at a time of tensors [..., vocabulary], as views [tokens, vocabulary]."""
     words = logits[0].shape[-1]
     rows = max(1, _AT_ONCE[logits[0].device.type] // words)
-    return zip(*(each.reshape(-1, words).split(rows) for each in logits), strict=True)
+    return zip(*(torch.split(each.reshape(-1, words), rows) for each in logits), strict=True)
 
 
 @contextmanager
@@ -398,7 +398,7 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         finally:
             torch.set_num_threads(threads)
         return
-    fill: Any = torch.utils.deterministic  # type: ignore[attr-defined]
+    fill: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), fill.fill_uninitialized_memory
     warned, known = torch.is_deterministic_algorithms_warn_only_enabled(), os.environ.get(_CUBLAS)
     os.environ.setdefault(_CUBLAS, ":4096:8")

@@ -64,7 +64,7 @@ def write_state(path: Path, progress: Progress, arrays: Mapping[str, NDArray[Any
         write(memoryview(len(header).to_bytes(_LENGTH, "little")))
         write(memoryview(header))
         for array in arrays.values():
-            write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+            write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         write_at(descriptor, memoryview(digest.digest()), offset)
 
 
@@ -82,7 +82,7 @@ def read_state(path: Path) -> tuple[Progress, dict[str, NDArray[Any]]] | None:
             arrays: dict[str, NDArray[Any]] = {}
             for name, dtype, shape in value["arrays"]:
                 array = np.fromfile(file, np.dtype(dtype), int(np.prod(shape))).reshape(shape)
-                digest.update(array.reshape(-1).view(np.uint8))
+                digest.update(array.reshape(-1).view(np.uint8).data)
                 arrays[name] = array
             if file.read(_DIGEST + 1) != digest.digest():
                 return None
