@@ -26,6 +26,7 @@ from nf4_pipeline.calibration.learning_plan import LearningPlan
 from nf4_pipeline.calibration.learning_state import Progress, read_state, write_state
 from nf4_pipeline.errors import RecipeError, ResourceError
 from nf4_pipeline.gptq.saved_codes import read_codes
+from nf4_pipeline.machine import Machine
 from nf4_pipeline.manifest.manifest import LearningSummary
 from nf4_pipeline.nf4.dequantize import dequantize
 from nf4_pipeline.nf4.packing import pack, unpack
@@ -35,7 +36,6 @@ from nf4_pipeline.stages.quantize import Quantize
 
 from tests.support.calibrated import Listener, downloaded, quantized, settings
 from tests.support.checkpoints import make_checkpoint
-from tests.support.jobs import CPU
 from tests.support.tiny import copy_of, flip_byte
 
 pytestmark = pytest.mark.usefixtures("workers_here")
@@ -47,10 +47,11 @@ KINDS: Final = ("falcon-7b", "llama", "gpt2", "opt")
 class Start:
     """A checkpoint with the codes that calibration chose, and what may be learned from them."""
 
-    def __init__(self, folder: Path, kind: str) -> None:
+    def __init__(self, folder: Path, kind: str, device: str = "cpu") -> None:
+        self.device = device
         self.checkpoint = make_checkpoint(folder / "model", kind)
         build = downloaded(self.checkpoint, folder)
-        stage = Quantize(build, settings(), CPU)
+        stage = Quantize(build, settings(), Machine(device=device))
         calibrator = stage._calibrator()
         self.source: Path = build.source
         self.plan: Plan = stage.plan()
@@ -61,7 +62,9 @@ class Start:
         """One that works in a folder of its own."""
         store = BlockStore(copy_of(self.calibrated, folder / "store"))
         values: dict[str, Any] = {"kept": (), "text": None} | changed
-        return Learning(self.source, self.plan, values["kept"], store, values["text"], "cpu", how)
+        return Learning(
+            self.source, self.plan, values["kept"], store, values["text"], self.device, how
+        )
 
 
 Make = Callable[[str], Start]
@@ -187,7 +190,10 @@ def test_a_killed_process_is_gone_on_with(start: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", [0, 20, 5000, -1])
 def test_a_damaged_state_is_not_gone_on_with(tmp_path: Path, place: int) -> None:
     path = tmp_path / "state"
-    arrays = {"a": np.arange(6, dtype=np.int16).reshape(2, 3), "b": np.ones(2000, np.float32)}
+    arrays: dict[str, Any] = {
+        "a": np.arange(6, dtype=np.int16).reshape(2, 3),
+        "b": np.ones(2000, np.float32),
+    }
     progress = Progress(step=3, since=3, start_kl=0.5, best_kl=0.25)
     write_state(path, progress, arrays)
     kept = read_state(path)
@@ -339,12 +345,14 @@ def test_other_tokens_than_expected_are_refused(start: Make, tmp_path: Path) -> 
         start("llama").learning(tmp_path).run(SILENT, expected_sha256="0" * 64)
 
 
-def test_larger_models_learn_less_and_recompute(start: Make) -> None:
+def test_larger_models_learn_less_and_recompute(
+    start: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = start("llama").plan.quantized
     small = learning_plan.plan_learning(weights, "cuda", None)
     assert (small.sequences, small.length, small.steps, small.recompute) == (8192, 512, 512, False)
-    huge = [replace(weights[0], shape=(40_000, 40_000))]
-    large = learning_plan.plan_learning(huge, "cuda", 2048)
+    monkeypatch.setattr(learning_plan, "_LARGE", 1000)
+    large = learning_plan.plan_learning(weights, "cuda", 2048)
     assert (large.sequences, large.steps, large.rate, large.recompute) == (2048, 128, 4e-3, True)
     assert learning_plan.plan_learning(weights, "cpu", 100).length == 100
 
