@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -405,7 +406,10 @@ def _deterministic(device: torch.device) -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     fill.fill_uninitialized_memory = False  # what is empty is written before it is read
     try:
-        yield
+        with warnings.catch_warnings():
+            # Said by the thread that goes backward, which then takes the context that there is.
+            warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
+            yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=warned)
         fill.fill_uninitialized_memory = before[1]

@@ -30,10 +30,11 @@ from nf4_pipeline.errors import CheckpointError, RecipeError
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.runtime.threads import one_thread_if_small
 
-_CACHE: Final = {"cpu": 2**29, "cuda": 2**33}
+_CACHE: Final = {"cpu": 2**29, "cuda": 2**32}
 """Bytes of keys, values and probabilities of the sequences that are drawn at a time."""
 _MOST: Final = {"cpu": 256, "cuda": 2048}
 _PROBABILITIES: Final = 24  # bytes for each word of the vocabulary while one of them is drawn
+_CLEARED: Final = 32  # tokens after which memory that fits nothing any more is given back
 _FIRST_SEED: Final = 1_000_000
 """Apart from the seeds of the tokens that calibration reads."""
 
@@ -211,12 +212,16 @@ def _draw(teacher: StreamedModel, batch: _Batch, length: int) -> NDArray[np.int3
             generation_config=config,
             logits_processor=LogitsProcessorList([_checked]),
         )
+    if ids.is_cuda:
+        torch.cuda.empty_cache()
     array: NDArray[np.int32] = ids.to("cpu", torch.int32).numpy()
     return array
 
 
 def _checked(ids: Any, logits: Any) -> Any:
     """The logits as they are, if tokens can be drawn from them."""
+    if ids.is_cuda and ids.shape[1] % _CLEARED == 0:
+        torch.cuda.empty_cache()  # of a cache that grows, every earlier size lies about
     if not logits.sum().isfinite() and logits.float().softmax(-1).isnan().any():
         raise CheckpointError(
             "The 16-bit model says NaN, so it cannot write tokens to learn from. Let codes learn "
