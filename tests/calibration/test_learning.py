@@ -22,49 +22,21 @@ from nf4_pipeline.calibration.block_store import BlockStore
 from nf4_pipeline.calibration.latents import LearnedWeight, Tables
 from nf4_pipeline.calibration.learner import learning_rate, order_of
 from nf4_pipeline.calibration.learning import Learning
-from nf4_pipeline.calibration.learning_plan import LearningPlan
 from nf4_pipeline.calibration.learning_state import Progress, read_state, write_state
 from nf4_pipeline.errors import RecipeError, ResourceError
 from nf4_pipeline.gptq.saved_codes import read_codes
-from nf4_pipeline.machine import Machine
 from nf4_pipeline.manifest.manifest import LearningSummary
 from nf4_pipeline.nf4.dequantize import dequantize
 from nf4_pipeline.nf4.packing import pack, unpack
 from nf4_pipeline.progress import SILENT
-from nf4_pipeline.selection import Plan
-from nf4_pipeline.stages.quantize import Quantize
 
 from tests.support.calibrated import Listener, downloaded, quantized, settings
-from tests.support.checkpoints import make_checkpoint
+from tests.support.learning import QUICK, Start, content
 from tests.support.tiny import copy_of, flip_byte
 
 pytestmark = pytest.mark.usefixtures("workers_here")
 
-QUICK: Final = LearningPlan(16, 4, 32, 4, 16, 4e-3, 64, recompute=False)
 KINDS: Final = ("falcon-7b", "llama", "gpt2", "opt")
-
-
-class Start:
-    """A checkpoint with the codes that calibration chose, and what may be learned from them."""
-
-    def __init__(self, folder: Path, kind: str, device: str = "cpu") -> None:
-        self.device = device
-        self.checkpoint = make_checkpoint(folder / "model", kind)
-        build = downloaded(self.checkpoint, folder)
-        stage = Quantize(build, settings(), Machine(device=device))
-        calibrator = stage._calibrator()
-        self.source: Path = build.source
-        self.plan: Plan = stage.plan()
-        choice = calibrator.choose(self.plan, calibrator.tokens(SILENT), SILENT)
-        self.calibrated: Path = calibrator.folder / choice.identity
-
-    def learning(self, folder: Path, how: LearningPlan = QUICK, **changed: Any) -> Learning:
-        """One that works in a folder of its own."""
-        store = BlockStore(copy_of(self.calibrated, folder / "store"))
-        values: dict[str, Any] = {"kept": (), "text": None} | changed
-        return Learning(
-            self.source, self.plan, values["kept"], store, values["text"], self.device, how
-        )
 
 
 Make = Callable[[str], Start]
@@ -73,15 +45,6 @@ Make = Callable[[str], Start]
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Make:
     return cache(lambda kind: Start(tmp_path_factory.mktemp(kind), kind))
-
-
-def content(learning: Learning) -> dict[str, bytes]:
-    """What came of it: every file of the store."""
-    return {
-        path.name: path.read_bytes()
-        for path in learning.store.folder.iterdir()
-        if path.suffix in (".safetensors", ".json")
-    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,10 +110,9 @@ KILLED: Final = """
 import os, signal, sys
 from pathlib import Path
 from nf4_pipeline.processes.in_process import in_process
-from tests.calibration.test_learning import Start
+from tests.support.learning import QUICK, Start
 start = Start.__new__(Start)
 start.__dict__.update(__import__("pickle").loads(Path(sys.argv[1]).read_bytes()))
-from tests.calibration.test_learning import QUICK
 from nf4_pipeline.calibration.block_store import BlockStore
 from nf4_pipeline.calibration.learning import Learning
 from nf4_pipeline.progress import SILENT
@@ -281,7 +243,7 @@ def test_a_step_goes_against_the_gradient() -> None:
     gradient = torch.from_numpy(rng.normal(size=(64, 64)).astype(np.float32))
     for number in range(1, 30):
         weight.decay()
-        weight.momentum.add_(gradient)
+        weight.add(gradient)
         weight.step(2e-2, number)
     moved = module.weight.detach() - before
     assert float((moved * gradient).sum()) < 0

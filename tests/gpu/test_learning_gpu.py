@@ -11,7 +11,7 @@ import pytest
 from nf4_pipeline.calibration.learning_state import Progress
 from nf4_pipeline.progress import SILENT
 
-from tests.calibration.test_learning import QUICK, Start, content
+from tests.support.learning import QUICK, Start, content
 
 torch = pytest.importorskip("torch")
 pytestmark = [

@@ -98,6 +98,7 @@ class LearnedWeight:
         self.latent = torch.empty(len(scales), BLOCK_SIZE, dtype=torch.int16, device=device)
         self.rows = torch.zeros(self.shape[0], device=device)
         self.columns = torch.zeros(self.shape[1], device=device)
+        self._squares = torch.zeros_like(self.rows), torch.zeros_like(self.columns)
         module.weight.requires_grad_(True)
         self.momentum = torch.zeros_like(module.weight, requires_grad=False)
         self.begin(exact, packed)
@@ -133,23 +134,37 @@ class LearnedWeight:
     def decay(self) -> None:
         """Before the gradients of a step are added to it, momentum fades."""
         self.momentum.mul_(_MOMENTUM)
+        for squares in self._squares:
+            squares.zero_()
+
+    def watch(self, gradient: torch.Tensor) -> None:
+        """Takes the squares of a gradient that something else adds to momentum.
+
+        Args:
+            gradient: of a part of the tokens of a step, as the module holds its weight.
+        """
+        squares = as_held(self.module, gradient).float().square()
+        for total, dimension in zip(self._squares, (1, 0), strict=True):
+            total.add_(squares.mean(dimension))
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """Adds a gradient to momentum, and takes its squares; see `watch`."""
+        self.watch(gradient)
+        self.momentum.add_(gradient)
 
     def step(self, rate: float, number: int) -> None:
         """Moves latents against the momentum, each by its own measure; the module follows.
 
-        Adam's rule, but second moments are those of the momentum, which no second buffer needs to
-        be kept for, and are factored into rows and columns.
+        Adam's rule, but second moments are factored into rows and columns, and are sums over the
+        parts of a step, whose gradients hardly hang together: so none needs a second buffer.
 
         Args:
             rate: as a share of the rms of the layer.
             number: of the step since `begin`, from 1.
         """
         momentum = as_held(self.module, self.momentum).float()
-        # What the moments of gradients would be if the gradients were independent of each other.
-        squares = momentum.square() * ((1 - _MOMENTUM**2) / (1 - _MOMENTUM ** (2 * number)))
-        self.rows.lerp_(squares.mean(1), 1 - _DECAY)
-        self.columns.lerp_(squares.mean(0), 1 - _DECAY)
-        del squares
+        for kept, squares in zip((self.rows, self.columns), self._squares, strict=True):
+            kept.lerp_(squares, 1 - _DECAY)
         seen = 1 - _DECAY**number
         rows, columns = (self.rows / seen).sqrt(), (self.columns / seen).sqrt()
         mean = (self.rows / seen).mean().sqrt()

@@ -129,6 +129,8 @@ class Learner:
                 module, exact, packed, scales.scales(), tables
             )
             self.best[weight.name] = packed
+            if self._device.type != "cpu":
+                module.weight.register_hook(self._weights[weight.name].watch)
         if plan.recompute:
             for block in student.blocks.values():
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -235,7 +237,7 @@ class Learner:
         for found in self._pool.map(gradients, parts):
             for weight, added in zip(weights, found, strict=True):
                 if added is not None:
-                    weight.momentum.add_(added)
+                    weight.add(added)
 
     def _parts(self, ids: NDArray[np.int32]) -> list[torch.Tensor]:
         rows = max(1, self._plan.together // ids.shape[1])
