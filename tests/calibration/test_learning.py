@@ -23,14 +23,18 @@ from nf4_pipeline.calibration.latents import LearnedWeight, Tables
 from nf4_pipeline.calibration.learner import learning_rate, order_of
 from nf4_pipeline.calibration.learning import Learning
 from nf4_pipeline.calibration.learning_state import Progress, read_state, write_state
-from nf4_pipeline.errors import RecipeError, ResourceError
+from nf4_pipeline.errors import ArtifactError, RecipeError, ResourceError
 from nf4_pipeline.gptq.saved_codes import read_codes
 from nf4_pipeline.manifest.manifest import LearningSummary
+from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.nf4.dequantize import dequantize
 from nf4_pipeline.nf4.packing import pack, unpack
 from nf4_pipeline.progress import SILENT
+from nf4_pipeline.report.calibration import describe_tokens
+from nf4_pipeline.reproduce.reproduce import reproduce
 
 from tests.support.calibrated import Listener, downloaded, quantized, settings
+from tests.support.jobs import CPU
 from tests.support.learning import QUICK, Start, content
 from tests.support.tiny import copy_of, flip_byte
 
@@ -344,3 +348,24 @@ def test_the_record_and_the_manifest_say_so(
     same = (build.export / "calibration.json", plain.export / "calibration.json")
     assert same[0].read_bytes() == same[1].read_bytes()
     assert not [path for path in build.calibration.iterdir() if path.is_dir()]
+    summary = read_manifest(build.export).calibration
+    assert summary is not None
+    assert "Then the codes learned, end to end" in describe_tokens(summary)
+
+    # Derived again: the model writes the same tokens once more, and nothing but them will do.
+    checkpoint = start("llama").checkpoint
+    again = reproduce(build.export, checkpoint, SILENT, CPU)
+    assert again.differences == []
+    other = copy_of(build.export, tmp_path / "other")
+    manifest["calibration"]["learning"] = found.to_json() | {"tokens_sha256": "0" * 64}
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ResourceError, match="cannot be derived again here"):
+        reproduce(other, checkpoint, SILENT, CPU)
+    manifest["calibration"] |= {"source": "text", "learning": found.to_json()}
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ResourceError, match="learned from a text, which is not part of it"):
+        reproduce(other, checkpoint, SILENT, CPU)
+    del manifest["calibration"]["learning"]
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match='expected "learning"'):
+        reproduce(other, checkpoint, SILENT, CPU)
