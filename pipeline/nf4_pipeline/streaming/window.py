@@ -1,0 +1,139 @@
+"""Files of the Hub, fetched into a spool, and dropped when they have been worked on."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Final
+
+from nf4_pipeline.errors import ResourceError
+from nf4_pipeline.hub import cache_at, fetch, snapshot
+from nf4_pipeline.hub.client import StoppedTransfer
+from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
+from nf4_pipeline.progress import Reporter, SilentReporter, Task
+from nf4_pipeline.resource_usage import free_space
+
+AT_A_TIME: Final = 2
+"""Files in the spool: one is worked on while the next one comes."""
+
+
+def window_bytes(sizes: Sequence[int]) -> int:
+    """The most that files take in the spool at a time.
+
+    Args:
+        sizes: of the files, in their order.
+    """
+    return max((sum(pair) for pair in pairwise(sizes)), default=sum(sizes))
+
+
+class Window:
+    """Fetches files one after the other, each hashed as a download is.
+
+    Args:
+        spool: a folder of its own, laid out as the Hub cache is.
+        model: the files' repo at one commit.
+        reporter: told of what is worth a note; how much has come, whoever takes the files tells.
+    """
+
+    def __init__(self, spool: Path, model: RemoteModel, reporter: Reporter) -> None:
+        self._spool, self._model = spool, model
+        self._stop = threading.Event()
+        self._reporter = _Watched(reporter, self._stop)
+
+    def files(self, wanted: Sequence[RemoteFile]) -> Generator[tuple[RemoteFile, Path], None, None]:
+        """Each file, and where it lies until the next one is asked for.
+
+        To be closed: then what is on its way ends, and the spool is as it would be for the next
+        run. A file that an earlier one left there is hashed and not fetched.
+
+        Args:
+            wanted: in their order.
+
+        Raises:
+            HubError: the Hub refuses a file, does not answer, or sent wrong bytes twice.
+            ResourceError: the disk has no room for the next file.
+        """
+        self._drop_others(wanted[:AT_A_TIME])
+        files = iter(wanted)
+        with cache_at(self._spool), ThreadPoolExecutor(1, "fetch") as pool:
+            try:
+                ahead = self._begin(pool, files)
+                while ahead is not None:
+                    file, path = ahead.result()
+                    ahead = self._begin(pool, files)
+                    yield file, path
+                    _drop(path)
+            finally:
+                self._stop.set()
+        self._drop_others(())
+
+    def _begin(
+        self, pool: ThreadPoolExecutor, files: Iterator[RemoteFile]
+    ) -> Future[tuple[RemoteFile, Path]] | None:
+        file = next(files, None)
+        return None if file is None else pool.submit(self._fetch, file)
+
+    def _fetch(self, file: RemoteFile) -> tuple[RemoteFile, Path]:
+        path = snapshot(self._model.repo_id, self._model.commit) / file.path
+        free = free_space(self._spool)
+        if not path.is_file() and file.size > free:
+            raise ResourceError(
+                f"{self._spool} is on a disk with {free / 1e9:.3f} GB free; {file.path} needs "
+                f"{file.size / 1e9:.3f} GB there until it is quantized. Make space, then run the "
+                "same command again: what is finished is kept."
+            )
+        try:
+            return file, fetch(self._model, [file], self._reporter, last=False).folder / file.path
+        except StoppedTransfer:
+            raise InterruptedError from None
+
+    def _drop_others(self, kept: Sequence[RemoteFile]) -> None:
+        """Deletes what an earlier run left that this one does not begin with."""
+        if not kept:
+            shutil.rmtree(self._spool, ignore_errors=True)
+            return
+        names = {file.path for file in kept}
+        with cache_at(self._spool):
+            folder = snapshot(self._model.repo_id, self._model.commit)
+        hashes = {file.sha256 for file in kept}
+        for path in folder.glob("*"):
+            if path.name not in names:
+                path.unlink()
+        for blob in (folder.parents[1] / "blobs").glob("*"):
+            if blob.name.partition(".")[0] not in hashes:
+                blob.unlink()
+
+
+def _drop(path: Path) -> None:
+    """Takes a file and its bytes out of the spool, which nobody else uses."""
+    blob = path.resolve()
+    path.unlink(missing_ok=True)
+    blob.unlink(missing_ok=True)
+
+
+class _Watched(SilentReporter):
+    """Ends a transfer that nobody waits for any more; shows notes alone."""
+
+    def __init__(self, reporter: Reporter, stop: threading.Event) -> None:
+        self._reporter, self._stop = reporter, stop
+
+    @contextmanager
+    def task(self, title: str, total: int | None, *, unit: str = "bytes") -> Iterator[Task]:
+        yield _Stoppable(self._stop)
+
+    def note(self, text: str) -> None:
+        self._reporter.note(text)
+
+
+class _Stoppable:
+    def __init__(self, stop: threading.Event) -> None:
+        self._stop = stop
+
+    def advance(self, amount: int) -> None:
+        if self._stop.is_set():
+            raise StoppedTransfer
