@@ -29,6 +29,7 @@ from nf4_pipeline.records import (
     VERIFY,
     Reading,
     part_records,
+    source_files,
     strangers,
 )
 from nf4_pipeline.stages.attest import Attest
@@ -375,7 +376,7 @@ def _finish(
     if isinstance(record.facts, Verification):
         shown.finish(ran=ran, verdict=record.facts.verdict)
     elif record.kind is QUANTIZE:
-        files = build.need(DOWNLOAD).outputs
+        files = source_files(build.need(DOWNLOAD))
         read = sum(d.size for name, d in files.items() if name.endswith(".safetensors"))
         shown.finish(ran=ran, nbytes=read, has_rate=whole)
     else:
@@ -454,6 +455,9 @@ def states(
     state = (
         build.state(DOWNLOAD, record.key, reporter) if record else State("missing", "not run yet")
     )
+    if record and state.status == "done" and record.facts.streamed:
+        nbytes = sum(digest.size for digest in record.facts.streamed.values())
+        state = replace(state, why=f"{state.why}; {nbytes / 1e9:.3f} GB of weights stay on the Hub")
     by_stage = {"download": state}
     previous = "download"
     stages = make_stages(build, complete_recipe(build, recipe), machine, reporter)

@@ -34,6 +34,7 @@ def build(
     allow_unhashed: bool = False,
     allow_unused: Sequence[str] = (),
     strip_prefix: str = "",
+    stream_source: bool = False,
     check: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Artifact:
@@ -69,6 +70,8 @@ def build(
         allow_unhashed: take files for which the Hub lists no hash, too.
         allow_unused: patterns of tensors that the model has no place for and may be left out.
         strip_prefix: what a wrapper left before the names of all tensors, such as "module.".
+        stream_source: the weights of a Hub model come file by file while they are quantized, and go
+            again; verify fetches them once more, block by block.
         check: hash everything again, also what looks untouched since it was hashed.
         progress: called with each `ProgressEvent`. What it raises ends the build; what is finished
             is kept.
@@ -113,6 +116,7 @@ def build(
         strip_prefix=strip_prefix,
         build_dir=build_dir,
         replaces=replace,
+        stream_source=stream_source,
     )
     from nf4_pipeline.job import run_build
 

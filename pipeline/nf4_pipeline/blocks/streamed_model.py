@@ -47,6 +47,7 @@ class StreamedModel:
         device: where they are while they are open.
         checkpoint: what the folder holds.
         footprint: bytes of all parameters if they were there at once.
+        is_served: no file of its weights is here.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class StreamedModel:
         served: Path | None = None,
     ) -> None:
         self._folder = folder
+        self.is_served = served is not None
         self.checkpoint = checkpoint = open_checkpoint(folder)
         self.device = torch.device(device)
         with building(folder, build_seconds(len(checkpoint.tensors))):

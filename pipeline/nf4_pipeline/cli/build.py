@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
             "nf4 build Qwen/Qwen3-8B --dry-run",
             "What it would fetch, write and take, from a few hundred kilobytes of headers.",
         ),
+        (
+            "nf4 build tiiuae/falcon-180B --stream-source",
+            "A model larger than the disk: only the result and two files of the source lie there.",
+        ),
     ),
 )
 @click.option(
@@ -46,11 +51,22 @@ if TYPE_CHECKING:
     help="Print sizes, disk, memory and time; fetch no weights and build nothing. Exits 1 if a "
     "disk is too small.",
 )
+@click.option(
+    "--stream-source",
+    is_flag=True,
+    help="Keep no weights of the source on the disk: they come file by file while they are "
+    "quantized, and once more, block by block, while the result is compared with them.",
+)
 @download_options
 @recipe_options("quantize", "serialize", "verify")
 @output_options
 def command(
-    ui: Ui, request: DownloadRequest, recipe: PartialRecipe, machine: Machine, dry_run: bool
+    ui: Ui,
+    request: DownloadRequest,
+    recipe: PartialRecipe,
+    machine: Machine,
+    dry_run: bool,
+    stream_source: bool,
 ) -> None:
     """Download, quantize, serialize, verify, attest MODEL: a Hub id, a local folder, or "sample".
 
@@ -59,6 +75,7 @@ def command(
     from nf4_pipeline.progress import LOADING
 
     reporter = ui.reporter()
+    request = replace(request, stream=stream_source)
     if dry_run:
         _show_forecast(ui, request, recipe, machine, reporter)
         return

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,11 +19,11 @@ from nf4_pipeline.checkpoint.digest import digest_file, json_sha256
 from nf4_pipeline.checkpoint.layout import FileLayout
 from nf4_pipeline.checkpoint.plain_file import read_plain
 from nf4_pipeline.checkpoint.shards import tensor_facts
-from nf4_pipeline.checkpoint.source import open_checkpoint
+from nf4_pipeline.checkpoint.sink import Sink
 from nf4_pipeline.checkpoint.writer import writing
 from nf4_pipeline.engine.buffers import divide
 from nf4_pipeline.engine.quantize_checkpoint import CheckpointPlanner, QuantizationRun
-from nf4_pipeline.engine.scheduler import Output, QuantizedFile
+from nf4_pipeline.engine.scheduler import Opener, Output, QuantizedFile
 from nf4_pipeline.errors import PlanMismatchError, ResourceError
 from nf4_pipeline.machine import Machine, may_have_cuda
 from nf4_pipeline.nf4.packing import blocks_of
@@ -37,10 +38,13 @@ from nf4_pipeline.records import (
     QuantizeFacts,
     forget_parts,
     part_records,
+    source_files,
 )
 from nf4_pipeline.resource_usage import available_memory, measured, measured_on_device
 from nf4_pipeline.selection import Plan
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
+from nf4_pipeline.stages.streamed_source import StreamedSource, check_streamable, open_source
+from nf4_pipeline.streaming.window import window_bytes
 
 CODE_VERSION: Final = 2
 _LARGEST_FACTS: Final = 256 * 2**20
@@ -72,11 +76,11 @@ class Quantize:
             BuildError: download is not done.
             RecipeError: the calibration text cannot be read.
         """
-        files = self.build.need(DOWNLOAD).outputs
+        files = source_files(self.build.need(DOWNLOAD))
         shaping = {
-            name: digest.sha256
+            f"source/{name}": digest.sha256
             for name, digest in files.items()
-            if name.endswith((".safetensors", ".safetensors.index.json", "/config.json"))
+            if name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json"))
         }
         recipe = self.recipe.quantize
         parts = {"code": CODE_VERSION, "files": shaping, "recipe": recipe.shaping()}
@@ -105,10 +109,14 @@ class Quantize:
                 what `refuse` raises.
             SourceError: the checkpoint is not usable.
             ResourceError: the disk is too full, or there is too little memory.
-            UsageError: the memory budget is too small for a single worker.
+            UsageError: the memory budget is too small for a single worker, or the recipe is a
+                calibrated one and the source is streamed.
+            HubError: the source is streamed, and the Hub does not give what it lists.
             PlanMismatchError: the bytes written are not the bytes planned.
         """
         source = self.build.check_inputs(DOWNLOAD)
+        if self.build.need(DOWNLOAD).facts.streamed:
+            check_streamable(self.recipe)
         planner = self.planner()
         untied = self._untied_of_parts()
         plan = planner.plan(untied=untied)
@@ -168,6 +176,8 @@ class Quantize:
         if calibrator is not None:
             needed += sum(part.nbytes for tensor in plan.quantized for part in tensor.stored)
             needed -= calibrator.chosen_bytes()
+        streamed = self.build.need(DOWNLOAD).facts.streamed or {}
+        needed += window_bytes([digest.size for digest in streamed.values()])
         free = shutil.disk_usage(self.build.root).free
         if needed > free:
             raise ResourceError(
@@ -184,7 +194,7 @@ class Quantize:
             SourceError: the checkpoint cannot be read.
         """
         return CheckpointPlanner(
-            open_checkpoint(self.build.source),
+            open_source(self.build),
             self.build.need(DOWNLOAD).facts.model,
             self.recipe.quantize,
         )
@@ -285,15 +295,40 @@ class Quantize:
             finished[file] = _leave_facts(folder / file, made, layouts[file], key)
 
         tensors = plan.files()
-        run.make(
-            "quantize",
-            [Output(f, tensors[f], layouts[f]) for f in layouts if f not in finished],
-            lambda output: writing(folder / output.name, output.layout),
-            done,
-            self.reporter,
-        )
+        outputs = [Output(f, tensors[f], layouts[f]) for f in layouts if f not in finished]
+
+        def opener(output: Output) -> AbstractContextManager[Sink]:
+            return writing(folder / output.name, output.layout)
+
+        streamed = StreamedSource.of(self.build, self.reporter)
+        if streamed is None:
+            run.make("quantize", outputs, opener, done, self.reporter)
+        else:
+            _make_streamed(streamed, run, outputs, opener, done)
         _warn_of_merged(plan, self.reporter)
         return {file: finished[file] for file in layouts}
+
+
+def _make_streamed(
+    streamed: StreamedSource,
+    run: QuantizationRun,
+    outputs: Sequence[Output],
+    opener: Opener,
+    done: Callable[[str, QuantizedFile], None],
+) -> None:
+    """Makes files of quantized/, a file of the source after the other.
+
+    A file whose outputs all stand is not fetched, if all is known of it that later work needs.
+    """
+    of_source: dict[str, list[Output]] = {}
+    for output in outputs:
+        of_source.setdefault(output.source, []).append(output)
+    streamed.check_tied(run.plan)
+    wanted = {*of_source, *streamed.missing(run.plan)}
+    with run.shown("quantize", outputs, streamed.reporter) as task:
+        for file, folder in streamed.each(sorted(wanted), run.plan):
+            streamed.check_tied(run.plan)
+            run.on_file(folder, file).make_within(task, of_source.get(file, []), opener, done)
 
 
 def _warn_of_merged(plan: Plan, reporter: Reporter) -> None:

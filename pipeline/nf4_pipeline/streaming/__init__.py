@@ -5,7 +5,7 @@
     serving.py     stretches for worker processes, which have neither network nor token
     reading.py     the bytes of tensors: from files that lie here, or from whoever serves them
 
-Quantizing reads whole files, since only a whole file has a hash that the Hub lists. As a file passes
-by, its stretches are hashed, too: whatever is fetched later is held against these hashes, so that
-every byte that is read is one of the file that was proved.
+Quantizing reads whole files, since only a whole file has a hash that the Hub lists. As a file
+passes by, its stretches are hashed, too: whatever is fetched later is held against these hashes, so
+that every byte that is read is one of the file that was proved.
 """

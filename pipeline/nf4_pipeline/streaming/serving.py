@@ -10,8 +10,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 from nf4_pipeline.errors import HubError, PipelineError
 from nf4_pipeline.streaming.reading import short
@@ -141,7 +142,7 @@ class _Server(socketserver.ThreadingUnixStreamServer):
         """A worker that is gone asks for nothing more."""
 
 
-def _answer(out: BinaryIO, stretches: Stretches, file: str, offset: int, size: int) -> None:
+def _answer(out: BufferedIOBase, stretches: Stretches, file: str, offset: int, size: int) -> None:
     try:
         pieces = list(stretches.read(file, offset, size))
     except PipelineError as error:

@@ -57,11 +57,11 @@ def cut(tensors: Sequence[HeaderTensor]) -> list[tuple[int, int]]:
         tensors: of the file, in the order of their bytes.
     """
     spans: list[tuple[int, int]] = []
-    last = None
+    last: str | None = None
     for tensor in tensors:
         begin, end = tensor.offset, tensor.offset + tensor.nbytes
         found = _BLOCK.match(tensor.name)
-        block = found[0] if found else ""
+        block: str | None = found[0] if found else ""
         if begin == end:
             continue
         if end - begin > LARGEST:

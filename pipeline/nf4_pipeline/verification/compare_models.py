@@ -86,7 +86,7 @@ class Comparison:
                 manifest,
                 self._distance,
                 reference.device,
-                reference.read,
+                reference.read if reference.is_served else None,
             )
 
     def block_errors(self) -> tuple[BlockError, ...]:
