@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -51,22 +50,11 @@ if TYPE_CHECKING:
     help="Print sizes, disk, memory and time; fetch no weights and build nothing. Exits 1 if a "
     "disk is too small.",
 )
-@click.option(
-    "--stream-source",
-    is_flag=True,
-    help="Keep no weights of the source on the disk: they come file by file while they are "
-    "quantized, and once more, block by block, while the result is compared with them.",
-)
 @download_options
 @recipe_options("quantize", "serialize", "verify")
 @output_options
 def command(
-    ui: Ui,
-    request: DownloadRequest,
-    recipe: PartialRecipe,
-    machine: Machine,
-    dry_run: bool,
-    stream_source: bool,
+    ui: Ui, request: DownloadRequest, recipe: PartialRecipe, machine: Machine, dry_run: bool
 ) -> None:
     """Download, quantize, serialize, verify, attest MODEL: a Hub id, a local folder, or "sample".
 
@@ -75,7 +63,6 @@ def command(
     from nf4_pipeline.progress import LOADING
 
     reporter = ui.reporter()
-    request = replace(request, stream=stream_source)
     if dry_run:
         _show_forecast(ui, request, recipe, machine, reporter)
         return

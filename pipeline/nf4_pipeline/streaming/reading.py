@@ -86,7 +86,7 @@ class ServedBytes:
     def __init__(self, served: Path) -> None:
         self._served = served
         self._own = threading.local()
-        self._open: list[socket.socket] = []
+        self._open: list[Any] = []
 
     def read(self, tensor: SourceTensor, start: int, into: memoryview) -> None:
         asked = {
@@ -112,11 +112,12 @@ class ServedBytes:
             with short(self._served) as address:
                 connection.connect(address)
             stream = self._own.stream = connection.makefile("rwb", buffering=1 << 16)
+            self._open.append(stream)
         return stream
 
     def close(self) -> None:
-        for connection in self._open:
-            connection.close()
+        for opened in reversed(self._open):
+            opened.close()
 
 
 @contextmanager

@@ -43,7 +43,7 @@ class Stretches:
         self._left: dict[tuple[str, int], int] = {}
         self.fetched = 0
 
-    def read(self, file: str, offset: int, size: int) -> Iterator[bytes]:
+    def read(self, file: str, offset: int, size: int) -> Iterator[memoryview]:
         """Bytes of a file, in pieces.
 
         Args:
@@ -58,7 +58,7 @@ class Stretches:
         for stretch in self._files[file].stretches:
             first, last = max(offset, stretch.start), min(end, stretch.end)
             if first < last:
-                data = self._get(file, stretch)
+                data = memoryview(self._get(file, stretch))
                 yield data[first - stretch.start : last - stretch.start]
                 self._gave(file, stretch, last - first)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,13 +38,11 @@ class Window:
     Args:
         spool: a folder of its own, laid out as the Hub cache is.
         model: the files' repo at one commit.
-        reporter: told of what is worth a note; how much has come, whoever takes the files tells.
+        reporter: told how much has come.
     """
 
     def __init__(self, spool: Path, model: RemoteModel, reporter: Reporter) -> None:
-        self._spool, self._model = spool, model
-        self._stop = threading.Event()
-        self._reporter = _Watched(reporter, self._stop)
+        self._spool, self._model, self._reporter = spool, model, reporter
 
     def files(self, wanted: Sequence[RemoteFile]) -> Generator[tuple[RemoteFile, Path], None, None]:
         """Each file, and where it lies until the next one is asked for.
@@ -59,26 +58,30 @@ class Window:
             ResourceError: the disk has no room for the next file.
         """
         self._drop_others(wanted[:AT_A_TIME])
-        files = iter(wanted)
-        with cache_at(self._spool), ThreadPoolExecutor(1, "fetch") as pool:
+        total, stop = sum(file.size for file in wanted), threading.Event()
+        with (
+            cache_at(self._spool),
+            self._reporter.task("stream source", total) as task,
+            ThreadPoolExecutor(1, "fetch") as pool,
+        ):
+            watched = _Watched(self._reporter, task, stop)
+            coming = deque(wanted)
+
+            def begin() -> Future[Path] | None:
+                return pool.submit(self._fetch, coming[0], watched) if coming else None
+
             try:
-                ahead = self._begin(pool, files)
+                ahead = begin()
                 while ahead is not None:
-                    file, path = ahead.result()
-                    ahead = self._begin(pool, files)
+                    path, file = ahead.result(), coming.popleft()
+                    ahead = begin()
                     yield file, path
                     _drop(path)
             finally:
-                self._stop.set()
+                stop.set()
         self._drop_others(())
 
-    def _begin(
-        self, pool: ThreadPoolExecutor, files: Iterator[RemoteFile]
-    ) -> Future[tuple[RemoteFile, Path]] | None:
-        file = next(files, None)
-        return None if file is None else pool.submit(self._fetch, file)
-
-    def _fetch(self, file: RemoteFile) -> tuple[RemoteFile, Path]:
+    def _fetch(self, file: RemoteFile, reporter: Reporter) -> Path:
         path = snapshot(self._model.repo_id, self._model.commit) / file.path
         free = free_space(self._spool)
         if not path.is_file() and file.size > free:
@@ -88,7 +91,7 @@ class Window:
                 "same command again: what is finished is kept."
             )
         try:
-            return file, fetch(self._model, [file], self._reporter, last=False).folder / file.path
+            return fetch(self._model, [file], reporter, last=False).folder / file.path
         except StoppedTransfer:
             raise InterruptedError from None
 
@@ -117,23 +120,25 @@ def _drop(path: Path) -> None:
 
 
 class _Watched(SilentReporter):
-    """Ends a transfer that nobody waits for any more; shows notes alone."""
+    """Shows what has come as one task; ends a transfer that nobody waits for any more."""
 
-    def __init__(self, reporter: Reporter, stop: threading.Event) -> None:
-        self._reporter, self._stop = reporter, stop
+    def __init__(self, reporter: Reporter, shown: Task, stop: threading.Event) -> None:
+        self._reporter, self._shown, self._stop = reporter, shown, stop
 
     @contextmanager
     def task(self, title: str, total: int | None, *, unit: str = "bytes") -> Iterator[Task]:
-        yield _Stoppable(self._stop)
+        yield _Stoppable(self._shown if title == "download" else None, self._stop)
 
     def note(self, text: str) -> None:
         self._reporter.note(text)
 
 
 class _Stoppable:
-    def __init__(self, stop: threading.Event) -> None:
-        self._stop = stop
+    def __init__(self, shown: Task | None, stop: threading.Event) -> None:
+        self._shown, self._stop = shown, stop
 
     def advance(self, amount: int) -> None:
         if self._stop.is_set():
             raise StoppedTransfer
+        if self._shown is not None:
+            self._shown.advance(amount)
