@@ -1,35 +1,44 @@
-"""A build whose source stays on the Hub: the same bytes, little disk, nothing fetched for nothing."""
+"""A build whose source stays on the Hub: the same bytes, little disk, nothing fetched in vain."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.checkpoint.digest import FileDigest
+from nf4_pipeline.errors import SourceError
+from nf4_pipeline.hub import RemoteFile, RemoteModel
 from nf4_pipeline.job import run_stage
+from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe
-from nf4_pipeline.records import DOWNLOAD, QUANTIZE, SERIALIZE, VERIFY
+from nf4_pipeline.records import DOWNLOAD, QUANTIZE, SERIALIZE, VERIFY, Reading
+from nf4_pipeline.stages.find_source import _streamed
 from nf4_pipeline.stages.forecast import Forecast
+from nf4_pipeline.stages.hub_files import HubFiles, SeenOnHub
+from nf4_pipeline.stages.preflight import Findings
+from nf4_pipeline.stages.streamed_source import open_source
+from nf4_pipeline.verification.document import MeasuredVerification
 
 from tests.support.hub_server import TOKEN, Fault, HubServer
 from tests.support.hub_worker import Worker
 from tests.support.jobs import CPU, download
-from tests.support.tiny import Done, edit_json, write_falcon
+from tests.support.tiny import Done, write_falcon
 
 pytestmark = pytest.mark.usefixtures("workers_here")
 
 SHARDS = 8
+Process = tuple[HubServer, Worker, Path]
 
 
 @dataclass
@@ -41,10 +50,7 @@ class Streamed:
     model: Path
     folder: Path
     recipe: Path
-    home: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.home = self.folder.parent / "hf"
+    home: Path
 
     @property
     def build(self) -> Build:
@@ -87,23 +93,22 @@ def ordinary(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def process(
-    model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[HubServer, Worker]]:
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """A Hub, a process that knows it, and the process's HF_HOME."""
     with HubServer() as server:
         home = tmp_path_factory.mktemp("streaming") / "hf"
         server.store.users[TOKEN] = "me"
         with Worker(home, server.url, HF_TOKEN=TOKEN, HF_HUB_DOWNLOAD_TIMEOUT="1") as worker:
-            yield server, worker
+            yield server, worker, home
 
 
 @pytest.fixture
 def streamed(
-    process: tuple[HubServer, Worker], model: Path, tmp_path: Path, quick_recipe: Path
+    process: Process, model: Path, tmp_path: Path, quick_recipe: Path
 ) -> Iterator[Streamed]:
-    hub, worker = process
+    hub, worker, home = process
     hub.store.add("me/tiny", model)
-    yield Streamed(hub, worker, model, tmp_path, quick_recipe)
+    yield Streamed(hub, worker, model, tmp_path, quick_recipe, home)
     hub.faults.clear()
     hub.pause = 0.0
 
@@ -126,13 +131,13 @@ def watched(build: Build) -> Iterator[Peak]:
         sizes: dict[int, int] = {}
         spool = 0
         for folder, _, names in os.walk(build.root):
-            for name in names:
+            for path in (Path(folder) / name for name in names):
                 try:
-                    found = os.lstat(os.path.join(folder, name))
+                    found = path.lstat()
                 except FileNotFoundError:
                     continue
                 sizes[found.st_ino] = found.st_blocks * 512
-                if "/spool/" in folder and "/blobs" in folder:
+                if "spool" in path.parts and path.parent.name == "blobs":
                     spool += found.st_size
         peak.total = max(peak.total, sum(sizes.values()))
         peak.spool = max(peak.spool, spool)
@@ -153,51 +158,74 @@ def watched(build: Build) -> Iterator[Peak]:
         sample()
 
 
-def test_a_whole_build_takes_no_more_disk_than_promised(
-    streamed: Streamed, ordinary: dict[str, FileDigest]
-) -> None:
-    """Same hashes; fidelity measured, each byte of a block fetched once; then nothing is done."""
+def test_a_whole_build(streamed: Streamed, ordinary: dict[str, FileDigest]) -> None:
+    """The same hashes on no more disk than promised; fidelity measured; then nothing is done.
+
+    On the way, what was known of a file gets lost, and verify gets wrong bytes, once.
+    """
+    hub, build, shards = streamed.hub, streamed.build, streamed.shards
     options = ["me/tiny", "--stream-source", "--build-dir", "build", "--recipe", streamed.recipe]
-    done = streamed.nf4("build", *options, "--dry-run", "--json")
-    promise = Forecast.from_json(done.value)
-    streamed.hub.pause = 0.002
-    before = len(streamed.hub.seen)
-    with watched(streamed.build) as peak:
+    promise = Forecast.from_json(streamed.nf4("build", *options, "--dry-run", "--json").value)
+    sizes = {path.name: path.stat().st_size for path in streamed.model.glob("*.safetensors")}
+    assert promise.fetch_bytes == 2 * sum(sizes.values())
+    with watched(build) as peak:
+        hub.pause = 0.001
+        streamed.run("download", "quantize", "serialize")
+        hub.pause = 0.0
+        fault = Fault(f"*/{shards[3]}", times=1, cdn=True, method="GET", flip_bit=99)
+        hub.faults.append(fault)
+        (build.root / f"streamed/passed/{shards[0]}.json").unlink()
+        before = len(hub.seen)
         done = streamed.nf4("build", *options, "--json")
     assert done.status == 0, done.err
+    assert fault.times == 0
     assert peak.samples > 20
     assert 0 < peak.spool <= promise.window_bytes < promise.source_bytes
     assert peak.total <= promise.builds.needed
-    build = streamed.build
     assert build.need(QUANTIZE).outputs == ordinary
     verification = build.need(VERIFY).facts
+    assert isinstance(verification, MeasuredVerification)
     assert verification.verdict == "pass"
-    assert "perplexity" in done.out
-    sizes = {path.name: path.stat().st_size for path in streamed.model.glob("*.safetensors")}
-    assert promise.fetch_bytes == 2 * sum(sizes.values())
-    assert not list(build.root.glob("streamed/spool"))
+    assert verification.fidelity.tokens > 0
+    assert verification.answers == ()
     cached = [path for path in streamed.home.rglob("*") if path.is_file()]
     assert not any(path.stat().st_size in sizes.values() for path in cached)
-    # Whole, once; then parts of it: each stretch once, but for what no block holds.
-    fetched = streamed.fetched(before)
-    passed = {
-        name: json.loads((build.root / f"streamed/passed/{name}.json").read_text())
-        for name in streamed.shards
-    }
-    headers = 1
-    for name in streamed.shards[1:-1]:
-        assert fetched[name] == headers + 1 + len(passed[name]["stretches"])
-    before = len(streamed.hub.seen)
+    asked = Counter(
+        (seen.path.rpartition("/")[2], seen.range) for seen in hub.seen[before:] if seen.cdn
+    )
+    assert asked.pop((shards[0], "")) == 1
+    blocks = 0
+    for tensor in open_source(build).tensors:
+        if ".h." in tensor.name:
+            first, last = tensor.header.offset, tensor.header.offset + tensor.header.nbytes
+            passed = json.loads((build.root / f"streamed/passed/{tensor.file}.json").read_text())
+            for stretch in passed["stretches"]:
+                if stretch["start"] < last and stretch["end"] > first:
+                    wanted = f"bytes={stretch['start']}-{stretch['end'] - 1}"
+                    assert asked[tensor.file, wanted] == 1 + (tensor.file == shards[3])
+                    blocks += 1
+    assert blocks > 12
+    before = len(hub.seen)
     done = streamed.nf4("build", *options)
     assert done.status == 0, done.err
     assert "nothing had to be done" in done.out
-    assert not streamed.fetched(before)
     status = streamed.nf4("status", "--build-dir", "build").out
     assert "GB of weights stay on the Hub" in status
     assert status.count(" done ") == 5
-    os.utime(build.quantized / next(iter(ordinary)).rpartition("/")[2])
-    streamed.run("quantize", "serialize")  # what is there is hashed, and nothing is fetched
     assert not streamed.fetched(before)
+
+
+def test_verify_without_the_hub(streamed: Streamed) -> None:
+    """What verify says to a worker when the Hub gives it nothing: words, and no verdict."""
+    streamed.run("download", "quantize")
+    streamed.hub.faults.append(Fault("*.safetensors", times=99, status=403))
+    (streamed.build.root / f"streamed/passed/{streamed.shards[0]}.json").unlink()
+    done = streamed.nf4("serialize", "--build-dir", "build")
+    assert done.status == 0, done.err  # it needs the headers alone
+    done = streamed.nf4("verify", "--build-dir", "build", "--recipe", streamed.recipe)
+    assert done.status == 1
+    assert f"downloading {streamed.shards[0]}" in done.err
+    assert streamed.build.record(VERIFY) is None
 
 
 def test_what_is_finished_is_not_fetched_again(
@@ -206,7 +234,7 @@ def test_what_is_finished_is_not_fetched_again(
     """The Hub refuses one file after the other; each run goes on where the last one ended."""
     streamed.run("download")
     assert not any(path.is_file() for path in streamed.build.source.glob("*.safetensors"))
-    shards = streamed.shards
+    shards, finished = streamed.shards, 0
     for number in (2, 3, len(shards) - 1):
         before = len(streamed.hub.seen)
         streamed.hub.faults.append(Fault(f"*/{shards[number]}", times=9, status=403))
@@ -214,17 +242,12 @@ def test_what_is_finished_is_not_fetched_again(
         streamed.hub.faults.clear()
         assert done.status == 1
         assert shards[number] in done.err
-        again = {
-            name
-            for name in streamed.fetched(before)
-            if (streamed.build.quantized / f"{name}.facts.json").is_file()
-        }
-        assert again == set(streamed.fetched(before))  # what came is finished
-        finished = set(again)
+        assert streamed.fetched(before).keys() == set(shards[finished:number])
+        finished = number
+    assert len(list(streamed.build.quantized.glob("*.facts.json"))) == SHARDS - 1
     before = len(streamed.hub.seen)
     streamed.run("quantize", "serialize")
     assert streamed.fetched(before).keys() == {shards[-1]}
-    assert not finished & streamed.fetched(before).keys()
     assert streamed.build.need(QUANTIZE).outputs == ordinary
     assert not (streamed.build.root / "streamed" / "spool").exists()
     manifest = json.loads((streamed.build.export / "manifest.json").read_text())
@@ -282,7 +305,7 @@ def test_a_header_that_came_wrong(streamed: Streamed, ordinary: dict[str, FileDi
 
 
 def test_tied_weights_that_differ_are_both_kept(
-    process: tuple[HubServer, Worker], tmp_path: Path, quick_recipe: Path
+    process: Process, tmp_path: Path, quick_recipe: Path
 ) -> None:
     """They lie in different files, which are never here together."""
     from safetensors.torch import load_file, save_file
@@ -295,9 +318,9 @@ def test_tied_weights_that_differ_are_both_kept(
     save_file(tensors, last, metadata={"format": "pt"})
     build, *_ = download(model, tmp_path / "artifacts")
     run_stage(build, "quantize", Recipe(), CPU, SILENT)
-    hub, worker = process
+    hub, worker, home = process
     hub.store.add("me/tiny", model)
-    streamed = Streamed(hub, worker, model, tmp_path, quick_recipe)
+    streamed = Streamed(hub, worker, model, tmp_path, quick_recipe, home)
     streamed.run("download", "quantize")
     assert streamed.build.need(QUANTIZE).outputs == build.need(QUANTIZE).outputs
     assert streamed.build.need(QUANTIZE).facts.untied == ("lm_head.weight",)
@@ -342,17 +365,17 @@ def test_what_reads_the_weights_more_than_once_is_refused(streamed: Streamed) ->
     assert "Leave --calibrate out" in done.err
 
 
-def test_a_hub_that_lists_no_hash(streamed: Streamed) -> None:
-    name = streamed.shards[1]
-    streamed.hub.unhashed.add(name)
-    try:
-        options = ("--stream-source", "--allow-unhashed", "--build-dir", "build")
-        done = streamed.nf4("download", "me/tiny", *options)
-    finally:
-        streamed.hub.unhashed.clear()
-    assert done.status == 1
-    assert f"lists no sha256 of {name}" in done.err
-    assert "Leave --stream-source out" in done.err
+def test_a_hub_that_lists_no_hash(tmp_path: Path) -> None:
+    """A small file that is in git itself has none that this program could name it by."""
+    part = RemoteFile("model.safetensors", 10, None, "0" * 40)
+    model = RemoteModel("me/tiny", "1" * 40, (part,))
+    files = HubFiles(model, Reading(), False, False, SILENT)
+    files.folder = tmp_path
+    facts = TokenizerFacts(status="none")
+    findings = Findings(cast(Any, None), facts, ())
+    seen = SeenOnHub((part,), {part.path: b""}, findings, frozenset(), None)
+    with pytest.raises(SourceError, match=r"lists no sha256 of model\.safetensors.*Leave --stream"):
+        _streamed(files, seen)
 
 
 def test_what_is_cached_is_not_streamed(
@@ -377,7 +400,7 @@ def test_what_is_cached_is_not_streamed(
         blob.unlink()
 
 
-def test_a_disk_that_is_full(streamed: Streamed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_dry_run_says(streamed: Streamed) -> None:
     """The promise counts the files of the source that lie there, too."""
     options = ("me/tiny", "--stream-source", "--build-dir", "build", "--dry-run")
     done = streamed.nf4("build", *options, "--json")
@@ -386,30 +409,5 @@ def test_a_disk_that_is_full(streamed: Streamed, monkeypatch: pytest.MonkeyPatch
     assert found.hub_cache is not None
     assert found.hub_cache.needed == 0
     shown = streamed.nf4("build", *options).out
-    assert re.search(r"of it for two files of the source at a time", shown)
+    assert "of it for two files of the source at a time" in shown
     assert "streamed: fetched once to be quantized, and once more to verify" in shown
-
-
-def test_the_hub_is_gone_when_it_is_verified(streamed: Streamed) -> None:
-    """The verdict is made of bytes that come; without them there is none, and words say so."""
-    streamed.run("download", "quantize", "serialize")
-    streamed.hub.faults.append(Fault("*.safetensors", times=10**6, status=403))
-    verify = ("verify", "--build-dir", "build", "--recipe", streamed.recipe)
-    done = streamed.nf4(*verify)
-    assert done.status == 1
-    assert "streaming model-0000" in done.err
-    assert streamed.build.record(VERIFY) is None
-    streamed.hub.faults.clear()
-    assert edit_json is not None
-    name = streamed.shards[0]
-    passed = streamed.build.root / f"streamed/passed/{name}.json"
-    passed.unlink()  # what was known of a file is gone: it is fetched whole, and known again
-    streamed.hub.faults.append(
-        Fault(f"*/{streamed.shards[3]}", times=2, cdn=True, method="GET", flip_bit=99)
-    )
-    done = streamed.nf4(*verify)
-    assert done.status == 1
-    assert "came wrong twice" in done.err
-    assert passed.is_file()
-    done = streamed.nf4(*verify)
-    assert done.status == 0, done.err

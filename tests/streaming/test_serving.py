@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +18,7 @@ from nf4_pipeline.errors import CheckpointError, HubError, NotFoundError, Pipeli
 from nf4_pipeline.streaming import serving as module
 from nf4_pipeline.streaming import stretches as cutting
 from nf4_pipeline.streaming.reading import FileBytes, ServedBytes, TensorBytes
-from nf4_pipeline.streaming.serving import Stretches, serving
+from nf4_pipeline.streaming.serving import Fetch, Stretches, serving
 from nf4_pipeline.streaming.stretches import PassedFile, hash_stretches
 from safetensors.numpy import load_file, save_file
 
@@ -45,15 +45,13 @@ def passed(source: Path) -> dict[str, PassedFile]:
     return {FILE: hash_stretches(source / FILE, [t.header for t in headers], (), sha256)}
 
 
-def from_file(source: Path) -> Callable[[str, int, int], bytes]:
+def from_file(source: Path) -> Fetch:
     whole = (source / FILE).read_bytes()
     return lambda file, start, end: whole[start:end]
 
 
 @contextmanager
-def served(
-    source: Path, fetch: Callable[[str, int, int], bytes], at: Path
-) -> Iterator[ServedBytes]:
+def served(source: Path, fetch: Fetch, at: Path) -> Iterator[ServedBytes]:
     with serving(Stretches(passed(source), fetch), at):
         reader = ServedBytes(at)
         try:
@@ -112,7 +110,7 @@ def test_what_nobody_asks_for_is_not_kept(
 def test_wrong_bytes_are_fetched_again_once(source: Path, tmp_path: Path) -> None:
     right, tries = from_file(source), []
 
-    def wrong(times: int) -> Callable[[str, int, int], bytes]:
+    def wrong(times: int) -> Fetch:
         tries.clear()
 
         def fetch(file: str, start: int, end: int) -> bytes:

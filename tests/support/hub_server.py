@@ -174,6 +174,7 @@ class Seen:
     cdn: bool
     authorized: bool
     bearer: str = ""
+    range: str = ""
 
 
 class HubServer:
@@ -285,7 +286,8 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         with hub.lock:
             bearer = headers.get("authorization", "")
-            hub.seen.append(Seen(method, path, cdn, "authorization" in headers, bearer))
+            wanted = headers.get("range", "")
+            hub.seen.append(Seen(method, path, cdn, "authorization" in headers, bearer, wanted))
         fault = hub.next_fault(method, path, cdn=cdn) or Fault(path)
         time.sleep(fault.delay + hub.pause)
         if fault.dropped:
