@@ -108,7 +108,7 @@ def test_what_nobody_asks_for_is_not_kept(
 
 
 def test_wrong_bytes_are_fetched_again_once(source: Path, tmp_path: Path) -> None:
-    right, tries = from_file(source), []
+    right, tries = from_file(source), list[int]()
 
     def wrong(times: int) -> Fetch:
         tries.clear()

@@ -51,8 +51,10 @@ from nf4_pipeline.hub.upload import (
     Published,
     Target,
     commit_url,
+    prepare,
     publish,
     pull_request_url,
+    send_ahead,
 )
 
 __all__ = [
@@ -70,10 +72,12 @@ __all__ = [
     "fetch_headers",
     "file_digests",
     "named",
+    "prepare",
     "publish",
     "pull_request_url",
     "read_range",
     "resolve",
+    "send_ahead",
     "small_files",
     "snapshot",
     "wanted_files",

@@ -13,6 +13,7 @@
     serialize.py     quantized/ -> export/: the artifact and its manifest
     verify.py        export/ against source/ -> verification.json, report, the verdict
     attest.py        export/ -> model card, provenance.json and bom.cdx.json in it
+    upload_ahead.py  finished files, sent to the Hub before a push names them
     push.py          export/ -> what would be, or is, on the Hub
 
 A stage is a frozen object, made once with what it needs: its build folder, the recipe, the machine,

@@ -15,7 +15,7 @@ from typing import ClassVar, Final
 from nf4_pipeline.build_folder import Build, Inputs, Record
 from nf4_pipeline.calibration.calibrator import CalibratedChoice, Calibrator
 from nf4_pipeline.checkpoint.atomic import make_folder, write_json
-from nf4_pipeline.checkpoint.digest import digest_file, json_sha256
+from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, json_sha256
 from nf4_pipeline.checkpoint.layout import FileLayout
 from nf4_pipeline.checkpoint.plain_file import read_plain
 from nf4_pipeline.checkpoint.shards import tensor_facts
@@ -54,18 +54,35 @@ FACTS_SUFFIX: Final = ".facts.json"
 _BYTES_PER_BLOCK: Final = 24  # absmax, three sums, and the rounded scale twice
 
 
+Finished = Callable[[Path, FileDigest], None]
+"""Told of a file that stands whole."""
+
+
+def _tell_nobody(path: Path, digest: FileDigest) -> None:
+    pass
+
+
 Refuse = Callable[[Collection[str]], None]
 """What is done instead of making files: it raises."""
 
 
 @dataclass(frozen=True)
 class Quantize:
-    """Quantizes a build's checkpoint, shard by shard; shards that are done already stay."""
+    """Quantizes a build's checkpoint, shard by shard; shards that are done already stay.
+
+    Attributes:
+        build: the build folder.
+        recipe: what is quantized, and how.
+        machine: what the work may use.
+        reporter: told how far it is.
+        finished: told of each file that stands whole, and of its digest.
+    """
 
     build: Build
     recipe: Recipe
     machine: Machine
     reporter: Reporter = SILENT
+    finished: Finished = _tell_nobody
 
     kind: ClassVar = QUANTIZE
 
@@ -287,12 +304,15 @@ class Quantize:
             if (facts := _finished(folder / file, key, layout)) is not None
         }
 
+        for file, facts in finished.items():
+            self.finished(folder / file, facts.digest)
         if refuse is not None and len(finished) < len(layouts):
             refuse([name for name in layouts if name not in finished])
 
         def done(file: str, made: QuantizedFile) -> None:
             source.check_untouched()  # else the file would count as finished
             finished[file] = _leave_facts(folder / file, made, layouts[file], key)
+            self.finished(folder / file, finished[file].digest)
 
         tensors = plan.files()
         outputs = [Output(f, tensors[f], layouts[f]) for f in layouts if f not in finished]
