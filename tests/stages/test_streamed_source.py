@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -272,6 +274,32 @@ def test_what_is_finished_is_not_fetched_again(
     manifest = json.loads((streamed.build.export / "manifest.json").read_text())
     assert manifest["source"]["files"].keys() >= set(shards)
     assert streamed.build.record(SERIALIZE) is not None
+
+
+def test_what_a_killed_run_left_is_taken_up(
+    streamed: Streamed, ordinary: dict[str, FileDigest]
+) -> None:
+    """A file that came whole is hashed and not fetched; parts of files, and others, go."""
+    streamed.run("download")
+    commit = streamed.build.need(DOWNLOAD).facts.commit
+    spool = streamed.build.root / "streamed" / "spool"
+    repo = spool / "models--me--tiny"
+    (repo / "blobs").mkdir(parents=True)
+    (repo / f"snapshots/{commit}").mkdir(parents=True)
+    for name in (streamed.shards[0], streamed.shards[5]):
+        content = (streamed.model / name).read_bytes()
+        sha256 = hashlib.sha256(content).hexdigest()
+        (repo / "blobs" / sha256).write_bytes(content)
+        (repo / f"snapshots/{commit}" / name).symlink_to(f"../../blobs/{sha256}")
+    (repo / "blobs" / f"{sha256}.12ab.incomplete").write_bytes(content[:100])
+    before = len(streamed.hub.seen)
+    with watched(streamed.build) as peak:
+        streamed.run("quantize")
+    assert streamed.fetched(before).keys() == set(streamed.shards[1:])
+    assert not spool.exists()
+    sizes = [path.stat().st_size for path in sorted(streamed.model.glob("*.safetensors"))]
+    assert peak.spool <= max(map(sum, pairwise(sizes))) + sizes[5]
+    assert streamed.build.need(QUANTIZE).outputs == ordinary
 
 
 def test_the_commit_is_pinned(streamed: Streamed, ordinary: dict[str, FileDigest]) -> None:

@@ -119,12 +119,6 @@ def test_files_that_will_be_cut_are_not_sent() -> None:
     ahead.__exit__(None, None, None)
 
 
-def test_a_dry_run_asks_for_no_repo(output: Output) -> None:
-    done = output.nf4("--stream-output", "me/dry", "--dry-run")
-    assert done.status == 0, done.err
-    assert "me/dry" not in output.hub.store.repos
-
-
 def test_a_verdict_that_is_no_pass_publishes_nothing(output: Output) -> None:
     path = output.build.root / "records" / "verify.json"
     record = json.loads(path.read_text())

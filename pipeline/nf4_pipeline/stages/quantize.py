@@ -44,7 +44,6 @@ from nf4_pipeline.resource_usage import available_memory, measured, measured_on_
 from nf4_pipeline.selection import Plan
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 from nf4_pipeline.stages.streamed_source import StreamedSource, check_streamable, open_source
-from nf4_pipeline.streaming.window import window_bytes
 
 CODE_VERSION: Final = 2
 _LARGEST_FACTS: Final = 256 * 2**20
@@ -193,8 +192,8 @@ class Quantize:
         if calibrator is not None:
             needed += sum(part.nbytes for tensor in plan.quantized for part in tensor.stored)
             needed -= calibrator.chosen_bytes()
-        streamed = self.build.need(DOWNLOAD).facts.streamed or {}
-        needed += window_bytes([digest.size for digest in streamed.values()])
+        if (streamed := StreamedSource.of(self.build, self.reporter)) is not None:
+            needed += streamed.room_for_window()
         free = shutil.disk_usage(self.build.root).free
         if needed > free:
             raise ResourceError(

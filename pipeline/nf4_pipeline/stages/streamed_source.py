@@ -30,7 +30,7 @@ from nf4_pipeline.records import DOWNLOAD
 from nf4_pipeline.selection import Plan
 from nf4_pipeline.streaming.serving import Stretches, serving
 from nf4_pipeline.streaming.stretches import PassedFile, hash_stretches
-from nf4_pipeline.streaming.window import Window
+from nf4_pipeline.streaming.window import Window, window_bytes
 
 _FOLDER: Final = "streamed"
 _LARGEST: Final = 64 * 2**20  # bytes of what is kept of one file
@@ -105,6 +105,11 @@ class StreamedSource:
         files = tuple(RemoteFile(n, d.size, d.sha256, None) for n, d in facts.streamed.items())
         return cls(build, RemoteModel(facts.repo, facts.commit, files, facts.commit), reporter)
 
+    def room_for_window(self) -> int:
+        """Bytes that files of the source will take at a time, beside those that are there."""
+        there = sum(path.stat().st_size for path in self._spool.glob("*/blobs/*"))
+        return max(0, window_bytes([file.size for file in self.model.files]) - there)
+
     def passed(self, file: str) -> PassedFile | None:
         """What is known of a file that was here whole; None if it was not."""
         path = self._passed_path(file)
@@ -163,7 +168,7 @@ class StreamedSource:
         tied = _tied(plan)
         checkpoint = open_source(self.build)
         wanted = [file for file in self.model.files if file.path in set(files)]
-        window = Window(self.build.root.resolve() / _FOLDER / "spool", self.model, self.reporter)
+        window = Window(self._spool, self.model, self.reporter)
         with closing(window.files(wanted)) as came:
             for file, path in came:
                 self._check_header(file.path, path)
@@ -215,6 +220,10 @@ class StreamedSource:
     def _listed(self, file: str) -> FileDigest:
         found = next(one for one in self.model.files if one.path == file)
         return FileDigest(found.size, found.sha256 or "")
+
+    @property
+    def _spool(self) -> Path:
+        return self.build.root.resolve() / _FOLDER / "spool"
 
     def _passed_path(self, file: str) -> Path:
         return self.build.root / _FOLDER / "passed" / f"{file}.json"

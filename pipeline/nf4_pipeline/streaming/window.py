@@ -108,7 +108,7 @@ class Window:
             if path.name not in names:
                 path.unlink()
         for blob in (folder.parents[1] / "blobs").glob("*"):
-            if blob.name.partition(".")[0] not in hashes:
+            if blob.name not in hashes:  # of another file, or only a part of one
                 blob.unlink()
 
 
