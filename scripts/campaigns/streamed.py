@@ -1,12 +1,13 @@
 """Builds falcon-7b's shapes from a Hub that keeps the source, killed at random moments.
 
-    python scripts/campaigns/streamed.py [--layers 8] [--kills 20] [--seed 0]
+    python scripts/campaigns/streamed.py [--layers 8] [--kills 20] [--output]
 
 A Hub on this machine has the model in files of one layer each. `nf4 build --stream-source` is
 killed with SIGKILL, run again, and so on, and at last left alone, while the disk that it takes is
 sampled.
 Prints the table of docs/large-models.md. Exits 1 if the hashes are not those of an ordinary build,
-the disk took more than `--dry-run` promised, or a file was fetched again that was finished.
+the disk took more than `--dry-run` promised, a file was fetched again that was finished, or, with
+--output, anything but one whole commit was ever to be seen in the repo of --stream-output.
 """
 
 from __future__ import annotations
@@ -29,12 +30,18 @@ from typing import Any, Final
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from nf4_pipeline.checkpoint.digest import digest_file
+
+from tests.support import hub_uploads
 from tests.support.hub_client import isolated
 from tests.support.hub_server import TOKEN, HubServer
-from tests.support.tiny import END_OF_TEXT, INDEX, write_tokenizer
+from tests.support.tiny import INDEX, write_tokenizer
+
+assert hub_uploads  # its routes are registered by importing it
 
 HIDDEN: Final = 4544
 REPO: Final = "me/falcon"
+OUTPUT: Final = "me/falcon-nf4"
 STAGES: Final = ("download", "quantize", "serialize", "verify", "attest", "done")
 MOMENTS: Final = (
     *["download"] * 2,
@@ -67,7 +74,6 @@ def write_model(folder: Path, layers: int) -> None:
         tie_word_embeddings=True,
         architectures=["FalconForCausalLM"],
     )
-    assert END_OF_TEXT
     with torch.device("meta"):
         shapes = {n: tuple(t.shape) for n, t in FalconForCausalLM(config).state_dict().items()}
     config.dtype = torch.bfloat16
@@ -142,6 +148,8 @@ class Campaign:
         self.folder, self.hub = folder, hub
         self.build, self.home = folder / "build", folder / "hf"
         self.problems: list[str] = []
+        self.sources: list[str] = []
+        self.outputs: list[str] = []
         self.killed: list[str] = []
 
     def start(self, *args: str | Path) -> subprocess.Popen[str]:
@@ -175,6 +183,11 @@ class Campaign:
         """Notes which file is made of which: one each, but for the head, of which none is."""
         self.outputs, self.sources = list(promise["files"]), sources
 
+    @property
+    def outgoing(self) -> bool:
+        """Whether the repo of --stream-output was made by now."""
+        return OUTPUT in self.hub.store.repos
+
     def stage(self) -> str:
         """What comes after the records that stand."""
         done = {path.stem for path in self.build.glob("records/*.json")}
@@ -202,6 +215,9 @@ class Campaign:
             for seen in self.hub.seen[before:]
             if seen.cdn and seen.method == "GET" and not seen.range
         }
+        for commit in self.hub.store.repos[OUTPUT].commits.values() if self.outgoing else ():
+            if commit.parent and len(commit.files) < len(self.outputs):
+                self.problems.append(f"half of it is published: {sorted(commit.files)}")
         if again := whole & finished:
             self.problems.append(f"fetched again although finished: {sorted(again)}")
         if process.returncode not in (0, -signal.SIGKILL):
@@ -218,6 +234,7 @@ def main() -> int:
     parser.add_argument(
         "--longest", type=float, default=5.0, help="seconds in a stage until a kill"
     )
+    parser.add_argument("--output", action="store_true", help="with --stream-output")
     args = parser.parse_args()
     dice = random.Random(args.seed)
     with tempfile.TemporaryDirectory(prefix="nf4-streamed-") as temporary, HubServer() as hub:
@@ -242,6 +259,7 @@ def main() -> int:
         options: list[str | Path] = ["--stream-source", "--build-dir", "build", "--device", "cpu"]
         options += ["--recipe", folder / "recipe.toml"]
         promise = json.loads(it.run("build", REPO, *options, "--dry-run", "--json", "-q"))
+        options += ["--stream-output", OUTPUT] if args.output else []
         it.plan(promise, sorted(path.name for path in model.glob("*.safetensors")))
         began, first = time.monotonic(), len(hub.seen)
         with watched(it.build, it.home) as disk:
@@ -260,6 +278,16 @@ def main() -> int:
             it.problems.append("other hashes than the ordinary build")
         if disk.peak > promise["builds"]["needed"]:
             it.problems.append("more disk than promised")
+        if args.output:
+            held = hub.store.repos[OUTPUT].head.files
+            sent = [seen.path for seen in hub.seen if seen.method == "PUT"]
+            for path in (it.build / "export").rglob("*"):
+                name = path.relative_to(it.build / "export").as_posix()
+                if path.is_file() and (
+                    name not in held or held[name].sha256 != digest_file(path).sha256
+                ):
+                    it.problems.append(f"{name} is not on the Hub")
+            print(f"| sent ahead | {len(set(sent))} objects in {len(sent)} requests |")
         stages = {stage: it.killed.count(stage) for stage in dict.fromkeys(it.killed)}
         of_source = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         requests = sum(seen.cdn for seen in hub.seen[first:])

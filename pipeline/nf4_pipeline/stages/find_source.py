@@ -41,6 +41,7 @@ from nf4_pipeline.checkpoint.strip_prefix import check_prefix, copy_without_pref
 from nf4_pipeline.checkpoint.untrusted import check_file
 from nf4_pipeline.errors import AlreadyQuantizedError, BuildError, SourceError, UsageError
 from nf4_pipeline.hub.remote import RemoteModel
+from nf4_pipeline.hub.xet import keep_no_chunks
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 from nf4_pipeline.processes.temporary import TemporaryFolder
 from nf4_pipeline.progress import SILENT, Reporter
@@ -439,6 +440,8 @@ class SourceFinder:
                 return digest_files(paths, watched)
 
     def _find_on_hub(self, model: RemoteModel) -> Source:
+        if self.request.stream:
+            keep_no_chunks()
         hub_files = self._hub_files(model)
         try:
             return self._fetch_all(hub_files)

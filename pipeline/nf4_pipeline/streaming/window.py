@@ -16,6 +16,7 @@ from nf4_pipeline.errors import ResourceError
 from nf4_pipeline.hub import cache_at, fetch, snapshot
 from nf4_pipeline.hub.client import StoppedTransfer
 from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
+from nf4_pipeline.hub.xet import keep_no_chunks
 from nf4_pipeline.progress import Reporter, SilentReporter, Task
 from nf4_pipeline.resource_usage import free_space
 
@@ -57,6 +58,7 @@ class Window:
             HubError: the Hub refuses a file, does not answer, or sent wrong bytes twice.
             ResourceError: the disk has no room for the next file.
         """
+        keep_no_chunks()
         self._drop_others(wanted[:AT_A_TIME])
         total, stop = sum(file.size for file in wanted), threading.Event()
         with (
