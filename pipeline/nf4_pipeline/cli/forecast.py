@@ -40,7 +40,7 @@ def show_forecast(found: Forecast, *, verbose: bool = False) -> None:
         say_brief(f"  {title:<11} {_space(space)}")
     if found.window_bytes:
         window = plain_size(found.window_bytes)
-        say_brief(f"              {window} of it for two files of the source at a time")
+        say_brief(f"              {window} of it for files of the source, two at a time")
     took = ", ".join(f"{name} {value:.1f} s" for name, value in found.seconds.items())
     say_brief(f"  time        {took}, as fast as these processors hash and quantize")
     if found.fetch_bytes:

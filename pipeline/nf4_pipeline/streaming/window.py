@@ -23,6 +23,9 @@ from nf4_pipeline.resource_usage import free_space
 AT_A_TIME: Final = 2
 """Files in the spool: one is worked on while the next one comes."""
 
+_TOGETHER: Final = 12 * 10**9
+"""Bytes of both, at most; of larger ones, the next comes when the one before it is gone."""
+
 
 def window_bytes(sizes: Sequence[int]) -> int:
     """The most that files take in the spool at a time.
@@ -30,7 +33,7 @@ def window_bytes(sizes: Sequence[int]) -> int:
     Args:
         sizes: of the files, in their order.
     """
-    return max((sum(pair) for pair in pairwise(sizes)), default=sum(sizes))
+    return max([*sizes, *(sum(pair) for pair in pairwise(sizes) if sum(pair) <= _TOGETHER)])
 
 
 class Window:
@@ -76,9 +79,11 @@ class Window:
                 ahead = begin()
                 while ahead is not None:
                     path, file = ahead.result(), coming.popleft()
-                    ahead = begin()
+                    fit = bool(coming) and file.size + coming[0].size <= _TOGETHER
+                    ahead = begin() if fit else None
                     yield file, path
                     _drop(path)
+                    ahead = ahead or begin()
             finally:
                 stop.set()
         self._drop_others(())
