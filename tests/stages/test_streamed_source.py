@@ -158,7 +158,7 @@ def watched(build: Build) -> Iterator[Peak]:
     def repeat() -> None:
         while not stop.is_set():
             sample()
-            time.sleep(0.001)
+            time.sleep(0.01)
 
     thread = threading.Thread(target=repeat)
     thread.start()

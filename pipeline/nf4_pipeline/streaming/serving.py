@@ -41,7 +41,6 @@ class Stretches:
         self._room = threading.Semaphore(_AHEAD)
         self._held: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
         self._left: dict[tuple[str, int], int] = {}
-        self.fetched = 0
 
     def read(self, file: str, offset: int, size: int) -> Iterator[memoryview]:
         """Bytes of a file, in pieces.
@@ -85,8 +84,6 @@ class Stretches:
     def _fetch_right(self, file: str, stretch: Stretch) -> bytes:
         for _ in range(2):
             data = self._fetch(file, stretch.start, stretch.end)
-            with self._lock:
-                self.fetched += len(data)
             if hashlib.sha256(data).hexdigest() == stretch.sha256:
                 return data
         raise HubError(
