@@ -31,7 +31,6 @@ from nf4_pipeline.stages.forecast import Forecast
 from nf4_pipeline.stages.hub_files import HubFiles, SeenOnHub
 from nf4_pipeline.stages.preflight import Findings
 from nf4_pipeline.stages.streamed_source import open_source
-from nf4_pipeline.streaming.window import window_bytes
 from nf4_pipeline.verification.document import MeasuredVerification
 
 from tests.support import hub_uploads
@@ -446,22 +445,6 @@ def test_what_is_cached_is_not_streamed(
     for blob in streamed.home.glob("hub/models--me--tiny/snapshots/*/*.safetensors"):
         blob.resolve().unlink()
         blob.unlink()
-
-
-@pytest.mark.parametrize(
-    ("sizes", "most"),
-    [
-        ([5], 5),
-        ([5, 3, 4], 8),
-        ([5, 7, 4, 6], 12),
-        ([10, 4], 10),
-        ([4, 10, 2, 3], 12),
-        ([13, 14], 14),
-    ],
-)
-def test_how_much_lies_there_at_a_time(sizes: list[int], most: int) -> None:
-    """Two files, if they are at most 12 GB together."""
-    assert window_bytes([size * 10**9 for size in sizes]) == most * 10**9
 
 
 def test_what_a_dry_run_says(streamed: Streamed) -> None:

@@ -120,10 +120,14 @@ class Window:
 
 
 def _drop(path: Path) -> None:
-    """Takes a file and its bytes out of the spool, which nobody else uses."""
+    """Takes a file and its bytes out of the spool, which nobody else uses.
+
+    A repo may have two files of the same bytes, which lie there once.
+    """
     blob = path.resolve()
     path.unlink(missing_ok=True)
-    blob.unlink(missing_ok=True)
+    if not any(other.resolve() == blob for other in path.parent.glob("*")):
+        blob.unlink(missing_ok=True)
 
 
 class _Watched(SilentReporter):
