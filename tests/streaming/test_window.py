@@ -1,4 +1,4 @@
-"""What leaves the spool, and how much of it there is (builds: tests/stages/test_streamed_source)."""
+"""What leaves the spool, and how much of it there is (builds: `stages/test_streamed_source.py`)."""
 
 from __future__ import annotations
 
