@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,14 @@ def workers_here() -> Iterator[None]:
     """Workers run in this process: a child imports torch each time."""
     with in_process():
         yield
+
+
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A variable that only the processes of this test inherit: other tests run beside it."""
+    value = uuid.uuid4().hex
+    monkeypatch.setenv("NF4_TEST_MARK", value)
+    return f"NF4_TEST_MARK={value}"
 
 
 @pytest.fixture(scope="session")
