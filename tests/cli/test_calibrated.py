@@ -85,7 +85,7 @@ def blocks_of(build: Build) -> list[Path]:
     return sorted(build.root.glob("calibration/*/*.safetensors"))
 
 
-BLOCK = r"/calibration/[^/]+/[^/.]+\.safetensors$"
+BLOCK = r"/calibration/[^/]+/[^/]+\.safetensors$"
 MOMENTS = {
     "with tokens": (Moment("os.rename", BLOCK, 1), 0),
     "with three blocks": (Moment("os.rename", BLOCK, 4), 3),
