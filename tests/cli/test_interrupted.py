@@ -52,14 +52,30 @@ def test_quantize_ends_clean_and_goes_on(downloaded: Path, tmp_path: Path) -> No
     assert content_of(build.quantized) == content_of(whole.quantized)
 
 
+STAGES = (
+    ("download", 3.0),
+    ("quantize", 0.3),
+    ("serialize", 0.05),
+    ("verify", 1.0),
+    ("verify", 4.0),
+)
+"""With how long each takes, or a part of it that is long enough."""
+
+
 def test_at_any_moment_of_a_build(tiny_falcon: Path, quick_recipe: Path, tmp_path: Path) -> None:
     """From the first stage to the two models that verify loads; each run goes on with the last."""
     root = tmp_path / "build"
     command = (tiny_falcon, "--recipe", quick_recipe, "--build-dir", root)
     dice = random.Random(0)
     stopped = 0
-    for stage in ("download", "quantize", "serialize", "verify", "verify"):
-        found = interrupt_in_stage(stage, *command, cwd=tmp_path, within=1.5, dice=dice)
+    for stage, within in STAGES:
+        found = interrupt_in_stage(
+            stage,
+            *command,
+            cwd=tmp_path,
+            seconds=dice.uniform(0, within),
+            by_force=stage == "verify",  # which waits for its processes to import, else
+        )
         assert "Traceback" not in found.err
         assert leftovers(Build(root)) == []
         if found.status == 0:  # it was over before

@@ -23,6 +23,11 @@ print("ready", flush=True)
 main(sys.argv[1:])
 """
 
+_AS_EVER: Final = """
+import sys
+from nf4_pipeline.cli import main
+main(sys.argv[1:])
+"""
 _PATIENT: Final = """
 import sys
 from nf4_pipeline import cli
@@ -79,16 +84,22 @@ def interrupt_at_random(
 
 
 def interrupt_in_stage(
-    stage: str, *args: str | Path, cwd: Path, within: float, dice: random.Random
+    stage: str, *args: str | Path, cwd: Path, seconds: float, by_force: bool
 ) -> Interrupted:
-    """The same up to `within` seconds after a stage of `nf4 build ARGS` began, or after its end.
+    """The same some seconds after a stage of `nf4 build ARGS` began: in it, or after its end.
 
-    It may take as long as it likes to end in order, as on a machine that is busy.
+    Args:
+        stage: its name.
+        args: of the command.
+        cwd: the folder in which it runs.
+        seconds: after the line that says that the stage begins.
+        by_force: whether it is ended by force if it does not end soon, as a user's is; else it may
+            take as long as it likes to end in order, as on a machine that is busy.
     """
     log = cwd / "log"
     with log.open("w") as err:
         process = subprocess.Popen(
-            [sys.executable, "-c", _PATIENT, "build", *map(str, args)],
+            [sys.executable, "-c", _AS_EVER if by_force else _PATIENT, "build", *map(str, args)],
             cwd=cwd,
             env=environment(cwd),
             stdin=subprocess.DEVNULL,
@@ -99,7 +110,7 @@ def interrupt_in_stage(
     try:
         begins = f" {stage}: begins\n"
         assert eventually(lambda: begins in log.read_text() or process.poll() is not None, 300)
-        time.sleep(dice.uniform(0, within))
+        time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         start = time.monotonic()
         status = process.wait(300)
