@@ -248,15 +248,13 @@ def _push(
     hub.part_size = 20_000 if case.endpoint.parts else None
     hub.seen.clear()
     hub.faults[:] = case.faults()
-    begin = time.monotonic()
     outcome = worker.push(folder, repo_id, pull_request=proposes)
     export = content_of(folder / "export")  # with the repo's name in its card
     problems = _unmet(hub, case) + _state(hub.store.repos.get(repo_id), export, proposes)
     recorded = (folder / "records" / "push.json").exists()
     if recorded == bool(outcome.error):
         problems.append("a record without success" if recorded else "success without a record")
-    if case.kind == "stall":  # what the server was slow with, it does in the end
-        time.sleep(max(0.0, begin + 2 * SILENCE - time.monotonic()))
+    hub.wait_until(lambda: hub.busy == 0)  # what the server was slow with, it does in the end
     again = worker.push(folder, repo_id, pull_request=proposes)
     if again.error:
         problems.append(f"without the fault: {again.message}")
