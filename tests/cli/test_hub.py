@@ -61,7 +61,7 @@ class Shell:
 
     def __call__(self, *args: str | Path, **variables: str) -> Done:
         process = self.start(*args, **variables)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         return Done(process.returncode, out, err)
 
 
@@ -101,7 +101,7 @@ def test_two_downloads_of_one_model_at_a_time(
     hub.store.add(REPO, tiny_falcon)
     hub.pause = 0.02
     both = [shell.start("download", REPO, "--json") for _ in range(2)]
-    ends = [process.communicate(timeout=120) for process in both]
+    ends = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], ends
     first, second = (json.loads(out) for out, _ in ends)
     assert first == second
@@ -295,7 +295,7 @@ def test_the_token_is_nowhere(
     process = shell.start("push", "--repo-id", REPO, "--build-dir", build.root, "-v")
     hub.wait_until(lambda: bool(hub.seen) or process.poll() is not None)
     title = Path(f"/proc/{process.pid}/cmdline").read_bytes() if process.poll() is None else b""
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == bool(fault), err
     assert "Traceback" not in err
     assert any(seen.authorized for seen in hub.seen)

@@ -118,6 +118,6 @@ def test_work_that_does_not_listen_is_ended_all_the_same(signals: int) -> None:
     for _ in range(signals):
         process.send_signal(2)
         time.sleep(0.2)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert err.count("Stopped.") == 1

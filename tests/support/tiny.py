@@ -183,7 +183,7 @@ def listen_to_interrupts() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def nf4(*args: str | Path, cwd: Path, timeout: float = 120) -> Done:
+def nf4(*args: str | Path, cwd: Path, timeout: float = 600) -> Done:
     """Runs `python -m nf4_pipeline ARGS` in a folder until it ends."""
     process = start_nf4(*args, cwd=cwd)
     try:
