@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,12 @@ from tests.support.tiny import copy_of, write_falcon, write_recipe
 # Here and in every process that a test starts: matrices so small wait longer for a second thread
 # than they compute. torch reads it once, when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long earlier jobs took is kept in the user's cache, and said by later ones: not of tests that
+# run beside or ran before, nor to the user.
+_CACHE = tempfile.TemporaryDirectory(prefix="nf4-tests-")
+atexit.register(_CACHE.cleanup)
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 # One fixed set of examples: a run that fails, fails again.
 settings.register_profile(

@@ -158,6 +158,7 @@ def environment(home: Path) -> dict[str, str]:
         **kept,
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(home / "hf-home"),
+        "XDG_CACHE_HOME": str(home / "xdg-cache"),
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }
