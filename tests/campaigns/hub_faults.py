@@ -248,7 +248,8 @@ def _push(
     hub.part_size = 20_000 if case.endpoint.parts else None
     hub.seen.clear()
     hub.faults[:] = case.faults()
-    outcome = worker.push(folder, repo_id, pull_request=proposes)
+    waits = case.kind == "stall"  # the Hub has not done yet what it was asked
+    outcome = worker.push(folder, repo_id, pull_request=proposes, waits=waits)
     export = content_of(folder / "export")  # with the repo's name in its card
     problems = _unmet(hub, case) + _state(hub.store.repos.get(repo_id), export, proposes)
     recorded = (folder / "records" / "push.json").exists()
