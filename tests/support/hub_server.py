@@ -308,7 +308,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    timeout = 30
+    timeout = 300
     server: _Server
     # Sent to those who bring no token, as the real Hub does; the client prints it.
     warning: ClassVar[str] = "auth; You are sending unauthenticated requests to the HF Hub."
