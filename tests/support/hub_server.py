@@ -247,7 +247,7 @@ class HubServer:
     def settle(self) -> None:
         """Waits until all is done that was asked by clients that are gone."""
         for server in self._servers:  # connections are taken up in the order in which they came
-            with socket.create_connection(server.server_address[:2]) as last:
+            with socket.create_connection(("127.0.0.1", server.server_port)) as last:
                 last.shutdown(socket.SHUT_WR)
                 last.recv(1)
         self.wait_until(lambda: self.connections == 0)
