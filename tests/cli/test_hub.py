@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import torch
@@ -40,6 +40,15 @@ def hub() -> Iterator[HubServer]:
         yield server
 
 
+IMPATIENT: Final = """
+import time
+time.sleep = lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.2))
+from nf4_pipeline.__main__ import main
+main()
+"""
+"""`nf4`, which does not wait long between tries."""
+
+
 class Shell:
     """Runs `nf4` in a folder, with a cache of its own and a token."""
 
@@ -51,7 +60,7 @@ class Shell:
 
     def start(self, *args: str | Path, **variables: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "nf4_pipeline", *map(str, args)],
+            [sys.executable, "-c", IMPATIENT, *map(str, args)],
             cwd=self.folder,
             env=self.environment | variables,
             stdout=subprocess.PIPE,
