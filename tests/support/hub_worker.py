@@ -93,10 +93,16 @@ class Worker:
         order = {"do": "publish", "files": str(files), "repo_id": repo_id, "options": options}
         return self._do(order | {"variables": dict(variables or {})})
 
-    def nf4(self, folder: Path, *args: str | Path) -> Done:
-        """Runs `nf4 ARGS` in a folder, workers in the same process."""
+    def nf4(self, folder: Path, *args: str | Path, with_readers: bool = True) -> Done:
+        """Runs `nf4 ARGS` in a folder, workers in the same process.
+
+        Args:
+            folder: the working folder.
+            args: of the command.
+            with_readers: whether verify has others read the export, too.
+        """
         order = {"do": "nf4", "folder": str(folder), "args": [str(arg) for arg in args]}
-        return Done(**self._do(order).value)
+        return Done(**self._do(order | {"with_readers": with_readers}).value)
 
     def _do(self, order: Mapping[str, Any]) -> Outcome:
         assert self._process.stdin is not None
@@ -153,7 +159,14 @@ def _nf4(order: Mapping[str, Any]) -> dict[str, Any]:
     from tests.support.command_line import run_nf4
 
     os.chdir(order["folder"])
-    return asdict(run_nf4(*order["args"]))
+    if order["with_readers"]:
+        return asdict(run_nf4(*order["args"]))
+    from nf4_pipeline.stages import verify
+
+    from tests.support.verified import NoReaders
+
+    with mock.patch.object(verify, "Readers", NoReaders):
+        return asdict(run_nf4(*order["args"]))
 
 
 def _main() -> None:
