@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from mmap import mmap
 from types import TracebackType
 from typing import Any, ClassVar, Final
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -176,6 +177,7 @@ class Seen:
     cdn: bool
     authorized: bool
     bearer: str = ""
+    range: str = ""
 
 
 class HubServer:
@@ -337,7 +339,8 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         with hub.lock:
             bearer = headers.get("authorization", "")
-            hub.seen.append(Seen(method, path, cdn, "authorization" in headers, bearer))
+            wanted = headers.get("range", "")
+            hub.seen.append(Seen(method, path, cdn, "authorization" in headers, bearer, wanted))
             number = len(hub.seen)
         hub.hold_back(number)
         fault = hub.next_fault(method, path, cdn=cdn) or Fault(path)
@@ -393,7 +396,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()  # its answer would be whole with the headers
             return
         status, headers, body = answer.status, dict(answer.headers), answer.body
-        if not isinstance(body, bytes):
+        if not isinstance(body, bytes | mmap):
             body = json.dumps(body).encode()
             headers["Content-Type"] = "application/json"
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range") or "")
