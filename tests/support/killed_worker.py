@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
-from nf4_pipeline.progress import Reporter, Stage, Task
+from nf4_pipeline.progress import Reporter, SilentReporter, Task
 from nf4_pipeline.verification import artifact_worker
 from nf4_pipeline.verification.messages import ArtifactReply, ArtifactRequest
 
@@ -19,7 +19,7 @@ def run(request: ArtifactRequest, reporter: Reporter) -> ArtifactReply:
     return artifact_worker.run(request, _Killer(reporter))
 
 
-class _Killer:
+class _Killer(SilentReporter):
     """A reporter that ends its process with the first step of a certain task.
 
     Not when the task begins: the model is then built from a config, and that is a phase with a
@@ -28,12 +28,6 @@ class _Killer:
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
-
-    def note(self, text: str) -> None:
-        self._reporter.note(text)
-
-    def stage(self, name: str, number: int = 1, of: int = 1) -> AbstractContextManager[Stage]:
-        return self._reporter.stage(name, number, of)
 
     @contextmanager
     def task(self, title: str, total: int | None, *, unit: str = "bytes") -> Iterator[Task]:
