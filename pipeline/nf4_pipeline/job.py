@@ -294,8 +294,7 @@ def run_part(
     with translate_errors("quantize", build):
         _check_begun(build, machine)
         whole = complete_recipe(build, recipe, before="quantize")
-        _decide_together(build, whole)
-    with translate_errors("quantize", build), build.shared():
+    with translate_errors("quantize", build), _taking_part(build, whole):
         stage = QuantizePart(Quantize(build, whole, machine, reporter), part)
         with reporter.stage(f"quantize {part}", 1, 1) as shown:
             state = build.state(stage.kind, stage.key(), reporter)
@@ -340,23 +339,32 @@ def _check_begun(build: Build, machine: Machine) -> None:
     check_device(machine.device)
 
 
-def _decide_together(build: Build, recipe: Recipe) -> None:
-    """Notes what a build is for, which only one process can do; the others find it noted."""
+@contextmanager
+def _taking_part(build: Build, recipe: Recipe) -> Iterator[None]:
+    """Shares a build with those who make its other parts, once it is noted what it is for.
+
+    Only one process can note that, and holds the build alone for that moment; the others find it
+    noted, or come a moment later.
+    """
     build.need(DOWNLOAD)
     end = time.monotonic() + _PATIENCE
-    while True:
-        spec = spec_of(build, recipe)
-        if spec is not None and "quantize" in spec.decided:
-            check_spec(build, spec, recipe, ("quantize",))
-            return
-        try:
-            with build.locked():
-                keep_spec(build, recipe, ("quantize",))
-            return
-        except BuildError:
-            if time.monotonic() > end:
-                raise
-        time.sleep(0.05)
+    with ExitStack() as stack:
+        while True:
+            spec = spec_of(build, recipe)
+            is_noted = spec is not None and "quantize" in spec.decided
+            if spec is not None and is_noted:
+                check_spec(build, spec, recipe, ("quantize",))
+            try:
+                if not is_noted:
+                    with build.locked():
+                        keep_spec(build, recipe, ("quantize",))
+                stack.enter_context(build.shared())
+                break
+            except BuildError:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(0.05)
+        yield
 
 
 def _ensure(

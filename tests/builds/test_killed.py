@@ -13,11 +13,11 @@ from tests.support.folder_state import content, false_records, leftovers
 from tests.support.killed_builds import killed_builds
 
 RECIPES: Final[list[dict[str, Any]]] = [{}, {"quantize": {"skip_modules": ["h.0"]}}]
-KILLS: Final = 20
-STEP: Final = 3  # changes on the disk between the moments of two kills; a build makes some 60
+KILLS: Final = 12
+STEP: Final = 5  # changes on the disk between the moments of two kills; a build makes some 60
 
 
-def test_two_recipes_in_turn_killed_at_twenty_moments(tiny_falcon: Path, tmp_path: Path) -> None:
+def test_two_recipes_in_turn_killed_at_twelve_moments(tiny_falcon: Path, tmp_path: Path) -> None:
     artifacts = tmp_path / "artifacts"
     with killed_builds(tiny_falcon) as builds:
         names = []
