@@ -203,7 +203,7 @@ def run_stage(
             done, or the build is one of another recipe.
     """
     with translate_errors(name, build):
-        _check_begun(build, machine)
+        _check_begun(build, machine, reporter)
         if name == "verify":
             check_gpu(machine)
     with translate_errors(name, build), build.locked():
@@ -256,7 +256,7 @@ def run_part(
             another process works there at something else.
     """
     with translate_errors("quantize", build):
-        _check_begun(build, machine)
+        _check_begun(build, machine, reporter)
         whole = complete_recipe(build, recipe, before="quantize")
         _decide_together(build, whole)
     with translate_errors("quantize", build), build.shared():
@@ -285,7 +285,7 @@ def merge_parts(
             there, or a part is missing or is not as it was left.
     """
     with translate_errors("quantize", build):
-        _check_begun(build, machine)
+        _check_begun(build, machine, reporter)
     with translate_errors("quantize", build), build.locked():
         whole = complete_recipe(build, recipe, before="quantize")
         build.need(DOWNLOAD)
@@ -298,9 +298,10 @@ def _merge(build: Build, recipe: Recipe, machine: Machine, reporter: Reporter) -
     return _ensure(build, stages, "quantize", recipe, reporter)
 
 
-def _check_begun(build: Build, machine: Machine) -> None:
+def _check_begun(build: Build, machine: Machine, reporter: Reporter) -> None:
     if not build.root.is_dir():
         raise BuildError(f"{build.root}: no such build. Start one: nf4 build MODEL.")
+    build.pull(reporter)
     check_device(machine.device)
 
 
@@ -343,6 +344,8 @@ def _ensure(
     stage = stages[name]
     number = STAGES.index(name) + 1 if of > 1 else 1
     with translate_errors(name, build), reporter.stage(name, number, of) as shown:
+        if check and of > 1:  # what is hashed must be here
+            build.fetch(stage.kind)
         if not anew:
             state = _check_state(build, stage, reporter, check=check)
             if state.status == "done":

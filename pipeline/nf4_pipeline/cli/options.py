@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from nf4_pipeline.checkpoint.named_path import problem_of
+from nf4_pipeline.checkpoint.named_path import is_url, problem_of
 from nf4_pipeline.cli.help import complete_model
 from nf4_pipeline.cli.terminal import say, say_json
 
@@ -58,6 +58,16 @@ def _expanded(value: Any) -> Any:
         with suppress(RuntimeError):  # there is no such user, and so no such file
             return str(Path(value).expanduser())
     return value
+
+
+class BuildPlace(NamedPath):
+    """A build folder, or the URL of one, which stays a text."""
+
+    def __init__(self) -> None:
+        super().__init__(file_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if is_url(value) else super().convert(value, param, ctx)
 
 
 class Number(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions alone
@@ -165,9 +175,11 @@ def build_dir_option(command: Command) -> Command:
     """--build-dir."""
     return click.option(
         "--build-dir",
-        type=NamedPath(file_okay=False),
-        help="The build folder.  [default: artifacts/<org>--<name>@<sha12>/, with a tag "
-        "of any recipe but the default]",
+        type=BuildPlace(),
+        metavar="DIRECTORY|URL",
+        help="The build folder, or a URL such as s3://bucket/folder, of which a copy is kept under "
+        "artifacts/.  [default: artifacts/<org>--<name>@<sha12>/, with a tag of any recipe but the "
+        "default]",
     )(command)
 
 
@@ -245,7 +257,7 @@ def download_options(command: Command) -> Command:
         check: bool,
         allow_unused: tuple[str, ...],
         strip_prefix: str,
-        build_dir: Path | None,
+        build_dir: Path | str | None,
         replaces: bool,
         **values: Any,
     ) -> Any:

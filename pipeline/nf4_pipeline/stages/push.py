@@ -131,6 +131,7 @@ class Push:
             ArtifactError: a file changed, came or went since it was verified.
         """
         export = self.build.export
+        self.build.fetch(SERIALIZE, VERIFY, ATTEST)
         verdict = self.build.need(VERIFY).facts.verdict
         if verdict != "pass" and not self.allow_unverified:
             raise VerificationError(
