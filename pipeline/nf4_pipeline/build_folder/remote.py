@@ -8,7 +8,6 @@ by none. The source stays where it is: build.json says which one it is.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from nf4_pipeline.checkpoint.atomic import make_folder, write_bytes, write_json
+from nf4_pipeline.checkpoint.atomic import json_bytes, make_folder, write_bytes, write_json
 from nf4_pipeline.checkpoint.digest import FileDigest, FileStamp
 from nf4_pipeline.checkpoint.plain_file import read_plain
 from nf4_pipeline.errors import BuildError, StoreError
@@ -107,6 +106,8 @@ class Remote:
             contents = dict(zip(small, pool.map(self._read, small), strict=True))
         if SPEC_FILE in sizes:
             self._check_spec(contents.get(SPEC_FILE))
+        else:
+            (self.root / SPEC_FILE).unlink(missing_ok=True)
         make_folder(self.root)
         if own is None:
             write_json(self.root / REMOTE_FILE, {"version": _VERSION, "url": self.url})
@@ -226,9 +227,10 @@ class Remote:
         Raises:
             BuildError: another machine put one there since `pull`.
         """
-        content = json.dumps(_shared(SPEC_FILE, spec), indent=2, ensure_ascii=False) + "\n"
-        new = _read_local(self.root / SPEC_FILE) is None
-        if not self.store.write(SPEC_FILE, content.encode(), new=new):
+        here, said = _read_local(self.root / SPEC_FILE), _shared(SPEC_FILE, spec)
+        if _shared(SPEC_FILE, here) == said:  # as it was pulled
+            return
+        if not self.store.write(SPEC_FILE, json_bytes(said), new=here is None):
             raise BuildError(
                 f"{self.url}: another nf4 process began a build there at this moment. Run the same "
                 "command again: it joins in, if both are for the same source and recipe."

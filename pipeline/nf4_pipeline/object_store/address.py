@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -14,7 +13,7 @@ _EXTRA: Final = {"s3": "nf4-pipeline[s3]", "s3a": "nf4-pipeline[s3]"}
 
 _OBJECT_STORES: Final = {
     *S3,
-    *("gs", "gcs", "abfs", "abfss", "az", "oss", "oci", "tos", "r2", "memory"),
+    *("gs", "gcs", "abfs", "abfss", "az", "oss", "oci", "tos"),
 }
 """Where an object is seen only once all of its bytes have come. Elsewhere it gets its name then."""
 
@@ -25,7 +24,6 @@ _REFUSED: Final = {
     "data": "it can be read only",
     "github": "it can be read only",
 }
-_KNOWN: Final = ("s3", "gs", "gcs", "abfs", "az", "sftp", "smb", "file", "memory", "webhdfs")
 
 
 def check_url(url: str) -> str:
@@ -68,20 +66,19 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     Raises:
         UsageError: nobody knows the protocol, or the package for it is not installed.
     """
-    import fsspec
+    from fsspec.core import url_to_fs
+    from fsspec.registry import get_filesystem_class, known_implementations
 
     protocol = url.partition("://")[0]
     try:
-        fsspec.get_filesystem_class(protocol)
+        get_filesystem_class(protocol)
     except ValueError as error:
-        near = difflib.get_close_matches(protocol, _KNOWN, 1)
-        meant = f" Did you mean {near[0]}://?" if near else ""
         raise UsageError(
-            f"{url}: fsspec knows no protocol {protocol!r}.{meant} It knows s3, gs, abfs, sftp, "
-            "file and others."
+            f"{url}: fsspec knows no protocol {protocol!r}. It knows s3, gs, abfs, sftp, file and "
+            "others."
         ) from error
     except ImportError as error:
-        known = fsspec.registry.known_implementations.get(protocol, {})
+        known = known_implementations.get(protocol, {})
         said = str(known.get("err", error)).rstrip(".")
         name = _EXTRA.get(protocol)
         how = f"Install it: pip install '{name}'" if name else f"{said} (pip install …)"
@@ -90,7 +87,7 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     options: dict[str, Any] = {"use_listings_cache": False}
     if protocol in S3:  # one place decides how often is tried: `store`
         options["config_kwargs"] = {"retries": {"total_max_attempts": 1}}
-    filesystem, folder = fsspec.core.url_to_fs(url, **options)
+    filesystem, folder = url_to_fs(url, **options)
     if protocol in S3:
         filesystem.retries = 1
     return filesystem, folder.rstrip("/")

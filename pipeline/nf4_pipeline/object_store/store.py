@@ -137,10 +137,11 @@ class ObjectStore:
         filesystem, path = self._at(name)
 
         def put() -> bool:
-            if new and not is_object_store(filesystem) and filesystem.exists(path):
-                return False
+            at_once = is_object_store(filesystem)
             try:
-                mode = {"mode": "create"} if new and is_object_store(filesystem) else {}
+                if new and not at_once and filesystem.exists(path):
+                    raise FileExistsError
+                mode = {"mode": "create"} if new and at_once else {}
                 self._place(path, lambda target: filesystem.pipe_file(target, content, **mode))
             except FileExistsError:
                 # Of a try whose answer was lost, the object is ours.
@@ -215,13 +216,14 @@ class ObjectStore:
 
         def look() -> bool:
             try:
-                if filesystem.info(path)["size"] != digest.size:
-                    return False
-                if protocols(filesystem) & set(S3):
-                    return bool(filesystem.metadata(path).get("sha256") == digest.sha256)
+                if not protocols(filesystem) & set(S3):
+                    return bool(filesystem.info(path)["size"] == digest.size)
+                bucket, key, _ = filesystem.split_path(path)
+                head = filesystem.call_s3("head_object", Bucket=bucket, Key=key)
             except FileNotFoundError:
                 return False
-            return True
+            found = head["ContentLength"], head["Metadata"].get("sha256")
+            return bool(found == (digest.size, digest.sha256))
 
         return self._call(f"look at {name}", look)
 
