@@ -171,9 +171,7 @@ def test_urls_where_no_build_can_be(url: str, said: str) -> None:
         ("gs://bucket/a", "gcsfs"),
     ],
 )
-def test_a_client_that_is_not_there(
-    url: str, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_client_that_is_not_there(url: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = sys.modules["fsspec.registry"]._registry
     for package, protocol in (("s3fs", "s3"), ("gcsfs", "gs")):
         monkeypatch.setitem(sys.modules, package, None)

@@ -1,7 +1,9 @@
 """A real S3 server on this machine, moto's, which can be killed and started again with its objects.
 
-moto keeps objects in memory and can note every request; a server that is started again is told all
-of them that were noted whole.
+moto keeps objects in memory, and can note every request. A server that is started again is told all
+that were noted whole, before it listens.
+
+    python -m tests.support.s3_server PORT NOTES
 """
 
 from __future__ import annotations
@@ -14,12 +16,12 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 _PATIENCE: Final = 60.0
 _SKIPPED: Final = {"host", "content-length", "connection", "transfer-encoding", "expect"}
@@ -57,24 +59,24 @@ class S3Server:
     def start(self) -> None:
         """Starts it, and tells it again what an earlier one was told."""
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "moto.server", "-p", str(self._port)],
+            [
+                *(sys.executable, "-W", "ignore", "-m", "tests.support.s3_server"),
+                *(str(self._port), str(self.notes)),
+            ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"MOTO_RECORDER_FILEPATH": str(self.notes), "MOTO_PORT": str(self._port)},
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"MOTO_RECORDER_FILEPATH": str(self.notes)},
         )
         end = time.monotonic() + _PATIENCE
         while True:
             try:
-                self.ask("GET", "/moto-api/data.json")
-                break
+                self.ask("POST", "/moto-api/recorder/start-recording")
+                return
             except OSError:
                 if time.monotonic() > end or self._process.poll() is not None:
                     raise
                 time.sleep(0.05)
-        for request in self.requests():
-            if request["method"] in ("PUT", "POST", "DELETE"):
-                self._repeat(request)
-        self.ask("POST", "/moto-api/recorder/start-recording")
 
     def kill(self) -> None:
         """Kills it by SIGKILL, whatever it is at."""
@@ -84,15 +86,8 @@ class S3Server:
             self._process = None
 
     def requests(self) -> list[dict[str, Any]]:
-        """What it was asked since it was started first; a note cut short by a kill is dropped."""
-        lines = self.notes.read_text("utf-8").splitlines() if self.notes.exists() else []
-        found = []
-        for line in lines:
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-        return found
+        """What it was asked since it was started first."""
+        return noted(self.notes)
 
     def make_bucket(self, name: str) -> str:
         """Makes a bucket; returns the URL of it."""
@@ -110,23 +105,6 @@ class S3Server:
             content: bytes = answer.read()
         return content
 
-    def _repeat(self, noted: dict[str, Any]) -> None:
-        body = noted.get("body") or ""
-        data = base64.b64decode(body) if noted.get("body_encoded") else body.encode()
-        headers = {"Content-Type": _BYTES} | {
-            name.title(): value
-            for name, value in noted["headers"].items()
-            if name.lower() not in _SKIPPED
-        }
-        path = noted["url"].removeprefix(self.address)
-        request = urllib.request.Request(
-            self.address + path, data=data, method=noted["method"], headers=headers
-        )
-        try:
-            urllib.request.urlopen(request, timeout=30).close()
-        except urllib.error.HTTPError as error:  # it was refused the first time, too
-            error.close()
-
 
 _SIGNATURE: Final = (
     "AWS4-HMAC-SHA256 Credential=testing/20260101/us-east-1/s3/aws4_request, "
@@ -143,3 +121,43 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
         yield server
     finally:
         server.kill()
+
+
+def noted(notes: Path) -> list[dict[str, Any]]:
+    """The requests of a file of notes; one that was cut short by a kill is dropped."""
+    found = []
+    for line in notes.read_text("utf-8").splitlines() if notes.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def main(port: int, notes: Path) -> None:
+    """Answers, with the objects that the requests in a file left."""
+    from moto.server import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from werkzeug.serving import run_simple
+    from werkzeug.test import Client
+
+    app = DomainDispatcherApplication(create_backend_app)
+    client = Client(app)
+    for request in noted(notes):
+        if request["method"] in ("PUT", "POST", "DELETE") and "/moto-api/" not in request["url"]:
+            body = request.get("body") or ""
+            data = base64.b64decode(body) if request.get("body_encoded") else body.encode()
+            headers = [(k, v) for k, v in request["headers"].items() if k.lower() not in _SKIPPED]
+            address = urlsplit(request["url"])
+            client.open(
+                address.path,
+                base_url=f"{address.scheme}://{address.netloc}",
+                query_string=address.query,
+                method=request["method"],
+                headers=headers,
+                data=data,
+            ).close()
+    run_simple("127.0.0.1", port, app, threaded=True, request_handler=MotoRequestHandler)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

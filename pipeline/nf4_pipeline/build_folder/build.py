@@ -22,7 +22,7 @@ from nf4_pipeline.build_folder.record import (
     record_json,
     write_record,
 )
-from nf4_pipeline.build_folder.remote import Remote, Upload, read_url
+from nf4_pipeline.build_folder.remote import Remote, Upload, read_url, shown_place
 from nf4_pipeline.build_folder.spec import BuildSpec, write_spec
 from nf4_pipeline.checkpoint.atomic import (
     json_bytes,
@@ -60,7 +60,7 @@ class Build:
     @property
     def shown(self) -> str:
         """For people: where it is; the URL, if the folder is the local copy of a build there."""
-        return str(self.root) if self._remote is None else self._remote.url
+        return self._url or shown_place(self.root)
 
     def pull(self, reporter: Reporter = SILENT, *, begins: bool = False) -> None:
         """Takes over what stands at the URL of which the folder is a copy, if it is one.
@@ -102,9 +102,11 @@ class Build:
             StoreError: the store refuses, or does not answer.
         """
         remote = self._remote
-        with nullcontext(lambda files: None) if remote is None else remote.uploading(
-            reporter
-        ) as upload:
+        with (
+            nullcontext(lambda files: None)
+            if remote is None
+            else remote.uploading(reporter) as upload
+        ):
             yield upload
 
     def fetch(self, *kinds: RecordKind[Facts]) -> None:
@@ -154,7 +156,7 @@ class Build:
         record = self.record(kind)
         if record is None:
             raise BuildError(
-                f"{self.root} is not finished: its {kind.stage} stage is not done. Run `nf4 build` "
+                f"{self.shown} is not finished: its {kind.stage} stage is not done. Run `nf4 build` "
                 "with its model and --build-dir, which does all that is missing."
             )
         return record

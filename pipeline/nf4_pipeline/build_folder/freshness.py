@@ -13,7 +13,6 @@ from nf4_pipeline.checkpoint.folder_advice import dead_link
 from nf4_pipeline.errors import BuildError
 from nf4_pipeline.progress import Reporter
 
-
 _GONE: Final = "is gone"
 
 

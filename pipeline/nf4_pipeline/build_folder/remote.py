@@ -50,6 +50,11 @@ def read_url(root: Path) -> str | None:
     return url if isinstance(url, str) else None
 
 
+def shown_place(root: Path) -> str:
+    """For people: where a build is; its URL, if the folder is the local copy of one there."""
+    return read_url(root) or str(root)
+
+
 def _read_local(path: Path) -> Any:
     try:
         return read_json(read_plain(path, _LARGEST))

@@ -16,8 +16,8 @@ keeping.py   what a build folder is for, noted before any work; it becomes nothi
 from nf4_pipeline.builds.absent import Use, no_build, why_no_artifact
 from nf4_pipeline.builds.choosing import Chosen
 from nf4_pipeline.builds.finding import (
-    at_url,
     ChosenArtifact,
+    at_url,
     find_artifact,
     find_build,
     find_builds,
@@ -29,11 +29,11 @@ from nf4_pipeline.builds.listing import Listed, list_builds, look_at, recipe_sho
 from nf4_pipeline.builds.placing import find_place, folder_for
 
 __all__ = [
-    "at_url",
     "Chosen",
     "ChosenArtifact",
     "Listed",
     "Use",
+    "at_url",
     "check_spec",
     "complete_recipe",
     "find_artifact",

@@ -51,7 +51,7 @@ def command(ui: Ui, request: DownloadRequest) -> None:
             f"{facts.repo} at {facts.pinned}: {len(record.outputs)} files, "
             f"{record.total_bytes:,} bytes"
         )
-        place = shlex.quote(str(build.root))
+        place = shlex.quote(build.shown)
         say(f"build:  {place}")
         named = shlex.quote(request.model) if request.build_dir is None else f"--build-dir {place}"
         say(f"next:   {program()} quantize {named}")

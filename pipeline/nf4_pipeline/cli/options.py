@@ -501,6 +501,6 @@ def show_stage(ui: Ui, name: str, build: Build, result: StageResult) -> None:
     def show() -> None:
         done = f"in {record.seconds:.1f} s" if result.ran else "was done, still valid"
         say(f"{name}: {done}; {len(record.outputs)} files, {record.total_bytes:,} bytes")
-        say(f"build:  {shlex.quote(str(build.root))}")
+        say(f"build:  {shlex.quote(build.shown)}")
 
     ui.result(value, show)

@@ -99,7 +99,7 @@ def show_summary(summary: Summary, *, verbose: bool = False) -> None:
     took = f"{sum(record.seconds for record in ran):.1f} s" if ran else "nothing had to be done"
     say_brief(f"  time        {took}" + (f", at most {plain_size(peak)} of memory" if ran else ""))
     _show_brief(verification, _LINES - _OTHERS - bool(left_out))
-    say(f"  artifact    {summary.build.export}")
+    _show_place(summary.build)
     if verification.verdict != "pass":
         say(f"  next        see {summary.build.export / 'report.html'}")
         return
@@ -108,8 +108,15 @@ def show_summary(summary: Summary, *, verbose: bool = False) -> None:
     _show_next(summary.build)
 
 
+def _show_place(build: Build) -> None:
+    if build.shown == str(build.root):
+        say(f"  artifact    {build.export}")
+    else:
+        say(f"  artifact    {build.shown}/export")
+
+
 def _show_next(build: Build) -> None:
-    root, nf4 = shlex.quote(str(build.root)), program()
+    root, nf4 = shlex.quote(build.shown), program()
     say(f'  next        {nf4} prompt {root} "…"')
     say(f"              {nf4} push {root} --dry-run --repo-id ORG/NAME")
 
@@ -143,7 +150,7 @@ def _show_all(summary: Summary) -> None:
     if isinstance(verification, MeasuredVerification):
         _show_answers(verification.answers)
     show_checks(verification)
-    say(f"  artifact    {summary.build.export}")
+    _show_place(summary.build)
     if summary.serialized.facts.hidden_modules:
         say(
             "  loading     nf4_pipeline.load(…); stock transformers >= 5.5 needs the line that "

@@ -82,7 +82,9 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         said = str(known.get("err", error)).rstrip(".")
         name = _EXTRA.get(protocol)
         how = f"Install it: pip install '{name}'" if name else f"{said} (pip install …)"
-        raise UsageError(f"{url}: the package for {protocol}:// is not installed. {how}.") from error
+        raise UsageError(
+            f"{url}: the package for {protocol}:// is not installed. {how}."
+        ) from error
     # One client keeps no listings: others write there, too.
     options: dict[str, Any] = {"use_listings_cache": False}
     if protocol in S3:  # one place decides how often is tried: `store`

@@ -155,7 +155,7 @@ class Push:
                 f"{export / SIGNATURE_FILE} signs a card that does not name "
                 f"{self.target.repo_id}, and a push would change it. Write the card for that repo, "
                 f"then sign again: nf4 attest --repo-id {self.target.repo_id} --build-dir "
-                f"{shlex.quote(str(self.build.root))}, then nf4 sign. Or delete the signature."
+                f"{shlex.quote(self.build.shown)}, then nf4 sign. Or delete the signature."
             )
         return Upload(
             self.target,
