@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -129,11 +130,17 @@ def test_uploads_end_with_the_first_failure(
             raise StoreError("refused")
         store.put(name, path, digest)
 
-    with pytest.raises(StoreError, match="refused"), Uploads(store, SILENT) as uploads:
-        for name in "123":
-            uploads.begin(lambda name=name: put(name), digest.size)  # type: ignore[misc]
-    with pytest.raises(ValueError, match="of the work"), Uploads(store, SILENT) as uploads:
-        raise ValueError("of the work")
+    def put_all(names: str) -> None:
+        with Uploads(store, SILENT) as uploads:
+            for name in names:
+                if not name.isdigit():
+                    raise ValueError("of the work")
+                uploads.begin(partial(put, name), digest.size)
+
+    with pytest.raises(StoreError, match="refused"):
+        put_all("123")
+    with pytest.raises(ValueError, match="of the work"):
+        put_all("1x3")
     with Uploads(store, SILENT) as uploads:
         uploads.begin(lambda: put("4"), digest.size)
     assert store.holds("4", digest)

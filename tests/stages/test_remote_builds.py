@@ -106,7 +106,8 @@ class Dies(Exception):
 
 def dies_after(files: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Has quantize die when it has finished some files, before it says so of the next."""
-    leave, done = quantize_stage._leave_facts, []
+    leave = quantize_stage._leave_facts
+    done: list[object] = []
 
     def leave_facts(*args: object) -> object:
         if len(done) == files:
@@ -189,6 +190,7 @@ def test_a_server_that_dies_in_the_middle(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The driver waits until it is back; no error, the same hashes."""
+    server.forget("bucket")
     url = fresh_url("s3", tmp_path)
     place, comes_back = ObjectStore._place, threading.Timer(0.5, server.start)
 
@@ -216,6 +218,7 @@ def test_a_server_that_stays_away_ends_it_and_nothing_is_lost(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    server.forget("bucket")
     url = fresh_url("s3", tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("nf4_pipeline.object_store.store.PATIENCE", 0.6)

@@ -94,6 +94,11 @@ class S3Server:
         self.ask("PUT", f"/{name}")
         return f"s3://{name}"
 
+    def forget(self, bucket: str) -> None:
+        """Once it is killed, nothing of what it was told so far is left but an empty bucket."""
+        self.notes.write_text("")
+        self.make_bucket(bucket)
+
     def ask(self, method: str, path: str, body: bytes = b"") -> bytes:
         request = urllib.request.Request(
             self.address + path,

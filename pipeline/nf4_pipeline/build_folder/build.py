@@ -156,8 +156,8 @@ class Build:
         record = self.record(kind)
         if record is None:
             raise BuildError(
-                f"{self.shown} is not finished: its {kind.stage} stage is not done. Run `nf4 build` "
-                "with its model and --build-dir, which does all that is missing."
+                f"{self.shown} is not finished: its {kind.stage} stage is not done. Run "
+                "`nf4 build` with its model and --build-dir, which does all that is missing."
             )
         return record
 

@@ -32,7 +32,7 @@ _LARGEST: Final = 256 * 2**20  # bytes
 _SMALL: Final = re.compile(
     r"build\.json|records/[\w.-]+\.json|quantized/[^/]+\.facts\.json|calibration/[\w.-]+\.json"
 )
-"""What is taken over as soon as a build is worked on; everything else is fetched if it is needed."""
+"""What is taken over as soon as a build is worked on; the rest is fetched when it is needed."""
 
 _OWN: Final = re.compile(r"(quantized|export|calibration)(/[^/\0]+)+")
 _OF_MACHINE: Final = ("mtime_ns", "ctime_ns", "inode")

@@ -91,7 +91,7 @@ def lost(error: Exception, url: str, doing: str, seconds: float) -> StoreError:
         seconds: for which it was tried.
     """
     return StoreError(
-        f"{url}: cannot {doing}: tried for {seconds:.0f} s, and the last fault was: {_said(error)}. "
+        f"{url}: cannot {doing}: tried for {seconds:.0f} s; the last fault: {_said(error)}. "
         "What was put there whole is kept, and nothing counts that was not. See that the store "
         "answers (for S3 also AWS_ENDPOINT_URL), then run the same command again: it continues."
     )

@@ -277,8 +277,8 @@ class ObjectStore:
             self.delete(name)
             raise StoreError(
                 f"{self.url}/{name} did not have the {digest.size:,} bytes with sha256 "
-                f"{digest.sha256[:12]}… that were put there. It was deleted: run `nf4 build` again, "
-                "which makes it anew."
+                f"{digest.sha256[:12]}… that were put there. It was deleted: run `nf4 build` "
+                "again, which makes it anew."
             )
         return True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Final, Self
 
@@ -61,9 +61,12 @@ class Uploads:
             left = {future: size for future, size in self._running.items() if not future.done()}
             if left:
                 with self._reporter.task("upload", sum(left.values())) as task:
-                    for future, size in left.items():
-                        future.add_done_callback(lambda _, size=size: task.advance(size))
-                    wait(left, return_when=FIRST_EXCEPTION)
+                    waiting = set(left)
+                    while waiting:
+                        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                        for future in done:
+                            future.result()
+                            task.advance(left[future])
             for future in self._running:
                 if future.done():
                     future.result()

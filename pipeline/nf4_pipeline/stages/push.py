@@ -21,6 +21,7 @@ from nf4_pipeline.provenance.signing import SIGNATURE_FILE
 from nf4_pipeline.records import (
     ATTEST,
     PUSH,
+    SERIALIZE,
     VERIFY,
     AttestFacts,
     PushFacts,
