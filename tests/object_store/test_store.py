@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import threading
 from collections.abc import Iterator
@@ -175,12 +176,16 @@ def test_urls_where_no_build_can_be(url: str, said: str) -> None:
         ("s4://bucket/a", "no protocol 's4'. It knows s3"),
         ("wibble://bucket/a", "no protocol 'wibble'. It knows s3"),
         ("s3://bucket/a", r"pip install 'nf4-pipeline\[s3\]'"),
-        ("gs://bucket/a", "gcsfs"),
+        ("gs://bucket/a", "Install it: pip install 'gcsfs'"),
+        ("abfs://bucket/a", "Install it: pip install 'adlfs'"),
+        ("sftp://host/a", "Install it: pip install 'paramiko'"),
+        ("smb://host/a", "Install it: pip install 'smbprotocol'"),
     ],
 )
 def test_a_client_that_is_not_there(url: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = sys.modules["fsspec.registry"]._registry
-    for package, protocol in (("s3fs", "s3"), ("gcsfs", "gs")):
+    opened = importlib.import_module("fsspec.registry")._registry
+    clients = {"s3fs": "s3", "gcsfs": "gs", "adlfs": "abfs", "paramiko": "sftp"}
+    for package, protocol in (clients | {"smbclient": "smb"}).items():
         monkeypatch.setitem(sys.modules, package, None)
         monkeypatch.delitem(opened, protocol, raising=False)
     with pytest.raises(UsageError, match=said):

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.build_folder.remote import REMOTE_FILE, read_url
-from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.engine.parts import Part
 from nf4_pipeline.errors import BuildError, PipelineError, StoreError
 from nf4_pipeline.job import merge_parts, run_part, run_stage, states
@@ -25,7 +24,7 @@ from nf4_pipeline.stages import quantize as quantize_stage
 from tests.support.command_line import run_nf4
 from tests.support.jobs import CPU, download
 from tests.support.s3_server import S3Server
-from tests.support.stores import fresh_url, served
+from tests.support.stores import check_published, fresh_url, hashes, served
 from tests.support.tiny import copy_of, flip_byte, write_falcon
 
 pytestmark = pytest.mark.usefixtures("workers_here")
@@ -74,30 +73,6 @@ def begin(source: Path, machine: Path, url: str) -> Build:
 def finish(build: Build) -> None:
     for stage in ("quantize", "serialize"):
         run_stage(build, stage, Recipe(), CPU, SILENT)
-
-
-def hashes(build: Build) -> dict[str, str]:
-    return {
-        name: digest.sha256
-        for kind in (QUANTIZE, SERIALIZE)
-        for name, digest in build.need(kind).outputs.items()
-    }
-
-
-def check_published(url: str, whole: dict[str, str]) -> None:
-    """What stands at the URL: every file that its records speak of, as they say, and no other."""
-    store = ObjectStore(url)
-    facts = {f"{name}.facts.json" for name in whole if name.startswith("quantized/")}
-    records = {"records/quantize.json", "records/serialize.json"}
-    assert store.names().keys() == {"build.json", *whole, *facts, *records}
-    contents = {name: store.read(name, 2**30) or b"" for name in (*whole, *records)}
-    recorded = {
-        name: entry["sha256"]
-        for record in records
-        for name, entry in json.loads(contents.pop(record))["outputs"].items()
-    }
-    assert recorded == whole
-    assert {name: FileDigest.of(content).sha256 for name, content in contents.items()} == whole
 
 
 class Dies(Exception):

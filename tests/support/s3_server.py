@@ -3,7 +3,7 @@
 moto keeps objects in memory, and can note every request. A server that is started again is told all
 that were noted whole, before it listens.
 
-    python -m tests.support.s3_server PORT NOTES
+    python -m tests.support.s3_server PORT NOTES PAUSE
 """
 
 from __future__ import annotations
@@ -33,10 +33,13 @@ class S3Server:
 
     Args:
         folder: where it notes what it is asked.
+        pause: seconds that it waits in the middle of what is sent to it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, pause: float = 0.0) -> None:
         self.notes = folder / "requests.jsonl"
+        self._begun = _begun(self.notes)
+        self._pause = pause
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = int(free.getsockname()[1])
@@ -61,7 +64,7 @@ class S3Server:
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-W", "ignore", "-m", "tests.support.s3_server"),
-                *(str(self._port), str(self.notes)),
+                *(str(self._port), str(self.notes), str(self._pause)),
             ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -78,12 +81,16 @@ class S3Server:
                     raise
                 time.sleep(0.05)
 
-    def kill(self) -> None:
-        """Kills it by SIGKILL, whatever it is at."""
-        if self._process is not None:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait()
-            self._process = None
+    def kill(self) -> int:
+        """Kills it by SIGKILL, whatever it is at; returns how many objects were half sent."""
+        if self._process is None:
+            return 0
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+        self._process = None
+        lines = self._begun.read_text().split() if self._begun.exists() else []
+        self._begun.unlink(missing_ok=True)
+        return lines.count("+") - lines.count("-")
 
     def requests(self) -> list[dict[str, Any]]:
         """What it was asked since it was started first."""
@@ -118,9 +125,9 @@ _SIGNATURE: Final = (
 
 
 @contextmanager
-def s3_server(folder: Path) -> Iterator[S3Server]:
-    """Starts a server, and kills it at the end."""
-    server = S3Server(folder)
+def s3_server(folder: Path, pause: float = 0.0) -> Iterator[S3Server]:
+    """Starts a server, and kills it at the end; the arguments are those of `S3Server`."""
+    server = S3Server(folder, pause)
     try:
         server.start()
         yield server
@@ -139,7 +146,33 @@ def noted(notes: Path) -> list[dict[str, Any]]:
     return found
 
 
-def main(port: int, notes: Path) -> None:
+def _begun(notes: Path) -> Path:
+    """Where it notes by a + that an object begins to come, and by a - that it has come."""
+    return notes.with_suffix(".begun")
+
+
+class _SlowInput:
+    """The body of a request, of which the second half comes later."""
+
+    def __init__(self, body: Any, pause: float, begun: Path) -> None:
+        self._body = body
+        self._pause = pause
+        self._begun = begun
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 2:
+            return bytes(self._body.read(size))
+        with self._begun.open("a") as file:
+            file.write("+\n")
+            file.flush()
+            first = self._body.read(size // 2)
+            time.sleep(self._pause)
+            content = bytes(first + self._body.read(size - size // 2))
+            file.write("-\n")
+        return content
+
+
+def main(port: int, notes: Path, pause: float) -> None:
     """Answers, with the objects that the requests in a file left."""
     from moto.server import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
     from werkzeug.serving import run_simple
@@ -161,8 +194,14 @@ def main(port: int, notes: Path) -> None:
                 headers=headers,
                 data=data,
             ).close()
-    run_simple("127.0.0.1", port, app, threaded=True, request_handler=MotoRequestHandler)
+
+    def slowly(environ: dict[str, Any], start_response: Any) -> Any:
+        if pause and environ["REQUEST_METHOD"] == "PUT":
+            environ["wsgi.input"] = _SlowInput(environ["wsgi.input"], pause, _begun(notes))
+        return app(environ, start_response)
+
+    run_simple("127.0.0.1", port, slowly, threaded=True, request_handler=MotoRequestHandler)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -10,6 +11,9 @@ from nf4_pipeline.errors import UsageError
 S3: Final = ("s3", "s3a")
 _EXTRA: Final = {"s3": "nf4-pipeline[s3]", "s3a": "nf4-pipeline[s3]"}
 """Protocols whose client is an extra of this package."""
+
+_PACKAGE: Final = re.compile(r'nstall (\w+) |requires "(\w+)"')
+"""How fsspec says which package a protocol needs."""
 
 _OBJECT_STORES: Final = {
     *S3,
@@ -78,10 +82,10 @@ def open_filesystem(url: str) -> tuple[Any, str]:
             "others."
         ) from error
     except ImportError as error:
-        known = known_implementations.get(protocol, {})
-        said = str(known.get("err", error)).rstrip(".")
-        name = _EXTRA.get(protocol)
-        how = f"Install it: pip install '{name}'" if name else f"{said} (pip install …)"
+        said = str(known_implementations.get(protocol, {}).get("err", error)).rstrip(".")
+        named = _PACKAGE.search(said)
+        name = _EXTRA.get(protocol) or (named and (named[1] or named[2]))
+        how = f"Install it: pip install '{name}'" if name else said
         raise UsageError(
             f"{url}: the package for {protocol}:// is not installed. {how}."
         ) from error
