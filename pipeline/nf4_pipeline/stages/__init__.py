@@ -9,6 +9,7 @@
     download.py      a name -> a pinned, hashed checkpoint in source/
     quantize.py      source/ -> quantized/
     quantize_parts.py  a part of it by one of several processes; all parts -> one record
+    rounding_choice.py  on the processors or on GPUs, by an estimate of both times
     serialize.py     quantized/ -> export/: the artifact and its manifest
     verify.py        export/ against source/ -> verification.json, report, the verdict
     attest.py        export/ -> model card, provenance.json and bom.cdx.json in it
