@@ -14,7 +14,14 @@ from nf4_pipeline.build_folder.variant import SHAPING_TABLES
 from nf4_pipeline.builds import check_spec, complete_recipe, keep_spec, spec_of
 from nf4_pipeline.calibration.calibrator import text_path
 from nf4_pipeline.engine.parts import Part
-from nf4_pipeline.errors import BuildError, RecipeError, StoppedError, is_of_machine, of_system
+from nf4_pipeline.errors import (
+    BuildError,
+    RecipeError,
+    StoppedError,
+    StoreError,
+    is_of_machine,
+    of_system,
+)
 from nf4_pipeline.machine import Machine, check_device
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.progress import Stage as ShownStage
@@ -475,7 +482,7 @@ def states(
 def _state(build: Build, stage: Stage, reporter: Reporter) -> State:
     try:
         return _check_state(build, stage, reporter)
-    except RecipeError as error:  # a text that it names is gone
+    except (RecipeError, StoreError) as error:  # a text that it names is gone; or a store is
         return State("stale", str(error))
 
 

@@ -19,7 +19,7 @@ from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe
 
-from tests.campaigns.object_store import KINDS, PAUSE, Campaign, table
+from tests.campaigns.object_store import KINDS, PAUSE, Campaign, drivers, table
 from tests.support.jobs import CPU, download
 from tests.support.stores import hashes, served
 from tests.support.tiny import write_falcon
@@ -41,8 +41,8 @@ def main() -> None:
                 run_stage(build, stage, Recipe(), CPU, SILENT)
         whole = hashes(build)
         found = []
-        with served(folder / "server", PAUSE) as server:
-            campaign = Campaign(server, model, whole, folder, args.seed)
+        with served(folder / "server", PAUSE) as server, drivers() as made:
+            campaign = Campaign(server, made, model, whole, folder, args.seed)
             for kind in KINDS:
                 for _ in range(args.trials if "killed" in kind else 2):
                     found.append(campaign.run(kind))

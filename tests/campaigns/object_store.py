@@ -1,19 +1,23 @@
 """Builds in S3 of which the server or the driver is killed at random moments.
 
-    python -m tests.campaigns.object_store MODEL URL FOLDER [PART]     one driver
+    python -m tests.campaigns.object_store     makes drivers; a command is JSON, one a line
 
-A driver downloads, quantizes and serializes in a process of its own, on an empty disk.
+A driver downloads, quantizes and serializes on an empty disk, in a process of its own: a fork, since
+imports take longer than all of that.
 `scripts/campaigns/object_store.py` runs the whole campaign.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -44,11 +48,47 @@ class Trial:
     problem: str
 
 
+class Drivers:
+    """The process that makes drivers, from outside."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def ask(self, *words: object) -> int:
+        """Starts a driver, or waits for one.
+
+        Args:
+            words: model, URL, folder and part, for its process id; or that, for how it ended.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(words) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+
+@contextmanager
+def drivers() -> Iterator[Drivers]:
+    """Starts the process, with the environment of now, and ends it."""
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "tests.campaigns.object_store"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    ) as process:
+        try:
+            yield Drivers(process)
+        finally:
+            process.kill()
+
+
 class Campaign:
     """Trials on one server.
 
     Args:
-        server: of S3, with a bucket called so.
+        server: of S3.
+        drivers: makes drivers that talk to it.
         model: a checkpoint.
         whole: name -> sha256 of what its build leaves without any URL.
         folder: for the disks of the drivers.
@@ -56,9 +96,16 @@ class Campaign:
     """
 
     def __init__(
-        self, server: S3Server, model: Path, whole: dict[str, str], folder: Path, seed: int
+        self,
+        server: S3Server,
+        drivers: Drivers,
+        model: Path,
+        whole: dict[str, str],
+        folder: Path,
+        seed: int,
     ) -> None:
         self._server = server
+        self._drivers = drivers
         self._model = model
         self._whole = whole
         self._folder = folder
@@ -88,22 +135,20 @@ class Campaign:
             problem = " ".join(str(error).split())[:500] or type(error).__name__
         return Trial(kind, time.monotonic() - began, self._cut, problem)
 
-    def _start(self, part: str = "") -> subprocess.Popen[bytes]:
-        """A driver on an empty disk."""
+    def _start(self, part: str = "") -> int:
+        """A driver on an empty disk; its process id."""
         self._disks += 1
         disk = self._folder / f"disk-{self._disks}"
-        words = [str(self._model), self._url, str(disk), *([part] if part else [])]
-        return subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.campaigns.object_store", *words],
-            cwd=Path(__file__).parents[2],
-            env=os.environ | self._server.env,
-        )
+        return self._drivers.ask(str(self._model), self._url, str(disk), part)
 
-    def _moment(self, driver: subprocess.Popen[bytes]) -> None:
+    def _wait(self, driver: int) -> int:
+        return self._drivers.ask(driver)
+
+    def _moment(self) -> None:
         """Waits until the driver has sent some objects, and a little longer."""
         many = 2 + 2 * sum(name.startswith("quantized/") for name in self._whole)
         wanted, end = self._dice.randrange(1, many), time.monotonic() + _PATIENCE
-        while self._puts() < wanted and driver.poll() is None and time.monotonic() < end:
+        while self._puts() < wanted and time.monotonic() < end:
             time.sleep(0.002)
         time.sleep(self._dice.random() * 2 * PAUSE)
 
@@ -113,32 +158,32 @@ class Campaign:
 
     def _server_killed(self) -> None:
         driver = self._start()
-        self._moment(driver)
+        self._moment()
         self._cut = self._server.kill()
         time.sleep(_AWAY)
         self._server.start()
-        assert driver.wait(_PATIENCE) == 0
+        assert self._wait(driver) == 0
 
     def _driver_killed(self) -> None:
         driver = self._start()
-        self._moment(driver)
-        driver.kill()
-        driver.wait()
-        assert self._start().wait(_PATIENCE) == 0
+        self._moment()
+        os.kill(driver, signal.SIGKILL)
+        assert self._wait(driver) == -signal.SIGKILL
+        assert self._wait(self._start()) == 0
 
     def _parts(self) -> None:
         parts = ["1/3", "2/3", "3/3"]
         self._dice.shuffle(parts)
         running = [self._start(part) for part in parts]
-        assert [driver.wait(_PATIENCE) for driver in running] == [0, 0, 0]
-        assert self._start("merge").wait(_PATIENCE) == 0
+        assert [self._wait(driver) for driver in running] == [0, 0, 0]
+        assert self._wait(self._start("merge")) == 0
 
     def _two_at_once(self) -> None:
         running = [self._start(), self._start()]
-        ended = [driver.wait(_PATIENCE) for driver in running]
+        ended = [self._wait(driver) for driver in running]
         assert 0 in ended
         if ended != [0, 0]:  # one of them came at the moment when the other began: it joins in
-            assert self._start().wait(_PATIENCE) == 0
+            assert self._wait(self._start()) == 0
 
 
 def table(found: Sequence[Trial]) -> str:
@@ -175,5 +220,29 @@ def drive(model: Path, url: str, folder: Path, part: str) -> None:
             step()
 
 
+def main() -> None:
+    """Makes a driver, or waits for one, a line."""
+    import torch  # noqa: F401
+    import transformers.models.falcon.modeling_falcon  # noqa: F401
+    from transformers import AutoTokenizer  # noqa: F401
+
+    for line in sys.stdin:
+        words = json.loads(line)
+        if len(words) == 1:
+            print(os.waitstatus_to_exitcode(os.waitpid(words[0], 0)[1]), flush=True)
+            continue
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                drive(Path(words[0]), words[1], Path(words[2]), words[3])
+                status = 0
+            except Exception as error:
+                print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            finally:
+                os._exit(status)
+        print(pid, flush=True)
+
+
 if __name__ == "__main__":
-    drive(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), "".join(sys.argv[4:]))
+    main()

@@ -415,6 +415,8 @@ def test_commands_take_a_url_where_a_path_may_stand(
     assert ended.status == 0, ended.err
     root = Path(json.loads(ended.out)["build"])
     assert json.loads((root / REMOTE_FILE).read_text())["url"] == folder_url
+    monkeypatch.chdir(tmp_path / "one")
+    assert "query_key_value" in run_nf4("inspect", folder_url).out
     shown = run_nf4("status", folder_url)
     assert shown.out.count(" done ") == 3
     assert folder_url in shown.out

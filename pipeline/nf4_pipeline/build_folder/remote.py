@@ -205,11 +205,11 @@ class Remote:
         if name == _HERE_ONLY or self.store.read(name, _LARGEST) == content:
             return
         files = {file: digest for file, digest in outputs.items() if _OWN.fullmatch(file)}
-        size = sum(digest.size for digest in files.values())
-        with self.reporter.task("upload", size) as task:
-            for file, digest in files.items():
-                self.put({file: digest})
-                task.advance(digest.size)
+        if size := sum(digest.size for digest in files.values()):
+            with self.reporter.task("upload", size) as task:
+                for file, digest in files.items():
+                    self.put({file: digest})
+                    task.advance(digest.size)
         if owns:
             self._prune(owns, {*files, *self._recorded()})
         self.store.write(name, content)

@@ -60,7 +60,7 @@ def refusal(error: Exception, url: str, doing: str) -> PipelineError | None:
             f"{where}: permission denied ({said}). The build needs to list, read, write and delete "
             "below this URL: give these credentials the right to it, or name another --build-dir."
         )
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) and _code(error) != "NoSuchUpload":
         return StoreError(
             f"{where}: there is no such bucket or folder ({said}). Make it, or name another "
             "--build-dir."
@@ -95,6 +95,13 @@ def lost(error: Exception, url: str, doing: str, seconds: float) -> StoreError:
         "What was put there whole is kept, and nothing counts that was not. See that the store "
         "answers (for S3 also AWS_ENDPOINT_URL), then run the same command again: it continues."
     )
+
+
+def _code(error: Exception) -> str:
+    """What a store of S3's kind calls a fault."""
+    response = getattr(error.__cause__, "response", None)
+    said = response.get("Error", {}) if isinstance(response, dict) else {}
+    return str(said.get("Code", ""))
 
 
 def _said(error: Exception) -> str:

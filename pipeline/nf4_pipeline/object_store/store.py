@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import threading
@@ -137,18 +138,35 @@ class ObjectStore:
         filesystem, path = self._at(name)
 
         def put() -> bool:
-            at_once = is_object_store(filesystem)
             try:
-                if new and not at_once and filesystem.exists(path):
+                if new and self._create(path, content):
+                    return True
+                if new and filesystem.exists(path):
                     raise FileExistsError
-                mode = {"mode": "create"} if new and at_once else {}
-                self._place(path, lambda target: filesystem.pipe_file(target, content, **mode))
+                self._place(path, lambda target: filesystem.pipe_file(target, content))
             except FileExistsError:
                 # Of a try whose answer was lost, the object is ours.
                 return bool(filesystem.cat_file(path) == content)
             return True
 
         return self._call(f"write {name}", put)
+
+    def _create(self, path: str, content: bytes) -> bool:
+        """Writes an object if there is none, in one step; False where a store cannot do that.
+
+        Raises:
+            FileExistsError: there is one.
+        """
+        filesystem, _ = self._opened
+        if not is_object_store(filesystem):
+            return False
+        try:
+            filesystem.pipe_file(path, content, mode="create")
+        except OSError as error:
+            if error.errno == errno.ENOSYS:
+                return False
+            raise
+        return True
 
     def put(self, name: str, path: Path, digest: FileDigest) -> None:
         """Puts a file there, complete or not at all, and looks at what came of it.
