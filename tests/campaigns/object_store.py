@@ -2,8 +2,8 @@
 
     python -m tests.campaigns.object_store     makes drivers; a command is JSON, one a line
 
-A driver downloads, quantizes and serializes on an empty disk, in a process of its own: a fork, since
-imports take longer than all of that.
+A driver downloads, quantizes and serializes on an empty disk, in a process of its own: a fork,
+since imports take longer than all of that.
 `scripts/campaigns/object_store.py` runs the whole campaign.
 """
 

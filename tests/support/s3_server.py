@@ -15,10 +15,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -151,29 +153,23 @@ def _begun(notes: Path) -> Path:
     return notes.with_suffix(".begun")
 
 
-class _SlowInput:
+def _read_slowly(environ: dict[str, Any], pause: float, begun: Path) -> bytes:
     """The body of a request, of which the second half comes later."""
-
-    def __init__(self, body: Any, pause: float, begun: Path) -> None:
-        self._body = body
-        self._pause = pause
-        self._begun = begun
-
-    def read(self, size: int = -1) -> bytes:
-        if size < 2:
-            return bytes(self._body.read(size))
-        with self._begun.open("a") as file:
-            file.write("+\n")
-            file.flush()
-            first = self._body.read(size // 2)
-            time.sleep(self._pause)
-            content = bytes(first + self._body.read(size - size // 2))
-            file.write("-\n")
-        return content
+    size = int(environ.get("CONTENT_LENGTH") or 0)
+    if size < 2:
+        return bytes(environ["wsgi.input"].read(size))
+    with begun.open("a", buffering=1) as file:
+        file.write("+\n")
+        first = environ["wsgi.input"].read(size // 2)
+        time.sleep(pause)
+        content = bytes(first + environ["wsgi.input"].read(size - size // 2))
+        file.write("-\n")
+    return content
 
 
 def main(port: int, notes: Path, pause: float) -> None:
     """Answers, with the objects that the requests in a file left."""
+    from moto.moto_api import recorder
     from moto.server import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
     from werkzeug.serving import run_simple
     from werkzeug.test import Client
@@ -195,9 +191,17 @@ def main(port: int, notes: Path, pause: float) -> None:
                 data=data,
             ).close()
 
+    note, noting = recorder._record_request, threading.Lock()
+
+    def note_alone(*args: Any) -> None:
+        with noting:  # else two notes of one moment become one that nobody can read
+            note(*args)
+
+    recorder._record_request = note_alone
+
     def slowly(environ: dict[str, Any], start_response: Any) -> Any:
         if pause and environ["REQUEST_METHOD"] == "PUT":
-            environ["wsgi.input"] = _SlowInput(environ["wsgi.input"], pause, _begun(notes))
+            environ["wsgi.input"] = BytesIO(_read_slowly(environ, pause, _begun(notes)))
         return app(environ, start_response)
 
     run_simple("127.0.0.1", port, slowly, threaded=True, request_handler=MotoRequestHandler)

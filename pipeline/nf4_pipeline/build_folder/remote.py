@@ -159,9 +159,9 @@ class Remote:
         """
         for name, digest in files.items():
             if not self.holds(name, digest):
-                if (same := self._other_name(name, digest)) is not None:
-                    self.store.copy(same, name)
-                if same is None or not self.store.holds(name, digest):
+                same = self._other_name(name, digest)
+                copied = same is not None and self.store.copy(same, name)
+                if not copied or not self.store.holds(name, digest):
                     self.store.put(name, self.root / name, digest)
                 self._held[name] = digest
 

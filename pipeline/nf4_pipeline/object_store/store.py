@@ -300,22 +300,30 @@ class ObjectStore:
             )
         return True
 
-    def copy(self, name: str, target: str) -> None:
+    def copy(self, name: str, target: str) -> bool:
         """Gives an object a second name; the store does it, and no bytes come here.
 
         Args:
             name: of the object.
             target: the other name.
 
+        Returns:
+            False if there is no such object.
+
         Raises:
             StoreError: the store refuses, or does not answer.
         """
         filesystem, source = self._at(name)
         path = self._at(target)[1]
-        self._call(
-            f"copy {name}",
-            lambda: self._place(path, lambda place: filesystem.cp_file(source, place)),
-        )
+
+        def copy() -> bool:
+            try:
+                self._place(path, lambda place: filesystem.cp_file(source, place))
+            except FileNotFoundError:
+                return False
+            return True
+
+        return self._call(f"copy {name}", copy)
 
     def delete(self, name: str) -> None:
         """Deletes an object, if it is there.
