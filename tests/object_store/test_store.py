@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from nf4_pipeline.api.options import make_request
 from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.errors import StoreError, UsageError
 from nf4_pipeline.object_store import ObjectStore, Uploads
 from nf4_pipeline.object_store.address import check_url
 from nf4_pipeline.progress import SILENT
 
+from tests.support.command_line import run_nf4
 from tests.support.s3_server import S3Server
 from tests.support.stores import KINDS, forget_clients, fresh_url, served
 
@@ -154,8 +156,9 @@ def test_uploads_end_with_the_first_failure(
     [
         ("s3://", "names no folder"),
         ("s3:///", "names no folder"),
-        ("s3://bucket/a b", "a blank or a control"),
-        ("s3://bucket/a\nb", "a blank or a control"),
+        ("s3://bucket/a ", "a blank at its end"),
+        ("s3://bucket/a\nb", "a control in it"),
+        ("s3://bucket/a\0b", "a control in it"),
         ("s3://bucket/../other", "cannot be called"),
         ("simplecache::s3://bucket/a", "URLs in each other"),
         ("hf://me/model", "`nf4 push`"),
@@ -169,6 +172,30 @@ def test_urls_where_no_build_can_be(url: str, said: str) -> None:
     with pytest.raises(UsageError, match=said) as refused:
         check_url(url)
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("path", ["s3:/bucket/a", "gs:/bucket/a", "file:/tmp/a", "S3:/b/a"])
+def test_a_slash_that_is_missing(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = f"{path.replace(':/', '://')}"
+    with pytest.raises(UsageError, match=f"a slash is missing. Write: {said}"):
+        make_request("sample", build_dir=path)
+    ended = run_nf4("build", "sample", "--build-dir", path)
+    assert (ended.status, said in ended.err) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["with a blank", "ü+[x]*?#%20&"])
+def test_odd_names_of_folders(base: str, name: str, made: tuple[Path, FileDigest]) -> None:
+    path, digest = made
+    store = ObjectStore(f"{base}/{name}", patience=1.0)
+    store.put(NAME, path, digest)
+    assert store.write("build.json", b"x", new=True)
+    assert store.names() == {NAME: 1024, "build.json": 1}
+    assert store.copy(NAME, "export/x")
+    assert store.holds("export/x", digest)
 
 
 @pytest.mark.parametrize(
@@ -254,9 +281,13 @@ class TestS3:
         with pytest.raises(StoreError, match=r"tried for .* the same command again") as lost:
             ObjectStore(url, patience=0.6).put("2", path, digest)
         assert "write 2" in str(lost.value)
+        told: list[str] = []
         comes_back = threading.Timer(0.3, server.start)
         comes_back.start()
-        ObjectStore(url, patience=60.0).put("3", path, digest)
+        patient = ObjectStore(url, patience=60.0)
+        patient.say = told.append
+        patient.put("3", path, digest)
         comes_back.join()
+        assert [text.partition(" cannot ")[2][:8] for text in told] == ["write 3:"]
         assert ObjectStore(url).names() == {"1": 1024, "3": 1024}
         assert ObjectStore(url).holds("1", digest)

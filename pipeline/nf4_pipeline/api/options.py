@@ -45,7 +45,7 @@ def make_request(
         UsageError: a pattern or a prefix can be no name of tensors, a path can be none, or no build
             can be kept at a URL.
     """
-    from nf4_pipeline.object_store.address import check_url
+    from nf4_pipeline.object_store.address import check_path, check_url
     from nf4_pipeline.records import Reading
     from nf4_pipeline.stages.find_source import DownloadRequest
 
@@ -56,6 +56,7 @@ def make_request(
     folder = None if build_dir is None else fspath(build_dir)
     url = check_url(folder) if folder is not None and is_url(folder) else None
     if folder is not None:
+        check_path(folder)
         build_dir = local_copy(url) if url is not None else named_path(folder)
     return DownloadRequest(
         fspath(model),

@@ -74,7 +74,7 @@ class Build:
             StoreError: the store refuses or does not answer, or something else stands there.
         """
         if self._remote is not None:
-            self._remote.reporter = reporter
+            self._remote.report_to(reporter)
             self._remote.pull(begins=begins)
 
     def holds(self, name: str, digest: FileDigest) -> bool:

@@ -80,6 +80,11 @@ class Remote:
         self.reporter: Reporter = SILENT
         self._held: dict[str, FileDigest] = {}  # what this process put there, or found
 
+    def report_to(self, reporter: Reporter) -> None:
+        """Has transfers and outages told to somebody from now on."""
+        self.reporter = reporter
+        self.store.say = reporter.note
+
     def pull(self, *, begins: bool = False) -> None:
         """Takes over what stands at the URL: build.json, records, facts, tokens.
 

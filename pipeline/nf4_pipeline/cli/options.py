@@ -67,7 +67,12 @@ class BuildPlace(NamedPath):
         super().__init__(file_okay=False)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if is_url(value) else super().convert(value, param, ctx)
+        if is_url(value):
+            return value
+        from nf4_pipeline.object_store.address import check_path
+
+        check_path(os.fspath(value))
+        return super().convert(value, param, ctx)
 
 
 class Number(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions alone

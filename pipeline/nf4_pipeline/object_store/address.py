@@ -12,6 +12,7 @@ S3: Final = ("s3", "s3a")
 _EXTRA: Final = {"s3": "nf4-pipeline[s3]", "s3a": "nf4-pipeline[s3]"}
 """Protocols whose client is an extra of this package."""
 
+_KNOWN: Final = {*S3, "gs", "gcs", "abfs", "az", "sftp", "smb", "file", "memory"}
 _PACKAGE: Final = re.compile(r'nstall (\w+) |requires "(\w+)"')
 """How fsspec says which package a protocol needs."""
 
@@ -40,13 +41,17 @@ def check_url(url: str) -> str:
     shown = repr(url[:200])
     if "::" in url:
         raise UsageError(f"{shown}: URLs in each other are not supported. Name one of them.")
-    if any(char.isspace() or not char.isprintable() for char in url):
-        raise UsageError(f"{shown} can be no URL of a folder: there is a blank or a control in it.")
+    if not url.isprintable() or url != url.strip():
+        raise UsageError(
+            f"{shown} can be no URL of a folder: there is a control in it, or a blank at its end."
+        )
     if not path.strip("/"):
         raise UsageError(
             f"{shown} names no folder. Write: {protocol}://BUCKET/FOLDER, with a bucket and a "
             "folder of yours."
         )
+    if set("*?[]") & set(path):
+        raise UsageError(f"{shown}: clients take * ? [ ] for patterns. Name a folder without them.")
     if {".", ".."} & set(path.split("/")):
         raise UsageError(f"{shown}: a folder cannot be called . or .. there. Name it in full.")
     try:
@@ -62,6 +67,19 @@ def check_url(url: str) -> str:
     if why := _REFUSED.get(protocol.lower()):
         raise UsageError(f"{shown}: no build can be kept there: {why}.")
     return f"{protocol.lower()}://{path.rstrip('/')}"
+
+
+def check_path(path: str) -> None:
+    """Refuses a path that was to be a URL, and would become a folder called "s3:".
+
+    Raises:
+        UsageError: a slash is missing.
+    """
+    protocol, colon, rest = path.partition(":")
+    if colon and protocol.lower() in _KNOWN and rest.startswith("/"):
+        raise UsageError(
+            f"{path[:200]!r}: a slash is missing. Write: {protocol}://{rest.lstrip('/')[:200]}"
+        )
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:

@@ -81,6 +81,11 @@ def passes(error: Exception) -> bool:
     return isinstance(error, OSError) or (foreign and not isinstance(error, TypeError))
 
 
+def trying_again(error: Exception, url: str, doing: str) -> str:
+    """What to tell people who wait; the arguments are those of `refusal`."""
+    return f"Warning: {url}: cannot {doing}: {_said(error)}. Trying again for a while."
+
+
 def lost(error: Exception, url: str, doing: str, seconds: float) -> StoreError:
     """A store that did not answer for too long.
 

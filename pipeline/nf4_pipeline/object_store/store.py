@@ -23,7 +23,7 @@ from nf4_pipeline.object_store.address import (
     open_filesystem,
     protocols,
 )
-from nf4_pipeline.object_store.faults import lost, passes, refusal
+from nf4_pipeline.object_store.faults import lost, passes, refusal, trying_again
 from nf4_pipeline.progress import Task
 
 PATIENCE = 120.0
@@ -31,6 +31,7 @@ PATIENCE = 120.0
 
 _FIRST_WAIT: Final = 0.5  # seconds
 _LONGEST_WAIT: Final = 15.0  # seconds
+_SILENCE: Final = 30.0  # seconds between two words about an outage
 _PIECE: Final = 8 * 2**20
 _PART: Final = 16 * 2**20
 """Bytes of one part of an upload to S3; its client keeps some of them in memory."""
@@ -54,6 +55,8 @@ class ObjectStore:
     def __init__(self, url: str, patience: float | None = None) -> None:
         self.url = check_url(url)
         self.stop = threading.Event()  # whoever waits for a store gives up
+        self.say: Callable[[str], None] = lambda text: None  # hears of calls that are tried again
+        self._said = -_SILENCE
         self._patience = PATIENCE if patience is None else patience
         self._opening = threading.Lock()
 
@@ -355,6 +358,9 @@ class ObjectStore:
                 if not passes(error):
                     raise
                 tried = time.monotonic() - began
+                if time.monotonic() - self._said >= _SILENCE:
+                    self._said = time.monotonic()
+                    self.say(trying_again(error, self.url, doing))
                 if tried + wait > self._patience or self.stop.wait(wait):
                     raise lost(error, self.url, doing, tried) from error
             wait = min(2 * wait, _LONGEST_WAIT)
