@@ -160,12 +160,14 @@ def test_uploads_end_with_the_first_failure(
         ("s3://bucket/a\nb", "a control in it"),
         ("s3://bucket/a\0b", "a control in it"),
         ("s3://bucket/../other", "cannot be called"),
+        ("s3://bucket/*", "for patterns"),
+        ("s3://bucket/a?versionId=1", "for patterns"),
         ("simplecache::s3://bucket/a", "URLs in each other"),
         ("hf://me/model", "`nf4 push`"),
         ("https://example.org/a", "read only"),
         ("http://example.org/a", "read only"),
         ("sftp://me:secret@host/a", "holds a password"),
-        ("sftp://[::1/a", "URLs in each other|can be no URL"),
+        ("sftp://me:x@[/a", "for patterns"),
     ],
 )
 def test_urls_where_no_build_can_be(url: str, said: str) -> None:
@@ -187,7 +189,7 @@ def test_a_slash_that_is_missing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["with a blank", "ü+[x]*?#%20&"])
+@pytest.mark.parametrize("name", ["with a blank", "ü+x#%20&"])
 def test_odd_names_of_folders(base: str, name: str, made: tuple[Path, FileDigest]) -> None:
     path, digest = made
     store = ObjectStore(f"{base}/{name}", patience=1.0)
