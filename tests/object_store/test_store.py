@@ -161,6 +161,7 @@ def test_uploads_end_with_the_first_failure(
         ("s3://bucket/a\0b", "a control in it"),
         ("s3://bucket/../other", "cannot be called"),
         ("s3://bucket/*", "for patterns"),
+        ("file://tmp/a", "Write: file:///tmp/a"),
         ("s3://bucket/a?versionId=1", "for patterns"),
         ("simplecache::s3://bucket/a", "URLs in each other"),
         ("hf://me/model", "`nf4 push`"),
@@ -181,7 +182,7 @@ def test_a_slash_that_is_missing(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    said = f"{path.replace(':/', '://')}"
+    said = path.replace(":/", ":///" if path.startswith("file") else "://")
     with pytest.raises(UsageError, match=f"a slash is missing. Write: {said}"):
         make_request("sample", build_dir=path)
     ended = run_nf4("build", "sample", "--build-dir", path)

@@ -50,6 +50,8 @@ def check_url(url: str) -> str:
             f"{shown} names no folder. Write: {protocol}://BUCKET/FOLDER, with a bucket and a "
             "folder of yours."
         )
+    if protocol.lower() == "file" and not path.startswith("/"):
+        raise UsageError(f"{shown} has no absolute path. Write: file:///{path.lstrip('/')[:200]}")
     if set("*?[]") & set(path):
         raise UsageError(f"{shown}: clients take * ? [ ] for patterns. Name a folder without them.")
     if {".", ".."} & set(path.split("/")):
@@ -76,10 +78,10 @@ def check_path(path: str) -> None:
         UsageError: a slash is missing.
     """
     protocol, colon, rest = path.partition(":")
-    if colon and protocol.lower() in _KNOWN and rest.startswith("/"):
-        raise UsageError(
-            f"{path[:200]!r}: a slash is missing. Write: {protocol}://{rest.lstrip('/')[:200]}"
-        )
+    slip = rest.startswith("/") and not rest.startswith("//")
+    if colon and slip and protocol.lower() in _KNOWN:
+        meant = rest if protocol.lower() == "file" else rest[1:]
+        raise UsageError(f"{path[:200]!r}: a slash is missing. Write: {protocol}://{meant[:200]}")
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
