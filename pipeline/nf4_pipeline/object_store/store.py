@@ -158,7 +158,7 @@ class ObjectStore:
         """Writes an object if there is none, in one step; False where a store cannot do that.
 
         Raises:
-            FileExistsError: there is one.
+            FileExistsError: an object of that name stands there.
         """
         filesystem, _ = self._opened
         if not is_object_store(filesystem):
