@@ -398,6 +398,9 @@ def test_commands_take_a_url_where_a_path_may_stand(
     for machine in ("one", "two", "three"):
         (tmp_path / machine).mkdir()
     monkeypatch.chdir(tmp_path / "one")
+    for streamed in (["--stream-source"], ["--stream-output", "me/it"]):
+        ended = run_nf4("build", model, "--build-dir", folder_url, *streamed)
+        assert (ended.status, "no other machine could go on" in ended.err) == (2, True), ended.err
     assert "there is no build" in run_nf4("status", folder_url).err
     assert not list(Path().iterdir())
     for machine, part in (("one", "1/2"), ("two", "2/2")):

@@ -4,6 +4,7 @@
       source/        the pinned checkpoint: links to where its files are
       quantized/     one safetensors per source shard, each complete or absent
       export/        the publishable folder
+      streamed/      of weights that stay on the Hub: headers, hashes, and what is here just now
       records/       one small JSON per finished stage
       build.json     the source and the recipe that it is for, from before the first byte
       remote.json    the URL of which the folder is the local copy, if it is one

@@ -62,7 +62,8 @@ class QuantizePart:
                 another process is making one of the files.
             SourceError: the checkpoint is not usable.
             ResourceError: the disk is too full, or there is too little memory.
-            UsageError: the recipe is a calibrated one, or the memory budget is too small.
+            UsageError: the recipe is a calibrated one, the source is streamed, or the memory
+                budget is too small.
             PlanMismatchError: the bytes written are not the bytes planned.
         """
         whole = self.whole
@@ -70,6 +71,12 @@ class QuantizePart:
             raise UsageError(
                 "--part: calibrated codes are chosen in one walk through the model, which cannot "
                 "be divided. Leave --part out, or --calibrate."
+            )
+        if whole.build.need(DOWNLOAD).facts.streamed:
+            raise UsageError(
+                "--part: the weights of this build are streamed from the Hub, and each part would "
+                "fetch files that others fetch, too. Leave --part out; or build without "
+                "--stream-source where several machines share the work."
             )
         source = whole.build.check_inputs(DOWNLOAD)
         planner = whole.planner()
