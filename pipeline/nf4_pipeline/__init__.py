@@ -42,6 +42,7 @@ The house, from the top floor down; a room imports only from rooms below it (`ma
     pickles/           weights in pickles, made safetensors without running them
     fidelity/          metrics: how far the 4-bit model is from the 16-bit one
     recipe.py          what shapes the bytes
+    object_store/      files at a URL, complete or absent
     machine.py         what the machine gives: device, workers, memory
     nf4/               the format: arithmetic, and the six tensors of a weight
     processes/         child processes, by one protocol

@@ -14,7 +14,15 @@ from nf4_pipeline.build_folder.variant import SHAPING_TABLES
 from nf4_pipeline.builds import check_spec, complete_recipe, keep_spec, spec_of
 from nf4_pipeline.calibration.calibrator import text_path
 from nf4_pipeline.engine.parts import Part
-from nf4_pipeline.errors import BuildError, RecipeError, StoppedError, is_of_machine, of_system
+from nf4_pipeline.errors import (
+    BuildError,
+    RecipeError,
+    StoppedError,
+    StoreError,
+    UsageError,
+    is_of_machine,
+    of_system,
+)
 from nf4_pipeline.machine import Machine, check_device
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.progress import Stage as ShownStage
@@ -120,7 +128,16 @@ def run_build(
     Returns:
         The build folder, and the result of each stage by name; "push" is one of them if there was
         one.
+
+    Raises:
+        UsageError: source or output shall be streamed, and the build folder is a URL.
     """
+    if request.url is not None and (request.stream or output is not None):
+        raise UsageError(
+            f"{request.url}: --stream-source and --stream-output keep notes of their own on this "
+            "disk, with which no other machine could go on. Leave them out, or name a folder as "
+            "--build-dir."
+        )
     check_device(machine.device)
     check_gpu(machine)
     # What cannot be read is known before any byte.
@@ -239,7 +256,7 @@ def run_stage(
             done, or the build is one of another recipe.
     """
     with translate_errors(name, build):
-        _check_begun(build, machine)
+        _check_begun(build, machine, reporter)
         if name == "verify":
             check_gpu(machine)
     with translate_errors(name, build), build.locked():
@@ -292,7 +309,7 @@ def run_part(
             another process works there at something else.
     """
     with translate_errors("quantize", build):
-        _check_begun(build, machine)
+        _check_begun(build, machine, reporter)
         whole = complete_recipe(build, recipe, before="quantize")
     with translate_errors("quantize", build), _taking_part(build, whole):
         stage = QuantizePart(Quantize(build, whole, machine, reporter), part)
@@ -320,7 +337,7 @@ def merge_parts(
             there, or a part is missing or is not as it was left.
     """
     with translate_errors("quantize", build):
-        _check_begun(build, machine)
+        _check_begun(build, machine, reporter)
     with translate_errors("quantize", build), build.locked():
         whole = complete_recipe(build, recipe, before="quantize")
         build.need(DOWNLOAD)
@@ -333,9 +350,10 @@ def _merge(build: Build, recipe: Recipe, machine: Machine, reporter: Reporter) -
     return _ensure(build, stages, "quantize", recipe, reporter)
 
 
-def _check_begun(build: Build, machine: Machine) -> None:
+def _check_begun(build: Build, machine: Machine, reporter: Reporter) -> None:
     if not build.root.is_dir():
         raise BuildError(f"{build.root}: no such build. Start one: nf4 build MODEL.")
+    build.pull(reporter)
     check_device(machine.device)
 
 
@@ -387,6 +405,8 @@ def _ensure(
     stage = stages[name]
     number = STAGES.index(name) + 1 if of > 1 else 1
     with translate_errors(name, build), reporter.stage(name, number, of) as shown:
+        if check and of > 1:  # what is hashed must be here
+            build.fetch(stage.kind)
         if not anew:
             state = _check_state(build, stage, reporter, check=check)
             if state.status == "done":
@@ -519,7 +539,7 @@ def states(
 def _state(build: Build, stage: Stage, reporter: Reporter) -> State:
     try:
         return _check_state(build, stage, reporter)
-    except RecipeError as error:  # a text that it names is gone
+    except (RecipeError, StoreError) as error:  # a text that it names is gone; or a store is
         return State("stale", str(error))
 
 

@@ -288,8 +288,8 @@ class PushFacts(Document):
 
 
 DOWNLOAD: Final = RecordKind("download", DownloadFacts.from_json)
-QUANTIZE: Final = RecordKind("quantize", QuantizeFacts.from_json)
-SERIALIZE: Final = RecordKind("serialize", SerializeFacts.from_json)
+QUANTIZE: Final = RecordKind("quantize", QuantizeFacts.from_json, owns="quantized")
+SERIALIZE: Final = RecordKind("serialize", SerializeFacts.from_json, owns="export")
 VERIFY: Final[RecordKind[Verification]] = RecordKind("verify", parse_verification)
 ATTEST: Final = RecordKind("attest", AttestFacts.from_json)
 PUSH: Final = RecordKind("push", PushFacts.from_json)

@@ -71,7 +71,8 @@ def build(
         device_memory: how much of the device verifying may use, as a number of bytes or such as
             "8GB"; all that is free without it.
         build_dir: the build folder; None for one under ./artifacts that is named for the model and,
-            where it is not the default, for the recipe.
+            where it is not the default, for the recipe. Or a URL such as "s3://bucket/folder": what
+            is done is kept there, and a copy under ./artifacts.
         replace: a build folder that is another build may become this one.
         offline: take a Hub model as it is cached.
         allow_pickle: scan and convert weights that are pickles, where there are no others.
@@ -95,6 +96,7 @@ def build(
         HubError: the Hub refuses, does not answer, or sends wrong bytes.
         BuildError: another process works in the build folder, it is another build and may not be
             replaced, or it cannot be worked in.
+        StoreError: the store at a URL refuses, does not answer, or holds something else.
         ArtifactError: what was written is not what it should be.
         ResourceError: disk, memory or the device that was asked for is lacking.
         KeyboardInterrupt: the user stopped it; the text says what is kept.
@@ -130,7 +132,9 @@ def build(
     )
     target = None if stream_output is None else make_target(stream_output)
     from nf4_pipeline.job import run_build
+    from nf4_pipeline.records import ATTEST, SERIALIZE, VERIFY
 
     with interruptible(), reporting_to(progress) as reporter:
         made, _ = run_build(request, options.recipe, machine, reporter, target)
+        made.fetch(SERIALIZE, VERIFY, ATTEST)
     return Artifact.open(made.export)

@@ -55,7 +55,7 @@ def command(ui: Ui, request: DownloadRequest) -> None:
         if facts.streamed:
             staying = sum(digest.size for digest in facts.streamed.values())
             say(f"        {len(facts.streamed)} files of weights, {staying:,} bytes, stay there")
-        place = shlex.quote(str(build.root))
+        place = shlex.quote(build.shown)
         say(f"build:  {place}")
         named = shlex.quote(request.model) if request.build_dir is None else f"--build-dir {place}"
         say(f"next:   {program()} quantize {named}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from nf4_pipeline.checkpoint.named_path import problem_of
+from nf4_pipeline.checkpoint.named_path import is_url, problem_of
 from nf4_pipeline.cli.help import complete_model
 from nf4_pipeline.cli.terminal import say, say_json
 
@@ -58,6 +58,21 @@ def _expanded(value: Any) -> Any:
         with suppress(RuntimeError):  # there is no such user, and so no such file
             return str(Path(value).expanduser())
     return value
+
+
+class BuildPlace(NamedPath):
+    """A build folder, or the URL of one, which stays a text."""
+
+    def __init__(self) -> None:
+        super().__init__(file_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if is_url(value):
+            return value
+        from nf4_pipeline.object_store.address import check_path
+
+        check_path(os.fspath(value))
+        return super().convert(value, param, ctx)
 
 
 class Number(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions alone
@@ -165,9 +180,11 @@ def build_dir_option(command: Command) -> Command:
     """--build-dir."""
     return click.option(
         "--build-dir",
-        type=NamedPath(file_okay=False),
-        help="The build folder.  [default: artifacts/<org>--<name>@<sha12>/, with a tag "
-        "of any recipe but the default]",
+        type=BuildPlace(),
+        metavar="DIRECTORY|URL",
+        help="The build folder, or a URL such as s3://bucket/folder, of which a copy is kept under "
+        "artifacts/.  [default: artifacts/<org>--<name>@<sha12>/, with a tag of any recipe but the "
+        "default]",
     )(command)
 
 
@@ -252,7 +269,7 @@ def download_options(command: Command) -> Command:
         allow_unused: tuple[str, ...],
         strip_prefix: str,
         stream_source: bool,
-        build_dir: Path | None,
+        build_dir: Path | str | None,
         replaces: bool,
         **values: Any,
     ) -> Any:
@@ -497,6 +514,6 @@ def show_stage(ui: Ui, name: str, build: Build, result: StageResult) -> None:
     def show() -> None:
         done = f"in {record.seconds:.1f} s" if result.ran else "was done, still valid"
         say(f"{name}: {done}; {len(record.outputs)} files, {record.total_bytes:,} bytes")
-        say(f"build:  {shlex.quote(str(build.root))}")
+        say(f"build:  {shlex.quote(build.shown)}")
 
     ui.result(value, show)

@@ -105,7 +105,7 @@ def show_summary(summary: Summary, *, verbose: bool = False) -> None:
     took = f"{sum(record.seconds for record in ran):.1f} s" if ran else "nothing had to be done"
     say_brief(f"  time        {took}" + (f", at most {plain_size(peak)} of memory" if ran else ""))
     _show_brief(verification, _LINES - _OTHERS - bool(left_out))
-    say(f"  artifact    {summary.build.export}")
+    _show_place(summary.build)
     if verification.verdict != "pass":
         say(f"  next        see {summary.build.export / 'report.html'}")
         return
@@ -114,8 +114,15 @@ def show_summary(summary: Summary, *, verbose: bool = False) -> None:
     _show_next(summary)
 
 
+def _show_place(build: Build) -> None:
+    if build.shown == str(build.root):
+        say(f"  artifact    {build.export}")
+    else:
+        say(f"  artifact    {build.shown}/export")
+
+
 def _show_next(summary: Summary) -> None:
-    root, nf4 = shlex.quote(str(summary.build.root)), program()
+    root, nf4 = shlex.quote(summary.build.shown), program()
     say(f'  next        {nf4} prompt {root} "…"')
     if (pushed := summary.pushed) is None:
         say(f"              {nf4} push {root} --dry-run --repo-id ORG/NAME")
@@ -152,7 +159,7 @@ def _show_all(summary: Summary) -> None:
     if isinstance(verification, MeasuredVerification):
         _show_answers(verification.answers)
     show_checks(verification)
-    say(f"  artifact    {summary.build.export}")
+    _show_place(summary.build)
     if summary.serialized.facts.hidden_modules:
         say(
             "  loading     nf4_pipeline.load(…); stock transformers >= 5.5 needs the line that "

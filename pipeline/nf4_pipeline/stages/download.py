@@ -66,11 +66,12 @@ class Download:
             HubError: the Hub could not be asked, or sent wrong bytes.
             UsageError: the request means nothing, or the build folder holds something else.
             BuildError: the build folder is for another source or recipe.
+            StoreError: the store at its URL refuses or does not answer, or holds something else.
         """
         finder = SourceFinder(self.request, self.reporter)
         with measured() as finding:
             place = finder.locate()
-            self.request.check_kept(place)
+            self.request.check_kept(place, self.reporter)
             if (downloaded := self._unchanged(place)) is not None:
                 if not downloaded.record.facts.streamed:
                     finder.keep(place)

@@ -74,6 +74,7 @@ class DownloadRequest:
         artifacts: the folder that holds builds.
         revision: of a Hub model; a branch, a tag or a commit.
         build_dir: the build folder, if not the default one under `artifacts`.
+        url: of which it is the local copy; None for the one that is noted in it, or none.
         offline: take a Hub model as it is cached; HF_HUB_OFFLINE says so, too.
         allow_pickle: convert weights that are pickles, where there are no others.
         allow_unhashed: take files for which the Hub lists no hash, too.
@@ -88,6 +89,7 @@ class DownloadRequest:
     artifacts: Path = ARTIFACTS
     revision: str | None = None
     build_dir: Path | None = None
+    url: str | None = None
     offline: bool = False
     allow_pickle: bool = False
     allow_unhashed: bool = False
@@ -168,7 +170,8 @@ class DownloadRequest:
         Raises:
             RecipeError: the text to calibrate on cannot be read.
         """
-        return Build(self.build_dir or folder_for(self.artifacts, slug, self._whole_recipe))
+        folder = self.build_dir or folder_for(self.artifacts, slug, self._whole_recipe)
+        return Build(folder, self.url)
 
     def keep(self, build: Build, source: SourcePin) -> None:
         """Notes in the build folder, which must be locked, what it is for.
@@ -179,15 +182,23 @@ class DownloadRequest:
         tables = () if self.recipe is None else SHAPING_TABLES
         keep_spec(build, self._whole_recipe, tables, source=source, replaces=self.replaces)
 
-    def check_kept(self, place: Place) -> None:
+    def check_kept(self, place: Place, reporter: Reporter = SILENT) -> None:
         """Refuses a build folder that is for something else, before anything is fetched.
+
+        Args:
+            place: where the source is.
+            reporter: told of what stands at the URL.
 
         Raises:
             BuildError: the build folder is for another source or recipe.
+            StoreError: the store at the URL refuses or does not answer, or holds something else.
         """
-        if self.build_dir is None or self.replaces:
+        if self.build_dir is None:
             return
-        build = Build(self.build_dir)
+        build = Build(self.build_dir, self.url)
+        build.pull(reporter, begins=True)
+        if self.replaces:
+            return
         recipe = self._whole_recipe
         tables = () if self.recipe is None else SHAPING_TABLES
         spec = spec_of(build, recipe)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from nf4_pipeline.build_folder import Build, Inputs, Record
-from nf4_pipeline.calibration.calibrator import CalibratedChoice, Calibrator
+from nf4_pipeline.calibration.calibrator import TOKENS_FILE, CalibratedChoice, Calibrator
 from nf4_pipeline.checkpoint.atomic import make_folder, write_json
 from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, json_sha256
 from nf4_pipeline.checkpoint.layout import FileLayout
@@ -141,6 +141,8 @@ class Quantize:
         check_memory(plan, self.machine.memory_budget)
         with measured() as preparing, measured_on_device() as sampling:
             tokens = None if calibrator is None else calibrator.tokens(self.reporter)
+        if calibrator is not None:  # the key is of them
+            self.build.put({f"calibration/{TOKENS_FILE}": digest_file(calibrator.tokens_path)})
         key = self.key()  # tokens are part of it
 
         def work() -> Outcome[QuantizeFacts]:
@@ -304,7 +306,7 @@ class Quantize:
         finished = {
             file: facts
             for file, layout in layouts.items()
-            if (facts := _finished(folder / file, key, layout)) is not None
+            if (facts := _finished(self.build, file, key, layout)) is not None
         }
 
         for file, facts in finished.items():
@@ -312,10 +314,16 @@ class Quantize:
         if refuse is not None and len(finished) < len(layouts):
             refuse([name for name in layouts if name not in finished])
 
+        def upload(file: str) -> None:
+            facts = digest_file(folder / f"{file}{FACTS_SUFFIX}")
+            name = f"quantized/{file}"
+            put({name: finished[file].digest, f"{name}{FACTS_SUFFIX}": facts})
+
         def done(file: str, made: QuantizedFile) -> None:
             source.check_untouched()  # else the file would count as finished
             finished[file] = _leave_facts(folder / file, made, layouts[file], key)
             self.finished(folder / file, finished[file].digest)
+            upload(file)
 
         tensors = plan.files()
         outputs = [Output(f, tensors[f], layouts[f]) for f in layouts if f not in finished]
@@ -324,10 +332,13 @@ class Quantize:
             return writing(folder / output.name, output.layout)
 
         streamed = StreamedSource.of(self.build, self.reporter)
-        if streamed is None:
-            run.make("quantize", outputs, opener, done, self.reporter)
-        else:
-            _make_streamed(streamed, run, outputs, opener, done)
+        with self.build.uploading(self.reporter) as put:
+            for file in finished:
+                upload(file)
+            if streamed is None:
+                run.make("quantize", outputs, opener, done, self.reporter)
+            else:
+                _make_streamed(streamed, run, outputs, opener, done)
         _warn_of_merged(plan, self.reporter)
         return {file: finished[file] for file in layouts}
 
@@ -405,13 +416,23 @@ def count_finished_files(build: Build) -> int:
     return len(list(build.quantized.glob(f"*{FACTS_SUFFIX}")))
 
 
-def _finished(target: Path, key: str, layout: FileLayout) -> FileFacts | None:
-    """The facts of a shard that an earlier run with the same key finished, or None."""
+def _finished(build: Build, file: str, key: str, layout: FileLayout) -> FileFacts | None:
+    """The facts of a shard that an earlier run with the same key finished, or None.
+
+    A shard that stands at the URL of which the build folder is a copy need not be here.
+    """
+    target = build.quantized / file
     try:
         text = read_plain(target.with_name(target.name + FACTS_SUFFIX), _LARGEST_FACTS)
         facts = FileFacts.from_json(json.loads(text))
-        same = facts.key == key and target.stat().st_size == facts.size == layout.nbytes
-        return facts if same and digest_file(target).sha256 == facts.sha256 else None
+        if facts.key != key or facts.size != layout.nbytes:
+            return None
+        if target.exists() and digest_file(target) == facts.digest:
+            return facts
+        if not build.holds(f"quantized/{file}", facts.digest):
+            return None
+        target.unlink(missing_ok=True)
+        return facts
     except (OSError, ValueError, RecursionError):
         return None
 

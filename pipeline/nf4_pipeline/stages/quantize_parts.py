@@ -129,9 +129,9 @@ class MergeParts:
         own = {part: record for part, record in records.items() if record.key == self.key()}
         if not own:
             foreign = f" ({_named(records)} there is of another source or recipe)" * bool(records)
-            quantize = f"nf4 quantize {shlex.quote(str(build.root))}"
+            quantize = f"nf4 quantize {shlex.quote(build.shown)}"
             raise BuildError(
-                f"{build.root} has no parts to merge: --part made none of its source and recipe "
+                f"{build.shown} has no parts to merge: --part made none of its source and recipe "
                 f"yet{foreign}. On one machine no parts are needed: {quantize}. For three: "
                 f"{quantize} --part 1/3 and so on, and --merge at the end."
             )
@@ -142,7 +142,7 @@ class MergeParts:
             strangers = [part for part in missing if part in records]
             why = f" ({_named(strangers)} there is of another source or recipe)" * bool(strangers)
             raise BuildError(
-                f"{build.root} holds {counts[of]} of {of} parts; {_named(missing)} are missing"
+                f"{build.shown} holds {counts[of]} of {of} parts; {_named(missing)} are missing"
                 f"{why}. Run `nf4 quantize --part {missing[0]}`, or bring what it left in "
                 "quantized/ and records/ here."
             )

@@ -203,6 +203,7 @@ class Verify:
         against = self._manifest_of_other()
         self._key(against, {})  # prompts, text or device that are not there are known now
         self.build.need(SERIALIZE)
+        self.build.fetch(SERIALIZE)
         source = self.build.check_inputs(DOWNLOAD)
         try:
             manifest = read_manifest(self.build.export)
