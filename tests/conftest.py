@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +25,12 @@ from tests.support.tiny import copy_of, write_falcon, write_recipe
 # than they compute. torch reads it once, when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# How long earlier jobs took is kept in the user's cache, and said by later ones: not of tests that
+# run beside or ran before, nor to the user.
+_CACHE = tempfile.TemporaryDirectory(prefix="nf4-tests-")
+atexit.register(_CACHE.cleanup)
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
+
 # One fixed set of examples: a run that fails, fails again.
 settings.register_profile(
     "fixed",
@@ -38,6 +47,14 @@ def workers_here() -> Iterator[None]:
     """Workers run in this process: a child imports torch each time."""
     with in_process():
         yield
+
+
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A variable that only the processes of this test inherit: other tests run beside it."""
+    value = uuid.uuid4().hex
+    monkeypatch.setenv("NF4_TEST_MARK", value)
+    return f"NF4_TEST_MARK={value}"
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
+from traitlets.config import Config
 
 from tests.support.tiny import environment
 
@@ -78,13 +80,18 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     paths = [path for path in os.environ["PATH"].split(os.pathsep) if path not in own]
     own_home = {"HOME": str(home), "PATH": os.pathsep.join(paths)}
     notebook = stored()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(home))  # where the kernel is looked up, and its sockets are named
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory(prefix="nf4-") as sockets:
+        patch.setenv("HOME", str(home))  # where the kernel is looked up
+        # Ports are chosen before they are taken, and somebody else may take them in between. The
+        # names of sockets must be short.
+        named = {"transport": "ipc", "ip": f"{sockets}/kernel"}
         NotebookClient(
             notebook,
-            timeout=600,
+            timeout=1200,
+            startup_timeout=600,
             kernel_name="python3",
             resources={"metadata": {"path": str(folder)}},
+            config=Config({"KernelManager": named}),
         ).execute(env=environment(home) | own_home | COLAB)
     return Ran(folder, {cell.id: cell for cell in notebook.cells})
 

@@ -313,7 +313,7 @@ def command(*args: str | Path, cwd: Path) -> tuple[int, str]:
         env=environment(cwd),
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=300,
         check=False,
         preexec_fn=limit,
     )

@@ -20,9 +20,11 @@ This checks shapes, not values: limits, patterns and the like are the JSON Schem
 
 from __future__ import annotations
 
+import json
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
@@ -35,6 +37,22 @@ _SCALARS: dict[Any, tuple[str, tuple[type, ...]]] = {
     bool: ("true or false", (bool,)),
     type(None): ("null", (type(None),)),
 }
+
+
+@cache
+def schema_check(file: Path) -> Callable[[Any], object]:
+    """What holds JSON values against a JSON Schema; made once, which takes a tenth of a second.
+
+    It raises `fastjsonschema.JsonSchemaValueException`. Of the libraries for JSON Schema this is
+    imported in 0.05 s; jsonschema takes 3 s where what it checks formats with is installed.
+
+    Args:
+        file: holds the schema.
+    """
+    import fastjsonschema
+
+    check: Callable[[Any], object] = fastjsonschema.compile(json.loads(file.read_text("utf-8")))
+    return check
 
 
 class DocumentError(ValueError):

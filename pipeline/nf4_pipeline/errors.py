@@ -11,6 +11,7 @@
     │   ├── NotFoundError         no such repo or revision, as far as the token can see
     │   └── ConflictError         somebody else changed the repo in the meantime
     ├── BuildError                a build folder lacks a stage, or another process holds it
+    ├── StoreError                a store at a URL refuses, does not answer, or holds other bytes
     ├── ArtifactError             an exported artifact is not what its manifest says
     │   └── SignatureError        it is not signed, or not what was signed
     ├── PlanMismatchError         the bytes written differ from the bytes predicted
@@ -85,6 +86,10 @@ class ConflictError(HubError):
 
 class BuildError(PipelineError):
     """A build folder lacks what the stage needs, or is in use by another process."""
+
+
+class StoreError(PipelineError):
+    """The store at a URL refused, did not answer, or holds something else than was put there."""
 
 
 class ArtifactError(PipelineError):

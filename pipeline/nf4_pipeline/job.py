@@ -5,16 +5,24 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from nf4_pipeline.build_folder import Build, Record, State
 from nf4_pipeline.build_folder.variant import SHAPING_TABLES
 from nf4_pipeline.builds import check_spec, complete_recipe, keep_spec, spec_of
 from nf4_pipeline.calibration.calibrator import text_path
 from nf4_pipeline.engine.parts import Part
-from nf4_pipeline.errors import BuildError, RecipeError, StoppedError, is_of_machine, of_system
+from nf4_pipeline.errors import (
+    BuildError,
+    RecipeError,
+    StoppedError,
+    StoreError,
+    UsageError,
+    is_of_machine,
+    of_system,
+)
 from nf4_pipeline.machine import Machine, check_device
 from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.progress import Stage as ShownStage
@@ -29,19 +37,25 @@ from nf4_pipeline.records import (
     VERIFY,
     Reading,
     part_records,
+    source_files,
     strangers,
 )
 from nf4_pipeline.stages.attest import Attest
 from nf4_pipeline.stages.download import Download, Downloaded
 from nf4_pipeline.stages.find_source import DownloadRequest
 from nf4_pipeline.stages.forecast import Forecast, forecast
+from nf4_pipeline.stages.push import Push
 from nf4_pipeline.stages.quantize import Quantize, count_finished_files
 from nf4_pipeline.stages.quantize_parts import MergeParts, QuantizePart
 from nf4_pipeline.stages.run_recorded import Stage
 from nf4_pipeline.stages.serialize import Serialize
+from nf4_pipeline.stages.upload_ahead import UploadAhead
 from nf4_pipeline.stages.verify import Verify, check_gpu, check_texts
 from nf4_pipeline.verification.document import Verification
 from nf4_pipeline.verification.launch import Workers
+
+if TYPE_CHECKING:
+    from nf4_pipeline.hub import Target
 
 STAGES: Final = ("download", "quantize", "serialize", "verify", "attest")
 """Of a build, in their order."""
@@ -94,7 +108,11 @@ def make_stages(
 
 
 def run_build(
-    request: DownloadRequest, recipe: Recipe, machine: Machine, reporter: Reporter
+    request: DownloadRequest,
+    recipe: Recipe,
+    machine: Machine,
+    reporter: Reporter,
+    output: Target | None = None,
 ) -> tuple[Build, dict[str, StageResult]]:
     """Runs the main job.
 
@@ -104,28 +122,63 @@ def run_build(
             counts where it does not.
         machine: what the work may use.
         reporter: told how far it is.
+        output: where finished files go while others are made, and where one commit names them if
+            the verdict is "pass"; None to publish nothing.
 
     Returns:
-        The build folder, and the result of each stage by name.
+        The build folder, and the result of each stage by name; "push" is one of them if there was
+        one.
+
+    Raises:
+        UsageError: source or output shall be streamed, and the build folder is a URL.
     """
+    if request.url is not None and (request.stream or output is not None):
+        raise UsageError(
+            f"{request.url}: --stream-source and --stream-output keep notes of their own on this "
+            "disk, with which no other machine could go on. Leave them out, or name a folder as "
+            "--build-dir."
+        )
     check_device(machine.device)
     check_gpu(machine)
     # What cannot be read is known before any byte.
     text_path(recipe.quantize)
     check_texts(recipe.verify)
     request, recipe = _agreed(request, recipe)
-    with Workers(machine.device) as workers:
+    of = len(STAGES) + (output is not None)
+    with ExitStack() as stack:
+        ahead = None
+        if output is not None:
+            with translate_errors("download"):
+                request.check_names()  # before a repo is made
+            ahead = UploadAhead(output, recipe.serialize.max_shard_bytes, reporter)
+            stack.enter_context(ahead)
+        workers = stack.enter_context(Workers(machine.device))
         # They import what verify needs while the source is hashed, quantized and written.
-        build, record, ran = run_download(request, reporter, workers.begin, of=len(STAGES))
+        build, record, ran = run_download(request, reporter, workers.begin, of=of)
         results = {"download": StageResult(record, ran)}
-        stages = make_stages(build, recipe, machine, reporter, workers=workers)
+        repo_id = None if output is None else output.repo_id
+        stages = make_stages(build, recipe, machine, reporter, workers=workers, repo_id=repo_id)
+        if ahead is not None:
+            stages["quantize"] = Quantize(build, recipe, machine, reporter, ahead.add)
         with translate_errors("build", build), build.locked():
             keep_spec(build, recipe, SHAPING_TABLES, replaces=request.replaces)
             for name in stages:
                 results[name] = _ensure(
-                    build, stages, name, recipe, reporter, check=request.check, of=len(STAGES)
+                    build, stages, name, recipe, reporter, check=request.check, of=of
                 )
+                if ahead is not None and name == "quantize":
+                    for path, digest in results[name].record.outputs.items():
+                        ahead.add(build.root / path, digest)
+    if output is not None and results["verify"].record.facts.verdict == "pass":
+        results["push"] = _push(build, output, reporter, of)
     return build, results
+
+
+def _push(build: Build, output: Target, reporter: Reporter, number: int) -> StageResult:
+    with translate_errors("push", build), reporter.stage("push", number, number) as shown:
+        record = Push(build, output, reporter).run()
+        shown.finish(ran=record.facts.committed, nbytes=record.facts.total_bytes)
+    return StageResult(record, record.facts.committed)
 
 
 def _agreed(request: DownloadRequest, recipe: Recipe) -> tuple[DownloadRequest, Recipe]:
@@ -203,7 +256,7 @@ def run_stage(
             done, or the build is one of another recipe.
     """
     with translate_errors(name, build):
-        _check_begun(build, machine)
+        _check_begun(build, machine, reporter)
         if name == "verify":
             check_gpu(machine)
     with translate_errors(name, build), build.locked():
@@ -256,10 +309,9 @@ def run_part(
             another process works there at something else.
     """
     with translate_errors("quantize", build):
-        _check_begun(build, machine)
+        _check_begun(build, machine, reporter)
         whole = complete_recipe(build, recipe, before="quantize")
-        _decide_together(build, whole)
-    with translate_errors("quantize", build), build.shared():
+    with translate_errors("quantize", build), _taking_part(build, whole):
         stage = QuantizePart(Quantize(build, whole, machine, reporter), part)
         with reporter.stage(f"quantize {part}", 1, 1) as shown:
             state = build.state(stage.kind, stage.key(), reporter)
@@ -285,7 +337,7 @@ def merge_parts(
             there, or a part is missing or is not as it was left.
     """
     with translate_errors("quantize", build):
-        _check_begun(build, machine)
+        _check_begun(build, machine, reporter)
     with translate_errors("quantize", build), build.locked():
         whole = complete_recipe(build, recipe, before="quantize")
         build.need(DOWNLOAD)
@@ -298,29 +350,39 @@ def _merge(build: Build, recipe: Recipe, machine: Machine, reporter: Reporter) -
     return _ensure(build, stages, "quantize", recipe, reporter)
 
 
-def _check_begun(build: Build, machine: Machine) -> None:
+def _check_begun(build: Build, machine: Machine, reporter: Reporter) -> None:
     if not build.root.is_dir():
         raise BuildError(f"{build.root}: no such build. Start one: nf4 build MODEL.")
+    build.pull(reporter)
     check_device(machine.device)
 
 
-def _decide_together(build: Build, recipe: Recipe) -> None:
-    """Notes what a build is for, which only one process can do; the others find it noted."""
+@contextmanager
+def _taking_part(build: Build, recipe: Recipe) -> Iterator[None]:
+    """Shares a build with those who make its other parts, once it is noted what it is for.
+
+    Only one process can note that, and holds the build alone for that moment; the others find it
+    noted, or come a moment later.
+    """
     build.need(DOWNLOAD)
     end = time.monotonic() + _PATIENCE
-    while True:
-        spec = spec_of(build, recipe)
-        if spec is not None and "quantize" in spec.decided:
-            check_spec(build, spec, recipe, ("quantize",))
-            return
-        try:
-            with build.locked():
-                keep_spec(build, recipe, ("quantize",))
-            return
-        except BuildError:
-            if time.monotonic() > end:
-                raise
-        time.sleep(0.05)
+    with ExitStack() as stack:
+        while True:
+            spec = spec_of(build, recipe)
+            is_noted = spec is not None and "quantize" in spec.decided
+            if spec is not None and is_noted:
+                check_spec(build, spec, recipe, ("quantize",))
+            try:
+                if not is_noted:
+                    with build.locked():
+                        keep_spec(build, recipe, ("quantize",))
+                stack.enter_context(build.shared())
+                break
+            except BuildError:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(0.05)
+        yield
 
 
 def _ensure(
@@ -343,6 +405,8 @@ def _ensure(
     stage = stages[name]
     number = STAGES.index(name) + 1 if of > 1 else 1
     with translate_errors(name, build), reporter.stage(name, number, of) as shown:
+        if check and of > 1:  # what is hashed must be here
+            build.fetch(stage.kind)
         if not anew:
             state = _check_state(build, stage, reporter, check=check)
             if state.status == "done":
@@ -375,7 +439,7 @@ def _finish(
     if isinstance(record.facts, Verification):
         shown.finish(ran=ran, verdict=record.facts.verdict)
     elif record.kind is QUANTIZE:
-        files = build.need(DOWNLOAD).outputs
+        files = source_files(build.need(DOWNLOAD))
         read = sum(d.size for name, d in files.items() if name.endswith(".safetensors"))
         shown.finish(ran=ran, nbytes=read, has_rate=whole)
     else:
@@ -454,6 +518,9 @@ def states(
     state = (
         build.state(DOWNLOAD, record.key, reporter) if record else State("missing", "not run yet")
     )
+    if record and state.status == "done" and record.facts.streamed:
+        nbytes = sum(digest.size for digest in record.facts.streamed.values())
+        state = replace(state, why=f"{state.why}; {nbytes / 1e9:.3f} GB of weights stay on the Hub")
     by_stage = {"download": state}
     previous = "download"
     stages = make_stages(build, complete_recipe(build, recipe), machine, reporter)
@@ -472,7 +539,7 @@ def states(
 def _state(build: Build, stage: Stage, reporter: Reporter) -> State:
     try:
         return _check_state(build, stage, reporter)
-    except RecipeError as error:  # a text that it names is gone
+    except (RecipeError, StoreError) as error:  # a text that it names is gone; or a store is
         return State("stale", str(error))
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -40,7 +41,9 @@ class Killed:
     problems: tuple[str, ...]
 
 
-def campaign(command: str, trials: int, seed: int, source: Path, folder: Path) -> list[Killed]:
+def campaign(
+    command: str, trials: int, seed: int, source: Path, folder: Path, *, holds: bool = False
+) -> list[Killed]:
     """Kills a command once in each of `trials` trials, each with a fresh cache and a fresh repo.
 
     Args:
@@ -49,6 +52,8 @@ def campaign(command: str, trials: int, seed: int, source: Path, folder: Path) -
         seed: of the moments.
         source: a checkpoint for download, a verified build for push.
         folder: for caches and builds.
+        holds: let no request be acted on from the chosen one on, until the process is dead: on a
+            machine that is busy it might be over before anybody looks.
     """
     dice = random.Random(f"{seed} {command}")
     found = []
@@ -60,9 +65,9 @@ def campaign(command: str, trials: int, seed: int, source: Path, folder: Path) -
         for number in range(trials):
             trial = _Trial(hub, command, source, folder / f"trial-{number}")
             if dice.random() < 0.75:
-                killed = trial.kill(dice.randint(1, requests), dice.uniform(0, 2 * PAUSE))
+                killed = trial.kill(dice.randint(1, requests), dice.uniform(0, 2 * PAUSE), holds)
             else:
-                killed = trial.kill(0, dice.uniform(0, seconds))
+                killed = trial.kill(0, dice.uniform(0, seconds), False)
             problems = (*trial.problems(ended=False), *trial.again())
             found.append(Killed(command, number, *killed, problems))
             shutil.rmtree(trial.folder)
@@ -107,16 +112,17 @@ class _Trial:
         assert process.returncode == 0, out
         return len(self.hub.seen), time.monotonic() - begin
 
-    def kill(self, requests: int, seconds: float) -> tuple[int, bool]:
+    def kill(self, requests: int, seconds: float, holds: bool) -> tuple[int, bool]:
         """Kills a run so many seconds after so many requests."""
         self.hub.seen.clear()
-        process = self.start()
-        while len(self.hub.seen) < requests and process.poll() is None:
-            time.sleep(0.001)
-        time.sleep(seconds)
-        was_over = process.poll() is not None
-        process.kill()
-        process.communicate()
+        with self.hub.holding(requests) if holds else nullcontext():
+            process = self.start()
+            while len(self.hub.seen) < requests and process.poll() is None:
+                time.sleep(0.001)
+            time.sleep(seconds)
+            was_over = process.poll() is not None
+            process.kill()
+            process.communicate()
         return len(self.hub.seen), was_over
 
     def again(self) -> list[str]:
@@ -153,7 +159,7 @@ class _Trial:
         return problems
 
     def _push_problems(self, ended: bool) -> list[str]:
-        time.sleep(3 * PAUSE)  # a request that the dead process sent is still under way
+        self.hub.settle()  # a request that the dead process sent may still be under way
         proposes = self.command != "push"
         export = content_of(self.build / "export")
         problems = [

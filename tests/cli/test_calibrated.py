@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from nf4_pipeline.records import QUANTIZE
 
 from tests.support.command_line import run_nf4
 from tests.support.failures import check_message, check_nothing_written
+from tests.support.held import Moment, held
 from tests.support.jobs import download
 from tests.support.tiny import content_of, copy_of, edit_json, environment, nf4, write_falcon
 
@@ -37,19 +37,23 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build.root
 
 
+def command_of(build: Build) -> tuple[str, ...]:
+    """What calibrates a build, in the folder above it."""
+    (build.root.parent / "recipe.toml").write_text(RECIPE)
+    return ("quantize", "--build-dir", build.root.name, *OPTIONS)
+
+
 def start(
     build: Build, *options: str, threads: int = 1, cores: set[int] | None = None
 ) -> subprocess.Popen[str]:
     """Starts to calibrate with so many threads for torch, on some of the processors."""
-    (build.root.parent / "recipe.toml").write_text(RECIPE)
 
     def here() -> None:
         if cores is not None:
             os.sched_setaffinity(0, cores)
 
-    command = ("quantize", "--build-dir", build.root.name)
     return subprocess.Popen(
-        [sys.executable, "-m", "nf4_pipeline", *command, *OPTIONS, *options],
+        [sys.executable, "-m", "nf4_pipeline", *command_of(build), *options],
         cwd=build.root.parent,
         env={**environment(build.root.parent), "OMP_NUM_THREADS": str(threads)},
         stdin=subprocess.DEVNULL,
@@ -61,7 +65,7 @@ def start(
 
 
 def finish(process: subprocess.Popen[str]) -> None:
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
 
 
@@ -81,49 +85,38 @@ def blocks_of(build: Build) -> list[Path]:
     return sorted(build.root.glob("calibration/*/*.safetensors"))
 
 
-MOMENTS: dict[str, Callable[[Build], bool]] = {
-    "with tokens": lambda build: (build.root / "calibration" / "tokens.json").exists(),
-    "with three blocks": lambda build: len(blocks_of(build)) >= 3,
-    "with one shard": lambda build: any(build.quantized.glob("*.safetensors")),
+BLOCK = r"/calibration/[^/]+/[^/]+\.safetensors$"
+MOMENTS = {
+    "with tokens": (Moment("os.rename", BLOCK, 1), 0),
+    "with three blocks": (Moment("os.rename", BLOCK, 4), 3),
+    "with one shard": (Moment("os.rename", r"/quantized/[^/.]+\.safetensors$", 2), LAYERS),
 }
+"""Each with how many blocks are done then."""
 
 
 def test_killed_again_and_again(fresh: Path, whole: Path, tmp_path: Path) -> None:
-    """It goes on where it stopped, with other threads each time, and ends with the same bytes."""
+    """It goes on where it stopped, with other threads each time, and ends with the same bytes.
+
+    For the same tokens; which ones are sampled may depend on the number of threads.
+    """
     build = Build(copy_of(fresh, tmp_path / "build"))
     tokens = build.root / "calibration" / "tokens.json"
     kept: dict[Path, tuple[int, bytes]] = {}
-    counts = []
-    for threads, moment in enumerate(MOMENTS.values(), 1):
-        process = start(build, threads=threads)
-        end = time.monotonic() + 120
-        while process.poll() is None and not moment(build):
-            assert time.monotonic() < end
-            time.sleep(0.0005)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+    for threads, (moment, blocks) in zip((1, 4, 3), MOMENTS.values(), strict=True):
+        variables = {"OMP_NUM_THREADS": str(threads)}
+        with held(*command_of(build), cwd=tmp_path, at=moment, variables=variables) as command:
+            command.process.kill()
+            assert command.process.wait() == -signal.SIGKILL
         assert build.record(QUANTIZE) is None
         for path, state in kept.items():
             assert (path.stat().st_mtime_ns, path.read_bytes()) == state, path.name
-        counts.append(len(blocks_of(build)))
+        assert len(blocks_of(build)) == blocks
         kept = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tokens, *blocks_of(build))}
-    assert 3 <= counts[1] <= counts[2] == LAYERS
     finish(start(build, "--memory-budget", "2MiB", "--workers", "1"))
     assert tokens.read_bytes() == (whole / "calibration" / "tokens.json").read_bytes()
     assert weights(build) == weights(Build(whole))
     assert [path.name for path in (build.root / "calibration").iterdir()] == ["tokens.json"]
     assert not list(build.root.rglob("*.partial"))
-
-
-def test_more_threads_the_same_bytes(fresh: Path, whole: Path, tmp_path: Path) -> None:
-    """For the same tokens; which ones are sampled may depend on the number of threads."""
-    build = Build(copy_of(fresh, tmp_path / "build"))
-    (build.root / "calibration").mkdir()
-    tokens = Path("calibration") / "tokens.json"
-    (build.root / tokens).write_bytes((whole / tokens).read_bytes())
-    finish(start(build, threads=4))
-    assert weights(build) == weights(Build(whole))
 
 
 def text_of(content: bytes | None, name: str) -> Callable[[Path], str]:

@@ -43,7 +43,7 @@ def shell(command: str, folder: Path, **variables: str | None) -> subprocess.Com
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 
@@ -167,7 +167,7 @@ def test_a_disk_that_takes_no_more(exported_falcon: Path, tmp_path: Path) -> Non
             capture_output=True,
             text=True,
             preexec_fn=limited,
-            timeout=120,
+            timeout=300,
             check=False,
         )
         assert done.returncode in (0, 1), done.stderr

@@ -17,7 +17,7 @@ from tests.support.github_server import GitHubServer
 EXTENSION: Final = Path(__file__).parents[2] / "scripts" / "hf-nf4"
 FILES: Final = {path.name: path.read_bytes() for path in EXTENSION.iterdir()}
 HF: Final = Path(sys.executable).with_name("hf")
-SECONDS: Final = 120
+SECONDS: Final = 300
 
 
 @pytest.fixture(scope="module")

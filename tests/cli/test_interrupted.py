@@ -13,7 +13,8 @@ import pytest
 from nf4_pipeline.build_folder import Build
 
 from tests.support.folder_state import leftovers
-from tests.support.interrupts import interrupt_at_random, interrupt_when
+from tests.support.held import Moment
+from tests.support.interrupts import interrupt_held, interrupt_in_stage
 from tests.support.jobs import download
 from tests.support.tiny import content_of, copy_of, listen_to_interrupts, nf4, write_falcon
 
@@ -31,10 +32,8 @@ def downloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_quantize_ends_clean_and_goes_on(downloaded: Path, tmp_path: Path) -> None:
     build = Build(copy_of(downloaded, tmp_path / "build"))
     command = ("quantize", "--build-dir", build.root)
-    found = interrupt_when(
-        *command,
-        cwd=tmp_path,
-        moment=lambda: len(list(build.quantized.glob("*.facts.json"))) >= 2,
+    found = interrupt_held(
+        *command, cwd=tmp_path, at=Moment("os.rename", r"/quantized/[^/]+\.facts\.json$", 3)
     )
     assert found.status == 130
     assert re.fullmatch(
@@ -53,21 +52,40 @@ def test_quantize_ends_clean_and_goes_on(downloaded: Path, tmp_path: Path) -> No
     assert content_of(build.quantized) == content_of(whole.quantized)
 
 
-def test_at_any_moment_of_a_build(downloaded: Path, tmp_path: Path) -> None:
-    """From the first line to the two models that verify loads."""
-    model = downloaded.parents[1] / "model"
+STAGES = (
+    ("download", 3.0),
+    ("quantize", 0.3),
+    ("serialize", 0.05),
+    ("verify", 1.0),
+    ("verify", 4.0),
+)
+"""With how long each takes, or a part of it that is long enough."""
+
+
+def test_at_any_moment_of_a_build(tiny_falcon: Path, quick_recipe: Path, tmp_path: Path) -> None:
+    """From the first stage to the two models that verify loads; each run goes on with the last."""
+    root = tmp_path / "build"
+    command = (tiny_falcon, "--recipe", quick_recipe, "--build-dir", root)
     dice = random.Random(0)
-    for number in range(6):
-        root = tmp_path / f"build-{number}"
-        found = interrupt_at_random(
-            "build", model, "--build-dir", root, cwd=tmp_path, within=3.0 * number, dice=dice
+    stopped = 0
+    for stage, within in STAGES:
+        found = interrupt_in_stage(
+            stage,
+            *command,
+            cwd=tmp_path,
+            seconds=dice.uniform(0, within),
+            by_force=stage == "verify",  # which waits for its processes to import, else
         )
+        assert "Traceback" not in found.err
+        assert leftovers(Build(root)) == []
+        if found.status == 0:  # it was over before
+            continue
         assert found.status == 130, found.err
         lines = [line for line in found.err.splitlines() if line.strip()]
         assert lines[-1].startswith("Stopped"), found.err
         assert "again to continue" in lines[-1]
-        assert "Traceback" not in found.err
-        assert leftovers(Build(root)) == []
+        stopped += 1
+    assert stopped >= 3
 
 
 PROGRAM = """
@@ -100,6 +118,6 @@ def test_work_that_does_not_listen_is_ended_all_the_same(signals: int) -> None:
     for _ in range(signals):
         process.send_signal(2)
         time.sleep(0.2)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert err.count("Stopped.") == 1

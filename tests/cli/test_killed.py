@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +12,9 @@ from nf4_pipeline.checkpoint.safetensors_header import read_header
 from nf4_pipeline.records import QUANTIZE
 
 from tests.campaigns import kills
+from tests.support.held import Moment, held
 from tests.support.jobs import download
-from tests.support.tiny import content_of, copy_of, nf4, start_nf4, write_falcon
+from tests.support.tiny import content_of, copy_of, nf4, write_falcon
 
 pytestmark = pytest.mark.usefixtures("workers_here")
 
@@ -45,35 +43,27 @@ def weights(build: Build) -> list[Path]:
     return sorted(build.quantized.glob("*.safetensors"))
 
 
-MOMENTS: dict[str, Callable[[Build], bool]] = {
-    "as soon as it writes": lambda build: any(build.quantized.glob(".*.partial")),
-    "with one shard done": lambda build: len(weights(build)) >= 1,
-    "with some shards done": lambda build: len(weights(build)) >= 3,
+SHARD = r"/quantized/[^/.]+\.safetensors$"
+MOMENTS = {
+    "while it writes": (Moment("os.pwrite", r"/\.[^/]+\.partial$", 3), 0),
+    "with one shard done": (Moment("os.rename", SHARD, 2), 1),
+    "with some shards done": (Moment("os.rename", SHARD, 4), 3),
 }
-
-
-def kill_when(process: subprocess.Popen[str], build: Build, moment: Callable[[Build], bool]) -> int:
-    """Kills a process as soon as `moment` comes; returns its status."""
-    end = time.monotonic() + 60
-    while process.poll() is None and not moment(build):
-        assert time.monotonic() < end
-        time.sleep(0.0005)
-    process.kill()
-    process.communicate()
-    return process.returncode
+"""Each with how many shards are complete then, at least."""
 
 
 def test_killed_again_and_again(downloaded: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     build = Build(copy_of(downloaded, tmp_path / "build"))
-    statuses = []
-    for moment in MOMENTS.values():
-        process = start_nf4("quantize", "--build-dir", build.root, cwd=tmp_path)
-        statuses.append(kill_when(process, build, moment))
+    for moment, done_then in MOMENTS.values():
+        with held("quantize", "--build-dir", build.root, cwd=tmp_path, at=moment) as command:
+            command.process.kill()
+            assert command.process.wait() == -signal.SIGKILL
+        assert len(weights(build)) >= done_then
+        assert list(build.root.rglob("*.partial"))
         assert build.record(QUANTIZE) is None
         for path in weights(build):  # complete or absent
             assert path.read_bytes() == whole[path.name]
             assert read_header(path)
-    assert statuses == [-signal.SIGKILL] * 3
     finished = {path.name: path.stat().st_ino for path in weights(build)}
     assert len(finished) >= 3
     done = nf4("quantize", "--build-dir", build.root, cwd=tmp_path)
@@ -91,8 +81,9 @@ def test_killed_at_random_moments(downloaded: Path, tmp_path: Path, stage: str) 
     """A few rounds of the campaign whose hundred stand in docs/reliability.md."""
     campaign = kills.prepare(downloaded, tmp_path / "campaign", stage)
     dice = random.Random(stage)
-    rounds = [kills.kill_once(campaign, number, dice, tmp_path) for number in range(4)]
-    assert [found.faults for found in rounds] == [[]] * 4
+    count = 2 if stage == "quantize" else 4  # each kind of moment, and serialize's also again
+    rounds = [kills.kill_once(campaign, number, dice, tmp_path) for number in range(count)]
+    assert [found.faults for found in rounds] == [[]] * count
 
 
 def test_a_second_live_process_is_refused_and_a_dead_one_is_not(

@@ -24,18 +24,30 @@ from tests.support.tiny import environment
 WIDTHS: Final = (60, 80, 120)
 SLOW_JOB: Final = """
 import threading, time
-from nf4_pipeline.cli.reporting import make_reporter
+from nf4_pipeline.cli import reporting
 from nf4_pipeline.cli.terminal import guarded
+now, draw = 0.0, reporting.draw
+def drawn(*args, **options):
+    global now
+    now += 0.2
+    return draw(*args, **options)
+reporting.draw = drawn
+def sleep(seconds):
+    patience, end = time.monotonic() + 120, now + seconds
+    while now < end:
+        assert time.monotonic() < patience, "nothing is drawn"
+        time.sleep(0.01)
 with guarded():
-    reporter = make_reporter()
+    assert type(reporting.make_reporter()) is reporting.Screen
+    reporter = reporting.Screen(lambda: now)
     with reporter.task("load libraries", None):
-        time.sleep(0.3)
+        sleep(0.3)
     with reporter.stage("download", 1, 3) as stage:
         stage.finish(ran=False, nbytes=14_434_000_000)
     with reporter.stage("quantize", 2, 3) as stage:
         with reporter.task("quantize", 13_800_000_000) as task:
             for _ in range(6):
-                time.sleep(0.1)
+                sleep(0.4)
                 task.advance(2_300_000_000)
         stage.finish(ran=True, nbytes=13_800_000_000, has_rate=True)
     with reporter.stage("verify", 3, 3) as stage:
@@ -43,17 +55,19 @@ with guarded():
                       "these weights on loading, which 4-bit weights cannot be.")
         def answer(bits):
             with reporter.task(f"load the {bits}-bit model", None):
-                time.sleep(2.3)  # nothing is heard of it
+                sleep(2.3)  # nothing is heard of it
             title = f"answer in {bits} bit, streamed"
             with reporter.task(title, 1_000_000, unit="answers") as task:
                 for _ in range(5):
-                    time.sleep(0.1)
+                    sleep(0.4)
                     task.advance(200_000)
         threads = [threading.Thread(target=answer, args=(bits,)) for bits in (4, 16)]
         for thread in threads: thread.start()
         for thread in threads: thread.join()
         stage.finish(ran=True, verdict=VERDICT)
 """
+"""A job whose clock is what is drawn, five times a second: it goes on only if the display does, and
+a machine that is busy shows the same."""
 
 
 def screen_of(
@@ -91,14 +105,12 @@ def test_a_terminal_is_never_silent_and_no_line_wraps(
     columns: int, slow_jobs: dict[int, Recording]
 ) -> None:
     seen, verdict = slow_jobs[columns], verdict_at(columns)
-    later = [gap for gap, begin in seen.gaps() if begin > 0]  # not the start of Python
-    assert max(later) < 2.0
-    assert len(seen.pieces) > 15
     lines = seen.lines()
+    assert len([line for line in lines if "3/3 verify" in line]) > 15
     assert [line for line in lines if len(line) > columns] == []
     text = "\n".join(lines)
     assert re.search(r"^1/3 download    14\.4 GB  unchanged$", text, re.MULTILINE)
-    assert re.search(r"^2/3 quantize    13\.8 GB +0\.\d s  \d\d\.\d GB/s$", text, re.MULTILINE)
+    assert re.search(r"^2/3 quantize    13\.8 GB +\d\.\d s +\d\.\d GB/s$", text, re.MULTILINE)
     assert re.search(rf"^3/3 verify +{verdict} +\d\.\d s$", text, re.MULTILINE)
     assert re.search(r"^  load the 4-bit model +2 s$", text, re.MULTILINE)
     assert re.search(r"^  answer in .* \d+,\d+/1,000,000 .*s$", text, re.MULTILINE)
@@ -173,7 +185,7 @@ def overlap(reporter: Reporter, threads: int, rounds: int) -> None:
         with reporter.stage(f"stage {number}", number, 3) as stage:
             stage.finish(ran=True, nbytes=number)
     for worker in workers:
-        worker.join(60)
+        worker.join(300)
     assert failures == []
     assert not any(worker.is_alive() for worker in workers)
 
@@ -354,12 +366,24 @@ def test_a_log_ticks_by_itself(tmp_path: Path) -> None:
 import time
 from nf4_pipeline.cli import reporting
 reporting._LOG_EVERY = 0.3
-log = reporting.Log()
+log, said, say = reporting.Log(), [], reporting.say
+def noted(text, **options):
+    said.append(log._said)
+    say(text, **options)
+reporting.say = noted
+patience = time.monotonic() + 120
 with log.stage("verify"):
-    time.sleep(1.2)
+    while len(said) < 4:
+        assert time.monotonic() < patience
+        time.sleep(0.01)
+print(min(after - before for before, after in zip(said, said[1:])))
 """
     seen = screen_of(code, 80, tmp_path, plain=True)
-    assert 2 <= len(re.findall(r"^verify: \d s$", seen.text, re.MULTILINE)) <= 4
+    *lines, pause = seen.text.splitlines()
+    assert lines[0] == "verify: begins"
+    assert len(lines) >= 4
+    assert all(re.fullmatch(r"verify: \d+ s", line) for line in lines[1:])
+    assert 0.3 <= float(pause)
 
 
 def test_quiet_keeps_warnings(capsys: pytest.CaptureFixture[str]) -> None:

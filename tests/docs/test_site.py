@@ -17,7 +17,7 @@ from nf4_pipeline import errors
 from nf4_pipeline.cli import COMMANDS
 from playwright.sync_api import Browser
 
-from tests.support.browser import AXE, AXE_RUN, open_browser, overflow, watch
+from tests.support.browser import AXE, AXE_RUN, PATIENCE, open_browser, overflow, watch
 from tests.support.doc_blocks import DOCS, ROOT
 from tests.support.hub_client import PYTHONPATH
 
@@ -181,6 +181,7 @@ def test_pages_open(browser: Browser, site: Path, scheme: Any, width: int) -> No
         viewport={"width": width, "height": 800}, color_scheme=scheme, bypass_csp=True
     )
     page = context.new_page()
+    page.set_default_timeout(PATIENCE)
     said, asked = watch(page)
     violations = {}
     try:
@@ -205,6 +206,7 @@ def test_pages_open(browser: Browser, site: Path, scheme: Any, width: int) -> No
 def test_the_search_finds_a_message(browser: Browser, site: Path) -> None:
     """Without a server, from the files alone."""
     page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
     try:
         page.goto((site / "search.html").as_uri() + "?q=pickles")
         page.locator("ul.search li a").first.wait_for()

@@ -16,7 +16,7 @@ def test_every_fault_ends_right_or_in_words(verified: Path, tmp_path: Path) -> N
         # A stall takes as long as a silence may; three places where it differs are enough here.
         if case.kind != "stall" or (case.endpoint.command, case.endpoint.name) in STALLS
     ]
-    results = run_cases(cases, verified, tmp_path / "work")
+    results = run_cases(cases, verified, tmp_path / "work", lanes=4)
     print(table(results))
     wrong = {
         (r.case.endpoint.command, r.case.endpoint.name, r.case.kind): r.problems

@@ -15,6 +15,6 @@ def test_what_was_killed_ends_right_when_run_again(
 ) -> None:
     download = command == "download"
     source = tiny_falcon if download else verified
-    found = campaign(command, 2 if download else 4, 1, source, tmp_path)
+    found = campaign(command, 2 if download else 4, 1, source, tmp_path, holds=True)
     assert [trial.problems for trial in found if trial.problems] == []
     assert not all(trial.was_over for trial in found)

@@ -33,7 +33,7 @@ def opened(hub: HubServer, home: Path, *, weights: bool = True) -> str:
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        timeout=120,
+        timeout=300,
     ).stdout.strip()
 
 

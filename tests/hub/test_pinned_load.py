@@ -37,7 +37,7 @@ def opened(hub: HubServer, home: Path, *options: dict[str, Any]) -> list[list[st
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        timeout=120,
+        timeout=300,
     )
     found: list[list[str]] = json.loads(done.stdout)
     return found
@@ -125,7 +125,7 @@ def test_a_callback_ends_a_download(tiny_falcon: Path, tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=300,
         )
         assert (done.stdout, done.stderr) == ("1 the callback's own\n", "")
         assert hub.count("GET", "*.safetensors") == 0

@@ -482,7 +482,7 @@ def test_no_token_is_left_anywhere(job: Job, verified: Path, tmp_path: Path) -> 
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             check=False,
         )
         assert done.returncode == status, (case, done.stderr)

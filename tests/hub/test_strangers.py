@@ -1,7 +1,7 @@
 """A Hub that means harm: what it says, where it leads, and how much it sends.
 
-Each case must end with an error of ours in less than 30 seconds, or right; write nothing outside
-the cache; bring the token to nobody else; leave no half file; and print nothing but plain text.
+Each case must end with an error of ours before long, or right; write nothing outside the cache;
+bring the token to nobody else; leave no half file; and print nothing but plain text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain, count, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
@@ -40,6 +40,7 @@ TREE = f"/api/models/{REPO}/tree/*"
 RESOLVE = f"/{REPO}/resolve/*"
 SHA256 = hashlib.sha256(FILES[WEIGHTS]).hexdigest()
 Change = Callable[[Reply], Reply]
+SECONDS: Final = 120  # until it counts as hanging: the client may wait 23 by itself
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def harmless(
     assert outside(world, victim) == before
     assert stranger.leaked() == []
     assert not list(victim.cache.rglob("*.incomplete"))
-    assert outcome.seconds < 30
+    assert outcome.seconds < SECONDS
     assert outcome.memory < 1_000_000_000
     for text in (outcome.message, *outcome.notes):
         assert text.isprintable()

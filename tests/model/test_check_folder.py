@@ -79,12 +79,13 @@ def test_configs(case: str, children: Forks, tiny_falcon: Path, tmp_path: Path) 
     changes, message = CONFIGS[case]
     folder = copy_of(tiny_falcon, tmp_path / "model")
     edit_json(folder / "config.json", **changes)
-    found = children.ask(folder, "config", 2)
+    # On a busy machine only those end by their limit that are meant to.
+    found = children.ask(folder, "config", 2 if "takes longer" in message else 60)
     assert "FOREIGN" not in found.error
     assert any(part in found.error for part in message.split("|"))
     assert "\n" not in found.error
     assert found.peak < 2**28
-    assert found.seconds < 20
+    assert found.seconds < 120
 
 
 def test_models_that_fit_are_let_in(tiny_falcon: Path, exported_falcon: Path) -> None:

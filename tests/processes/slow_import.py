@@ -6,4 +6,4 @@ import time
 
 
 def prepare() -> None:
-    time.sleep(20)
+    time.sleep(600)

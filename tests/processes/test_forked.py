@@ -24,6 +24,7 @@ from nf4_pipeline.processes.parent_side import ChildFailed, Session, Waiting, ru
 from nf4_pipeline.processes.worker import Environment, Worker
 
 from tests.processes.example_worker import EXAMPLE, PATHS, Order, Outcome
+from tests.support.processes import children_of, eventually, is_gone
 
 SLOW = "tests.processes.slow_import"
 
@@ -50,31 +51,13 @@ def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
-def children_of(pid: int) -> set[int]:
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return {int(child) for task in tasks for child in task.read_text().split()}
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return True
-
-
 def eventually_gone(*pids: int) -> bool:
-    end = time.monotonic() + 20
-    while not all(map(is_gone, pids)):
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
+    return eventually(lambda: all(map(is_gone, pids)))
 
 
 def test_a_fork_is_a_process_of_its_own(server: int) -> None:
     with start(EXAMPLE, Order("sleep")) as child:
-        while not child.is_speaking:
-            time.sleep(0.01)
+        assert eventually(lambda: child.is_speaking)
         (pid,) = children_of(server)
         assert parent_of(pid) == server
     assert eventually_gone(pid)
@@ -143,9 +126,8 @@ def test_several_at_once_and_sessions(server: int) -> None:
 
 def test_one_that_waits_and_is_never_asked(server: int) -> None:
     with Waiting(EXAMPLE):
-        end = time.monotonic() + 20
-        while not (begun := children_of(server)):
-            assert time.monotonic() < end
+        assert eventually(lambda: children_of(server))
+        begun = children_of(server)
     assert eventually_gone(*begun)
 
 
@@ -154,7 +136,7 @@ def test_nobody_waits_for_a_server_that_still_imports() -> None:
     with serving([SLOW]):
         child = start(replace(EXAMPLE, module=SLOW), Order("progress"))
         child.close()
-    assert time.monotonic() - begin < 5  # it imports for 20 seconds
+    assert time.monotonic() - begin < 120  # it imports for ten minutes
 
 
 def test_a_worker_of_another_module_is_started_as_ever(server: int) -> None:
@@ -173,8 +155,7 @@ def test_a_server_with_a_thread_starts_workers_anew() -> None:
 
 def test_a_server_that_dies_takes_its_forks_along(server: int) -> None:
     child = start(EXAMPLE, Order("sleep"))
-    while not child.is_speaking:
-        time.sleep(0.01)
+    assert eventually(lambda: child.is_speaking)
     pids = children_of(server)
     os.kill(server, signal.SIGKILL)
     with pytest.raises(ChildFailed):
@@ -231,9 +212,9 @@ def test_what_libraries_leave_as_they_are_imported_goes_with_the_server() -> Non
     with serving([EXAMPLE.module]):
         assert forked._current is not None
         environment = Path(f"/proc/{forked._current.pid}/environ")
-        end = time.monotonic() + 20
-        while b"TMPDIR=" not in (said := environment.read_bytes()):  # it is just being started
-            assert time.monotonic() < end
+        # It may just be being started.
+        assert eventually(lambda: b"TMPDIR=" in environment.read_bytes())
+        said = environment.read_bytes()
         variables = dict(v.split(b"=", 1) for v in said.split(b"\0") if v)
         folder = Path(variables[b"TMPDIR"].decode())
         assert folder.is_dir()

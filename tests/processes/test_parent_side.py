@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +23,7 @@ from nf4_pipeline.processes.worker import Environment, Worker
 from nf4_pipeline.progress import LOADING, SilentReporter, Task
 
 from tests.processes.example_worker import EXAMPLE, PATHS, Order, Outcome
+from tests.support.processes import eventually, marked
 
 
 @pytest.fixture(params=["child", "here"])
@@ -66,45 +65,9 @@ def ask(deed: str, text: str = "", worker: Worker[Order, Outcome] = EXAMPLE) -> 
     return run(worker, Order(deed, text))
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-
-
-@pytest.fixture
-def mark(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A variable that only the workers of this test inherit: other tests run beside it."""
-    value = uuid.uuid4().hex
-    monkeypatch.setenv("NF4_TEST_MARK", value)
-    return f"NF4_TEST_MARK={value}"
-
-
-def pids_of_workers(mark: str) -> set[int]:
-    """Those processes that run the example worker and were started by the test of the mark."""
-    marked = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command, environment = (
-                (process / name).read_bytes().split(b"\0") for name in ("cmdline", "environ")
-            )
-        except OSError:
-            continue  # it ended, or is another user's
-        if b"tests.processes.example_worker" in command and mark.encode() in environment:
-            marked.add(int(process.name))
-    return {pid for pid in marked if is_running(pid)}
-
-
-def eventually(condition: object, seconds: float = 20.0) -> bool:
-    """Whether a callable gives something true within some seconds."""
-    assert callable(condition)
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
+def workers(mark: str) -> set[int]:
+    """The example workers of a test."""
+    return marked(mark, EXAMPLE.module)
 
 
 @pytest.mark.usefixtures("wherever")
@@ -186,10 +149,10 @@ def test_a_reply_of_another_kind() -> None:
 
 
 def test_processor_time_is_limited_in_the_child_alone() -> None:
-    limited = replace(EXAMPLE, limits=Limits(processor_seconds=1))
-    assert ask("limits", worker=limited).text == "1"
+    long, short = (replace(EXAMPLE, limits=Limits(processor_seconds=n)) for n in (60, 1))
+    assert ask("limits", worker=long).text == "60"
     with pytest.raises(ChildFailed) as caught:
-        ask("spin", worker=limited)
+        ask("spin", worker=short)
     assert caught.value.status == -signal.SIGXCPU
     assert resource.getrlimit(resource.RLIMIT_CPU)[0] == resource.RLIM_INFINITY
 
@@ -256,19 +219,19 @@ def test_an_interrupt_is_for_the_parent_to_decide() -> None:
 
 def test_leaving_the_with_ends_it(mark: str) -> None:
     with start(EXAMPLE, Order("sleep")):
-        assert eventually(lambda: pids_of_workers(mark))
-    assert not pids_of_workers(mark)
+        assert eventually(lambda: workers(mark))
+    assert not workers(mark)
 
 
 def test_a_task_that_is_open_when_the_child_dies_is_closed() -> None:
     recorder = Recorder()
     with pytest.raises(ChildFailed):
-        run(replace(EXAMPLE, limits=Limits(seconds=1.5)), Order("sleep"), recorder)
+        run(EXAMPLE, Order("die at work"), recorder)
     assert recorder.lines == [
         f"{LOADING}: None ",
         f"{LOADING} ends",
-        "sleep: 1 bytes",
-        "sleep ends",
+        "work: 1 bytes",
+        "work ends",
     ]
 
 
@@ -296,12 +259,12 @@ def test_a_child_does_not_outlive_its_parent(number: signal.Signals, mark: str) 
         try:
             assert parent.stdout is not None
             assert parent.stdout.readline() == b"at work\n"
-            assert len(pids_of_workers(mark)) == 1
+            assert len(workers(mark)) == 1
             parent.send_signal(number)
             assert parent.wait(120) == -number
         finally:
             parent.kill()
-    assert eventually(lambda: not pids_of_workers(mark))
+    assert eventually(lambda: not workers(mark))
 
 
 def test_a_child_whose_parent_died_before_it_could_ask() -> None:

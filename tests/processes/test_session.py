@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,20 @@ from nf4_pipeline.errors import ArchitectureError
 from nf4_pipeline.processes import parent_side
 from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.processes.parent_side import ChildFailed, Session
+from nf4_pipeline.progress import SilentReporter, Task
 
 from tests.processes.example_worker import EXAMPLE, Order, Outcome
+
+
+class InterruptSoon(SilentReporter):
+    """A reporter with which this process is interrupted while its child sleeps, and not before."""
+
+    def task(
+        self, title: str, total: int | None, *, unit: str = "bytes"
+    ) -> AbstractContextManager[Task]:
+        if title == "sleep":
+            threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
+        return super().task(title, total, unit=unit)
 
 
 @pytest.fixture
@@ -70,10 +83,9 @@ def test_an_interrupt_ends_it(session: Session[Order, Outcome]) -> None:
     """Else the next request would get the reply to the one that was given up."""
     pid = session.ask(Order("remember", "a")).pid
     earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            session.ask(Order("sleep"))
+            session.ask(Order("sleep"), InterruptSoon())
     finally:
         signal.signal(signal.SIGINT, earlier)
     assert not session.is_usable
@@ -96,6 +108,7 @@ def test_an_interrupt_while_it_begins_leaves_nothing(
         return begun[0]
 
     monkeypatch.setattr(parent_side._Process, "_begin", slowly)
+    monkeypatch.setattr(parent_side, "_BEGINS", 120.0)  # on a machine that is busy
     earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
 
 
 def prepare() -> None:
-    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    threading.Thread(target=threading.Event().wait, daemon=True).start()

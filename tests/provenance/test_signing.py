@@ -14,6 +14,7 @@ from nf4_pipeline.build_folder import Build
 from nf4_pipeline.errors import ArtifactError, SignatureError, UsageError
 from nf4_pipeline.provenance.signing import SIGNATURE_FILE, check, sign
 
+from tests.support.command_line import without_progress
 from tests.support.signed import TAMPERINGS, make_keys, tamper
 from tests.support.tiny import content_of, copy_of, nf4
 
@@ -128,7 +129,7 @@ def test_the_commands(signed: Signed, tmp_path: Path) -> None:
     copy = copy_of(signed.artifact, tmp_path / "copy")
     (copy / SIGNATURE_FILE).unlink()
     done = nf4("sign", copy, "--key", signed.private, cwd=tmp_path)
-    assert (done.status, done.err) == (0, "")
+    assert (done.status, without_progress(done.err)) == (0, "")
     done = nf4("check", copy, "--key", signed.public, "--json", cwd=tmp_path)
     assert done.value == {
         "artifact": str(copy),
@@ -138,8 +139,9 @@ def test_the_commands(signed: Signed, tmp_path: Path) -> None:
     (copy / "config.json").write_text("{}")
     done = nf4("check", copy, "--key", signed.public, cwd=tmp_path)
     assert done.status == 1
-    assert done.err.startswith(f"Error: {copy} is not what was signed")
-    assert done.err.count("\n") == 1
+    said = without_progress(done.err)
+    assert said.startswith(f"Error: {copy} is not what was signed")
+    assert said.count("\n") == 1
 
 
 def test_without_the_package_the_way_out_is_named(signed: Signed) -> None:

@@ -13,7 +13,7 @@ from nf4_pipeline.verification.document import parse_verification
 from playwright.sync_api import Browser, Page
 
 from tests.support import made
-from tests.support.browser import AXE, AXE_RUN, open_browser, overflow, watch
+from tests.support.browser import AXE, AXE_RUN, PATIENCE, open_browser, overflow, watch
 
 PICTURES = ["sizes", "layers", "kl", "domains"]
 CASES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
@@ -99,6 +99,7 @@ def test_the_page_opens(
 ) -> None:
     _, verdict, drawn = CASES[name]
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page.set_default_timeout(PATIENCE)
     said, asked = watch(page)
     page.goto(files[name].as_uri())
     try:
@@ -146,6 +147,7 @@ def test_axe_finds_no_violation(
         viewport={"width": width, "height": 800}, color_scheme=scheme, bypass_csp=True
     )
     page = context.new_page()
+    page.set_default_timeout(PATIENCE)
     page.goto(files[name].as_uri())
     page.evaluate(Path(str(AXE)).read_text("utf-8"))
     try:
@@ -162,6 +164,7 @@ def test_the_page_prints_light_and_within_the_paper(
     browser: Browser, files: dict[str, Path]
 ) -> None:
     page = browser.new_page(viewport={"width": 718, "height": 1000}, color_scheme="dark")
+    page.set_default_timeout(PATIENCE)
     page.goto(files["falcon"].as_uri())
     page.emulate_media(media="print", color_scheme="dark")
     try:
@@ -245,6 +248,7 @@ def test_nothing_that_a_stranger_names_acts(browser: Browser, tmp_path: Path, pa
     path.write_text(page_text, "utf-8")
     context = browser.new_context(bypass_csp=True)
     page = context.new_page()
+    page.set_default_timeout(PATIENCE)
     said, asked = watch(page)
     try:
         page.goto(path.as_uri())

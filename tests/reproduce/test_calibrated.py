@@ -22,8 +22,9 @@ from nf4_pipeline.recipe import QuantizeRecipe, Recipe, SerializeRecipe
 from nf4_pipeline.records import QUANTIZE
 from nf4_pipeline.reproduce.reproduce import reproduce
 
+from tests.support.command_line import run_nf4
 from tests.support.jobs import CPU, download
-from tests.support.tiny import copy_of, flip_byte, nf4
+from tests.support.tiny import copy_of, flip_byte
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -194,14 +195,15 @@ def test_another_kind_of_device_is_refused(
 
 
 def test_the_command_says_how_far_equality_goes(
-    artifact: Path, tiny_falcon: Path, tmp_path: Path
+    artifact: Path, tiny_falcon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     command = ("reproduce", "-q", artifact, "--source", tiny_falcon)
     flip_byte(next(artifact.glob("*.safetensors")))
-    done = nf4(*command, "--device", "cpu", cwd=tmp_path)
+    done = run_nf4(*command, "--device", "cpu")
     assert (done.status, done.err) == (1, "")
     assert re.search(
         r"differs: model-\S+ .*\ncalibrated: again, on cpu\..*\nreproduced: ", done.out
     )
-    assert nf4(*command, "--device", "gpu", cwd=tmp_path).status == 2
+    assert run_nf4(*command, "--device", "gpu").status == 2
     assert not (tmp_path / "artifacts").exists()

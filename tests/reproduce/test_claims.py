@@ -26,7 +26,7 @@ from tests.support.hub_server import HubServer
 from tests.support.hub_worker import Worker
 from tests.support.jobs import CPU, download
 from tests.support.tamper import agree
-from tests.support.tiny import SHARDS, Done, copy_of, edit_json, nf4, write_falcon
+from tests.support.tiny import SHARDS, Done, copy_of, edit_json, write_falcon
 from tests.support.verified import skip_documents, skip_readers
 
 pytestmark = pytest.mark.usefixtures("workers_here")
@@ -200,9 +200,10 @@ def test_a_content_hash_that_fits_forged_files_does_not_fit_the_source(
 
 
 def test_the_command_says_what_was_not_checked(
-    pinned: Path, tiny_falcon: Path, tmp_path: Path
+    pinned: Path, tiny_falcon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = nf4("reproduce", "-q", pinned, "--source", tiny_falcon, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    done = run_nf4("reproduce", "-q", pinned, "--source", tiny_falcon)
     assert (done.status, done.err) == (NOT_CHECKED, "")
     assert re.search(r"reproduced: (\d+) of \1 files\n$", done.out)
     assert f"not checked: that it is {REPO} at {COMMIT} (" in done.out

@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +19,7 @@ from tests.support.hostile_tokenizers import (
     TEMPLATES,
     write_template,
 )
+from tests.support.processes import children_of, command_of, eventually, is_gone
 from tests.support.tiny import copy_of, environment, listen_to_interrupts, nf4
 
 WORKER: Final = b"nf4_pipeline.runtime.prompt_worker"
@@ -28,28 +27,7 @@ WORKER: Final = b"nf4_pipeline.runtime.prompt_worker"
 
 def workers(of: int) -> list[int]:
     """The pids of the processes that answer for another one."""
-    found = []
-    for children in Path(f"/proc/{of}/task").glob("*/children"):
-        for pid in children.read_text().split():
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            found += [int(pid)] if WORKER in command else []
-    return found
-
-
-def eventually(condition: Callable[[], object], seconds: float = 60) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return True
+    return [pid for pid in children_of(of) if WORKER in command_of(pid)]
 
 
 def test_one_process_answers_all_prompts(exported_falcon: Path, tmp_path: Path) -> None:

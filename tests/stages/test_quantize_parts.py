@@ -124,7 +124,7 @@ def test_processes_side_by_side_in_one_folder(
         start_nf4("quantize", "--build-dir", build.root, "--part", part, cwd=tmp_path)
         for part in parts
     ]
-    ended = [(process.communicate(timeout=120), process.returncode) for process in running]
+    ended = [(process.communicate(timeout=300), process.returncode) for process in running]
     assert [ended[0][1], ended[2][1]] == [0, 0]
     for (_, err), status in (ended[1], ended[3]):
         assert status == 0 or "is in use by another nf4 process" in err

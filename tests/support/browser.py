@@ -22,6 +22,9 @@ ARGUMENTS: Final = (
     "--disable-sync",
 )
 
+PATIENCE: Final = 300_000
+"""Milliseconds for a page, and for whatever is asked of it: a machine may be busy."""
+
 AXE: Final = os.environ.get("NF4_AXE")
 """An axe.min.js (`npm pack axe-core`), if the pages are to be held against WCAG."""
 
@@ -41,7 +44,7 @@ def open_browser() -> Iterator[Browser]:
         pytest.skip(f"No browser: none of {', '.join(NAMES)} was found.")
     with sync_playwright() as playwright:
         # A fresh profile in a temporary folder is what launch() makes.
-        opened = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        opened = playwright.chromium.launch(executable_path=path, args=ARGUMENTS, timeout=PATIENCE)
         yield opened
         opened.close()
 

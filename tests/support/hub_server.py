@@ -20,15 +20,18 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from mmap import mmap
 from types import TracebackType
 from typing import Any, ClassVar, Final
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from tests.support.hub_store import Blob, Commit, Repo, Store
+from tests.support.processes import PATIENCE, eventually
 
 TOKEN: Final = "hf_RecognizableTokenOfTheTests"
 REPO = r"(?P<repo>[^/]+/[^/]+|[^/]+)"
@@ -174,6 +177,7 @@ class Seen:
     cdn: bool
     authorized: bool
     bearer: str = ""
+    range: str = ""
 
 
 class HubServer:
@@ -192,6 +196,10 @@ class HubServer:
         self.seen: list[Seen] = []
         self.bugs: list[BaseException] = []
         self.lock = threading.Lock()
+        self.busy = 0  # requests that are acted on or answered
+        self.connections = 0
+        self._held_from: int | None = None
+        self._gate = threading.Event()
         self.after_commit: Callable[[dict[str, bytes | None]], Mapping[str, bytes | None]] = dict
         self._before: list[tuple[str, Callable[[], object]]] = []
         self._servers = [_Server(self, cdn=False), _Server(self, cdn=True)]
@@ -236,10 +244,31 @@ class HubServer:
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Waits for something that a request still under way brings about."""
-        end = time.monotonic() + 30
-        while not condition():
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        assert eventually(condition)
+
+    def settle(self) -> None:
+        """Waits until all is done that was asked by clients that are gone."""
+        for server in self._servers:  # connections are taken up in the order in which they came
+            with socket.create_connection(("127.0.0.1", server.server_port)) as last:
+                last.shutdown(socket.SHUT_WR)
+                last.recv(1)
+        self.wait_until(lambda: self.connections == 0)
+
+    @contextmanager
+    def holding(self, number: int) -> Iterator[None]:
+        """While the body runs, no request is acted on from that one on, counted in `seen`."""
+        self._gate.clear()
+        self._held_from = number
+        try:
+            yield
+        finally:
+            self._held_from = None
+            self._gate.set()
+
+    def hold_back(self, number: int) -> None:
+        """Waits with a request of this number as long as it is to be held."""
+        if self._held_from is not None and number >= self._held_from:
+            self._gate.wait(PATIENCE)
 
     def next_fault(self, method: str, path: str, *, cdn: bool) -> Fault | None:
         """Takes one use of the first fault that matches."""
@@ -263,13 +292,25 @@ class _Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.hub, self.cdn = hub, cdn
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self.hub.lock:
+            self.hub.connections += 1
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self.hub.lock:
+                self.hub.connections -= 1
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Lost connections are what these tests are about; anything else was recorded."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    timeout = 30
+    timeout = 300
     server: _Server
     # Sent to those who bring no token, as the real Hub does; the client prints it.
     warning: ClassVar[str] = "auth; You are sending unauthenticated requests to the HF Hub."
@@ -278,14 +319,30 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _serve(self) -> None:
+        hub = self.server.hub
+        with hub.lock:
+            hub.busy += 1
+        try:
+            self._act()
+        finally:
+            with hub.lock:
+                hub.busy -= 1
+
+    def _act(self) -> None:
         hub, cdn, method = self.server.hub, self.server.cdn, self.command
         url = urlsplit(self.path)
         path = unquote(url.path)
         body = self._read_body()
+        if body is None:  # whoever sent it died meanwhile
+            self.close_connection = True
+            return
         headers = {name.lower(): value for name, value in self.headers.items()}
         with hub.lock:
             bearer = headers.get("authorization", "")
-            hub.seen.append(Seen(method, path, cdn, "authorization" in headers, bearer))
+            wanted = headers.get("range", "")
+            hub.seen.append(Seen(method, path, cdn, "authorization" in headers, bearer, wanted))
+            number = len(hub.seen)
+        hub.hold_back(number)
         fault = hub.next_fault(method, path, cdn=cdn) or Fault(path)
         time.sleep(fault.delay + hub.pause)
         if fault.dropped:
@@ -315,15 +372,22 @@ class _Handler(BaseHTTPRequestHandler):
             answer = Answer(500, {"error": repr(bug)})
         self._send(answer if fault.status is None else planned, fault)
 
-    def _read_body(self) -> bytes:
+    def _read_body(self) -> bytes | None:
+        """The whole body; None if it breaks off."""
         if self.headers.get("transfer-encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("content-length") or 0))
+            length = int(self.headers.get("content-length") or 0)
+            body = self.rfile.read(length)
+            return body if len(body) == length else None
         body = b""
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return body
+        while line := self.rfile.readline():
+            size = int(line.split(b";")[0], 16)
+            piece = self.rfile.read(size)
+            body += piece
+            if len(piece) < size or not self.rfile.readline():
+                return None
+            if size == 0:
+                return body
+        return None
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 
@@ -332,7 +396,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()  # its answer would be whole with the headers
             return
         status, headers, body = answer.status, dict(answer.headers), answer.body
-        if not isinstance(body, bytes):
+        if not isinstance(body, bytes | mmap):
             body = json.dumps(body).encode()
             headers["Content-Type"] = "application/json"
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range") or "")

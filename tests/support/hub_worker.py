@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -64,15 +65,17 @@ class Worker:
     def pid(self) -> int:
         return self._process.pid
 
-    def push(self, build: Path, repo_id: str, **options: Any) -> Outcome:
+    def push(self, build: Path, repo_id: str, *, waits: bool = False, **options: Any) -> Outcome:
         """Pushes the export of a build.
 
         Args:
             build: its folder.
             repo_id: where to.
+            waits: between tries, for a Hub that is at work meanwhile; else it asks again at once.
             options: the others of `hub.Target`, and `allow_unverified`.
         """
-        return self._do({"do": "push", "build": str(build), "repo_id": repo_id, **options})
+        order = {"do": "push", "build": str(build), "repo_id": repo_id, "waits": waits}
+        return self._do(order | options)
 
     def download(self, repo_id: str, revision: str | None = None) -> Outcome:
         """Looks a model up and fetches every file of it."""
@@ -90,10 +93,16 @@ class Worker:
         order = {"do": "publish", "files": str(files), "repo_id": repo_id, "options": options}
         return self._do(order | {"variables": dict(variables or {})})
 
-    def nf4(self, folder: Path, *args: str | Path) -> Done:
-        """Runs `nf4 ARGS` in a folder, workers in the same process."""
+    def nf4(self, folder: Path, *args: str | Path, with_readers: bool = True) -> Done:
+        """Runs `nf4 ARGS` in a folder, workers in the same process.
+
+        Args:
+            folder: the working folder.
+            args: of the command.
+            with_readers: whether verify has others read the export, too.
+        """
         order = {"do": "nf4", "folder": str(folder), "args": [str(arg) for arg in args]}
-        return Done(**self._do(order).value)
+        return Done(**self._do(order | {"with_readers": with_readers}).value)
 
     def _do(self, order: Mapping[str, Any]) -> Outcome:
         assert self._process.stdin is not None
@@ -105,16 +114,20 @@ class Worker:
         return Outcome(**json.loads(line))
 
 
-def _push(order: Mapping[str, Any]) -> dict[str, Any]:
+def _push(order: Mapping[str, Any], sleeps: list[float]) -> dict[str, Any]:
+    from nf4_pipeline import hub
     from nf4_pipeline.build_folder import Build
-    from nf4_pipeline.hub import Target
     from nf4_pipeline.progress import SILENT
     from nf4_pipeline.stages.push import Push
 
-    options = {name: value for name, value in order.items() if name not in ("do", "build")}
-    unverified = options.pop("allow_unverified", False)
-    push = Push(Build(Path(order["build"])), Target(**options), SILENT, unverified)
-    return push.run().facts.to_json()
+    own = ("do", "build", "waits", "allow_unverified")
+    target = hub.Target(**{name: value for name, value in order.items() if name not in own})
+    unverified = order.get("allow_unverified", False)
+    push = Push(Build(Path(order["build"])), target, SILENT, unverified)
+    if order["waits"]:
+        return push.run().facts.to_json()
+    with mock.patch.object(hub, "publish", partial(hub.publish, sleep=sleeps.append)):
+        return push.run().facts.to_json()
 
 
 def _publish(order: Mapping[str, Any], sleeps: list[float]) -> dict[str, Any]:
@@ -146,7 +159,14 @@ def _nf4(order: Mapping[str, Any]) -> dict[str, Any]:
     from tests.support.command_line import run_nf4
 
     os.chdir(order["folder"])
-    return asdict(run_nf4(*order["args"]))
+    if order["with_readers"]:
+        return asdict(run_nf4(*order["args"]))
+    from nf4_pipeline.stages import verify
+
+    from tests.support.verified import NoReaders
+
+    with mock.patch.object(verify, "Readers", NoReaders):
+        return asdict(run_nf4(*order["args"]))
 
 
 def _main() -> None:
@@ -160,7 +180,7 @@ def _main() -> None:
         outcome: dict[str, Any] = {"error": "", "message": "", "value": {}}
         try:
             if order["do"] == "push":
-                outcome["value"] = _push(order)
+                outcome["value"] = _push(order, sleeps)
             elif order["do"] == "publish":
                 outcome["value"] = _publish(order, sleeps)
             elif order["do"] == "nf4":

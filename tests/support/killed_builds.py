@@ -38,7 +38,7 @@ class KilledBuilds:
         self._model = model
 
     def build(
-        self, artifacts: Path, recipe: Mapping[str, Any], kill_at: int = 0
+        self, artifacts: Path, recipe: Mapping[str, Any], kill_at: int = 0, url: str = ""
     ) -> tuple[int, int]:
         """Downloads, quantizes and serializes; returns how it ended, and how many changes it made.
 
@@ -46,10 +46,11 @@ class KilledBuilds:
             artifacts: the folder that holds builds.
             recipe: its tables.
             kill_at: the number of the change at which it dies, from 1; 0 for none.
+            url: where the build is kept, a folder here (file://…); its changes count, too.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        request = [str(self._model), str(artifacts), dict(recipe), kill_at]
+        request = [str(self._model), str(artifacts), dict(recipe), kill_at, url]
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         status, changes = json.loads(self._process.stdout.readline())
@@ -73,15 +74,19 @@ def killed_builds(model: Path) -> Iterator[KilledBuilds]:
             process.kill()
 
 
-def _build(model: str, artifacts: Path, recipe: Recipe) -> None:
+def _build(model: str, artifacts: Path, recipe: Recipe, url: str) -> None:
     with in_process():
-        request = DownloadRequest(model, artifacts, recipe=recipe)
+        place = artifacts / "copy" if url else None
+        request = DownloadRequest(model, artifacts, recipe=recipe, build_dir=place, url=url or None)
         build, *_ = run_download(request, SILENT)
         for stage in ("quantize", "serialize"):
             run_stage(build, stage, recipe, CPU, SILENT)
 
 
-def _in_fork(model: str, artifacts: str, tables: dict[str, Any], kill_at: int) -> tuple[int, int]:
+def _in_fork(
+    model: str, artifacts: str, tables: dict[str, Any], kill_at: int, url: str
+) -> tuple[int, int]:
+    places = [artifacts, *filter(None, [url.removeprefix("file://")])]
     told, says = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -90,7 +95,7 @@ def _in_fork(model: str, artifacts: str, tables: dict[str, Any], kill_at: int) -
         def hook(event: str, args: tuple[Any, ...]) -> None:
             nonlocal changes
             writes = event == "open" and isinstance(args[2], int) and args[2] & os.O_ACCMODE
-            if not (event in _CHANGES or writes) or artifacts not in str(args):
+            if not (event in _CHANGES or writes) or not any(p in str(args) for p in places):
                 return
             changes += 1
             if changes == kill_at:
@@ -99,7 +104,7 @@ def _in_fork(model: str, artifacts: str, tables: dict[str, Any], kill_at: int) -
         sys.addaudithook(hook)
         status = 1
         try:
-            _build(model, Path(artifacts), parse_recipe(tables, "request"))
+            _build(model, Path(artifacts), parse_recipe(tables, "request"), url)
             status = 0
         finally:
             os.write(says, str(changes).encode())

@@ -323,7 +323,7 @@ class Sigstore:
 def _handler(sigstore: Sigstore) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        timeout = 30
+        timeout = 300
 
         def log_message(self, format: str, *args: object) -> None:
             pass

@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import socketserver
 import subprocess
 import sys
@@ -450,13 +449,6 @@ def _main() -> None:
             json.dumps(outcome | {"notes": reporter.notes, "seconds": seconds, "memory": memory}),
             flush=True,
         )
-
-
-def free_port() -> int:
-    """A port where nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port
 
 
 if __name__ == "__main__":

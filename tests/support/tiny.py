@@ -158,6 +158,7 @@ def environment(home: Path) -> dict[str, str]:
         **kept,
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(home / "hf-home"),
+        "XDG_CACHE_HOME": str(home / "xdg-cache"),
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }
@@ -183,7 +184,7 @@ def listen_to_interrupts() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def nf4(*args: str | Path, cwd: Path, timeout: float = 120) -> Done:
+def nf4(*args: str | Path, cwd: Path, timeout: float = 600) -> Done:
     """Runs `python -m nf4_pipeline ARGS` in a folder until it ends."""
     process = start_nf4(*args, cwd=cwd)
     try:

@@ -20,11 +20,13 @@ def skip_documents(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def skip_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the test ends, nobody but our loader reads the export."""
-    monkeypatch.setattr(verify, "Readers", _NoReaders)
+    monkeypatch.setattr(verify, "Readers", NoReaders)
 
 
-class _NoReaders(Readers):
-    def __enter__(self) -> _NoReaders:
+class NoReaders(Readers):
+    """In the place of those who read an export as its users do: nobody reads it."""
+
+    def __enter__(self) -> NoReaders:
         return self
 
     def results(self, own: OwnReading) -> tuple[ReaderResult, ...]:

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 from nf4_pipeline.api.artifact import Artifact
 from nf4_pipeline.api.interrupts import interruptible
-from nf4_pipeline.api.options import PathName, RecipeLike, make_machine, make_recipe, make_request
+from nf4_pipeline.api.options import (
+    PathName,
+    RecipeLike,
+    make_machine,
+    make_recipe,
+    make_request,
+    make_target,
+)
 from nf4_pipeline.machine import DEFAULT_MEMORY_BUDGET
 from nf4_pipeline.progress import ProgressCallback, reporting_to
 
@@ -35,6 +42,8 @@ def build(
     allow_unhashed: bool = False,
     allow_unused: Sequence[str] = (),
     strip_prefix: str = "",
+    stream_source: bool = False,
+    stream_output: str | None = None,
     check: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Artifact:
@@ -65,13 +74,18 @@ def build(
         device_memory: how much of the device verifying may use, as a number of bytes or such as
             "8GB"; all that is free without it.
         build_dir: the build folder; None for one under ./artifacts that is named for the model and,
-            where it is not the default, for the recipe.
+            where it is not the default, for the recipe. Or a URL such as "s3://bucket/folder": what
+            is done is kept there, and a copy under ./artifacts.
         replace: a build folder that is another build may become this one.
         offline: take a Hub model as it is cached.
         allow_pickle: scan and convert weights that are pickles, where there are no others.
         allow_unhashed: take files for which the Hub lists no hash, too.
         allow_unused: patterns of tensors that the model has no place for and may be left out.
         strip_prefix: what a wrapper left before the names of all tensors, such as "module.".
+        stream_source: the weights of a Hub model come file by file while they are quantized, and go
+            again; verify fetches them once more, block by block.
+        stream_output: a Hub repo, ORG/NAME: finished files go there while others are made, seen by
+            nobody, until one commit names them if the verdict is "pass".
         check: hash everything again, also what looks untouched since it was hashed.
         progress: called with each `ProgressEvent`. What it raises ends the build; what is finished
             is kept.
@@ -85,6 +99,7 @@ def build(
         HubError: the Hub refuses, does not answer, or sends wrong bytes.
         BuildError: another process works in the build folder, it is another build and may not be
             replaced, or it cannot be worked in.
+        StoreError: the store at a URL refuses, does not answer, or holds something else.
         ArtifactError: what was written is not what it should be.
         ResourceError: disk, memory or the device that was asked for is lacking.
         KeyboardInterrupt: the user stopped it; the text says what is kept.
@@ -117,9 +132,13 @@ def build(
         strip_prefix=strip_prefix,
         build_dir=build_dir,
         replaces=replace,
+        stream_source=stream_source,
     )
+    target = None if stream_output is None else make_target(stream_output)
     from nf4_pipeline.job import run_build
+    from nf4_pipeline.records import ATTEST, SERIALIZE, VERIFY
 
     with interruptible(), reporting_to(progress) as reporter:
-        made, _ = run_build(request, options.recipe, machine, reporter)
+        made, _ = run_build(request, options.recipe, machine, reporter, target)
+        made.fetch(SERIALIZE, VERIFY, ATTEST)
     return Artifact.open(made.export)

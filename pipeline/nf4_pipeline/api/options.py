@@ -9,7 +9,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from nf4_pipeline.checkpoint.named_path import named_path
+from nf4_pipeline.checkpoint.named_path import is_url, local_copy, named_path
 from nf4_pipeline.errors import UsageError
 from nf4_pipeline.machine import DEFAULT_MEMORY_BUDGET, Machine, check_device_name
 from nf4_pipeline.recipe import TABLES, PartialRecipe, Recipe, parse_recipe, parse_size, read_tables
@@ -38,12 +38,15 @@ def make_request(
     strip_prefix: str = "",
     build_dir: PathName | None = None,
     replaces: bool = False,
+    stream_source: bool = False,
 ) -> DownloadRequest:
     """Which checkpoint is wanted, and how it is read; `DownloadRequest` says what each means.
 
     Raises:
-        UsageError: a pattern or a prefix can be no name of tensors, or a path can be none.
+        UsageError: a pattern or a prefix can be no name of tensors, a path can be none, or no build
+            can be kept at a URL.
     """
+    from nf4_pipeline.object_store.address import check_path, check_url
     from nf4_pipeline.records import Reading
     from nf4_pipeline.stages.find_source import DownloadRequest
 
@@ -51,16 +54,23 @@ def make_request(
         raise UsageError(f"allow_unused is {allow_unused[:80]!r}; expected a list of patterns.")
     reading = Reading(tuple(allow_unused), strip_prefix)
     reading.into(Recipe())  # refuses what can be no name
+    folder = None if build_dir is None else fspath(build_dir)
+    url = check_url(folder) if folder is not None and is_url(folder) else None
+    if folder is not None:
+        check_path(folder)
+        build_dir = local_copy(url) if url is not None else named_path(folder)
     return DownloadRequest(
         fspath(model),
         revision=revision,
-        build_dir=None if build_dir is None else named_path(fspath(build_dir)),
+        build_dir=build_dir if build_dir is None else Path(build_dir),
+        url=url,
         offline=offline,
         allow_pickle=allow_pickle,
         allow_unhashed=allow_unhashed,
         reading=reading,
         check=check,
         replaces=replaces,
+        stream=stream_source,
     )
 
 

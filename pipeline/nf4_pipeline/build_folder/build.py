@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -16,16 +17,21 @@ from nf4_pipeline.build_folder.record import (
     Facts,
     Record,
     RecordKind,
+    now,
     read_record,
+    record_json,
     write_record,
 )
+from nf4_pipeline.build_folder.remote import Remote, Upload, read_url, shown_place
+from nf4_pipeline.build_folder.spec import BuildSpec, write_spec
 from nf4_pipeline.checkpoint.atomic import (
+    json_bytes,
     make_folder,
     recover_folder,
     remove_leftovers,
     sync_folder,
 )
-from nf4_pipeline.checkpoint.digest import FileStamp
+from nf4_pipeline.checkpoint.digest import FileDigest, FileStamp
 from nf4_pipeline.errors import BuildError
 from nf4_pipeline.progress import SILENT, Reporter
 
@@ -34,11 +40,88 @@ _LOCK: Final = ".lock"
 
 
 class Build:
-    """A build folder. Creating the object touches nothing on disk."""
+    """A build folder. Creating the object touches nothing on disk.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        root: the folder.
+        url: of which it is, or shall be, the local copy; None for the one that is noted in it.
+    """
+
+    def __init__(self, root: Path, url: str | None = None) -> None:
         self.root = root
+        self._url = url
         self._written: dict[str, FileStamp] = {}  # outputs that this process hashed as it made them
+
+    @cached_property
+    def _remote(self) -> Remote | None:
+        url = self._url or read_url(self.root)
+        return None if url is None else Remote(self.root, url)
+
+    @property
+    def shown(self) -> str:
+        """For people: where it is; the URL, if the folder is the local copy of a build there."""
+        return self._url or shown_place(self.root)
+
+    def pull(self, reporter: Reporter = SILENT, *, begins: bool = False) -> None:
+        """Takes over what stands at the URL of which the folder is a copy, if it is one.
+
+        Args:
+            reporter: told of all transfers from now on.
+            begins: a build may begin there now.
+
+        Raises:
+            UsageError: no build can be kept at that URL.
+            StoreError: the store refuses or does not answer, or something else stands there.
+        """
+        if self._remote is not None:
+            self._remote.report_to(reporter)
+            self._remote.pull(begins=begins)
+
+    def holds(self, name: str, digest: FileDigest) -> bool:
+        """Whether a file of the build stands at the URL of which the folder is a copy.
+
+        Args:
+            name: its path in the build folder.
+            digest: what it was put there with.
+        """
+        return self._remote is not None and self._remote.holds(name, digest)
+
+    def put(self, files: Mapping[str, FileDigest]) -> None:
+        """Puts files of the build to the URL, if there is one, before any record speaks of them."""
+        if self._remote is not None:
+            self._remote.put(files)
+
+    @contextmanager
+    def uploading(self, reporter: Reporter) -> Iterator[Upload]:
+        """Gives what puts finished files to the URL while others are made; without one, nothing.
+
+        Args:
+            reporter: told how much is still to go at the end.
+
+        Raises:
+            StoreError: the store refuses, or does not answer.
+        """
+        remote = self._remote
+        with (
+            nullcontext(lambda files: None)
+            if remote is None
+            else remote.uploading(reporter) as upload
+        ):
+            yield upload
+
+    def fetch(self, *kinds: RecordKind[Facts]) -> None:
+        """Fetches outputs of stages that stand at the URL and not here.
+
+        Args:
+            kinds: of the stages.
+
+        Raises:
+            StoreError: the store refuses or does not answer, or a file has other bytes there.
+        """
+        for kind in kinds if self._remote is not None else ():
+            record = self.record(kind)
+            if record is not None and self._remote is not None:
+                self._written |= self._remote.fetch(record.outputs)
 
     @property
     def source(self) -> Path:
@@ -73,8 +156,8 @@ class Build:
         record = self.record(kind)
         if record is None:
             raise BuildError(
-                f"{self.root} is not finished: its {kind.stage} stage is not done. Run `nf4 build` "
-                "with its model and --build-dir, which does all that is missing."
+                f"{self.shown} is not finished: its {kind.stage} stage is not done. Run "
+                "`nf4 build` with its model and --build-dir, which does all that is missing."
             )
         return record
 
@@ -95,14 +178,32 @@ class Build:
             BuildError: the stage has no record, or a file that it left is gone, has other bytes, or
                 has become a link.
         """
+        self.fetch(kind)
         record = self.need(kind)
         return check_outputs(self.root, record, self._written if claimed else record.stamps)
 
     def write_record(self, record: Record[Facts]) -> None:
         """Writes a record; the last thing that a stage does."""
-        stamps = {name: FileStamp.of(self.root / name) for name in record.outputs} | record.stamps
-        write_record(self._record_path(record.kind), replace(record, stamps=stamps))
+        remote, path = self._remote, self._record_path(record.kind)
+        names = [n for n in record.outputs if remote is None or (self.root / n).exists()]
+        stamps = {name: FileStamp.of(self.root / name) for name in names} | record.stamps
+        record = replace(record, stamps=stamps, finished=record.finished or now())
+        if remote is not None:  # first: what stands there counts
+            content = json_bytes(record_json(replace(record, stamps={})))
+            name = path.relative_to(self.root).as_posix()
+            remote.put_record(name, content, record.outputs, record.kind.owns)
+        write_record(path, record)
         self._written |= stamps
+
+    def write_spec(self, spec: BuildSpec) -> None:
+        """Notes what the build is for.
+
+        Raises:
+            BuildError: another machine began a build at the same URL meanwhile.
+        """
+        if self._remote is not None:
+            self._remote.put_spec(spec.to_json())
+        write_spec(self.root, spec)
 
     def renew_stamps(self, kind: RecordKind[Facts], stamps: Mapping[str, FileStamp]) -> None:
         """Notes how the outputs of a stage look that are known to hold what it left there.
@@ -121,6 +222,8 @@ class Build:
         """Deletes a stage's record, before its outputs change."""
         path = self._record_path(kind)
         if path.exists():
+            if self._remote is not None:
+                self._remote.forget(path.relative_to(self.root).as_posix())
             path.unlink()
             sync_folder(path.parent)
 
@@ -128,7 +231,9 @@ class Build:
         self, kind: RecordKind[Facts], key: str, reporter: Reporter = SILENT, *, check: bool = True
     ) -> State:
         """Whether a stage with this key is done; see `find_state`."""
-        return find_state(self.root, self.record(kind), key, reporter, check=check)
+        return find_state(
+            self.root, self.record(kind), key, reporter, check=check, holds=self.holds
+        )
 
     def _refuse_links(self) -> None:
         """Stages empty their folders: where one is a link, they would empty somebody else's."""
@@ -158,6 +263,7 @@ class Build:
             recover_folder(self.export)
             for folder in (self.root / "records", self.quantized, self.export):
                 remove_leftovers(folder)
+            self._pull_again()
             yield
 
     @contextmanager
@@ -171,7 +277,12 @@ class Build:
                 or a folder in it is a link.
         """
         with self._holding(fcntl.LOCK_SH):
+            self._pull_again()
             yield
+
+    def _pull_again(self) -> None:
+        if self._remote is not None:
+            self.pull(self._remote.reporter)
 
     @contextmanager
     def making(self, names: Collection[str]) -> Iterator[None]:

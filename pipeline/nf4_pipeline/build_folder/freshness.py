@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from nf4_pipeline.build_folder.record import Facts, Record
-from nf4_pipeline.checkpoint.digest import FileStamp, digest_file
+from nf4_pipeline.checkpoint.digest import FileDigest, FileStamp, digest_file
 from nf4_pipeline.checkpoint.folder_advice import dead_link
 from nf4_pipeline.errors import BuildError
 from nf4_pipeline.progress import Reporter
+
+_GONE: Final = "is gone"
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,18 @@ class Inputs:
         return stamps
 
 
+Holds = Callable[[str, FileDigest], bool]
+"""Whether a file of a build stands, as it was left, at the URL of which the folder is a copy."""
+
+
 def find_state(
-    root: Path, record: Record[Facts] | None, key: str, reporter: Reporter, *, check: bool
+    root: Path,
+    record: Record[Facts] | None,
+    key: str,
+    reporter: Reporter,
+    *,
+    check: bool,
+    holds: Holds = lambda name, digest: False,
 ) -> State:
     """Whether a stage is done.
 
@@ -81,6 +93,7 @@ def find_state(
         key: that the stage would have now.
         reporter: told how far the hashing is.
         check: hash all of its outputs to know; else those that were touched since they were hashed.
+        holds: whether an output that is not here stands elsewhere; it is not fetched to know.
     """
     if record is None:
         return State("missing", "not run yet")
@@ -89,12 +102,16 @@ def find_state(
     touched, stamps = {}, {}
     for name, expected in record.outputs.items():
         if problem := _find_problem(root / name, name):
+            if problem == _GONE and holds(name, expected):
+                continue
             return State("stale", f"{name} {problem}")
         stamps[name] = FileStamp.of(root / name)
         if check or stamps[name] != record.stamps.get(name):
             touched[name] = expected
     if not touched:
-        return State("done", "outputs are untouched since they were hashed", stamps)
+        here = len(stamps) == len(record.outputs)
+        why = "outputs are untouched since they were hashed"
+        return State("done", why if here else "outputs stand at the URL", stamps)
     total = sum(digest.size for digest in touched.values())
     with reporter.task(f"check {record.kind.stage}", total) as task:
         for name, expected in touched.items():
@@ -148,4 +165,4 @@ def _find_problem(path: Path, name: str) -> str | None:
     # Only download leaves links: what any other points at can change unseen.
     if path.is_symlink() and not name.startswith("source/"):
         return "is a link"
-    return None if path.is_file() else "is gone"
+    return None if path.is_file() else _GONE

@@ -36,11 +36,13 @@ class RecordKind(Generic[F_co]):
         stage: the stage's name, as the command's.
         parse: JSON -> its facts.
         file: its name in records/, but for the ending; that of the stage without it.
+        owns: the folder whose files are this stage's, and of nobody before it; none if empty.
     """
 
     stage: str
     parse: Callable[[Any], F_co]
     file: str = ""
+    owns: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,29 +142,36 @@ def write_record(path: Path, record: Record[Facts]) -> None:
 
     Args:
         path: where to.
-        record: what it says; with the stamps of all outputs.
+        record: what it says; with the stamps of all outputs that stand here.
     """
-    write_json(
-        path,
-        {
-            "version": RECORD_VERSION,
-            "stage": record.kind.stage,
-            "key": record.key,
-            "outputs": {
-                name: {
-                    **record.stamps[name].to_json(),
-                    **digest.to_json(),
-                }
-                for name, digest in sorted(record.outputs.items())
-            },
-            "inputs": digests_json(record.inputs),
-            "seconds": round(record.seconds, 3),
-            "peak_memory_bytes": record.peak_memory,
-            "finished": record.finished or datetime.now(UTC).isoformat(timespec="seconds"),
-            "recipe": record.recipe,
-            "facts": record.facts.to_json(),
+    write_json(path, record_json(record))
+
+
+def record_json(record: Record[Facts]) -> dict[str, Any]:
+    """What the file of a record says."""
+    return {
+        "version": RECORD_VERSION,
+        "stage": record.kind.stage,
+        "key": record.key,
+        "outputs": {
+            name: {
+                **(record.stamps[name].to_json() if name in record.stamps else {}),
+                **digest.to_json(),
+            }
+            for name, digest in sorted(record.outputs.items())
         },
-    )
+        "inputs": digests_json(record.inputs),
+        "seconds": round(record.seconds, 3),
+        "peak_memory_bytes": record.peak_memory,
+        "finished": record.finished or now(),
+        "recipe": record.recipe,
+        "facts": record.facts.to_json(),
+    }
+
+
+def now() -> str:
+    """The time in UTC, as records have it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _digests(value: Mapping[str, Mapping[str, int | str]]) -> dict[str, FileDigest]:

@@ -17,6 +17,7 @@ from nf4_pipeline.builds.absent import Use, no_build, why_no_artifact
 from nf4_pipeline.builds.choosing import Chosen
 from nf4_pipeline.builds.finding import (
     ChosenArtifact,
+    at_url,
     find_artifact,
     find_build,
     find_builds,
@@ -32,6 +33,7 @@ __all__ = [
     "ChosenArtifact",
     "Listed",
     "Use",
+    "at_url",
     "check_spec",
     "complete_recipe",
     "find_artifact",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,12 @@ from nf4_pipeline.build_folder.spec import SourcePin
 from nf4_pipeline.builds.absent import ANY_USE, Use, no_build
 from nf4_pipeline.builds.choosing import Chosen, choose, matching
 from nf4_pipeline.builds.finishing import how_to_finish, missing_weights
+from nf4_pipeline.builds.keeping import spec_of
 from nf4_pipeline.builds.listing import Listed, list_builds, look_at
-from nf4_pipeline.checkpoint.named_path import named_path
-from nf4_pipeline.errors import ArtifactError, UsageError
+from nf4_pipeline.checkpoint.named_path import is_url, local_copy, named_path
+from nf4_pipeline.errors import ArtifactError, BuildError, UsageError
+from nf4_pipeline.object_store.address import check_url
+from nf4_pipeline.records import ATTEST, SERIALIZE, VERIFY
 from nf4_pipeline.runtime.artifact import ARTIFACTS, is_model
 
 
@@ -55,7 +59,7 @@ def find_build(
         BuildError: there is no such build.
         UsageError: the name can mean several builds, or can be no name.
     """
-    if name is not None and (root := _build_at(named_path(name))) is not None:
+    if name is not None and (root := _build_at(name)) is not None:
         return Chosen(look_at(root), named=True)
     found = find_builds(name, artifacts, use)
     if not found:
@@ -77,7 +81,7 @@ def find_builds(
         BuildError: there is no such build.
         UsageError: the name can be no name.
     """
-    if name is not None and (root := _build_at(named_path(name))) is not None:
+    if name is not None and (root := _build_at(name)) is not None:
         return [look_at(root)]
     listing = list_builds(artifacts)
     found = candidates(name, listing)
@@ -102,7 +106,7 @@ def find_artifact(
         UsageError: the name can mean several builds, or can be no name.
     """
     path = named_path(name)
-    if (root := _build_at(path)) is not None:
+    if (root := _build_at(name)) is not None:
         return _export(Chosen(look_at(root), named=True))
     found = candidates(name, list_builds(artifacts))
     if path.is_dir():
@@ -126,7 +130,7 @@ def find_other(name: str | Path, own: Build, artifacts: Path = ARTIFACTS) -> Cho
         ArtifactError: the build that is meant has no export.
         UsageError: the name means `own`, can mean several builds, or can be no name.
     """
-    if _build_at(named_path(name)) is None:
+    if _build_at(name) is None:
         mine = look_at(own.root)
         others = [
             build
@@ -160,8 +164,30 @@ def candidates(name: str | Path | None, listing: Sequence[Listed]) -> list[Liste
     return matching(str(name), listing, path.resolve() if path.is_dir() else None)
 
 
-def _build_at(path: Path) -> Path | None:
-    """The build folder that a path means: itself, or the one whose export it is."""
+def at_url(url: str) -> Build:
+    """The build at a URL, of which what stages left there is taken over into the local copy.
+
+    Raises:
+        BuildError: there is no build.
+        StoreError: the store refuses or does not answer, or holds something else.
+        UsageError: no build can be kept there.
+    """
+    url = check_url(url)
+    build = Build(local_copy(url), url)
+    build.pull()
+    if spec_of(build) is None:
+        raise BuildError(
+            f"{url}: there is no build. To start one there: nf4 build MODEL --build-dir "
+            f"{shlex.quote(url)}"
+        )
+    return build
+
+
+def _build_at(name: str | Path) -> Path | None:
+    """The build folder that a name means: itself, or the one whose export it is."""
+    path = named_path(name)
+    if is_url(name) and path != Path(name):
+        return at_url(str(name)).root
     for root in (path, path.parent if path.name == "export" else path):
         if (root / "records").is_dir():
             return root
@@ -170,6 +196,7 @@ def _build_at(path: Path) -> Path | None:
 
 def _export(chosen: Chosen) -> ChosenArtifact:
     root = chosen.listed.root
+    Build(root).fetch(SERIALIZE, VERIFY, ATTEST)
     if not is_model(root / "export"):
         raise ArtifactError(
             f"{root} is not finished: it is a build without an export. Finish it: "

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Final
 
+from nf4_pipeline.build_folder.remote import shown_place
 from nf4_pipeline.build_folder.variant import Variant
 from nf4_pipeline.builds.listing import Listed, look_at, recipe_shown
 from nf4_pipeline.checkpoint.source import read_json
@@ -35,7 +36,7 @@ def how_to_build(build: Listed) -> str:
 
 def how_to_finish(build: Listed) -> str:
     """The command that finishes a build, as far as is known of which model it is."""
-    words = ["nf4", "build", *_model(build), "--build-dir", str(build.root)]
+    words = ["nf4", "build", *_model(build), "--build-dir", shown_place(build.root)]
     own = build.variant.differences(Variant.of(Recipe())) if build.variant and build.spec else {}
     others = set(own) - {*_OPTIONS, "quantize.rounding"}
     if others and build.variant is not None:
@@ -59,14 +60,15 @@ def not_finished(root: Path, stage: str, command: str) -> str:
         command: of `nf4`.
     """
     why = _WHAT_FOR.get(command, f"its {stage} stage is not done")
-    return f"{root} is not finished: {why}. Finish it: {how_to_finish(look_at(root))}"
+    return f"{shown_place(root)} is not finished: {why}. Finish it: {how_to_finish(look_at(root))}"
 
 
 def _model(build: Listed) -> list[str]:
     if build.is_sample:
         return ["sample"]
     if build.spec is not None and build.spec.source.commit is not None:
-        return [build.spec.source.repo, "--revision", build.spec.source.commit]
+        how = ["--stream-source"] if build.is_streamed else []
+        return [build.spec.source.repo, "--revision", build.spec.source.commit, *how]
     if build.source is not None and build.source.is_dir():
         return [str(build.source)]
     return ["MODEL"]

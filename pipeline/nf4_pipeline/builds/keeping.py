@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any, Final
 
 from nf4_pipeline.build_folder import Build
-from nf4_pipeline.build_folder.spec import BuildSpec, SourcePin, read_spec, write_spec
+from nf4_pipeline.build_folder.spec import BuildSpec, SourcePin, read_spec
 from nf4_pipeline.build_folder.variant import SHAPING_TABLES, Variant, text_sha256
 from nf4_pipeline.calibration.calibrator import Calibrator
 from nf4_pipeline.checkpoint.digest import content_sha256
 from nf4_pipeline.errors import BuildError
 from nf4_pipeline.recipe import TABLES, PartialRecipe, Recipe, RecipeValue
-from nf4_pipeline.records import DOWNLOAD, KINDS, QUANTIZE, SERIALIZE
+from nf4_pipeline.records import DOWNLOAD, KINDS, QUANTIZE, SERIALIZE, source_files
 
 READING: Final = frozenset({"quantize.allow_unused", "quantize.strip_prefix"})
 """The keys of a recipe that download reads."""
@@ -35,7 +35,7 @@ def spec_of(build: Build, recipe: Recipe | None = None) -> BuildSpec | None:
     if downloaded is None:
         return None
     facts = downloaded.facts
-    files = facts.converted_from or downloaded.outputs_in("source")
+    files = facts.converted_from or source_files(downloaded)
     source = SourcePin(repo=facts.repo, commit=facts.commit, sha256=content_sha256(files))
     tables: dict[str, dict[str, Any]] = {}
     if (quantized := build.record(QUANTIZE)) is not None:
@@ -93,7 +93,7 @@ def keep_spec(
         text_sha256=text_sha256(recipe) if "quantize" in tables else text,
     )
     if new.to_json() != (read_spec(build.root) or replace(new, version=0)).to_json():
-        write_spec(build.root, new)
+        build.write_spec(new)
 
 
 def check_spec(
@@ -133,7 +133,7 @@ def check_spec(
     if problems:
         more = f"; and {len(problems) - _MOST_SHOWN} more" if len(problems) > _MOST_SHOWN else ""
         raise BuildError(
-            f"{build.root} is another build: {'; '.join(problems[:_MOST_SHOWN])}{more}. It was "
+            f"{build.shown} is another build: {'; '.join(problems[:_MOST_SHOWN])}{more}. It was "
             "left as it is. Leave --build-dir out, or name another one, and both stand side by "
             "side; or add --replace, and this one is made anew."
         )

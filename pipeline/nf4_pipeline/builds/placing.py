@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from nf4_pipeline.build_folder import Build
-from nf4_pipeline.build_folder.spec import BuildSpec, write_spec
+from nf4_pipeline.build_folder.spec import BuildSpec
 from nf4_pipeline.build_folder.variant import (
     SHAPING_TABLES,
     Variant,
@@ -135,7 +135,7 @@ def begin_beside(origin: Build, root: Path, recipe: Recipe, stages: Sequence[str
             return build
         tables = {name: recipe.table(name) for name in SHAPING_TABLES}
         text = text_sha256(recipe)
-        write_spec(root, BuildSpec(source=spec.source, recipe=tables, text_sha256=text))
+        build.write_spec(BuildSpec(source=spec.source, recipe=tables, text_sha256=text))
         for stage in stages:
             for folder in _FOLDERS[stage]:
                 _link_files(origin.root, root, folder)

@@ -45,7 +45,7 @@ def command(
     model: str | None,
     repo_id: str | None,
     rebuilt: tuple[Path, str] | None,
-    build_dir: Path | None,
+    build_dir: Path | str | None,
 ) -> None:
     """Write the model card, provenance.json (SLSA) and bom.cdx.json (CycloneDX) into the export.
 

@@ -28,7 +28,7 @@ _LIST: Final = " `nf4 status` lists the builds."
 def named_build(
     ui: Ui,
     model: str | None,
-    build_dir: Path | None,
+    build_dir: Path | str | None,
     *,
     newest: bool = False,
     needs: str = "",
@@ -62,7 +62,7 @@ def build_for(
     ui: Ui,
     stage: Literal["quantize", "serialize"],
     model: str | None,
-    build_dir: Path | None,
+    build_dir: Path | str | None,
     recipe: PartialRecipe,
 ) -> Build:
     """The build in which a stage shall run by a recipe; says which one it is.
@@ -194,12 +194,15 @@ def other_artifact(ui: Ui, name: str, own: Build) -> str:
     return str(chosen.folder)
 
 
-def _build_in(folder: Path) -> Build:
+def _build_in(folder: Path | str) -> Build:
     from nf4_pipeline.build_folder import Build
+    from nf4_pipeline.builds import at_url
     from nf4_pipeline.checkpoint.model_name import beside
     from nf4_pipeline.errors import BuildError
     from nf4_pipeline.near_names import did_you_mean
 
+    if isinstance(folder, str):
+        return at_url(folder)
     if not folder.is_dir():
         near = did_you_mean(folder.name, beside(folder), f"{folder.parent}/")
         raise BuildError(f"--build-dir {folder}: no such folder.{near or _LIST}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from nf4_pipeline.checkpoint.named_path import problem_of
+from nf4_pipeline.checkpoint.named_path import is_url, problem_of
 from nf4_pipeline.cli.help import complete_model
 from nf4_pipeline.cli.terminal import say, say_json
 
@@ -58,6 +58,21 @@ def _expanded(value: Any) -> Any:
         with suppress(RuntimeError):  # there is no such user, and so no such file
             return str(Path(value).expanduser())
     return value
+
+
+class BuildPlace(NamedPath):
+    """A build folder, or the URL of one, which stays a text."""
+
+    def __init__(self) -> None:
+        super().__init__(file_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if is_url(value):
+            return value
+        from nf4_pipeline.object_store.address import check_path
+
+        check_path(os.fspath(value))
+        return super().convert(value, param, ctx)
 
 
 class Number(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions alone
@@ -165,9 +180,11 @@ def build_dir_option(command: Command) -> Command:
     """--build-dir."""
     return click.option(
         "--build-dir",
-        type=NamedPath(file_okay=False),
-        help="The build folder.  [default: artifacts/<org>--<name>@<sha12>/, with a tag "
-        "of any recipe but the default]",
+        type=BuildPlace(),
+        metavar="DIRECTORY|URL",
+        help="The build folder, or a URL such as s3://bucket/folder, of which a copy is kept under "
+        "artifacts/.  [default: artifacts/<org>--<name>@<sha12>/, with a tag of any recipe but the "
+        "default]",
     )(command)
 
 
@@ -233,6 +250,12 @@ def download_options(command: Command) -> Command:
         help="What a wrapper left before the names of tensors, such as _orig_mod. or module.; a "
         "copy without it is made in the build folder.",
     )
+    @click.option(
+        "--stream-source",
+        is_flag=True,
+        help="Weights of a Hub model that are not cached stay on the Hub: they come file by file "
+        "while they are quantized, and again, block by block, to be compared with the result.",
+    )
     @build_dir_option
     @replace_option
     @wraps(command)
@@ -245,7 +268,8 @@ def download_options(command: Command) -> Command:
         check: bool,
         allow_unused: tuple[str, ...],
         strip_prefix: str,
-        build_dir: Path | None,
+        stream_source: bool,
+        build_dir: Path | str | None,
         replaces: bool,
         **values: Any,
     ) -> Any:
@@ -262,6 +286,7 @@ def download_options(command: Command) -> Command:
             strip_prefix=strip_prefix,
             build_dir=build_dir,
             replaces=replaces,
+            stream_source=stream_source,
         )
         return command(request=request, **values)
 
@@ -497,6 +522,6 @@ def show_stage(ui: Ui, name: str, build: Build, result: StageResult) -> None:
     def show() -> None:
         done = f"in {record.seconds:.1f} s" if result.ran else "was done, still valid"
         say(f"{name}: {done}; {len(record.outputs)} files, {record.total_bytes:,} bytes")
-        say(f"build:  {shlex.quote(str(build.root))}")
+        say(f"build:  {shlex.quote(build.shown)}")
 
     ui.result(value, show)

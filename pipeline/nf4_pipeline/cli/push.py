@@ -79,7 +79,7 @@ def command(
     force: bool,
     allow_unverified: bool,
     dry_run: bool,
-    build_dir: Path | None,
+    build_dir: Path | str | None,
 ) -> None:
     """Publish a verified export to the Hub in one commit, and prove what the Hub holds.
 

@@ -66,7 +66,7 @@ def command(
     dry_run: bool,
     part: str | None,
     merge: bool,
-    build_dir: Path | None,
+    build_dir: Path | str | None,
     replaces: bool,
 ) -> None:
     """Turn the linear layers of a downloaded checkpoint into NF4 codes.

@@ -41,7 +41,7 @@ def command(
     recipe: PartialRecipe,
     machine: Machine,
     model: str | None,
-    build_dir: Path | None,
+    build_dir: Path | str | None,
     replaces: bool,
 ) -> None:
     """Write the publishable folder of a quantized build, with its manifest.

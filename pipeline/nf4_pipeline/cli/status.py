@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @recipe_options()
 @output_options
 def command(
-    ui: Ui, recipe: PartialRecipe, machine: Machine, model: str | None, build_dir: Path | None
+    ui: Ui, recipe: PartialRecipe, machine: Machine, model: str | None, build_dir: Path | str | None
 ) -> None:
     """Say of each stage of a build whether it is done, stale or missing, and why.
 
@@ -43,6 +43,7 @@ def command(
     path. Without MODEL or --build-dir, all builds under artifacts/ are meant.
     """
     from nf4_pipeline.build_folder import Build
+    from nf4_pipeline.build_folder.remote import shown_place
     from nf4_pipeline.builds import Use, find_builds, no_build, recipe_shown
     from nf4_pipeline.progress import LOADING
 
@@ -57,7 +58,7 @@ def command(
         if not found:
             say(str(no_build(None, ARTIFACTS)))
         for build, stages in found:
-            say(f"{build.root}")
+            say(shown_place(build.root))
             if build.variant is not None and (changed := recipe_shown(build.variant)):
                 say(f"  {'recipe':<10} {changed}")
             for stage, state in stages.items():

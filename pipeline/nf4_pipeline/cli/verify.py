@@ -49,7 +49,7 @@ def command(
     machine: Machine,
     model: str | None,
     against: str | None,
-    build_dir: Path | None,
+    build_dir: Path | str | None,
 ) -> None:
     """Reload the artifact in a fresh process and hold it against its 16-bit source.
 

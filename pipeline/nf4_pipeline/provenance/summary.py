@@ -6,7 +6,6 @@ the recipe that they name. No build level follows from that: who built it, and w
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any, Final
 
 from nf4_pipeline.checkpoint.digest import FileDigest, json_sha256
 from nf4_pipeline.checkpoint.source import read_json
-from nf4_pipeline.documents import Document
+from nf4_pipeline.documents import Document, schema_check
 from nf4_pipeline.errors import ArtifactError, CheckpointError, UsageError
 from nf4_pipeline.manifest.read import MANIFEST_FILE
 from nf4_pipeline.provenance.statement import STATEMENT_TYPE
@@ -114,10 +113,9 @@ def read_summary(path: Path, url: str, manifest: FileDigest) -> Rebuild:
 
     if not _ADDRESS.fullmatch(url):
         raise UsageError(f"{url[:120]!r} is no address at which others could read the summary.")
-    check = fastjsonschema.compile(json.loads(SCHEMA_FILE.read_text("utf-8")))
     try:
         value = read_json(path)
-        check(value)
+        schema_check(SCHEMA_FILE)(value)
     except (CheckpointError, fastjsonschema.JsonSchemaValueException) as error:
         raise ArtifactError(
             f"{path} is no verification summary of nf4 rebuild ({str(error)[:300]}). Take the file "

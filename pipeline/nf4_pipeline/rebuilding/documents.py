@@ -19,7 +19,7 @@ from nf4_pipeline.checkpoint.plain_file import read_plain, read_text
 from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.checkpoint.source_card import SourceCard, parse_card
 from nf4_pipeline.checkpoint.untrusted import size_limit
-from nf4_pipeline.documents import DocumentError
+from nf4_pipeline.documents import DocumentError, schema_check
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.manifest.manifest import Manifest
 from nf4_pipeline.manifest.read import MANIFEST_FILE
@@ -205,13 +205,10 @@ def _check_subjects(said: Any, subjects: Mapping[str, FileDigest], found: Findin
 
 
 def _check_schema(folder: Path, found: Findings) -> None:
-    import json
-
     import fastjsonschema
 
-    check = fastjsonschema.compile(json.loads(SCHEMA_FILE.read_text("utf-8")))
     try:
-        check(read_json(folder / PROVENANCE_FILE))
+        schema_check(SCHEMA_FILE)(read_json(folder / PROVENANCE_FILE))
     except fastjsonschema.JsonSchemaValueException as error:
         where = "/".join(error.path[1:]) or "top level"
         what = error.message.removeprefix(error.name or "").strip()

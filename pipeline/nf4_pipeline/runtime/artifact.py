@@ -7,14 +7,13 @@ from pathlib import Path
 
 from nf4_pipeline.checkpoint.folder_advice import adapter_advice, without_config
 from nf4_pipeline.checkpoint.model_name import check_hub_id, model_path
+from nf4_pipeline.checkpoint.named_path import ARTIFACTS as ARTIFACTS
 from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.checkpoint.weight_files import choose_weight_files
 from nf4_pipeline.errors import ArtifactError, SourceError, UsageError
 from nf4_pipeline.model.check_folder import check_headers, check_small_files
 from nf4_pipeline.model.config import read_config
 from nf4_pipeline.progress import SILENT, Reporter
-
-ARTIFACTS = Path("artifacts")
 
 
 def find_model(name: str | Path | None) -> str:

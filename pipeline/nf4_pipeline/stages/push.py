@@ -21,6 +21,7 @@ from nf4_pipeline.provenance.signing import SIGNATURE_FILE
 from nf4_pipeline.records import (
     ATTEST,
     PUSH,
+    SERIALIZE,
     VERIFY,
     AttestFacts,
     PushFacts,
@@ -131,6 +132,7 @@ class Push:
             ArtifactError: a file changed, came or went since it was verified.
         """
         export = self.build.export
+        self.build.fetch(SERIALIZE, VERIFY, ATTEST)
         verdict = self.build.need(VERIFY).facts.verdict
         if verdict != "pass" and not self.allow_unverified:
             raise VerificationError(
@@ -154,7 +156,7 @@ class Push:
                 f"{export / SIGNATURE_FILE} signs a card that does not name "
                 f"{self.target.repo_id}, and a push would change it. Write the card for that repo, "
                 f"then sign again: nf4 attest --repo-id {self.target.repo_id} --build-dir "
-                f"{shlex.quote(str(self.build.root))}, then nf4 sign. Or delete the signature."
+                f"{shlex.quote(self.build.shown)}, then nf4 sign. Or delete the signature."
             )
         return Upload(
             self.target,

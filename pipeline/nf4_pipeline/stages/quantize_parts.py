@@ -62,7 +62,8 @@ class QuantizePart:
                 another process is making one of the files.
             SourceError: the checkpoint is not usable.
             ResourceError: the disk is too full, or there is too little memory.
-            UsageError: the recipe is a calibrated one, or the memory budget is too small.
+            UsageError: the recipe is a calibrated one, the source is streamed, or the memory
+                budget is too small.
             PlanMismatchError: the bytes written are not the bytes planned.
         """
         whole = self.whole
@@ -70,6 +71,12 @@ class QuantizePart:
             raise UsageError(
                 "--part: calibrated codes are chosen in one walk through the model, which cannot "
                 "be divided. Leave --part out, or --calibrate."
+            )
+        if whole.build.need(DOWNLOAD).facts.streamed:
+            raise UsageError(
+                "--part: the weights of this build are streamed from the Hub, and each part would "
+                "fetch files that others fetch, too. Leave --part out; or build without "
+                "--stream-source where several machines share the work."
             )
         source = whole.build.check_inputs(DOWNLOAD)
         planner = whole.planner()
@@ -122,9 +129,9 @@ class MergeParts:
         own = {part: record for part, record in records.items() if record.key == self.key()}
         if not own:
             foreign = f" ({_named(records)} there is of another source or recipe)" * bool(records)
-            quantize = f"nf4 quantize {shlex.quote(str(build.root))}"
+            quantize = f"nf4 quantize {shlex.quote(build.shown)}"
             raise BuildError(
-                f"{build.root} has no parts to merge: --part made none of its source and recipe "
+                f"{build.shown} has no parts to merge: --part made none of its source and recipe "
                 f"yet{foreign}. On one machine no parts are needed: {quantize}. For three: "
                 f"{quantize} --part 1/3 and so on, and --merge at the end."
             )
@@ -135,7 +142,7 @@ class MergeParts:
             strangers = [part for part in missing if part in records]
             why = f" ({_named(strangers)} there is of another source or recipe)" * bool(strangers)
             raise BuildError(
-                f"{build.root} holds {counts[of]} of {of} parts; {_named(missing)} are missing"
+                f"{build.shown} holds {counts[of]} of {of} parts; {_named(missing)} are missing"
                 f"{why}. Run `nf4 quantize --part {missing[0]}`, or bring what it left in "
                 "quantized/ and records/ here."
             )
