@@ -1,9 +1,8 @@
 """What codes learn from: many more of the model's own tokens than calibration reads.
 
-Half of the sequences begin as texts and conversations do, half with a token at random, so that they
-go where the model seldom goes of its own accord. They are drawn in batches, each with a seed of its
-own and kept in a file of its own, so that a killed run goes on with the next batch. How many
-sequences are drawn at a time follows from the model alone, since the draws depend on it.
+They begin as those do. They are drawn in batches, each with a seed of its own and kept in a file of
+its own, so that a killed run goes on with the next batch. How many sequences are drawn at a time
+follows from the model alone, since the draws depend on it.
 """
 
 from __future__ import annotations
@@ -129,16 +128,12 @@ def _batches(
         length: of each.
         rows: at a time, at most.
     """
-    usual = wanted - wanted // 2
-    begins = openings(model, known, usual, length)
-    starts = [list(begin.ids) for begin in begins for _ in range(begin.count)]
-    first = [ids[:1] for ids in starts if len(ids) == 1] or [ids[:1] for ids in starts]
     rng = np.random.default_rng(0)
-    words = rng.integers(0, model.config.get_text_config().vocab_size, wanted - usual)
-    if length > 2:
-        starts += [[*first[i % len(first)], int(word)] for i, word in enumerate(words)]
-    else:
-        starts += [[int(word)] for word in words]
+    starts = [
+        [*begin.ids, *(rng.integers(0, begin.any_of, 1).tolist() if begin.any_of else ())]
+        for begin in openings(model, known, wanted, length)
+        for _ in range(begin.count)
+    ]
     seed = _FIRST_SEED
     for size in sorted({len(ids) for ids in starts}):
         alike = np.array([ids for ids in starts if len(ids) == size], np.int64)
