@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -108,7 +107,7 @@ class _Batch:
     """Sequences that are drawn together.
 
     Attributes:
-        starts: int64 [sequences, tokens] that they begin with.
+        starts: int64 [sequences, longest], what they begin with; -1 where one has ended.
         seed: of the draws.
     """
 
@@ -116,10 +115,8 @@ class _Batch:
     seed: int
 
 
-def _batches(
-    model: Any, known: Beginnings, wanted: int, length: int, rows: int
-) -> Iterator[_Batch]:
-    """How the sequences begin, those of one length together.
+def _batches(model: Any, known: Beginnings, wanted: int, length: int, rows: int) -> list[_Batch]:
+    """How the sequences begin, in batches of much the same size.
 
     Args:
         model: its config says how many words there are.
@@ -134,12 +131,11 @@ def _batches(
         for begin in openings(model, known, wanted, length)
         for _ in range(begin.count)
     ]
-    seed = _FIRST_SEED
-    for size in sorted({len(ids) for ids in starts}):
-        alike = np.array([ids for ids in starts if len(ids) == size], np.int64)
-        for begin in range(0, len(alike), rows):
-            yield _Batch(alike[begin : begin + rows], seed)
-            seed += 1
+    padded = np.full((len(starts), max(map(len, starts))), -1, np.int64)
+    for row, ids in zip(padded, starts, strict=True):
+        row[: len(ids)] = ids
+    parts = np.array_split(padded, -(-len(padded) // rows))
+    return [_Batch(part, _FIRST_SEED + number) for number, part in enumerate(parts)]
 
 
 def _drawn(
@@ -197,15 +193,27 @@ def _draw(teacher: StreamedModel, batch: _Batch, length: int) -> NDArray[np.int3
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=length - starts.shape[1],
+        max_new_tokens=length - 1,
         pad_token_id=0,
     )
+
+    def forced(ids: Any, logits: Any) -> Any:
+        """Sequences whose beginning is longer go on with it, so that all can be drawn together."""
+        place = ids.shape[1]
+        if place >= starts.shape[1]:
+            return logits
+        known = starts[:, place] >= 0
+        certain = torch.full_like(logits, -torch.inf).scatter(
+            1, starts[:, place].clamp(min=0)[:, None], 0.0
+        )
+        return torch.where(known[:, None], certain, logits)
+
     with torch.no_grad():
         ids = model.generate(
-            starts,
-            attention_mask=torch.ones_like(starts),
+            starts[:, :1],
+            attention_mask=torch.ones_like(starts[:, :1]),
             generation_config=config,
-            logits_processor=LogitsProcessorList([_checked]),
+            logits_processor=LogitsProcessorList([_checked, forced]),
         )
     if ids.is_cuda:
         torch.cuda.empty_cache()

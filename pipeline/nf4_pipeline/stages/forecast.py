@@ -163,7 +163,8 @@ def _assemble(
         folder = request.build(place.pin.slug).root
     needed = quantized + extra + _SMALL_FILES
     if recipe.quantize.calibrate:  # its choices stand beside them until all is written
-        needed += sum(part.nbytes for tensor in plan.quantized for part in tensor.stored)
+        chosen = sum(part.nbytes for tensor in plan.quantized for part in tensor.stored)
+        needed += chosen * (2 if recipe.quantize.effort else 1)  # calibrated, and learned
     if any(size > recipe.serialize.max_shard_bytes for size in files.values()):
         needed += quantized + extra  # what is cut anew is no hard link
     window = 0
