@@ -13,6 +13,7 @@ from nf4_pipeline.build_folder import Build, Record, State
 from nf4_pipeline.build_folder.variant import SHAPING_TABLES
 from nf4_pipeline.builds import check_spec, complete_recipe, keep_spec, spec_of
 from nf4_pipeline.calibration.calibrator import text_path
+from nf4_pipeline.cluster.ray_tasks import check_installed
 from nf4_pipeline.engine.parts import Part
 from nf4_pipeline.errors import BuildError, RecipeError, StoppedError, is_of_machine, of_system
 from nf4_pipeline.machine import Machine, check_device
@@ -36,6 +37,7 @@ from nf4_pipeline.stages.download import Download, Downloaded
 from nf4_pipeline.stages.find_source import DownloadRequest
 from nf4_pipeline.stages.forecast import Forecast, forecast
 from nf4_pipeline.stages.quantize import Quantize, count_finished_files
+from nf4_pipeline.stages.quantize_on_ray import QuantizeOnRay
 from nf4_pipeline.stages.quantize_parts import MergeParts, QuantizePart
 from nf4_pipeline.stages.run_recorded import Stage
 from nf4_pipeline.stages.serialize import Serialize
@@ -48,6 +50,7 @@ STAGES: Final = ("download", "quantize", "serialize", "verify", "attest")
 
 
 _PATIENCE: Final = 5.0  # seconds
+_PATIENCE_WITH_TASKS: Final = 30.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,9 @@ def make_stages(
         repo_id: the Hub repo that attest names; see `Attest`.
         rebuilt: the summary that attest names; see `Attest`.
     """
+    quantize = Quantize(build, recipe, machine, reporter)
     return {
-        "quantize": Quantize(build, recipe, machine, reporter),
+        "quantize": QuantizeOnRay(quantize) if machine.engine == "ray" else quantize,
         "serialize": Serialize(build, recipe, reporter),
         "verify": Verify(build, recipe, machine, reporter, against, workers),
         "attest": Attest(build, repo_id, rebuilt),
@@ -108,6 +112,7 @@ def run_build(
     Returns:
         The build folder, and the result of each stage by name.
     """
+    _check_machine(machine)
     check_device(machine.device)
     check_gpu(machine)
     # What cannot be read is known before any byte.
@@ -119,7 +124,7 @@ def run_build(
         build, record, ran = run_download(request, reporter, workers.begin, of=len(STAGES))
         results = {"download": StageResult(record, ran)}
         stages = make_stages(build, recipe, machine, reporter, workers=workers)
-        with translate_errors("build", build), build.locked():
+        with translate_errors("build", build), build.locked(_patience(machine)):
             keep_spec(build, recipe, SHAPING_TABLES, replaces=request.replaces)
             for name in stages:
                 results[name] = _ensure(
@@ -206,7 +211,7 @@ def run_stage(
         _check_begun(build, machine)
         if name == "verify":
             check_gpu(machine)
-    with translate_errors(name, build), build.locked():
+    with translate_errors(name, build), build.locked(_patience(machine)):
         whole = complete_recipe(build, recipe, before=name)
         if name == "serialize" and build.record(QUANTIZE) is None and part_records(build):
             _merge(build, whole, machine, reporter)
@@ -259,13 +264,10 @@ def run_part(
         _check_begun(build, machine)
         whole = complete_recipe(build, recipe, before="quantize")
         _decide_together(build, whole)
-    with translate_errors("quantize", build), build.shared():
-        stage = QuantizePart(Quantize(build, whole, machine, reporter), part)
-        with reporter.stage(f"quantize {part}", 1, 1) as shown:
-            state = build.state(stage.kind, stage.key(), reporter)
-            ran = state.status != "done"
-            record = stage.run() if ran else build.need(stage.kind)
-            shown.finish(ran=ran, nbytes=record.total_bytes)
+    stage = QuantizePart(Quantize(build, whole, machine, reporter), part)
+    with translate_errors("quantize", build), reporter.stage(f"quantize {part}") as shown:
+        record, ran = stage.ensure()
+        shown.finish(ran=ran, nbytes=record.total_bytes)
     return StageResult(record, ran)
 
 
@@ -301,7 +303,19 @@ def _merge(build: Build, recipe: Recipe, machine: Machine, reporter: Reporter) -
 def _check_begun(build: Build, machine: Machine) -> None:
     if not build.root.is_dir():
         raise BuildError(f"{build.root}: no such build. Start one: nf4 build MODEL.")
-    check_device(machine.device)
+    _check_machine(machine)
+    if machine.engine == "local":
+        check_device(machine.device)
+
+
+def _check_machine(machine: Machine) -> None:
+    if machine.engine == "ray":
+        check_installed()
+
+
+def _patience(machine: Machine) -> float:
+    """Seconds to wait for a lock: the tasks of a driver that was killed live a little longer."""
+    return _PATIENCE_WITH_TASKS if machine.engine == "ray" else 0.0
 
 
 def _decide_together(build: Build, recipe: Recipe) -> None:

@@ -9,6 +9,8 @@
     download.py      a name -> a pinned, hashed checkpoint in source/
     quantize.py      source/ -> quantized/
     quantize_parts.py  a part of it by one of several processes; all parts -> one record
+    quantize_on_ray.py  each file a part, made by a task of a Ray cluster
+    folder_progress.py  how far several processes are, as their common folder shows it
     serialize.py     quantized/ -> export/: the artifact and its manifest
     verify.py        export/ against source/ -> verification.json, report, the verdict
     attest.py        export/ -> model card, provenance.json and bom.cdx.json in it

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -27,7 +28,7 @@ from nf4_pipeline.errors import PlanMismatchError, ResourceError
 from nf4_pipeline.machine import Machine, may_have_cuda
 from nf4_pipeline.nf4.packing import blocks_of
 from nf4_pipeline.nf4.rounding import MANY_PROCESSORS, NearestOnCpu, Rounding
-from nf4_pipeline.progress import SILENT, Reporter
+from nf4_pipeline.progress import SILENT, Reporter, Task
 from nf4_pipeline.provenance.ci_run import current_run
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import (
@@ -38,7 +39,7 @@ from nf4_pipeline.records import (
     forget_parts,
     part_records,
 )
-from nf4_pipeline.resource_usage import available_memory, measured, measured_on_device
+from nf4_pipeline.resource_usage import Usage, available_memory, measured, measured_on_device
 from nf4_pipeline.selection import Plan
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 
@@ -93,12 +94,15 @@ class Quantize:
         """
         return self.planner().plan()
 
-    def run(self, refuse: Refuse | None = None) -> Record[QuantizeFacts]:
+    def run(
+        self, refuse: Refuse | None = None, before: Usage | None = None
+    ) -> Record[QuantizeFacts]:
         """Does the work.
 
         Args:
             refuse: called with the names of files that would have to be made, if there are any, and
                 raises; None to make them.
+            before: what was spent on files that stand there; None for nothing.
 
         Raises:
             BuildError: download is not done, or the source changed since, or while it was read; or
@@ -110,7 +114,7 @@ class Quantize:
         """
         source = self.build.check_inputs(DOWNLOAD)
         planner = self.planner()
-        untied = self._untied_of_parts()
+        untied = self.known_untied() or frozenset()
         plan = planner.plan(untied=untied)
         calibrator = self._calibrator() if self.recipe.quantize.calibrate else None
         self.check_disk(plan, calibrator)
@@ -118,6 +122,7 @@ class Quantize:
         with measured() as preparing, measured_on_device() as sampling:
             tokens = None if calibrator is None else calibrator.tokens(self.reporter)
         key = self.key()  # tokens are part of it
+        spent = preparing if before is None else before
 
         def work() -> Outcome[QuantizeFacts]:
             choice = None
@@ -128,21 +133,18 @@ class Quantize:
             return outcome
 
         table = self.recipe.table("quantize")
-        record = run_recorded(self.build, self.kind, key, work, recipe=table, before=preparing)
+        record = run_recorded(self.build, self.kind, key, work, recipe=table, before=spent)
         if calibrator is not None:
             calibrator.clear()
         forget_parts(self.build)
         return record
 
-    def _untied_of_parts(self) -> frozenset[str]:
-        """Tied tensors that differ, as a part of this very work found out."""
+    def known_untied(self) -> frozenset[str] | None:
+        """Tied tensors that differ, as a part of this very work found out; None without any."""
         parts = part_records(self.build)
-        if not parts:
-            return frozenset()
-        key = self.key()
-        return frozenset(
-            name for record in parts.values() if record.key == key for name in record.facts.untied
-        )
+        key = self.key() if parts else ""
+        own = [record.facts.untied for record in parts.values() if record.key == key]
+        return frozenset(name for untied in own for name in untied) if own else None
 
     def check_disk(
         self,
@@ -217,7 +219,7 @@ class Quantize:
         def work(plan: Plan) -> QuantizeFacts:
             run = QuantizationRun(planner.checkpoint, plan, rounding, self.machine)
             make_folder(self.build.quantized)
-            _remove_other_files(self.build.quantized, plan.layouts())
+            remove_other_files(self.build.quantized, plan.layouts())
             return QuantizeFacts(
                 predicted_bytes=sum(layout.nbytes for layout in plan.layouts().values()),
                 skip_modules=plan.skip_modules,
@@ -271,12 +273,7 @@ class Quantize:
         folder, plan = self.build.quantized, run.plan
         whole = plan.layouts()
         layouts = whole if names is None else {name: whole[name] for name in names}
-        finished = {
-            file: facts
-            for file, layout in layouts.items()
-            if (facts := _finished(folder / file, key, layout)) is not None
-        }
-
+        finished = self._find_finished(layouts, key)
         if refuse is not None and len(finished) < len(layouts):
             refuse([name for name in layouts if name not in finished])
 
@@ -294,6 +291,20 @@ class Quantize:
         )
         _warn_of_merged(plan, self.reporter)
         return {file: finished[file] for file in layouts}
+
+    def _find_finished(self, layouts: Mapping[str, FileLayout], key: str) -> dict[str, FileFacts]:
+        """The facts of files that stand whole; several are hashed at a time."""
+        folder = self.build.quantized
+        begun = {file: layout for file, layout in layouts.items() if (folder / file).is_file()}
+        if not begun:
+            return {}
+        total = sum(layout.nbytes for layout in begun.values())
+        with (
+            self.reporter.task("check finished files", total) as task,
+            ThreadPoolExecutor() as pool,
+        ):
+            found = pool.map(lambda f: _finished(folder / f, key, begun[f], task), begun)
+            return {file: facts for file, facts in zip(begun, found, strict=True) if facts}
 
 
 def _warn_of_merged(plan: Plan, reporter: Reporter) -> None:
@@ -354,9 +365,9 @@ def memory_needed(plan: Plan, budget: int) -> int:
     return budget + 2 * blocks * _BYTES_PER_BLOCK
 
 
-def _remove_other_files(folder: Path, layouts: Mapping[str, FileLayout]) -> None:
+def remove_other_files(folder: Path, files: Collection[str]) -> None:
     """Deletes what a run by another plan left."""
-    expected = {name for file in layouts for name in (file, file + FACTS_SUFFIX)}
+    expected = {name for file in files for name in (file, file + FACTS_SUFFIX)}
     for path in folder.iterdir():
         if path.name not in expected:
             path.unlink()
@@ -367,14 +378,24 @@ def count_finished_files(build: Build) -> int:
     return len(list(build.quantized.glob(f"*{FACTS_SUFFIX}")))
 
 
-def _finished(target: Path, key: str, layout: FileLayout) -> FileFacts | None:
-    """The facts of a shard that an earlier run with the same key finished, or None."""
+def read_facts(target: Path) -> FileFacts | None:
+    """What stands beside a file of quantized/; None if nothing does that can be read."""
     try:
         text = read_plain(target.with_name(target.name + FACTS_SUFFIX), _LARGEST_FACTS)
-        facts = FileFacts.from_json(json.loads(text))
-        same = facts.key == key and target.stat().st_size == facts.size == layout.nbytes
-        return facts if same and digest_file(target).sha256 == facts.sha256 else None
+        return FileFacts.from_json(json.loads(text))
     except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _finished(target: Path, key: str, layout: FileLayout, task: Task) -> FileFacts | None:
+    """The facts of a shard that an earlier run with the same key finished, or None."""
+    facts = read_facts(target)
+    try:
+        if facts is None or facts.key != key:
+            return None
+        same = target.stat().st_size == facts.size == layout.nbytes
+        return facts if same and digest_file(target, task).sha256 == facts.sha256 else None
+    except OSError:
         return None
 
 

@@ -24,6 +24,8 @@ from nf4_pipeline.records import (
     part_kind,
     part_records,
 )
+from nf4_pipeline.resource_usage import Usage
+from nf4_pipeline.stages.folder_progress import watched
 from nf4_pipeline.stages.quantize import FACTS_SUFFIX, Quantize
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 
@@ -32,15 +34,19 @@ _MOST_NAMED: Final = 5
 
 @dataclass(frozen=True)
 class QuantizePart:
-    """Makes the files of one part.
+    """Makes the files of one part; what every process does that quantizes beside others.
 
     Attributes:
         whole: the stage that it is a part of.
         part: which.
+        untied: tied tensors that differ; None where nobody looked yet.
+        patience: seconds to wait for another process that makes one of the files.
     """
 
     whole: Quantize
     part: Part
+    untied: frozenset[str] | None = None
+    patience: float = 0.0
 
     @property
     def kind(self) -> RecordKind[PartFacts]:
@@ -54,6 +60,25 @@ class QuantizePart:
         """
         return self.whole.key()
 
+    def ensure(self) -> tuple[Record[PartFacts], bool]:
+        """Does the work in a folder that others work in, too; nothing if it is done.
+
+        Returns:
+            What it left, and whether it had to run.
+
+        Raises:
+            BuildError: as of `run`, or another process works in the folder at something else.
+            SourceError: the checkpoint is not usable.
+            ResourceError: the disk is too full, or there is too little memory.
+            UsageError: the recipe is a calibrated one, or the memory budget is too small.
+            PlanMismatchError: the bytes written are not the bytes planned.
+        """
+        build = self.whole.build
+        with build.shared():
+            if build.state(self.kind, self.key(), self.whole.reporter).status == "done":
+                return build.need(self.kind), False
+            return self.run(), True
+
     def run(self) -> Record[PartFacts]:
         """Does the work.
 
@@ -66,19 +91,21 @@ class QuantizePart:
             PlanMismatchError: the bytes written are not the bytes planned.
         """
         whole = self.whole
-        if whole.recipe.quantize.calibrate:
-            raise UsageError(
-                "--part: calibrated codes are chosen in one walk through the model, which cannot "
-                "be divided. Leave --part out, or --calibrate."
-            )
+        refuse_calibrated(whole, "--part")
         source = whole.build.check_inputs(DOWNLOAD)
         planner = whole.planner()
-        untied = planner.find_untied(whole.reporter)
+        untied = whole.known_untied() if self.untied is None else self.untied
+        if untied is None:
+            untied = planner.find_untied(whole.reporter)
         plan = planner.plan(untied=untied)
-        names = self.part.share({file: layout.nbytes for file, layout in plan.layouts().items()})
+        sizes = {file: layout.nbytes for file, layout in plan.layouts().items()}
+        names = self.part.share(sizes)
 
         def work() -> Outcome[PartFacts]:
-            with whole.build.making(names):
+            with (
+                whole.build.making(names, self.patience),
+                watched(whole.build, self.key(), sizes, whole.reporter, own=names),
+            ):
                 files = whole.make_files(plan, planner, names, source)
             outputs = {f"quantized/{name}": facts.digest for name, facts in files.items()}
             for name in (f"quantized/{file}{FACTS_SUFFIX}" for file in files):
@@ -87,6 +114,19 @@ class QuantizePart:
 
         table = whole.recipe.table("quantize")
         return run_recorded(whole.build, self.kind, self.key(), work, recipe=table)
+
+
+def refuse_calibrated(stage: Quantize, option: str) -> None:
+    """Refuses a recipe whose codes can only be chosen in one piece.
+
+    Raises:
+        UsageError: the recipe is a calibrated one.
+    """
+    if stage.recipe.quantize.calibrate:
+        raise UsageError(
+            f"{option}: calibrated codes are chosen in one walk through the model, which cannot "
+            f"be divided. Leave {option} out, or --calibrate."
+        )
 
 
 @dataclass(frozen=True)
@@ -109,8 +149,11 @@ class MergeParts:
         """
         return self.whole.key()
 
-    def run(self) -> Record[QuantizeFacts]:
+    def run(self, before: Usage | None = None) -> Record[QuantizeFacts]:
         """Does the work: every file of every part is hashed.
+
+        Args:
+            before: what was spent on the parts, as far as that is known.
 
         Raises:
             BuildError: a part is missing, belongs to another source or recipe, or a file that it
@@ -155,7 +198,7 @@ class MergeParts:
                 f"`nf4 quantize --part {parts[0] if parts else f'1/{of}'}` again."
             )
 
-        return self.whole.run(refuse=refuse)
+        return self.whole.run(refuse, before)
 
 
 def _named(parts: Collection[Part]) -> str:

@@ -1,0 +1,182 @@
+"""Calls as tasks of a Ray cluster; Ray schedules them, and tries again what a lost worker had."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from nf4_pipeline.errors import PipelineError, ResourceError, UsageError
+
+_RETRIES: Final = 20
+"""Of one task, for workers and nodes that were lost; an error of its own is never tried again."""
+_OBJECT_STORE: Final = 80 * 2**20  # bytes; files pass by it, so that the least is enough
+_WAIT: Final = 1.0  # seconds, after which an interrupt is heard at the latest
+
+Call = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a task takes of its node; of a GPU it may be a share."""
+
+    cpus: int
+    gpus: float = 0.0
+
+
+def check_installed() -> None:
+    """Refuses to begin without Ray.
+
+    Raises:
+        UsageError: Ray is not installed.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError(
+            "--engine ray needs the package ray, which is not installed: "
+            "pip install 'nf4-pipeline[ray]'"
+        )
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[Cluster]:
+    """Connects to a cluster, or starts one on this host that ends with the body.
+
+    Args:
+        address: of it; None for the one that RAY_ADDRESS or `ray start` on this host says, or else
+            for one that is started now.
+
+    Raises:
+        ResourceError: there is no cluster, or it cannot be used from here.
+        UsageError: Ray is not installed.
+    """
+    check_installed()
+    # Of a cluster that is started here: nothing is sent to anybody.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # What becomes Ray's default: a task without a GPU keeps the variables of its node.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    try:
+        try:
+            ray.init(address=address or "auto", **quiet)
+        except ConnectionError:
+            if address is not None or os.environ.get("RAY_ADDRESS"):
+                raise
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE,
+                **quiet,
+            )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        where = address or os.environ.get("RAY_ADDRESS") or "started on this host"
+        raise ResourceError(
+            f"The Ray cluster ({where}) cannot be used: {_first_line(error)} Look at `ray status`; "
+            "it needs the Ray and the Python of this environment on each node. Without "
+            "--ray-address, one is started on this host."
+        ) from error
+    try:
+        yield Cluster()
+    finally:
+        ray.shutdown()
+
+
+class Cluster:
+    """The cluster that this process is connected to."""
+
+    def __init__(self) -> None:
+        import ray
+
+        self._ray: Any = ray
+
+    @property
+    def cpus(self) -> int:
+        """Of all its nodes."""
+        return int(self._ray.cluster_resources().get("CPU", 0))
+
+    @property
+    def gpus(self) -> int:
+        """Of all its nodes."""
+        return int(self._ray.cluster_resources().get("GPU", 0))
+
+    def run(self, calls: Sequence[Call], claim: Claim) -> None:
+        """Runs calls, in their order as far as there is room for them; the first error ends all.
+
+        Args:
+            calls: what can be pickled, and may be begun again after it was killed.
+            claim: what each of them takes.
+
+        Raises:
+            ResourceError: no node has so much, or one call lost its worker too often, or the nodes
+                have other packages than this host.
+            PipelineError: what a call raises.
+        """
+        ray = self._ray
+        self._check_room(claim)
+        task = ray.remote(
+            num_cpus=claim.cpus,
+            num_gpus=claim.gpus,
+            max_retries=_RETRIES,
+            scheduling_strategy="SPREAD",
+        )(_run)
+        pending = [task.remote(call) for call in calls]
+        try:
+            while pending:
+                done, pending = ray.wait(pending, timeout=_WAIT)
+                ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            raise _cause_of(error) from error
+        except ray.exceptions.RayError as error:
+            raise ResourceError(
+                f"The Ray cluster lost the worker of one file {_RETRIES + 1} times: "
+                f"{_first_line(error)} Look at the memory of its nodes and at `ray status`, then "
+                "run the same command again: what is finished is kept."
+            ) from error
+        finally:
+            for reference in pending:
+                ray.cancel(reference, force=True)
+
+    def _check_room(self, claim: Claim) -> None:
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        if not any(
+            node.get("CPU", 0) >= claim.cpus and node.get("GPU", 0) >= claim.gpus for node in nodes
+        ):
+            found = "; ".join(
+                f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes
+            )
+            raise ResourceError(
+                f"A task takes {claim.cpus} CPUs and {claim.gpus:g} GPUs of one node, and no node "
+                f"of the Ray cluster has them ({found}). Give it a smaller --workers, another "
+                "--device, or nodes that have them."
+            )
+
+
+def _run(call: Call) -> None:
+    """A task: on whichever node."""
+    from nf4_pipeline.quiet_libraries import quiet_libraries
+
+    quiet_libraries()
+    call()
+
+
+def _cause_of(error: Any) -> BaseException:
+    """What a task raised, as if it had been raised here."""
+    cause: BaseException = error.cause
+    if isinstance(cause, ImportError):
+        return ResourceError(
+            f"A Ray worker misses a package: {cause}. Install nf4-pipeline[ray] of the same "
+            "version on each node."
+        )
+    if isinstance(cause, PipelineError | OSError | MemoryError):
+        return cause
+    return RuntimeError(f"a Ray task failed: {error}")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().split("\n")[0]
+    return text if text.endswith(".") else f"{text}."
