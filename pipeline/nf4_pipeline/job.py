@@ -38,7 +38,7 @@ from nf4_pipeline.stages.find_source import DownloadRequest
 from nf4_pipeline.stages.forecast import Forecast, forecast
 from nf4_pipeline.stages.quantize import Quantize, count_finished_files
 from nf4_pipeline.stages.quantize_on_ray import QuantizeOnRay
-from nf4_pipeline.stages.quantize_parts import MergeParts, QuantizePart
+from nf4_pipeline.stages.quantize_parts import MergeParts, QuantizePart, refuse_calibrated
 from nf4_pipeline.stages.run_recorded import Stage
 from nf4_pipeline.stages.serialize import Serialize
 from nf4_pipeline.stages.verify import Verify, check_gpu, check_texts
@@ -112,13 +112,13 @@ def run_build(
     Returns:
         The build folder, and the result of each stage by name.
     """
-    _check_machine(machine)
     check_device(machine.device)
     check_gpu(machine)
     # What cannot be read is known before any byte.
     text_path(recipe.quantize)
     check_texts(recipe.verify)
     request, recipe = _agreed(request, recipe)
+    _check_engine(recipe, machine)
     with Workers(machine.device) as workers:
         # They import what verify needs while the source is hashed, quantized and written.
         build, record, ran = run_download(request, reporter, workers.begin, of=len(STAGES))
@@ -213,6 +213,7 @@ def run_stage(
             check_gpu(machine)
     with translate_errors(name, build), build.locked(_patience(machine)):
         whole = complete_recipe(build, recipe, before=name)
+        _check_engine(whole, machine)
         if name == "serialize" and build.record(QUANTIZE) is None and part_records(build):
             _merge(build, whole, machine, reporter)
         if name in SHAPING_TABLES:
@@ -303,14 +304,15 @@ def _merge(build: Build, recipe: Recipe, machine: Machine, reporter: Reporter) -
 def _check_begun(build: Build, machine: Machine) -> None:
     if not build.root.is_dir():
         raise BuildError(f"{build.root}: no such build. Start one: nf4 build MODEL.")
-    _check_machine(machine)
     if machine.engine == "local":
         check_device(machine.device)
 
 
-def _check_machine(machine: Machine) -> None:
+def _check_engine(recipe: Recipe, machine: Machine) -> None:
+    """Refuses what Ray cannot do before anything is changed."""
     if machine.engine == "ray":
         check_installed()
+        refuse_calibrated(recipe, "--engine ray")
 
 
 def _patience(machine: Machine) -> float:

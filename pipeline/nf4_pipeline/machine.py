@@ -31,8 +31,8 @@ class Machine:
         device_memory: bytes of the device that verifying may use; 0 for all that is free.
         engine: what runs the quantizing: threads of this process, or tasks of a Ray cluster, each
             of which makes one file with as many `workers`.
-        ray_address: of the cluster; None for the one that RAY_ADDRESS or `ray start` on this host
-            says, or else one that is started for this run.
+        ray_address: of the cluster; None for the one that RAY_ADDRESS says, or else one that is
+            started for this run.
     """
 
     device: str = "auto"

@@ -65,8 +65,8 @@ def build(
             "8GB"; all that is free without it.
         engine: "local", or "ray": each file is quantized by a task of a Ray cluster, all of whose
             nodes see the build folder and the source. The bytes are the same.
-        ray_address: of the cluster, such as "auto"; without it, the one that RAY_ADDRESS or
-            `ray start` on this host says, or else one that is started for this build.
+        ray_address: of the cluster; "auto" for the one that this host is a node of. Without it, the
+            one that RAY_ADDRESS says, or else one that is started for this build.
         build_dir: the build folder; None for one under ./artifacts that is named for the model and,
             where it is not the default, for the recipe.
         replace: a build folder that is another build may become this one.

@@ -353,8 +353,8 @@ _MACHINE: Final[dict[str, tuple[Decorator, ...]]] = {
         click.option(
             "--ray-address",
             metavar="ADDRESS",
-            help='Of the cluster, such as "auto" or 10.0.0.1:6379.  [default: RAY_ADDRESS, or what '
-            "`ray start` started on this host, or else one for this run]",
+            help='Of the cluster, such as 10.0.0.1:6379; "auto" for the one that this host is a '
+            "node of.  [default: RAY_ADDRESS, or else one is started for this run]",
         ),
     ),
     "verify": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from nf4_pipeline.errors import PipelineError, ResourceError, UsageError
 _RETRIES: Final = 20
 """Of one task, for workers and nodes that were lost; an error of its own is never tried again."""
 _OBJECT_STORE: Final = 80 * 2**20  # bytes; files pass by it, so that the least is enough
+_WAIT_FOR_HEAD: Final = 5.0  # seconds
 _WAIT: Final = 1.0  # seconds, after which an interrupt is heard at the latest
 
 Call = Callable[[], None]
@@ -46,44 +48,59 @@ def connected(address: str | None) -> Iterator[Cluster]:
     """Connects to a cluster, or starts one on this host that ends with the body.
 
     Args:
-        address: of it; None for the one that RAY_ADDRESS or `ray start` on this host says, or else
-            for one that is started now.
+        address: of it; None for the one that RAY_ADDRESS says, or else for one that is started now.
 
     Raises:
         ResourceError: there is no cluster, or it cannot be used from here.
-        UsageError: Ray is not installed.
+        UsageError: Ray is not installed, or the address is of another kind.
     """
     check_installed()
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    if address is not None:
+        _check_address(address)
     # Of a cluster that is started here: nothing is sent to anybody.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # What becomes Ray's default: a task without a GPU keeps the variables of its node.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    own = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
     try:
-        try:
-            ray.init(address=address or "auto", **quiet)
-        except ConnectionError:
-            if address is not None or os.environ.get("RAY_ADDRESS"):
-                raise
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE,
-                **quiet,
-            )
+        ray.init(
+            address=address or "local",
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            **({} if address else own),
+        )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = address or os.environ.get("RAY_ADDRESS") or "started on this host"
         raise ResourceError(
-            f"The Ray cluster ({where}) cannot be used: {_first_line(error)} Look at `ray status`; "
-            "it needs the Ray and the Python of this environment on each node. Without "
-            "--ray-address, one is started on this host."
+            f"The Ray cluster ({address or 'started on this host'}) cannot be used: "
+            f"{_first_line(error)} Look at `ray status`; it needs the Ray and the Python of this "
+            "environment on each node. Without --ray-address, one is started on this host."
         ) from error
     try:
         yield Cluster()
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Refuses what no cluster can be at: Ray itself would try for minutes."""
+    if "://" in address:
+        raise UsageError(
+            f"--ray-address {address[:80]!r}: expected the address that nodes join by, such as "
+            "10.0.0.1:6379, or auto on one of the nodes; this program runs on one of them."
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), _WAIT_FOR_HEAD).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise ResourceError(
+            f"No Ray cluster answers at {address[:80]}: {error}. Start one there with `ray start "
+            "--head`, or leave --ray-address out: one is then started on this host."
+        ) from error
 
 
 class Cluster:

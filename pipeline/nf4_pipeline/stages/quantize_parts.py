@@ -16,6 +16,7 @@ from nf4_pipeline.build_folder import Record, RecordKind
 from nf4_pipeline.checkpoint.digest import digest_file
 from nf4_pipeline.engine.parts import Part
 from nf4_pipeline.errors import BuildError, UsageError
+from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import (
     DOWNLOAD,
     QUANTIZE,
@@ -91,7 +92,7 @@ class QuantizePart:
             PlanMismatchError: the bytes written are not the bytes planned.
         """
         whole = self.whole
-        refuse_calibrated(whole, "--part")
+        refuse_calibrated(whole.recipe, "--part")
         source = whole.build.check_inputs(DOWNLOAD)
         planner = whole.planner()
         untied = whole.known_untied() if self.untied is None else self.untied
@@ -116,13 +117,13 @@ class QuantizePart:
         return run_recorded(whole.build, self.kind, self.key(), work, recipe=table)
 
 
-def refuse_calibrated(stage: Quantize, option: str) -> None:
+def refuse_calibrated(recipe: Recipe, option: str) -> None:
     """Refuses a recipe whose codes can only be chosen in one piece.
 
     Raises:
         UsageError: the recipe is a calibrated one.
     """
-    if stage.recipe.quantize.calibrate:
+    if recipe.quantize.calibrate:
         raise UsageError(
             f"{option}: calibrated codes are chosen in one walk through the model, which cannot "
             f"be divided. Leave {option} out, or --calibrate."
