@@ -6,8 +6,9 @@ import importlib.util
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -78,10 +79,13 @@ def connected(address: str | None) -> Iterator[Cluster]:
             f"{_first_line(error)} Look at `ray status`; it needs the Ray and the Python of this "
             "environment on each node. Without --ray-address, one is started on this host."
         ) from error
-    try:
-        yield Cluster()
-    finally:
-        ray.shutdown()
+    # Ray prints on stdout what becomes of workers, and there stands the result of a command.
+    vars(ray._private.worker)["_worker_logs_enabled"] = False
+    with redirect_stdout(sys.stderr):
+        try:
+            yield Cluster()
+        finally:
+            ray.shutdown()
 
 
 def _check_address(address: str) -> None:

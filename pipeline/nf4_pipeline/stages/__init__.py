@@ -5,6 +5,7 @@
     find_source.py   a name -> a checkpoint that was found, looked at, fetched and hashed
     hub_files.py     a model of the Hub, looked at before its weights are fetched, then fetched
     forecast.py      what a build would read, write and take, before a byte of weights moves
+    cost_model.py    what it takes, from rates of hosts, disks and networks
     publication.py   the card, provenance and bill of materials of an export, for the repo they name
     download.py      a name -> a pinned, hashed checkpoint in source/
     quantize.py      source/ -> quantized/
