@@ -15,6 +15,7 @@ worker's processors just had and the disk's of the limit. Cold runs need root.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import statistics
@@ -51,17 +52,18 @@ _BITS = 4.127  # of a quantized weight, with its scales
 
 @dataclass(frozen=True)
 class Run:
-    """How long some workers took."""
+    """What some workers took: seconds, and those of all their processors together."""
 
     work: float
     whole: float
+    processors: float
 
 
 @click.command()
 @click.option("--workers", default="1,2", show_default=True, help="Counts, separated by commas.")
 @click.option("--device", default="cpu", show_default=True, help='"cuda": a GPU for each worker.')
-@click.option("--layers", default=4, show_default=True, help="Of falcon-7b's shapes.")
-@click.option("--shards", default=20, show_default=True, help="Files of the checkpoint.")
+@click.option("--layers", default=6, show_default=True, help="Of falcon-7b's shapes.")
+@click.option("--shards", default=24, show_default=True, help="Files of the checkpoint.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--cold/--warm", default=False, help="Drop the page cache before each run.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where all files are made.")
@@ -122,16 +124,17 @@ def _compare(
         f"({work.source_bytes / 1e9 / reading:.2f} and "
         f"{work.output_bytes / 1e9 / writing:.2f} GB/s)"
     )
-    click.echo("| workers | work s | GB/s in | speedup | efficiency | model s | model / work |")
+    click.echo("| workers | work s | GB/s in | speedup | efficiency | model s | CPU s |")
     click.echo("| --- | --- | --- | --- | --- | --- | --- |")
     base = statistics.median(run.work for run in runs[counts[0]]) * counts[0]
     for count in counts:
         took = [run.work for run in runs[count]]
         median = statistics.median(took)
+        used = statistics.median(run.processors for run in runs[count])
         hosts = Hosts(
             rates=rate,
             processors=own,
-            count=count,
+            count=min(count, max(1, (os.cpu_count() or 1) // own)),
             disk_read=work.source_bytes / reading,
             disk_write=work.output_bytes / writing,
         )
@@ -139,7 +142,7 @@ def _compare(
         click.echo(
             f"| {count} | {median:.1f} ({min(took):.1f}-{max(took):.1f}) | "
             f"{work.source_bytes / 1e9 / median:.2f} | {base / median:.2f} | "
-            f"{base / median / count:.2f} | {foretold:.1f} | {foretold / median:.2f} |"
+            f"{base / median / count:.2f} | {foretold:.1f} | {used:.1f} |"
         )
     whole = ", ".join(
         f"{count}: {statistics.median(run.whole for run in runs[count]):.1f} s" for count in counts
@@ -200,11 +203,11 @@ def _run(build: Build, count: int, own: int, device: str, cold: bool) -> Run:
         assert worker.stdin is not None
         worker.stdin.write("go\n")
         worker.stdin.flush()
-    times = [json.loads(worker.communicate()[0]) for worker in running]
+    said = [worker.communicate()[0] for worker in running]
     if any(worker.returncode for worker in running):
         raise click.ClickException("a worker failed")
-    whole = time.time() - begin
-    return Run(max(end for _, end in times) - min(start for start, _ in times), whole)
+    begun, ended, used = zip(*map(json.loads, said), strict=True)
+    return Run(max(ended) - min(begun), time.time() - begin, sum(used))
 
 
 def _make_part(folder: Path, part: str, device: str) -> None:
@@ -220,9 +223,9 @@ def _make_part(folder: Path, part: str, device: str) -> None:
     untied = frozenset[str]()
     click.echo("ready")
     sys.stdin.readline()
-    begin = time.time()
+    begin, used = time.time(), time.process_time()
     QuantizePart(stage, Part.parse(part), untied).ensure()
-    click.echo(json.dumps([begin, time.time()]))
+    click.echo(json.dumps([begin, time.time(), time.process_time() - used]))
 
 
 def _rates(own: int, device: str) -> Rates:
@@ -284,43 +287,72 @@ def _read(path: Path) -> None:
             pass
 
 
-MODELS = {
-    # name: (bytes of the source, files, models)
+MODELS: dict[str, tuple[float, int, int]] = {
+    # name: bytes of the source in bf16, its files, how many such models
     "falcon-7b": (14.43e9, 2, 1),
     "Falcon-180B": (360e9, 81, 1),
     "Llama 405B": (810e9, 191, 1),
     "100 models of 7B": (14.43e9, 2, 100),
 }
-"""What is published in bf16."""
-
-HOSTS: dict[str, dict[str, Any]] = {
-    # What was measured here and on one H200 host (docs/performance.md).
-    "2 cores": {"rates": Rates(sha256=3_400_000_000, weights=500_000_000), "processors": 2},
-    "16 cores": {"rates": Rates(sha256=28_800_000_000, weights=4_000_000_000), "processors": 16},
+_TWO: dict[str, Any] = {"rates": Rates(sha256=2_800_000_000, weights=1_350_000_000)}
+_SIXTEEN: dict[str, Any] = {"rates": Rates(sha256=19_200_000_000, weights=4_000_000_000)}
+SETUPS: dict[str, Hosts] = {
+    # Rates of processors and disks as measured (docs/performance.md).
+    "2 cores, 0.1 GB/s network, 0.5 GB/s disk": Hosts(
+        **_TWO, processors=2, network=1e8, disk_read=5e8, disk_write=5e8, efficiency=0.65
+    ),
+    "16 cores, 1 GB/s network, 2.2 / 1.6 GB/s disk": Hosts(
+        **_SIXTEEN, processors=16, network=1e9, disk_read=2.2e9, disk_write=1.6e9, efficiency=0.65
+    ),
+    "8 such hosts and that one disk": Hosts(
+        **_SIXTEEN,
+        processors=16,
+        count=8,
+        network=1e9,
+        disk_read=2.2e9,
+        disk_write=1.6e9,
+        start=10.0,
+        efficiency=0.65,
+    ),
+    "8 such hosts, 20 / 10 GB/s file system": Hosts(
+        **_SIXTEEN,
+        processors=16,
+        count=8,
+        network=1e9,
+        disk_read=20e9,
+        disk_write=10e9,
+        start=10.0,
+        efficiency=0.65,
+    ),
 }
 
 
 def _extrapolate() -> None:
-    """Prints what the model says of known models, by hosts and by how many there are."""
-    click.echo("| model | host | hosts | download s | quantize, merge s | hours |")
+    """Prints what the model says of known models."""
+    click.echo("| model | on | download | quantize | merge | in all |")
     click.echo("| --- | --- | --- | --- | --- | --- |")
     for name, (nbytes, files, models) in MODELS.items():
-        for title, host in HOSTS.items():
-            for count in (1, 4, 16):
-                work = Work(
-                    source_bytes=int(nbytes),
-                    largest_source=int(nbytes / files),
-                    weights=int(nbytes / 2),
-                    output_bytes=int(nbytes / 16 * _BITS),
-                    files=max(files, int(nbytes / 16 * _BITS / 1e9)),
-                )
-                hosts = Hosts(**host, count=count, network=1e9, disk_read=2e9, disk_write=1e9)
-                fetched = models * download_seconds(work, hosts)
-                made = models * (quantize_seconds(work, hosts) + merge_seconds(work, hosts))
-                click.echo(
-                    f"| {name} | {title} | {count} | {fetched:,.0f} | {made:,.0f} | "
-                    f"{(fetched + made) / 3600:.2f} |"
-                )
+        output = nbytes / 16 * _BITS
+        work = Work(
+            source_bytes=int(nbytes),
+            largest_source=int(nbytes / files),
+            weights=int(nbytes / 2),
+            output_bytes=int(output),
+            files=max(files, math.ceil(output / 1e9)),
+        )
+        for setup, hosts in SETUPS.items():
+            took = [
+                models * seconds(work, hosts)
+                for seconds in (download_seconds, quantize_seconds, merge_seconds)
+            ]
+            shown = " | ".join(_duration(value) for value in (*took, sum(took)))
+            click.echo(f"| {name} | {setup} | {shown} |")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ class Hosts:
         disk_read: bytes a second that all of them together read from their common file system.
         disk_write: bytes a second that all of them together write there.
         start: seconds until a process, with its libraries, begins to work.
+        efficiency: share of their rates that is left while they also move bytes, in and out.
     """
 
     rates: Rates
@@ -64,6 +65,7 @@ class Hosts:
     disk_read: float = math.inf
     disk_write: float = math.inf
     start: float = 0.0
+    efficiency: float = 1.0
 
 
 def download_seconds(work: Work, hosts: Hosts) -> float:
@@ -88,6 +90,7 @@ def quantize_seconds(work: Work, hosts: Hosts) -> float:
     most_files = math.ceil(work.files / hosts.count)
     # Each output file is hashed, and so is each of its tensors.
     computing = work.weights / hosts.rates.weights + 2 * work.output_bytes / hosts.rates.sha256
+    computing /= hosts.efficiency
     passing = work.source_bytes / hosts.disk_read + work.output_bytes / hosts.disk_write
     return hosts.start + max(computing * most_files / work.files, passing)
 
