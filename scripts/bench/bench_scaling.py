@@ -47,6 +47,7 @@ from nf4_pipeline.stages.quantize import Quantize
 
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 _CHUNK = 16 * 2**20
+_EFFICIENCY = 0.65  # of the processors' rates; docs/scaling.md says where it is from
 _BITS = 4.127  # of a quantized weight, with its scales
 
 
@@ -137,6 +138,7 @@ def _compare(
             count=min(count, max(1, (os.cpu_count() or 1) // own)),
             disk_read=work.source_bytes / reading,
             disk_write=work.output_bytes / writing,
+            efficiency=_EFFICIENCY,
         )
         foretold = quantize_seconds(work, hosts)
         click.echo(
@@ -299,10 +301,15 @@ _SIXTEEN: dict[str, Any] = {"rates": Rates(sha256=19_200_000_000, weights=4_000_
 SETUPS: dict[str, Hosts] = {
     # Rates of processors and disks as measured (docs/performance.md).
     "2 cores, 0.1 GB/s network, 0.5 GB/s disk": Hosts(
-        **_TWO, processors=2, network=1e8, disk_read=5e8, disk_write=5e8, efficiency=0.65
+        **_TWO, processors=2, network=1e8, disk_read=5e8, disk_write=5e8, efficiency=_EFFICIENCY
     ),
     "16 cores, 1 GB/s network, 2.2 / 1.6 GB/s disk": Hosts(
-        **_SIXTEEN, processors=16, network=1e9, disk_read=2.2e9, disk_write=1.6e9, efficiency=0.65
+        **_SIXTEEN,
+        processors=16,
+        network=1e9,
+        disk_read=2.2e9,
+        disk_write=1.6e9,
+        efficiency=_EFFICIENCY,
     ),
     "8 such hosts and that one disk": Hosts(
         **_SIXTEEN,
@@ -312,7 +319,7 @@ SETUPS: dict[str, Hosts] = {
         disk_read=2.2e9,
         disk_write=1.6e9,
         start=10.0,
-        efficiency=0.65,
+        efficiency=_EFFICIENCY,
     ),
     "8 such hosts, 20 / 10 GB/s file system": Hosts(
         **_SIXTEEN,
@@ -322,7 +329,7 @@ SETUPS: dict[str, Hosts] = {
         disk_read=20e9,
         disk_write=10e9,
         start=10.0,
-        efficiency=0.65,
+        efficiency=_EFFICIENCY,
     ),
 }
 

@@ -270,23 +270,31 @@ def run_node(bench: Bench, options: argparse.Namespace) -> None:
 
 def run_driver(bench: Bench, options: argparse.Namespace) -> None:
     with cluster_of(2) as (_, _, address):
-        for name, place in (("an own cluster", []), ("a running one", ["--ray-address", address])):
+        there = ["--ray-address", address]
+        for name, number, place in (
+            ("killed on a cluster of its own", signal.SIGKILL, []),
+            ("killed on a running cluster", signal.SIGKILL, there),
+            ("asked to end (SIGTERM) on a cluster of its own", signal.SIGTERM, []),
+            ("interrupted (SIGINT) on a running cluster", signal.SIGINT, there),
+        ):
             build = bench.build("driver")
             process = start(build, "--engine", "ray", *place)
             while bench_files(build) < 5:
                 time.sleep(0.001)
             wait_until_half_written(build, process)
-            process.kill()
-            process.communicate()
+            process.send_signal(number)
+            status, _ = end(process)
+            if number != signal.SIGKILL and status != 128 + number:
+                bench.faults.append(f"driver {name}: exit {status}")
             whole = bench.check_halfway("driver", build)
             before = {p.name: p.stat().st_ino for p in build.quantized.glob("*.safetensors")}
             status, error = end(start(build, "--engine", "ray", *place))
             after = {p.name: p.stat().st_ino for p in build.quantized.glob("*.safetensors")}
             kept = sum(after.get(name) == inode for name, inode in before.items())
-            good = bench.check(f"driver of {name}", build, status, error)
+            good = bench.check(f"driver {name}", build, status, error)
             print(
-                f"driver on {name} killed and started again: {int(good)} of 1 ends with the same "
-                f"hashes ({whole} files were whole, {kept} were kept)",
+                f"driver {name} and started again: {int(good)} of 1 ends with the same hashes "
+                f"({whole} files were whole, {kept} were kept)",
                 flush=True,
             )
 

@@ -76,14 +76,13 @@ class StandIn:
 
     cpus = 2
     gpus = 0
-    claims: Final[list[Claim]] = []
 
-    def run(self, calls: Sequence[Call], claim: Claim) -> None:
-        self.claims.append(claim)
+    def run(self, calls: Sequence[Call], claim: Claim, check: Call) -> None:
         sent = [pickle.dumps(call) for call in calls]
         again = random.Random(0).choices(sent, k=3)
         for call in random.Random(1).sample([*sent, *again], len(sent) + 3):
             pickle.loads(call)()
+            check()
 
 
 @pytest.fixture
@@ -134,7 +133,7 @@ def test_the_next_one_goes_on_where_one_ended(
 ) -> None:
     """Whoever that is: tasks, or the local engine."""
 
-    def lose(calls: Sequence[Call], claim: Claim) -> None:
+    def lose(calls: Sequence[Call], claim: Claim, check: Call) -> None:
         for call in calls[:4]:
             call()
         raise ResourceError("The cluster is lost")
@@ -183,7 +182,7 @@ def test_a_node_that_cannot_help_says_why(
     build: Build, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(stand_in, "run", lambda sent, claim: calls.extend(sent))
+    monkeypatch.setattr(stand_in, "run", lambda sent, *_: calls.extend(sent))
     with pytest.raises(BuildError, match="has no parts to merge"):
         quantize(build)
     order, part = calls[0].args
@@ -195,6 +194,20 @@ def test_a_node_that_cannot_help_says_why(
     monkeypatch.setattr("nf4_pipeline.stages.quantize.CODE_VERSION", 0)
     with pytest.raises(ResourceError, match="another version of nf4-pipeline"):
         make_file(order, part)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_who_watches_can_end_it(build: Build) -> None:
+    """A callback of the Python API raises: at the first look, or when the files are whole."""
+
+    def stop(event: ProgressEvent) -> None:
+        if "worker" in event.task:
+            raise LookupError("enough")
+
+    with pytest.raises(LookupError, match="enough"), reporting_to(stop) as reporter:
+        run_stage(build, "quantize", Recipe(), RAY, reporter)
+    assert build.record(QUANTIZE) is None
+    quantize(build)
 
 
 GPUS: Final = [

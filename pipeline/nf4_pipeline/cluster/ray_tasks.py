@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ _RETRIES: Final = 20
 _OBJECT_STORE: Final = 80 * 2**20  # bytes; files pass by it, so that the least is enough
 _WAIT_FOR_HEAD: Final = 5.0  # seconds
 _WAIT: Final = 1.0  # seconds, after which an interrupt is heard at the latest
+
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Call = Callable[[], None]
 
@@ -65,6 +69,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    heard = {number: signal.getsignal(number) for number in _SIGNALS}
     own = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
     try:
         ray.init(
@@ -79,6 +84,9 @@ def connected(address: str | None) -> Iterator[Cluster]:
             f"{_first_line(error)} Look at `ray status`; it needs the Ray and the Python of this "
             "environment on each node. Without --ray-address, one is started on this host."
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in heard.items():  # Ray's own would abort the process
+            signal.signal(number, handler)
     # Ray prints on stdout what becomes of workers, and there stands the result of a command.
     vars(ray._private.worker)["_worker_logs_enabled"] = False
     with redirect_stdout(sys.stderr):
@@ -125,17 +133,18 @@ class Cluster:
         """Of all its nodes."""
         return int(self._ray.cluster_resources().get("GPU", 0))
 
-    def run(self, calls: Sequence[Call], claim: Claim) -> None:
+    def run(self, calls: Sequence[Call], claim: Claim, check: Call = lambda: None) -> None:
         """Runs calls, in their order as far as there is room for them; the first error ends all.
 
         Args:
             calls: what can be pickled, and may be begun again after it was killed.
             claim: what each of them takes.
+            check: called here every moment; what it raises ends all, too.
 
         Raises:
             ResourceError: no node has so much, or one call lost its worker too often, or the nodes
                 have other packages than this host.
-            PipelineError: what a call raises.
+            PipelineError: what a call or `check` raises.
         """
         ray = self._ray
         self._check_room(claim)
@@ -150,6 +159,7 @@ class Cluster:
             while pending:
                 done, pending = ray.wait(pending, timeout=_WAIT)
                 ray.get(done)
+                check()
         except ray.exceptions.RayTaskError as error:
             raise _cause_of(error) from error
         except ray.exceptions.RayError as error:

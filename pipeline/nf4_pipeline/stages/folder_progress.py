@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
@@ -105,8 +105,10 @@ def watched(
     reporter: Reporter,
     *,
     own: Collection[str] = (),
-) -> Iterator[None]:
+) -> Iterator[Callable[[], None]]:
     """Shows how far all files are while the body runs.
+
+    Gives what raises, if whoever is told of it wants the work to end; so does the end of the body.
 
     Args:
         build: where.
@@ -118,6 +120,7 @@ def watched(
     """
     view = FolderView(build, key, sizes)
     ended = threading.Event()
+    refused: list[BaseException] = []
 
     def watch() -> None:
         with ExitStack() as stack:
@@ -134,13 +137,24 @@ def watched(
                     return
                 last = ended.wait(_EVERY)
 
-    thread = threading.Thread(target=watch, name="folder progress", daemon=True)
+    def watch_on() -> None:
+        try:
+            watch()
+        except BaseException as error:
+            refused.append(error)
+
+    def check() -> None:
+        if refused:
+            raise refused[0]
+
+    thread = threading.Thread(target=watch_on, name="folder progress", daemon=True)
     thread.start()
     try:
-        yield
+        yield check
     finally:
         ended.set()
         thread.join()
+    check()
 
 
 class _Shown:

@@ -95,8 +95,12 @@ class QuantizeOnRay:
                 key=whole.key(),
             )
             parts = [Part(len(sizes), number + 1) for number in range(len(sizes))]
-            with whole.build.lent(), watched(whole.build, order.key, sizes, whole.reporter):
-                cluster.run([partial(make_file, order, part) for part in parts], claim)
+            calls = [partial(make_file, order, part) for part in parts]
+            with (
+                whole.build.lent(),
+                watched(whole.build, order.key, sizes, whole.reporter) as check,
+            ):
+                cluster.run(calls, claim, check)
         return MergeParts(whole).run(usage)
 
 
