@@ -311,8 +311,8 @@ def _check_begun(build: Build, machine: Machine) -> None:
 def _check_engine(recipe: Recipe, machine: Machine) -> None:
     """Refuses what Ray cannot do before anything is changed."""
     if machine.engine == "ray":
-        check_installed()
         refuse_calibrated(recipe, "--engine ray")
+        check_installed()
 
 
 def _patience(machine: Machine) -> float:
