@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,6 +48,12 @@ class Machine:
 def may_have_cuda() -> bool:
     """False where there can be no CUDA device; known without importing torch."""
     return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
+
+
+def cuda_has_begun() -> bool:
+    """Whether this process has started CUDA; known without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_initialized())
 
 
 def kind_of_device(device: str) -> str:

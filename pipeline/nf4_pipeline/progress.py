@@ -70,6 +70,9 @@ class Reporter(Protocol):
         A text that begins with "Warning:" is said to those, too, who want to hear of nothing else.
         """
 
+    def detail(self, text: str) -> None:
+        """Says one thing that only those want to know who asked for more: what was decided, why."""
+
 
 class _SilentTask:
     def advance(self, amount: int) -> None:
@@ -95,6 +98,9 @@ class SilentReporter:
         return nullcontext(_SilentTask())
 
     def note(self, text: str) -> None:
+        pass
+
+    def detail(self, text: str) -> None:
         pass
 
 
@@ -202,6 +208,9 @@ class _CallbackReporter:
 
     def note(self, text: str) -> None:
         self._tell(replace(self._stage, kind="note", text=text))
+
+    def detail(self, text: str) -> None:
+        """A callback hears of steps and of notes."""
 
     def _tell(self, event: ProgressEvent) -> None:
         with self._lock:

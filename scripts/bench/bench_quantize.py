@@ -193,7 +193,8 @@ def _ours(source: Path, out: Path, device: str) -> dict[str, float]:
     from nf4_pipeline.machine import Machine
     from nf4_pipeline.recipe import Recipe
     from nf4_pipeline.records import QUANTIZE, SERIALIZE
-    from nf4_pipeline.stages.quantize import Quantize, rounding_for
+    from nf4_pipeline.stages.quantize import Quantize
+    from nf4_pipeline.stages.rounding_choice import rounding_for
     from nf4_pipeline.stages.serialize import Serialize
 
     build = Build(out)
@@ -202,7 +203,7 @@ def _ours(source: Path, out: Path, device: str) -> dict[str, float]:
     for folder in (build.quantized, build.export):
         shutil.rmtree(folder, ignore_errors=True)
     # Loads the kernels (and CUDA, if it is used) as importing would.
-    rounding = rounding_for(device)
+    rounding = rounding_for(device, sum(path.stat().st_size for path in _weight_files(source)))
     bits, packed = np.ones(64, np.uint16), np.zeros(32, np.uint8)
     rounding.start_weight("warm", 64).quantize_chunk(bits, "bfloat16", 0, packed)
     imported = time.perf_counter()

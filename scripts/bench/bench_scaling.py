@@ -216,11 +216,11 @@ def _make_part(folder: Path, part: str, device: str) -> None:
     """A worker: says that it is ready, waits for the others, and says when it began and ended."""
     os.sched_setaffinity(0, {int(number) for number in os.environ["NF4_PROCESSORS"].split(",")})
     from nf4_pipeline.stages.forecast import measure_rates
-    from nf4_pipeline.stages.quantize import rounding_for
     from nf4_pipeline.stages.quantize_parts import QuantizePart
+    from nf4_pipeline.stages.rounding_choice import rounding_for
 
     stage = Quantize(Build(folder), Recipe(), Machine(device=device), SILENT)
-    measure_rates(rounding_for(device))  # compiles, and starts CUDA
+    measure_rates(rounding_for(device, 0))  # compiles, and starts CUDA
     # As Ray's driver and every part but the first do, it knows whether tied tensors differ.
     untied = frozenset[str]()
     click.echo("ready")
@@ -236,8 +236,8 @@ def _rates(own: int, device: str) -> Rates:
         "import os, json; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))"
         f"[:{own}]);"
         "from nf4_pipeline.stages.forecast import measure_rates;"
-        "from nf4_pipeline.stages.quantize import rounding_for;"
-        f"print(json.dumps(measure_rates(rounding_for({device!r})).to_json()))"
+        "from nf4_pipeline.stages.rounding_choice import rounding_for;"
+        f"print(json.dumps(measure_rates(rounding_for({device!r}, 0)).to_json()))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True

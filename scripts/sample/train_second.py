@@ -28,7 +28,7 @@ import sysconfig
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 import numpy as np
@@ -206,15 +206,19 @@ class Stream:
 # --- model -----------------------------------------------------------------------------------
 
 
-def make_model(end: int) -> LlamaForCausalLM:
-    """Build a small Llama with freshly drawn weights."""
+SHAPES: Final = {
+    "14M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8,
+            "num_attention_heads": 6, "num_key_value_heads": 2},
+    "100M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 16,
+             "num_attention_heads": 12, "num_key_value_heads": 4},
+}  # fmt: skip
+
+
+def make_model(end: int, shape: str) -> LlamaForCausalLM:
+    """Build a Llama of one of the shapes with freshly drawn weights."""
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=8,
-        num_attention_heads=6,
-        num_key_value_heads=2,
+        **SHAPES[shape],
         max_position_embeddings=ROW_TOKENS,
         tie_word_embeddings=True,
         bos_token_id=end,
@@ -358,6 +362,8 @@ def continued(model: LlamaForCausalLM, tokenizer: Tokenizer, prompt: str, tokens
 @click.option("--limit", type=click.FloatRange(1), default=120, show_default=True,
               help="Seconds after which training ends at the latest.")  # fmt: skip
 @click.option("--peak", type=float, default=1.5e-3, show_default=True, help="Learning rate.")
+@click.option("--shape", type=click.Choice(list(SHAPES)), default="14M", show_default=True,
+              help="About how many weights the model has.")  # fmt: skip
 @click.option("--seed", type=int, default=20, show_default=True)
 def main(
     *,
@@ -369,6 +375,7 @@ def main(
     size: int,
     limit: float,
     peak: float,
+    shape: str,
     seed: int,
 ) -> None:
     """Train the second model and write its checkpoint."""
@@ -400,7 +407,7 @@ def main(
         f"{time.monotonic() - started:.0f} s"
     )
 
-    model = make_model(end).to(device)
+    model = make_model(end, shape).to(device)
     click.echo(f"{model.num_parameters():,} parameters on {device}")
     train(model, training, unseen, steps=steps, size=size, limit=limit, peak=peak, seed=seed)
     model = model.to(torch.bfloat16).eval()

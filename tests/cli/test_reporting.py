@@ -372,6 +372,17 @@ def test_quiet_keeps_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "Warning: 27% stay in 16 bit.\\n\n"
 
 
+@pytest.mark.parametrize(
+    ("quiet", "verbose", "said"),
+    [(False, False, ""), (False, True, "why\n"), (True, False, ""), (True, True, "")],
+)
+def test_details_are_for_those_who_ask(
+    quiet: bool, verbose: bool, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_reporter(quiet=quiet, verbose=verbose).detail("why")
+    assert capsys.readouterr().err == said
+
+
 def test_time_left_is_said_of_the_last_seconds() -> None:
     """Fast first, slow later: the first seconds promise nothing."""
     row = Row("download", 10_000, "bytes", 0.0)

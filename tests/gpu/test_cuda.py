@@ -7,7 +7,9 @@ docs/performance.md.
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,27 @@ def test_cuda_gives_the_bits_of_the_cpu(dtype: str, kind: str) -> None:
             strict=True,
         ):
             assert np.array_equal(a.view(np.uint8), b.view(np.uint8)), (name, size)
+
+
+def test_chunks_of_any_size_and_dtype_take_turns_on_a_device() -> None:
+    from nf4_pipeline.nf4.cuda import NearestOnCuda
+
+    rounding = NearestOnCuda(["cuda:0"])
+    sizes = [64, 64 * 4096, 64 * 33, 64 * 7000, 64 * 4097, 64 * 12, 64 * 9001]
+    chunks = list(product(sizes, ("float32", "bfloat16", "float16")))
+
+    def same(chunk: tuple[int, str]) -> bool:
+        size, dtype = chunk
+        bits = bits_of(_weights("plain", size).to(getattr(torch, dtype)))
+        pairs = zip(
+            _run(rounding.quantize, bits, dtype),
+            _run(cpu.quantize_blocks, bits, dtype),
+            strict=True,
+        )
+        return all(np.array_equal(a, b) for a, b in pairs)
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(same, chunks * 3))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

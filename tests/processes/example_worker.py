@@ -49,6 +49,7 @@ def run(request: Order, reporter: Reporter) -> Outcome:
 
 def _progress(text: str, reporter: Reporter) -> str:
     reporter.note("begun")
+    reporter.detail("why")
     with reporter.task("outer", 3, unit="steps") as outer, reporter.task("inner", 7) as inner:
         outer.advance(1)
         inner.advance(7)

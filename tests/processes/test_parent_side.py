@@ -58,6 +58,9 @@ class Recorder(SilentReporter):
     def note(self, text: str) -> None:
         self.lines.append(text)
 
+    def detail(self, text: str) -> None:
+        self.lines.append(f"detail: {text}")
+
 
 def ask(deed: str, text: str = "", worker: Worker[Order, Outcome] = EXAMPLE) -> Outcome:
     return run(worker, Order(deed, text))
@@ -111,6 +114,7 @@ def test_progress_and_reply() -> None:
     assert run(EXAMPLE, Order("progress", text), recorder).text == text
     assert [line for line in recorder.lines if not line.startswith(LOADING)] == [
         "begun",
+        "detail: why",
         "outer: 3 steps",
         "inner: 7 bytes",
         "outer + 1",

@@ -210,26 +210,29 @@ def test_who_watches_can_end_it(build: Build) -> None:
     quantize(build)
 
 
-GPUS: Final = [
-    # device, workers, CPUs, GPUs, files -> claim
-    ("cpu", 0, 2, 0, 16, Claim(1)),
-    ("cpu", 0, 64, 8, 16, Claim(4)),
-    ("cpu", 0, 1024, 0, 3, Claim(8)),
-    ("cpu", 3, 1024, 0, 3, Claim(3)),
-    ("auto", 0, 0, 0, 16, Claim(1)),
-    ("auto", 0, 4, 1, 16, Claim(1, 0.5)),
-    ("auto", 0, 64, 8, 16, Claim(4)),
-    ("auto", 5, 63, 8, 16, Claim(1, 0.5)),
-    ("cuda", 0, 64, 0, 16, Claim(1, 0.5)),
+CLAIMS: Final = [
+    # device, workers, CPUs, GPUs, GB of the source, files -> claim
+    ("cpu", 0, 2, 0, 14, 16, Claim(1)),
+    ("cpu", 0, 64, 8, 360, 16, Claim(4)),
+    ("cpu", 0, 1024, 0, 14, 3, Claim(8)),
+    ("cpu", 3, 1024, 0, 14, 3, Claim(3)),
+    ("auto", 0, 0, 0, 14, 16, Claim(1)),
+    ("auto", 0, 4, 1, 14, 16, Claim(1)),  # starting CUDA takes longer
+    ("auto", 0, 4, 1, 360, 16, Claim(1, 0.5)),
+    ("auto", 0, 64, 8, 360, 16, Claim(4)),
+    ("auto", 5, 64, 8, 810, 16, Claim(1, 0.5)),
+    ("auto", 0, 2, 8, 810, 16, Claim(1, 0.5)),
+    ("cuda", 0, 64, 0, 14, 16, Claim(1, 0.5)),
 ]
 
 
-@pytest.mark.parametrize(("device", "workers", "cpus", "gpus", "files", "claim"), GPUS)
+@pytest.mark.parametrize(("device", "workers", "cpus", "gpus", "size", "files", "claim"), CLAIMS)
 def test_what_a_task_claims(
-    device: str, workers: int, cpus: int, gpus: int, files: int, claim: Claim
+    device: str, workers: int, cpus: int, gpus: int, size: int, files: int, claim: Claim
 ) -> None:
     machine = Machine(device=device, workers=workers, engine="ray")
-    assert claim_of(machine, cpus, gpus, files) == claim
+    found = claim_of(machine, cpus, gpus, files=files, source_bytes=size * 10**9)
+    assert found == claim
 
 
 def test_without_ray_the_message_says_what_to_install(

@@ -441,7 +441,7 @@ class Ui:
         """Of the whole command; to be made once."""
         from nf4_pipeline.cli.reporting import make_reporter
 
-        return make_reporter(quiet=self.quiet)
+        return make_reporter(quiet=self.quiet, verbose=self.verbose)
 
     def result(self, value: Any, show: Callable[[], None]) -> None:
         """Prints the result: as JSON if that was asked for, else as `show` does."""

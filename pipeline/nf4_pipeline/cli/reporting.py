@@ -45,17 +45,18 @@ _WARNING: Final = "Warning:"
 _VERDICTS: Final = {"pass": "bold green", "fail": "bold red"}
 
 
-def make_reporter(*, quiet: bool = False) -> Reporter:
+def make_reporter(*, quiet: bool = False, verbose: bool = False) -> Reporter:
     """A live display if stderr is a terminal that can have one, else lines.
 
     Args:
         quiet: only warnings are said.
+        verbose: details are said, too.
     """
     if quiet:
         return _Warnings()
     if sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
-        return Screen()
-    return Log()
+        return Screen(verbose=verbose)
+    return Log(verbose=verbose)
 
 
 class _Warnings(SilentReporter):
@@ -247,9 +248,10 @@ class Board:
 class Screen:
     """Draws what runs at the foot of the terminal, and keeps lines above it."""
 
-    def __init__(self, clock: Clock = time.monotonic) -> None:
+    def __init__(self, clock: Clock = time.monotonic, *, verbose: bool = False) -> None:
         from rich.console import Console
 
+        self._verbose = verbose
         self._board = Board(clock, Pace(default_file()))
         stream = terminal_of(sys.stderr)
         self._console = Console(file=stream)
@@ -260,6 +262,10 @@ class Screen:
 
     def note(self, text: str) -> None:
         self._keep(printable(text))
+
+    def detail(self, text: str) -> None:
+        if self._verbose:
+            self.note(text)
 
     @contextmanager
     def task(self, title: str, total: int | None, *, unit: str = "bytes") -> Iterator[Task]:
@@ -437,7 +443,8 @@ def _fit(text: str, width: int) -> str:
 class Log:
     """Says lines."""
 
-    def __init__(self, clock: Clock = time.monotonic) -> None:
+    def __init__(self, clock: Clock = time.monotonic, *, verbose: bool = False) -> None:
+        self._verbose = verbose
         self._board = Board(clock, Pace(default_file()))
         self._said = clock()
         self._lock = threading.Lock()
@@ -445,6 +452,10 @@ class Log:
 
     def note(self, text: str) -> None:
         self._say(text)
+
+    def detail(self, text: str) -> None:
+        if self._verbose:
+            self.note(text)
 
     @contextmanager
     def task(self, title: str, total: int | None, *, unit: str = "bytes") -> Iterator[Task]:

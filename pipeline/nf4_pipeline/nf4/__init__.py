@@ -7,7 +7,7 @@ float_bits.py         floats as the unsigned integers of their bits
 compiling.py          says when kernels are compiled
 cpu.py                compiled kernels: blocks of weights -> codes and absmax; scales -> 8 bit
 cuda.py               rounding to nearest on CUDA devices
-error_sums_triton.py  the sums that a weight's error needs, on a CUDA device
+rounding_triton.py    codes, scales and what an error needs, on a CUDA device
 rounding.py           the seam: how codes and scales are chosen, per device
 double_quant.py       absmax -> 8-bit absmax, with an offset that is the same on every machine
 rtn.py                a whole weight rounded to nearest, in memory

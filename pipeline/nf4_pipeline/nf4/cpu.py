@@ -44,6 +44,7 @@ _CELLS_PER_UNIT: Final = np.float32(2048.0)
 _FIRST_MIDPOINT: Final = np.searchsorted(
     SCALE_MIDPOINTS, (np.arange(4096 + 4, dtype=np.float64) - 1.0) / 2048.0 - 1.0
 ).astype(np.int16)
+_MIDPOINTS: Final = np.append(SCALE_MIDPOINTS, np.float32(np.inf))  # nothing lies above the last
 
 
 @compiled()
@@ -192,27 +193,46 @@ def quantize_blocks(
     return None if not_finite < 0 else not_finite
 
 
+@compiled()
+def _largest_magnitude(bits):  # type: ignore[no-untyped-def]
+    """As `_largest`, of one group of any size."""
+    largest = np.uint32(0)
+    for i in range(bits.size):
+        magnitude = bits[i] & np.uint32(0x7FFFFFFF)
+        largest = magnitude if magnitude > largest else largest
+    return largest
+
+
+@compiled()
+def _choose_scales(x, codes):  # type: ignore[no-untyped-def]
+    for i in range(x.size):
+        # A table narrows the search to the midpoints that lie near x: rarely more than one.
+        cell = np.int64((x[i] + _ONE) * _CELLS_PER_UNIT)
+        low = np.int64(_FIRST_MIDPOINT[cell])
+        high = np.int64(_FIRST_MIDPOINT[cell + 3])
+        if high - low > 1:
+            codes[i] = nearest_scale_code(x[i], low, high)
+        else:
+            codes[i] = low + (_MIDPOINTS[low] < x[i])
+
+
 @compiled(error_model="numpy")
 def _nested_quantize(absmax, codes, nested_absmax):  # type: ignore[no-untyped-def]
     total = 0.0
     for i in range(absmax.size):
         total += np.float64(absmax[i])
     offset = np.float32(total / absmax.size)
+    group = np.empty(NESTED_BLOCK_SIZE, np.float32)
     for g in range(nested_absmax.size):
         scales = absmax[g * NESTED_BLOCK_SIZE : (g + 1) * NESTED_BLOCK_SIZE]
-        chosen = codes[g * NESTED_BLOCK_SIZE : (g + 1) * NESTED_BLOCK_SIZE]
-        largest = _ZERO
+        x = group[: scales.size]
         for i in range(scales.size):
-            largest = max(largest, abs(scales[i] - offset))
-        nested_absmax[g] = largest
-        inverse = _ONE / max(largest, _SMALLEST)
-        for i in range(scales.size):
-            x = (scales[i] - offset) * inverse
-            # A table narrows the search to the few midpoints that lie near x.
-            cell = np.int64((x + _ONE) * _CELLS_PER_UNIT)
-            low = np.int64(_FIRST_MIDPOINT[cell])
-            high = np.int64(_FIRST_MIDPOINT[cell + 3])
-            chosen[i] = nearest_scale_code(x, low, high)
+            x[i] = scales[i] - offset
+        nested_absmax.view(np.uint32)[g] = _largest_magnitude(x.view(np.uint32))
+        inverse = _ONE / max(nested_absmax[g], _SMALLEST)
+        for i in range(x.size):
+            x[i] *= inverse
+        _choose_scales(x, codes[g * NESTED_BLOCK_SIZE : (g + 1) * NESTED_BLOCK_SIZE])
     return offset
 
 

@@ -1,37 +1,38 @@
-"""Rounding to nearest on CUDA devices, through bitsandbytes' kernel.
+"""Rounding to nearest on CUDA devices.
 
-A worker's chunk goes to a device on the worker's own stream, so copies of several workers overlap.
-The kernel takes some 175 GB/s, far more than any disk gives, so one chunk at a time is rounded.
+A chunk goes through one of a device's few slots: a stream of its own, with memory for a chunk. So
+one chunk is copied in and another out while a third is rounded, whatever the number of workers, and
+a device's memory is that of its slots. A worker that waits for its chunk sleeps: the processors are
+for those who read, hash and write.
 
-bitsandbytes' CUDA kernels give the codes of its CPU code for bfloat16 and float16, but not for
-blocks of zeros or of nearly subnormal weights; for float32 they differ in 2 of 20 million codes.
-The CPU result is the standard (and so that the bytes are the same everywhere), so a chunk that
-holds any of these is rounded on the CPU.
+The kernel's arithmetic is that of the CPU's kernel, but where a scale or its reciprocal is nearly
+subnormal. The CPU's result is the standard, so a chunk that holds such a block is rounded there.
 """
 
 from __future__ import annotations
 
-import itertools
-import threading
+import os
+import queue
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Final
 
-import bitsandbytes  # noqa: F401  # registers its operators
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from nf4_pipeline.nf4 import BLOCK_SIZE, cpu
-from nf4_pipeline.nf4.codebook import NF4_LEVELS
-from nf4_pipeline.nf4.error_sums_triton import block_sums
+from nf4_pipeline.nf4.codebook import NF4_LEVELS, NF4_MIDPOINTS
 from nf4_pipeline.nf4.float_bits import tensor_of
 from nf4_pipeline.nf4.rounding import NearestWeight
+from nf4_pipeline.nf4.rounding_triton import round_blocks
 
-_DTYPES: Final = ("bfloat16", "float16")
-_WORKERS_PER_DEVICE: Final = 8  # enough to keep a disk busy; each holds a chunk on the device
-_MAX_CHUNK: Final = 8 * 2**20  # enough that starting a kernel does not matter
-_TRUSTED: Final = np.float32(2.0**-96)
-"""Smallest scale for which the kernel's arithmetic is that of the CPU: no subnormal comes near."""
+_MOST_WORKERS: Final = 16
+_WAITING: Final = 2  # workers that wait for a device or a disk while the processors are busy
+_SLOTS_PER_DEVICE: Final = 4
+_MAX_CHUNK: Final = 8 * 2**20  # more leaves the caches before it is written and hashed
+_TRUSTED: Final = np.float32(2.0**-96), np.float32(2.0**96)
+"""Between these scales nothing in the kernel comes near a subnormal number."""
 
 
 class NearestOnCuda:
@@ -42,11 +43,11 @@ class NearestOnCuda:
     """
 
     def __init__(self, devices: list[str]) -> None:
-        self.workers = _WORKERS_PER_DEVICE * len(devices)
+        self.workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)) + _WAITING)
         self.max_chunk_bytes = _MAX_CHUNK
-        self._devices = [_Device(torch.device(name)) for name in devices]
-        self._turn = itertools.count()
-        self._worker = threading.local()
+        self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        for _, device in product(range(_SLOTS_PER_DEVICE), devices):
+            self._free.put(_Slot(torch.device(device)))
 
     def buffer(self, nbytes: int) -> NDArray[np.uint8]:
         """Pinned memory, from which copies to a device run beside everything else."""
@@ -66,48 +67,50 @@ class NearestOnCuda:
         sums: NDArray[np.int32],
     ) -> int | None:
         """Rounds one chunk; see `nf4_pipeline.nf4.cpu.quantize_blocks`."""
-        if dtype in _DTYPES and bits.size % BLOCK_SIZE == 0 and bits.size > 0:
-            if not hasattr(self._worker, "lane"):
-                device = self._devices[next(self._turn) % len(self._devices)]
-                self._worker.lane = _Lane(device)
-            if self._worker.lane.quantize(tensor_of(bits, dtype), packed, absmax, sums):
+        if bits.size % BLOCK_SIZE == 0 and bits.size > 0:
+            slot = self._free.get()
+            try:
+                slot.quantize(tensor_of(bits, dtype), packed, absmax, sums)
+            finally:
+                self._free.put(slot)
+            smallest, largest = _TRUSTED
+            if absmax.min() >= smallest and absmax.max() <= largest:  # a NaN is neither
                 return None
         return cpu.quantize_blocks(bits, dtype, packed, absmax, sums)
 
 
-class _Device:
-    """One device, and the lock that gives its arithmetic to one chunk at a time."""
+@dataclass(frozen=True)
+class _Room:
+    """Where a slot keeps a chunk of one size and dtype.
+
+    Attributes:
+        weights: on the device, [n].
+        codes: on the device, uint8 [n / 2].
+        found: on the device, int32 [4 * blocks]: `scales` and `sums`, so that one copy takes both.
+        scales: float32 [blocks].
+        sums: int32 [3 * blocks].
+        staged: pinned, as `found`.
+    """
+
+    weights: torch.Tensor
+    codes: torch.Tensor
+    found: torch.Tensor
+    scales: torch.Tensor
+    sums: torch.Tensor
+    staged: torch.Tensor
+
+
+class _Slot:
+    """A way through a device for one chunk at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.lock = threading.Lock()
-        self.levels = torch.from_numpy(NF4_LEVELS).to(device)
-        # bitsandbytes launches its kernel on the default stream, whatever the current one is.
-        self.stream = torch.cuda.default_stream(device)
-
-
-@dataclass
-class _Staging:
-    """Pinned memory for the scales and sums of a chunk."""
-
-    absmax: torch.Tensor
-    sums: torch.Tensor
-
-    @classmethod
-    def of(cls, blocks: int) -> _Staging:
-        return cls(
-            torch.empty(blocks, dtype=torch.float32, pin_memory=True),
-            torch.empty((blocks, 3), dtype=torch.int32, pin_memory=True),
-        )
-
-
-class _Lane:
-    """One worker's way through a device: its own stream for copies, its own staging memory."""
-
-    def __init__(self, device: _Device) -> None:
-        self._on = device
-        self._copies = torch.cuda.Stream(device.device)  # type: ignore[no-untyped-call]
-        self._staging = _Staging.of(0)
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._levels = torch.from_numpy(NF4_LEVELS).to(device)
+        self._midpoints = torch.from_numpy(NF4_MIDPOINTS).to(device)
+        self._memory = self._staging = torch.empty(0, dtype=torch.uint8)
+        self._rooms: dict[tuple[torch.dtype, int], _Room] = {}
 
     def quantize(
         self,
@@ -115,37 +118,44 @@ class _Lane:
         packed: NDArray[np.uint8],
         absmax: NDArray[np.float32],
         sums: NDArray[np.int32],
-    ) -> bool:
-        """Rounds a chunk of whole blocks; False if the CPU has to do it."""
-        blocks = absmax.size
-        if len(self._staging.absmax) < blocks:
-            self._staging = _Staging.of(blocks)
-        staged_absmax, staged_sums = self._staging.absmax[:blocks], self._staging.sums[:blocks]
-        with torch.cuda.device(self._on.device), torch.cuda.stream(self._copies):
-            weights = on_host.to(self._on.device, non_blocking=True)
-            codes, scales, terms = self._round(weights)
-            torch.from_numpy(packed).copy_(codes.view(-1), non_blocking=True)
-            staged_absmax.copy_(scales, non_blocking=True)
-            staged_sums.copy_(terms, non_blocking=True)
-            self._copies.synchronize()
-        absmax[:] = staged_absmax.numpy()
-        sums[:] = staged_sums.numpy()
-        finite = float(absmax.max()) < np.inf and int(sums[:, 0].min()) >= 0
-        return finite and float(absmax.min()) >= float(_TRUSTED)
+    ) -> None:
+        """Rounds a chunk of whole blocks."""
+        with torch.cuda.stream(self._stream):
+            room = self._room(on_host.dtype, on_host.numel())
+            room.weights.copy_(on_host, non_blocking=True)
+            round_blocks(
+                room.weights, self._levels, self._midpoints, room.codes, room.scales, room.sums
+            )
+            torch.from_numpy(packed).copy_(room.codes, non_blocking=True)
+            room.staged.copy_(room.found, non_blocking=True)
+            self._done.record(self._stream)
+        self._done.synchronize()
+        staged = room.staged.numpy()
+        absmax[:] = staged[: absmax.size].view(np.float32)
+        sums[:] = staged[absmax.size :].reshape(sums.shape)
 
-    def _round(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes, scales and sums of a chunk, ready for work that is queued on the copy stream."""
-        arithmetic = self._on.stream
-        with self._on.lock:
-            arithmetic.wait_stream(self._copies)
-            with torch.cuda.stream(arithmetic):
-                codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(
-                    weights, BLOCK_SIZE, "nf4", torch.uint8
-                )
-                terms = torch.empty((len(scales), 3), dtype=torch.int32, device=weights.device)
-                block_sums(weights, codes, scales, self._on.levels, terms)
-            self._copies.wait_stream(arithmetic)
-            weights.record_stream(arithmetic)
-            for tensor in (codes, scales, terms):
-                tensor.record_stream(self._copies)
-        return codes, scales, terms
+    def _room(self, dtype: torch.dtype, count: int) -> _Room:
+        """Room for a chunk; most chunks are of one size, and need no steps in Python to find it."""
+        room = self._rooms.get((dtype, count))
+        if room is None:
+            room = self._rooms[dtype, count] = self._make_room(dtype, count)
+        return room
+
+    def _make_room(self, dtype: torch.dtype, count: int) -> _Room:
+        blocks = count // BLOCK_SIZE
+        codes_at = count * dtype.itemsize
+        found_at = codes_at + count // 2
+        end = found_at + 16 * blocks
+        if self._memory.numel() < end or self._staging.numel() < end - found_at:
+            self._rooms.clear()  # they are of the smaller memory
+            self._memory = torch.empty(end, dtype=torch.uint8, device=self._device)
+            self._staging = torch.empty(end - found_at, dtype=torch.uint8, pin_memory=True)
+        found = self._memory[found_at:end].view(torch.int32)
+        return _Room(
+            weights=self._memory[:codes_at].view(dtype),
+            codes=self._memory[codes_at:found_at],
+            found=found,
+            scales=found[:blocks].view(torch.float32),
+            sums=found[blocks:],
+            staged=self._staging[: end - found_at].view(torch.int32),
+        )

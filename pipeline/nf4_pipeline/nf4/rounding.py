@@ -76,7 +76,7 @@ class Rounding(Protocol):
         """Starts a weight of that many elements; `name` is what it is called in the output."""
 
 
-MANY_PROCESSORS: Final = 8
+_MANY_PROCESSORS: Final = 8
 """From so many on, processors are as fast as most disks, and threads wait for each other."""
 
 
@@ -89,7 +89,7 @@ class NearestOnCpu:
         processors = len(os.sched_getaffinity(0))
         self.workers = processors + 1 - processors // 4
         # More leaves the cache; but many threads wait for each other at every step in Python.
-        self.max_chunk_bytes = (4 if processors < MANY_PROCESSORS else 8) * 2**20
+        self.max_chunk_bytes = (4 if processors < _MANY_PROCESSORS else 8) * 2**20
 
     def buffer(self, nbytes: int) -> NDArray[np.uint8]:
         return np.empty(nbytes, np.uint8)

@@ -137,6 +137,9 @@ class _PipeReporter:
     def note(self, text: str) -> None:
         self.send(Message(note=text))
 
+    def detail(self, text: str) -> None:
+        self.send(Message(detail=text))
+
     def stage(self, name: str, number: int = 1, of: int = 1) -> AbstractContextManager[Stage]:
         """The parent knows in which stage it is."""
         return SILENT.stage(name, number, of)

@@ -175,6 +175,7 @@ class Message(Document):
     advanced: Advanced | None = optional()
     ended: int | None = optional()
     note: str | None = optional()
+    detail: str | None = optional()
     reply: dict[str, Any] | None = optional()
     error: ExpectedError | None = optional()
     crash: Crash | None = optional()

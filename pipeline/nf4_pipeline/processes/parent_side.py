@@ -403,6 +403,8 @@ class _Tasks:
             self._end(message.ended)
         elif message.note is not None:
             self._reporter.note(message.note)
+        elif message.detail is not None:
+            self._reporter.detail(message.detail)
 
     def close(self) -> None:
         """Ends those that a child left open when it died."""

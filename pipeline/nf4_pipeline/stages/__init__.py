@@ -12,6 +12,7 @@
     quantize_parts.py  a part of it by one of several processes; all parts -> one record
     quantize_on_ray.py  each file a part, made by a task of a Ray cluster
     folder_progress.py  how far several processes are, as their common folder shows it
+    rounding_choice.py  on the processors or on GPUs, by an estimate of both times
     serialize.py     quantized/ -> export/: the artifact and its manifest
     verify.py        export/ against source/ -> verification.json, report, the verdict
     attest.py        export/ -> model card, provenance.json and bom.cdx.json in it

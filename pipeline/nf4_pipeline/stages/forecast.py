@@ -33,7 +33,8 @@ from nf4_pipeline.stages.cost_model import (
     quantize_seconds,
 )
 from nf4_pipeline.stages.find_source import DownloadRequest, Place, Preview, SourceFinder
-from nf4_pipeline.stages.quantize import memory_needed, rounding_for
+from nf4_pipeline.stages.quantize import memory_needed
+from nf4_pipeline.stages.rounding_choice import rounding_for
 
 _MEASURED_WEIGHTS: Final = 4 * 2**20
 _MEASURED_BYTES: Final = 64 * 2**20
@@ -127,7 +128,7 @@ def forecast(
     with finder.preview(place) as preview:
         planner = CheckpointPlanner(preview.checkpoint, preview.found.architecture, recipe.quantize)
         plan = planner.plan()
-    rounding = rounding_for(machine.device)
+    rounding = rounding_for(machine.device, preview.checkpoint.nbytes, reporter)
     with reporter.task("measure this machine", None):
         rates = measure_rates(rounding)
     return _assemble(request, recipe, machine, place, preview, plan, rates)

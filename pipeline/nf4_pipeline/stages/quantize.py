@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,9 +24,9 @@ from nf4_pipeline.engine.buffers import divide
 from nf4_pipeline.engine.quantize_checkpoint import CheckpointPlanner, QuantizationRun
 from nf4_pipeline.engine.scheduler import Output, QuantizedFile
 from nf4_pipeline.errors import PlanMismatchError, ResourceError
-from nf4_pipeline.machine import Machine, may_have_cuda
+from nf4_pipeline.machine import Machine
 from nf4_pipeline.nf4.packing import blocks_of
-from nf4_pipeline.nf4.rounding import MANY_PROCESSORS, NearestOnCpu, Rounding
+from nf4_pipeline.nf4.rounding import Rounding
 from nf4_pipeline.progress import SILENT, Reporter, Task
 from nf4_pipeline.provenance.ci_run import current_run
 from nf4_pipeline.recipe import Recipe
@@ -41,6 +40,7 @@ from nf4_pipeline.records import (
 )
 from nf4_pipeline.resource_usage import Usage, available_memory, measured, measured_on_device
 from nf4_pipeline.selection import Plan
+from nf4_pipeline.stages.rounding_choice import rounding_for
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 
 CODE_VERSION: Final = 2
@@ -210,7 +210,7 @@ class Quantize:
         refuse: Refuse | None,
     ) -> Outcome[QuantizeFacts]:
         if choice is None:
-            rounding, kept = rounding_for(self.machine.device), frozenset[str]()
+            rounding, kept = self._rounding(planner), frozenset[str]()
         else:
             rounding, kept = choice.rounding(), choice.facts.kept_modules
             # Choices made on another kind of device differ: no file of one beside the other's.
@@ -255,10 +255,14 @@ class Quantize:
         """
         self.check_disk(plan, names=names)
         check_memory(plan, self.machine.memory_budget)
-        rounding = rounding_for(self.machine.device)
+        rounding = self._rounding(planner)
         run = QuantizationRun(planner.checkpoint, plan, rounding, self.machine)
         make_folder(self.build.quantized)
         return self._make_files(run, self.key(), source, names=names)
+
+    def _rounding(self, planner: CheckpointPlanner) -> Rounding:
+        """To nearest, wherever that is faster."""
+        return rounding_for(self.machine.device, planner.checkpoint.nbytes, self.reporter)
 
     def _make_files(
         self,
@@ -316,26 +320,6 @@ def _warn_of_merged(plan: Plan, reporter: Reporter) -> None:
             f"Warning: {merged / total:.0%} of this model ({merged / 1e6:,.1f} MB) stays in "
             "16 bit: transformers merges these weights on loading, which 4-bit weights cannot be."
         )
-
-
-def rounding_for(device: str) -> Rounding:
-    """Where weights are rounded. The bytes are the same anywhere; only the time differs.
-
-    Args:
-        device: "cpu", "cuda" or "cuda:N"; "auto" takes GPUs only beside few processors, since many
-            are as fast as the disk themselves, and starting CUDA takes longer than they need.
-    """
-    few = len(os.sched_getaffinity(0)) < MANY_PROCESSORS
-    if device == "cpu" or (device == "auto" and not (few and may_have_cuda())):
-        return NearestOnCpu()
-    from nf4_pipeline.runtime.loader import cuda_devices
-
-    devices = cuda_devices(device)
-    if not devices:
-        return NearestOnCpu()
-    from nf4_pipeline.nf4.cuda import NearestOnCuda
-
-    return NearestOnCuda(devices)
 
 
 def check_memory(plan: Plan, budget: int) -> None:

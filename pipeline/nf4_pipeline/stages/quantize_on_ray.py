@@ -15,7 +15,6 @@ from nf4_pipeline.cluster.ray_tasks import Claim, connected
 from nf4_pipeline.engine.parts import Part
 from nf4_pipeline.errors import ResourceError
 from nf4_pipeline.machine import Machine
-from nf4_pipeline.nf4.rounding import MANY_PROCESSORS
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import DOWNLOAD, QUANTIZE, QuantizeFacts
@@ -23,6 +22,7 @@ from nf4_pipeline.resource_usage import measured
 from nf4_pipeline.stages.folder_progress import watched
 from nf4_pipeline.stages.quantize import Quantize, check_memory, remove_other_files
 from nf4_pipeline.stages.quantize_parts import MergeParts, QuantizePart
+from nf4_pipeline.stages.rounding_choice import estimate
 
 _TASKS_A_GPU: Final = 2
 """While one file is hashed to its end and synced, the GPU goes on with another."""
@@ -78,7 +78,13 @@ class QuantizeOnRay:
         with measured() as usage, ExitStack() as stack:
             with whole.reporter.task("connect to Ray", None):
                 cluster = stack.enter_context(connected(whole.machine.ray_address))
-            claim = claim_of(whole.machine, cluster.cpus, cluster.gpus, len(sizes))
+            claim = claim_of(
+                whole.machine,
+                cluster.cpus,
+                cluster.gpus,
+                files=len(sizes),
+                source_bytes=planner.checkpoint.nbytes,
+            )
             # What shapes no byte may differ from node to node.
             machine = replace(
                 whole.machine,
@@ -104,17 +110,22 @@ class QuantizeOnRay:
         return MergeParts(whole).run(usage)
 
 
-def claim_of(machine: Machine, cpus: int, gpus: int, files: int) -> Claim:
+def claim_of(machine: Machine, cpus: int, gpus: int, *, files: int, source_bytes: int) -> Claim:
     """What a task takes.
 
     Args:
-        machine: what was asked for.
+        machine: what was asked for; "auto" takes GPUs where each of them, with its share of the
+            processors and of the source, is faster than these processors alone by `estimate`.
         cpus: of the cluster.
         gpus: of the cluster.
         files: how many tasks there are.
+        source_bytes: of the weights that they read, all together.
     """
-    few = cpus < MANY_PROCESSORS * gpus
-    if machine.device == "cuda" or (machine.device == "auto" and few):
+    if machine.device == "cuda" or (
+        machine.device == "auto"
+        and gpus > 0
+        and estimate(source_bytes // gpus, max(1, cpus // gpus), cuda_begun=False).cuda_pays
+    ):
         return Claim(cpus=1, gpus=1 / _TASKS_A_GPU)
     return Claim(cpus=machine.workers or max(1, min(_MOST_CPUS, cpus // files)))
 
