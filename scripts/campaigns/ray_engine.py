@@ -127,13 +127,25 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, error
 
 
+def start_cluster(cpus: int) -> Cluster:
+    """A cluster of one node; Ray gives up after half a minute, which a busy host may need."""
+    for left in (2, 1, 0):
+        try:
+            return Cluster(
+                initialize_head=True,
+                head_node_args={"num_cpus": cpus, "include_dashboard": False},
+            )
+        except Exception as error:
+            print(f"Ray did not start: {error}", file=sys.stderr)
+            if not left:
+                raise
+    raise AssertionError
+
+
 @contextmanager
 def cluster_of(*cpus: int) -> Iterator[tuple[Cluster, list[Any], str]]:
     """A Ray cluster on this host with a node for each number of CPUs."""
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": cpus[0], "include_dashboard": False},
-    )
+    cluster = start_cluster(cpus[0])
     try:
         nodes = [cluster.add_node(num_cpus=count) for count in cpus[1:]]
         cluster.wait_for_nodes()

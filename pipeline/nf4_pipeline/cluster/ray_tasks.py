@@ -22,6 +22,10 @@ _OBJECT_STORE: Final = 80 * 2**20  # bytes; files pass by it, so that the least 
 _WAIT_FOR_HEAD: Final = 5.0  # seconds
 _WAIT: Final = 1.0  # seconds, after which an interrupt is heard at the latest
 
+_VARIABLES: Final = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # of a cluster that is started here, nobody is told
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a task without a GPU keeps its node's variables
+}
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Call = Callable[[], None]
@@ -63,10 +67,8 @@ def connected(address: str | None) -> Iterator[Cluster]:
     address = address or os.environ.get("RAY_ADDRESS") or None
     if address is not None:
         _check_address(address)
-    # Of a cluster that is started here: nothing is sent to anybody.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # What becomes Ray's default: a task without a GPU keeps the variables of its node.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name, value in _VARIABLES.items():
+        os.environ.setdefault(name, value)
     import ray
 
     heard = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -78,11 +80,17 @@ def connected(address: str | None) -> Iterator[Cluster]:
             log_to_driver=False,
             **({} if address else own),
         )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # it raises what it likes
+        said = _first_line(error)
+        if address is None:
+            raise ResourceError(
+                f"Ray could not be started on this host: {said} It gives itself half a minute: "
+                "try again when the host has less to do, or leave --engine ray out."
+            ) from error
         raise ResourceError(
-            f"The Ray cluster ({address or 'started on this host'}) cannot be used: "
-            f"{_first_line(error)} Look at `ray status`; it needs the Ray and the Python of this "
-            "environment on each node. Without --ray-address, one is started on this host."
+            f"The Ray cluster at {address[:80]} cannot be used: {said} Look at `ray status` there; "
+            "all its nodes need the Ray and the Python of this environment. Without "
+            "--ray-address, a cluster is started on this host."
         ) from error
     if threading.current_thread() is threading.main_thread():
         for number, handler in heard.items():  # Ray's own would abort the process
