@@ -34,6 +34,7 @@ class Lockstep:
         models: the blocks of each model that takes part, by name; blocks of one name open together.
         opened: called before the first run enters a block.
         closed: called after the last one has left it.
+        entered: called by each run as it enters a block; None for nothing.
     """
 
     def __init__(
@@ -41,10 +42,12 @@ class Lockstep:
         models: Sequence[Mapping[str, torch.nn.Module]],
         opened: Opened,
         closed: Opened,
+        entered: Opened | None = None,
     ) -> None:
         self._models = models
         self._opened = opened
         self._closed = closed
+        self._entered = entered or (lambda name: None)
         # Blocks that are closed say nothing of the device that they will be on.
         ready = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
         self._cuda = range(torch.cuda.device_count()) if ready else range(0)
@@ -96,6 +99,7 @@ class Lockstep:
         def barrier(name: str) -> Any:
             def stop(module: torch.nn.Module, inputs: Any) -> None:
                 waiting.switch(name)
+                self._entered(name)
 
             return stop
 

@@ -5,13 +5,14 @@
     tokens_worker.py     that process
     openings.txt         what a chat model is asked, so that it writes tokens
     sampling.py          the model writes its tokens
-    calibration_pass.py  the pass through the model: blocks are watched, then rounded by `gptq`
+    calibration_pass.py  the pass through the model: block after block is rounded by `gptq`
+    block_inputs.py      what comes to a block's layers, in 16 bit and behind the quantized part
     calibrator.py        all of it in order: tokens, then codes and scales for a whole checkpoint
     calibration_facts.py  what the record of quantize says of it
     block_store.py       what was chosen, block by block, on disk: a killed run goes on from there
     sensitivity.py       what each layer loses by 4 bits, measured
     allocation.py        which layers to leave in 16 bit for a byte budget
 
-How a weight is rounded once its inputs are known is told in `nf4_pipeline.gptq`. The model that
-runs is the 16-bit one throughout, so blocks are independent of each other.
+How a weight is rounded once its inputs are known is told in `nf4_pipeline.gptq`. Each layer is
+rounded for the inputs that it will have: those behind the layers that are in 4 bit already.
 """

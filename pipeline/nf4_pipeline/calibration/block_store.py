@@ -23,7 +23,7 @@ from nf4_pipeline.checkpoint.atomic import (
 )
 from nf4_pipeline.documents import Document, key
 from nf4_pipeline.gptq.quantizer import QuantizedWeight
-from nf4_pipeline.gptq.saved_codes import tensors_of
+from nf4_pipeline.gptq.saved_codes import read_codes, tensors_of
 
 _FACTS: Final = "nf4"
 _SUFFIX: Final = ".safetensors"
@@ -103,6 +103,15 @@ class BlockStore:
             facts = self.facts(path.name.removesuffix(_SUFFIX))
             reasons |= facts.fallbacks if facts else {}
         return dict(sorted(reasons.items()))
+
+    def read(self, block: str) -> dict[str, QuantizedWeight]:
+        """What `write` kept of a block that is done, without those that were not calibrated."""
+        facts, path = self.facts(block), self.path(block)
+        assert facts is not None  # of a block that is done
+        return {
+            name: QuantizedWeight(*read_codes(path, name), facts.costs[name])
+            for name in facts.weights
+        }
 
     def read_losses(self) -> list[LayerLoss] | None:
         """What `write_losses` kept, or None."""

@@ -1,4 +1,4 @@
-"""The pass through the model: every block is watched, and its weights are rounded behind it."""
+"""The pass through the model: block after block is rounded, for inputs from what is already."""
 
 from __future__ import annotations
 
@@ -6,28 +6,34 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from math import isfinite
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from greenlet import getcurrent
 
 from nf4_pipeline.blocks.lockstep import Lockstep
 from nf4_pipeline.blocks.streamed_model import StreamedModel
+from nf4_pipeline.calibration.block_inputs import (
+    BlockCall,
+    ExactInputs,
+    InputMoments,
+    moments_behind,
+    moments_of,
+)
 from nf4_pipeline.calibration.block_store import BlockStore
 from nf4_pipeline.calibration.tokens import CalibrationTokens
 from nf4_pipeline.errors import RecipeError
 from nf4_pipeline.gptq.config import GptqConfig
-from nf4_pipeline.gptq.hessian import (
-    HessianAccumulator,
-    HessianFactor,
-    IllConditionedError,
-    factorize,
-)
+from nf4_pipeline.gptq.hessian import IllConditionedError, corrected, factorize
 from nf4_pipeline.gptq.quantizer import QuantizedWeight, quantizer_for
-from nf4_pipeline.model.linear import weight_out_in
+from nf4_pipeline.model.linear import as_held, weight_out_in
 from nf4_pipeline.nf4.compiling import compilation_shown
+from nf4_pipeline.nf4.dequantize import dequantize_on
+from nf4_pipeline.nf4.float_bits import bits_of, dtype_name
+from nf4_pipeline.nf4.rtn import round_to_nearest
 from nf4_pipeline.progress import Reporter, Task
 from nf4_pipeline.selection import TensorPlan
 
@@ -73,30 +79,29 @@ def calibrate(
                 "tokenizer that made them, are another model's."
             )
         plans = _by_block(weights, list(streamed.blocks))
-        missing = {
-            block: own
-            for block, own in plans.items()
-            if not store.is_done(block, [plan.name for plan in own])
-        }
-        if not missing:
+        if all(store.is_done(block, [plan.name for plan in own]) for block, own in plans.items()):
             return {}
         with (
             compilation_shown(reporter),
             reporter.task("calibrate", len(streamed.blocks), unit="blocks") as task,
         ):
-            work = _Pass(streamed, missing, store, config or GptqConfig())
+            work = _Pass(streamed, plans, store, config or GptqConfig())
             with work.timed("whole"):
                 work.over(tokens, task)
         return {name: round(seconds, 2) for name, seconds in work.seconds.items()}
 
 
 class _Pass:
-    """One walk of all tokens through all blocks.
+    """One walk of all tokens through all blocks, in the 16-bit model and behind the quantized part.
+
+    Both models share the weights of a block while it is open. The 16-bit runs pass it first; before
+    the first of the others enters it, its layers are rounded one after the other, and it goes on in
+    4 bit.
 
     Args:
         streamed: the 16-bit model.
         plans: the weights to quantize by the name of their block.
-        store: receives their codes and scales.
+        store: receives their codes and scales, or has them already.
         config: how they are chosen.
     """
 
@@ -111,7 +116,15 @@ class _Pass:
         self._plans = plans
         self._store = store
         self._config = config
-        self._watched: dict[str, HessianAccumulator] = {}
+        self._done = {
+            block for block, own in plans.items() if store.is_done(block, [p.name for p in own])
+        }
+        self._batch_of: dict[Any, tuple[bool, int]] = {}  # a run: is it exact, which batch
+        self._tokens: list[int] = []  # of each batch
+        self._calls: dict[int, BlockCall] = {}  # of the block at which the quantized runs stand
+        self._open = ""
+        self._exact: ExactInputs
+        self._outside: ExactInputs | None = None
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -125,45 +138,54 @@ class _Pass:
             self.seconds[part] = self.seconds.get(part, 0.0) + spent
 
     def over(self, tokens: CalibrationTokens, task: Task) -> None:
-        """Walks, and rounds each block while the next one is watched."""
+        """Walks; what a block chose is written while the next one is passed."""
         with (
             ThreadPoolExecutor(len(os.sched_getaffinity(0)), "round") as pool,
-            ThreadPoolExecutor(1, "quantize") as behind,
+            ThreadPoolExecutor(1, "write") as behind,
+            ExitStack() as stack,
         ):
             self._quantizer = quantizer_for(str(self._streamed.device), self._config, pool)
             self._behind = behind
-            self._running: Future[None] | None = None
-            try:
-                if OUTSIDE in self._plans:
-                    self._watch(OUTSIDE, self._body())
+            self._writing: Future[None] | None = None
+            for block, module in self._streamed.blocks.items():
+                self._hook(block, module, stack)
+            if self._is_missing(OUTSIDE):
+                self._outside = self._watch(OUTSIDE)
+                stack.callback(self._outside.close)
 
-                def closed(block: str) -> None:
-                    self._closed(block)
-                    task.advance(1)
+            def closed(block: str) -> None:
+                self._closed(block)
+                task.advance(1)
 
-                Lockstep([self._streamed.blocks], self._opened, closed).run(self._runs(tokens))
-                if OUTSIDE in self._plans:
-                    self._finish(OUTSIDE)
-                self._wait()
-            finally:
-                for accumulator in self._watched.values():
-                    accumulator.close()
+            Lockstep([self._streamed.blocks], self._opened, closed, self._entered).run(
+                self._runs(tokens)
+            )
+            if self._outside is not None:
+                self._finish_outside(self._outside)
+            self._wait()
+
+    def _is_missing(self, block: str) -> bool:
+        return block in self._plans and block not in self._done
 
     def _runs(self, tokens: CalibrationTokens) -> list[Callable[[], None]]:
-        """One forward for each batch of sequences."""
+        """Two forwards for each batch of sequences: in 16 bit, and behind the quantized part."""
         device = self._streamed.device
-        batch = max(1, _TOGETHER[device.type] // tokens.ids.shape[1])
+        size = max(1, _TOGETHER[device.type] // tokens.ids.shape[1])
         body = self._body()
+        batches = [
+            torch.from_numpy(tokens.ids[first : first + size]).long().to(device)
+            for first in range(0, len(tokens.ids), size)
+        ]
+        self._tokens = [ids.numel() for ids in batches]
 
-        def run(first: int) -> Callable[[], None]:
-            ids = torch.from_numpy(tokens.ids[first : first + batch]).long().to(device)
-
+        def run(is_exact: bool, number: int, ids: torch.Tensor) -> Callable[[], None]:
             def forward() -> None:
+                self._batch_of[getcurrent()] = is_exact, number
                 body(ids, use_cache=False)
 
             return forward
 
-        return [run(first) for first in range(0, len(tokens.ids), batch)]
+        return [run(kind, i, ids) for kind in (True, False) for i, ids in enumerate(batches)]
 
     def _body(self) -> Any:
         """What is run: the model without its head, unless a layer of the head is calibrated."""
@@ -173,70 +195,163 @@ class _Pass:
             return getattr(model, prefix, model)
         return model
 
-    def _opened(self, block: str) -> None:
-        self._streamed.open_ahead(block)
-        if block in self._plans:
-            self._watch(block, self._streamed.blocks[block])
+    def _exact_batch(self) -> int | None:
+        """The batch of the 16-bit run that is going on, if it is one."""
+        is_exact, number = self._batch_of.get(getcurrent(), (False, 0))
+        return number if is_exact else None
 
-    def _closed(self, block: str) -> None:
-        if block in self._plans:
-            self._finish(block)
-        self._streamed.close(block)
-
-    def _watch(self, block: str, scope: Any) -> None:
+    def _watch(self, block: str) -> ExactInputs:
         layers = {plan.name: self._module(plan) for plan in self._plans[block]}
-        self._watched[block] = HessianAccumulator(layers, scope)
+        return ExactInputs(layers, self._exact_batch)
 
     def _module(self, plan: TensorPlan) -> Any:
         assert plan.module is not None  # of every weight that is quantized
         return self._streamed.model.get_submodule(plan.module)
 
-    def _finish(self, block: str) -> None:
-        """Has the weights of a block rounded while others go on; one block waits at most."""
-        accumulator = self._watched.pop(block)
-        accumulator.close()
-        weights = {}
-        for plan in self._plans[block]:
-            weight = weight_out_in(self._module(plan)).detach()
-            # On the CPU the block's memory is read into again; on a device the weight stays alive.
-            weights[plan.name] = weight.clone() if weight.is_cpu else weight
-        self._wait()
-        self._running = self._behind.submit(self._quantize, block, accumulator, weights)
+    def _hook(self, block: str, module: Any, stack: ExitStack) -> None:
+        """Keeps what the quantized runs give to a block, before the barrier holds them there."""
 
-    def _wait(self) -> None:
-        if self._running is not None:
-            with self.timed("waiting for choices"):
-                self._running.result()
+        def arrives(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            is_exact, number = self._batch_of.get(getcurrent(), (True, 0))
+            if not is_exact:
+                self._calls[number] = BlockCall(self._tokens[number], args, kwargs)
 
-    def _quantize(
-        self, block: str, accumulator: HessianAccumulator, weights: dict[str, torch.Tensor]
+        stack.callback(module.register_forward_pre_hook(arrives, with_kwargs=True).remove)
+
+    def _opened(self, block: str) -> None:
+        self._streamed.open_ahead(block)
+        if self._is_missing(block):
+            self._exact = self._watch(block)
+
+    def _entered(self, block: str) -> None:
+        """By each run; when the first quantized one comes, the 16-bit ones have passed."""
+        is_exact, _ = self._batch_of[getcurrent()]
+        if is_exact or block not in self._plans or self._open == block:
+            return
+        self._open = block
+        if block in self._done:
+            self._put_stored(block)
+        else:
+            self._exact.close()
+            self._round(block)
+
+    def _closed(self, block: str) -> None:
+        self._streamed.close(block)
+
+    def _round(self, block: str) -> None:
+        """Chooses codes and scales for a block, step by step, and puts them into it."""
+        plans = {plan.name: plan for plan in self._plans[block]}
+        module = self._streamed.blocks[block]
+        calls = [self._calls.pop(number) for number in range(len(self._tokens))]
+        quantized: dict[str, QuantizedWeight] = {}
+        fallbacks: dict[str, str] = {}
+        for groups in self._exact.steps():
+            with self.timed("inputs"):
+                moments = self._moments(module, calls, groups, plans)
+            for leader, names in groups.items():
+                self._exact.let_go(leader)
+                self._round_group(
+                    moments.pop(leader), [plans[n] for n in names], quantized, fallbacks
+                )
+            for name in (name for names in groups.values() for name in names):
+                self._put(plans[name], quantized.get(name))
+        for name in plans.keys() - quantized.keys() - fallbacks.keys():
+            fallbacks[name] = "only 0 tokens came to it"
+            self._put(plans[name], None)
+        self._write(block, quantized, fallbacks)
+
+    def _moments(
+        self,
+        module: Any,
+        calls: Sequence[BlockCall],
+        groups: Mapping[str, Sequence[str]],
+        plans: Mapping[str, TensorPlan],
+    ) -> dict[str, InputMoments]:
+        if not self._config.quantized_inputs:
+            return {leader: moments_of(self._exact, leader, len(calls)) for leader in groups}
+        layers = {leader: self._module(plans[leader]) for leader in groups}
+        return moments_behind(module, calls, layers, self._exact)
+
+    def _round_group(
+        self,
+        moments: InputMoments,
+        plans: Sequence[TensorPlan],
+        quantized: dict[str, QuantizedWeight],
+        fallbacks: dict[str, str],
     ) -> None:
+        """Rounds weights that are given the same inputs."""
+        tokens = moments.tokens
+        try:
+            with self.timed("factors"):
+                hessian, drift = moments.means()
+                if hessian is None or tokens < _FEWEST:
+                    raise IllConditionedError(f"only {tokens} tokens came to it")
+                factor = factorize(hessian, tokens, self._config)
+                del hessian  # before weights take its place
+        except IllConditionedError as error:
+            fallbacks |= dict.fromkeys((plan.name for plan in plans), str(error))
+            return
+        with self.timed("choices"):
+            for plan in plans:
+                weight = weight_out_in(self._module(plan)).detach()
+                wanted = weight
+                if drift is not None and self._config.correction:
+                    wanted = corrected(weight, drift, factor, self._config.correction)
+                chosen = self._quantizer.quantize(wanted, factor, weight.dtype)
+                if isfinite(chosen.cost):
+                    quantized[plan.name] = chosen
+                else:
+                    fallbacks[plan.name] = "what rounding it costs is beyond float32"
+
+    def _put(self, plan: TensorPlan, chosen: QuantizedWeight | None) -> None:
+        """Gives a layer the weight that readers of the artifact will see."""
+        module = self._module(plan)
+        exact = weight_out_in(module)
+        if chosen is None:
+            nearest = round_to_nearest(bits_of(exact), dtype_name(exact))
+            packed, scales = nearest.packed, nearest.scales
+        else:
+            packed, scales = chosen.packed, chosen.scales
+        weight = dequantize_on(exact.device, packed, scales.scales(), plan.shape).to(exact.dtype)
+        # Not in place: on a CPU the memory is that into which the file was read.
+        module.weight = torch.nn.Parameter(as_held(module, weight), requires_grad=False)
+
+    def _put_stored(self, block: str) -> None:
+        """As `_round` left it, from what an earlier run kept."""
+        chosen = self._store.read(block)
+        for plan in self._plans[block]:
+            self._put(plan, chosen.get(plan.name))
+
+    def _finish_outside(self, inputs: ExactInputs) -> None:
+        """Layers that no block holds are rounded for their inputs in the 16-bit model."""
+        plans = {plan.name: plan for plan in self._plans[OUTSIDE]}
         quantized: dict[str, QuantizedWeight] = {}
         fallbacks: dict[str, str] = {}
         with torch.inference_mode():
-            for leader, names in accumulator.groups().items():
-                try:
-                    with self.timed("guides"):
-                        factor = self._factor(accumulator, leader)
-                except IllConditionedError as error:
-                    fallbacks |= dict.fromkeys(names, str(error))
-                    continue
-                with self.timed("choices"):
-                    for name in names:
-                        weight = self._quantizer.quantize(weights.pop(name), factor)
-                        if isfinite(weight.cost):
-                            quantized[name] = weight
-                        else:
-                            fallbacks[name] = "what rounding it costs is beyond float32"
-                del factor  # before the next one takes its place
-        with self.timed("writing"):
-            self._store.write(block, quantized, fallbacks)
+            for groups in inputs.steps():
+                for leader, names in groups.items():
+                    moments = moments_of(inputs, leader, len(self._tokens))
+                    self._round_group(moments, [plans[n] for n in names], quantized, fallbacks)
+        for name in plans.keys() - quantized.keys() - fallbacks.keys():
+            fallbacks[name] = "only 0 tokens came to it"
+        self._write(OUTSIDE, quantized, fallbacks)
 
-    def _factor(self, accumulator: HessianAccumulator, leader: str) -> HessianFactor:
-        hessian, tokens = accumulator.take(leader), accumulator.tokens(leader)
-        if hessian is None or tokens < _FEWEST:
-            raise IllConditionedError(f"only {tokens} tokens came to it")
-        return factorize(hessian, tokens, self._config)
+    def _write(
+        self, block: str, quantized: dict[str, QuantizedWeight], fallbacks: dict[str, str]
+    ) -> None:
+        """Has a block kept while others go on; one waits at most."""
+        self._wait()
+
+        def write() -> None:
+            with self.timed("writing"):
+                self._store.write(block, quantized, fallbacks)
+
+        self._writing = self._behind.submit(write)
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            with self.timed("waiting for writing"):
+                self._writing.result()
 
 
 def _by_block(weights: Sequence[TensorPlan], blocks: Sequence[str]) -> dict[str, list[TensorPlan]]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from nf4_pipeline.calibration.block_store import BlockStore
     from nf4_pipeline.calibration.tokens import CalibrationTokens
 
-CODE_VERSION: Final = 1
+CODE_VERSION: Final = 2
 TOKENS_FILE: Final = "tokens.json"
 
 

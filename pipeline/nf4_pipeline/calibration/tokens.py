@@ -112,11 +112,21 @@ class Opening:
         ids: what they begin with.
         count: how many.
         seed: of the draws.
+        any_of: how many tokens of the vocabulary one is drawn from, to follow `ids`; 0 for none.
     """
 
     ids: tuple[int, ...]
     count: int
     seed: int
+    any_of: int = 0
+
+    def rows(self) -> NDArray[np.int64]:
+        """The beginnings, [count, ids]; any token at the end of each, if one is drawn."""
+        rows = repeat(np.array(self.ids, np.int64), "id -> row id", row=self.count)
+        if not self.any_of:
+            return rows
+        drawn = np.random.default_rng(self.seed).integers(0, self.any_of, (self.count, 1))
+        return np.concatenate([rows, drawn], axis=1)
 
 
 @dataclass(frozen=True)
@@ -127,11 +137,13 @@ class Beginnings(Document):
         eos_token_id: ends one, and so begins the next; None if it knows none.
         bos_token_id: begins one.
         chats: beginnings of conversations, from the chat template.
+        tokens: how many it knows; 0 if there is none. A model's vocabulary may be larger.
     """
 
     eos_token_id: int | None = None
     bos_token_id: int | None = None
     chats: tuple[tuple[int, ...], ...] = ()
+    tokens: int = 0
 
     @classmethod
     def of(cls, tokenizer: LimitedTokenizer) -> Beginnings:
@@ -146,11 +158,15 @@ class Beginnings(Document):
             except PipelineError:  # a chat template may fail; texts begin without it, too
                 break
         ends, begins = map(tokenizer.special_id, ("eos_token_id", "bos_token_id"))
-        return cls(ends, begins, tuple(chats))
+        return cls(ends, begins, tuple(chats), len(tokenizer.tokenizer))
 
 
 def openings(model: Any, known: Beginnings, sequences: int, length: int) -> list[Opening]:
-    """How a model's own texts begin: as a text does, after the end of one, or as a conversation.
+    """How a model's own texts begin.
+
+    Half begin with any token of the vocabulary, so that they are about whatever the model knows (as
+    in LLM-QAT, arXiv:2305.17888); a quarter as a text does, after the end of one; and a quarter as
+    a conversation. Without a chat template three quarters begin with any token.
 
     Args:
         model: its config says which tokens begin and end a text, if the tokenizer does not.
@@ -174,15 +190,19 @@ def openings(model: Any, known: Beginnings, sequences: int, length: int) -> list
         for chat in known.chats
         if chat and len(chat) <= length // 2 and 0 <= min(chat) <= max(chat) < config.vocab_size
     ]
-    half = sequences // 2 if chats else 0
-    counts = {start: n for start, n in _shared(starts, sequences - half)} | dict(
-        _shared(chats, half)
-    )
+    vocabulary = min(known.tokens or config.vocab_size, config.vocab_size) if length > 2 else 0
+    plain = sequences if not vocabulary else -(-sequences // 4)
+    talks = sequences // 4 if chats else 0
+    counts = [
+        *((start, 0, count) for start, count in _shared(starts, plain)),
+        *((chat, 0, count) for chat, count in _shared(chats, talks)),
+        *((start, vocabulary, n) for start, n in _shared(starts, sequences - plain - talks)),
+    ]
     begins: list[Opening] = []
-    for ids, count in counts.items():
+    for ids, any_of, count in counts:
         for first in range(0, count, _TOGETHER):
             size = min(_TOGETHER, count - first)
-            begins.append(Opening(ids, size, len(begins)))
+            begins.append(Opening(ids, size, len(begins), any_of))
     return begins
 
 
@@ -226,13 +246,13 @@ def sampling_tasks(
     def task(number: int, opening: Opening) -> Callable[[], None]:
         def sample() -> None:
             torch.manual_seed(opening.seed)
-            start = torch.tensor([opening.ids] * opening.count, device=device)
+            start = torch.from_numpy(opening.rows()).to(device)
             config = GenerationConfig(
                 do_sample=True,
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
-                max_new_tokens=length - len(opening.ids),
+                max_new_tokens=length - start.shape[1],
                 pad_token_id=0,
             )
             ids = model.generate(

@@ -25,15 +25,15 @@ What is done here beside the paper:
   stored is an ordinary NF4 weight: blocks by their sum, columns within them.
 - Beside `percdamp` of the mean diagonal, elements off the diagonal shrink by columns / tokens, at
   most `shrinkage`: a finite sample exaggerates correlations.
-- The model that gives the inputs is the 16-bit one throughout, so blocks are independent of each
-  other, and a run that was stopped goes on where it was.
+- The inputs y are those behind what is quantized already, which differ from x, those in the 16-bit
+  model. So H is mean(y y^T), and W is first moved towards what gives W x from y (`corrected`).
 - Everything after the factor is float32 in one fixed order without fused multiply-adds: a CPU and a
   CUDA device give the same codes for the same factor, bit for bit.
 
 To read, in this order:
 
     config.py          what can be varied; the defaults are the recipe
-    hessian.py         H summed up as a model runs; H -> the order of columns, and U
+    hessian.py         H -> the order of columns, and U; the correction for the inputs' own error
     quantizer.py       a weight and its factor -> codes and scales, on the CPU
     kernels_cpu.py     the loops of it, compiled
     quantizer_cuda.py  the same on a CUDA device

@@ -1,11 +1,9 @@
-"""The Hessian of each layer's output error: summed up as the model runs, then factorized."""
+"""The Hessian of a layer's output error, factorized, and what its inputs' own error asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from einops import rearrange
@@ -13,79 +11,8 @@ from einops import rearrange
 from nf4_pipeline.gptq.config import GptqConfig
 from nf4_pipeline.nf4 import BLOCK_SIZE
 
-_ROWS: Final = 4096  # tokens of which products are summed at once, in float32
 _LEAST: Final = 1e-24
 """The mean square of inputs that are as good as zero: losses of them vanish in float32."""
-
-
-class HessianAccumulator:
-    """Watches layers, and sums x x^T over all tokens that come to each of them.
-
-    Layers that are given the same tensor share one sum. Every sum is in float32, tokens in the
-    order in which they come.
-
-    Args:
-        layers: by name.
-        scope: the module that they are in; what is kept to recognize shared inputs is let go when
-            a run has passed it.
-    """
-
-    def __init__(self, layers: Mapping[str, torch.nn.Module], scope: torch.nn.Module) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._counts: dict[str, int] = dict.fromkeys(layers, 0)
-        self._leader: dict[str, str] = {}
-        self._seen: list[tuple[str, torch.Tensor]] = []
-        self._hooks = ExitStack()
-        for name, layer in layers.items():
-            hook = layer.register_forward_pre_hook(self._hook(name), with_kwargs=True)
-            self._hooks.callback(hook.remove)
-        passed = scope.register_forward_hook(lambda *_: self._seen.clear())
-        self._hooks.callback(passed.remove)
-
-    def close(self) -> None:
-        """Stops watching."""
-        self._seen.clear()
-        self._hooks.close()
-
-    def tokens(self, name: str) -> int:
-        """How many came to a layer."""
-        return self._counts[self._leader.get(name, name)]
-
-    def groups(self) -> dict[str, list[str]]:
-        """Layers that share their inputs: the name of the first -> the names of all."""
-        groups: dict[str, list[str]] = {}
-        for name in self._counts:
-            groups.setdefault(self._leader.get(name, name), []).append(name)
-        return groups
-
-    def take(self, leader: str) -> torch.Tensor | None:
-        """The mean of x x^T, float32 [columns, columns]; None if no token came. It is let go."""
-        total = self._sums.pop(leader, None)
-        return None if total is None else total.div_(max(1, self._counts[leader]))
-
-    def _hook(self, name: str) -> Any:
-        def watch(
-            module: Any, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]
-        ) -> None:
-            x = inputs[0] if inputs else next(iter(named.values()))
-            leader = next((other for other, seen in self._seen if seen is x), name)
-            # The first tokens that come decide who shares; a router may send others elsewhere.
-            if self._leader.setdefault(name, leader) != name:
-                return
-            self._seen.append((name, x))
-            self._accumulate(name, rearrange(x.detach(), "... columns -> (...) columns"))
-
-        return watch
-
-    def _accumulate(self, name: str, x: torch.Tensor) -> None:
-        """Adds x^T x of [tokens, columns]."""
-        for first in range(0, len(x), _ROWS):
-            values = x[first : first + _ROWS].float()
-            if name not in self._sums:
-                self._sums[name] = values.T @ values
-            else:
-                self._sums[name].addmm_(values.T, values)
-        self._counts[name] += len(x)
 
 
 class IllConditionedError(Exception):
@@ -153,6 +80,33 @@ def factorize(hessian: torch.Tensor, tokens: int, config: GptqConfig) -> Hessian
     if not torch.isfinite(factor).all() or float(factor.diagonal().min()) <= 0.0:
         raise IllConditionedError("the second moment of its inputs is too ill-conditioned")
     return HessianFactor(order, factor.contiguous(), diagonal)
+
+
+def corrected(
+    weight: torch.Tensor, drift: torch.Tensor, factor: HessianFactor, share: float
+) -> torch.Tensor:
+    """The weight that, from inputs that have an error already, gives what the exact ones give.
+
+    With x the exact inputs and y those behind what is quantized, |W x - V y|^2 summed over the
+    tokens is least for V = W + W D inverse(H), where D = mean (x - y) y^T and H = mean y y^T
+    (GPTAQ, arXiv:2504.02692; Qronos, arXiv:2505.11695). A share of it is taken, since D is an
+    estimate from few tokens.
+
+    Args:
+        weight: W, [rows, columns] of any float dtype.
+        drift: D, float32 [columns, columns].
+        factor: of H, with its shrinkage and damping.
+        share: of the correction, 0 to 1.
+
+    Returns:
+        float32 [rows, columns]; W itself if the correction is not finite.
+    """
+    exact = weight.float()
+    wanted = (exact @ drift)[:, factor.order] @ factor.factor.T @ factor.factor
+    correction = torch.empty_like(wanted)
+    correction[:, factor.order] = wanted
+    moved = exact + share * correction
+    return moved if bool(torch.isfinite(moved).all()) else exact
 
 
 def _act_order(diagonal: torch.Tensor) -> torch.Tensor:

@@ -40,8 +40,16 @@ class QuantizedWeight:
 class GptqQuantizer(Protocol):
     """Chooses codes and scales on one kind of device."""
 
-    def quantize(self, weight: torch.Tensor, factor: HessianFactor) -> QuantizedWeight:
-        """Rounds a weight [rows, columns] of any float dtype, on the factor's device."""
+    def quantize(
+        self, weight: torch.Tensor, factor: HessianFactor, dtype: torch.dtype | None = None
+    ) -> QuantizedWeight:
+        """Rounds a weight on the factor's device.
+
+        Args:
+            weight: [rows, columns] of any float dtype.
+            factor: of its inputs' Hessian.
+            dtype: in which readers hold the weight, which bounds its scales; None for its own.
+        """
 
 
 def quantizer_for(device: str, config: GptqConfig, pool: Executor) -> GptqQuantizer:
@@ -65,9 +73,11 @@ class GptqOnCpu:
         self._config = config
         self._pool = pool
 
-    def quantize(self, weight: torch.Tensor, factor: HessianFactor) -> QuantizedWeight:
+    def quantize(
+        self, weight: torch.Tensor, factor: HessianFactor, dtype: torch.dtype | None = None
+    ) -> QuantizedWeight:
         """See `GptqQuantizer`."""
-        start = self._start_scales(weight, factor)
+        start = self._start_scales(weight, factor, torch.finfo(dtype or weight.dtype).max)
         nested = kernels_cpu.nested_absmax(start)
         codes = np.empty(tuple(weight.shape), np.uint8)
         if weight.shape[1] % BLOCK_SIZE == 0:
@@ -77,12 +87,14 @@ class GptqOnCpu:
             cost = self._ragged(weight, factor, _nested_scales(scale_codes, nested), codes)
         return QuantizedWeight(pack(codes), _nested_scales(scale_codes, nested), cost)
 
-    def _start_scales(self, weight: torch.Tensor, factor: HessianFactor) -> NDArray[np.float32]:
+    def _start_scales(
+        self, weight: torch.Tensor, factor: HessianFactor, limit: float
+    ) -> NDArray[np.float32]:
         columns = weight.shape[1]
         flat = weight.reshape(-1)
         diagonal = factor.diagonal.numpy()
         scales = np.empty(blocks_of(flat.numel()), np.float32)
-        config, limit = self._config, torch.finfo(weight.dtype).max
+        config = self._config
 
         def part(first: int) -> None:
             values = flat[first : first + _PART].float().numpy()

@@ -37,17 +37,21 @@ class GptqOnCuda:
         self._tables: Tables = Tables(torch.device(device))
         self._candidates = torch.from_numpy(config.scale_candidates).to(device)
 
-    def quantize(self, weight: torch.Tensor, factor: HessianFactor) -> QuantizedWeight:
+    def quantize(
+        self, weight: torch.Tensor, factor: HessianFactor, dtype: torch.dtype | None = None
+    ) -> QuantizedWeight:
         """See `nf4_pipeline.gptq.quantizer.GptqQuantizer`."""
         if weight.shape[1] % BLOCK_SIZE or not self._config.refine_scales:
-            return self._on_cpu.quantize(weight.cpu(), factor.cpu())
+            return self._on_cpu.quantize(weight.cpu(), factor.cpu(), dtype)
+        limit = torch.finfo(dtype or weight.dtype).max
         with torch.cuda.device(weight.device):
-            return self._whole_blocks(weight.contiguous(), factor)
+            return self._whole_blocks(weight.contiguous(), factor, limit)
 
-    def _whole_blocks(self, weight: torch.Tensor, factor: HessianFactor) -> QuantizedWeight:
+    def _whole_blocks(
+        self, weight: torch.Tensor, factor: HessianFactor, limit: float
+    ) -> QuantizedWeight:
         from nf4_pipeline.gptq import kernels_triton
 
-        limit = torch.finfo(weight.dtype).max
         signs, tables = self._config.signs, self._tables
         start = kernels_triton.start_scales(
             weight, factor.diagonal, self._candidates, signs, limit, tables

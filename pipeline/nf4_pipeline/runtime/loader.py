@@ -179,6 +179,8 @@ def load_with_report(
         raise
     except Exception as error:  # untrusted configs and weights fail in any way they like
         raise _refused(error, folder, placement) from error
+    if plain or is_quantized(folder):
+        placement.check_spread(model, folder)
     _check_scales(model, folder)
     _unify_dtypes(model)
     repair(model)
@@ -240,6 +242,16 @@ class _Placement:
                 "weights compute only where they lie. Name GPUs for all modules, or the CPU."
             )
 
+    def check_spread(self, model: Any, folder: str) -> None:
+        """Refuses a spread for which transformers took the CPU or a disk beside the GPUs.
+
+        Raises:
+            ResourceError: the GPUs have too little memory.
+        """
+        places = set(getattr(model, "hf_device_map", {}).values())
+        if isinstance(self.device_map, str) and self.devices != ("cpu",) and places & {*_ELSEWHERE}:
+            raise _no_room(folder, self)
+
     def __str__(self) -> str:
         return ", ".join(self.devices)
 
@@ -293,11 +305,15 @@ def _refused(error: Exception, folder: str, placement: _Placement) -> PipelineEr
     import torch
 
     if isinstance(error, torch.OutOfMemoryError) or _NO_ROOM in str(error):
-        return ResourceError(
-            f"{folder} does not fit the memory of {placement}. End what else runs there, or spread "
-            'it over more GPUs (device_map="auto", without a max_memory that is too small).'
-        )
+        return _no_room(folder, placement)
     return ArtifactError(f"{folder} could not be loaded on {placement}: {brief_text(error)}")
+
+
+def _no_room(folder: str, placement: _Placement) -> ResourceError:
+    return ResourceError(
+        f"{folder} does not fit the memory of {placement}. End what else runs there, or spread "
+        'it over more GPUs (device_map="auto", without a max_memory that is too small).'
+    )
 
 
 def _name_as_on_hub(model: Any, folder: Path) -> None:
