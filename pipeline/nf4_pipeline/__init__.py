@@ -37,6 +37,7 @@ The house, from the top floor down; a room imports only from rooms below it (`ma
     selection.py       which tensors are quantized, which stay, and why
     runtime/           loading an artifact, generating text
     model/             a model's architecture, from its config, without its weights
+    streaming/         weights that stay on the Hub, and come while they are needed
     hub/               downloads and pushes that are proved
     pickles/           weights in pickles, made safetensors without running them
     fidelity/          metrics: how far the 4-bit model is from the 16-bit one

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from nf4_pipeline.build_folder import Build, Record, State
 from nf4_pipeline.build_folder.variant import SHAPING_TABLES
@@ -30,20 +30,26 @@ from nf4_pipeline.records import (
     VERIFY,
     Reading,
     part_records,
+    source_files,
     strangers,
 )
 from nf4_pipeline.stages.attest import Attest
 from nf4_pipeline.stages.download import Download, Downloaded
 from nf4_pipeline.stages.find_source import DownloadRequest
 from nf4_pipeline.stages.forecast import Forecast, forecast
+from nf4_pipeline.stages.push import Push
 from nf4_pipeline.stages.quantize import Quantize, count_finished_files
 from nf4_pipeline.stages.quantize_on_ray import QuantizeOnRay
 from nf4_pipeline.stages.quantize_parts import MergeParts, QuantizePart, refuse_calibrated
 from nf4_pipeline.stages.run_recorded import Stage
 from nf4_pipeline.stages.serialize import Serialize
+from nf4_pipeline.stages.upload_ahead import UploadAhead
 from nf4_pipeline.stages.verify import Verify, check_gpu, check_texts
 from nf4_pipeline.verification.document import Verification
 from nf4_pipeline.verification.launch import Workers
+
+if TYPE_CHECKING:
+    from nf4_pipeline.hub import Target
 
 STAGES: Final = ("download", "quantize", "serialize", "verify", "attest")
 """Of a build, in their order."""
@@ -90,15 +96,24 @@ def make_stages(
     """
     quantize = Quantize(build, recipe, machine, reporter)
     return {
-        "quantize": QuantizeOnRay(quantize) if machine.engine == "ray" else quantize,
+        "quantize": _by_engine(quantize),
         "serialize": Serialize(build, recipe, reporter),
         "verify": Verify(build, recipe, machine, reporter, against, workers),
         "attest": Attest(build, repo_id, rebuilt),
     }
 
 
+def _by_engine(quantize: Quantize) -> Stage:
+    """The stage, as its machine wants it run."""
+    return QuantizeOnRay(quantize) if quantize.machine.engine == "ray" else quantize
+
+
 def run_build(
-    request: DownloadRequest, recipe: Recipe, machine: Machine, reporter: Reporter
+    request: DownloadRequest,
+    recipe: Recipe,
+    machine: Machine,
+    reporter: Reporter,
+    output: Target | None = None,
 ) -> tuple[Build, dict[str, StageResult]]:
     """Runs the main job.
 
@@ -108,9 +123,12 @@ def run_build(
             counts where it does not.
         machine: what the work may use.
         reporter: told how far it is.
+        output: where finished files go while others are made, and where one commit names them if
+            the verdict is "pass"; None to publish nothing.
 
     Returns:
-        The build folder, and the result of each stage by name.
+        The build folder, and the result of each stage by name; "push" is one of them if there was
+        one.
     """
     check_device(machine.device)
     check_gpu(machine)
@@ -119,18 +137,42 @@ def run_build(
     check_texts(recipe.verify)
     request, recipe = _agreed(request, recipe)
     _check_engine(recipe, machine)
-    with Workers(machine.device) as workers:
+    of = len(STAGES) + (output is not None)
+    with ExitStack() as stack:
+        ahead = None
+        if output is not None:
+            with translate_errors("download"):
+                request.check_names()  # before a repo is made
+            ahead = UploadAhead(output, recipe.serialize.max_shard_bytes, reporter)
+            stack.enter_context(ahead)
+        workers = stack.enter_context(Workers(machine.device))
         # They import what verify needs while the source is hashed, quantized and written.
-        build, record, ran = run_download(request, reporter, workers.begin, of=len(STAGES))
+        build, record, ran = run_download(request, reporter, workers.begin, of=of)
         results = {"download": StageResult(record, ran)}
-        stages = make_stages(build, recipe, machine, reporter, workers=workers)
+        repo_id = None if output is None else output.repo_id
+        stages = make_stages(build, recipe, machine, reporter, workers=workers, repo_id=repo_id)
+        if ahead is not None:
+            quantize = Quantize(build, recipe, machine, reporter, ahead.add)
+            stages["quantize"] = _by_engine(quantize)
         with translate_errors("build", build), build.locked(_patience(machine)):
             keep_spec(build, recipe, SHAPING_TABLES, replaces=request.replaces)
             for name in stages:
                 results[name] = _ensure(
-                    build, stages, name, recipe, reporter, check=request.check, of=len(STAGES)
+                    build, stages, name, recipe, reporter, check=request.check, of=of
                 )
+                if ahead is not None and name == "quantize":
+                    for path, digest in results[name].record.outputs.items():
+                        ahead.add(build.root / path, digest)
+    if output is not None and results["verify"].record.facts.verdict == "pass":
+        results["push"] = _push(build, output, reporter, of)
     return build, results
+
+
+def _push(build: Build, output: Target, reporter: Reporter, number: int) -> StageResult:
+    with translate_errors("push", build), reporter.stage("push", number, number) as shown:
+        record = Push(build, output, reporter).run()
+        shown.finish(ran=record.facts.committed, nbytes=record.facts.total_bytes)
+    return StageResult(record, record.facts.committed)
 
 
 def _agreed(request: DownloadRequest, recipe: Recipe) -> tuple[DownloadRequest, Recipe]:
@@ -391,7 +433,7 @@ def _finish(
     if isinstance(record.facts, Verification):
         shown.finish(ran=ran, verdict=record.facts.verdict)
     elif record.kind is QUANTIZE:
-        files = build.need(DOWNLOAD).outputs
+        files = source_files(build.need(DOWNLOAD))
         read = sum(d.size for name, d in files.items() if name.endswith(".safetensors"))
         shown.finish(ran=ran, nbytes=read, has_rate=whole)
     else:
@@ -470,6 +512,9 @@ def states(
     state = (
         build.state(DOWNLOAD, record.key, reporter) if record else State("missing", "not run yet")
     )
+    if record and state.status == "done" and record.facts.streamed:
+        nbytes = sum(digest.size for digest in record.facts.streamed.values())
+        state = replace(state, why=f"{state.why}; {nbytes / 1e9:.3f} GB of weights stay on the Hub")
     by_stage = {"download": state}
     previous = "download"
     stages = make_stages(build, complete_recipe(build, recipe), machine, reporter)

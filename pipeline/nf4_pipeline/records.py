@@ -94,6 +94,8 @@ class DownloadFacts(Document):
         reading: how its tensors are understood.
         unchecked: files that the Hub listed without a hash; None for none.
         card: what its own card says of license and language; None in a record of an older version.
+        streamed: the files of weights that stay on the Hub, as it lists them; None if all files are
+            here.
     """
 
     repo: str
@@ -106,6 +108,7 @@ class DownloadFacts(Document):
     reading: Reading = field(default_factory=Reading)
     unchecked: tuple[str, ...] | None = optional()
     card: SourceCard | None = optional()
+    streamed: Mapping[str, FileDigest] | None = optional()
 
     @property
     def notes(self) -> list[str]:
@@ -301,6 +304,11 @@ _ALL: Final[tuple[RecordKind[Facts], ...]] = (
 )
 KINDS: Final[dict[str, RecordKind[Facts]]] = {kind.stage: kind for kind in _ALL}
 """By the stage's name, in the order of the stages."""
+
+
+def source_files(record: Record[DownloadFacts]) -> dict[str, FileDigest]:
+    """The files of a source, by name: those that are here, and those that stay on the Hub."""
+    return dict(sorted((record.outputs_in("source") | dict(record.facts.streamed or {})).items()))
 
 
 def recorded_files(build: Build) -> dict[str, FileDigest]:

@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 from nf4_pipeline.build_folder import Build
+from nf4_pipeline.job import run_stage
+from nf4_pipeline.processes.in_process import in_process
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.recipe import Recipe
+from nf4_pipeline.records import DOWNLOAD, QUANTIZE
 
 from tests.support.hub_server import TOKEN, HubServer, XetStore
 from tests.support.hub_worker import Worker
+from tests.support.jobs import CPU, download
 from tests.support.tiny import content_of, copy_of
 
 hf_xet = pytest.importorskip("hf_xet")  # huggingface_hub asks for it on most machines, not all
@@ -21,8 +27,13 @@ BY_XET = {"HF_HUB_DISABLE_XET": "0", "TESTS_XET_STORE": "folder"}
 @pytest.fixture
 def store(hub: HubServer, verified: Path, tmp_path: Path) -> XetStore:
     """An empty store, for the weights of the export."""
+    return make_store(hub, verified / "export", tmp_path)
+
+
+def make_store(hub: HubServer, folder: Path, tmp_path: Path) -> XetStore:
+    """An empty store, for the weights of a folder."""
     (tmp_path / "cas").mkdir()
-    paths = sorted((verified / "export").glob("*.safetensors"))
+    paths = sorted(folder.glob("*.safetensors"))
     hashes, content = {}, {}
     for path, found in zip(paths, hf_xet.hash_files([str(path) for path in paths]), strict=True):
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -81,3 +92,29 @@ def test_the_store_that_was_checked_is_the_one_that_is_used(
     assert outcome.error == "", outcome.message
     assert list((tmp_path / "cas").iterdir()) != []
     assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_a_source_is_streamed_by_xet(hub: HubServer, tiny_falcon: Path, tmp_path: Path) -> None:
+    """Whole files come from the store; nothing of them is kept, chunks of Xet included."""
+    make_store(hub, tiny_falcon, tmp_path)
+    with Worker(tmp_path / "mine", hub.url, HF_TOKEN=TOKEN, **BY_XET) as worker:
+        assert worker.publish(tiny_falcon, "me/tiny", private=False).error == ""
+    before = len(hub.seen)
+    home = tmp_path / "stranger"
+    with Worker(home, hub.url, **BY_XET) as stranger:
+        for stage in (["download", "me/tiny", "--stream-source"], ["quantize"]):
+            done = stranger.nf4(tmp_path, *stage, "--build-dir", "build", "-q")
+            assert done.status == 0, done.err
+    asked = hub.seen[before:]
+    assert any("xet-read-token" in seen.path for seen in asked)
+    weights = [seen for seen in asked if seen.cdn and seen.path.endswith(".safetensors")]
+    assert all(seen.range for seen in weights)  # headers alone
+    build = Build(tmp_path / "build")
+    assert build.need(DOWNLOAD).facts.streamed is not None
+    assert not (build.root / "streamed" / "spool").exists()
+    kept = sum(path.stat().st_size for path in home.rglob("*") if path.is_file())
+    assert kept < min(path.stat().st_size for path in tiny_falcon.glob("*.safetensors"))
+    with in_process():
+        local, *_ = download(tiny_falcon, tmp_path / "artifacts")
+        run_stage(local, "quantize", Recipe(), CPU, SILENT)
+    assert build.need(QUANTIZE).outputs == local.need(QUANTIZE).outputs

@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from mmap import mmap
 from types import TracebackType
 from typing import Any, ClassVar, Final
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -174,6 +175,7 @@ class Seen:
     cdn: bool
     authorized: bool
     bearer: str = ""
+    range: str = ""
 
 
 class HubServer:
@@ -285,7 +287,8 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         with hub.lock:
             bearer = headers.get("authorization", "")
-            hub.seen.append(Seen(method, path, cdn, "authorization" in headers, bearer))
+            wanted = headers.get("range", "")
+            hub.seen.append(Seen(method, path, cdn, "authorization" in headers, bearer, wanted))
         fault = hub.next_fault(method, path, cdn=cdn) or Fault(path)
         time.sleep(fault.delay + hub.pause)
         if fault.dropped:
@@ -332,7 +335,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()  # its answer would be whole with the headers
             return
         status, headers, body = answer.status, dict(answer.headers), answer.body
-        if not isinstance(body, bytes):
+        if not isinstance(body, bytes | mmap):
             body = json.dumps(body).encode()
             headers["Content-Type"] = "application/json"
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range") or "")

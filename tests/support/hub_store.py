@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 LFS_FROM = 1_000_000  # bytes; above it a file is LFS, as is any *.safetensors
+
+
+MAPPED_FROM = 1 << 26  # bytes
 
 
 def git_sha1(data: bytes) -> str:
@@ -117,6 +121,14 @@ class Repo:
         return self.commits.get(self.refs.get(revision, revision))
 
 
+def _content(path: Path) -> bytes:
+    """A file's bytes; those of a large one stay on the disk until they are looked at."""
+    if path.stat().st_size < MAPPED_FROM:
+        return path.read_bytes()
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # type: ignore[return-value]
+
+
 class Store:
     """All repos of a test Hub, and the tokens that it takes."""
 
@@ -138,7 +150,7 @@ class Store:
         """Makes a repo with one commit, from a folder or from bytes by path."""
         if isinstance(files, Path):
             paths = (path for path in files.rglob("*") if path.is_file())
-            files = {path.relative_to(files).as_posix(): path.read_bytes() for path in paths}
+            files = {path.relative_to(files).as_posix(): _content(path) for path in paths}
         repo = Repo(repo_id, gated, private, set(readers))
         repo.commit(files)
         self.repos[repo_id] = repo

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 from nf4_pipeline.api.artifact import Artifact
 from nf4_pipeline.api.interrupts import interruptible
-from nf4_pipeline.api.options import PathName, RecipeLike, make_machine, make_recipe, make_request
+from nf4_pipeline.api.options import (
+    PathName,
+    RecipeLike,
+    make_machine,
+    make_recipe,
+    make_request,
+    make_target,
+)
 from nf4_pipeline.machine import DEFAULT_MEMORY_BUDGET
 from nf4_pipeline.progress import ProgressCallback, reporting_to
 
@@ -36,6 +43,8 @@ def build(
     allow_unhashed: bool = False,
     allow_unused: Sequence[str] = (),
     strip_prefix: str = "",
+    stream_source: bool = False,
+    stream_output: str | None = None,
     check: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Artifact:
@@ -75,6 +84,10 @@ def build(
         allow_unhashed: take files for which the Hub lists no hash, too.
         allow_unused: patterns of tensors that the model has no place for and may be left out.
         strip_prefix: what a wrapper left before the names of all tensors, such as "module.".
+        stream_source: the weights of a Hub model come file by file while they are quantized, and go
+            again; verify fetches them once more, block by block.
+        stream_output: a Hub repo, ORG/NAME: finished files go there while others are made, seen by
+            nobody, until one commit names them if the verdict is "pass".
         check: hash everything again, also what looks untouched since it was hashed.
         progress: called with each `ProgressEvent`. What it raises ends the build; what is finished
             is kept.
@@ -122,9 +135,11 @@ def build(
         strip_prefix=strip_prefix,
         build_dir=build_dir,
         replaces=replace,
+        stream_source=stream_source,
     )
+    target = None if stream_output is None else make_target(stream_output)
     from nf4_pipeline.job import run_build
 
     with interruptible(), reporting_to(progress) as reporter:
-        made, _ = run_build(request, options.recipe, machine, reporter)
+        made, _ = run_build(request, options.recipe, machine, reporter, target)
     return Artifact.open(made.export)

@@ -38,6 +38,7 @@ def make_request(
     strip_prefix: str = "",
     build_dir: PathName | None = None,
     replaces: bool = False,
+    stream_source: bool = False,
 ) -> DownloadRequest:
     """Which checkpoint is wanted, and how it is read; `DownloadRequest` says what each means.
 
@@ -61,6 +62,7 @@ def make_request(
         reading=reading,
         check=check,
         replaces=replaces,
+        stream=stream_source,
     )
 
 

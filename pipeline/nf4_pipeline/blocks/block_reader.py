@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final
+from typing import Final
 
 import torch
 
-from nf4_pipeline.checkpoint.source import Checkpoint, SourceTensor
+from nf4_pipeline.checkpoint.source import SourceTensor
 from nf4_pipeline.errors import CheckpointError
+from nf4_pipeline.streaming.reading import TensorBytes
 
 _ALIGN: Final = 256  # of a tensor in the buffer; CUDA's kernels like it
 _PART: Final = 16 * 2**20  # bytes that one thread reads at a time
@@ -72,20 +71,15 @@ class TensorGroup:
 
 
 class BlockReader:
-    """Reads groups of tensors from the files of a checkpoint; a context manager.
+    """Reads groups of tensors; a context manager.
 
     Args:
-        checkpoint: where the tensors are.
+        source: gives the bytes; closed with this.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._stack = ExitStack()
-        self._parts = self._stack.enter_context(ThreadPoolExecutor(_READERS, "read"))
-        self._descriptors: dict[str, int] = {}
-        for file in checkpoint.files:
-            descriptor = os.open(checkpoint.path(file), os.O_RDONLY)
-            self._stack.callback(os.close, descriptor)
-            self._descriptors[file] = descriptor
+    def __init__(self, source: TensorBytes) -> None:
+        self._source = source
+        self._parts = ThreadPoolExecutor(_READERS, "read")
 
     def __enter__(self) -> BlockReader:
         return self
@@ -96,7 +90,8 @@ class BlockReader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stack.close()
+        self._parts.shutdown(cancel_futures=error is not None)
+        self._source.close()
 
     def start(self, group: TensorGroup, buffer: torch.Tensor) -> list[Future[None]]:
         """Begins to read a group.
@@ -114,16 +109,15 @@ class BlockReader:
             for start in range(0, tensor.header.nbytes, _PART):
                 count = min(_PART, tensor.header.nbytes - start)
                 part = view[offset + start : offset + start + count]
-                pending.append(self._parts.submit(self._read, tensor, start, part))
+                pending.append(self._parts.submit(self._source.read, tensor, start, part))
         return pending
 
-    def _read(self, tensor: SourceTensor, start: int, part: Any) -> None:
-        offset = tensor.header.offset + start
-        while part:
-            count = os.preadv(self._descriptors[tensor.file], [part], offset)
-            if count == 0:
-                raise CheckpointError(
-                    f"{tensor.file} ended in the middle of {tensor.name!r}: it became shorter "
-                    "while it was read. Download the checkpoint again."
-                )
-            part, offset = part[count:], offset + count
+    def read(self, tensor: SourceTensor) -> torch.Tensor:
+        """A tensor by itself, as it stands in its file; bytes, if torch has no such numbers."""
+        header = tensor.header
+        buffer = torch.empty(header.nbytes, dtype=torch.uint8)
+        for part in self.start(TensorGroup.of([tensor]), buffer):
+            part.result()
+        if header.dtype not in DTYPES:
+            return buffer
+        return buffer.view(DTYPES[header.dtype]).reshape(header.shape)

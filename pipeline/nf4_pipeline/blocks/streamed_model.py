@@ -23,6 +23,7 @@ from nf4_pipeline.model.meta_model import build_meta_model
 from nf4_pipeline.model.tensor_names import NameMap
 from nf4_pipeline.quiet_libraries import quiet_loading
 from nf4_pipeline.resource_usage import available_memory, peak_memory
+from nf4_pipeline.streaming.reading import tensor_bytes
 
 _STEM: Final = ""
 
@@ -38,6 +39,7 @@ class StreamedModel:
         device: "cpu" or "cuda:N".
         dtype: what everything is cast to; None for what the config or the weights say, as far as
             the device computes in it.
+        served: where the bytes of its weights are served, if its files are headers alone.
 
     Attributes:
         model: the transformers model.
@@ -45,10 +47,18 @@ class StreamedModel:
         device: where they are while they are open.
         checkpoint: what the folder holds.
         footprint: bytes of all parameters if they were there at once.
+        is_served: no file of its weights is here.
     """
 
-    def __init__(self, folder: Path, device: str, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        device: str,
+        dtype: torch.dtype | None = None,
+        served: Path | None = None,
+    ) -> None:
         self._folder = folder
+        self.is_served = served is not None
         self.checkpoint = checkpoint = open_checkpoint(folder)
         self.device = torch.device(device)
         with building(folder, build_seconds(len(checkpoint.tensors))):
@@ -61,7 +71,7 @@ class StreamedModel:
         self._float32 = float32_parts(self.model, self._dtype)
         self._names = NameMap(self.model, [tensor.name for tensor in checkpoint.tensors])
         self._groups = _grouped(checkpoint, self._names, self.blocks)
-        self._reader = BlockReader(checkpoint)
+        self._reader = BlockReader(tensor_bytes(checkpoint, served))
         self._next: dict[str, tuple[torch.Tensor, list[Future[None]]]] = {}
         self._free: list[torch.Tensor] = []
         self._empty: dict[str, dict[str, torch.Tensor]] = {}
@@ -82,6 +92,10 @@ class StreamedModel:
         trace: TracebackType | None,
     ) -> None:
         self._reader.__exit__(kind, error, trace)
+
+    def read(self, tensor: SourceTensor) -> torch.Tensor:
+        """A tensor of the checkpoint as it stands there, read for this call."""
+        return self._reader.read(tensor)
 
     def nbytes(self, block: str) -> int:
         """Bytes of a block on the device."""
@@ -283,6 +297,16 @@ class StreamedModel:
 
     def _block_of(self, name: str) -> str:
         return _block_of(name, self.blocks)
+
+
+def footprint_of(folder: Path, device: str) -> int:
+    """Bytes of all parameters of a 16-bit checkpoint, as `StreamedModel` has it, unread."""
+    checkpoint = open_checkpoint(folder)
+    with building(folder, build_seconds(len(checkpoint.tensors))):
+        config = causal_lm_config(read_config(folder), folder)
+        stored = stored_dtype(config, checkpoint)
+        model = build_meta_model(config, compute_dtype(stored, device) or stored)
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def free_memory(device: torch.device, limit: int = 0) -> int:

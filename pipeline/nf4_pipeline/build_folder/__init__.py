@@ -4,6 +4,7 @@
       source/        the pinned checkpoint: links to where its files are
       quantized/     one safetensors per source shard, each complete or absent
       export/        the publishable folder
+      streamed/      of weights that stay on the Hub: headers, hashes, and what is here just now
       records/       one small JSON per finished stage
       build.json     the source and the recipe that it is for, from before the first byte
       .lock          held by the process that works here; .lock.* by those that make a file each

@@ -65,7 +65,8 @@ def _model(build: Listed) -> list[str]:
     if build.is_sample:
         return ["sample"]
     if build.spec is not None and build.spec.source.commit is not None:
-        return [build.spec.source.repo, "--revision", build.spec.source.commit]
+        how = ["--stream-source"] if build.is_streamed else []
+        return [build.spec.source.repo, "--revision", build.spec.source.commit, *how]
     if build.source is not None and build.source.is_dir():
         return [str(build.source)]
     return ["MODEL"]

@@ -13,7 +13,7 @@ from nf4_pipeline.calibration.calibrator import Calibrator
 from nf4_pipeline.checkpoint.digest import content_sha256
 from nf4_pipeline.errors import BuildError
 from nf4_pipeline.recipe import TABLES, PartialRecipe, Recipe, RecipeValue
-from nf4_pipeline.records import DOWNLOAD, KINDS, QUANTIZE, SERIALIZE
+from nf4_pipeline.records import DOWNLOAD, KINDS, QUANTIZE, SERIALIZE, source_files
 
 READING: Final = frozenset({"quantize.allow_unused", "quantize.strip_prefix"})
 """The keys of a recipe that download reads."""
@@ -35,7 +35,7 @@ def spec_of(build: Build, recipe: Recipe | None = None) -> BuildSpec | None:
     if downloaded is None:
         return None
     facts = downloaded.facts
-    files = facts.converted_from or downloaded.outputs_in("source")
+    files = facts.converted_from or source_files(downloaded)
     source = SourcePin(repo=facts.repo, commit=facts.commit, sha256=content_sha256(files))
     tables: dict[str, dict[str, Any]] = {}
     if (quantized := build.record(QUANTIZE)) is not None:

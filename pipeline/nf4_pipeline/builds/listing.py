@@ -25,6 +25,7 @@ class Listed:
         is_sample: it is of the model that comes with the package.
         source: where its local source is, or its files are; None if that is not known.
         done: the stages that left a record, in their order.
+        is_streamed: its weights stay on the Hub.
     """
 
     root: Path
@@ -32,6 +33,7 @@ class Listed:
     is_sample: bool = False
     source: Path | None = None
     done: tuple[str, ...] = ()
+    is_streamed: bool = False
 
     @property
     def variant(self) -> Variant | None:
@@ -108,4 +110,5 @@ def look_at(root: Path) -> Listed:
     elif (build.source / "config.json").is_symlink():
         source = (build.source / "config.json").resolve().parent
     done = tuple(stage for stage in KINDS if (root / "records" / f"{stage}.json").is_file())
-    return Listed(root, spec, bool(record and record.facts.is_sample), source, done)
+    is_sample = bool(record and record.facts.is_sample)
+    return Listed(root, spec, is_sample, source, done, bool(record and record.facts.streamed))

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
             "nf4 build Qwen/Qwen3-8B --dry-run",
             "What it would fetch, write and take, from a few hundred kilobytes of headers.",
         ),
+        (
+            "nf4 build tiiuae/falcon-180B --stream-source",
+            "A model larger than the disk: only the result and two files of the source lie there.",
+        ),
     ),
 )
 @click.option(
@@ -46,18 +50,31 @@ if TYPE_CHECKING:
     help="Print sizes, disk, memory and time; fetch no weights and build nothing. Exits 1 if a "
     "disk is too small.",
 )
+@click.option(
+    "--stream-output",
+    metavar="ORG/NAME",
+    help="Send finished files to this Hub repo while others are made; nobody sees them until one "
+    "commit names them, after the verdict. A repo that has to be made is private.",
+)
 @download_options
 @recipe_options("quantize", "serialize", "verify")
 @output_options
 def command(
-    ui: Ui, request: DownloadRequest, recipe: PartialRecipe, machine: Machine, dry_run: bool
+    ui: Ui,
+    request: DownloadRequest,
+    recipe: PartialRecipe,
+    machine: Machine,
+    dry_run: bool,
+    stream_output: str | None,
 ) -> None:
     """Download, quantize, serialize, verify, attest MODEL: a Hub id, a local folder, or "sample".
 
     What is done and still valid is not done again. Exits 1 if the verdict is "fail".
     """
+    from nf4_pipeline.api.options import make_target
     from nf4_pipeline.progress import LOADING
 
+    target = None if stream_output is None else make_target(stream_output)
     reporter = ui.reporter()
     if dry_run:
         _show_forecast(ui, request, recipe, machine, reporter)
@@ -66,7 +83,7 @@ def command(
         from nf4_pipeline.cli.summary import Summary, show_summary
         from nf4_pipeline.job import run_build
 
-    build, results = run_build(request, recipe.recipe, machine, reporter)
+    build, results = run_build(request, recipe.recipe, machine, reporter, target)
     summary = Summary.of(build, results)
     ui.result(summary.to_json(), lambda: show_summary(summary, verbose=ui.verbose))
     if summary.verification.verdict != "pass":

@@ -36,13 +36,14 @@ def command(ui: Ui, request: DownloadRequest) -> None:
     reporter = ui.reporter()
     with reporter.task(LOADING, None):
         from nf4_pipeline.job import run_download
+        from nf4_pipeline.records import source_files
 
     build, record, _ = run_download(request, reporter)
-    facts = record.facts
+    facts, files = record.facts, source_files(record)
     value = {
         "build": str(build.root),
         **facts.identity.to_json(),
-        "files": digests_json(record.outputs_in("source")),
+        "files": digests_json(files),
         "bytes": record.total_bytes,
     }
 
@@ -51,6 +52,9 @@ def command(ui: Ui, request: DownloadRequest) -> None:
             f"{facts.repo} at {facts.pinned}: {len(record.outputs)} files, "
             f"{record.total_bytes:,} bytes"
         )
+        if facts.streamed:
+            staying = sum(digest.size for digest in facts.streamed.values())
+            say(f"        {len(facts.streamed)} files of weights, {staying:,} bytes, stay there")
         place = shlex.quote(str(build.root))
         say(f"build:  {place}")
         named = shlex.quote(request.model) if request.build_dir is None else f"--build-dir {place}"

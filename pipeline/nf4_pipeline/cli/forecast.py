@@ -33,9 +33,14 @@ def show_forecast(found: Forecast, *, verbose: bool = False) -> None:
             say_brief(f"  {title:<11} {plain_size(nbytes)}: {reason}")
             title = ""
     say_brief(f"  memory      {plain_size(found.memory_bytes)} to quantize, and the libraries")
-    if found.hub_cache is not None:
-        say_brief(f"  disk        {_space(found.hub_cache)}")
-    say_brief(f"  {'disk' if found.hub_cache is None else '':<11} {_space(found.builds)}")
+    spaces = [found.builds]
+    if found.hub_cache is not None and not found.window_bytes:
+        spaces.insert(0, found.hub_cache)
+    for title, space in zip(("disk", ""), spaces, strict=False):
+        say_brief(f"  {title:<11} {_space(space)}")
+    if found.window_bytes:
+        window = plain_size(found.window_bytes)
+        say_brief(f"              {window} of it for files of the source, two at a time")
     took = ", ".join(f"{name} {value:.1f} s" for name, value in found.seconds.items())
     say_brief(f"  time        {took}, as fast as these processors hash and quantize")
     if found.fetch_bytes:
@@ -53,6 +58,8 @@ def _fetched(found: Forecast) -> str:
         return "here"
     if not found.fetch_bytes:
         return "all in the Hub cache"
+    if found.window_bytes:
+        return "streamed: fetched once to be quantized, and once more to verify"
     return f"{plain_size(found.fetch_bytes)} of them still to be fetched"
 
 

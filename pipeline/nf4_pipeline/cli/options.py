@@ -233,6 +233,12 @@ def download_options(command: Command) -> Command:
         help="What a wrapper left before the names of tensors, such as _orig_mod. or module.; a "
         "copy without it is made in the build folder.",
     )
+    @click.option(
+        "--stream-source",
+        is_flag=True,
+        help="Weights of a Hub model that are not cached stay on the Hub: they come file by file "
+        "while they are quantized, and again, block by block, to be compared with the result.",
+    )
     @build_dir_option
     @replace_option
     @wraps(command)
@@ -245,6 +251,7 @@ def download_options(command: Command) -> Command:
         check: bool,
         allow_unused: tuple[str, ...],
         strip_prefix: str,
+        stream_source: bool,
         build_dir: Path | None,
         replaces: bool,
         **values: Any,
@@ -262,6 +269,7 @@ def download_options(command: Command) -> Command:
             strip_prefix=strip_prefix,
             build_dir=build_dir,
             replaces=replaces,
+            stream_source=stream_source,
         )
         return command(request=request, **values)
 

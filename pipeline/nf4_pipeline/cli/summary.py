@@ -12,7 +12,7 @@ from nf4_pipeline.cli.terminal import program, say, say_brief
 from nf4_pipeline.fidelity.metrics import Fidelity
 from nf4_pipeline.fidelity.verdict import Check
 from nf4_pipeline.job import StageResult
-from nf4_pipeline.records import SerializeFacts
+from nf4_pipeline.records import PushFacts, SerializeFacts
 from nf4_pipeline.report.formatting import both_units, interval, is_finite, plain_size
 from nf4_pipeline.verification.document import (
     Against,
@@ -56,6 +56,11 @@ class Summary:
         notes: list[str] = self.results["download"].record.facts.notes
         return notes
 
+    @property
+    def pushed(self) -> PushFacts | None:
+        """What the Hub holds, if the build was published."""
+        return self.results["push"].record.facts if "push" in self.results else None
+
     def to_json(self) -> dict[str, Any]:
         """What `nf4 build --json` says."""
         verification = self.verification.to_json()
@@ -79,6 +84,7 @@ class Summary:
             "notes": self.notes,
             "verification": verification,
             "answers": answers,
+            **({} if self.pushed is None else {"pushed": self.pushed.to_json()}),
         }
 
 
@@ -105,13 +111,16 @@ def show_summary(summary: Summary, *, verbose: bool = False) -> None:
         return
     if summary.serialized.facts.hidden_modules:
         say_brief("  loading     nf4_pipeline.load(…), or see its README.md")
-    _show_next(summary.build)
+    _show_next(summary)
 
 
-def _show_next(build: Build) -> None:
-    root, nf4 = shlex.quote(str(build.root)), program()
+def _show_next(summary: Summary) -> None:
+    root, nf4 = shlex.quote(str(summary.build.root)), program()
     say(f'  next        {nf4} prompt {root} "…"')
-    say(f"              {nf4} push {root} --dry-run --repo-id ORG/NAME")
+    if (pushed := summary.pushed) is None:
+        say(f"              {nf4} push {root} --dry-run --repo-id ORG/NAME")
+    else:
+        say(f"  on the Hub  {pushed.url}")
 
 
 def _show_all(summary: Summary) -> None:
@@ -149,7 +158,7 @@ def _show_all(summary: Summary) -> None:
             "  loading     nf4_pipeline.load(…); stock transformers >= 5.5 needs the line that "
             "README.md there gives"
         )
-    _show_next(summary.build)
+    _show_next(summary)
 
 
 def _show_answers(answers: Sequence[AnswerPair]) -> None:

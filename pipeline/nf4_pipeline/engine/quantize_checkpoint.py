@@ -6,9 +6,10 @@ QuantizationRun     plan + rounding + machine -> the engine, with its threads an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 from nf4_pipeline.checkpoint.source import Checkpoint
@@ -20,7 +21,7 @@ from nf4_pipeline.machine import Machine
 from nf4_pipeline.model.architecture import Architecture
 from nf4_pipeline.nf4.compiling import compilation_shown
 from nf4_pipeline.nf4.rounding import Rounding
-from nf4_pipeline.progress import Reporter
+from nf4_pipeline.progress import Reporter, Task
 from nf4_pipeline.recipe import QuantizeRecipe
 from nf4_pipeline.selection import Plan, select
 
@@ -142,19 +143,52 @@ class QuantizationRun:
             CheckpointError: a weight is not finite, or a file became shorter while it was read.
             TiedWeightsDiffer: a tensor was to be dropped and does not equal its twin.
         """
+        with self.shown(title, outputs, reporter) as task:
+            self.make_within(task, outputs, opener, done)
+
+    @contextmanager
+    def shown(self, title: str, outputs: Sequence[Output], reporter: Reporter) -> Iterator[Task]:
+        """A task for `make_within`, as large as the tensors that these files are made of."""
         total = sum(t.source.header.nbytes for output in outputs for t in output.tensors)
         with compilation_shown(reporter), reporter.task(title, total) as task:
-            make_files(
-                self.checkpoint,
-                self.plan,
-                outputs,
-                opener,
-                done,
-                rounding=self.rounding,
-                budget=divide(
-                    self.machine.memory_budget,
-                    self.machine.workers or self.rounding.workers,
-                    self.rounding.max_chunk_bytes,
-                ),
-                task=task,
-            )
+            yield task
+
+    def make_within(
+        self,
+        task: Task,
+        outputs: Sequence[Output],
+        opener: Opener,
+        done: Callable[[str, QuantizedFile], None],
+    ) -> None:
+        """Makes files, in a task that may go on after them; see `make`."""
+        make_files(
+            self.checkpoint,
+            self.plan,
+            outputs,
+            opener,
+            done,
+            rounding=self.rounding,
+            budget=divide(
+                self.machine.memory_budget,
+                self.machine.workers or self.rounding.workers,
+                self.rounding.max_chunk_bytes,
+            ),
+            task=task,
+        )
+
+    def on_file(self, folder: Path, file: str) -> QuantizationRun:
+        """The same on one file of the checkpoint, which may be the only one that is there.
+
+        Tied tensors are not compared, since their twin may be elsewhere.
+
+        Args:
+            folder: where the file is.
+            file: its name.
+        """
+        return replace(
+            self,
+            checkpoint=replace(self.checkpoint, folder=folder, files=(file,)),
+            plan=replace(
+                self.plan, tensors=tuple(t for t in self.plan.tensors if t.action != "drop")
+            ),
+        )

@@ -6,6 +6,7 @@
     publish(files, target, message) ──► Published                   upload.py, local.py
 
     headers.py    what weights hold, before they are fetched
+    ranges.py     a part of a file, without the rest of it
     client.py     every call of huggingface_hub: quiet, patient to a limit, tried again
     publisher.py  a CI job's identity, exchanged for a token of an hour
     transport.py  every request and answer of it: to whom the token goes, what may come back
@@ -42,6 +43,7 @@ from nf4_pipeline.hub.download import Fetched, fetch, file_digests
 from nf4_pipeline.hub.headers import fetch_headers
 from nf4_pipeline.hub.local import LocalFile
 from nf4_pipeline.hub.lookup import resolve
+from nf4_pipeline.hub.ranges import read_range
 from nf4_pipeline.hub.remote import RemoteFile, RemoteModel, named, small_files, wanted_files
 from nf4_pipeline.hub.upload import (
     CommitMessage,
@@ -49,8 +51,10 @@ from nf4_pipeline.hub.upload import (
     Published,
     Target,
     commit_url,
+    prepare,
     publish,
     pull_request_url,
+    send_ahead,
 )
 
 __all__ = [
@@ -68,9 +72,12 @@ __all__ = [
     "fetch_headers",
     "file_digests",
     "named",
+    "prepare",
     "publish",
     "pull_request_url",
+    "read_range",
     "resolve",
+    "send_ahead",
     "small_files",
     "snapshot",
     "wanted_files",

@@ -12,13 +12,11 @@ from nf4_pipeline.checkpoint.safetensors_header import (
     MAX_HEADERS_BYTES,
     header_length,
 )
-from nf4_pipeline.hub import client, limits
-from nf4_pipeline.hub.errors import Request
+from nf4_pipeline.hub import client
+from nf4_pipeline.hub.ranges import read_range
 from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
-from nf4_pipeline.hub.replies import ReplyError
 
 _WORKERS: Final = 4
-_NO_RANGES: Final = 416  # status of a server that sends no parts of a file
 _FIRST: Final = 128 << 10  # bytes asked for at first: more than the header of almost any shard
 _OF_NO_HEADER: Final = 1 << 10  # bytes; a pointer of Git LFS has fewer
 
@@ -69,34 +67,5 @@ def _first_bytes(
     model: RemoteModel, file: RemoteFile, amount: int, sleep: Callable[[float], None]
 ) -> bytes:
     wanted = min(amount, file.size)
-    revision = model.revision or model.commit
-    return client.attempt(
-        lambda: _read(model, file, wanted) if wanted else b"",
-        Request(model.repo_id, revision, f"reading the header of {file.path}"),
-        sleep,
-        allowance=limits.for_file(file.size, file.sha256 or file.git_sha1, model.commit),
-    )
-
-
-def _read(model: RemoteModel, file: RemoteFile, wanted: int, *, ranged: bool = True) -> bytes:
-    """Reads so many bytes, whether the Hub sends only them or begins to send the file."""
-    from huggingface_hub import get_session, hf_hub_url
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # its public names
-        build_hf_headers,
-        hf_raise_for_status,
-    )
-
-    url = hf_hub_url(model.repo_id, file.path, revision=model.commit)
-    headers = build_hf_headers(library_name=client.LIBRARY)
-    if ranged:
-        headers["range"] = f"bytes=0-{wanted - 1}"
-    with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
-        if ranged and response.status_code == _NO_RANGES:
-            return _read(model, file, wanted, ranged=False)
-        hf_raise_for_status(response)
-        came = bytearray()
-        for chunk in response.iter_raw():
-            came += chunk
-            if len(came) >= wanted:
-                return bytes(came[:wanted])
-    raise ReplyError(f"sent {len(came):,} of {wanted:,} bytes", passing=True)
+    doing = f"reading the header of {file.path}"
+    return read_range(model, file, 0, wanted, doing, sleep) if wanted else b""

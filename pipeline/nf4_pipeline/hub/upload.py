@@ -1,6 +1,7 @@
 """Puts files into a model repo in one commit, or one pull request, and proves that they are there.
 
     look ──► create? ──► compare ──► send the bytes ──► commit ──► compare again: the proof
+    prepare                          send_ahead: before all else is known
 
 Sending bytes changes nothing that anybody sees; the one commit does, so a repo holds either all of
 an export or none of it. That is why `create_commit` is used: where Xet is on, `upload_folder` may
@@ -13,7 +14,7 @@ repo first, and each commit names the parent that was seen.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import count
@@ -137,6 +138,57 @@ def publish(
         return _Push(files, target, message, earlier, reporter, sleep).run()
 
 
+def prepare(
+    target: Target, reporter: Reporter, *, sleep: Callable[[float], None] = time.sleep
+) -> None:
+    """Makes sure that a repo takes files: there is a token, and the repo, made if it has to be.
+
+    Args:
+        target: where files will go.
+        reporter: told what happens.
+        sleep: waits between tries, in seconds.
+
+    Raises:
+        HubError: no token, no right to make the repo, no answer, another visibility than the one
+            that was asked for, or this is a CI job without a token of its own.
+    """
+    if publisher.resource() is not None or publisher.is_offered():
+        from huggingface_hub import get_token
+
+        if publisher.resource() is not None or get_token() is None:
+            raise HubError(
+                "--stream-output: a token that a CI job's identity is exchanged for is good for "
+                "one repo, and would go with what is fetched meanwhile, too. Set HF_TOKEN, and no "
+                "HF_OIDC_RESOURCE; or leave --stream-output out, and run `nf4 push` at the end."
+            )
+    with client.quiet():
+        _Push({}, target, CommitMessage(""), None, reporter, sleep).prepare()
+
+
+def send_ahead(
+    files: Mapping[str, LocalFile],
+    target: Target,
+    reporter: Reporter,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Sends the bytes of files that a later `publish` will name; until then nobody sees them.
+
+    What the Hub holds already is not sent.
+
+    Args:
+        files: by the path that they may get.
+        target: where; `prepare` was called for it.
+        reporter: told what happens.
+        sleep: waits between tries, in seconds.
+
+    Raises:
+        HubError: no right to write, no answer, or a file changed meanwhile.
+    """
+    with client.quiet():
+        _Push(files, target, CommitMessage(""), None, reporter, sleep).upload(files, MAIN, False)
+
+
 class _Push:
     """One `publish`: what it was given, and the client."""
 
@@ -156,10 +208,15 @@ class _Push:
         self._earlier, self._reporter, self._sleep = earlier, reporter, sleep
         self._repo_id = target.repo_id
 
-    def run(self) -> Published:
+    def prepare(self) -> tuple[RemoteModel, bool]:
+        """The repo, and whether it was made now."""
         self._check_token()
         remote, created = self._find_or_create()
         self._check_visibility(remote)
+        return remote, created
+
+    def run(self) -> Published:
+        remote, created = self.prepare()
         number = self._own_pull_request(remote) if self._target.pull_request else None
         if number is not None:
             remote = self._look(_branch(number))
@@ -297,15 +354,28 @@ class _Push:
 
     def _send(self, remote: RemoteModel, number: int | None) -> list[Any]:
         """Uploads the bytes of large files; gives the operations of the commit."""
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-        from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+        from huggingface_hub import CommitOperationDelete
 
         todo = self._todo(remote)
         sizes = sum(self._files[path].size for path in todo.put)
         self._reporter.note(f"uploading {len(todo.put)} files, {sizes:,} bytes, to {self._repo_id}")
+        puts = self.upload(todo.put, remote.revision or MAIN, self._opens(number))
+        return [*(CommitOperationDelete(path) for path in todo.delete), *puts]
+
+    def upload(self, paths: Iterable[str], revision: str, opens: bool) -> list[Any]:
+        """Uploads the bytes of large files; gives the operations that add all of them.
+
+        Args:
+            paths: of the files.
+            revision: the branch that they are for.
+            opens: they are for a pull request that is yet to be opened.
+        """
+        from huggingface_hub import CommitOperationAdd
+        from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+
         puts = [
             CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
-            for path in todo.put
+            for path in paths
             for content in [self._files[path].content]
         ]
         for put in puts:  # else the client reads every file once more to hash it
@@ -314,8 +384,8 @@ class _Push:
             lambda: self._api.preupload_lfs_files(
                 self._repo_id,
                 puts,
-                revision=remote.revision,
-                create_pr=self._opens(number),
+                revision=revision,
+                create_pr=opens,
                 free_memory=False,
                 gitignore_content="",  # a .gitignore in the repo must not leave files out
             ),
@@ -323,8 +393,8 @@ class _Push:
             has_bars=not are_progress_bars_disabled(),
             delays=client.ONCE_MORE,
         )
-        self._check_untouched(todo.put)
-        return [*(CommitOperationDelete(path) for path in todo.delete), *puts]
+        self._check_untouched([put.path_in_repo for put in puts])
+        return puts
 
     def _check_untouched(self, paths: Sequence[str]) -> None:
         """Commits no bytes under a hash that may be that of others."""

@@ -7,6 +7,7 @@ that gets the token is the Hub's own.
 
 from __future__ import annotations
 
+import os
 from typing import Any, Final
 
 from nf4_pipeline.hub import limits, replies
@@ -28,6 +29,14 @@ def check_store(address: str, home: replies.Origin) -> None:
         raise ReplyError(f"named {shown(address)} as the store of its files")
     if scheme in ("https", "http"):
         replies.check_target(address, home)
+
+
+def keep_no_chunks() -> None:
+    """Tells hf_xet, before it starts, to keep no copy of what it fetches: some builds keep 10 GB.
+
+    Where the user has said how much, that holds.
+    """
+    os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")
 
 
 def install() -> None:

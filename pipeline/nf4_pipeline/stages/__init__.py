@@ -4,6 +4,7 @@
     preflight.py     what can be known of a checkpoint before its first weight is read
     find_source.py   a name -> a checkpoint that was found, looked at, fetched and hashed
     hub_files.py     a model of the Hub, looked at before its weights are fetched, then fetched
+    streamed_source.py  weights that stay on the Hub: planned by headers, passed by, served
     forecast.py      what a build would read, write and take, before a byte of weights moves
     cost_model.py    what it takes, from rates of hosts, disks and networks
     publication.py   the card, provenance and bill of materials of an export, for the repo they name
@@ -16,6 +17,7 @@
     serialize.py     quantized/ -> export/: the artifact and its manifest
     verify.py        export/ against source/ -> verification.json, report, the verdict
     attest.py        export/ -> model card, provenance.json and bom.cdx.json in it
+    upload_ahead.py  finished files, sent to the Hub before a push names them
     push.py          export/ -> what would be, or is, on the Hub
 
 A stage is a frozen object, made once with what it needs: its build folder, the recipe, the machine,

@@ -1,4 +1,7 @@
-"""A name -> a pinned, hashed checkpoint in source/, which holds links and no copies."""
+"""A name -> a pinned, hashed checkpoint in source/, which holds links and no copies.
+
+Weights that are streamed stay on the Hub: of them, the headers are kept.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from typing import Final, NamedTuple
 from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.build_folder.spec import read_spec
 from nf4_pipeline.builds import spec_of
-from nf4_pipeline.checkpoint.atomic import make_folder, sync_folder
-from nf4_pipeline.checkpoint.digest import FileStamp, json_sha256
+from nf4_pipeline.checkpoint.atomic import make_folder, sync_folder, write_bytes
+from nf4_pipeline.checkpoint.digest import FileDigest, FileStamp, json_sha256
 from nf4_pipeline.errors import AccessError, SourceError, UsageError
 from nf4_pipeline.model.probe import transformers_version
 from nf4_pipeline.progress import SILENT, Reporter
@@ -27,6 +30,7 @@ from nf4_pipeline.stages.find_source import (
     locked_soon,
 )
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
+from nf4_pipeline.stages.streamed_source import header_path
 
 CODE_VERSION: Final = 3
 _NO_LINKS: Final = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -68,7 +72,8 @@ class Download:
             place = finder.locate()
             self.request.check_kept(place)
             if (downloaded := self._unchanged(place)) is not None:
-                finder.keep(place)
+                if not downloaded.record.facts.streamed:
+                    finder.keep(place)
                 self._say(downloaded.record.facts)
                 return downloaded
             self.begin()
@@ -79,15 +84,25 @@ class Download:
         facts = source.facts()
         self._say(facts)
         key = self._key(facts, source.folder)
+        headers = {header_path(name): start for name, start in source.starts.items()}
 
         def standing() -> Record[DownloadFacts] | None:
             record = build.record(DOWNLOAD)
-            same = record is not None and record.key == key and _links_stand(build, source)
+            same = (
+                record is not None
+                and record.key == key
+                and _links_stand(build, source)
+                and all((build.root / name).is_file() for name in headers)
+            )
             return record if same else None
 
         def work() -> Outcome[DownloadFacts]:
             _link(build, source)
-            return {f"source/{name}": digest for name, digest in source.files.items()}, facts
+            for name, start in headers.items():
+                make_folder((build.root / name).parent)
+                write_bytes(build.root / name, start)
+            outputs = {f"source/{name}": digest for name, digest in source.here.items()}
+            return outputs | {n: FileDigest.of(start) for n, start in headers.items()}, facts
 
         stamps = _stamps_of(source, finder.stamps)
         with locked_soon(build):
@@ -103,15 +118,14 @@ class Download:
             self.reporter.note(note)
 
     def _key(self, facts: DownloadFacts, folder: Path) -> str:
-        return json_sha256(
-            {
-                "code": CODE_VERSION,
-                "source": facts.identity.to_json(),
-                "at": str(folder),
-                "transformers": transformers_version(),
-                "reading": self.request.reading.to_json(),
-            }
-        )
+        parts = {
+            "code": CODE_VERSION,
+            "source": facts.identity.to_json(),
+            "at": str(folder),
+            "transformers": transformers_version(),
+            "reading": self.request.reading.to_json(),
+        }
+        return json_sha256({**parts, "streamed": True} if facts.streamed else parts)
 
     def _unchanged(self, place: Place) -> Downloaded | None:
         """An earlier download of the same, of which nothing was touched since it was hashed.
@@ -135,6 +149,7 @@ class Download:
             if (
                 same
                 and allowed
+                and (request.stream or not facts.streamed)
                 and not facts.converted_from
                 and record.key == self._key(facts, place.folder)
                 and _is_untouched(build, record, place)
@@ -146,16 +161,20 @@ class Download:
 def _is_untouched(build: Build, record: Record[DownloadFacts], place: Place) -> bool:
     """Whether the links lead to files that have their stamps, and no file has come to them."""
     names = record.outputs_in("source")
-    tokenizer = record.facts.tokenizer
+    tokenizer, streamed = record.facts.tokenizer, record.facts.streamed or {}
     asked = tokenizer.asked if tokenizer else ()
     try:
         return (
-            place.files() <= {*names}
+            place.files(weights=not streamed) <= {*names}
             and not any((place.folder / name).exists() for name in asked if name not in names)
             and all(
                 (build.source / name).resolve() == (place.folder / name).resolve()
                 and FileStamp.of(build.source / name) == record.stamps.get(f"source/{name}")
                 for name in names
+            )
+            and all(
+                FileStamp.of(build.root / name) == record.stamps.get(name)
+                for name in map(header_path, streamed)
             )
         )
     except (OSError, SourceError):
@@ -164,7 +183,7 @@ def _is_untouched(build: Build, record: Record[DownloadFacts], place: Place) -> 
 
 def _stamps_of(source: Source, stamps: Mapping[Path, FileStamp]) -> dict[str, FileStamp]:
     """For the record: a file that changes after it was hashed is found to have changed."""
-    places = {name: (source.folder / name).resolve() for name in source.files}
+    places = {name: (source.folder / name).resolve() for name in source.here}
     return {f"source/{name}": stamps[place] for name, place in places.items() if place in stamps}
 
 
@@ -187,7 +206,7 @@ def _refuse_foreign_folders(build: Build, source: Source) -> None:
 
 def _links_stand(build: Build, source: Source) -> bool:
     return all(
-        (build.source / name).resolve() == (source.folder / name).resolve() for name in source.files
+        (build.source / name).resolve() == (source.folder / name).resolve() for name in source.here
     )
 
 
@@ -195,7 +214,7 @@ def _link(build: Build, source: Source) -> None:
     for old in sorted(build.source.rglob("*"), reverse=True):
         if old.is_symlink():
             old.unlink()
-    for name in source.files:
+    for name in source.here:
         link = build.source / name
         make_folder(link.parent)
         try:
@@ -208,5 +227,5 @@ def _link(build: Build, source: Source) -> None:
                     "another one."
                 ) from error
             raise
-    for folder in {(build.source / name).parent for name in source.files}:
+    for folder in {(build.source / name).parent for name in source.here}:
         sync_folder(folder)

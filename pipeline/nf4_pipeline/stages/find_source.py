@@ -41,6 +41,7 @@ from nf4_pipeline.checkpoint.strip_prefix import check_prefix, copy_without_pref
 from nf4_pipeline.checkpoint.untrusted import check_file
 from nf4_pipeline.errors import AlreadyQuantizedError, BuildError, SourceError, UsageError
 from nf4_pipeline.hub.remote import RemoteModel
+from nf4_pipeline.hub.xet import keep_no_chunks
 from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
 from nf4_pipeline.processes.temporary import TemporaryFolder
 from nf4_pipeline.progress import SILENT, Reporter
@@ -48,7 +49,7 @@ from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import DownloadFacts, Reading
 from nf4_pipeline.runtime.artifact import ARTIFACTS, is_model
 from nf4_pipeline.sample import MODEL_DIR, SAMPLE_REPO
-from nf4_pipeline.stages.hub_files import LOOK, HubFiles
+from nf4_pipeline.stages.hub_files import LOOK, HubFiles, SeenOnHub
 from nf4_pipeline.stages.preflight import (
     Findings,
     Preflight,
@@ -56,6 +57,7 @@ from nf4_pipeline.stages.preflight import (
     check_small_files,
     look,
 )
+from nf4_pipeline.stages.streamed_source import check_streamable
 
 _UNSEEN: Final = "what would become of its weights is only known"
 
@@ -79,6 +81,7 @@ class DownloadRequest:
         reading: how the tensors are understood.
         recipe: of the build that is made of it; None if that is decided later.
         replaces: a build folder that is another build may become this one.
+        stream: the weights stay on the Hub, but where all of them are cached.
     """
 
     model: str
@@ -93,13 +96,14 @@ class DownloadRequest:
     recipe: Recipe | None = None
     replaces: bool = False
     from_hub: bool = False
+    stream: bool = False
 
     def check_names(self) -> None:
         """Refuses names that mean nothing, before anything is looked up.
 
         Raises:
-            UsageError: the model is no folder and no Hub id either, or a revision was named for a
-                local folder.
+            UsageError: the model is no folder and no Hub id either, a revision was named for a
+                local folder, or what is to be streamed cannot be.
             SourceError: the model is a build, or the export of one.
             AccessError: the build folder cannot be made.
         """
@@ -112,8 +116,39 @@ class DownloadRequest:
             )
         if self.is_folder:
             _check_is_source(model_path(self.model))
+        if self.stream:
+            self._check_streams()
         if self.build_dir is not None:
             check_can_be_made(self.build_dir)
+
+    def _check_streams(self) -> None:
+        """Refuses to stream what is here, and what has to be read whole first.
+
+        Raises:
+            UsageError: the model is not one of the Hub, or the Hub shall not be asked, or a copy of
+                its weights has to be made before they can be quantized.
+        """
+        if self.model == SAMPLE or self.is_folder:
+            raise UsageError(
+                f"--stream-source: {self.model} is here already, and only a model of the Hub is "
+                "streamed. Leave --stream-source out."
+            )
+        if self.offline:
+            raise UsageError(
+                "--stream-source fetches the weights while they are quantized, and --offline asks "
+                "nobody. Leave one of the two out."
+            )
+        for given, option, made in (
+            (self.allow_pickle, "--allow-pickle", "converts pickles"),
+            (bool(self.reading.strip_prefix), "--strip-prefix", "renames tensors"),
+        ):
+            if given:
+                raise UsageError(
+                    f"--stream-source: {option} {made} in a copy of the whole checkpoint, which "
+                    "takes the room that streaming saves. Leave one of the two out."
+                )
+        if self.recipe is not None:
+            check_streamable(self.recipe)
 
     @property
     def is_folder(self) -> bool:
@@ -176,6 +211,7 @@ class Source:
         reading: how its tensors are understood.
         unchecked: those of its files that the Hub listed without a hash.
         found_in: the local folder that was named; None for a model of the Hub.
+        starts: of files that stay on the Hub, the first bytes with the header, by name.
     """
 
     folder: Path
@@ -188,6 +224,12 @@ class Source:
     reading: Reading = field(default_factory=Reading)
     unchecked: tuple[str, ...] = ()
     found_in: Path | None = None
+    starts: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def here(self) -> dict[str, FileDigest]:
+        """Those of its files that do not stay on the Hub."""
+        return {name: digest for name, digest in self.files.items() if name not in self.starts}
 
     @property
     def pin(self) -> SourcePin:
@@ -207,6 +249,7 @@ class Source:
             reading=self.reading,
             unchecked=self.unchecked or None,
             card=read_card(self.folder / CARD_FILE),
+            streamed={name: self.files[name] for name in sorted(self.starts)} or None,
         )
 
 
@@ -233,13 +276,16 @@ class Place:
         """Which checkpoint it is, as far as is known without its files."""
         return SourcePin(repo=self.repo, commit=self.commit, sha256=None)
 
-    def files(self) -> set[str]:
+    def files(self, *, weights: bool = True) -> set[str]:
         """The names of what would be taken, but for what only the tokenizer's class knows.
+
+        Args:
+            weights: take those of weights and their index, too.
 
         Raises:
             SourceError: there is no checkpoint.
         """
-        return set(_wanted_in(self.folder))
+        return set(_wanted_in(self.folder) if weights else _small_files_in(self.folder))
 
 
 @dataclass(frozen=True)
@@ -394,6 +440,8 @@ class SourceFinder:
                 return digest_files(paths, watched)
 
     def _find_on_hub(self, model: RemoteModel) -> Source:
+        if self.request.stream:
+            keep_no_chunks()
         hub_files = self._hub_files(model)
         try:
             return self._fetch_all(hub_files)
@@ -413,6 +461,8 @@ class SourceFinder:
         if seen is None:
             hub_files.fetch_whole()
             return self._convert(hub_files.folder, repo, commit, hub_files.digests)
+        if self.request.stream and seen.starts:
+            return _streamed(hub_files, seen)
         hub_files.fetch(seen.parts, last=True)
         folder, found = hub_files.folder, seen.found
         if not _begin_so(folder, seen.starts):
@@ -468,6 +518,26 @@ class SourceFinder:
             found = Preflight(target, self.request.reading.allow_unused).wait()
         made = _with_tokenizer(target, made, found.tokenizer)
         return Source(target, repo, commit, made, found, converted_from=files)
+
+
+def _streamed(hub_files: HubFiles, seen: SeenOnHub) -> Source:
+    """A checkpoint whose weights are what the Hub lists; that they are is proved as they pass.
+
+    Raises:
+        SourceError: the Hub lists no sha256 of a file of weights.
+    """
+    model, found = hub_files.model, seen.found
+    taken = {*_small_files_in(hub_files.folder), *seen.more, seen.index}
+    files = {name: digest for name, digest in hub_files.digests.items() if name in taken}
+    for part in seen.parts:
+        if part.sha256 is None:
+            raise SourceError(
+                f"{model.repo_id}@{model.commit[:12]}: the Hub lists no sha256 of {part.path}, by "
+                "which it could be named before it is here. Leave --stream-source out."
+            )
+        files[part.path] = FileDigest(part.size, part.sha256)
+    files = _with_tokenizer(hub_files.folder, files, found.tokenizer)
+    return Source(hub_files.folder, model.repo_id, model.commit, files, found, starts=seen.starts)
 
 
 def _check_is_source(folder: Path) -> None:

@@ -35,6 +35,7 @@ from nf4_pipeline.stages.cost_model import (
 from nf4_pipeline.stages.find_source import DownloadRequest, Place, Preview, SourceFinder
 from nf4_pipeline.stages.quantize import memory_needed
 from nf4_pipeline.stages.rounding_choice import rounding_for
+from nf4_pipeline.streaming.window import window_bytes
 
 _MEASURED_WEIGHTS: Final = 4 * 2**20
 _MEASURED_BYTES: Final = 64 * 2**20
@@ -68,7 +69,10 @@ class Forecast(Document):
         build: where the build folder would be; of a local folder, what it would be in, since its
             name holds a hash of all files.
         source_bytes: of its files of weights.
-        fetch_bytes: of those that are not in the Hub cache yet.
+        fetch_bytes: of those that are not in the Hub cache yet; where they are streamed, of all of
+            them twice, to be quantized and to be compared with the result.
+        window_bytes: of files of the source that lie in the build folder at a time, if they are
+            streamed; else 0.
         quantized_bytes: of the files of quantized weights.
         files: their names and sizes, to the byte.
         totals: those that the manifest would have.
@@ -88,6 +92,7 @@ class Forecast(Document):
     build: str
     source_bytes: int
     fetch_bytes: int
+    window_bytes: int = 0
     quantized_bytes: int
     files: Mapping[str, int]
     totals: Totals
@@ -155,13 +160,21 @@ def _assemble(
         needed += sum(part.nbytes for tensor in plan.quantized for part in tensor.stored)
     if any(size > recipe.serialize.max_shard_bytes for size in files.values()):
         needed += quantized + extra  # what is cut anew is no hard link
-    cache = None if place.model is None else _space(place.folder.parents[1], fetched)
+    window = 0
+    if request.stream and preview.missing:
+        window = window_bytes(list(preview.weights.values()))
+        needed += window
+        fetched = 2 * sum(preview.weights.values())
+    cache = None
+    if place.model is not None:
+        cache = _space(place.folder.parents[1], 0 if window else fetched)
     builds = _space(folder, needed)
     return Forecast(
         source=ForecastSource(name=place.repo, commit=place.commit),
         build=str(folder),
         source_bytes=sum(preview.weights.values()),
         fetch_bytes=fetched,
+        window_bytes=window,
         quantized_bytes=quantized,
         files=files,
         totals=all_totals,

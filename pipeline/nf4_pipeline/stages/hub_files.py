@@ -30,12 +30,14 @@ class SeenOnHub:
         starts: the first bytes of each, with its header; empty if they are all there.
         found: what transformers says of its model.
         more: names of files that its tokenizer's class asks for beside the usual ones.
+        index: the file that names the files of weights, if one does.
     """
 
     parts: tuple[RemoteFile, ...]
     starts: Mapping[str, bytes]
     found: Findings
     more: frozenset[str]
+    index: str | None
 
 
 @dataclass
@@ -130,16 +132,16 @@ class HubFiles:
         if model.offline or all((self.folder / part.path).is_file() for part in parts):
             if claimed:
                 self.fetch(parts)
-            return self._seen(parts, {})
+            return self._seen(parts, {}, weights.index)
         starts = self._headers(parts)
         try:
-            return self._seen(parts, starts)
+            return self._seen(parts, starts, weights.index)
         except SourceError:
             # These bytes are of no hash; what was wrong with them may have come on their way.
             first, starts = starts, self._headers(parts)
             if starts == first:
                 raise
-            return self._seen(parts, starts)
+            return self._seen(parts, starts, weights.index)
 
     def _headers(self, parts: Sequence[RemoteFile]) -> dict[str, bytes]:
         from nf4_pipeline import hub
@@ -147,7 +149,9 @@ class HubFiles:
         with self.reporter.task("fetch headers", None):
             return hub.fetch_headers(self.model, parts)
 
-    def _seen(self, parts: Sequence[RemoteFile], starts: Mapping[str, bytes]) -> SeenOnHub:
+    def _seen(
+        self, parts: Sequence[RemoteFile], starts: Mapping[str, bytes], index: str | None
+    ) -> SeenOnHub:
         """What `look` finds, with all files that the tokenizer asks for."""
         from nf4_pipeline import hub
 
@@ -158,7 +162,7 @@ class HubFiles:
             self.fetch(more)
             found = self._findings(parts, starts)
         found.tokenizer.check()
-        return SeenOnHub(tuple(parts), starts, found, frozenset(file.path for file in more))
+        return SeenOnHub(tuple(parts), starts, found, frozenset(file.path for file in more), index)
 
     def _findings(self, parts: Sequence[RemoteFile], starts: Mapping[str, bytes]) -> Findings:
         with self.reporter.task(LOOK, None):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,15 +15,15 @@ from typing import ClassVar, Final
 from nf4_pipeline.build_folder import Build, Inputs, Record
 from nf4_pipeline.calibration.calibrator import CalibratedChoice, Calibrator
 from nf4_pipeline.checkpoint.atomic import make_folder, write_json
-from nf4_pipeline.checkpoint.digest import digest_file, json_sha256
+from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, json_sha256
 from nf4_pipeline.checkpoint.layout import FileLayout
 from nf4_pipeline.checkpoint.plain_file import read_plain
 from nf4_pipeline.checkpoint.shards import tensor_facts
-from nf4_pipeline.checkpoint.source import open_checkpoint
+from nf4_pipeline.checkpoint.sink import Sink
 from nf4_pipeline.checkpoint.writer import writing
 from nf4_pipeline.engine.buffers import divide
 from nf4_pipeline.engine.quantize_checkpoint import CheckpointPlanner, QuantizationRun
-from nf4_pipeline.engine.scheduler import Output, QuantizedFile
+from nf4_pipeline.engine.scheduler import Opener, Output, QuantizedFile
 from nf4_pipeline.errors import PlanMismatchError, ResourceError
 from nf4_pipeline.machine import Machine
 from nf4_pipeline.nf4.packing import blocks_of
@@ -37,11 +38,13 @@ from nf4_pipeline.records import (
     QuantizeFacts,
     forget_parts,
     part_records,
+    source_files,
 )
 from nf4_pipeline.resource_usage import Usage, available_memory, measured, measured_on_device
 from nf4_pipeline.selection import Plan
 from nf4_pipeline.stages.rounding_choice import rounding_for
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
+from nf4_pipeline.stages.streamed_source import StreamedSource, check_streamable, open_source
 
 CODE_VERSION: Final = 2
 _LARGEST_FACTS: Final = 256 * 2**20
@@ -51,18 +54,35 @@ FACTS_SUFFIX: Final = ".facts.json"
 _BYTES_PER_BLOCK: Final = 24  # absmax, three sums, and the rounded scale twice
 
 
+Finished = Callable[[Path, FileDigest], None]
+"""Told of a file that stands whole."""
+
+
+def _tell_nobody(path: Path, digest: FileDigest) -> None:
+    pass
+
+
 Refuse = Callable[[Collection[str]], None]
 """What is done instead of making files: it raises."""
 
 
 @dataclass(frozen=True)
 class Quantize:
-    """Quantizes a build's checkpoint, shard by shard; shards that are done already stay."""
+    """Quantizes a build's checkpoint, shard by shard; shards that are done already stay.
+
+    Attributes:
+        build: the build folder.
+        recipe: what is quantized, and how.
+        machine: what the work may use.
+        reporter: told how far it is.
+        finished: told of each file that stands whole, and of its digest.
+    """
 
     build: Build
     recipe: Recipe
     machine: Machine
     reporter: Reporter = SILENT
+    finished: Finished = _tell_nobody
 
     kind: ClassVar = QUANTIZE
 
@@ -73,11 +93,11 @@ class Quantize:
             BuildError: download is not done.
             RecipeError: the calibration text cannot be read.
         """
-        files = self.build.need(DOWNLOAD).outputs
+        files = source_files(self.build.need(DOWNLOAD))
         shaping = {
-            name: digest.sha256
+            f"source/{name}": digest.sha256
             for name, digest in files.items()
-            if name.endswith((".safetensors", ".safetensors.index.json", "/config.json"))
+            if name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json"))
         }
         recipe = self.recipe.quantize
         parts = {"code": CODE_VERSION, "files": shaping, "recipe": recipe.shaping()}
@@ -109,10 +129,14 @@ class Quantize:
                 what `refuse` raises.
             SourceError: the checkpoint is not usable.
             ResourceError: the disk is too full, or there is too little memory.
-            UsageError: the memory budget is too small for a single worker.
+            UsageError: the memory budget is too small for a single worker, or the recipe is a
+                calibrated one and the source is streamed.
+            HubError: the source is streamed, and the Hub does not give what it lists.
             PlanMismatchError: the bytes written are not the bytes planned.
         """
         source = self.build.check_inputs(DOWNLOAD)
+        if self.build.need(DOWNLOAD).facts.streamed:
+            check_streamable(self.recipe)
         planner = self.planner()
         untied = self.known_untied() or frozenset()
         plan = planner.plan(untied=untied)
@@ -170,6 +194,8 @@ class Quantize:
         if calibrator is not None:
             needed += sum(part.nbytes for tensor in plan.quantized for part in tensor.stored)
             needed -= calibrator.chosen_bytes()
+        if (streamed := StreamedSource.of(self.build, self.reporter)) is not None:
+            needed += streamed.room_for_window()
         free = shutil.disk_usage(self.build.root).free
         if needed > free:
             raise ResourceError(
@@ -186,7 +212,7 @@ class Quantize:
             SourceError: the checkpoint cannot be read.
         """
         return CheckpointPlanner(
-            open_checkpoint(self.build.source),
+            open_source(self.build),
             self.build.need(DOWNLOAD).facts.model,
             self.recipe.quantize,
         )
@@ -278,21 +304,27 @@ class Quantize:
         whole = plan.layouts()
         layouts = whole if names is None else {name: whole[name] for name in names}
         finished = self._find_finished(layouts, key)
+        for file, facts in finished.items():
+            self.finished(folder / file, facts.digest)
         if refuse is not None and len(finished) < len(layouts):
             refuse([name for name in layouts if name not in finished])
 
         def done(file: str, made: QuantizedFile) -> None:
             source.check_untouched()  # else the file would count as finished
             finished[file] = _leave_facts(folder / file, made, layouts[file], key)
+            self.finished(folder / file, finished[file].digest)
 
         tensors = plan.files()
-        run.make(
-            "quantize",
-            [Output(f, tensors[f], layouts[f]) for f in layouts if f not in finished],
-            lambda output: writing(folder / output.name, output.layout),
-            done,
-            self.reporter,
-        )
+        outputs = [Output(f, tensors[f], layouts[f]) for f in layouts if f not in finished]
+
+        def opener(output: Output) -> AbstractContextManager[Sink]:
+            return writing(folder / output.name, output.layout)
+
+        streamed = StreamedSource.of(self.build, self.reporter)
+        if streamed is None:
+            run.make("quantize", outputs, opener, done, self.reporter)
+        else:
+            _make_streamed(streamed, run, outputs, opener, done)
         _warn_of_merged(plan, self.reporter)
         return {file: finished[file] for file in layouts}
 
@@ -309,6 +341,28 @@ class Quantize:
         ):
             found = pool.map(lambda f: _finished(folder / f, key, begun[f], task), begun)
             return {file: facts for file, facts in zip(begun, found, strict=True) if facts}
+
+
+def _make_streamed(
+    streamed: StreamedSource,
+    run: QuantizationRun,
+    outputs: Sequence[Output],
+    opener: Opener,
+    done: Callable[[str, QuantizedFile], None],
+) -> None:
+    """Makes files of quantized/, a file of the source after the other.
+
+    A file whose outputs all stand is not fetched, if all is known of it that later work needs.
+    """
+    of_source: dict[str, list[Output]] = {}
+    for output in outputs:
+        of_source.setdefault(output.source, []).append(output)
+    streamed.check_tied(run.plan)
+    wanted = {*of_source, *streamed.missing(run.plan)}
+    with run.shown("quantize", outputs, streamed.reporter) as task:
+        for file, folder in streamed.each(sorted(wanted), run.plan):
+            streamed.check_tied(run.plan)
+            run.on_file(folder, file).make_within(task, of_source.get(file, []), opener, done)
 
 
 def _warn_of_merged(plan: Plan, reporter: Reporter) -> None:

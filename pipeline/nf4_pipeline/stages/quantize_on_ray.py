@@ -21,7 +21,7 @@ from nf4_pipeline.records import DOWNLOAD, QUANTIZE, QuantizeFacts
 from nf4_pipeline.resource_usage import measured
 from nf4_pipeline.stages.folder_progress import watched
 from nf4_pipeline.stages.quantize import Quantize, check_memory, remove_other_files
-from nf4_pipeline.stages.quantize_parts import MergeParts, QuantizePart
+from nf4_pipeline.stages.quantize_parts import MergeParts, QuantizePart, refuse_streamed
 from nf4_pipeline.stages.rounding_choice import estimate
 
 _TASKS_A_GPU: Final = 2
@@ -62,10 +62,12 @@ class QuantizeOnRay:
             SourceError: the checkpoint is not usable.
             ResourceError: the disk is too full, there is too little memory, or the cluster cannot
                 be reached, or lost too many workers.
-            UsageError: the memory budget is too small, or Ray is not installed.
+            UsageError: the source is streamed, the memory budget is too small, or Ray is not
+                installed.
             PlanMismatchError: the bytes written are not the bytes planned.
         """
         whole = self.whole
+        refuse_streamed(whole.build, "--engine ray")
         whole.build.check_inputs(DOWNLOAD)
         planner = whole.planner()
         untied = planner.find_untied(whole.reporter)

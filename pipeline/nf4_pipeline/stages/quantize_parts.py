@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from nf4_pipeline.build_folder import Record, RecordKind
+from nf4_pipeline.build_folder import Build, Record, RecordKind
 from nf4_pipeline.checkpoint.digest import digest_file
 from nf4_pipeline.engine.parts import Part
 from nf4_pipeline.errors import BuildError, UsageError
@@ -88,11 +88,13 @@ class QuantizePart:
                 another process is making one of the files.
             SourceError: the checkpoint is not usable.
             ResourceError: the disk is too full, or there is too little memory.
-            UsageError: the recipe is a calibrated one, or the memory budget is too small.
+            UsageError: the recipe is a calibrated one, the source is streamed, or the memory
+                budget is too small.
             PlanMismatchError: the bytes written are not the bytes planned.
         """
         whole = self.whole
         refuse_calibrated(whole.recipe, "--part")
+        refuse_streamed(whole.build, "--part")
         source = whole.build.check_inputs(DOWNLOAD)
         planner = whole.planner()
         untied = whole.known_untied() if self.untied is None else self.untied
@@ -127,6 +129,21 @@ def refuse_calibrated(recipe: Recipe, option: str) -> None:
         raise UsageError(
             f"{option}: calibrated codes are chosen in one walk through the model, which cannot "
             f"be divided. Leave {option} out, or --calibrate."
+        )
+
+
+def refuse_streamed(build: Build, option: str) -> None:
+    """Refuses a source that no two processes can share.
+
+    Raises:
+        UsageError: the weights of the source stay on the Hub.
+        BuildError: download is not done.
+    """
+    if build.need(DOWNLOAD).facts.streamed:
+        raise UsageError(
+            f"{option}: the weights of this build are streamed from the Hub, and each part would "
+            f"fetch files that others fetch, too. Leave {option} out; or build without "
+            "--stream-source where several machines share the work."
         )
 
 

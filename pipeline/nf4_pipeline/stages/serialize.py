@@ -13,7 +13,6 @@ from nf4_pipeline.calibration.calibrator import published_tokens
 from nf4_pipeline.checkpoint.atomic import link_or_copy, replacing_folder, write_bytes
 from nf4_pipeline.checkpoint.digest import json_sha256
 from nf4_pipeline.checkpoint.shards import Shard, name_shards, split_file, write_shard
-from nf4_pipeline.checkpoint.source import open_checkpoint
 from nf4_pipeline.engine.quantize_checkpoint import CheckpointPlanner
 from nf4_pipeline.errors import ResourceError
 from nf4_pipeline.manifest.artifact_files import Weights, assemble_files
@@ -28,9 +27,11 @@ from nf4_pipeline.records import (
     VERIFY,
     QuantizeFacts,
     SerializeFacts,
+    source_files,
 )
 from nf4_pipeline.selection import Plan
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
+from nf4_pipeline.stages.streamed_source import open_source
 
 CODE_VERSION: Final = 2
 
@@ -80,12 +81,12 @@ class Serialize:
         inputs = self.build.check_inputs(DOWNLOAD), self.build.check_inputs(QUANTIZE, claimed=True)
         download, quantized = self.build.need(DOWNLOAD), self.build.need(QUANTIZE)
         plan = CheckpointPlanner(
-            open_checkpoint(self.build.source), download.facts.model, self.recipe.quantize
+            open_source(self.build), download.facts.model, self.recipe.quantize
         ).plan(
             untied=frozenset(quantized.facts.untied),
             sensitive=quantized.facts.kept_modules,
         )
-        source = download.facts.source(download.outputs_in("source"))
+        source = download.facts.source(source_files(download))
         model_class = download.facts.model.class_name
 
         def work() -> Outcome[SerializeFacts]:

@@ -35,13 +35,14 @@ from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.provenance.signing import SIGNATURE_FILE
 from nf4_pipeline.readers.read import Export, OwnReading, Readers
 from nf4_pipeline.recipe import Recipe, VerifyRecipe
-from nf4_pipeline.records import ATTEST, DOWNLOAD, SERIALIZE, VERIFY
+from nf4_pipeline.records import ATTEST, DOWNLOAD, SERIALIZE, VERIFY, source_files
 from nf4_pipeline.report.page import report_page
 from nf4_pipeline.report.pictures import PICTURES, pictures
 from nf4_pipeline.resource_usage import available_memory, measured
 from nf4_pipeline.runtime.artifact import find_model
 from nf4_pipeline.runtime.loader import pick_device
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
+from nf4_pipeline.stages.streamed_source import StreamedSource
 from nf4_pipeline.verification.assemble_document import assemble_measured, assemble_stopped
 from nf4_pipeline.verification.check_files import (
     CheckedFiles,
@@ -314,6 +315,9 @@ class Verify:
         )
         together = self._fits_together(manifest, asked.device)
         with ExitStack() as stack:
+            if (streamed := StreamedSource.of(self.build, self.reporter)) is not None:
+                source_folder, served = stack.enter_context(streamed.served())
+                asked = replace(asked, source=source_folder, served=served)
             folder = stack.enter_context(TemporaryFolder("scores"))
             own, others = folder / "own.npz", folder / "others.npz"
             readers = stack.enter_context(
@@ -364,7 +368,7 @@ class Verify:
     def _source(self) -> Source:
         """As download pinned it: what the manifest should say."""
         download = self.build.need(DOWNLOAD)
-        return download.facts.source(download.outputs_in("source"))
+        return download.facts.source(source_files(download))
 
     def _check_other(self, other: Path) -> None:
         """Refuses an artifact that cannot be compared with, before any work is done.
@@ -380,7 +384,7 @@ class Verify:
                 f"content {claimed[:12]}…, and the files that it lists make {listed[:12]}…. Take "
                 "the manifest from where the artifact was published."
             )
-        own = content_sha256(self.build.need(DOWNLOAD).outputs_in("source"))
+        own = content_sha256(source_files(self.build.need(DOWNLOAD)))
         if listed != own:
             raise ArtifactError(
                 f"{other} was made from another source ({theirs.source.repo}, content "
@@ -392,6 +396,12 @@ class Verify:
             raise ArtifactError(f"{other} is not what its manifest says: {failed[0].found}.")
 
     def _prompts(self) -> tuple[Prompt, ...]:
+        if self.build.need(DOWNLOAD).facts.streamed:
+            self.reporter.note(
+                "The source is streamed: each token that it answers would fetch all of it again, "
+                "so no prompt is asked. The models are compared on the text."
+            )
+            return ()
         if self._has_tokenizer():
             tokenizer = self.build.need(DOWNLOAD).facts.tokenizer
             return asked_with(tokenizer, read_prompts(self.prompts_path()))

@@ -179,7 +179,7 @@ def _compare(
     total = sum(len(sequence.ids) for sequence in sequences)
     with (
         reporter.task("compare block by block", total, unit="tokens") as task,
-        StreamedModel(request.source, request.device, _dtype(model)) as streamed,
+        StreamedModel(request.source, request.device, _dtype(model), request.served) as streamed,
     ):
         comparison = Comparison(streamed, model, request.artifact, nearest=request.nearest)
         return comparison, comparison.run(sequences, task.advance)

@@ -81,7 +81,12 @@ class Comparison:
         if artifact is not None:
             manifest = read_manifest(artifact)
             self.weights = WeightComparison(
-                reference.checkpoint, artifact, manifest, self._distance, reference.device
+                reference.checkpoint,
+                artifact,
+                manifest,
+                self._distance,
+                reference.device,
+                reference.read if reference.is_served else None,
             )
 
     def block_errors(self) -> tuple[BlockError, ...]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from nf4_pipeline.blocks.block_reader import DTYPES
 from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor, read_header
-from nf4_pipeline.checkpoint.source import Checkpoint
+from nf4_pipeline.checkpoint.source import Checkpoint, SourceTensor
 from nf4_pipeline.manifest.manifest import Manifest, Tensor
 from nf4_pipeline.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from nf4_pipeline.nf4.codebook import NF4_LEVELS
@@ -42,6 +42,7 @@ class WeightComparison:
         manifest: of the artifact: what stands for what.
         distance: gives the distance that a module's weight is added to, by the module's name.
         device: where it is computed.
+        read: reads a tensor of the source; None to map its file.
 
     Attributes:
         kept: how many tensors that are not 4 bit were compared.
@@ -58,8 +59,10 @@ class WeightComparison:
         manifest: Manifest,
         distance: Callable[[str], LayerDistance],
         device: torch.device,
+        read: Callable[[SourceTensor], torch.Tensor] | None = None,
     ) -> None:
         self.kept = 0
+        self._read_source = read or self._map_source
         self.malformed: list[str] = []
         self._source = source
         self._distance = distance
@@ -102,8 +105,10 @@ class WeightComparison:
         for tensor in self._source.tensors:
             entry = self._left.get(tensor.name)
             if entry is not None and only(entry):
-                path = self._source.path(tensor.file)
-                self.compare({tensor.name: _as_torch(_mapped(path, tensor.header), tensor.header)})
+                self.compare({tensor.name: self._read_source(tensor)})
+
+    def _map_source(self, tensor: SourceTensor) -> torch.Tensor:
+        return _as_torch(_mapped(self._source.path(tensor.file), tensor.header), tensor.header)
 
     @property
     def missing(self) -> list[str]:

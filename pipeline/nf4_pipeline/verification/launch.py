@@ -61,6 +61,7 @@ class Examination:
         max_new_tokens: of each answer.
         text: what they are compared on; random token ids if it has no domains.
         tokens: of it.
+        served: as in `SourceRequest`.
     """
 
     source: Path
@@ -70,6 +71,7 @@ class Examination:
     max_new_tokens: int
     text: Text
     tokens: int
+    served: Path | None = None
 
     def without_prompts(self) -> Examination:
         """The same, on the text alone."""
@@ -134,6 +136,7 @@ class Examination:
             device_memory=self.device_memory,
             prompts=tuple(self.prompts),
             max_new_tokens=self.max_new_tokens,
+            served=self.served,
         )
 
     def ask_artifact(
@@ -173,6 +176,7 @@ class Examination:
             device_memory=self.device_memory,
             prompts=tuple(self.prompts),
             max_new_tokens=self.max_new_tokens,
+            served=self.served,
             text=self.text,
             tokens=self.tokens,
             scores=scores,

@@ -33,6 +33,8 @@ class SourceRequest(Document):
         device_memory: bytes of the device that may be used; 0 for all that is free.
         prompts: what is asked.
         max_new_tokens: of each answer.
+        served: the socket where the bytes of the source's weights are served, if its files are
+            headers alone; None if they are there.
     """
 
     source: Path
@@ -41,6 +43,7 @@ class SourceRequest(Document):
     device_memory: int
     prompts: tuple[Prompt, ...]
     max_new_tokens: int
+    served: Path | None = optional()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,14 +52,16 @@ def run(request: SourceRequest, reporter: Reporter) -> SourceReply:
         SourceError: the checkpoint cannot be loaded.
     """
     with reporter.task(LOADING, None):
-        from nf4_pipeline.blocks.streamed_model import StreamedModel
+        import_module("nf4_pipeline.blocks.streamed_model")
 
     limit_device_memory(request.device, request.device_memory)
     answered = Answered(())
+    if request.served is not None and not request.prompts:
+        return _unasked(request)
     with measured() as usage, ExitStack() as stack:
         start = time.perf_counter()
         with reporter.task("load the 16-bit model", None):
-            streamed = stack.enter_context(StreamedModel(request.source, request.device))
+            streamed = stack.enter_context(_open(request))
             whole = streamed.hold_what_fits(_SPARE, limit=request.device_memory)
             load_seconds = time.perf_counter() - start
         footprint = streamed.footprint
@@ -70,6 +72,23 @@ def run(request: SourceRequest, reporter: Reporter) -> SourceReply:
     peaks = [take_peaks(usage, request.device)]
     costs = model_costs(answered, load_seconds, footprint, peaks, streamed=not whole)
     return SourceReply(answers=answered.answers, costs=costs)
+
+
+def _open(request: SourceRequest) -> StreamedModel:
+    from nf4_pipeline.blocks.streamed_model import StreamedModel
+
+    return StreamedModel(request.source, request.device, served=request.served)
+
+
+def _unasked(request: SourceRequest) -> SourceReply:
+    """What is known of a model that nobody asks anything: nothing of it is fetched for that."""
+    from nf4_pipeline.blocks.streamed_model import footprint_of
+
+    with measured() as usage:
+        footprint = footprint_of(request.source, request.device)
+    peaks = [take_peaks(usage, request.device)]
+    costs = model_costs(Answered(()), 0.0, footprint, peaks, streamed=True)
+    return SourceReply(answers=(), costs=costs)
 
 
 def _answer(

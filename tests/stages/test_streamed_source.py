@@ -1,0 +1,460 @@
+"""A build whose source stays on the Hub: the same bytes, little disk, nothing fetched in vain."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.checkpoint.digest import FileDigest
+from nf4_pipeline.errors import SourceError
+from nf4_pipeline.hub import RemoteFile, RemoteModel
+from nf4_pipeline.job import run_stage
+from nf4_pipeline.model.tokenizer_facts import TokenizerFacts
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.recipe import Recipe
+from nf4_pipeline.records import DOWNLOAD, QUANTIZE, SERIALIZE, VERIFY, Reading
+from nf4_pipeline.stages.find_source import _streamed
+from nf4_pipeline.stages.forecast import Forecast
+from nf4_pipeline.stages.hub_files import HubFiles, SeenOnHub
+from nf4_pipeline.stages.preflight import Findings
+from nf4_pipeline.stages.streamed_source import open_source
+from nf4_pipeline.verification.document import MeasuredVerification
+
+from tests.support import hub_uploads
+from tests.support.hub_server import TOKEN, Fault, HubServer
+from tests.support.hub_worker import Worker
+from tests.support.jobs import CPU, download
+from tests.support.tiny import Done, write_falcon
+
+assert hub_uploads  # its routes are registered by importing it
+
+pytestmark = pytest.mark.usefixtures("workers_here")
+
+SHARDS = 8
+Process = tuple[HubServer, Worker, Path]
+
+
+@dataclass
+class Streamed:
+    """A Hub with a model, and a process that builds from it, each time in a folder of its own."""
+
+    hub: HubServer
+    worker: Worker
+    model: Path
+    folder: Path
+    recipe: Path
+    home: Path
+
+    @property
+    def build(self) -> Build:
+        return Build(self.folder / "build")
+
+    @property
+    def shards(self) -> list[str]:
+        return sorted(path.name for path in self.model.glob("*.safetensors"))
+
+    def nf4(self, *args: str | Path) -> Done:
+        return self.worker.nf4(self.folder, *args)
+
+    def run(self, *stages: str) -> None:
+        """The stages of one build; each of them ends well."""
+        for stage in stages:
+            args = ["me/tiny", "--stream-source"] if stage in ("download", "build") else []
+            done = self.nf4(stage, *args, "--build-dir", "build", "-q")
+            assert done.status == 0, done.err
+
+    def fetched(self, since: int = 0) -> Counter[str]:
+        """How often the body of each shard was sent, whole or a part of it."""
+        return Counter(
+            seen.path.rpartition("/")[2]
+            for seen in self.hub.seen[since:]
+            if seen.method == "GET" and seen.cdn and seen.path.endswith(".safetensors")
+        )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_falcon(tmp_path_factory.mktemp("streamed") / "model", layers=3, shards=SHARDS)
+
+
+@pytest.fixture(scope="module")
+def ordinary(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, FileDigest]:
+    """What stands in quantized/ of a build whose source lies here."""
+    build, *_ = download(model, tmp_path_factory.mktemp("ordinary"))
+    run_stage(build, "quantize", Recipe(), CPU, SILENT)
+    return build.need(QUANTIZE).outputs
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """A Hub, a process that knows it, and the process's HF_HOME."""
+    with HubServer() as server:
+        home = tmp_path_factory.mktemp("streaming") / "hf"
+        server.store.users[TOKEN] = "me"
+        with Worker(home, server.url, HF_TOKEN=TOKEN, HF_HUB_DOWNLOAD_TIMEOUT="1") as worker:
+            yield server, worker, home
+
+
+@pytest.fixture
+def streamed(
+    process: Process, model: Path, tmp_path: Path, quick_recipe: Path
+) -> Iterator[Streamed]:
+    hub, worker, home = process
+    hub.store.add("me/tiny", model)
+    yield Streamed(hub, worker, model, tmp_path, quick_recipe, home)
+    hub.faults.clear()
+    hub.pause = 0.0
+
+
+def files_of(hub: HubServer, repo: str) -> set[str]:
+    """What anybody who may read a repo sees in it."""
+    return set(hub.store.repos[repo].head.files)
+
+
+@dataclass
+class Peak:
+    """The most bytes that were seen in a folder, and in each part of it that was asked for."""
+
+    total: int = 0
+    spool: int = 0
+    samples: int = 0
+
+
+@contextmanager
+def watched(build: Build) -> Iterator[Peak]:
+    """Samples the disk that a build takes, hard links once, until the body ends."""
+    peak, stop = Peak(), threading.Event()
+
+    def sample() -> None:
+        sizes: dict[int, int] = {}
+        spool = 0
+        for folder, _, names in os.walk(build.root):
+            for path in (Path(folder) / name for name in names):
+                try:
+                    found = path.lstat()
+                except FileNotFoundError:
+                    continue
+                sizes[found.st_ino] = found.st_blocks * 512
+                if "spool" in path.parts and path.parent.name == "blobs":
+                    spool += found.st_size
+        peak.total = max(peak.total, sum(sizes.values()))
+        peak.spool = max(peak.spool, spool)
+        peak.samples += 1
+
+    def repeat() -> None:
+        while not stop.is_set():
+            sample()
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+        sample()
+
+
+def test_a_whole_build(streamed: Streamed, ordinary: dict[str, FileDigest]) -> None:
+    """The same hashes on no more disk than promised; fidelity measured; then nothing is done.
+
+    What is finished goes to another repo meanwhile, where one commit names it at the end.
+    """
+    hub, build, shards = streamed.hub, streamed.build, streamed.shards
+    options: list[str | Path] = ["me/tiny", "--stream-source", "--build-dir", "build"]
+    options += ["--recipe", streamed.recipe]
+    promise = Forecast.from_json(streamed.nf4("build", *options, "--dry-run", "--json").value)
+    sizes = {path.name: path.stat().st_size for path in streamed.model.glob("*.safetensors")}
+    assert promise.fetch_bytes == 2 * sum(sizes.values())
+    options += ["--stream-output", "me/out"]
+    seen: list[set[str]] = []
+    hub.before("/api/models/me/out/commit/*", lambda: seen.append(files_of(hub, "me/out")))
+    before = len(hub.seen)
+    with watched(build) as peak:
+        hub.pause = 0.001
+        streamed.run("download")
+        done = streamed.nf4("build", *options, "--json")
+        hub.pause = 0.0
+    assert done.status == 0, done.err
+    assert peak.samples > 20
+    assert 0 < peak.spool <= promise.window_bytes < promise.source_bytes
+    assert peak.total <= promise.builds.needed
+    assert build.need(QUANTIZE).outputs == ordinary
+    verification = build.need(VERIFY).facts
+    assert isinstance(verification, MeasuredVerification)
+    assert verification.verdict == "pass"
+    assert verification.fidelity.tokens > 0
+    assert verification.answers == ()
+    cached = [path for path in streamed.home.rglob("*") if path.is_file()]
+    assert not any(path.stat().st_size in sizes.values() for path in cached)
+    requests = hub.seen[before:]
+    asked = Counter((one.path.rpartition("/")[2], one.range) for one in requests if one.cdn)
+    assert all(asked[name, ""] == 1 for name in shards)
+    blocks = 0
+    for tensor in open_source(build).tensors:
+        if ".h." in tensor.name:
+            first, last = tensor.header.offset, tensor.header.offset + tensor.header.nbytes
+            passed = json.loads((build.root / f"streamed/passed/{tensor.file}.json").read_text())
+            for stretch in passed["stretches"]:
+                if stretch["start"] < last and stretch["end"] > first:
+                    wanted = f"bytes={stretch['start']}-{stretch['end'] - 1}"
+                    assert asked[tensor.file, wanted] == 1
+                    blocks += 1
+    assert blocks > 12
+    sent = [number for number, one in enumerate(requests) if one.method == "PUT"]
+    assert len(sent) == len({requests[number].path for number in sent}) >= len(ordinary)
+    assert sent[0] < max(n for n, one in enumerate(requests) if one.range), "all of it was verified"
+    assert seen == [{".gitattributes"}]
+    held = hub.store.repos["me/out"].head.files
+    for path in build.export.rglob("*"):
+        if path.is_file():
+            assert held[path.relative_to(build.export).as_posix()].data == path.read_bytes()
+    assert done.value["pushed"]["commit"] == hub.store.repos["me/out"].head.sha
+    before = len(hub.seen)
+    done = streamed.nf4("build", *options)
+    assert done.status == 0, done.err
+    assert "nothing had to be done" in done.out
+    assert re.search(rf"on the Hub .*{hub.store.repos['me/out'].head.sha}", done.out)
+    status = streamed.nf4("status", "--build-dir", "build").out
+    assert "GB of weights stay on the Hub" in status
+    assert status.count(" done ") == 5
+    assert not streamed.fetched(before)
+    assert not any(one.method == "PUT" for one in hub.seen[before:])
+
+
+def test_verify_without_the_hub(streamed: Streamed) -> None:
+    """What verify says to a worker when the Hub gives it nothing: words, and no verdict."""
+    streamed.run("download", "quantize")
+    streamed.hub.faults.append(Fault("*.safetensors", times=99, status=403))
+    (streamed.build.root / f"streamed/passed/{streamed.shards[0]}.json").unlink()
+    done = streamed.nf4("serialize", "--build-dir", "build")
+    assert done.status == 0, done.err  # it needs the headers alone
+    done = streamed.nf4("verify", "--build-dir", "build", "--recipe", streamed.recipe)
+    assert done.status == 1
+    assert f"downloading {streamed.shards[0]}" in done.err
+    assert streamed.build.record(VERIFY) is None
+
+
+def test_what_is_finished_is_not_fetched_again(
+    streamed: Streamed, ordinary: dict[str, FileDigest]
+) -> None:
+    """The Hub refuses one file after the other; each run goes on where the last one ended."""
+    streamed.run("download")
+    assert not any(path.is_file() for path in streamed.build.source.glob("*.safetensors"))
+    shards, finished = streamed.shards, 0
+    for number in (2, 3, len(shards) - 1):
+        before = len(streamed.hub.seen)
+        streamed.hub.faults.append(Fault(f"*/{shards[number]}", times=9, status=403))
+        done = streamed.nf4("quantize", "--build-dir", "build")
+        streamed.hub.faults.clear()
+        assert done.status == 1
+        assert shards[number] in done.err
+        assert streamed.fetched(before).keys() == set(shards[finished:number])
+        finished = number
+    assert len(list(streamed.build.quantized.glob("*.facts.json"))) == SHARDS - 1
+    before = len(streamed.hub.seen)
+    streamed.run("quantize", "serialize")
+    assert streamed.fetched(before).keys() == {shards[-1]}
+    assert streamed.build.need(QUANTIZE).outputs == ordinary
+    assert not (streamed.build.root / "streamed" / "spool").exists()
+    manifest = json.loads((streamed.build.export / "manifest.json").read_text())
+    assert manifest["source"]["files"].keys() >= set(shards)
+    assert streamed.build.record(SERIALIZE) is not None
+
+
+def test_what_a_killed_run_left_is_taken_up(
+    streamed: Streamed, ordinary: dict[str, FileDigest]
+) -> None:
+    """A file that came whole is hashed and not fetched; parts of files, and others, go."""
+    streamed.run("download")
+    commit = streamed.build.need(DOWNLOAD).facts.commit
+    spool = streamed.build.root / "streamed" / "spool"
+    repo = spool / "models--me--tiny"
+    (repo / "blobs").mkdir(parents=True)
+    (repo / f"snapshots/{commit}").mkdir(parents=True)
+    for name in (streamed.shards[0], streamed.shards[5]):
+        content = (streamed.model / name).read_bytes()
+        sha256 = hashlib.sha256(content).hexdigest()
+        (repo / "blobs" / sha256).write_bytes(content)
+        (repo / f"snapshots/{commit}" / name).symlink_to(f"../../blobs/{sha256}")
+    (repo / "blobs" / f"{sha256}.12ab.incomplete").write_bytes(content[:100])
+    before = len(streamed.hub.seen)
+    with watched(streamed.build) as peak:
+        streamed.run("quantize")
+    assert streamed.fetched(before).keys() == set(streamed.shards[1:])
+    assert not spool.exists()
+    sizes = [path.stat().st_size for path in sorted(streamed.model.glob("*.safetensors"))]
+    assert peak.spool <= max(map(sum, pairwise(sizes))) + sizes[5]
+    assert streamed.build.need(QUANTIZE).outputs == ordinary
+
+
+def test_the_commit_is_pinned(streamed: Streamed, ordinary: dict[str, FileDigest]) -> None:
+    """Somebody pushes other weights while the build fetches these."""
+    repo = streamed.hub.store.repos["me/tiny"]
+    pinned = repo.refs["main"]
+    streamed.run("download")
+    other = dict.fromkeys(streamed.shards, b"other weights")
+    streamed.hub.before(f"*/{streamed.shards[3]}", lambda: repo.commit(other))
+    streamed.run("quantize")
+    assert repo.refs["main"] != pinned
+    assert streamed.build.need(DOWNLOAD).facts.commit == pinned
+    assert streamed.build.need(QUANTIZE).outputs == ordinary
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_wrong_bytes_are_never_quantized(
+    times: int, streamed: Streamed, ordinary: dict[str, FileDigest]
+) -> None:
+    """A file that came wrong is fetched again once, as by `nf4 download`."""
+    streamed.run("download")
+    name = streamed.shards[1]
+    fault = Fault(f"*/{name}", times=times, cdn=True, method="GET", flip_bit=80_000)
+    streamed.hub.faults.append(fault)
+    done = streamed.nf4("quantize", "--build-dir", "build")
+    assert fault.times == 0
+    assert done.status == (0 if times == 1 else 1), done.err
+    if times == 2:
+        assert f"{name} of me/tiny" in done.err
+        assert "came wrong twice" in done.err
+        assert not (streamed.build.quantized / f"{name}.facts.json").exists()
+        streamed.run("quantize")
+    assert streamed.build.need(QUANTIZE).outputs == ordinary
+
+
+def test_a_header_that_came_wrong(streamed: Streamed, ordinary: dict[str, FileDigest]) -> None:
+    """It has no hash when the work is planned by it; the file that it should begin has one."""
+    name = streamed.shards[2]
+    whole = (streamed.model / name).read_bytes()
+    place = whole.index(b'"format":"pt"') + len(b'"format":"')
+    fault = Fault(f"*/{name}", cdn=True, method="GET", flip_bit=8 * place)
+    streamed.hub.faults.append(fault)
+    streamed.run("download")
+    assert fault.times == 0
+    done = streamed.nf4("quantize", "--build-dir", "build")
+    assert done.status == 1
+    assert "begins with another header" in done.err
+    streamed.run("download", "quantize")
+    assert streamed.build.need(QUANTIZE).outputs == ordinary
+
+
+def test_tied_weights_that_differ_are_both_kept(
+    process: Process, tmp_path: Path, quick_recipe: Path
+) -> None:
+    """They lie in different files, which are never here together."""
+    from safetensors.torch import load_file, save_file
+
+    model = write_falcon(tmp_path / "model", shards=4)
+    last = max(model.glob("*.safetensors"))
+    tensors = load_file(last)
+    assert "lm_head.weight" in tensors
+    tensors["lm_head.weight"] += 1
+    save_file(tensors, last, metadata={"format": "pt"})
+    build, *_ = download(model, tmp_path / "artifacts")
+    run_stage(build, "quantize", Recipe(), CPU, SILENT)
+    hub, worker, home = process
+    hub.store.add("me/tiny", model)
+    streamed = Streamed(hub, worker, model, tmp_path, quick_recipe, home)
+    streamed.run("download", "quantize")
+    assert streamed.build.need(QUANTIZE).outputs == build.need(QUANTIZE).outputs
+    assert streamed.build.need(QUANTIZE).facts.untied == ("lm_head.weight",)
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (["build", "sample", "--stream-source"], "sample is here already"),
+        (["build", "me/tiny", "--stream-source", "--offline"], "--offline asks nobody"),
+        (["build", "me/tiny", "--stream-source", "--calibrate", "self"], "Leave --calibrate out"),
+        (["build", "me/tiny", "--stream-source", "--allow-pickle"], "--allow-pickle converts"),
+        (["build", "me/tiny", "--stream-source", "--strip-prefix", "m."], "--strip-prefix renames"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_streamed_is_said_at_once(
+    args: list[str], why: str, streamed: Streamed
+) -> None:
+    before = len(streamed.hub.seen)
+    done = streamed.nf4(*args)
+    assert done.status == 2
+    assert "--stream-source" in done.err
+    assert why in done.err
+    assert len(streamed.hub.seen) == before
+    assert not list(streamed.folder.iterdir())
+
+
+def test_of_a_folder(streamed: Streamed) -> None:
+    done = streamed.nf4("download", streamed.model, "--stream-source")
+    assert done.status == 2
+    assert "is here already" in done.err
+
+
+def test_what_reads_the_weights_more_than_once_is_refused(streamed: Streamed) -> None:
+    streamed.run("download")
+    done = streamed.nf4("quantize", "--build-dir", "build", "--part", "1/2")
+    assert done.status == 2
+    assert "Leave --part out" in done.err
+    done = streamed.nf4("quantize", "--build-dir", "build", "--calibrate", "self", "--replace")
+    assert done.status == 2
+    assert "Leave --calibrate out" in done.err
+
+
+def test_a_hub_that_lists_no_hash(tmp_path: Path) -> None:
+    """A small file that is in git itself has none that this program could name it by."""
+    part = RemoteFile("model.safetensors", 10, None, "0" * 40)
+    model = RemoteModel("me/tiny", "1" * 40, (part,))
+    files = HubFiles(model, Reading(), False, False, SILENT)
+    files.folder = tmp_path
+    facts = TokenizerFacts(status="none")
+    findings = Findings(cast(Any, None), facts, ())
+    seen = SeenOnHub((part,), {part.path: b""}, findings, frozenset(), None)
+    with pytest.raises(SourceError, match=r"lists no sha256 of model\.safetensors.*Leave --stream"):
+        _streamed(files, seen)
+
+
+def test_what_is_cached_is_not_streamed(
+    streamed: Streamed, ordinary: dict[str, FileDigest]
+) -> None:
+    """And a build without the option has its source here."""
+    streamed.run("download", "quantize")
+    before = len(streamed.hub.seen)
+    done = streamed.nf4("download", "me/tiny", "--build-dir", "build")
+    assert done.status == 0, done.err
+    assert streamed.fetched(before).keys() == set(streamed.shards)
+    assert streamed.build.need(DOWNLOAD).facts.streamed is None
+    before = len(streamed.hub.seen)
+    streamed.run("quantize", "download")
+    done = streamed.nf4("download", "me/tiny", "--stream-source", "--build-dir", "other", "--json")
+    assert done.status == 0, done.err
+    assert Build(streamed.folder / "other").need(DOWNLOAD).facts.streamed is None
+    assert not streamed.fetched(before)
+    assert streamed.build.need(QUANTIZE).outputs == ordinary
+    for blob in streamed.home.glob("hub/models--me--tiny/snapshots/*/*.safetensors"):
+        blob.resolve().unlink()
+        blob.unlink()
+
+
+def test_what_a_dry_run_says(streamed: Streamed) -> None:
+    """The promise counts the files of the source that lie there, too."""
+    options = ("me/tiny", "--stream-source", "--build-dir", "build", "--dry-run")
+    done = streamed.nf4("build", *options, "--json")
+    found = Forecast.from_json(done.value)
+    assert found.builds.needed > found.quantized_bytes + found.window_bytes
+    assert found.hub_cache is not None
+    assert found.hub_cache.needed == 0
+    shown = streamed.nf4("build", *options).out
+    assert "of it for files of the source, two at a time" in shown
+    assert "streamed: fetched once to be quantized, and once more to verify" in shown

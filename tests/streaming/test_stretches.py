@@ -1,0 +1,72 @@
+"""Files of weights in stretches: every byte in one of them, and none in two blocks of a model."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor, read_header
+from nf4_pipeline.streaming import stretches
+from nf4_pipeline.streaming.stretches import cut, hash_stretches
+from safetensors.numpy import save_file
+
+NAMES = ["embed.weight", "norm.weight", "h.1.a.weight", "h.1.b.weight", "h.10.a.weight", "h.2.a"]
+
+
+def laid_out(tensors: list[tuple[str, int]], start: int) -> list[HeaderTensor]:
+    found = []
+    for number, (name, nbytes) in enumerate(tensors):
+        found.append(HeaderTensor(f"{name}.{number}x", "U8", (nbytes,), start, nbytes))
+        start += nbytes
+    return found
+
+
+@given(
+    tensors=st.lists(st.tuples(st.sampled_from(NAMES), st.integers(0, 40)), max_size=12),
+    start=st.integers(8, 100),
+)
+def test_each_byte_is_in_one_stretch(tensors: list[tuple[str, int]], start: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stretches, "LARGEST", 16)
+        headers = laid_out(tensors, start)
+        spans = cut(headers)
+    end = start
+    for first, last in spans:
+        assert first == end < last <= first + 16
+        end = last
+        blocks = {
+            header.name.split(".")[1]
+            for header in headers
+            if header.nbytes and header.offset < last and header.offset + header.nbytes > first
+        }
+        assert len(blocks) == 1 or not blocks & {"1", "10", "2"}, "a stretch of two blocks"
+    assert end == start + sum(nbytes for _, nbytes in tensors)
+
+
+def test_the_hashes_are_those_of_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stretches, "LARGEST", 1000)
+    dice = np.random.default_rng(0)
+    content: dict[str, Any] = {
+        "embed.weight": dice.integers(0, 255, (70, 50), np.uint8),
+        "h.0.a.weight": dice.normal(size=(9, 3)).astype(np.float32),
+        "h.0.b.weight": dice.normal(size=(5, 3)).astype(np.float16),
+        "h.0.empty": np.empty((0, 4), np.float32),
+    }
+    path = tmp_path / "model.safetensors"
+    save_file(content, path)
+    whole = path.read_bytes()
+    sha256 = hashlib.sha256(whole).hexdigest()
+    passed = hash_stretches(path, read_header(path), {"embed.weight"}, sha256)
+    assert (passed.size, passed.sha256) == (len(whole), sha256)
+    assert len(passed.stretches) > len(content)
+    for stretch in passed.stretches:
+        found = hashlib.sha256(whole[stretch.start : stretch.end]).hexdigest()
+        assert found == stretch.sha256
+    assert passed.tensors == {
+        "embed.weight": hashlib.sha256(content["embed.weight"].tobytes()).hexdigest()
+    }
