@@ -69,6 +69,8 @@ class QuantizeRecipe:
         calibration_tokens: how many, at most. KL still falls from 2,000 to 16,000.
         extra_bytes: how much larger the linear layers may become by leaving those that lose most
             in 16 bit, such as "5%", or "5" for the same; needs calibration.
+        effort: "high" lets calibrated codes learn, end to end, from the 16-bit model; empty for
+            calibration alone.
         rounding: how codes and scales are chosen; "nearest" is what bitsandbytes does, and
             "calibrated" follows from `calibrate`.
         allow_unused: tensors of the checkpoint that may be left out though nobody knows what they
@@ -80,6 +82,7 @@ class QuantizeRecipe:
     calibrate: str = ""
     calibration_tokens: int = 16_384
     extra_bytes: str = ""
+    effort: str = ""
     rounding: str = ""
     allow_unused: tuple[str, ...] = ()
     strip_prefix: str = ""
@@ -121,6 +124,17 @@ class QuantizeRecipe:
                 'loses. Add calibrate = "self", or leave it out.'
             )
         _require(
+            self.effort in ("", "high"),
+            "quantize.effort",
+            self.effort,
+            '"high", or nothing for calibration alone',
+        )
+        if self.effort and not self.calibrate:
+            raise RecipeError(
+                "quantize.effort needs quantize.calibrate, which chooses the codes that learning "
+                'begins with. Add calibrate = "self", or leave it out.'
+            )
+        _require(
             all(part and part.isprintable() for part in self.skip_modules),
             "quantize.skip_modules",
             list(self.skip_modules),
@@ -152,7 +166,7 @@ class QuantizeRecipe:
                 del plain[name]
         elif self.calibrate != "self":
             plain["calibrate"] = "text"
-        for name in ("allow_unused", "strip_prefix"):  # recipes of most models have neither
+        for name in ("effort", "allow_unused", "strip_prefix"):  # most recipes have none of them
             if not plain[name]:
                 del plain[name]
         return plain

@@ -26,7 +26,7 @@ OTHERWISE: Final = {"public": "private", "raw": "chat", "replaces": "replace"}
 """Options that a keyword says the other way around."""
 OF_THE_BUILD: Final = {"model", "artifact", "text", "build_dir"}
 """What an `Artifact` is, and `prompt` takes by position."""
-MORE_OF_VERIFY: Final = {"calibrate", "extra_bytes", "workers", "memory_budget"}
+MORE_OF_VERIFY: Final = {"calibrate", "extra_bytes", "effort", "workers", "memory_budget"}
 """Options of every stage command; verify has no use for them."""
 
 COMMANDS: Final[list[tuple[str, Callable[..., Any], set[str]]]] = [

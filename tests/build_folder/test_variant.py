@@ -90,6 +90,8 @@ def test_what_only_verify_reads_has_no_part_in_it(
         ({"calibrate": "notes.txt"}, "calibrated-text"),
         ({"calibrate": "self", "calibration_tokens": 300}, "calibrated-tokens"),
         ({"calibrate": "self", "extra_bytes": "5%"}, "calibrated-extra"),
+        ({"calibrate": "self", "effort": "high"}, "calibrated-high"),
+        ({"calibrate": "self", "effort": "high", "extra_bytes": "5%"}, "calibrated-high-extra"),
         ({"skip_modules": ("h.1",)}, "skip"),
         ({"allow_unused": ("score",)}, "unused"),
         ({"strip_prefix": "_orig_mod."}, "strip"),

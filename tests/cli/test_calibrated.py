@@ -164,6 +164,11 @@ def test_a_text_that_is_not_there_is_known_before_anything_is_fetched(
             ("--extra-bytes", "5%"),
             ("--extra-bytes needs --calibrate, which", "Write: --calibrate self --extra-bytes 5%"),
         ),
+        (
+            ("--effort", "high"),
+            ("--effort needs --calibrate, which", "Write: --calibrate self --effort high"),
+        ),
+        (("--calibrate", "self", "--effort", "most"), ("--effort is 'most'", 'expected "high"')),
         (("--calibrate", "self", "--extra-bytes", "lots"), ("'lots'", 'such as "5%"')),
         (("--calibrate", "self", "--extra-bytes", "-5%"), ("'-5%'", "percentage")),
         (("--calibrate", "self", "--extra-bytes", "101%"), ("'101%'", "percentage")),

@@ -19,7 +19,7 @@ from nf4_pipeline.cli.help import CommandWithExamples
 from tests.support.command_line import run_nf4
 
 SHAPING: Final = {
-    "quantize": {"--calibrate", "--extra-bytes"},
+    "quantize": {"--calibrate", "--extra-bytes", "--effort"},
     "serialize": {"--max-shard-size"},
     "verify": {"--prompts", "--eval-text", "--eval-tokens"},
 }

@@ -155,9 +155,9 @@ values = st.recursive(
     max_leaves=6,
 )
 keys = st.sampled_from(
-    "skip_modules calibrate calibration_tokens extra_bytes rounding allow_unused strip_prefix "
-    "max_shard_size prompts max_new_tokens eval_text eval_tokens max_mean_kl min_sure_agreement "
-    "max_perplexity_ratio max_accuracy_drop x".split()
+    "skip_modules calibrate calibration_tokens extra_bytes effort rounding allow_unused "
+    "strip_prefix max_shard_size prompts max_new_tokens eval_text eval_tokens max_mean_kl "
+    "min_sure_agreement max_perplexity_ratio max_accuracy_drop x".split()
 )
 tables = st.dictionaries(
     st.sampled_from(["quantize", "serialize", "verify", "x", "\x1b"]),

@@ -243,6 +243,25 @@ def test_how_the_codes_were_chosen() -> None:
     assert "16,384 tokens of a text (64" in making(source="text")
 
 
+def test_how_codes_learned() -> None:
+    learning = {
+        "sequences": 8192,
+        "tokens": 4_194_304,
+        "held_back": 32,
+        "tokens_sha256": "5eed" * 16,
+        "steps": 512,
+        "rate": 0.002,
+        "halvings": 0,
+        "kl_before": 0.0123,
+        "kl_after": 0.00456,
+    }
+    text = making(learning=learning)
+    assert " --calibrate self --extra-bytes 5% --effort high\n" in text
+    assert "512 steps on 4,194,304 tokens that the 16-bit model wrote itself (sha256 5eed" in text
+    assert "On 32 sequences that were held back, the KL went from 0.01230 to 0.004560." in text
+    assert "learned" not in making()
+
+
 def test_each_number_of_calibration_moves_the_card() -> None:
     """But for those of modules that are not named any more."""
     paths = [path for path in leaves(calibration()) if path[0] != "kept" or path[1] < 3]

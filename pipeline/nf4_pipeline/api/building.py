@@ -25,6 +25,7 @@ def build(
     recipe: RecipeLike | None = None,
     calibrate: PathName | None = None,
     extra_bytes: str | None = None,
+    effort: str | None = None,
     max_shard_size: str | None = None,
     prompts: PathName | None = None,
     eval_text: PathName | None = None,
@@ -62,6 +63,8 @@ def build(
             activations on tokens that it writes itself, or on that text.
         extra_bytes: with `calibrate`, how many more bytes may go to leaving the layers that lose
             most in 16 bit, such as "5%".
+        effort: with `calibrate`, "high" lets the codes learn from the 16-bit model, which the
+            device then holds twice.
         max_shard_size: of one weight file, such as "500MB"; 1 GB without it.
         prompts: a JSONL file of {"prompt", "expect", "chat"} to ask both models.
         eval_text: a text file on which both models are compared.
@@ -112,6 +115,7 @@ def build(
         recipe,
         calibrate=calibrate,
         extra_bytes=extra_bytes,
+        effort=effort,
         max_shard_size=max_shard_size,
         prompts=prompts,
         eval_text=eval_text,

@@ -79,6 +79,7 @@ def make_recipe(
     *,
     calibrate: PathName | None = None,
     extra_bytes: str | None = None,
+    effort: str | None = None,
     max_shard_size: str | None = None,
     prompts: PathName | None = None,
     eval_text: PathName | None = None,
@@ -90,7 +91,11 @@ def make_recipe(
         RecipeError: the recipe or an option holds an unknown key, a wrong type or a value out of
             range, or the recipe's file cannot be read.
     """
-    quantize: dict[str, Any] = {"calibrate": _text(calibrate), "extra_bytes": extra_bytes}
+    quantize: dict[str, Any] = {
+        "calibrate": _text(calibrate),
+        "extra_bytes": extra_bytes,
+        "effort": effort,
+    }
     said: dict[str, dict[str, Any]] = {
         "quantize": quantize,
         "serialize": {"max_shard_size": max_shard_size},

@@ -26,6 +26,7 @@ DEFAULT_TAG: Final = "default"
 
 _WORDS: Final = {
     "calibrate": "calibrated",
+    "effort": "high",
     "rounding": "",  # follows from `calibrate`
     "calibration_tokens": "tokens",
     "extra_bytes": "extra",

@@ -17,6 +17,7 @@ from nf4_pipeline.recipe import Recipe
 _OPTIONS: Final = {
     "quantize.calibrate": "--calibrate",
     "quantize.extra_bytes": "--extra-bytes",
+    "quantize.effort": "--effort",
     "serialize.max_shard_size": "--max-shard-size",
 }
 """What of a recipe is also an option of `nf4 build`."""

@@ -8,6 +8,12 @@
     calibration_pass.py  the pass through the model: block after block is rounded by `gptq`
     block_inputs.py      what comes to a block's layers, in 16 bit and behind the quantized part
     calibrator.py        all of it in order: tokens, then codes and scales for a whole checkpoint
+    learning.py          calibrated codes learn from the 16-bit model: into another store
+    learning_plan.py     how long, on what, and what that takes
+    learning_tokens.py   what they learn from
+    learner.py           the loop: gradients, steps, held-back samples
+    latents.py           a latent for each weight, and the step that it takes
+    learning_state.py    how far it is, for a killed run
     calibration_facts.py  what the record of quantize says of it
     block_store.py       what was chosen, block by block, on disk: a killed run goes on from there
     sensitivity.py       what each layer loses by 4 bits, measured

@@ -19,7 +19,7 @@ from nf4_pipeline.checkpoint.atomic import json_bytes, make_folder, write_json
 from nf4_pipeline.checkpoint.digest import digest_file, json_sha256
 from nf4_pipeline.checkpoint.plain_file import check_plain, why_unreadable
 from nf4_pipeline.errors import BuildError, PlanMismatchError, RecipeError, ResourceError
-from nf4_pipeline.manifest.manifest import KeptModule
+from nf4_pipeline.manifest.manifest import KeptModule, LearningSummary
 from nf4_pipeline.near_names import did_you_mean
 from nf4_pipeline.nf4.rounding import NearestOnCpu, Rounding
 from nf4_pipeline.progress import LOADING, Reporter
@@ -145,6 +145,7 @@ class Calibrator:
         *,
         kept: Sequence[KeptModule] | None = None,
         sampling: DeviceUsage | None = None,
+        learned_sha256: str | None = None,
     ) -> CalibratedChoice:
         """Chooses codes and scales for everything that a plan quantizes, or goes on doing so.
 
@@ -154,10 +155,14 @@ class Calibrator:
             reporter: told how far it is, and of weights that are rounded to nearest after all.
             kept: modules that are known to stay in 16 bit; None to find them.
             sampling: what finding the tokens took, for the facts.
+            learned_sha256: of the tokens that codes learned from, if others must not be taken.
 
         Raises:
-            ResourceError: the device has too little memory for the model.
-            RecipeError: the tokens are none of this model's.
+            ResourceError: the device has too little memory for the model, or the model writes other
+                tokens on it than those that are expected.
+            RecipeError: the tokens are none of this model's, or the text is too short to learn
+                from.
+            CheckpointError: codes cannot learn from this model.
             PlanMismatchError: a weight got neither codes nor a reason why it has none.
         """
         with reporter.task(LOADING, None):
@@ -193,6 +198,10 @@ class Calibrator:
             if kept is None:
                 kept = self._sensitive(plan, store, tokens, device, reporter)
         taken = {"sampling": sampling or DeviceUsage(), "pass": passing, "sensitivity": sensitivity}
+        learned = None
+        if self.recipe.effort:
+            with _enough_memory(device, "--effort"), measured_on_device() as taken["learning"]:
+                store, learned = self._learn(plan, store, kept, device, learned_sha256, reporter)
         facts = CalibrationFacts(
             source=cast("Any", tokens.source),
             sequences=len(tokens.ids),
@@ -202,10 +211,44 @@ class Calibrator:
             fallbacks=fallbacks,
             kept=tuple(kept),
             extra_bytes=sum(module.bytes for module in kept),
+            learning=learned,
             seconds={name: round(usage.seconds, 2) for name, usage in taken.items()} | parts,
             peak_device_memory_bytes={name: usage.peak_memory for name, usage in taken.items()},
         )
         return CalibratedChoice(store.files(), facts, identity=store.folder.name)
+
+    def _learn(
+        self,
+        plan: Plan,
+        store: BlockStore,
+        kept: Sequence[KeptModule],
+        device: str,
+        expected: str | None,
+        reporter: Reporter,
+    ) -> tuple[BlockStore, LearningSummary]:
+        """Lets the codes of a store learn; returns that of the learned ones."""
+        from nf4_pipeline.calibration.learning import Learning
+
+        modules = {module.module for module in kept}
+        text = text_path(self.recipe)
+        learning = Learning(self.source, plan, modules, store, text, device)
+        return learning.store, learning.run(reporter, expected_sha256=expected)
+
+    def check_memory(self, plan: Plan) -> None:
+        """Refuses to begin what will not fit the device once codes learn.
+
+        Args:
+            plan: before modules are kept for what they lose.
+
+        Raises:
+            ResourceError: the device has too little memory, or is not there.
+        """
+        if not self.recipe.effort:
+            return
+        from nf4_pipeline.calibration.learning import check_memory
+        from nf4_pipeline.runtime.loader import pick_device
+
+        check_memory(plan, plan.quantized, pick_device(self.device))
 
     def _sensitive(
         self,
@@ -288,6 +331,9 @@ def calibration_file(tokens: CalibrationTokens, facts: CalibrationFacts) -> byte
     return json_bytes(tokens.document(tuple(facts.kept)).to_json())
 
 
+_WITHOUT: Final = {"--calibrate": "round to nearest", "--effort": "calibrate alone"}
+
+
 def _check_complete(plan: Plan, store: BlockStore, fallbacks: dict[str, str]) -> None:
     lost = {tensor.name for tensor in plan.quantized} - {*store.files(), *fallbacks}
     if lost:
@@ -299,8 +345,12 @@ def _check_complete(plan: Plan, store: BlockStore, fallbacks: dict[str, str]) ->
 
 
 @contextmanager
-def _enough_memory(device: str) -> Iterator[None]:
+def _enough_memory(device: str, option: str = "--calibrate") -> Iterator[None]:
     """Says what can be done if a device has too little memory for the body.
+
+    Args:
+        device: "cpu" or "cuda:N".
+        option: without which less is needed.
 
     Raises:
         ResourceError: the memory of the device ran out.
@@ -313,5 +363,5 @@ def _enough_memory(device: str) -> Iterator[None]:
         raise ResourceError(
             f"The memory of {device} is too small to calibrate this model "
             f"({str(error).split('. ')[0]}). End other programs that use it, name another "
-            "--device, or round to nearest (without --calibrate). What is done is kept."
+            f"--device, or {_WITHOUT[option]} (without {option}). What is done is kept."
         ) from error

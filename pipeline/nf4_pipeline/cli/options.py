@@ -313,6 +313,12 @@ _SHAPING: Final[dict[str, tuple[Decorator, ...]]] = {
             help="With --calibrate: leave the layers that lose most in 16 bit, for so many more "
             "bytes, such as 5%.",
         ),
+        click.option(
+            "--effort",
+            metavar="high",
+            help="With --calibrate: codes then learn from the 16-bit model. Some minutes on a GPU, "
+            "which holds the model twice; about half of the loss that calibration alone leaves.",
+        ),
     ),
     "serialize": (
         click.option(
@@ -434,18 +440,20 @@ def _by_option(text: str, said: Mapping[str, Any]) -> str:
     for key in (key for key, value in said.items() if value is not None and key != "recipe"):
         for table in _SHAPING:
             text = text.replace(f"{table}.{key} ", f"--{key.replace('_', '-')} ")
-    if said.get("extra_bytes") is not None:  # the one option that needs another one
-        text = text.replace("quantize.calibrate, ", "--calibrate, ")
-        typed = f"--extra-bytes {str(said['extra_bytes']).strip('% ')}%"
-        text = text.replace(
-            'Add calibrate = "self", or leave it out.',
-            f"Write: --calibrate self {typed}. Or leave --extra-bytes out.",
-        )
+    for key, unit in (("extra_bytes", "%"), ("effort", "")):  # options that need another one
+        option = f"--{key.replace('_', '-')}"
+        if said.get(key) is not None and text.startswith(f"{option} needs"):
+            text = text.replace("quantize.calibrate, ", "--calibrate, ")
+            typed = f"{option} {str(said[key]).strip('% ')}{unit}"
+            text = text.replace(
+                'Add calibrate = "self", or leave it out.',
+                f"Write: --calibrate self {typed}. Or leave {option} out.",
+            )
     return text
 
 
 _SAID: Final = {
-    *("recipe", "calibrate", "extra_bytes", "max_shard_size"),
+    *("recipe", "calibrate", "extra_bytes", "effort", "max_shard_size"),
     *("prompts", "eval_text", "eval_tokens"),
 }
 _TAKEN: Final = {

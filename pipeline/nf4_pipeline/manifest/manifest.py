@@ -168,6 +168,35 @@ class KeptModule(Document):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LearningSummary(Document):
+    """How calibrated codes learned, end to end, from the 16-bit model.
+
+    Attributes:
+        sequences: that they learned from.
+        tokens: in all of these together.
+        held_back: sequences that were measured and not learned.
+        tokens_sha256: of all ids. Those of the model itself are not part of the artifact: they are
+            drawn again.
+        steps: that were taken.
+        rate: of the largest one, as a share of a layer's rms.
+        halvings: how often learning did harm, and went on with half the rate.
+        kl_before: KL from the 16-bit model on what is held back, nats per token, before the first
+            step.
+        kl_after: the same of the codes that were taken.
+    """
+
+    sequences: int
+    tokens: int
+    held_back: int
+    tokens_sha256: str
+    steps: int
+    rate: float
+    halvings: int
+    kl_before: float
+    kl_after: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationSummary(Document):
     """How codes and scales were chosen, if not by rounding to nearest.
 
@@ -180,6 +209,7 @@ class CalibrationSummary(Document):
         fallbacks: weight -> why it was rounded to nearest after all.
         kept: modules left in 16 bit for what they would lose.
         extra_bytes: what all of them take more.
+        learning: how codes learned behind it; None if they did not.
     """
 
     source: Literal["self", "text"]
@@ -190,6 +220,7 @@ class CalibrationSummary(Document):
     fallbacks: dict[str, str]
     kept: tuple[KeptModule, ...]
     extra_bytes: int
+    learning: LearningSummary | None = optional()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -327,6 +327,8 @@ class _Attempt:
             )
         except HubError as error:
             raise NotCheckable(f"the Hub does not give its source: {error}") from error
+        except ResourceError as error:  # of this machine: another may have it
+            raise NotCheckable(str(error)) from error
         except UsageError as error:  # nobody typed it: the recipe in the manifest asks for it
             raise ArtifactError(f"{MANIFEST_FILE} cannot be followed: {error}") from error
 

@@ -21,6 +21,21 @@ def describe_tokens(calibration: CalibrationSummary) -> str:
         f"sha256 {calibration.tokens_sha256[:16]}), computed on "
         f"{_DEVICES[calibration.device]}. The format is that of plain NF4: each 4-bit "
         "layer takes the same bytes, and the same readers load it."
+        f"{_describe_learning(calibration)}"
+    )
+
+
+def _describe_learning(calibration: CalibrationSummary) -> str:
+    """How codes learned, if they did."""
+    learning = calibration.learning
+    if learning is None:
+        return ""
+    return (
+        f" Then the codes learned, end to end, to predict what the 16-bit model predicts: "
+        f"{count(learning.steps)} steps on {count(learning.tokens)} tokens "
+        f"{_SOURCES[calibration.source]} (sha256 {learning.tokens_sha256[:16]}). On "
+        f"{count(learning.held_back)} sequences that were held back, the KL went from "
+        f"{number(learning.kl_before)} to {number(learning.kl_after)}."
     )
 
 

@@ -413,6 +413,7 @@ def _making(manifest: Manifest) -> str:
         options += f" --calibrate {'self' if calibration.source == 'self' else 'FILE'}"
         if extra_bytes:
             options += f" --extra-bytes {extra_bytes}"
+        options += " --effort high" if calibration.learning else ""
         sentences = [describe_tokens(calibration), *list_exceptions(calibration)]
         rounding = "\n\n".join(map(_text, sentences))
         bytes_of = (

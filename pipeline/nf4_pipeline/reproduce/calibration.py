@@ -124,7 +124,21 @@ def choose_again(
     Raises:
         ArtifactError: a module that is said to stay in 16 bit is none that could be quantized, or
             the tokens are not this model's.
+        ResourceError: codes learned from a text, or the model writes other tokens on this machine
+            than those that they learned from, or the device has too little memory.
     """
+    learning = calibration.learning
+    if learning is not None and calibration.source == "text":
+        raise ResourceError(
+            "The codes of this artifact learned from a text, which is not part of it, so they "
+            "cannot be derived again. Whoever has the text can build it again: nf4 build "
+            "--calibrate FILE --effort high."
+        )
+    if calibrator.recipe.effort and learning is None:
+        raise ArtifactError(
+            f'{MANIFEST_FILE} says that codes learned (effort "high"), but not from what: expected '
+            '"learning" in "calibration". Take it from where the artifact was published.'
+        )
     modules = {tensor.module for tensor in plan.quantized}
     for module in calibration.kept:
         if module.module not in modules:
@@ -133,7 +147,10 @@ def choose_again(
                 "would lose; the source has no such module to quantize."
             )
     try:
-        return calibrator.choose(plan, tokens, reporter, kept=calibration.kept)
+        expected = None if learning is None else learning.tokens_sha256
+        return calibrator.choose(
+            plan, tokens, reporter, kept=calibration.kept, learned_sha256=expected
+        )
     except RecipeError as error:
         raise ArtifactError(f"{CALIBRATION_FILE} cannot be followed: {error}") from error
 

@@ -146,7 +146,8 @@ def reproduce(
         ArtifactError: there is no manifest, or not one that can be followed; or no calibration.json
             beside one that needs it.
         UsageError: the device is not of the kind on which codes were chosen.
-        ResourceError: this machine has no such device.
+        ResourceError: this machine has no such device, or what codes learned from cannot be had on
+            it.
         SourceError: the source is not the one that the manifest pins, or not of the repo and commit
             that it names, as far as a Hub or its cache can tell.
         BuildError: the source was touched while it was read.

@@ -143,6 +143,8 @@ class Quantize:
         calibrator = self._calibrator() if self.recipe.quantize.calibrate else None
         self.check_disk(plan, calibrator)
         check_memory(plan, self.machine.memory_budget)
+        if calibrator is not None:
+            calibrator.check_memory(plan)
         with measured() as preparing, measured_on_device() as sampling:
             tokens = None if calibrator is None else calibrator.tokens(self.reporter)
         if calibrator is not None:  # the key is of them
@@ -194,7 +196,8 @@ class Quantize:
             if (names is None or file in names) and not (self.build.quantized / file).exists()
         )
         if calibrator is not None:
-            needed += sum(part.nbytes for tensor in plan.quantized for part in tensor.stored)
+            stored = sum(part.nbytes for tensor in plan.quantized for part in tensor.stored)
+            needed += stored * (2 if self.recipe.quantize.effort else 1)  # calibrated, and learned
             needed -= calibrator.chosen_bytes()
         if (streamed := StreamedSource.of(self.build, self.reporter)) is not None:
             needed += streamed.room_for_window()

@@ -1,0 +1,218 @@
+"""Codes that were calibrated learn: from a store of codes to another one, with the same scales."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nf4_pipeline.blocks.streamed_model import StreamedModel, free_memory
+from nf4_pipeline.calibration.block_store import BlockStore
+from nf4_pipeline.calibration.learner import Learner, Saved, hold_all, learning_dtype
+from nf4_pipeline.calibration.learning_plan import (
+    LearningPlan,
+    check_memory_of_learning,
+    memory_of_learning,
+    plan_learning,
+)
+from nf4_pipeline.calibration.learning_tokens import LearningTokens, learning_tokens
+from nf4_pipeline.checkpoint.atomic import write_json
+from nf4_pipeline.checkpoint.digest import json_sha256
+from nf4_pipeline.errors import ResourceError
+from nf4_pipeline.gptq.quantizer import QuantizedWeight
+from nf4_pipeline.gptq.saved_codes import read_codes
+from nf4_pipeline.manifest.manifest import LearningSummary
+from nf4_pipeline.progress import Reporter
+from nf4_pipeline.selection import Plan, TensorPlan
+
+CODE_VERSION: Final = 1
+_STATE: Final = "learning.state"
+_SUMMARY: Final = "learning.json"
+_TOKENS: Final = "tokens"
+
+
+class Learning:
+    """Lets the codes of one calibration learn.
+
+    Args:
+        source: the 16-bit checkpoint.
+        plan: before modules are kept for what they lose.
+        kept: modules that stay in 16 bit.
+        calibrated: the store with the codes that learning begins with.
+        text: to learn from; None to let the model write.
+        device: "cpu" or "cuda:N".
+        how: how it learns; None for what fits the model and the device.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        plan: Plan,
+        kept: Collection[str],
+        calibrated: BlockStore,
+        text: Path | None,
+        device: str,
+        how: LearningPlan | None = None,
+    ) -> None:
+        self._source = source
+        self._plan = plan
+        self._calibrated = calibrated
+        self._text = text
+        self._device = device
+        self._how = how
+        self._files = calibrated.files()
+        quantized = [tensor for tensor in plan.quantized if tensor.module not in kept]
+        self._learned = [tensor for tensor in quantized if tensor.name in self._files]
+        self._rounded = [tensor for tensor in quantized if tensor.name not in self._files]
+        identity = {
+            "code": CODE_VERSION,
+            "from": calibrated.folder.name,
+            "kept": sorted(kept),
+            "how": None if how is None else asdict(how),
+        }
+        name = f"{calibrated.folder.name}-{json_sha256(identity)[:12]}"
+        self.store = BlockStore(calibrated.folder.with_name(name))
+
+    def run(
+        self,
+        reporter: Reporter,
+        *,
+        expected_sha256: str | None = None,
+        seconds: float = 8.0,
+        saved: Saved | None = None,
+    ) -> LearningSummary:
+        """Fills `store`, or goes on doing so.
+
+        Args:
+            reporter: told how far it is.
+            expected_sha256: of the tokens, if others must not be learned from.
+            seconds: between two states that a killed run goes on from, at least.
+            saved: told of each of them.
+
+        Raises:
+            RecipeError: the text cannot be read, or is too short to learn from.
+            CheckpointError: predictions are not finite, or gradients cannot be computed.
+            SourceError: the tokenizer fails, or takes more than any real one.
+            ResourceError: the device has too little memory, or the model writes other tokens on it
+                than those that are expected.
+        """
+        self.store.open()
+        done = self._finished()
+        if done is not None:
+            return done
+        check_memory(self._plan, self._learned, self._device)
+        dtype = learning_dtype(self._device)
+        with StreamedModel(self._source, self._device, dtype) as teacher:
+            hold_all(teacher)
+            tokens = self._tokens(teacher, reporter)
+            if expected_sha256 not in (None, tokens.sha256):
+                raise ResourceError(
+                    "The codes of this artifact learned from tokens that its 16-bit model wrote, "
+                    f"and the model writes others on this machine (sha256 {tokens.sha256[:16]}…, "
+                    f"expected {str(expected_sha256)[:16]}…): which depends on the model of the "
+                    "device and the version of torch. So it cannot be derived again here. Try a "
+                    "device of the model, and the version of torch, that made the artifact."
+                )
+            with StreamedModel(self._source, self._device, dtype) as student:
+                hold_all(student)
+                learner = Learner(
+                    teacher,
+                    student,
+                    self._learned,
+                    self._rounded,
+                    self._files,
+                    tokens.plan,
+                    tokens.ids,
+                    tokens.held_back,
+                )
+                end = learner.run(
+                    self.store.folder / _STATE, reporter, seconds=seconds, saved=saved
+                )
+        self._write(learner.best)
+        summary = LearningSummary(
+            sequences=len(tokens.ids),
+            tokens=int(tokens.ids.size),
+            held_back=len(tokens.held_back),
+            tokens_sha256=tokens.sha256,
+            steps=end.step,
+            rate=tokens.plan.rate,
+            halvings=end.halvings,
+            kl_before=float(f"{end.start_kl:.4g}"),
+            kl_after=float(f"{end.best_kl:.4g}"),
+        )
+        write_json(self.store.folder / _SUMMARY, summary.to_json())
+        (self.store.folder / _STATE).unlink(missing_ok=True)
+        reporter.note(
+            f"Codes learned: KL on held-back samples {summary.kl_before:.4g} before, "
+            f"{summary.kl_after:.4g} after."
+        )
+        return summary
+
+    def _finished(self) -> LearningSummary | None:
+        """What an earlier run noted, if all that it chose stands there."""
+        try:
+            text = (self.store.folder / _SUMMARY).read_text("utf-8")
+            summary = LearningSummary.from_json(json.loads(text))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+        whole = all(
+            self.store.is_done(block, [*weights, *self._fallbacks(block)])
+            for block, weights in self._blocks().items()
+        )
+        return summary if whole else None
+
+    def _tokens(self, teacher: StreamedModel, reporter: Reporter) -> LearningTokens:
+        context = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
+        how = self._how or plan_learning(
+            self._learned,
+            teacher.device.type,
+            context if isinstance(context, int) and context > 1 else None,
+        )
+        folder = self.store.folder / _TOKENS
+        return learning_tokens(self._source, self._text, teacher, how, folder, reporter)
+
+    def _blocks(self) -> Mapping[str, Sequence[str]]:
+        """The weights that learn, by the block in whose file they are."""
+        blocks: dict[str, list[str]] = {}
+        for weight in self._learned:
+            block = self._files[weight.name].name.removesuffix(".safetensors")
+            blocks.setdefault(block, []).append(weight.name)
+        return blocks
+
+    def _fallbacks(self, block: str) -> dict[str, str]:
+        facts = self._calibrated.facts(block)
+        return {} if facts is None else dict(facts.fallbacks)
+
+    def _write(self, codes: Mapping[str, NDArray[np.uint8]]) -> None:
+        """Keeps codes, and the scales that they were calibrated with."""
+        for block, names in self._blocks().items():
+            facts = self._calibrated.facts(block)
+            weights = {}
+            for name in names:
+                _, scales = read_codes(self._files[name], name)
+                cost = facts.costs.get(name, 0.0) if facts is not None else 0.0
+                weights[name] = QuantizedWeight(codes[name], scales, cost)
+            self.store.write(block, weights, self._fallbacks(block))
+
+
+def check_memory(plan: Plan, learned: Sequence[TensorPlan], device: str) -> None:
+    """Refuses to begin what the memory of a device cannot hold.
+
+    Args:
+        plan: of the checkpoint.
+        learned: the weights that learn.
+        device: "cpu" or "cuda:N".
+
+    Raises:
+        ResourceError: the device has less memory than is needed.
+    """
+    if device != "cpu":
+        torch.cuda.empty_cache()  # what calibration took and gave back counts as free
+    needed = memory_of_learning(plan, learned, device.partition(":")[0])
+    check_memory_of_learning(needed, free_memory(torch.device(device)), device)

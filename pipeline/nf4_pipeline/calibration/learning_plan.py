@@ -1,0 +1,117 @@
+"""How long codes learn, on what, and what that takes: by the size of the model and the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Final
+
+from nf4_pipeline.errors import ResourceError
+from nf4_pipeline.selection import Plan, TensorPlan
+
+FEWEST_SEQUENCES: Final = 64
+"""Of a text: from fewer, codes learn that text and nothing else."""
+_LARGE: Final = 10**9  # weights beyond which memory and time are what counts
+_HELD_BACK: Final = 32  # sequences that are measured and not learned, at most
+_HELD_BACK_SHARE: Final = 0.05  # of a text
+_PASSES: Final = 4  # through the sequences, at most
+_FEWEST_STEPS: Final = 8
+_SPARE: Final = 6 * 2**30
+"""Bytes of a device for what a pass computes with: activations, logits, one layer's temporaries."""
+_TEMPORARIES: Final = 32  # bytes for each weight of the largest layer while it takes a step
+
+
+@dataclass(frozen=True)
+class LearningPlan:
+    """What decides how codes learn. With the tokens, all that the result follows from.
+
+    Attributes:
+        sequences: that are learned from; those that are held back come on top.
+        held_back: sequences that are measured and not learned.
+        length: of a sequence, in tokens.
+        batch: sequences of a step.
+        steps: how many.
+        rate: the largest step, as a share of a layer's rms.
+        together: tokens that pass the model at once.
+        recompute: keep the inputs of blocks alone, and compute what is in them again.
+    """
+
+    sequences: int
+    held_back: int
+    length: int
+    batch: int
+    steps: int
+    rate: float
+    together: int
+    recompute: bool
+
+    def of_text(self, rows: int) -> LearningPlan:
+        """For as many sequences as a text has: fewer steps where it is short."""
+        held_back = max(1, min(self.held_back, round(rows * _HELD_BACK_SHARE)))
+        sequences = min(self.sequences, rows - held_back)
+        steps = min(self.steps, max(_FEWEST_STEPS, _PASSES * sequences // self.batch))
+        return LearningPlan(
+            sequences,
+            held_back,
+            self.length,
+            min(self.batch, sequences),
+            steps,
+            self.rate,
+            self.together,
+            self.recompute,
+        )
+
+
+def plan_learning(weights: Sequence[TensorPlan], kind: str, context: int | None) -> LearningPlan:
+    """The plan for a model.
+
+    Args:
+        weights: what learns.
+        kind: of device, "cpu" or "cuda".
+        context: how many tokens the model reads at most; None if it does not say.
+    """
+    large = sum(prod(weight.shape) for weight in weights) > _LARGE
+    length = min(256 if kind == "cpu" else 512, context or 512)
+    if kind == "cpu":
+        return LearningPlan(512, _HELD_BACK, length, 16, 128, 2e-3, 4 * length, large)
+    if large:
+        return LearningPlan(2048, _HELD_BACK, length, 32, 128, 4e-3, 4096, recompute=True)
+    return LearningPlan(8192, _HELD_BACK, length, 32, 512, 2e-3, 8192, recompute=False)
+
+
+def memory_of_learning(plan: Plan, learned: Sequence[TensorPlan], kind: str) -> int:
+    """Bytes of the device that learning takes: two models, gradients, latents, and some to spare.
+
+    Args:
+        plan: of the checkpoint.
+        learned: the weights that learn.
+        kind: of device, "cpu" or "cuda".
+    """
+    size = 4 if kind == "cpu" else 2
+    model = sum(prod(tensor.shape) for tensor in plan.tensors) * size
+    count = sum(prod(weight.shape) for weight in learned)
+    largest = max((prod(weight.shape) for weight in learned), default=0)
+    spare = _SPARE if kind == "cuda" else 2**29
+    gradients = count * size * (2 if kind == "cpu" else 1)  # two threads of a CPU have their own
+    return 2 * model + gradients + 2 * count + _TEMPORARIES * largest + spare
+
+
+def check_memory_of_learning(needed: int, free: int, device: str) -> None:
+    """Refuses to begin what the memory of a device cannot hold.
+
+    Args:
+        needed: as `memory_of_learning` says.
+        free: bytes that the device has.
+        device: "cpu" or "cuda:N".
+
+    Raises:
+        ResourceError: the device has less memory than is needed.
+    """
+    if needed > free:
+        raise ResourceError(
+            f"--effort high: learning the codes of this model needs some {needed / 1e9:,.1f} GB of "
+            f"memory on {device}, for the model twice, gradients and latents, and "
+            f"{free / 1e9:,.1f} GB are free. Leave --effort out, which needs a block or two at a "
+            "time, or name a --device with more memory."
+        )

@@ -1,0 +1,244 @@
+"""What codes learn from: many more of the model's own tokens than calibration reads.
+
+They begin as those do. They are drawn in batches, each with a seed of its own and kept in a file of
+its own, so that a killed run goes on with the next batch. How many sequences are drawn at a time
+follows from the model alone, since the draws depend on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from nf4_pipeline.blocks.streamed_model import StreamedModel
+from nf4_pipeline.calibration.learning_plan import FEWEST_SEQUENCES, LearningPlan
+from nf4_pipeline.calibration.tokens import Beginnings, openings
+from nf4_pipeline.calibration.tokens_request import TokensRequest, ask_tokenizer
+from nf4_pipeline.checkpoint.atomic import make_folder, remove_leftovers, write_bytes
+from nf4_pipeline.errors import CheckpointError, RecipeError
+from nf4_pipeline.progress import Reporter
+from nf4_pipeline.runtime.threads import one_thread_if_small
+
+_CACHE: Final = {"cpu": 2**29, "cuda": 2**32}
+"""Bytes of keys, values and probabilities of the sequences that are drawn at a time."""
+_MOST: Final = {"cpu": 256, "cuda": 2048}
+_PROBABILITIES: Final = 24  # bytes for each word of the vocabulary while one of them is drawn
+_CLEARED: Final = 32  # tokens after which memory that fits nothing any more is given back
+_FIRST_SEED: Final = 1_000_000
+"""Apart from the seeds of the tokens that calibration reads."""
+
+
+@dataclass(frozen=True)
+class LearningTokens:
+    """Sequences that are learned from, and such that are held back.
+
+    Attributes:
+        ids: int32 [sequences, length].
+        held_back: int32 [sequences, length].
+        plan: how they are used; a short text shortens it.
+    """
+
+    ids: NDArray[np.int32]
+    held_back: NDArray[np.int32]
+    plan: LearningPlan
+
+    @property
+    def sha256(self) -> str:
+        """Of all ids and their shapes."""
+        total = hashlib.sha256()
+        for ids in (self.ids, self.held_back):
+            total.update("x".join(map(str, ids.shape)).encode() + ids.astype("<i4").tobytes())
+        return total.hexdigest()
+
+
+def learning_tokens(
+    source: Path,
+    text: Path | None,
+    teacher: StreamedModel,
+    plan: LearningPlan,
+    folder: Path,
+    reporter: Reporter,
+) -> LearningTokens:
+    """Draws the tokens, or takes them from a text.
+
+    Args:
+        source: the 16-bit checkpoint.
+        text: None to let the model write.
+        teacher: the 16-bit model; all its blocks are held.
+        plan: how much is wanted.
+        folder: keeps batches that are drawn.
+        reporter: told how far it is.
+
+    Raises:
+        RecipeError: the text cannot be read, or is too short to learn from.
+        CheckpointError: the model's probabilities are not finite.
+        SourceError: the tokenizer fails, or takes more than any real one.
+    """
+    wanted = plan.sequences + plan.held_back
+    found = ask_tokenizer(TokensRequest(source, text, wanted, plan.length))
+    if text is None:
+        rows = _drawn(teacher, found.beginnings, wanted, plan.length, folder, reporter)
+    else:
+        rows = np.array(found.rows, np.int32)
+        if len(rows) < FEWEST_SEQUENCES:
+            raise RecipeError(
+                f"--effort high: the calibration text {text} has {len(rows)} sequences of "
+                f"{plan.length} tokens; expected at least {FEWEST_SEQUENCES}, better "
+                f"{wanted:,}, or codes learn this text and nothing else. Give a longer text, let "
+                "the model write one (--calibrate self), or leave --effort out."
+            )
+        plan = plan.of_text(len(rows))
+    rows = rows[np.random.default_rng(1).permutation(len(rows))]
+    last = plan.held_back + plan.sequences
+    return LearningTokens(rows[plan.held_back : last], rows[: plan.held_back], plan)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Sequences that are drawn together.
+
+    Attributes:
+        starts: int64 [sequences, tokens] that they begin with.
+        seed: of the draws.
+    """
+
+    starts: NDArray[np.int64]
+    seed: int
+
+
+def _batches(
+    model: Any, known: Beginnings, wanted: int, length: int, rows: int
+) -> Iterator[_Batch]:
+    """How the sequences begin, those of one length together.
+
+    Args:
+        model: its config says how many words there are.
+        known: what the tokenizer says of how texts begin.
+        wanted: sequences.
+        length: of each.
+        rows: at a time, at most.
+    """
+    rng = np.random.default_rng(0)
+    starts = [
+        [*begin.ids, *(rng.integers(0, begin.any_of, 1).tolist() if begin.any_of else ())]
+        for begin in openings(model, known, wanted, length)
+        for _ in range(begin.count)
+    ]
+    seed = _FIRST_SEED
+    for size in sorted({len(ids) for ids in starts}):
+        alike = np.array([ids for ids in starts if len(ids) == size], np.int64)
+        for begin in range(0, len(alike), rows):
+            yield _Batch(alike[begin : begin + rows], seed)
+            seed += 1
+
+
+def _drawn(
+    teacher: StreamedModel,
+    known: Beginnings,
+    wanted: int,
+    length: int,
+    folder: Path,
+    reporter: Reporter,
+) -> NDArray[np.int32]:
+    """The model's own sequences; batches that are in the folder are not drawn again."""
+    make_folder(folder)
+    remove_leftovers(folder)
+    rows = _rows_at_a_time(teacher, length)
+    drawn: list[NDArray[np.int32]] = []
+    with (
+        one_thread_if_small(teacher.footprint),
+        reporter.task("sample tokens to learn from", wanted, unit="sequences") as task,
+    ):
+        for batch in _batches(teacher.model, known, wanted, length, rows):
+            path = folder / f"{batch.seed}.safetensors"
+            shape = len(batch.starts), length
+            ids = _kept(path, shape)
+            if ids is None:
+                ids = _draw(teacher, batch, length)
+                digest = json.dumps({"sha256": hashlib.sha256(ids.tobytes()).hexdigest()})
+                write_bytes(path, save({"ids": ids}, {"nf4": digest}))
+            drawn.append(ids)
+            task.advance(len(ids))
+    return np.concatenate(drawn)
+
+
+def _kept(path: Path, shape: tuple[int, int]) -> NDArray[np.int32] | None:
+    """A batch that an earlier run drew, if its file holds what was written."""
+    try:
+        with safe_open(path, framework="np") as file:
+            ids: NDArray[np.int32] = file.get_tensor("ids")
+            said = json.loads(file.metadata()["nf4"])["sha256"]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+    whole = ids.shape == shape and hashlib.sha256(ids.tobytes()).hexdigest() == said
+    return ids if whole else None
+
+
+def _draw(teacher: StreamedModel, batch: _Batch, length: int) -> NDArray[np.int32]:
+    """Draws at temperature 1, nothing cut off; what follows the end of a text is drawn, too."""
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    model: Any = teacher.model
+    model.generation_config = GenerationConfig()
+    starts = torch.from_numpy(batch.starts).to(teacher.device)
+    torch.manual_seed(batch.seed)
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=length - starts.shape[1],
+        pad_token_id=0,
+    )
+    with torch.no_grad():
+        ids = model.generate(
+            starts,
+            attention_mask=torch.ones_like(starts),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_checked]),
+        )
+    if ids.is_cuda:
+        torch.cuda.empty_cache()
+    array: NDArray[np.int32] = ids.to("cpu", torch.int32).numpy()
+    return array
+
+
+def _checked(ids: Any, logits: Any) -> Any:
+    """The logits as they are, if tokens can be drawn from them."""
+    if ids.is_cuda and ids.shape[1] % _CLEARED == 0:
+        torch.cuda.empty_cache()  # of a cache that grows, every earlier size lies about
+    if not logits.sum().isfinite() and logits.float().softmax(-1).isnan().any():
+        raise CheckpointError(
+            "The 16-bit model says NaN, so it cannot write tokens to learn from. Let codes learn "
+            "from a text (--calibrate FILE), or leave --effort out."
+        )
+    return logits
+
+
+def _rows_at_a_time(teacher: StreamedModel, length: int) -> int:
+    """How many sequences are drawn together: a power of two, by what one takes in the cache."""
+    kind = teacher.device.type
+    model: Any = teacher.model
+    words = int(model.config.get_text_config().vocab_size)
+    with torch.no_grad():
+        probe = torch.zeros(1, 2, dtype=torch.long, device=teacher.device)
+        cache = model(probe, use_cache=True).get("past_key_values")
+    sizes = [
+        tensor.numel() * tensor.element_size()
+        for layer in getattr(cache, "layers", ())
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
+        if isinstance(tensor, torch.Tensor)
+    ]
+    each = sum(sizes) / 2 * length + _PROBABILITIES * words
+    rows = max(8, min(_MOST[kind], int(_CACHE[kind] / each)))
+    return int(2 ** (rows.bit_length() - 1))

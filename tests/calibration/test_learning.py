@@ -1,0 +1,371 @@
+"""Codes that learn: that they do, never for the worse, and the same after any interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytest
+import torch
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.calibration import learning_plan
+from nf4_pipeline.calibration.block_store import BlockStore
+from nf4_pipeline.calibration.latents import LearnedWeight, Tables
+from nf4_pipeline.calibration.learner import learning_rate, order_of
+from nf4_pipeline.calibration.learning import Learning
+from nf4_pipeline.calibration.learning_state import Progress, read_state, write_state
+from nf4_pipeline.errors import ArtifactError, RecipeError, ResourceError
+from nf4_pipeline.gptq.saved_codes import read_codes
+from nf4_pipeline.manifest.manifest import LearningSummary
+from nf4_pipeline.manifest.read import read_manifest
+from nf4_pipeline.nf4.dequantize import dequantize
+from nf4_pipeline.nf4.packing import pack, unpack
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.report.calibration import describe_tokens
+from nf4_pipeline.reproduce.reproduce import reproduce
+
+from tests.support.calibrated import Listener, downloaded, quantized, settings
+from tests.support.jobs import CPU
+from tests.support.learning import QUICK, Start, content
+from tests.support.tiny import copy_of, flip_byte
+
+pytestmark = pytest.mark.usefixtures("workers_here")
+
+KINDS: Final = ("falcon-7b", "llama", "gpt2", "opt")
+
+
+Make = Callable[[str], Start]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    return cache(lambda kind: Start(tmp_path_factory.mktemp(kind), kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_learn_and_scales_stay(start: Make, tmp_path: Path, kind: str) -> None:
+    learning = start(kind).learning(tmp_path)
+    found = learning.run(SILENT)
+    assert found.kl_after < found.kl_before
+    assert (found.steps, found.sequences, found.tokens, found.held_back) == (16, 16, 512, 4)
+    before, after = BlockStore(tmp_path / "store").files(), learning.store.files()
+    assert before.keys() == after.keys() == {w.name for w in start(kind).plan.quantized}
+    changed = 0
+    for name, path in before.items():
+        (codes, scales), (learned, same) = read_codes(path, name), read_codes(after[name], name)
+        assert scales.scales().tobytes() == same.scales().tobytes()
+        assert codes.shape == learned.shape
+        changed += int((codes != learned).sum())
+    assert changed > 0
+    assert not list(learning.store.folder.glob("*.state"))
+
+
+def test_recomputing_activations_changes_nothing(start: Make, tmp_path: Path) -> None:
+    both = [
+        start("gpt2").learning(tmp_path / str(again), replace(QUICK, recompute=again))
+        for again in (False, True)
+    ]
+    for learning in both:
+        learning.run(SILENT)
+    one, other = (
+        {name: read_codes(path, name)[0].tobytes() for name, path in each.store.files().items()}
+        for each in both
+    )
+    assert one == other
+
+
+def test_a_run_that_is_stopped_at_any_state_ends_with_the_same_bytes(
+    start: Make, tmp_path: Path
+) -> None:
+    whole = start("llama").learning(tmp_path / "whole")
+    whole.run(SILENT)
+
+    class Stopped(Exception):
+        pass
+
+    stopped = start("llama").learning(tmp_path / "stopped")
+    steps: list[int] = []
+
+    def stop(progress: Progress) -> None:
+        steps.append(progress.step)
+        raise Stopped
+
+    for _ in range(QUICK.steps + 1):
+        try:
+            stopped.run(SILENT, seconds=0.0, saved=stop)
+            break
+        except Stopped:
+            continue
+    assert steps == [*range(1, QUICK.steps + 1), QUICK.steps]
+    stopped.run(SILENT)
+    assert content(stopped) == content(whole)
+
+
+KILLED: Final = """
+import os, signal, sys
+from pathlib import Path
+from nf4_pipeline.processes.in_process import in_process
+from tests.support.learning import QUICK, Start
+start = Start.__new__(Start)
+start.__dict__.update(__import__("pickle").loads(Path(sys.argv[1]).read_bytes()))
+from nf4_pipeline.calibration.block_store import BlockStore
+from nf4_pipeline.calibration.learning import Learning
+from nf4_pipeline.progress import SILENT
+def saved(progress):
+    if progress.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+with in_process():
+    Learning(start.source, start.plan, (), BlockStore(Path(sys.argv[2])), None, "cpu", QUICK).run(
+        SILENT, seconds=0.0, saved=saved
+    )
+"""
+
+
+def test_a_killed_process_is_gone_on_with(start: Make, tmp_path: Path) -> None:
+    import pickle
+
+    whole = start("llama").learning(tmp_path / "whole")
+    whole.run(SILENT)
+    killed = start("llama").learning(tmp_path / "killed")
+    (tmp_path / "start").write_bytes(pickle.dumps(start("llama").__dict__))
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "start"), str(tmp_path / "killed" / "store")],
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (state,) = killed.store.folder.glob("*.state")
+    kept = read_state(state)
+    assert kept is not None
+    assert kept[0].step == 5
+    killed.run(SILENT)
+    assert content(killed) == content(whole)
+
+
+@pytest.mark.parametrize("place", [0, 20, 5000, -1])
+def test_a_damaged_state_is_not_gone_on_with(tmp_path: Path, place: int) -> None:
+    path = tmp_path / "state"
+    arrays: dict[str, Any] = {
+        "a": np.arange(6, dtype=np.int16).reshape(2, 3),
+        "b": np.ones(2000, np.float32),
+    }
+    progress = Progress(step=3, since=3, start_kl=0.5, best_kl=0.25)
+    write_state(path, progress, arrays)
+    kept = read_state(path)
+    assert kept is not None
+    assert kept[0] == progress
+    assert {name: array.tobytes() for name, array in kept[1].items()} == {
+        name: array.tobytes() for name, array in arrays.items()
+    }
+    flip_byte(path, place % path.stat().st_size)
+    assert read_state(path) is None
+    path.write_bytes(path.read_bytes()[:-5])
+    assert read_state(path) is None
+
+
+def test_harm_is_undone(start: Make, tmp_path: Path) -> None:
+    """A rate that destroys the model: what comes of it is not worse than the beginning."""
+    learning = start("llama").learning(tmp_path, replace(QUICK, rate=5.0))
+    told = Listener()
+    found = learning.run(told)
+    assert found.kl_after <= found.kl_before
+    assert found.halvings == 2
+    assert found.steps < QUICK.steps
+    assert any("did harm" in note for note in told.notes)
+
+
+def test_what_is_kept_or_was_not_calibrated_does_not_learn(start: Make, tmp_path: Path) -> None:
+    first = start("llama")
+    kept, fallen = first.plan.quantized[0], first.plan.quantized[-1]
+    learning = first.learning(tmp_path, kept=(str(kept.module),))
+    store = BlockStore(tmp_path / "store")
+    path = store.files()[fallen.name]
+    block = path.name.removesuffix(".safetensors")
+    facts = store.facts(block)
+    assert facts is not None
+    from nf4_pipeline.gptq.quantizer import QuantizedWeight
+
+    weights = {
+        name: QuantizedWeight(*read_codes(path, name), facts.costs[name])
+        for name in facts.weights
+        if name != fallen.name
+    }
+    store.write(block, weights, {fallen.name: "no tokens came to it"})
+    learning = Learning(first.source, first.plan, (str(kept.module),), store, None, "cpu", QUICK)
+    found = learning.run(SILENT)
+    assert found.kl_after < found.kl_before
+    names = {weight.name for weight in first.plan.quantized}
+    assert learning.store.files().keys() == names - {kept.name, fallen.name}
+    assert learning.run(SILENT) == found
+
+
+# The arithmetic
+
+
+@pytest.mark.parametrize("columns", [64, 45, 1])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_latent_begins_in_the_bin_of_its_code(columns: int, seed: int) -> None:
+    """Whatever the code and the scale, however far error compensation moved the weight."""
+    rng = np.random.default_rng(seed)
+    shape = 7, columns
+    blocks = -(-7 * columns // 64)
+    exact = torch.from_numpy(rng.normal(size=shape).astype(np.float32))
+    exact[0, 0] = 1e6
+    scales = (rng.normal(size=blocks) * 2).astype(np.float32)
+    scales[rng.random(blocks) < 0.2] = 0.0
+    codes = rng.integers(0, 16, 7 * columns).astype(np.uint8)
+    module = torch.nn.Linear(columns, 7, bias=False)
+    weight = LearnedWeight(module, exact, pack(codes), scales, Tables(torch.device("cpu")))
+    assert (unpack(weight.packed(), codes.size) == codes).all()
+    expected = dequantize(pack(codes), scales, shape)
+    assert torch.equal(module.weight.detach(), torch.from_numpy(expected))
+    before = weight.latent.clone()
+    weight.momentum.fill_(float("nan"))
+    weight.step(1e-2, 1)
+    assert torch.equal(weight.latent, before)
+
+
+def test_a_step_goes_against_the_gradient() -> None:
+    rng = np.random.default_rng(0)
+    exact = torch.from_numpy(rng.normal(size=(64, 64)).astype(np.float32))
+    scales = np.where(np.arange(64) % 2, 2.0, -2.0).astype(np.float32)
+    codes = rng.integers(4, 12, 4096).astype(np.uint8)
+    module = torch.nn.Linear(64, 64, bias=False)
+    weight = LearnedWeight(module, exact, pack(codes), scales, Tables(torch.device("cpu")))
+    before = module.weight.detach().clone()
+    gradient = torch.from_numpy(rng.normal(size=(64, 64)).astype(np.float32))
+    for number in range(1, 30):
+        weight.decay()
+        weight.add(gradient)
+        weight.step(2e-2, number)
+    moved = module.weight.detach() - before
+    assert float((moved * gradient).sum()) < 0
+    assert float((moved != 0).float().mean()) > 0.3
+    assert bool((moved.sign() * gradient.sign() <= 0).all())
+
+
+def test_the_rate_rises_and_falls() -> None:
+    rates = [learning_rate(QUICK, step) for step in range(QUICK.steps)]
+    top = rates.index(max(rates))
+    assert rates[:top] == sorted(rates[:top])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert 0 < max(rates) <= QUICK.rate
+    assert rates[-1] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_every_sequence_has_its_turn() -> None:
+    order = order_of(QUICK)
+    assert order.shape == (16, 4)
+    for part in order.reshape(4, 16):
+        assert sorted(part) == list(range(16))
+
+
+# Refusals
+
+
+def test_a_text_that_is_too_short_is_refused(start: Make, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + i * i % 26) for i in range(32 * 40)))
+    with pytest.raises(RecipeError, match=r"expected at least 64.*leave --effort out"):
+        start("llama").learning(tmp_path, text=text).run(SILENT)
+
+
+def test_a_text_is_learned_from(start: Make, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + i * i % 26) for i in range(32 * 100)))
+    how = replace(QUICK, sequences=200, steps=1000)
+    found = start("llama").learning(tmp_path, how, text=text).run(SILENT)
+    assert found.held_back + found.sequences > 64
+    assert found.held_back == round((found.held_back + found.sequences) * 0.05) or (
+        found.held_back == QUICK.held_back
+    )
+    assert found.steps < 1000
+
+
+def test_a_device_that_is_too_small_is_refused_before_anything_is_done(
+    start: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning_plan, "_TEMPORARIES", 10**12)
+    learning = start("llama").learning(tmp_path)
+    with pytest.raises(ResourceError, match=r"needs some .* GB .* are free. Leave --effort out"):
+        learning.run(SILENT)
+    build = downloaded(start("llama").checkpoint, tmp_path)
+    with pytest.raises(ResourceError, match="Leave --effort out"):
+        quantized(build, settings(effort="high"))
+    assert not build.calibration.exists()
+
+
+def test_other_tokens_than_expected_are_refused(start: Make, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="cannot be derived again here"):
+        start("llama").learning(tmp_path).run(SILENT, expected_sha256="0" * 64)
+
+
+def test_larger_models_learn_less_and_recompute(
+    start: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = start("llama").plan.quantized
+    small = learning_plan.plan_learning(weights, "cuda", None)
+    assert (small.sequences, small.length, small.steps, small.recompute) == (8192, 512, 512, False)
+    monkeypatch.setattr(learning_plan, "_LARGE", 1000)
+    large = learning_plan.plan_learning(weights, "cuda", 2048)
+    assert (large.sequences, large.steps, large.rate, large.recompute) == (2048, 128, 4e-3, True)
+    assert learning_plan.plan_learning(weights, "cpu", 100).length == 100
+
+
+# A whole build
+
+
+def test_the_record_and_the_manifest_say_so(
+    start: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nf4_pipeline.calibration import learning
+
+    monkeypatch.setattr(learning, "plan_learning", lambda *_: QUICK)
+    build = downloaded(start("llama").checkpoint, tmp_path)
+    plain = Build(copy_of(build.root, tmp_path / "plain"))
+    quantized(build, settings(effort="high"))
+    quantized(plain, settings())
+    manifest = json.loads((build.export / "manifest.json").read_text())
+    before = json.loads((plain.export / "manifest.json").read_text())
+    found = LearningSummary.from_json(manifest["calibration"].pop("learning"))
+    assert found.kl_after < found.kl_before
+    assert manifest["calibration"] == before["calibration"]
+    assert "learning" not in before["calibration"]
+    assert manifest["recipe"]["quantize"]["effort"] == "high"
+    assert "effort" not in before["recipe"]["quantize"]
+    assert manifest["totals"] == before["totals"]
+    same = (build.export / "calibration.json", plain.export / "calibration.json")
+    assert same[0].read_bytes() == same[1].read_bytes()
+    assert not [path for path in build.calibration.iterdir() if path.is_dir()]
+    summary = read_manifest(build.export).calibration
+    assert summary is not None
+    assert "Then the codes learned, end to end" in describe_tokens(summary)
+
+    # Derived again: the model writes the same tokens once more, and nothing but them will do.
+    checkpoint = start("llama").checkpoint
+    again = reproduce(build.export, checkpoint, SILENT, CPU)
+    assert again.differences == []
+    other = copy_of(build.export, tmp_path / "other")
+    manifest["calibration"]["learning"] = found.to_json() | {"tokens_sha256": "0" * 64}
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ResourceError, match="cannot be derived again here"):
+        reproduce(other, checkpoint, SILENT, CPU)
+    manifest["calibration"] |= {"source": "text", "learning": found.to_json()}
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ResourceError, match="learned from a text, which is not part of it"):
+        reproduce(other, checkpoint, SILENT, CPU)
+    del manifest["calibration"]["learning"]
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match='expected "learning"'):
+        reproduce(other, checkpoint, SILENT, CPU)
