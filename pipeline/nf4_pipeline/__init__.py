@@ -46,6 +46,7 @@ The house, from the top floor down; a room imports only from rooms below it (`ma
     machine.py         what the machine gives: device, workers, memory
     nf4/               the format: arithmetic, and the six tensors of a weight
     processes/         child processes, by one protocol
+    cluster/           calls as tasks of a Ray cluster
     checkpoint/        safetensors bytes on disk
     compiled.py        functions that numba compiles, with a cache that may fail
     errors.py          every failure that a user can meet

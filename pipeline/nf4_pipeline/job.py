@@ -13,6 +13,7 @@ from nf4_pipeline.build_folder import Build, Record, State
 from nf4_pipeline.build_folder.variant import SHAPING_TABLES
 from nf4_pipeline.builds import check_spec, complete_recipe, keep_spec, spec_of
 from nf4_pipeline.calibration.calibrator import text_path
+from nf4_pipeline.cluster.ray_tasks import check_installed
 from nf4_pipeline.engine.parts import Part
 from nf4_pipeline.errors import (
     BuildError,
@@ -46,7 +47,8 @@ from nf4_pipeline.stages.find_source import DownloadRequest
 from nf4_pipeline.stages.forecast import Forecast, forecast
 from nf4_pipeline.stages.push import Push
 from nf4_pipeline.stages.quantize import Quantize, count_finished_files
-from nf4_pipeline.stages.quantize_parts import MergeParts, QuantizePart
+from nf4_pipeline.stages.quantize_on_ray import QuantizeOnRay
+from nf4_pipeline.stages.quantize_parts import MergeParts, QuantizePart, refuse_calibrated
 from nf4_pipeline.stages.run_recorded import Stage
 from nf4_pipeline.stages.serialize import Serialize
 from nf4_pipeline.stages.upload_ahead import UploadAhead
@@ -62,6 +64,7 @@ STAGES: Final = ("download", "quantize", "serialize", "verify", "attest")
 
 
 _PATIENCE: Final = 5.0  # seconds
+_PATIENCE_WITH_TASKS: Final = 30.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,18 @@ def make_stages(
         repo_id: the Hub repo that attest names; see `Attest`.
         rebuilt: the summary that attest names; see `Attest`.
     """
+    quantize = Quantize(build, recipe, machine, reporter)
     return {
-        "quantize": Quantize(build, recipe, machine, reporter),
+        "quantize": _by_engine(quantize),
         "serialize": Serialize(build, recipe, reporter),
         "verify": Verify(build, recipe, machine, reporter, against, workers),
         "attest": Attest(build, repo_id, rebuilt),
     }
+
+
+def _by_engine(quantize: Quantize) -> Stage:
+    """The stage, as its machine wants it run."""
+    return QuantizeOnRay(quantize) if quantize.machine.engine == "ray" else quantize
 
 
 def run_build(
@@ -144,6 +153,7 @@ def run_build(
     text_path(recipe.quantize)
     check_texts(recipe.verify)
     request, recipe = _agreed(request, recipe)
+    _check_engine(recipe, machine, request.url)
     of = len(STAGES) + (output is not None)
     with ExitStack() as stack:
         ahead = None
@@ -159,8 +169,9 @@ def run_build(
         repo_id = None if output is None else output.repo_id
         stages = make_stages(build, recipe, machine, reporter, workers=workers, repo_id=repo_id)
         if ahead is not None:
-            stages["quantize"] = Quantize(build, recipe, machine, reporter, ahead.add)
-        with translate_errors("build", build), build.locked():
+            quantize = Quantize(build, recipe, machine, reporter, ahead.add)
+            stages["quantize"] = _by_engine(quantize)
+        with translate_errors("build", build), build.locked(_patience(machine)):
             keep_spec(build, recipe, SHAPING_TABLES, replaces=request.replaces)
             for name in stages:
                 results[name] = _ensure(
@@ -259,8 +270,9 @@ def run_stage(
         _check_begun(build, machine, reporter)
         if name == "verify":
             check_gpu(machine)
-    with translate_errors(name, build), build.locked():
+    with translate_errors(name, build), build.locked(_patience(machine)):
         whole = complete_recipe(build, recipe, before=name)
+        _check_engine(whole, machine, build.shown if build.is_copy else None)
         if name == "serialize" and build.record(QUANTIZE) is None and part_records(build):
             _merge(build, whole, machine, reporter)
         if name in SHAPING_TABLES:
@@ -311,13 +323,11 @@ def run_part(
     with translate_errors("quantize", build):
         _check_begun(build, machine, reporter)
         whole = complete_recipe(build, recipe, before="quantize")
-    with translate_errors("quantize", build), _taking_part(build, whole):
-        stage = QuantizePart(Quantize(build, whole, machine, reporter), part)
-        with reporter.stage(f"quantize {part}", 1, 1) as shown:
-            state = build.state(stage.kind, stage.key(), reporter)
-            ran = state.status != "done"
-            record = stage.run() if ran else build.need(stage.kind)
-            shown.finish(ran=ran, nbytes=record.total_bytes)
+        _decide_together(build, whole)
+    stage = QuantizePart(Quantize(build, whole, machine, reporter), part)
+    with translate_errors("quantize", build), reporter.stage(f"quantize {part}") as shown:
+        record, ran = stage.ensure()
+        shown.finish(ran=ran, nbytes=record.total_bytes)
     return StageResult(record, ran)
 
 
@@ -354,35 +364,45 @@ def _check_begun(build: Build, machine: Machine, reporter: Reporter) -> None:
     if not build.root.is_dir():
         raise BuildError(f"{build.root}: no such build. Start one: nf4 build MODEL.")
     build.pull(reporter)
-    check_device(machine.device)
+    if machine.engine == "local":
+        check_device(machine.device)
 
 
-@contextmanager
-def _taking_part(build: Build, recipe: Recipe) -> Iterator[None]:
-    """Shares a build with those who make its other parts, once it is noted what it is for.
+def _check_engine(recipe: Recipe, machine: Machine, url: str | None) -> None:
+    """Refuses what Ray cannot do before anything is changed."""
+    if machine.engine == "ray":
+        if url is not None:
+            raise UsageError(
+                f"--engine ray: its tasks work in one folder that all nodes see, and {url} "
+                "is a URL. Name a folder as --build-dir; or make parts on several machines: nf4 "
+                "quantize --part 1/3."
+            )
+        refuse_calibrated(recipe, "--engine ray")
+        check_installed()
 
-    Only one process can note that, and holds the build alone for that moment; the others find it
-    noted, or come a moment later.
-    """
+
+def _patience(machine: Machine) -> float:
+    """Seconds to wait for a lock: the tasks of a driver that was killed live a little longer."""
+    return _PATIENCE_WITH_TASKS if machine.engine == "ray" else 0.0
+
+
+def _decide_together(build: Build, recipe: Recipe) -> None:
+    """Notes what a build is for, which only one process can do; the others find it noted."""
     build.need(DOWNLOAD)
     end = time.monotonic() + _PATIENCE
-    with ExitStack() as stack:
-        while True:
-            spec = spec_of(build, recipe)
-            is_noted = spec is not None and "quantize" in spec.decided
-            if spec is not None and is_noted:
-                check_spec(build, spec, recipe, ("quantize",))
-            try:
-                if not is_noted:
-                    with build.locked():
-                        keep_spec(build, recipe, ("quantize",))
-                stack.enter_context(build.shared())
-                break
-            except BuildError:
-                if time.monotonic() > end:
-                    raise
-            time.sleep(0.05)
-        yield
+    while True:
+        spec = spec_of(build, recipe)
+        if spec is not None and "quantize" in spec.decided:
+            check_spec(build, spec, recipe, ("quantize",))
+            return
+        try:
+            with build.locked():
+                keep_spec(build, recipe, ("quantize",))
+            return
+        except BuildError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.05)
 
 
 def _ensure(

@@ -8,13 +8,16 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, get_args
 
 from nf4_pipeline.errors import ResourceError, UsageError
 
 DEFAULT_MEMORY_BUDGET: Final = 256 * 2**20
 _DRIVER: Final = Path("/proc/driver/nvidia/gpus")
 _MANY: Final = 1024
+
+Engine = Literal["local", "ray"]
+ENGINES: Final[tuple[Engine, ...]] = get_args(Engine)
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Machine:
         workers: threads that quantize; 0 for as many as keep the device busy.
         memory_budget: bytes for all buffers of the engine together.
         device_memory: bytes of the device that verifying may use; 0 for all that is free.
+        engine: what runs the quantizing: threads of this process, or tasks of a Ray cluster, each
+            of which makes one file with as many `workers`.
+        ray_address: of the cluster; None for the one that RAY_ADDRESS says, or else one that is
+            started for this run.
     """
 
     device: str = "auto"
@@ -34,6 +41,8 @@ class Machine:
     workers: int = 0
     memory_budget: int = DEFAULT_MEMORY_BUDGET
     device_memory: int = 0
+    engine: Engine = "local"
+    ray_address: str | None = None
 
 
 def may_have_cuda() -> bool:

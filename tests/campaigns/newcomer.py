@@ -347,6 +347,16 @@ MISTAKES: Final = (
     ),
     Mistake(
         "option",
+        "nf4 build model --ray-address 10.0.0.1:6379",
+        ("--ray-address says where a Ray cluster is", "--engine ray"),
+    ),
+    Mistake(
+        "option",
+        "nf4 build model --engine ray --calibrate self",
+        ("--engine ray: calibrated codes", "cannot be divided", "Leave --engine ray out"),
+    ),
+    Mistake(
+        "option",
         f"nf4 quantize {FETCHED} --merge",
         ("has no parts to merge", "--part 1/3"),
         1,

@@ -35,6 +35,8 @@ def build(
     workers: int = 0,
     memory_budget: str | int = DEFAULT_MEMORY_BUDGET,
     device_memory: str | int | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
     build_dir: PathName | None = None,
     replace: bool = False,
     offline: bool = False,
@@ -73,6 +75,10 @@ def build(
         memory_budget: bytes of all buffers of the engine together, as a number or such as "1GiB".
         device_memory: how much of the device verifying may use, as a number of bytes or such as
             "8GB"; all that is free without it.
+        engine: "local", or "ray": each file is quantized by a task of a Ray cluster, all of whose
+            nodes see the build folder and the source. The bytes are the same.
+        ray_address: of the cluster; "auto" for the one that this host is a node of. Without it, the
+            one that RAY_ADDRESS says, or else one that is started for this build.
         build_dir: the build folder; None for one under ./artifacts that is named for the model and,
             where it is not the default, for the recipe. Or a URL such as "s3://bucket/folder": what
             is done is kept there, and a copy under ./artifacts.
@@ -94,7 +100,8 @@ def build(
         The artifact, whether its verdict is "pass" or "fail".
 
     Raises:
-        UsageError: the name or an option means nothing; `RecipeError` for the recipe.
+        UsageError: the name or an option means nothing, or Ray is asked for and not installed;
+            `RecipeError` for the recipe.
         SourceError: the checkpoint cannot be used.
         HubError: the Hub refuses, does not answer, or sends wrong bytes.
         BuildError: another process works in the build folder, it is another build and may not be
@@ -120,6 +127,8 @@ def build(
         workers=workers,
         memory_budget=memory_budget,
         device_memory=device_memory,
+        engine=engine,
+        ray_address=ray_address,
     )
     request = make_request(
         model,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from nf4_pipeline.checkpoint.named_path import is_url, local_copy, named_path
 from nf4_pipeline.errors import UsageError
-from nf4_pipeline.machine import DEFAULT_MEMORY_BUDGET, Machine, check_device_name
+from nf4_pipeline.machine import DEFAULT_MEMORY_BUDGET, ENGINES, Machine, check_device_name
 from nf4_pipeline.recipe import TABLES, PartialRecipe, Recipe, parse_recipe, parse_size, read_tables
 
 if TYPE_CHECKING:
@@ -154,13 +154,26 @@ def make_machine(
     workers: int = 0,
     memory_budget: str | int = DEFAULT_MEMORY_BUDGET,
     device_memory: str | int | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
 ) -> Machine:
     """What the work may use; `Machine` says what each means.
 
     Raises:
-        UsageError: a value is out of its range, or no size or device.
+        UsageError: a value is out of its range, or no size, device or engine, or the options do
+            not go together.
     """
     check_device_name(device)
+    known = next((name for name in ENGINES if name == engine), None)
+    if known is None:
+        raise UsageError(f"--engine {engine[:80]!r}: expected {' or '.join(ENGINES)}.")
+    if ray_address is not None and engine != "ray":
+        raise UsageError("--ray-address says where a Ray cluster is: add --engine ray.")
+    if engine == "ray" and device.startswith("cuda:"):
+        raise UsageError(
+            f"--device {device}: a GPU has no number on a cluster. With --engine ray, write "
+            "--device cuda for its GPUs, or cpu."
+        )
     if not 0 <= workers <= _MOST_WORKERS:
         raise UsageError(f"--workers {workers}: expected 0 to {_MOST_WORKERS}.")
     return Machine(
@@ -169,6 +182,8 @@ def make_machine(
         workers=workers,
         memory_budget=parse_size(str(memory_budget), "--memory-budget"),
         device_memory=parse_size(str(device_memory), "--device-memory") if device_memory else 0,
+        engine=known,
+        ray_address=ray_address,
     )
 
 

@@ -8,7 +8,7 @@
       records/       one small JSON per finished stage
       build.json     the source and the recipe that it is for, from before the first byte
       remote.json    the URL of which the folder is the local copy, if it is one
-      .lock          held by the process that works here
+      .lock          held by the process that works here; .lock.* by those that make a file each
 
 A record holds the stage's key, every output with its size, sha256 and stamp (times and inode),
 what the next stages need to know, and what the work took; that of a stage that judges holds the
@@ -16,6 +16,7 @@ files that it judged, too. It is written last. A stage is done if its record has
 would have now, and its outputs still hash as recorded; a record that cannot be read counts as none.
 
 build.py      the folder: where things are, its lock
+makers.py     who makes which file, where several processes do
 record.py     what a finished stage leaves, in memory and as JSON
 spec.py       build.json
 variant.py    what of a recipe shapes the bytes, and the tag that says so in a folder's name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from nf4_pipeline.build_folder.freshness import Inputs, State, check_outputs, find_state
+from nf4_pipeline.build_folder.makers import Makers, begin_making, owner_of, read_makers
 from nf4_pipeline.build_folder.record import (
     F,
     Facts,
@@ -37,6 +39,9 @@ from nf4_pipeline.progress import SILENT, Reporter
 
 _LOCK: Final = ".lock"
 """A file in the build folder; with the name of a file of quantized/ behind it, that file's."""
+_PATIENCE: Final = 60.0
+"""Seconds that helpers may take to end once their work is done."""
+_PAUSE: Final = 0.05
 
 
 class Build:
@@ -51,11 +56,17 @@ class Build:
         self.root = root
         self._url = url
         self._written: dict[str, FileStamp] = {}  # outputs that this process hashed as it made them
+        self._lock: int | None = None  # descriptor of the lock file, while it is `locked`
 
     @cached_property
     def _remote(self) -> Remote | None:
         url = self._url or read_url(self.root)
         return None if url is None else Remote(self.root, url)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the folder is the local copy of a build at a URL."""
+        return self._remote is not None
 
     @property
     def shown(self) -> str:
@@ -246,37 +257,65 @@ class Build:
                 )
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, patience: float = 0.0) -> Iterator[None]:
         """Holds the build folder for this process; the lock of a dead process does not count.
 
         What a dead process left half done is deleted.
 
+        Args:
+            patience: seconds to wait for another process that works there.
+
         Raises:
             BuildError: another live process holds this build folder, nothing can be locked there,
                 or a folder in it is a link.
         """
-        with self._holding(fcntl.LOCK_EX) as descriptor:
+        with self._holding(fcntl.LOCK_EX, patience) as descriptor:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-            for left in self.root.glob(f"{_LOCK}.*"):
-                left.unlink()
-            recover_folder(self.export)
-            for folder in (self.root / "records", self.quantized, self.export):
-                remove_leftovers(folder)
+            self._clear()
             self._pull_again()
-            yield
+            self._lock = descriptor
+            try:
+                yield
+            finally:
+                self._lock = None
+
+    def _clear(self) -> None:
+        """Deletes what dead processes left half done; no other one may work here."""
+        for left in self.root.glob(f"{_LOCK}.*"):
+            left.unlink()
+        recover_folder(self.export)
+        for folder in (self.root / "records", self.quantized, self.export):
+            remove_leftovers(folder)
 
     @contextmanager
-    def shared(self) -> Iterator[None]:
+    def lent(self) -> Iterator[None]:
+        """Lets helpers work by `shared` while the body runs, in the midst of `locked`.
+
+        Raises:
+            BuildError: a helper still works here, long after the body ended.
+        """
+        if self._lock is None:
+            raise RuntimeError("only what is locked can be lent")
+        self._flock(self._lock, fcntl.LOCK_SH, self.root)
+        yield  # what fails here ends the whole: no lock is needed again
+        self._flock(self._lock, fcntl.LOCK_EX, self.root, patience=_PATIENCE)
+        self._clear()
+
+    @contextmanager
+    def shared(self, patience: float = 0.0) -> Iterator[None]:
         """Holds the build folder together with others that do so, and against `locked`.
 
         Each may only write files that it holds by `making`, and records that nobody else writes.
 
+        Args:
+            patience: seconds to wait for another process that holds it alone.
+
         Raises:
             BuildError: another live process holds this build folder, nothing can be locked there,
                 or a folder in it is a link.
         """
-        with self._holding(fcntl.LOCK_SH):
+        with self._holding(fcntl.LOCK_SH, patience):
             self._pull_again()
             yield
 
@@ -285,11 +324,12 @@ class Build:
             self.pull(self._remote.reporter)
 
     @contextmanager
-    def making(self, names: Collection[str]) -> Iterator[None]:
+    def making(self, names: Collection[str], patience: float = 0.0) -> Iterator[None]:
         """Holds files of quantized/ among the processes that share this build folder.
 
         Args:
             names: of the files.
+            patience: seconds to wait for another process that makes one of them.
 
         Raises:
             BuildError: another live process is making one of them.
@@ -298,35 +338,48 @@ class Build:
             for name in sorted(names):
                 descriptor = _open_lock(self.root / f"{_LOCK}.{name}")
                 stack.callback(os.close, descriptor)
-                self._flock(descriptor, fcntl.LOCK_EX, self.quantized / name)
+                self._flock(descriptor, fcntl.LOCK_EX, self.quantized / name, patience=patience)
+                begin_making(descriptor)
             yield
 
+    def makers(self) -> dict[str, Makers]:
+        """Who made and makes which file of quantized/ by `making`, since it was last `locked`."""
+        return {
+            path.name.removeprefix(f"{_LOCK}."): makers
+            for path in self.root.glob(f"{_LOCK}.*")
+            if (makers := read_makers(path)) is not None
+        }
+
     @contextmanager
-    def _holding(self, how: int) -> Iterator[int]:
+    def _holding(self, how: int, patience: float = 0.0) -> Iterator[int]:
         make_folder(self.root)
         self._refuse_links()
         descriptor = _open_lock(self.root / _LOCK)
         try:
-            self._flock(descriptor, how, self.root)
+            self._flock(descriptor, how, self.root, patience=patience)
             yield descriptor
         finally:
             os.close(descriptor)
 
-    def _flock(self, descriptor: int, how: int, what: Path) -> None:
-        try:
-            fcntl.flock(descriptor, how | fcntl.LOCK_NB)
-        except OSError as error:
-            if not isinstance(error, BlockingIOError):
-                raise BuildError(
-                    f"{self.root}: the file system there has no locks ({error.strerror}), so "
-                    "that nothing would keep two processes apart. Name a --build-dir on "
-                    "another one."
-                ) from error
-            owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-            raise BuildError(
-                f"{what} is in use by another nf4 process (pid {owner or 'unknown'}). "
-                "Wait for it to end, or name another --build-dir."
-            ) from error
+    def _flock(self, descriptor: int, how: int, what: Path, *, patience: float = 0.0) -> None:
+        end = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if not isinstance(error, BlockingIOError):
+                    raise BuildError(
+                        f"{self.root}: the file system there has no locks ({error.strerror}), so "
+                        "that nothing would keep two processes apart. Name a --build-dir on "
+                        "another one."
+                    ) from error
+                if time.monotonic() >= end:
+                    raise BuildError(
+                        f"{what} is in use by another nf4 process (pid {owner_of(descriptor)}). "
+                        "Wait for it to end, or name another --build-dir."
+                    ) from error
+            time.sleep(_PAUSE)
 
 
 def _open_lock(path: Path) -> int:

@@ -374,6 +374,19 @@ _MACHINE: Final[dict[str, tuple[Decorator, ...]]] = {
             show_default=True,
             help="For the engine's buffers.",
         ),
+        click.option(
+            "--engine",
+            default="local",
+            type=click.Choice(["local", "ray"]),
+            show_default=True,
+            help="Quantize here, or each file in a task of a Ray cluster. The bytes are the same.",
+        ),
+        click.option(
+            "--ray-address",
+            metavar="ADDRESS",
+            help='Of the cluster, such as 10.0.0.1:6379; "auto" for the one that this host is a '
+            "node of.  [default: RAY_ADDRESS, or else one is started for this run]",
+        ),
     ),
     "verify": (
         click.option("--require-gpu", is_flag=True, help="Verifying without a GPU is a failure."),
@@ -443,7 +456,10 @@ _SAID: Final = {
     *("recipe", "calibrate", "extra_bytes", "effort", "max_shard_size"),
     *("prompts", "eval_text", "eval_tokens"),
 }
-_TAKEN: Final = {"device", "workers", "memory_budget", "require_gpu", "device_memory"}
+_TAKEN: Final = {
+    *("device", "require_gpu", "workers", "memory_budget", "device_memory"),
+    *("engine", "ray_address"),
+}
 
 
 class Ui:

@@ -75,9 +75,9 @@ def command(
     the build worked on last is meant. Of a model, each recipe has a build of its own.
     """
     if part is not None or merge:
-        if dry_run or replaces or (part is not None and merge):
+        if dry_run or replaces or machine.engine != "local" or (part is not None and merge):
             raise click.UsageError(
-                "--part and --merge go with none of each other, --dry-run and --replace."
+                "--part and --merge go with none of each other, --dry-run, --replace and --engine."
             )
         build = build_for(ui, "quantize", model, build_dir, recipe)
         _run_parts(ui, build, part, recipe, machine)

@@ -6,10 +6,13 @@
     hub_files.py     a model of the Hub, looked at before its weights are fetched, then fetched
     streamed_source.py  weights that stay on the Hub: planned by headers, passed by, served
     forecast.py      what a build would read, write and take, before a byte of weights moves
+    cost_model.py    what it takes, from rates of hosts, disks and networks
     publication.py   the card, provenance and bill of materials of an export, for the repo they name
     download.py      a name -> a pinned, hashed checkpoint in source/
     quantize.py      source/ -> quantized/
     quantize_parts.py  a part of it by one of several processes; all parts -> one record
+    quantize_on_ray.py  each file a part, made by a task of a Ray cluster
+    folder_progress.py  how far several processes are, as their common folder shows it
     rounding_choice.py  on the processors or on GPUs, by an estimate of both times
     serialize.py     quantized/ -> export/: the artifact and its manifest
     verify.py        export/ against source/ -> verification.json, report, the verdict

@@ -25,6 +25,13 @@ from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.resource_usage import free_space, nearest_folder
 from nf4_pipeline.selection import Plan
+from nf4_pipeline.stages.cost_model import (
+    Hosts,
+    Rates,
+    Work,
+    download_seconds,
+    quantize_seconds,
+)
 from nf4_pipeline.stages.find_source import DownloadRequest, Place, Preview, SourceFinder
 from nf4_pipeline.stages.quantize import memory_needed
 from nf4_pipeline.stages.rounding_choice import rounding_for
@@ -54,19 +61,6 @@ class Space(Document):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rates(Document):
-    """What this machine does in a second, all processors together, as just measured.
-
-    Attributes:
-        sha256: bytes hashed.
-        weights: weights quantized.
-    """
-
-    sha256: int
-    weights: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Forecast(Document):
     """What a build would read, write and take, as `nf4 build --dry-run --json` says it.
 
@@ -90,7 +84,7 @@ class Forecast(Document):
         hub_cache: for the source; None for a local folder.
         builds: for the build folder.
         fits: the disks have room for both.
-        rates: of this machine.
+        rates: of this machine, all processors together, as just measured.
         seconds: that the stages take by these rates; what a network takes is not among them.
     """
 
@@ -223,17 +217,19 @@ def _fit(spaces: Sequence[Space]) -> bool:
 def _seconds(
     weights: Mapping[str, int], plan: Plan, quantized: int, rates: Rates
 ) -> dict[str, float]:
-    """What the work takes where nothing waits for a disk: hashing the source, and quantizing.
-
-    A file is hashed by one thread, so that few files do not keep all processors busy.
-    """
-    processors = len(os.sched_getaffinity(0))
-    one = rates.sha256 / processors
-    hashing = max(sum(weights.values()) / rates.sha256, max(weights.values()) / one)
-    rounded = sum(prod(tensor.shape) for tensor in plan.quantized)
-    # Each output file is hashed, and so is each of its tensors.
-    quantizing = rounded / rates.weights + 2 * quantized / rates.sha256
-    return {"download": round(hashing, 1), "quantize": round(quantizing, 1)}
+    """What the work takes where nothing waits for a disk or a network."""
+    work = Work(
+        source_bytes=sum(weights.values()),
+        largest_source=max(weights.values()),
+        weights=sum(prod(tensor.shape) for tensor in plan.quantized),
+        output_bytes=quantized,
+        files=len(plan.layouts()),
+    )
+    hosts = Hosts(rates=rates, processors=len(os.sched_getaffinity(0)))
+    return {
+        "download": round(download_seconds(work, hosts), 1),
+        "quantize": round(quantize_seconds(work, hosts), 1),
+    }
 
 
 def measure_rates(rounding: Rounding) -> Rates:

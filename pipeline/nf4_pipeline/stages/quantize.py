@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import prod
@@ -27,7 +28,7 @@ from nf4_pipeline.errors import PlanMismatchError, ResourceError
 from nf4_pipeline.machine import Machine
 from nf4_pipeline.nf4.packing import blocks_of
 from nf4_pipeline.nf4.rounding import Rounding
-from nf4_pipeline.progress import SILENT, Reporter
+from nf4_pipeline.progress import SILENT, Reporter, Task
 from nf4_pipeline.provenance.ci_run import current_run
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import (
@@ -39,7 +40,7 @@ from nf4_pipeline.records import (
     part_records,
     source_files,
 )
-from nf4_pipeline.resource_usage import available_memory, measured, measured_on_device
+from nf4_pipeline.resource_usage import Usage, available_memory, measured, measured_on_device
 from nf4_pipeline.selection import Plan
 from nf4_pipeline.stages.rounding_choice import rounding_for
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
@@ -113,12 +114,15 @@ class Quantize:
         """
         return self.planner().plan()
 
-    def run(self, refuse: Refuse | None = None) -> Record[QuantizeFacts]:
+    def run(
+        self, refuse: Refuse | None = None, before: Usage | None = None
+    ) -> Record[QuantizeFacts]:
         """Does the work.
 
         Args:
             refuse: called with the names of files that would have to be made, if there are any, and
                 raises; None to make them.
+            before: what was spent on files that stand there; None for nothing.
 
         Raises:
             BuildError: download is not done, or the source changed since, or while it was read; or
@@ -134,7 +138,7 @@ class Quantize:
         if self.build.need(DOWNLOAD).facts.streamed:
             check_streamable(self.recipe)
         planner = self.planner()
-        untied = self._untied_of_parts()
+        untied = self.known_untied() or frozenset()
         plan = planner.plan(untied=untied)
         calibrator = self._calibrator() if self.recipe.quantize.calibrate else None
         self.check_disk(plan, calibrator)
@@ -146,6 +150,7 @@ class Quantize:
         if calibrator is not None:  # the key is of them
             self.build.put({f"calibration/{TOKENS_FILE}": digest_file(calibrator.tokens_path)})
         key = self.key()  # tokens are part of it
+        spent = preparing if before is None else before
 
         def work() -> Outcome[QuantizeFacts]:
             choice = None
@@ -156,21 +161,18 @@ class Quantize:
             return outcome
 
         table = self.recipe.table("quantize")
-        record = run_recorded(self.build, self.kind, key, work, recipe=table, before=preparing)
+        record = run_recorded(self.build, self.kind, key, work, recipe=table, before=spent)
         if calibrator is not None:
             calibrator.clear()
         forget_parts(self.build)
         return record
 
-    def _untied_of_parts(self) -> frozenset[str]:
-        """Tied tensors that differ, as a part of this very work found out."""
+    def known_untied(self) -> frozenset[str] | None:
+        """Tied tensors that differ, as a part of this very work found out; None without any."""
         parts = part_records(self.build)
-        if not parts:
-            return frozenset()
-        key = self.key()
-        return frozenset(
-            name for record in parts.values() if record.key == key for name in record.facts.untied
-        )
+        key = self.key() if parts else ""
+        own = [record.facts.untied for record in parts.values() if record.key == key]
+        return frozenset(name for untied in own for name in untied) if own else None
 
     def check_disk(
         self,
@@ -248,7 +250,7 @@ class Quantize:
         def work(plan: Plan) -> QuantizeFacts:
             run = QuantizationRun(planner.checkpoint, plan, rounding, self.machine)
             make_folder(self.build.quantized)
-            _remove_other_files(self.build.quantized, plan.layouts())
+            remove_other_files(self.build.quantized, plan.layouts())
             return QuantizeFacts(
                 predicted_bytes=sum(layout.nbytes for layout in plan.layouts().values()),
                 skip_modules=plan.skip_modules,
@@ -306,12 +308,7 @@ class Quantize:
         folder, plan = self.build.quantized, run.plan
         whole = plan.layouts()
         layouts = whole if names is None else {name: whole[name] for name in names}
-        finished = {
-            file: facts
-            for file, layout in layouts.items()
-            if (facts := _finished(self.build, file, key, layout)) is not None
-        }
-
+        finished = self._find_finished(layouts, key)
         for file, facts in finished.items():
             self.finished(folder / file, facts.digest)
         if refuse is not None and len(finished) < len(layouts):
@@ -344,6 +341,22 @@ class Quantize:
                 _make_streamed(streamed, run, outputs, opener, done)
         _warn_of_merged(plan, self.reporter)
         return {file: finished[file] for file in layouts}
+
+    def _find_finished(self, layouts: Mapping[str, FileLayout], key: str) -> dict[str, FileFacts]:
+        """The facts of files that stand whole; several are hashed at a time."""
+        folder = self.build.quantized
+        begun = {
+            f: layout for f, layout in layouts.items() if (folder / (f + FACTS_SUFFIX)).exists()
+        }
+        if not begun:
+            return {}
+        total = sum(layout.nbytes for layout in begun.values())
+        with (
+            self.reporter.task("check finished files", total) as task,
+            ThreadPoolExecutor() as pool,
+        ):
+            found = pool.map(lambda f: _finished(self.build, f, key, begun[f], task), begun)
+            return {file: facts for file, facts in zip(begun, found, strict=True) if facts}
 
 
 def _make_streamed(
@@ -406,9 +419,9 @@ def memory_needed(plan: Plan, budget: int) -> int:
     return budget + 2 * blocks * _BYTES_PER_BLOCK
 
 
-def _remove_other_files(folder: Path, layouts: Mapping[str, FileLayout]) -> None:
+def remove_other_files(folder: Path, files: Collection[str]) -> None:
     """Deletes what a run by another plan left."""
-    expected = {name for file in layouts for name in (file, file + FACTS_SUFFIX)}
+    expected = {name for file in files for name in (file, file + FACTS_SUFFIX)}
     for path in folder.iterdir():
         if path.name not in expected:
             path.unlink()
@@ -419,24 +432,34 @@ def count_finished_files(build: Build) -> int:
     return len(list(build.quantized.glob(f"*{FACTS_SUFFIX}")))
 
 
-def _finished(build: Build, file: str, key: str, layout: FileLayout) -> FileFacts | None:
+def read_facts(target: Path) -> FileFacts | None:
+    """What stands beside a file of quantized/; None if nothing does that can be read."""
+    try:
+        text = read_plain(target.with_name(target.name + FACTS_SUFFIX), _LARGEST_FACTS)
+        return FileFacts.from_json(json.loads(text))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _finished(
+    build: Build, file: str, key: str, layout: FileLayout, task: Task
+) -> FileFacts | None:
     """The facts of a shard that an earlier run with the same key finished, or None.
 
     A shard that stands at the URL of which the build folder is a copy need not be here.
     """
     target = build.quantized / file
+    facts = read_facts(target)
     try:
-        text = read_plain(target.with_name(target.name + FACTS_SUFFIX), _LARGEST_FACTS)
-        facts = FileFacts.from_json(json.loads(text))
-        if facts.key != key or facts.size != layout.nbytes:
+        if facts is None or facts.key != key or facts.size != layout.nbytes:
             return None
-        if target.exists() and digest_file(target) == facts.digest:
+        if target.exists() and digest_file(target, task) == facts.digest:
             return facts
         if not build.holds(f"quantized/{file}", facts.digest):
             return None
         target.unlink(missing_ok=True)
         return facts
-    except (OSError, ValueError, RecursionError):
+    except OSError:
         return None
 
 

@@ -12,10 +12,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from nf4_pipeline.build_folder import Record, RecordKind
+from nf4_pipeline.build_folder import Build, Record, RecordKind
 from nf4_pipeline.checkpoint.digest import digest_file
 from nf4_pipeline.engine.parts import Part
 from nf4_pipeline.errors import BuildError, UsageError
+from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import (
     DOWNLOAD,
     QUANTIZE,
@@ -24,23 +25,31 @@ from nf4_pipeline.records import (
     part_kind,
     part_records,
 )
+from nf4_pipeline.resource_usage import Usage
+from nf4_pipeline.stages.folder_progress import watched
 from nf4_pipeline.stages.quantize import FACTS_SUFFIX, Quantize
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 
 _MOST_NAMED: Final = 5
+_MOMENT: Final = 5.0
+"""Seconds to wait for another part that notes what the build is for, alone in it while it does."""
 
 
 @dataclass(frozen=True)
 class QuantizePart:
-    """Makes the files of one part.
+    """Makes the files of one part; what every process does that quantizes beside others.
 
     Attributes:
         whole: the stage that it is a part of.
         part: which.
+        untied: tied tensors that differ; None where nobody looked yet.
+        patience: seconds to wait for another process that makes one of the files.
     """
 
     whole: Quantize
     part: Part
+    untied: frozenset[str] | None = None
+    patience: float = 0.0
 
     @property
     def kind(self) -> RecordKind[PartFacts]:
@@ -53,6 +62,25 @@ class QuantizePart:
             BuildError: download is not done.
         """
         return self.whole.key()
+
+    def ensure(self) -> tuple[Record[PartFacts], bool]:
+        """Does the work in a folder that others work in, too; nothing if it is done.
+
+        Returns:
+            What it left, and whether it had to run.
+
+        Raises:
+            BuildError: as of `run`, or another process works in the folder at something else.
+            SourceError: the checkpoint is not usable.
+            ResourceError: the disk is too full, or there is too little memory.
+            UsageError: the recipe is a calibrated one, or the memory budget is too small.
+            PlanMismatchError: the bytes written are not the bytes planned.
+        """
+        build = self.whole.build
+        with build.shared(_MOMENT):
+            if build.state(self.kind, self.key(), self.whole.reporter).status == "done":
+                return build.need(self.kind), False
+            return self.run(), True
 
     def run(self) -> Record[PartFacts]:
         """Does the work.
@@ -67,25 +95,22 @@ class QuantizePart:
             PlanMismatchError: the bytes written are not the bytes planned.
         """
         whole = self.whole
-        if whole.recipe.quantize.calibrate:
-            raise UsageError(
-                "--part: calibrated codes are chosen in one walk through the model, which cannot "
-                "be divided. Leave --part out, or --calibrate."
-            )
-        if whole.build.need(DOWNLOAD).facts.streamed:
-            raise UsageError(
-                "--part: the weights of this build are streamed from the Hub, and each part would "
-                "fetch files that others fetch, too. Leave --part out; or build without "
-                "--stream-source where several machines share the work."
-            )
+        refuse_calibrated(whole.recipe, "--part")
+        refuse_streamed(whole.build, "--part")
         source = whole.build.check_inputs(DOWNLOAD)
         planner = whole.planner()
-        untied = planner.find_untied(whole.reporter)
+        untied = whole.known_untied() if self.untied is None else self.untied
+        if untied is None:
+            untied = planner.find_untied(whole.reporter)
         plan = planner.plan(untied=untied)
-        names = self.part.share({file: layout.nbytes for file, layout in plan.layouts().items()})
+        sizes = {file: layout.nbytes for file, layout in plan.layouts().items()}
+        names = self.part.share(sizes)
 
         def work() -> Outcome[PartFacts]:
-            with whole.build.making(names):
+            with (
+                whole.build.making(names, self.patience),
+                watched(whole.build, self.key(), sizes, whole.reporter, own=names),
+            ):
                 files = whole.make_files(plan, planner, names, source)
             outputs = {f"quantized/{name}": facts.digest for name, facts in files.items()}
             for name in (f"quantized/{file}{FACTS_SUFFIX}" for file in files):
@@ -94,6 +119,34 @@ class QuantizePart:
 
         table = whole.recipe.table("quantize")
         return run_recorded(whole.build, self.kind, self.key(), work, recipe=table)
+
+
+def refuse_calibrated(recipe: Recipe, option: str) -> None:
+    """Refuses a recipe whose codes can only be chosen in one piece.
+
+    Raises:
+        UsageError: the recipe is a calibrated one.
+    """
+    if recipe.quantize.calibrate:
+        raise UsageError(
+            f"{option}: calibrated codes are chosen in one walk through the model, which cannot "
+            f"be divided. Leave {option} out, or --calibrate."
+        )
+
+
+def refuse_streamed(build: Build, option: str) -> None:
+    """Refuses a source that no two processes can share.
+
+    Raises:
+        UsageError: the weights of the source stay on the Hub.
+        BuildError: download is not done.
+    """
+    if build.need(DOWNLOAD).facts.streamed:
+        raise UsageError(
+            f"{option}: the weights of this build are streamed from the Hub, and each part would "
+            f"fetch files that others fetch, too. Leave {option} out; or build without "
+            "--stream-source where several machines share the work."
+        )
 
 
 @dataclass(frozen=True)
@@ -116,8 +169,11 @@ class MergeParts:
         """
         return self.whole.key()
 
-    def run(self) -> Record[QuantizeFacts]:
+    def run(self, before: Usage | None = None) -> Record[QuantizeFacts]:
         """Does the work: every file of every part is hashed.
+
+        Args:
+            before: what was spent on the parts, as far as that is known.
 
         Raises:
             BuildError: a part is missing, belongs to another source or recipe, or a file that it
@@ -162,7 +218,7 @@ class MergeParts:
                 f"`nf4 quantize --part {parts[0] if parts else f'1/{of}'}` again."
             )
 
-        return self.whole.run(refuse=refuse)
+        return self.whole.run(refuse, before)
 
 
 def _named(parts: Collection[Part]) -> str:

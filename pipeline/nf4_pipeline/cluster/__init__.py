@@ -1,0 +1,6 @@
+"""Work on many machines, by an engine that schedules it. Nothing here knows what the work is.
+
+ray_tasks.py  calls as tasks of a Ray cluster: resources claimed, lost workers' calls tried again
+
+Ray is an extra (`nf4-pipeline[ray]`), and is imported where it is asked for.
+"""
