@@ -317,7 +317,7 @@ _SHAPING: Final[dict[str, tuple[Decorator, ...]]] = {
             "--effort",
             metavar="high",
             help="With --calibrate: codes then learn from the 16-bit model. Some minutes on a GPU, "
-            "which holds the model twice; about half of the loss that calibration alone leaves.",
+            "which holds the model twice; about a third less loss than by calibration alone.",
         ),
     ),
     "serialize": (
