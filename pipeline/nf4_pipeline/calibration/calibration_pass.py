@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from math import isfinite
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from greenlet import getcurrent
+from numpy.typing import NDArray
 
 from nf4_pipeline.blocks.lockstep import Lockstep
 from nf4_pipeline.blocks.streamed_model import StreamedModel
@@ -32,6 +34,7 @@ from nf4_pipeline.gptq.quantizer import QuantizedWeight, quantizer_for
 from nf4_pipeline.model.linear import as_held, weight_out_in
 from nf4_pipeline.nf4.compiling import compilation_shown
 from nf4_pipeline.nf4.dequantize import dequantize_on
+from nf4_pipeline.nf4.double_quant import NestedScales
 from nf4_pipeline.nf4.float_bits import bits_of, dtype_name
 from nf4_pipeline.nf4.rtn import round_to_nearest
 from nf4_pipeline.progress import Reporter, Task
@@ -79,13 +82,14 @@ def calibrate(
                 "tokenizer that made them, are another model's."
             )
         plans = _by_block(weights, list(streamed.blocks))
-        if all(store.is_done(block, [plan.name for plan in own]) for block, own in plans.items()):
+        done = {b for b, own in plans.items() if store.is_done(b, [plan.name for plan in own])}
+        if len(done) == len(plans):
             return {}
         with (
             compilation_shown(reporter),
             reporter.task("calibrate", len(streamed.blocks), unit="blocks") as task,
         ):
-            work = _Pass(streamed, plans, store, config or GptqConfig())
+            work = _Pass(streamed, plans, done, store, config or GptqConfig())
             with work.timed("whole"):
                 work.over(tokens, task)
         return {name: round(seconds, 2) for name, seconds in work.seconds.items()}
@@ -101,7 +105,8 @@ class _Pass:
     Args:
         streamed: the 16-bit model.
         plans: the weights to quantize by the name of their block.
-        store: receives their codes and scales, or has them already.
+        done: the blocks of which the store has codes and scales already.
+        store: receives those of the others.
         config: how they are chosen.
     """
 
@@ -109,16 +114,15 @@ class _Pass:
         self,
         streamed: StreamedModel,
         plans: Mapping[str, Sequence[TensorPlan]],
+        done: Collection[str],
         store: BlockStore,
         config: GptqConfig,
     ) -> None:
         self._streamed = streamed
         self._plans = plans
+        self._done = done
         self._store = store
         self._config = config
-        self._done = {
-            block for block, own in plans.items() if store.is_done(block, [p.name for p in own])
-        }
         self._batch_of: dict[Any, tuple[bool, int]] = {}  # a run: is it exact, which batch
         self._tokens: list[int] = []  # of each batch
         self._calls: dict[int, BlockCall] = {}  # of the block at which the quantized runs stand
@@ -306,15 +310,10 @@ class _Pass:
     def _put(self, plan: TensorPlan, chosen: QuantizedWeight | None) -> None:
         """Gives a layer the weight that readers of the artifact will see."""
         module = self._module(plan)
-        exact = weight_out_in(module)
-        if chosen is None:
-            nearest = round_to_nearest(bits_of(exact), dtype_name(exact))
-            packed, scales = nearest.packed, nearest.scales
-        else:
-            packed, scales = chosen.packed, chosen.scales
-        weight = dequantize_on(exact.device, packed, scales.scales(), plan.shape).to(exact.dtype)
+        stored = None if chosen is None else (chosen.packed, chosen.scales)
         # Not in place: on a CPU the memory is that into which the file was read.
-        module.weight = torch.nn.Parameter(as_held(module, weight), requires_grad=False)
+        weight = weight_in_4bit(module, plan.shape, stored)
+        module.weight = torch.nn.Parameter(weight, requires_grad=False)
 
     def _put_stored(self, block: str) -> None:
         """As `_round` left it, from what an earlier run kept."""
@@ -363,6 +362,26 @@ def _by_block(weights: Sequence[TensorPlan], blocks: Sequence[str]) -> dict[str,
         )
         plans.setdefault(block, []).append(plan)
     return plans
+
+
+def weight_in_4bit(
+    module: Any, shape: tuple[int, ...], chosen: tuple[NDArray[np.uint8], NestedScales] | None
+) -> torch.Tensor:
+    """The weight that readers of the artifact will see, in the shape and dtype of the module's own.
+
+    Args:
+        module: a linear layer with its 16-bit weight.
+        shape: of the weight, [out_features, in_features].
+        chosen: packed codes and scales; None for those of rounding to nearest.
+    """
+    exact = weight_out_in(module)
+    if chosen is None:
+        nearest = round_to_nearest(bits_of(exact), dtype_name(exact))
+        chosen = nearest.packed, nearest.scales
+    packed, scales = chosen
+    weight = dequantize_on(exact.device, packed, scales.scales(), shape).to(exact.dtype)
+    held: torch.Tensor = as_held(module, weight)
+    return held
 
 
 @contextmanager

@@ -20,15 +20,11 @@ from greenlet import getcurrent
 from nf4_pipeline.blocks.lockstep import Lockstep
 from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.calibration.allocation import LayerLoss
-from nf4_pipeline.calibration.calibration_pass import deterministic_threads
+from nf4_pipeline.calibration.calibration_pass import deterministic_threads, weight_in_4bit
 from nf4_pipeline.calibration.tokens import CalibrationTokens
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.fidelity.token_scores import score_tokens
 from nf4_pipeline.gptq.saved_codes import read_codes
-from nf4_pipeline.model.linear import as_held, weight_out_in
-from nf4_pipeline.nf4.dequantize import dequantize_on
-from nf4_pipeline.nf4.float_bits import bits_of, dtype_name
-from nf4_pipeline.nf4.rtn import round_to_nearest
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.selection import TensorPlan
 
@@ -154,12 +150,6 @@ class _Wave:
 
     def _rounded(self, plan: TensorPlan, module: Any) -> torch.Tensor:
         """The weight that 4 bits would give, in the shape and the dtype of the module's own."""
-        exact = weight_out_in(module)
-        if plan.name in self._files:
-            packed, scales = read_codes(self._files[plan.name], plan.name)
-        else:
-            nearest = round_to_nearest(bits_of(exact), dtype_name(exact))
-            packed, scales = nearest.packed, nearest.scales
-        weight = dequantize_on(exact.device, packed, scales.scales(), plan.shape).to(exact.dtype)
-        rounded: torch.Tensor = as_held(module, weight)
-        return rounded
+        path = self._files.get(plan.name)
+        chosen = None if path is None else read_codes(path, plan.name)
+        return weight_in_4bit(module, plan.shape, chosen)
