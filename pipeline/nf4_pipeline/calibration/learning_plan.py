@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from nf4_pipeline.errors import ResourceError
 from nf4_pipeline.selection import Plan, TensorPlan
@@ -62,6 +67,11 @@ class LearningPlan:
             self.recompute,
         )
 
+    def parts(self, ids: NDArray[np.int32], device: torch.device) -> list[torch.Tensor]:
+        """Sequences in the parts that pass a model at once."""
+        rows = max(1, self.together // ids.shape[1])
+        return list(torch.split(torch.from_numpy(ids).long().to(device), rows))
+
 
 def plan_learning(weights: Sequence[TensorPlan], kind: str, context: int | None) -> LearningPlan:
     """The plan for a model.
@@ -81,7 +91,7 @@ def plan_learning(weights: Sequence[TensorPlan], kind: str, context: int | None)
 
 
 def memory_of_learning(plan: Plan, learned: Sequence[TensorPlan], kind: str) -> int:
-    """Bytes of the device that learning takes: two models, gradients, latents, and some to spare.
+    """Bytes of a device for both models, gradients, latents, and some to spare.
 
     Args:
         plan: of the checkpoint.
@@ -97,11 +107,27 @@ def memory_of_learning(plan: Plan, learned: Sequence[TensorPlan], kind: str) -> 
     return 2 * model + gradients + 2 * count + _TEMPORARIES * largest + spare
 
 
+def memory_by_block(plan: Plan, learned: Sequence[TensorPlan], kind: str) -> int:
+    """The same where a block of each model is on the device at a time; arguments likewise."""
+    size = 4 if kind == "cpu" else 2
+    blocks: dict[str, int] = {}
+    for tensor in plan.tensors:
+        numbered = re.match(r".*?\.\d+\.", tensor.name)
+        block = numbered[0] if numbered else ""
+        blocks[block] = blocks.get(block, 0) + prod(tensor.shape)
+    outside = blocks.pop("", 0)
+    own = max(blocks.values(), default=0)
+    largest = max((prod(weight.shape) for weight in learned), default=0)
+    spare = _SPARE if kind == "cuda" else 2**29
+    # Of the 16-bit model the next block is there, too; of the other, gradients and latents.
+    return 2 * outside * size + own * (4 * size + 2) + _TEMPORARIES * largest + spare
+
+
 def check_memory_of_learning(needed: int, free: int, device: str) -> None:
     """Refuses to begin what the memory of a device cannot hold.
 
     Args:
-        needed: as `memory_of_learning` says.
+        needed: as `memory_by_block` says.
         free: bytes that the device has.
         device: "cpu" or "cuda:N".
 
@@ -111,7 +137,6 @@ def check_memory_of_learning(needed: int, free: int, device: str) -> None:
     if needed > free:
         raise ResourceError(
             f"--effort high: learning the codes of this model needs some {needed / 1e9:,.1f} GB of "
-            f"memory on {device}, for the model twice, gradients and latents, and "
-            f"{free / 1e9:,.1f} GB are free. Leave --effort out, which needs a block or two at a "
-            "time, or name a --device with more memory."
+            f"memory on {device}, even a block at a time, and {free / 1e9:,.1f} GB are free. Leave "
+            "--effort out, which needs less, or name a --device with more memory."
         )
