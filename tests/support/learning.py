@@ -14,7 +14,8 @@ from nf4_pipeline.selection import Plan
 from nf4_pipeline.stages.quantize import Quantize
 
 from tests.support.calibrated import downloaded, settings
-from tests.support.checkpoints import make_checkpoint
+from tests.support.checkpoints import make_checkpoint, write_tokenizer
+from tests.support.decoders import DECODERS, write_decoder
 from tests.support.tiny import copy_of
 
 QUICK: Final = LearningPlan(16, 4, 32, 4, 16, 4e-3, 64, recompute=False)
@@ -25,7 +26,12 @@ class Start:
 
     def __init__(self, folder: Path, kind: str, device: str = "cpu") -> None:
         self.device = device
-        self.checkpoint = make_checkpoint(folder / "model", kind)
+        self.checkpoint = folder / "model"
+        if kind in DECODERS:
+            write_decoder(self.checkpoint, kind, vocab_size=264)
+            write_tokenizer(self.checkpoint)
+        else:
+            make_checkpoint(self.checkpoint, kind)
         build = downloaded(self.checkpoint, folder)
         stage = Quantize(build, settings(), Machine(device=device))
         calibrator = stage._calibrator()

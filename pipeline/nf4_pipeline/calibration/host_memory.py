@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -104,5 +105,5 @@ class HostMemory:
             self._locks = False
 
 
-def _cudart():  # type: ignore[no-untyped-def]
+def _cudart() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]

@@ -26,6 +26,7 @@ from nf4_pipeline.calibration.latents import STATE, LearnedWeight
 from nf4_pipeline.calibration.learning_loss import Gradients
 from nf4_pipeline.calibration.learning_plan import LearningPlan
 from nf4_pipeline.calibration.learning_state import Progress, read_state, write_state
+from nf4_pipeline.calibration.learning_tokens import LearningTokens
 from nf4_pipeline.checkpoint.atomic import make_folder
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.progress import Reporter
@@ -95,26 +96,18 @@ class Learner:
 
     Args:
         models: both of them.
-        plan: how they learn.
-        ids: what is learned from, int32 [sequences, length].
-        held_back: what is measured, int32 [sequences, length].
+        tokens: what is learned from, and how.
 
     Attributes:
         progress: where learning stands.
         best: the codes with the least KL on what is held back.
     """
 
-    def __init__(
-        self,
-        models: Models,
-        plan: LearningPlan,
-        ids: NDArray[np.int32],
-        held_back: NDArray[np.int32],
-    ) -> None:
+    def __init__(self, models: Models, tokens: LearningTokens) -> None:
         self._models = models
-        self._plan = plan
-        self._ids = ids
-        self._held_back = held_back
+        self._plan = tokens.plan
+        self._ids = tokens.ids
+        self._held_back = tokens.held_back
         self._device = models.device
         self.best = {name: weight.packed() for name, weight in models.weights.items()}
         self.progress = Progress()

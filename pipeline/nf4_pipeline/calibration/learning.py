@@ -124,10 +124,9 @@ class Learning:
                 "device and the version of torch. So it cannot be derived again here. Try a "
                 "device of the model, and the version of torch, that made the artifact."
             )
-        with self._models(tokens, reporter) as models:
-            learner = Learner(models, tokens.plan, tokens.ids, tokens.held_back)
-            end = learner.run(self.store.folder / _STATE, reporter, seconds=seconds, saved=saved)
+        learner = self._learn(tokens, reporter, seconds, saved)
         self._write(learner.best)
+        end = learner.progress
         summary = LearningSummary(
             sequences=len(tokens.ids),
             tokens=int(tokens.ids.size),
@@ -172,42 +171,72 @@ class Learning:
             folder = self.store.folder / _TOKENS
             return learning_tokens(self._source, self._text, writer, how, folder, reporter)
 
-    @contextmanager
-    def _opened(self) -> Iterator[StreamedModel]:
-        """The 16-bit model; behind the body, nothing of it is left on the device."""
-        with StreamedModel(self._source, self._device, learning_dtype(self._device)) as streamed:
-            yield streamed
-        del streamed
+    def _learn(
+        self, tokens: LearningTokens, reporter: Reporter, seconds: float, saved: Saved | None
+    ) -> Learner:
+        """Learns: with both models on the device if they fit, else a block of each at a time."""
+        needed = memory_of_learning(self._plan, self._learned, self._device.partition(":")[0])
         _give_back(self._device)
+        free = free_memory(torch.device(self._device))
+        why = (
+            f"both models at once need some {needed / 1e9:,.1f} GB of memory on {self._device}, "
+            f"and {free / 1e9:,.1f} GB are free"
+        )
+        state = self.store.folder / _STATE
+        if needed <= free:
+            try:
+                with self._held(tokens) as models:
+                    learner = Learner(models, tokens)
+                    learner.run(state, reporter, seconds=seconds, saved=saved)
+                return learner
+            except torch.OutOfMemoryError:
+                why += ", which was too little"
+            _give_back(self._device)
+        with self._by_block(tokens, why, reporter) as models:
+            learner = Learner(models, tokens)
+            learner.run(state, reporter, seconds=seconds, saved=saved)
+        return learner
 
     @contextmanager
-    def _models(self, tokens: LearningTokens, reporter: Reporter) -> Iterator[Models]:
-        """Both models: on the device as a whole if they fit, else block by block."""
-        needed = memory_of_learning(self._plan, self._learned, self._device.partition(":")[0])
-        free = free_memory(torch.device(self._device))
-        given = self._learned, self._rounded, self._files, tokens.plan
+    def _held(self, tokens: LearningTokens) -> Iterator[Models]:
         with self._opened() as teacher, self._opened() as student:
-            if needed <= free:
-                yield HeldModels(teacher, student, *given)
-                return
-            room = _room_of_host(self._plan, self._learned, self._device)
-            with HostMemory(self.store.folder, room, student.device) as memory:
-                try:
-                    models = ModelsByBlock(teacher, student, *given, memory, tokens.held_back)
-                except NotInARowError as error:
-                    raise ResourceError(
-                        f"--effort high: learning the codes of this model needs some "
-                        f"{needed / 1e9:,.1f} GB of memory on {self._device}, and {free / 1e9:,.1f}"
-                        f" GB are free. It cannot be done block by block, as {error}. Leave "
-                        "--effort out, or name a --device with more memory."
-                    ) from error
-                reporter.note(
-                    f"Codes learn block by block: at once needs some {needed / 1e9:,.1f} GB of "
-                    f"memory on {self._device}, and {free / 1e9:,.1f} GB are free. The result is "
-                    f"the same. {memory.in_memory / 1e9:,.1f} GB wait in this machine's memory, "
-                    f"{memory.on_disk / 1e9:,.1f} GB on disk."
+            yield HeldModels(
+                teacher, student, self._learned, self._rounded, self._files, tokens.plan
+            )
+
+    @contextmanager
+    def _by_block(self, tokens: LearningTokens, why: str, reporter: Reporter) -> Iterator[Models]:
+        room = _room_of_host(self._plan, self._learned, self._device)
+        with (
+            self._opened() as teacher,
+            self._opened() as student,
+            HostMemory(self.store.folder, room, student.device) as memory,
+        ):
+            try:
+                models = ModelsByBlock(
+                    teacher,
+                    student,
+                    self._learned,
+                    self._rounded,
+                    self._files,
+                    tokens.plan,
+                    memory,
+                    tokens.held_back,
                 )
-                yield models
+            except NotInARowError as error:
+                raise ResourceError(
+                    f"--effort high: {why}. Codes of this model cannot learn block by block "
+                    f"either, as {error}. Leave --effort out, or name a --device with more memory."
+                ) from error
+            reporter.note(
+                f"Codes learn block by block: {why}. The result is the same. "
+                f"{memory.in_memory / 1e9:,.1f} GB wait in this machine's memory, "
+                f"{memory.on_disk / 1e9:,.1f} GB on disk."
+            )
+            yield models
+
+    def _opened(self) -> StreamedModel:
+        return StreamedModel(self._source, self._device, learning_dtype(self._device))
 
     def _blocks(self) -> Mapping[str, Sequence[str]]:
         """The weights that learn, by the block in whose file they are."""
