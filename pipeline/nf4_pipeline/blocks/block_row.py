@@ -57,10 +57,11 @@ class BlockRow:
     def check(
         self, ids: torch.Tensor, opened: Callable[[str], None], closed: Callable[[str], None]
     ) -> None:
-        """Runs the model as it is, and then in pieces; to be called before all else.
+        """Runs the model as it is, and then in pieces; this, or `trust`, comes before all else.
 
         Args:
-            ids: some sequences.
+            ids: some sequences. They run forward and backward, so that two different runs pass
+                each block in turn.
             opened: gives a block its weights.
             closed: takes them away again.
 
@@ -82,19 +83,27 @@ class BlockRow:
             self._wraps[name] = _wrap_as(output)
             return output
 
+        both = ids, ids.flip(-1)
+        expected: list[torch.Tensor] = []
         with torch.no_grad(), self._blocks_are(run):
-            expected = self._model(ids, use_cache=False).logits
-        if passed != self._names:
+            for each in both:
+                handed.clear()
+                expected.append(self._model(each, use_cache=False).logits)
+        if passed != 2 * self._names:
             raise NotInARowError("the model does not pass each of its blocks once, in order")
         with torch.no_grad():
-            hidden, calls = self.arrive(ids)
+            hidden, calls = (list(found) for found in zip(*map(self.arrive, both), strict=True))
             for name in self._names:
                 opened(name)
-                hidden = self.through(name, calls[name], hidden)
+                hidden = [self.through(name, calls[i][name], hidden[i]) for i in range(2)]
                 closed(name)
-            found = self.logits(ids, hidden)
-        if not torch.equal(found.nan_to_num(), expected.nan_to_num()):
+            found = [self.logits(each, last) for each, last in zip(both, hidden, strict=True)]
+        if not all(map(_equal, found, expected)):
             raise NotInARowError("its blocks need more of each other than hidden states")
+
+    def trust(self, other: BlockRow) -> None:
+        """Takes over what `check` found out of another model with the same blocks."""
+        self._wraps = dict(other._wraps)
 
     def arrive(self, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, RowCall]]:
         """What is given to the first block, and how each of them is called."""
@@ -171,6 +180,10 @@ def _hidden(name: str, output: Any) -> torch.Tensor:
     if not isinstance(first, torch.Tensor):
         raise NotInARowError(f"{name} gives a {type(output).__name__}, not hidden states")
     return first
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def _wrap_as(output: Any) -> Callable[[torch.Tensor], Any]:

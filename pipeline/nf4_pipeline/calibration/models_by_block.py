@@ -72,9 +72,9 @@ class ModelsByBlock:
         self.device = student.device
         self._modules = {weight.name: str(weight.module) for weight in learned}
         self._rows = tuple(BlockRow(each.model, each.blocks) for each in (teacher, student))
-        first = plan.parts(ids, self.device)[0]
-        for streamed, row in zip((teacher, student), self._rows, strict=True):
-            row.check(first, streamed.open_ahead, streamed.close)
+        first = plan.parts(ids[:2], self.device)[0]
+        self._rows[0].check(first, teacher.open_ahead, teacher.close)
+        self._rows[1].trust(self._rows[0])
         self.weights: dict[str, LearnedWeight] = {}
         self._own: dict[str, list[str]] = {_OUTSIDE: []}  # the weights of each block, and of none
         self._others: dict[str, dict[str, torch.Tensor]] = {}
