@@ -19,7 +19,13 @@ from nf4_pipeline.blocks.streamed_model import StreamedModel, free_memory
 from nf4_pipeline.calibration.block_store import BlockStore
 from nf4_pipeline.calibration.held_models import HeldModels
 from nf4_pipeline.calibration.host_memory import HostMemory
-from nf4_pipeline.calibration.learner import Learner, Models, Saved, learning_dtype
+from nf4_pipeline.calibration.learner import (
+    Learner,
+    Models,
+    Saved,
+    deterministic,
+    learning_dtype,
+)
 from nf4_pipeline.calibration.learning_plan import (
     LearningPlan,
     check_memory_of_learning,
@@ -213,16 +219,17 @@ class Learning:
             HostMemory(self.store.folder, room, student.device) as memory,
         ):
             try:
-                models = ModelsByBlock(
-                    teacher,
-                    student,
-                    self._learned,
-                    self._rounded,
-                    self._files,
-                    tokens.plan,
-                    memory,
-                    tokens.held_back,
-                )
+                with deterministic(student.device):
+                    models = ModelsByBlock(
+                        teacher,
+                        student,
+                        self._learned,
+                        self._rounded,
+                        self._files,
+                        tokens.plan,
+                        memory,
+                        tokens.held_back,
+                    )
             except NotInARowError as error:
                 raise ResourceError(
                     f"--effort high: {why}. Codes of this model cannot learn block by block "

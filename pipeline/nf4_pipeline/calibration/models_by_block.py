@@ -81,25 +81,8 @@ class ModelsByBlock:
         self._given: torch.Tensor | None = None  # to each block, [blocks, sequences, ...]
         student.model.requires_grad_(False)
         tables = Tables(self.device)
-        blocks = [_OUTSIDE, *student.blocks]
-        for block in blocks:
-            if block:
-                student.open_ahead(block)
-            mine = [w for w in rounded if _block_of(w, student.blocks) == block]
-            for weight in mine:
-                round_in_place(student.model.get_submodule(str(weight.module)))
-            mine = [w for w in learned if _block_of(w, student.blocks) == block]
-            for weight in mine:
-                module = student.model.get_submodule(str(weight.module))
-                packed, scales = read_codes(files[weight.name], weight.name)
-                exact = weight_out_in(module).detach()
-                made = LearnedWeight(module, exact, packed, scales.scales(), tables)
-                self.weights[weight.name] = made
-                if block:
-                    made.wait_in(memory)
-            self._own[block] = [weight.name for weight in mine]
-            if block:
-                self._put_away(block)
+        for block in (_OUTSIDE, *student.blocks):
+            self._lay_out(block, learned, rounded, files, tables)
 
     def learn(
         self,
@@ -230,6 +213,32 @@ class ModelsByBlock:
         assert self._given is not None
         first = sum(len(part) for part in parts[:number])
         return self._given[place, first : first + len(parts[number])]
+
+    def _lay_out(
+        self,
+        block: str,
+        learned: Sequence[TensorPlan],
+        rounded: Sequence[TensorPlan],
+        files: Mapping[str, Path],
+        tables: Tables,
+    ) -> None:
+        """Makes a block of the 16-bit model one of the 4-bit model, and has it wait."""
+        blocks = self._student.blocks
+        if block:
+            self._student.open_ahead(block)
+        for weight in rounded:
+            if _block_of(weight, blocks) == block:
+                round_in_place(self._student.model.get_submodule(str(weight.module)))
+        self._own[block] = [w.name for w in learned if _block_of(w, blocks) == block]
+        for name in self._own[block]:
+            module = self._student.model.get_submodule(self._modules[name])
+            packed, scales = read_codes(files[name], name)
+            exact = weight_out_in(module).detach()
+            self.weights[name] = LearnedWeight(module, exact, packed, scales.scales(), tables)
+            if block:
+                self.weights[name].wait_in(self._memory)
+        if block:
+            self._put_away(block)
 
     def _put_away(self, block: str) -> None:
         """Keeps all of a block that does not learn, and takes its weights from it."""
