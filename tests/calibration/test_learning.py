@@ -8,8 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -42,7 +42,7 @@ from nf4_pipeline.reproduce.reproduce import reproduce
 
 from tests.support.calibrated import Listener, downloaded, quantized, settings
 from tests.support.jobs import CPU
-from tests.support.learning import QUICK, Start, content
+from tests.support.learning import QUICK, Start, content, small_device
 from tests.support.tiny import copy_of, flip_byte
 
 pytestmark = pytest.mark.usefixtures("workers_here")
@@ -52,16 +52,6 @@ KINDS: Final = ("falcon-7b", "llama", "gpt2", "opt")
 
 
 Make = Callable[[str], Start]
-
-
-@contextmanager
-def small_device(*, small_host: bool = False) -> Iterator[None]:
-    """Both models do not fit at once; nor what waits its turn into the host's memory."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(learning_module, "memory_of_learning", lambda *_: 10**15)
-        if small_host:
-            patch.setattr(learning_module, "_SHARE_OF_HOST", 0.0)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +161,7 @@ def test_block_by_block_is_stopped_anywhere(
     whole.run(SILENT)
     stopped = start("falcon-7b").learning(tmp_path / "stopped")
     rng = np.random.default_rng(seed)
-    places = {"arrive": LearnedWeight.arrive, "leave": LearnedWeight.leave}
+    places: dict[str, Any] = {"arrive": LearnedWeight.arrive, "leave": LearnedWeight.leave}
     calls, last = 0, 0
 
     def counted(name: str) -> Any:

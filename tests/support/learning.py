@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import pytest
+from nf4_pipeline.calibration import learning
 from nf4_pipeline.calibration.block_store import BlockStore
 from nf4_pipeline.calibration.learning import Learning
 from nf4_pipeline.calibration.learning_plan import LearningPlan
@@ -19,6 +23,16 @@ from tests.support.decoders import DECODERS, write_decoder
 from tests.support.tiny import copy_of
 
 QUICK: Final = LearningPlan(16, 4, 32, 4, 16, 4e-3, 64, recompute=False)
+
+
+@contextmanager
+def small_device(*, small_host: bool = False) -> Iterator[None]:
+    """Both models do not fit at once; nor what waits its turn into the host's memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning, "memory_of_learning", lambda *_: 10**15)
+        if small_host:
+            patch.setattr(learning, "_SHARE_OF_HOST", 0.0)
+        yield
 
 
 class Start:

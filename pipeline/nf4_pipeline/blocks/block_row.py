@@ -66,7 +66,8 @@ class BlockRow:
             closed: takes them away again.
 
         Raises:
-            NotInARowError: the pieces do not give what the model gives.
+            NotInARowError: the pieces do not give what the model gives, or it does not pass its
+                blocks one after the other.
         """
         handed: list[torch.Tensor] = []
         passed: list[str] = []

@@ -86,7 +86,8 @@ class Gradients:
             For each part the gradient by what it was computed from, if that is wanted.
 
         Raises:
-            CheckpointError: they cannot be computed.
+            CheckpointError: something in the model has no gradient, or fails before a first step
+                is done.
         """
         parts = list(parts)
         for weight in weights if fades else ():

@@ -51,7 +51,8 @@ class ModelsByBlock:
         ids: some sequences, by which it is checked that the blocks can be run by themselves.
 
     Raises:
-        NotInARowError: they cannot.
+        NotInARowError: a block is given, or needs, something else than what the block in front of
+            it gives.
     """
 
     def __init__(
