@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.calibration import learning
 from nf4_pipeline.calibration.block_store import BlockStore
 from nf4_pipeline.calibration.learning import Learning
@@ -27,11 +28,17 @@ QUICK: Final = LearningPlan(16, 4, 32, 4, 16, 4e-3, 64, recompute=False)
 
 @contextmanager
 def small_device(*, small_host: bool = False) -> Iterator[None]:
-    """Both models do not fit at once; nor what waits its turn into the host's memory."""
+    """Both models do not fit at once.
+
+    Args:
+        small_host: nor does what waits its turn fit into the host's memory, nor the 16-bit model
+            alone, which writes the tokens, on the device.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learning, "memory_of_learning", lambda *_: 10**15)
         if small_host:
             patch.setattr(learning, "_SHARE_OF_HOST", 0.0)
+            patch.setattr(StreamedModel, "hold_what_fits", lambda *_: False)
         yield
 
 

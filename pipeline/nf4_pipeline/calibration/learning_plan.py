@@ -23,7 +23,11 @@ _HELD_BACK_SHARE: Final = 0.05  # of a text
 _PASSES: Final = 4  # through the sequences, at most
 _FEWEST_STEPS: Final = 8
 _SPARE: Final = 6 * 2**30
-"""Bytes of a device for what a pass computes with: activations, logits, one layer's temporaries."""
+"""Bytes of a GPU for what a pass computes with: activations, and logits of most models."""
+_ACTIVATIONS: Final = 2 * 2**30
+"""Of these, bytes that are not for logits."""
+_LOGITS: Final = 4 * 2 * 4096
+"""Bytes for each word of a vocabulary: logits of both models, a gradient, and pieces in float32."""
 _TEMPORARIES: Final = 32  # bytes for each weight of the largest layer while it takes a step
 
 
@@ -102,7 +106,7 @@ def memory_of_learning(plan: Plan, learned: Sequence[TensorPlan], kind: str) -> 
     model = sum(prod(tensor.shape) for tensor in plan.tensors) * size
     count = sum(prod(weight.shape) for weight in learned)
     largest = max((prod(weight.shape) for weight in learned), default=0)
-    spare = _SPARE if kind == "cuda" else 2**29
+    spare = _spare(plan, kind)
     gradients = count * size * (2 if kind == "cpu" else 1)  # two threads of a CPU have their own
     return 2 * model + gradients + 2 * count + _TEMPORARIES * largest + spare
 
@@ -112,15 +116,29 @@ def memory_by_block(plan: Plan, learned: Sequence[TensorPlan], kind: str) -> int
     size = 4 if kind == "cpu" else 2
     blocks: dict[str, int] = {}
     for tensor in plan.tensors:
-        numbered = re.match(r".*?\.\d+\.", tensor.name)
-        block = numbered[0] if numbered else ""
+        block = _block_of(tensor.name)
         blocks[block] = blocks.get(block, 0) + prod(tensor.shape)
     outside = blocks.pop("", 0)
     own = max(blocks.values(), default=0)
     largest = max((prod(weight.shape) for weight in learned), default=0)
-    spare = _SPARE if kind == "cuda" else 2**29
+    spare = _spare(plan, kind)
     # Of the 16-bit model the next block is there, too; of the other, gradients and latents.
     return 2 * outside * size + own * (4 * size + 2) + _TEMPORARIES * largest + spare
+
+
+def _spare(plan: Plan, kind: str) -> int:
+    """Bytes for what a pass computes with."""
+    if kind != "cuda":
+        return 2**29
+    outside = [tensor.shape for tensor in plan.tensors if not _block_of(tensor.name)]
+    words = max((shape[0] for shape in outside if len(shape) == 2), default=0)
+    return max(_SPARE, _ACTIVATIONS + _LOGITS * words)
+
+
+def _block_of(name: str) -> str:
+    """What stands in front of the names of all tensors of a block; "" outside of all."""
+    numbered = re.match(r".*?\.\d+\.", name)
+    return numbered[0] if numbered else ""
 
 
 def check_memory_of_learning(needed: int, free: int, device: str) -> None:
