@@ -8,14 +8,16 @@ that have to be rounded, with all that was rounded before them in 4 bit.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
 import torch
 from einops import rearrange
+
+from nf4_pipeline.gptq.device_group import DeviceGroup
 
 _ROWS: Final = 4096  # tokens of which products are summed at once, in float32
 
@@ -42,12 +44,14 @@ class ExactInputs:
     first tokens that come decide who shares: a router may send others elsewhere.
 
     Args:
-        layers: by name.
+        models: the layers by name, in each copy of the model that runs.
         batch: the number of the batch that runs now, or None if what runs is not to be watched.
     """
 
     def __init__(
-        self, layers: Mapping[str, torch.nn.Module], batch: Callable[[], int | None]
+        self,
+        models: Sequence[Mapping[str, torch.nn.Module]],
+        batch: Callable[[], int | None],
     ) -> None:
         self._batch = batch
         self._leader: dict[str, str] = {}
@@ -55,7 +59,7 @@ class ExactInputs:
         self._running: int | None = None
         self._latest: list[tuple[str, torch.Tensor]] = []  # of the batch that runs, as given
         self._hooks = ExitStack()
-        for name, layer in layers.items():
+        for name, layer in (pair for layers in models for pair in layers.items()):
             _watch(layer, self._hooks, partial(self._keep, name))
 
     def close(self) -> None:
@@ -99,8 +103,94 @@ class ExactInputs:
 
 
 @dataclass
+class LayerInputs:
+    """What came to a layer behind the quantized part, call by call, batch after batch.
+
+    Attributes:
+        calls: y, [tokens, columns], and x, the same tokens in the 16-bit model; None if it is not
+            known which they are. Each pair is on the device of its batch.
+    """
+
+    calls: list[tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(y) for y, _ in self.calls)
+
+    @property
+    def is_paired(self) -> bool:
+        return all(x is not None for _, x in self.calls)
+
+    def to(self, device: torch.device) -> LayerInputs:
+        """The same, all on one device."""
+        return LayerInputs(
+            [(y.to(device), None if x is None else x.to(device)) for y, x in self.calls]
+        )
+
+    def moments(self, group: DeviceGroup) -> InputMoments:
+        """Sums over the tokens, in the order in which they came.
+
+        Args:
+            group: of devices that share the work. The rows of a sum are dealt to them, so that each
+                row is summed from the first token to the last wherever it is.
+        """
+        if not self.calls:
+            return InputMoments(None, None, 0)
+        columns = self.calls[0][0].shape[1]
+        pieces = group.division.pieces(columns)
+        dealt = group.dealt(len(pieces))
+        # Before any of them begins: what is copied waits for all that its device was given to do.
+        there = [
+            self.to(device) if own else self
+            for device, own in zip(group.devices, dealt, strict=True)
+        ]
+
+        def share(index: int) -> dict[int, tuple[torch.Tensor | None, torch.Tensor | None]]:
+            sums: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {
+                number: (None, None) for number in dealt[index]
+            }
+            if not sums:
+                return sums
+            for apart, part in there[index]._parts():
+                for number, (hessian, drift) in sums.items():
+                    piece = pieces[number]
+                    # What is to the right of it stands in the rows of a later piece.
+                    hessian = _added(hessian, part[:, piece], part[:, : piece.stop])
+                    if apart is not None:
+                        drift = _added(drift, apart[:, piece], part)
+                    sums[number] = hessian, drift
+            return sums
+
+        found = {n: sums for own in group.each(share) for n, sums in own.items()}
+        if len(pieces) == 1:
+            return InputMoments(*found[0], self.tokens)
+        hessian = torch.empty(columns, columns, dtype=torch.float32, device=group.lead)
+        drift = torch.empty_like(hessian) if self.is_paired else None
+        for number, piece in enumerate(pieces):
+            rows, drifted = found.pop(number)
+            assert rows is not None  # tokens came
+            here = rows.to(group.lead)
+            hessian[piece, : piece.stop] = here
+            hessian[: piece.stop, piece] = here.T
+            if drift is not None and drifted is not None:
+                drift[piece] = drifted.to(group.lead)
+        return InputMoments(hessian, drift, self.tokens)
+
+    def _parts(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor]]:
+        """x - y and y in float32, some tokens at a time; no x - y unless all are paired."""
+        is_paired = self.is_paired
+        for y, x in self.calls:
+            for first in range(0, len(y), _ROWS):
+                part = y[first : first + _ROWS].float()
+                apart = None
+                if is_paired and x is not None:
+                    apart = x[first : first + _ROWS].float() - part
+                yield apart, part
+
+
+@dataclass
 class InputMoments:
-    """Sums over the tokens that came to a layer, float32, tokens in the order in which they came.
+    """Sums over the tokens that came to a layer, float32, on the device that leads.
 
     Attributes:
         hessian: the sum of y y^T, [columns, columns]; None if no token came.
@@ -109,28 +199,9 @@ class InputMoments:
         tokens: how many they were.
     """
 
-    hessian: torch.Tensor | None = None
-    drift: torch.Tensor | None = None
-    tokens: int = 0
-    _is_paired: bool = True
-
-    def add(self, y: torch.Tensor, x: torch.Tensor | None) -> None:
-        """Adds what came in one call.
-
-        Args:
-            y: [tokens, columns].
-            x: the same tokens in the 16-bit model, [tokens, columns]; None if it is not known
-                which they are.
-        """
-        if x is None:
-            self._is_paired, self.drift = False, None
-        for first in range(0, len(y), _ROWS):
-            part = y[first : first + _ROWS].float()
-            self.hessian = _added(self.hessian, part, part)
-            if self._is_paired and x is not None:
-                apart = x[first : first + _ROWS].float() - part
-                self.drift = _added(self.drift, apart, part)
-        self.tokens += len(y)
+    hessian: torch.Tensor | None
+    drift: torch.Tensor | None
+    tokens: int
 
     def means(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """`hessian` and `drift` by the number of tokens; the sums are used up."""
@@ -140,23 +211,27 @@ class InputMoments:
         return hessian, drift
 
 
-def moments_behind(
+def inputs_behind(
     block: Any,
-    calls: Sequence[BlockCall],
+    calls: Mapping[int, BlockCall],
     layers: Mapping[str, torch.nn.Module],
     exact: ExactInputs,
-) -> dict[str, InputMoments]:
+) -> dict[int, dict[str, LayerInputs]]:
     """Runs a block again, as its weights are now, as far as some of its layers.
 
     Args:
         block: the module.
-        calls: what the batches give to it, from the part that is quantized.
+        calls: what batches give to it, from the part that is quantized, by their numbers.
         layers: the leaders that are watched, by name.
         exact: what came to them in the 16-bit model.
+
+    Returns:
+        For each batch what came to each layer.
     """
-    sums = {name: InputMoments() for name in layers}
-    for number, call in enumerate(calls):
-        run = _Run(call, {name: exact.of(name, number) for name in layers}, sums)
+    found: dict[int, dict[str, LayerInputs]] = {}
+    for number, call in calls.items():
+        found[number] = {name: LayerInputs() for name in layers}
+        run = _Run(call, {name: exact.of(name, number) for name in layers}, found[number])
         with ExitStack() as hooks:
             for name, layer in layers.items():
                 _watch(layer, hooks, partial(run.add, name))
@@ -165,7 +240,7 @@ def moments_behind(
                 block.forward(*map(_copy, call.args), **call.kwargs)
             except _FarEnough:
                 pass
-    return sums
+    return found
 
 
 class _Run:
@@ -175,31 +250,28 @@ class _Run:
         self,
         call: BlockCall,
         exact: dict[str, list[torch.Tensor]],
-        sums: Mapping[str, InputMoments],
+        found: Mapping[str, LayerInputs],
     ) -> None:
         self._call = call
         self._exact = exact
-        self._sums = sums
+        self._found = found
         self._calls: dict[str, int] = dict.fromkeys(exact, 0)
 
     def add(self, name: str, x: torch.Tensor) -> None:
-        """Adds what came to a layer; ends the run when all layers have been called."""
-        y, pairs, at = _rows(x), self._exact[name], self._calls[name]
+        """Keeps what came to a layer; ends the run when all layers have been called."""
+        # A copy: what follows may change it in place.
+        y, pairs, at = _rows(x).clone(), self._exact[name], self._calls[name]
         self._calls[name] += 1
         # A router may send other tokens here, and as many: only a whole batch is paired.
         fits = at < len(pairs) and pairs[at].shape == y.shape and len(y) == self._call.tokens
-        self._sums[name].add(y, pairs[at] if fits else None)
+        self._found[name].calls.append((y, pairs[at] if fits else None))
         if all(self._calls[other] >= max(1, len(self._exact[other])) for other in self._calls):
             raise _FarEnough
 
 
-def moments_of(exact: ExactInputs, leader: str, batches: int) -> InputMoments:
-    """The sums of the 16-bit model's own inputs."""
-    sums = InputMoments()
-    for batch in range(batches):
-        for x in exact.of(leader, batch):
-            sums.add(x, None)
-    return sums
+def inputs_of(exact: ExactInputs, leader: str, batches: int) -> LayerInputs:
+    """The 16-bit model's own inputs of a layer."""
+    return LayerInputs([(x, None) for number in range(batches) for x in exact.of(leader, number)])
 
 
 class _FarEnough(Exception):

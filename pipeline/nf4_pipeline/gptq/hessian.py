@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 
 from nf4_pipeline.gptq.config import GptqConfig
+from nf4_pipeline.gptq.device_group import DeviceGroup
 from nf4_pipeline.nf4 import BLOCK_SIZE
 
 _LEAST: Final = 1e-24
@@ -35,18 +36,30 @@ class HessianFactor:
     factor: torch.Tensor
     diagonal: torch.Tensor
 
+    def to(self, device: torch.device) -> HessianFactor:
+        """The same on a device."""
+        return HessianFactor(
+            self.order.to(device), self.factor.to(device), self.diagonal.to(device)
+        )
+
     def cpu(self) -> HessianFactor:
         """The same on the CPU."""
-        return HessianFactor(self.order.cpu(), self.factor.cpu(), self.diagonal.cpu())
+        return self.to(torch.device("cpu"))
 
 
-def factorize(hessian: torch.Tensor, tokens: int, config: GptqConfig) -> HessianFactor:
+def factorize(
+    hessian: torch.Tensor, tokens: int, config: GptqConfig, group: DeviceGroup | None = None
+) -> HessianFactor:
     """Prepares the rounding of weights whose inputs have a Hessian.
 
     Args:
         hessian: the mean of x x^T over the tokens, [columns, columns], on any device.
         tokens: how many they were.
         config: shrinkage, damping, order.
+        group: of devices that share the work, led by that of the Hessian; None for this one alone.
+
+    Returns:
+        The factor, on the Hessian's device.
 
     Raises:
         IllConditionedError: the Hessian is not finite, zero, or has no Cholesky factor.
@@ -73,13 +86,49 @@ def factorize(hessian: torch.Tensor, tokens: int, config: GptqConfig) -> Hessian
     if int(failed):
         raise IllConditionedError("the second moment of its inputs is not positive definite")
     del h
-    unit = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    factor = torch.linalg.solve_triangular(lower, unit, upper=False)
-    del lower, unit
-    factor = factor.float().flip(0, 1)
+    factor = _inverse_backwards(lower, group or DeviceGroup([lower.device]))
+    del lower
     if not torch.isfinite(factor).all() or float(factor.diagonal().min()) <= 0.0:
         raise IllConditionedError("the second moment of its inputs is too ill-conditioned")
-    return HessianFactor(order, factor.contiguous(), diagonal)
+    return HessianFactor(order, factor, diagonal)
+
+
+def _inverse_backwards(lower: torch.Tensor, group: DeviceGroup) -> torch.Tensor:
+    """The inverse of a lower triangular matrix with its rows and columns backwards, in float32.
+
+    Columns are solved for piece by piece: above a column's own row the inverse has zeros alone.
+    """
+    columns = len(lower)
+    pieces = group.division.pieces(columns)
+
+    def solved(piece: slice, own: torch.Tensor) -> torch.Tensor:
+        below = columns - piece.start
+        unit = torch.eye(below, piece.stop - piece.start, dtype=own.dtype, device=own.device)
+        part: torch.Tensor = torch.linalg.solve_triangular(own[piece.start :, piece.start :], unit, upper=False)
+        return part.float().flip(0, 1)
+
+    if len(pieces) == 1:
+        return solved(pieces[0], lower).contiguous()
+
+    dealt = group.dealt(len(pieces))
+    # Before any of them begins: what is copied waits for all that its device was given to do.
+    there = [
+        lower.to(device) if own else lower for device, own in zip(group.devices, dealt, strict=True)
+    ]
+
+    def share(index: int) -> dict[int, torch.Tensor]:
+        return {number: solved(pieces[number], there[index]) for number in dealt[index]}
+
+    shares = group.each(share)
+    there.clear()
+    inverse = torch.zeros(columns, columns, dtype=torch.float32, device=lower.device)
+    for parts in shares:
+        for number, part in parts.items():
+            piece = pieces[number]
+            inverse[: columns - piece.start, columns - piece.stop : columns - piece.start] = (
+                part.to(lower.device)
+            )
+    return inverse
 
 
 def corrected(
