@@ -104,7 +104,9 @@ def _inverse_backwards(lower: torch.Tensor, group: DeviceGroup) -> torch.Tensor:
     def solved(piece: slice, own: torch.Tensor) -> torch.Tensor:
         below = columns - piece.start
         unit = torch.eye(below, piece.stop - piece.start, dtype=own.dtype, device=own.device)
-        part: torch.Tensor = torch.linalg.solve_triangular(own[piece.start :, piece.start :], unit, upper=False)
+        part: torch.Tensor = torch.linalg.solve_triangular(
+            own[piece.start :, piece.start :], unit, upper=False
+        )
         return part.float().flip(0, 1)
 
     if len(pieces) == 1:
