@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class GptqOnCuda:
         starts = self._group.each(begin)
         # Scales refer to the largest of 256, which may lie on two devices.
         on_host = [start.cpu().numpy() for start in starts if start is not None]
-        nested = kernels_cpu.nested_absmax(np.concatenate(on_host))
+        nested = kernels_cpu.nested_absmax(_joined(on_host))
 
         def finish(index: int) -> _Rounded | None:
             start = starts[index]
@@ -75,7 +75,9 @@ class GptqOnCuda:
                 return there.round_rows(weight, factors[index], start, nested, firsts[index])
 
         found = [part for part in self._group.each(finish) if part is not None]
-        packed, codes, costs = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        packed = _joined([part[0] for part in found])
+        codes = _joined([part[1] for part in found])
+        costs = _joined([part[2] for part in found])
         cost = float(costs.sum(dtype=np.float64))
         return QuantizedWeight(packed, NestedScales(codes, nested, np.float32(0)), cost)
 
@@ -138,3 +140,7 @@ class _OnDevice:
             scale_codes.cpu().numpy(),
             costs.cpu().numpy(),
         )
+
+
+def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
