@@ -44,7 +44,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Cases:
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five of them."""
-    monkeypatch.setattr(passes, "TOGETHER", 256)
+    monkeypatch.setitem(passes.TOGETHER, "cpu", 256)
 
 
 def chosen(case: PassCase, folder: Path, devices: int, **options: Any) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 import pytest
+from nf4_pipeline.calibration import calibration_pass as passes
 from nf4_pipeline.machine import Machine
 
 from tests.support.calibrated import bytes_of, downloaded, quantized, settings
@@ -109,8 +110,14 @@ def test_sums_and_factors_do_not_depend_on_who_computes_them(
 @pytest.mark.parametrize("devices", GROUPS, ids="+".join)
 @pytest.mark.parametrize("kind", SEVERAL)
 def test_the_pass_gives_the_same_bytes(
-    kind: str, devices: list[str], case: Cases, tmp_path: Path
+    kind: str,
+    devices: list[str],
+    case: Cases,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Five batches, and layers that are cut though they are small."""
+    monkeypatch.setitem(passes.TOGETHER, "cuda", 256)
     one = case(kind).chosen(tmp_path / "one", ["cuda:0"])
     assert len(one) >= 2
     assert case(kind).chosen(tmp_path / "several", devices) == one

@@ -46,8 +46,8 @@ from nf4_pipeline.selection import TensorPlan
 
 OUTSIDE: Final = "outside"
 """Stands for a block where layers are meant that no block holds."""
-TOGETHER: Final = 2048
-"""Tokens that run at once on a device, whatever their number. Others give other bytes."""
+TOGETHER: Final = {"cpu": 2048, "cuda": 4096}
+"""Tokens that run at once on a device, whatever the number of devices. Others give other bytes."""
 _FEWEST: Final = 64
 """Tokens below which a layer's inputs say too little: it is rounded to nearest."""
 
@@ -237,7 +237,7 @@ class _Pass:
 
     def _runs(self, tokens: CalibrationTokens) -> list[Callable[[], None]]:
         """Two forwards for each batch of sequences: in 16 bit, and behind the quantized part."""
-        size = max(1, TOGETHER // tokens.ids.shape[1])
+        size = max(1, TOGETHER[self._streamed.device.type] // tokens.ids.shape[1])
         bodies = [self._body(model.model) for model in self._models]
         batches = [
             torch.from_numpy(tokens.ids[first : first + size]).long()

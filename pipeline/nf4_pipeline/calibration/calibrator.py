@@ -182,7 +182,7 @@ class Calibrator:
             "device": kind,
             "torch": version("torch"),  # what it computes may change with it
             "weights": [tensor.name for tensor in plan.quantized],
-            "division": [TOGETHER, *astuple(DIVISIONS[kind])],
+            "division": [TOGETHER[kind], *astuple(DIVISIONS[kind])],
         }
         store = BlockStore(self.folder / json_sha256(identity)[:12])
         store.open()

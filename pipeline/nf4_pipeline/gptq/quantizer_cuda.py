@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,8 +22,6 @@ from nf4_pipeline.nf4.packing import pack_pairs
 
 if TYPE_CHECKING:
     from nf4_pipeline.gptq.kernels_triton import Tables
-
-_Rounded = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32]]
 
 
 class GptqOnCuda:
@@ -64,22 +62,28 @@ class GptqOnCuda:
         starts = self._group.each(begin)
         # Scales refer to the largest of 256, which may lie on two devices.
         on_host = [start.cpu().numpy() for start in starts if start is not None]
-        nested = kernels_cpu.nested_absmax(_joined(on_host))
+        nested = kernels_cpu.nested_absmax(np.concatenate(on_host))
 
-        def finish(index: int) -> _Rounded | None:
+        columns = rows[0].shape[1]
+        packed = torch.empty(firsts[-1] * columns // 2, dtype=torch.uint8)
+        codes = torch.empty(firsts[-1] * columns // BLOCK_SIZE, dtype=torch.uint8)
+        costs = torch.empty(firsts[-1])
+
+        def finish(index: int) -> None:
             start = starts[index]
             if start is None:
-                return None
+                return
             weight, there = weights[index], self._there[index]
+            first, last = firsts[index : index + 2]
             with torch.cuda.device(weight.device):
-                return there.round_rows(weight, factors[index], start, nested, firsts[index])
+                found = there.round_rows(weight, factors[index], start, nested, first)
+            packed[first * columns // 2 : last * columns // 2].copy_(found[0])
+            codes[first * columns // BLOCK_SIZE : last * columns // BLOCK_SIZE].copy_(found[1])
+            costs[first:last].copy_(found[2])
 
-        found = [part for part in self._group.each(finish) if part is not None]
-        packed = _joined([part[0] for part in found])
-        codes = _joined([part[1] for part in found])
-        costs = _joined([part[2] for part in found])
-        cost = float(costs.sum(dtype=np.float64))
-        return QuantizedWeight(packed, NestedScales(codes, nested, np.float32(0)), cost)
+        self._group.each(finish)
+        scales = NestedScales(codes.numpy(), nested, np.float32(0))
+        return QuantizedWeight(packed.numpy(), scales, float(costs.numpy().sum(dtype=np.float64)))
 
 
 class _OnDevice:
@@ -110,8 +114,8 @@ class _OnDevice:
         start: torch.Tensor,
         nested: NDArray[np.float32],
         first: int,
-    ) -> _Rounded:
-        """Packed codes, the scales' codes, and the cost of each row, on the CPU.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Packed codes, the scales' codes, and the cost of each row.
 
         Args:
             weight: some rows.
@@ -135,12 +139,4 @@ class _OnDevice:
         )
         codes = torch.empty_like(permuted)
         codes[:, factor.order] = permuted
-        return (
-            pack_pairs(codes.reshape(-1)).cpu().numpy(),
-            scale_codes.cpu().numpy(),
-            costs.cpu().numpy(),
-        )
-
-
-def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return pack_pairs(codes.reshape(-1)), scale_codes, costs
