@@ -10,6 +10,7 @@ from nf4_pipeline.calibration import block_inputs
 from nf4_pipeline.calibration.block_inputs import (
     BlockCall,
     ExactInputs,
+    InputMoments,
     LayerInputs,
     inputs_behind,
     inputs_of,
@@ -72,6 +73,13 @@ def watched(block: nn.Module, names: list[str], batches: list[torch.Tensor]) -> 
 CPU = DeviceGroup([torch.device("cpu")])
 
 
+def means_of(found: LayerInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    moments = InputMoments(found, CPU)
+    hessian = moments.hessian()
+    moments.add_drift(0)
+    return hessian, moments.drift()
+
+
 def joined(found: dict[int, dict[str, LayerInputs]], name: str) -> LayerInputs:
     """What came to one layer in all batches."""
     return LayerInputs([pair for number in sorted(found) for pair in found[number][name].calls])
@@ -92,11 +100,10 @@ def test_inputs_are_kept_as_they_came_and_shared() -> None:
     for number, batch in enumerate(batches):
         (kept,) = exact.of("k", number)
         assert torch.equal(kept, batch.reshape(-1, 6) * 2)
-    sums = inputs_of(exact, "k", len(batches)).moments(CPU)
+    found = inputs_of(exact, "k", len(batches))
     x = torch.cat([batch.reshape(-1, 6) for batch in batches]).double() * 2
-    hessian, drift = sums.means()
-    assert hessian is not None
-    assert sums.tokens == len(x) == 21
+    hessian, drift = means_of(found)
+    assert found.tokens == len(x) == 21
     torch.testing.assert_close(hessian.double(), x.T @ x / len(x), rtol=1e-5, atol=1e-5)
     assert drift is None
     exact.let_go("k")
@@ -115,22 +122,20 @@ def test_the_same_block_behind_others() -> None:
     ]
     calls = {number: BlockCall(b[..., 0].numel(), (b,), {}) for number, b in enumerate(other)}
     block.runs = 0
-    sums = joined(inputs_behind(block, calls, {"k": block.k}, exact), "k").moments(CPU)
+    found = joined(inputs_behind(block, calls, {"k": block.k}, exact), "k")
     assert block.runs == 0
-    hessian, drift = sums.means()
+    hessian, drift = means_of(found)
     x = torch.cat([batch.reshape(-1, 6) for batch in batches]).double() * 2
     y = torch.cat([batch.reshape(-1, 6) for batch in other]).double() * 2
-    assert hessian is not None
     assert drift is not None
     torch.testing.assert_close(hessian.double(), y.T @ y / len(y), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(drift.double(), (x - y).T @ y / len(y), rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         block.q.weight.mul_(0.9)  # as if it were rounded
-    again = joined(inputs_behind(block, calls, {"o": block.o}, exact), "o").moments(CPU)
+    again = joined(inputs_behind(block, calls, {"o": block.o}, exact), "o")
     z = (y.float() @ block.q.weight.T + block.q.bias).double()
-    found, _ = again.means()
-    assert found is not None
-    torch.testing.assert_close(found.double(), z.T @ z / len(z), rtol=1e-4, atol=1e-5)
+    behind, _ = means_of(again)
+    torch.testing.assert_close(behind.double(), z.T @ z / len(z), rtol=1e-4, atol=1e-5)
 
 
 @torch.inference_mode()
@@ -144,7 +149,7 @@ def test_tokens_behind_a_router_are_not_paired() -> None:
     layers = {name: block.get_submodule(name) for name in ups}
     found = inputs_behind(block, {0: BlockCall(40, (-batches[0],), {})}, layers, exact)[0]
     assert sum(kept.tokens for kept in found.values()) == 40
-    assert [kept.moments(CPU).means()[1] for kept in found.values()] == [None, None]
+    assert [means_of(kept)[1] for kept in found.values()] == [None, None]
 
 
 @torch.inference_mode()
@@ -153,7 +158,7 @@ def test_an_expert_that_gets_every_token_is_paired() -> None:
     exact = watched(block, ["experts.0.up", "experts.1.up"], batches)
     layers = {"experts.1.up": block.get_submodule("experts.1.up")}
     found = inputs_behind(block, {0: BlockCall(40, (batches[0] + 0.1,), {})}, layers, exact)
-    assert found[0]["experts.1.up"].moments(CPU).means()[1] is not None
+    assert means_of(found[0]["experts.1.up"])[1] is not None
 
 
 @torch.inference_mode()
@@ -162,7 +167,7 @@ def test_tokens_in_parts_are_the_same_sum(monkeypatch: pytest.MonkeyPatch) -> No
     found = []
     for rows in (4096, 7):
         monkeypatch.setattr(block_inputs, "_ROWS", rows)
-        found.append(LayerInputs([(y, x[:49])]).moments(CPU).means())
+        found.append(means_of(LayerInputs([(y, x[:49])])))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
@@ -171,8 +176,7 @@ def test_tokens_in_parts_are_the_same_sum(monkeypatch: pytest.MonkeyPatch) -> No
 def test_half_precision_is_summed_in_float32() -> None:
     """256 x 256 x 3 tokens are more than float16 holds."""
     large = torch.full((3, 6), 256.0, dtype=torch.float16)
-    found, _ = LayerInputs([(large, None)]).moments(CPU).means()
-    assert found is not None
+    found, _ = means_of(LayerInputs([(large, None)]))
     assert found.dtype == torch.float32
     assert (found == 65536.0).all()
 

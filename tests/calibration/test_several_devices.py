@@ -17,7 +17,7 @@ import torch
 from nf4_pipeline.blocks.model_replica import ModelReplica
 from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.calibration import calibration_pass as passes
-from nf4_pipeline.calibration.block_inputs import LayerInputs
+from nf4_pipeline.calibration.block_inputs import InputMoments, LayerInputs
 from nf4_pipeline.calibration.block_store import BlockStore
 from nf4_pipeline.errors import ResourceError
 from nf4_pipeline.gptq.config import GptqConfig
@@ -98,20 +98,24 @@ def inputs(columns: int, *, is_paired: bool, dtype: torch.dtype) -> LayerInputs:
 @pytest.mark.parametrize("columns", [3, 64, 101])
 @torch.inference_mode()
 def test_sums_do_not_depend_on_who_adds(columns: int, is_paired: bool, dtype: torch.dtype) -> None:
-    found = []
+    found: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     for devices, division in [(1, Division()), *((n, DIVISION) for n in (1, 2, 3, 5))]:
         with ThreadPoolExecutor(devices) as pool:
             group = DeviceGroup([torch.device("cpu")] * devices, division, pool)
-            found.append(inputs(columns, is_paired=is_paired, dtype=dtype).moments(group))
+            moments = InputMoments(inputs(columns, is_paired=is_paired, dtype=dtype), group)
+            hessian = moments.hessian()
+            group.each(moments.add_drift)
+            found.append((hessian, moments.drift()))
     y = torch.cat([y for y, _ in inputs(columns, is_paired=is_paired, dtype=dtype).calls]).double()
     whole, one, *others = found
-    for sums in (whole, one):
-        assert sums.tokens == 104
-        assert sums.hessian is not None
-        torch.testing.assert_close(sums.hessian.double(), y.T @ y, rtol=1e-4, atol=1e-4)
-        assert (sums.drift is not None) == is_paired
-    for sums in others:
-        for mine, theirs in ((sums.hessian, one.hessian), (sums.drift, one.drift)):
+    for hessian, drift in (whole, one):
+        torch.testing.assert_close(hessian.double(), y.T @ y / 104, rtol=1e-4, atol=1e-5)
+        assert (drift is not None) == is_paired
+        if drift is not None:
+            exact = (y * 1.25).to(dtype).double() - y
+            torch.testing.assert_close(drift.double(), exact.T @ y / 104, rtol=1e-3, atol=1e-4)
+    for several in others:
+        for mine, theirs in zip(several, one, strict=True):
             assert (mine is None) == (theirs is None)
             assert mine is None or theirs is None or torch.equal(mine, theirs)
 

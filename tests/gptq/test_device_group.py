@@ -61,6 +61,22 @@ def test_what_grows_is_dealt_evenly(devices: int, most: float) -> None:
     assert max(sum(costs[n] for n in own) for own in dealt) / sum(costs) <= most
 
 
+@pytest.mark.parametrize(
+    ("devices", "busy", "counts"),
+    [
+        (1, 3.0, [8]),
+        (2, 0.0, [4, 4]),
+        (2, 3.0, [3, 5]),
+        (4, 3.0, [0, 3, 3, 2]),
+        (9, 1.5, [0] + [1] * 8),
+    ],
+)
+def test_the_lead_gets_less_while_it_is_busy(devices: int, busy: float, counts: list[int]) -> None:
+    dealt = DeviceGroup([CPU] * devices, Division(8)).dealt_beside(8, busy)
+    assert [len(own) for own in dealt] == counts
+    assert sorted(number for own in dealt for number in own) == list(range(8))
+
+
 def test_each_device_has_a_thread_of_its_own_and_errors_come_back() -> None:
     with ThreadPoolExecutor(3) as pool, torch.inference_mode():
         group = DeviceGroup([CPU] * 3, Division(), pool)

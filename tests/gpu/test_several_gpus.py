@@ -49,7 +49,6 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     ("rows", "columns"),
     [(96, 256), (37, 640), (200, 1024), (1, 64), (2, 192), (37, 101), (1500, 4544)],
 )
-@torch.inference_mode()
 def test_rows_on_several_devices_are_rounded_as_on_a_cpu(
     rows: int, columns: int, devices: list[str]
 ) -> None:
@@ -64,7 +63,7 @@ def test_rows_on_several_devices_are_rounded_as_on_a_cpu(
     factor = factorize(hessian_of(columns), 1000, GptqConfig())
     ends = [rows * i // len(devices) for i in range(1, len(devices))]
     cuts = [0, *sorted({end for end in ends if end}), rows]
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(4) as pool, torch.inference_mode():
         group = DeviceGroup([torch.device(device) for device in devices], None, pool)
         parts = [
             weight[a:b].to(device) for (a, b), device in zip(pairwise(cuts), devices, strict=False)
@@ -79,11 +78,10 @@ def test_rows_on_several_devices_are_rounded_as_on_a_cpu(
 
 @pytest.mark.parametrize("devices", GROUPS, ids="+".join)
 @pytest.mark.parametrize("columns", [64, 1100, 4544])
-@torch.inference_mode()
 def test_sums_and_factors_do_not_depend_on_who_computes_them(
     columns: int, devices: list[str]
 ) -> None:
-    from nf4_pipeline.calibration.block_inputs import LayerInputs
+    from nf4_pipeline.calibration.block_inputs import InputMoments, LayerInputs
     from nf4_pipeline.gptq.config import GptqConfig
     from nf4_pipeline.gptq.device_group import DeviceGroup
     from nf4_pipeline.gptq.hessian import factorize
@@ -92,14 +90,14 @@ def test_sums_and_factors_do_not_depend_on_who_computes_them(
     ys = [torch.randn(tokens, columns, generator=dice).bfloat16() for tokens in (2048, 300, 2048)]
     results: list[tuple[Any, ...]] = []
     for names in (["cuda:0"], devices):
-        with ThreadPoolExecutor(len(names)) as pool:
+        with ThreadPoolExecutor(len(names)) as pool, torch.inference_mode():
             group = DeviceGroup([torch.device(name) for name in names], None, pool)
             homes = [names[number % len(names)] for number in range(len(ys))]
             calls = [(y.to(home), y.to(home) * 1.25) for y, home in zip(ys, homes, strict=True)]
-            hessian, drift = LayerInputs(calls).moments(group).means()
-            assert hessian is not None
-            factor = factorize(hessian, 4396, GptqConfig(), group)
-            results.append((hessian, drift, factor.order, factor.factor, factor.diagonal))
+            moments = InputMoments(LayerInputs(calls), group)
+            hessian = moments.hessian()
+            factor = factorize(hessian, 4396, GptqConfig(), group, moments.add_drift)
+            results.append((hessian, moments.drift(), factor.order, factor.factor, factor.diagonal))
     for one, several in zip(*results, strict=True):
         assert torch.equal(one, several)
     y = torch.cat(ys).double()

@@ -20,6 +20,9 @@ from einops import rearrange
 from nf4_pipeline.gptq.device_group import DeviceGroup
 
 _ROWS: Final = 4096  # tokens of which products are summed at once, in float32
+_DECOMPOSING: Final = 3.0
+"""What a Cholesky factor takes beside an eighth of `drift`, by columns / tokens; on an H100, where
+float64 is half as fast as float32. Only who does what hangs on it."""
 
 
 @dataclass
@@ -127,88 +130,91 @@ class LayerInputs:
             [(y.to(device), None if x is None else x.to(device)) for y, x in self.calls]
         )
 
-    def moments(self, group: DeviceGroup) -> InputMoments:
-        """Sums over the tokens, in the order in which they came.
-
-        Args:
-            group: of devices that share the work. The rows of a sum are dealt to them, so that each
-                row is summed from the first token to the last wherever it is.
-        """
-        if not self.calls:
-            return InputMoments(None, None, 0)
-        columns = self.calls[0][0].shape[1]
-        pieces = group.division.pieces(columns)
-        dealt = group.dealt(len(pieces))
-        # Before any of them begins: what is copied waits for all that its device was given to do.
-        there = [
-            self.to(device) if own else self
-            for device, own in zip(group.devices, dealt, strict=True)
-        ]
-
-        def share(index: int) -> dict[int, tuple[torch.Tensor | None, torch.Tensor | None]]:
-            sums: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {
-                number: (None, None) for number in dealt[index]
-            }
-            if not sums:
-                return sums
-            for apart, part in there[index]._parts():
-                for number, (hessian, drift) in sums.items():
-                    piece = pieces[number]
-                    # What is to the right of it stands in the rows of a later piece.
-                    hessian = _added(hessian, part[:, piece], part[:, : piece.stop])
-                    if apart is not None:
-                        drift = _added(drift, apart[:, piece], part)
-                    sums[number] = hessian, drift
-            return sums
-
-        found = {n: sums for own in group.each(share) for n, sums in own.items()}
-        if len(pieces) == 1:
-            return InputMoments(*found[0], self.tokens)
-        hessian = torch.empty(columns, columns, dtype=torch.float32, device=group.lead)
-        drift = torch.empty_like(hessian) if self.is_paired else None
-        for number, piece in enumerate(pieces):
-            rows, drifted = found.pop(number)
-            assert rows is not None  # tokens came
-            here = rows.to(group.lead)
-            hessian[piece, : piece.stop] = here
-            hessian[: piece.stop, piece] = here.T
-            if drift is not None and drifted is not None:
-                drift[piece] = drifted.to(group.lead)
-        return InputMoments(hessian, drift, self.tokens)
-
-    def _parts(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor]]:
-        """x - y and y in float32, some tokens at a time; no x - y unless all are paired."""
-        is_paired = self.is_paired
+    def parts(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """y and x, some tokens at a time."""
         for y, x in self.calls:
             for first in range(0, len(y), _ROWS):
-                part = y[first : first + _ROWS].float()
-                apart = None
-                if is_paired and x is not None:
-                    apart = x[first : first + _ROWS].float() - part
-                yield apart, part
+                chosen = slice(first, first + _ROWS)
+                yield y[chosen], None if x is None else x[chosen]
 
 
-@dataclass
 class InputMoments:
-    """Sums over the tokens that came to a layer, float32, on the device that leads.
+    """Means over the tokens that came to a layer, which devices compute together.
 
-    Attributes:
-        hessian: the sum of y y^T, [columns, columns]; None if no token came.
-        drift: the sum of (x - y) y^T with x the input in the 16-bit model; None if the two cannot
-            be paired, as behind a router.
-        tokens: how many they were.
+    Rows of a sum are dealt to them, so each is summed in float32 from the first token to the last,
+    wherever that is done.
+
+    Args:
+        inputs: what came, at least one token.
+        group: the devices.
     """
 
-    hessian: torch.Tensor | None
-    drift: torch.Tensor | None
-    tokens: int
+    def __init__(self, inputs: LayerInputs, group: DeviceGroup) -> None:
+        self._group = group
+        self._tokens = inputs.tokens
+        self._columns = inputs.calls[0][0].shape[1]
+        self._is_paired = inputs.is_paired
+        self._pieces = group.division.pieces(self._columns)
+        # Before any of them begins: what is copied waits for all that its device was given to do.
+        self._there = [inputs.to(device) for device in group.devices]
+        self._busy = _DECOMPOSING * self._columns / self._tokens
+        self._drifts: dict[int, torch.Tensor] = {}
 
-    def means(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """`hessian` and `drift` by the number of tokens; the sums are used up."""
-        found = self.hessian, self.drift
-        self.hessian = self.drift = None
-        hessian, drift = (None if s is None else s.div_(max(1, self.tokens)) for s in found)
-        return hessian, drift
+    def hessian(self) -> torch.Tensor:
+        """The mean of y y^T, [columns, columns], on the lead."""
+        pieces, dealt = self._pieces, self._group.dealt(len(self._pieces))
+
+        def share(index: int) -> dict[int, torch.Tensor]:
+            sums: dict[int, torch.Tensor] = {}
+            for y, _ in self._there[index].parts() if dealt[index] else ():
+                part = y.float()
+                for number in dealt[index]:
+                    piece = pieces[number]
+                    # What is to the right of it stands in the rows of a later piece.
+                    _add(sums, number, part[:, piece], part[:, : piece.stop])
+            return sums
+
+        found = {number: rows for own in self._group.each(share) for number, rows in own.items()}
+        if len(pieces) == 1:
+            return found[0].div_(self._tokens)
+        whole = self._square()
+        for number, piece in enumerate(pieces):
+            rows = found.pop(number).to(self._group.lead)
+            whole[piece, : piece.stop] = rows
+            whole[: piece.stop, piece] = rows.T
+        return whole.div_(self._tokens)
+
+    def add_drift(self, index: int) -> None:
+        """Computes what is a device's own of `drift`, while the lead decomposes the Hessian."""
+        own = self._group.dealt_beside(len(self._pieces), self._busy)[index]
+        sums: dict[int, torch.Tensor] = {}
+        for y, x in self._there[index].parts() if own and self._is_paired else ():
+            part = y.float()
+            assert x is not None  # of those that are paired
+            apart = x.float() - part
+            for number in own:
+                _add(sums, number, apart[:, self._pieces[number]], part)
+        self._there[index] = LayerInputs()
+        self._drifts |= sums
+
+    def drift(self) -> torch.Tensor | None:
+        """The mean of (x - y) y^T on the lead, with x the input in the 16-bit model.
+
+        Returns:
+            None if the two cannot be paired, as behind a router.
+        """
+        if not self._is_paired:
+            return None
+        if len(self._pieces) == 1:
+            return self._drifts.pop(0).to(self._group.lead).div_(self._tokens)
+        whole = self._square()
+        for number, piece in enumerate(self._pieces):
+            whole[piece] = self._drifts.pop(number).to(self._group.lead)
+        return whole.div_(self._tokens)
+
+    def _square(self) -> torch.Tensor:
+        shape = self._columns, self._columns
+        return torch.empty(shape, dtype=torch.float32, device=self._group.lead)
 
 
 def inputs_behind(
@@ -278,8 +284,14 @@ class _FarEnough(Exception):
     """Ends a run behind the last layer that is watched."""
 
 
-def _added(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return left.T @ right if total is None else total.addmm_(left.T, right)
+def _add(
+    sums: dict[int, torch.Tensor], number: int, left: torch.Tensor, right: torch.Tensor
+) -> None:
+    """Adds the product to the sum of that number."""
+    if number in sums:
+        sums[number].addmm_(left.T, right)
+    else:
+        sums[number] = left.T @ right
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.calibration.block_inputs import (
     BlockCall,
     ExactInputs,
+    InputMoments,
     LayerInputs,
     inputs_behind,
     inputs_of,
@@ -402,20 +403,20 @@ class _Pass:
     ) -> None:
         """Rounds weights that are given the same inputs."""
         group, tokens = team.group, inputs.tokens
-        with self.timed("sums", group):
-            hessian, drift = inputs.moments(group).means()
-        inputs.calls.clear()
         try:
+            if tokens < _FEWEST:
+                raise IllConditionedError(f"only {tokens} tokens came to it")
+            with self.timed("sums", group):
+                moments = InputMoments(inputs, group)
+                inputs.calls.clear()
+                hessian = moments.hessian()
             with self.timed("factors", group):
-                if hessian is None or tokens < _FEWEST:
-                    raise IllConditionedError(f"only {tokens} tokens came to it")
-                factor = factorize(hessian, tokens, self._config, group)
+                factor = factorize(hessian, tokens, self._config, group, moments.add_drift)
                 del hessian  # before weights take its place
-                if not self._config.correction:
-                    drift = None
+                drift = moments.drift() if self._config.correction else None
                 factors = [factor.to(device) for device in group.devices]
                 drifts = [None if drift is None else drift.to(device) for device in group.devices]
-                del drift
+                del moments, drift
         except IllConditionedError as error:
             results.fallbacks |= dict.fromkeys((plan.name for plan in plans), str(error))
             return

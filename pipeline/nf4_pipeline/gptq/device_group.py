@@ -8,7 +8,7 @@ device of a kind gives what eight of them give, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -96,6 +96,24 @@ class DeviceGroup:
                 mine.append(number)
         return own
 
+    def dealt_beside(self, count: int, busy: float) -> list[list[int]]:
+        """Numbers of things of one size, while the lead has something else to do.
+
+        Args:
+            count: of things.
+            busy: how many of them would take as long as what the lead has to do.
+
+        Returns:
+            For each device those that are its own.
+        """
+        own: list[list[int]] = [[] for _ in self.devices]
+        loads = [busy, *(0.0 for _ in self.devices[1:])]
+        for number in range(count):
+            least = loads.index(min(loads))
+            own[least].append(number)
+            loads[least] += 1.0
+        return own
+
     def each(self, work: Callable[[int], T]) -> list[T]:
         """Calls a function with the number of each device, all of them side by side.
 
@@ -109,7 +127,9 @@ class DeviceGroup:
             with torch.inference_mode(), _current(self.devices[index]):
                 return work(index)
 
-        return list(self._pool.map(run, range(len(self))))
+        pending = [self._pool.submit(run, index) for index in range(len(self))]
+        wait(pending)  # for all of them, if one fails, too
+        return [future.result() for future in pending]
 
     def wait(self) -> None:
         """Waits for what the devices were given to do, so that it can be timed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,6 +13,7 @@ from nf4_pipeline.gptq.config import GptqConfig
 from nf4_pipeline.gptq.device_group import DeviceGroup
 from nf4_pipeline.nf4 import BLOCK_SIZE
 
+_Decomposed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _LEAST: Final = 1e-24
 """The mean square of inputs that are as good as zero: losses of them vanish in float32."""
 
@@ -48,7 +50,11 @@ class HessianFactor:
 
 
 def factorize(
-    hessian: torch.Tensor, tokens: int, config: GptqConfig, group: DeviceGroup | None = None
+    hessian: torch.Tensor,
+    tokens: int,
+    config: GptqConfig,
+    group: DeviceGroup | None = None,
+    beside: Callable[[int], None] = lambda index: None,
 ) -> HessianFactor:
     """Prepares the rounding of weights whose inputs have a Hessian.
 
@@ -57,6 +63,8 @@ def factorize(
         tokens: how many they were.
         config: shrinkage, damping, order.
         group: of devices that share the work, led by that of the Hessian; None for this one alone.
+        beside: called with the number of each device, since the Cholesky factor is computed by the
+            lead alone, which calls it after that.
 
     Returns:
         The factor, on the Hessian's device.
@@ -64,6 +72,24 @@ def factorize(
     Raises:
         IllConditionedError: the Hessian is not finite, zero, or has no Cholesky factor.
     """
+    group = group or DeviceGroup([hessian.device])
+
+    def work(index: int) -> _Decomposed | None:
+        found = _decompose(hessian, tokens, config) if index == 0 else None
+        beside(index)
+        return found
+
+    decomposed = group.each(work)[0]
+    assert decomposed is not None  # of the lead
+    order, diagonal, lower = decomposed
+    factor = _inverse_backwards(lower, group)
+    if not torch.isfinite(factor).all() or float(factor.diagonal().min()) <= 0.0:
+        raise IllConditionedError("the second moment of its inputs is too ill-conditioned")
+    return HessianFactor(order, factor, diagonal)
+
+
+def _decompose(hessian: torch.Tensor, tokens: int, config: GptqConfig) -> _Decomposed:
+    """The order of the columns, the diagonal, and the Cholesky factor of them backwards."""
     h = hessian.to(torch.float64, copy=True)
     undamped = h.diagonal().clone()
     mean = float(undamped.mean())
@@ -85,12 +111,7 @@ def factorize(
     lower, failed = torch.linalg.cholesky_ex(h)
     if int(failed):
         raise IllConditionedError("the second moment of its inputs is not positive definite")
-    del h
-    factor = _inverse_backwards(lower, group or DeviceGroup([lower.device]))
-    del lower
-    if not torch.isfinite(factor).all() or float(factor.diagonal().min()) <= 0.0:
-        raise IllConditionedError("the second moment of its inputs is too ill-conditioned")
-    return HessianFactor(order, factor, diagonal)
+    return order, diagonal, lower
 
 
 def _inverse_backwards(lower: torch.Tensor, group: DeviceGroup) -> torch.Tensor:
