@@ -363,11 +363,12 @@ def _enough_memory(device: str, option: str = "--calibrate") -> Iterator[None]:
     """
     import torch
 
+    one = " (cuda:N takes one GPU)" if " or " in device else ""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"The memory of {device} is too small to calibrate this model "
             f"({str(error).split('. ')[0]}). End other programs that use it, name another "
-            f"--device, or {_WITHOUT[option]} (without {option}). What is done is kept."
+            f"--device{one}, or {_WITHOUT[option]} (without {option}). What is done is kept."
         ) from error
