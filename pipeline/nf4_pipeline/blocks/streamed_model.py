@@ -349,15 +349,17 @@ def _block_of(name: str, blocks: Mapping[str, nn.Module]) -> str:
     return next((path for path in paths if path in blocks), _STEM)
 
 
-def _tensor(model: Any, name: str) -> torch.Tensor:
-    """A parameter or buffer."""
-    path, _, leaf = name.rpartition(".")
-    found: torch.Tensor = getattr(model.get_submodule(path), leaf)
-    return found
-
-
 def assign(model: Any, name: str, value: torch.Tensor) -> torch.Tensor:
-    """Puts a tensor in the place of a parameter or buffer; returns what was there."""
+    """Puts a tensor in the place of a parameter or buffer.
+
+    Args:
+        model: a module.
+        name: of the parameter or buffer in it.
+        value: what it shall be.
+
+    Returns:
+        What was there.
+    """
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._parameters:
@@ -372,3 +374,10 @@ def assign(model: Any, name: str, value: torch.Tensor) -> torch.Tensor:
 def _natural(item: tuple[str, Any]) -> list[Any]:
     """Sorts expert 10 after expert 9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", item[0])]
+
+
+def _tensor(model: Any, name: str) -> torch.Tensor:
+    """A parameter or buffer."""
+    path, _, leaf = name.rpartition(".")
+    found: torch.Tensor = getattr(model.get_submodule(path), leaf)
+    return found
