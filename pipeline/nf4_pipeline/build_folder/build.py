@@ -24,8 +24,8 @@ from nf4_pipeline.build_folder.record import (
     record_json,
     write_record,
 )
-from nf4_pipeline.build_folder.sent import Sent, read_sent
 from nf4_pipeline.build_folder.remote import Remote, Upload, read_url, shown_place
+from nf4_pipeline.build_folder.sent import Sent, read_sent
 from nf4_pipeline.build_folder.spec import BuildSpec, write_spec
 from nf4_pipeline.checkpoint.atomic import (
     json_bytes,

@@ -21,6 +21,9 @@ from typing import Final, Literal, get_args
 Use = Literal["child", "look", "scores", "reproduce", "rebuild", "sign", "stream"]
 """What a folder is for; it stands in its name."""
 
+IN_MEMORY: Final = Path("/dev/shm")
+"""A place for files that no disk gets; it is not everywhere."""
+
 _NEW_SECONDS: Final = 60
 """A folder so young may be about to be locked."""
 
@@ -33,11 +36,12 @@ class TemporaryFolder:
 
     Args:
         use: what it is for.
+        place: where it is made; None for the system's place.
     """
 
-    def __init__(self, use: Use) -> None:
+    def __init__(self, use: Use, place: Path | None = None) -> None:
         _remove_abandoned_once()
-        self.path = Path(tempfile.mkdtemp(prefix=_prefix(use)))
+        self.path = Path(tempfile.mkdtemp(prefix=_prefix(use), dir=place))
         lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._finalizer = weakref.finalize(self, _remove, self.path, lock, os.getpid())
         with suppress(OSError):  # a file system without locks: then nobody can tell, and none is
@@ -62,8 +66,9 @@ def _remove(path: Path, lock: int, of: int) -> None:
 
 def remove_abandoned() -> None:
     """Deletes folders whose process died; what is not this user's, or is no folder, is left."""
-    place = Path(tempfile.gettempdir())
-    for path in (path for use in get_args(Use) for path in place.glob(f"{_prefix(use)}*")):
+    places = {Path(tempfile.gettempdir()), IN_MEMORY}
+    names = [f"{_prefix(use)}*" for use in get_args(Use)]
+    for path in (path for place in places for name in names for path in place.glob(name)):
         with suppress(OSError):
             found = path.lstat()
             old = time.time() - max(found.st_mtime, found.st_ctime) > _NEW_SECONDS

@@ -14,8 +14,12 @@ from nf4_pipeline.selection import LARGEST_FILE
 class Outgoing(Protocol):
     """Is told of finished files; a file that goes away makes room for another."""
 
-    def begin(self, sizes: Collection[int]) -> None:
-        """Is told how large all the files will be that are made here."""
+    def begin(self, sizes: Collection[int]) -> int:
+        """Is told how large all files will be; says how much of them lies here at most.
+
+        Raises:
+            ResourceError: what follows has no room for them.
+        """
 
     def fitting(self, sizes: Sequence[int]) -> int:
         """How many of these files, from the first on, may lie here at a time."""
@@ -26,6 +30,9 @@ class Outgoing(Protocol):
         Raises:
             HubError: a file cannot go away.
         """
+
+    def release(self, nbytes: int) -> None:
+        """Takes back what was reserved for a file that will not be."""
 
     def add(self, path: Path, digest: FileDigest) -> None:
         """Is told of a file that is finished and counts."""
@@ -41,13 +48,16 @@ class Outgoing(Protocol):
 class StaysHere:
     """Files stay where they are made."""
 
-    def begin(self, sizes: Collection[int]) -> None:
-        pass
+    def begin(self, sizes: Collection[int]) -> int:
+        return sum(sizes)
 
     def fitting(self, sizes: Sequence[int]) -> int:
         return len(sizes)
 
     def reserve(self, nbytes: int) -> None:
+        pass
+
+    def release(self, nbytes: int) -> None:
         pass
 
     def add(self, path: Path, digest: FileDigest) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.checkpoint.files import entries
+from nf4_pipeline.checkpoint.sink import Sink
 from nf4_pipeline.checkpoint.writer import writing
 from nf4_pipeline.engine.quantize_checkpoint import CheckpointPlanner, QuantizationRun
 from nf4_pipeline.engine.scheduler import Output, QuantizedFile
@@ -40,10 +41,10 @@ def check_room(nbytes: int) -> None:
     free = min(free, available_memory() or free)
     if nbytes > free:
         raise ResourceError(
-            f"--stream-source with --stream-output: no disk keeps the result, so verify holds it in "
-            f"memory: {nbytes / 1e9:.3f} GB in {IN_MEMORY}, where {free / 1e9:.3f} GB are free. Make "
-            "room there (a container: docker run --shm-size), or leave --stream-output out: then "
-            "the result stays on the disk, and `nf4 push` sends it."
+            "--stream-source with --stream-output: no disk keeps the result, so verify holds it "
+            f"in memory: {nbytes / 1e9:.3f} GB in {IN_MEMORY}, where {free / 1e9:.3f} GB are free. "
+            "Make room there (a container: docker run --shm-size), or leave --stream-output out: "
+            "then the result stays on the disk, and `nf4 push` sends it."
         )
 
 
@@ -83,8 +84,13 @@ def whole_export(
             shutil.copy2(path, folder / name, follow_symlinks=False)
         names = {digest: Path(name).name for name, digest in absent.items()}
         files = build.need(QUANTIZE).facts.files
-        _make({n: folder / names[f.digest] for n, f in files.items() if f.digest in names}, build,
-              recipe, machine, reporter)
+        _make(
+            {n: folder / names[f.digest] for n, f in files.items() if f.digest in names},
+            build,
+            recipe,
+            machine,
+            reporter,
+        )
         yield folder, len(absent)
 
 
@@ -105,7 +111,7 @@ def _make(
     layouts, tensors = plan.layouts(), plan.files()
     outputs = [Output(name, tensors[name], layouts[name]) for name in targets]
 
-    def opener(output: Output):  # type: ignore[no-untyped-def]
+    def opener(output: Output) -> AbstractContextManager[Sink]:
         return writing(targets[output.name], output.layout)
 
     def done(name: str, made: QuantizedFile) -> None:

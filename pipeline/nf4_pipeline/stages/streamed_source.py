@@ -20,6 +20,8 @@ from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.checkpoint.plain_file import read_plain
 from nf4_pipeline.checkpoint.skeleton import make_skeleton
 from nf4_pipeline.checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
+from nf4_pipeline.engine.quantize_checkpoint import QuantizationRun
+from nf4_pipeline.engine.scheduler import Opener, Output, QuantizedFile
 from nf4_pipeline.errors import CheckpointError, HubError, TiedWeightsDiffer, UsageError
 from nf4_pipeline.hub import RemoteFile, RemoteModel, read_range
 from nf4_pipeline.processes.temporary import TemporaryFolder
@@ -151,7 +153,6 @@ class StreamedSource:
         self,
         file: str,
         plan: Plan | None,
-        task: Task,
         wanted: Sequence[SourceTensor] = (),
         work: Callable[[Passing], None] = lambda passing: None,
     ) -> None:
@@ -163,7 +164,6 @@ class StreamedSource:
         Args:
             file: its name.
             plan: that says which tensors are tied; None if nobody wants to know.
-            task: advanced by the bytes that came.
             wanted: the tensors that `work` reads, each of them once.
             work: is called once or twice. What it raises of the checkpoint's bytes is raised here
                 when it is known that these are the bytes of the file.
@@ -177,11 +177,20 @@ class StreamedSource:
         held = [t.header for t in open_source(self.build).tensors_in(file)]
         named = [tensor for tensor in held if tensor.name in _tied(plan).get(file, set())]
         listed, failure = self._listed(file), None
-        advance = task.advance
         for last in (False, True):
-            with Passing.whole(
-                file, listed.size, header, held, _spans(wanted), self._fetch(), advance, named
-            ) as passing:
+            with (
+                self.reporter.task("stream source", listed.size) as task,
+                Passing.whole(
+                    file,
+                    listed.size,
+                    header,
+                    held,
+                    _spans(wanted),
+                    self._fetch(),
+                    task.advance,
+                    named,
+                ) as passing,
+            ):
                 try:
                     if as_planned := passing.begins_as_planned():
                         work(passing)
@@ -198,7 +207,7 @@ class StreamedSource:
                     "that alters files, or try later."
                 )
             self.reporter.note(f"{file}: {wrong}; fetching it again")
-            failure, advance = None, _ignore  # a task never goes beyond its end
+            failure = None
         if not as_planned:
             self._refuse_header(file)
         make_folder(self._passed_path(file).parent)
@@ -206,16 +215,32 @@ class StreamedSource:
         if failure is not None:
             raise failure
 
-    def again(self, file: str, wanted: Sequence[SourceTensor], task: Task) -> Passing:
-        """What holds some tensors of a file that has passed by, fetched by hashes that are known.
+    def make_again(
+        self,
+        run: QuantizationRun,
+        output: Output,
+        opener: Opener,
+        done: Callable[[str, QuantizedFile], None],
+        task: Task,
+    ) -> None:
+        """Makes a file of a file of the source that has passed by; what comes has known hashes.
 
         Args:
-            file: its name.
-            wanted: the tensors, each of which will be read once.
-            task: advanced by the bytes that came.
+            run: the engine.
+            output: the file.
+            opener: as for the engine, like `done` and `task`.
+
+        Raises:
+            HubError: the Hub refuses, does not answer, or gave other bytes twice.
+            CheckpointError: a weight holds an infinity or a NaN.
         """
-        passed = self._known(file)
-        return Passing.known(file, passed, _spans(wanted), self._fetch(), task.advance)
+        file, spans = output.source, _spans([tensor.source for tensor in output.tensors])
+        total = sum(end - start for start, end in spans)
+        with (
+            self.reporter.task("stream source", total) as shown,
+            Passing.known(file, self._known(file), spans, self._fetch(), shown.advance) as passing,
+        ):
+            run.make_within(task, [output], opener, done, passing)
 
     @contextmanager
     def served(self) -> Iterator[tuple[Path, Path]]:
@@ -231,7 +256,8 @@ class StreamedSource:
             total = sum(self._listed(file).size for file in missing)
             with self.reporter.task("hash source", total) as task:
                 for file in missing:
-                    self.pass_by(file, None, task)
+                    self.pass_by(file, None)
+                    task.advance(self._listed(file).size)
         files = {file.path: self._known(file.path) for file in self.model.files}
         with TemporaryFolder("stream") as folder:
             _make_headers(self.build, folder)
@@ -271,10 +297,6 @@ class StreamedSource:
             "header than the one that the Hub sent when the work was planned; that one was "
             "wrong. Run the same command again: it asks for the headers anew."
         )
-
-
-def _ignore(amount: int) -> None:
-    pass
 
 
 def _spans(tensors: Sequence[SourceTensor]) -> list[Span]:

@@ -1,7 +1,7 @@
 """Finished files, sent to the Hub while others are made; seen by nobody until `push` names them.
 
-Where the source is streamed, too, a file goes away here once the Hub has received it: it is noted in
-sent.json first. Then what cannot be sent ends the build, since the next file would find no room.
+Where the source is streamed, too, a file goes away here once the Hub has received it: first it is
+noted in sent.json. Then what cannot be sent ends the build, since the next file would find no room.
 Otherwise it is no failure: `push` sends whatever is missing, or says why not.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -48,6 +48,7 @@ class UploadAhead:
         default_factory=threading.Condition, init=False, repr=False
     )
     _taken: set[Path] = field(default_factory=set, init=False, repr=False)
+    _sending: list[Future[None]] = field(default_factory=list, init=False, repr=False)
     _build: Build | None = field(default=None, init=False, repr=False)
     _room: int | None = field(default=None, init=False, repr=False)  # None: nothing goes away
     _lying: int = field(default=0, init=False, repr=False)
@@ -143,7 +144,7 @@ class UploadAhead:
         if self._room is not None and self._build is not None and self._build.sent.has(digest):
             self._go(path, digest)
         else:
-            self._pool.submit(self._send, path, digest)
+            self._sending.append(self._pool.submit(self._send, path, digest))
 
     def settle(self) -> None:
         """Waits until all that goes away is gone.
@@ -156,6 +157,10 @@ class UploadAhead:
                 self._raise_failure()
                 self._changed.wait()
             self._raise_failure()
+
+    def drain(self) -> None:
+        """Waits until no file is on its way any more."""
+        wait(self._sending)
 
     def find_lost(self) -> int:
         """Asks the Hub for the files that lie there alone; how many of them it has no more.
