@@ -72,12 +72,14 @@ def whole_export(
     if not absent:
         yield build.export, 0
         return
-    check_room(sum(digest.size for digest in absent.values()))
     reporter.note(
         f"{len(absent)} files of weights are at the Hub alone: they are made again in {IN_MEMORY}, "
         "and are what is verified."
     )
-    with TemporaryFolder("stream", IN_MEMORY) as place:
+    if not IN_MEMORY.is_dir():
+        check_room(sum(digest.size for digest in absent.values()))
+    with TemporaryFolder("stream", IN_MEMORY, str(build.root.resolve())) as place:
+        check_room(sum(digest.size for digest in absent.values()))  # what a killed run left is gone
         folder = place / "export"
         for name, path in entries(build.export).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
