@@ -208,8 +208,8 @@ def _push_all(
         if not lost:
             raise
         reporter.note(
-            f"The Hub has {lost} of the files no more that it had received ({error}) They are made "
-            "and sent again."
+            f"The Hub has lost {lost} of the files that it had received, which are made and sent "
+            f"again. It said: {error}"
         )
     with translate_errors("build", build), build.locked():
         _ensure(build, stages, "quantize", recipe, reporter, of=number)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -235,6 +236,61 @@ def test_a_whole_build(streamed: Streamed, ordinary: dict[str, FileDigest]) -> N
     assert status.count(" done ") == 5
     assert not streamed.fetched(before)
     assert not any(one.method == "PUT" for one in hub.seen[before:])
+
+
+def test_what_the_hub_alone_has(streamed: Streamed, ordinary: dict[str, FileDigest]) -> None:
+    """It refuses files, a note of it is lost, it forgets one: each is said, and mended."""
+    hub, build, store = streamed.hub, streamed.build, streamed.hub.store
+    nf4 = partial(streamed.worker.nf4, streamed.folder, with_readers=False)
+    options: list[str | Path] = ["me/tiny", "--stream-source", "--build-dir", "build"]
+    options += ["--recipe", streamed.recipe]
+    sends = [*options, "--stream-output", "me/kept"]
+    fault = Fault("*/me/kept.git/info/lfs/objects/batch", times=99, status=403)
+    hub.faults.append(fault)
+    done = nf4("build", *sends)
+    assert done.status == 1
+    assert "uploading to me/kept" in done.err
+    assert build.record(QUANTIZE) is None
+    assert list(build.quantized.glob("*.safetensors"))  # what is finished is kept
+    hub.faults.clear()
+    hub.faults.append(Fault("*/me/kept/commit/main", times=99, status=403, method="POST"))
+    before = len(hub.seen)
+    done = nf4("build", *sends)
+    assert done.status == 1  # all but the commit: nobody sees anything of it
+    assert "committing to me/kept" in done.err
+    assert build.need(VERIFY).facts.verdict == "pass"
+    assert files_of(hub, "me/kept") == {".gitattributes"}
+    assert not list(build.root.rglob("model-*.safetensors"))
+    hub.faults.clear()
+    sent = json.loads((build.root / "sent.json").read_text())
+    lost = sorted(sent["files"])[0]
+    sent["files"].pop(lost)  # it died before it could note this one
+    (build.root / "sent.json").write_text(json.dumps(sent))
+    forgotten = sorted(sent["files"])[0]
+    hub.before(
+        "/api/models/me/kept/commit/*", lambda: store.repos["me/kept"].objects.pop(forgotten)
+    )
+    done = nf4("build", *sends)
+    assert done.status == 0, done.err
+    assert "The Hub has lost 1 of the files" in done.err
+    puts = Counter(one.path.rpartition("/")[2] for one in hub.seen[before:] if one.method == "PUT")
+    assert {sha256: times for sha256, times in puts.items() if times > 1} == {forgotten: 2}
+    held = store.repos["me/kept"].head.files
+    manifest = json.loads((build.export / "manifest.json").read_text())["files"]
+    assert {n: held[n].sha256 for n in manifest} == {n: d["sha256"] for n, d in manifest.items()}
+    for stage in (["verify", "--recipe", streamed.recipe], ["attest"]):
+        done = nf4(*stage, "--build-dir", "build")
+        assert done.status == 0, done.err
+    done = nf4("push", "build", "--repo-id", "me/another")
+    assert done.status == 1
+    assert "are in" in done.err
+    assert "/me/kept alone" in done.err
+    assert "me/another" not in store.repos
+    done = nf4("build", *options)  # without it, they are wanted here
+    assert done.status == 0, done.err
+    for name, digest in ordinary.items():
+        assert FileDigest.of((build.root / name).read_bytes()) == digest
+    assert len(list(build.export.glob("model-*.safetensors"))) == len(ordinary)
 
 
 def test_verify_without_the_hub(streamed: Streamed) -> None:

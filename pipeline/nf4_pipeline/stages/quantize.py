@@ -243,6 +243,8 @@ class Quantize:
 
         def work(plan: Plan) -> QuantizeFacts:
             run = QuantizationRun(planner.checkpoint, plan, rounding, self.machine)
+            if (streamed := StreamedSource.of(self.build, self.reporter)) is not None:
+                streamed.check_tied(plan)  # what an earlier run made by another plan shall stay
             make_folder(self.build.quantized)
             remove_other_files(self.build.quantized, plan.layouts())
             return QuantizeFacts(
@@ -374,7 +376,6 @@ def _make_streamed(
     of_source: dict[str, list[Output]] = {}
     for output in outputs:
         of_source.setdefault(output.source, []).append(output)
-    streamed.check_tied(run.plan)
     unknown = streamed.missing(run.plan)
     with run.shown("quantize", outputs, streamed.reporter) as task:
         for file in sorted({*of_source, *unknown}):
