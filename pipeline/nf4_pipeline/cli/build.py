@@ -54,7 +54,8 @@ if TYPE_CHECKING:
     "--stream-output",
     metavar="ORG/NAME",
     help="Send finished files to this Hub repo while others are made; nobody sees them until one "
-    "commit names them, after the verdict. A repo that has to be made is private.",
+    "commit names them, after the verdict. A repo that has to be made is private. With "
+    "--stream-source, what the Hub has received is kept on no disk here.",
 )
 @download_options
 @recipe_options("quantize", "serialize", "verify")
