@@ -369,7 +369,7 @@ def test_wrong_bytes_never_count(
     """A file that came wrong is fetched again once, as by `nf4 download`."""
     streamed.run("download")
     name = streamed.shards[1]
-    fault = Fault(f"*/{name}", times, stretch, cdn=True, method="GET", flip_bit=8_000)
+    fault = Fault(f"*/{name}", times, wanted=stretch, cdn=True, method="GET", flip_bit=8_000)
     streamed.hub.faults.append(fault)
     done = streamed.nf4("quantize", "--build-dir", "build")
     assert done.status == (0 if times == 1 else 1), done.err

@@ -54,7 +54,6 @@ class Fault:
 
     path: str
     times: int = 1
-    wanted: str | None = None
     method: str | None = None
     cdn: bool | None = None
     status: int | None = None
@@ -68,6 +67,7 @@ class Fault:
     dropped: bool = False
     applied: bool = False
     ignore_range: bool = False
+    wanted: str | None = None
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,8 @@ def _show_place(build: Build) -> None:
 def _show_next(summary: Summary) -> None:
     root, nf4 = shlex.quote(summary.build.shown), program()
     pushed = summary.pushed
-    here = pushed is None or not summary.build.only_sent(SERIALIZE)
-    say(f'  next        {nf4} prompt {root if here else pushed.repo_id} "…"')
+    elsewhere = pushed is not None and summary.build.only_sent(SERIALIZE)
+    say(f'  next        {nf4} prompt {pushed.repo_id if pushed and elsewhere else root} "…"')
     if pushed is None:
         say(f"              {nf4} push {root} --dry-run --repo-id ORG/NAME")
     else:
