@@ -173,7 +173,8 @@ def run_build(
         if ahead is None:  # files that are on the Hub alone shall be here again
             forget_sent(build.root)
         if ahead is not None:
-            ahead.follow(build)
+            # Where several processes make files, none of them knows how much room there is.
+            ahead.follow(build, makes_room=machine.engine == "local")
             quantize = Quantize(build, recipe, machine, reporter, ahead)
             stages["quantize"] = _by_engine(quantize)
         with translate_errors("build", build), build.locked(_patience(machine)):

@@ -177,7 +177,8 @@ def _assemble(
     if request.stream and preview.missing:
         window = min(AHEAD, sum(preview.weights.values()))
         fetched = 2 * sum(preview.weights.values())
-        if sends and max(files.values()) <= recipe.serialize.max_shard_bytes:
+        local = machine.engine == "local"
+        if sends and local and max(files.values()) <= recipe.serialize.max_shard_bytes:
             lying = room_for(files.values())
             needed = lying + _SMALL_FILES
             fetched += _fetched_again(plan, lying)

@@ -50,6 +50,7 @@ class UploadAhead:
     _taken: set[Path] = field(default_factory=set, init=False, repr=False)
     _sending: list[Future[None]] = field(default_factory=list, init=False, repr=False)
     _build: Build | None = field(default=None, init=False, repr=False)
+    _makes_room: bool = field(default=False, init=False, repr=False)
     _room: int | None = field(default=None, init=False, repr=False)  # None: nothing goes away
     _lying: int = field(default=0, init=False, repr=False)
     _failure: Exception | None = field(default=None, init=False, repr=False)
@@ -74,15 +75,16 @@ class UploadAhead:
         """Waits for the files; after a failure, for the one that is under way."""
         self._pool.shutdown(cancel_futures=error is not None)
 
-    def follow(self, build: Build) -> None:
+    def follow(self, build: Build, *, makes_room: bool) -> None:
         """Learns whose files will come; what was sent to another repo counts no more.
 
         Args:
             build: whose `download` is done.
+            makes_room: files go away here once the Hub has them, if the source is streamed, too.
         """
         from nf4_pipeline import hub
 
-        self._build = build
+        self._build, self._makes_room = build, makes_room
         sent = build.sent
         if sent.files and sent.url != hub.repo_url(self.target.repo_id):
             self.reporter.note(
@@ -102,7 +104,7 @@ class UploadAhead:
         """
         build = self._build
         goes = build is not None and build.need(DOWNLOAD).facts.streamed is not None
-        if not goes or max(sizes, default=0) > self.largest:
+        if not (self._makes_room and goes) or max(sizes, default=0) > self.largest:
             return sum(sizes)
         check_room(sum(sizes))
         self._room = room_for(sizes)
