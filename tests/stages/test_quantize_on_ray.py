@@ -8,6 +8,8 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +26,8 @@ from nf4_pipeline.recipe import QuantizeRecipe, Recipe
 from nf4_pipeline.records import QUANTIZE
 from nf4_pipeline.stages import quantize_on_ray
 from nf4_pipeline.stages.find_source import DownloadRequest
-from nf4_pipeline.stages.quantize_on_ray import claim_of, make_file
+from nf4_pipeline.stages.quantize import Quantize
+from nf4_pipeline.stages.quantize_on_ray import Order, claim_of, make_file
 from safetensors.torch import load_file, save_file
 
 from tests.support.command_line import run_nf4
@@ -34,7 +37,7 @@ from tests.support.tiny import copy_of, nf4, write_falcon
 pytestmark = pytest.mark.usefixtures("workers_here")
 
 RAY: Final = Machine(device="cpu", engine="ray")
-Call = Callable[[], None]
+Call = Callable[[Any], None]
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="needs the extra nf4-pipeline[ray]"
@@ -71,17 +74,36 @@ def hashes(build: Build) -> dict[str, str]:
     return {name: digest.sha256 for name, digest in build.need(QUANTIZE).outputs.items()}
 
 
+@dataclass
 class StandIn:
-    """Two processors of another machine: calls come there as bytes, in any order, some twice."""
+    """Two processors of another machine: calls come there as bytes, in any order, some twice.
 
-    cpus = 2
-    gpus = 0
+    Attributes:
+        seen_there: what that machine sees of an order: not everything need be there.
+    """
 
-    def run(self, calls: Sequence[Call], claim: Claim, check: Call) -> None:
-        sent = [pickle.dumps(call) for call in calls]
+    seen_there: Callable[[Order], Order] = lambda order: order
+    cpus: int = 2
+    gpus: int = 0
+    largest: Claim = Claim(2)
+
+    def run(
+        self,
+        call: partial[None],
+        items: Sequence[Any],
+        claim: Claim,
+        check: Callable[[], None] = lambda: None,
+        ended: Callable[[Any], None] = lambda item: None,
+    ) -> None:
+        sent = [pickle.dumps((call, item)) for item in items]
         again = random.Random(0).choices(sent, k=3)
-        for call in random.Random(1).sample([*sent, *again], len(sent) + 3):
-            pickle.loads(call)()
+        for both in random.Random(1).sample([*sent, *again], len(sent) + 3):
+            there, item = pickle.loads(both)
+            if isinstance(item, Order):
+                there(self.seen_there(item))
+            else:
+                there.func(self.seen_there(there.args[0]), item)
+            ended(item)
             check()
 
 
@@ -124,6 +146,10 @@ def test_tasks_leave_what_the_local_engine_leaves(build: Build, whole: dict[str,
     assert "ray" not in sys.modules
 
 
+def safetensors_planned(build: Build) -> list[str]:
+    return list(Quantize(build, Recipe(), CPU).plan().layouts())
+
+
 def safetensors(build: Build) -> list[Path]:
     return list(build.quantized.glob("*.safetensors"))
 
@@ -133,9 +159,9 @@ def test_the_next_one_goes_on_where_one_ended(
 ) -> None:
     """Whoever that is: tasks, or the local engine."""
 
-    def lose(calls: Sequence[Call], claim: Claim, check: Call) -> None:
-        for call in calls[:4]:
-            call()
+    def lose(call: Call, items: Sequence[Any], *_: object) -> None:
+        for item in items[:4]:
+            call(item)
         raise ResourceError("The cluster is lost")
 
     with monkeypatch.context() as lost:
@@ -182,11 +208,12 @@ def test_a_node_that_cannot_help_says_why(
     build: Build, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(stand_in, "run", lambda sent, *_: calls.extend(sent))
+    monkeypatch.setattr(stand_in, "run", lambda call, items, *_: calls.append((call, items)))
     with pytest.raises(BuildError, match="has no parts to merge"):
         quantize(build)
-    order, part = calls[0].args
-    assert part == Part(7, 1)
+    [(call, items)] = calls
+    [order], part = call.args, items[0]
+    assert part == (Part(7, 1), min(safetensors_planned(build)))
     elsewhere = build.root.rename(build.root.with_name("elsewhere"))
     with pytest.raises(ResourceError, match=r"is not there on .* by the same paths"):
         make_file(order, part)

@@ -76,6 +76,7 @@ class Quantize:
         machine: what the work may use.
         reporter: told how far it is.
         finished: told of each file that stands whole, and of its digest.
+        spool: where files of a streamed source come, if not in the build folder.
     """
 
     build: Build
@@ -83,6 +84,7 @@ class Quantize:
     machine: Machine
     reporter: Reporter = SILENT
     finished: Finished = _tell_nobody
+    spool: Path | None = None
 
     kind: ClassVar = QUANTIZE
 
@@ -199,7 +201,7 @@ class Quantize:
             stored = sum(part.nbytes for tensor in plan.quantized for part in tensor.stored)
             needed += stored * (2 if self.recipe.quantize.effort else 1)  # calibrated, and learned
             needed -= calibrator.chosen_bytes()
-        if (streamed := StreamedSource.of(self.build, self.reporter)) is not None:
+        if self.spool is None and (streamed := self._streamed()) is not None:
             needed += streamed.room_for_window()
         free = shutil.disk_usage(self.build.root).free
         if needed > free:
@@ -331,16 +333,20 @@ class Quantize:
         def opener(output: Output) -> AbstractContextManager[Sink]:
             return writing(folder / output.name, output.layout)
 
-        streamed = StreamedSource.of(self.build, self.reporter)
+        streamed = self._streamed()
         with self.build.uploading(self.reporter) as put:
             for file in finished:
                 upload(file)
             if streamed is None:
                 run.make("quantize", outputs, opener, done, self.reporter)
             else:
-                _make_streamed(streamed, run, outputs, opener, done)
+                needed = streamed.missing(plan) if names is None else ()
+                _make_streamed(streamed, run, outputs, opener, done, needed)
         _warn_of_merged(plan, self.reporter)
         return {file: finished[file] for file in layouts}
+
+    def _streamed(self) -> StreamedSource | None:
+        return StreamedSource.of(self.build, self.reporter, self.spool)
 
     def _find_finished(self, layouts: Mapping[str, FileLayout], key: str) -> dict[str, FileFacts]:
         """The facts of files that stand whole; several are hashed at a time."""
@@ -365,16 +371,18 @@ def _make_streamed(
     outputs: Sequence[Output],
     opener: Opener,
     done: Callable[[str, QuantizedFile], None],
+    needed: Collection[str],
 ) -> None:
     """Makes files of quantized/, a file of the source after the other.
 
-    A file whose outputs all stand is not fetched, if all is known of it that later work needs.
+    A file whose outputs all stand is not fetched, unless it is `needed` for what later work must
+    know of it.
     """
     of_source: dict[str, list[Output]] = {}
     for output in outputs:
         of_source.setdefault(output.source, []).append(output)
     streamed.check_tied(run.plan)
-    wanted = {*of_source, *streamed.missing(run.plan)}
+    wanted = {*of_source, *needed}
     with run.shown("quantize", outputs, streamed.reporter) as task:
         for file, folder in streamed.each(sorted(wanted), run.plan):
             streamed.check_tied(run.plan)

@@ -86,14 +86,18 @@ class StreamedSource:
         build: the build folder.
         model: their repo at the pinned commit, with these files alone.
         reporter: told how far it is.
+        spool: where files are while they are here, if not in the build folder.
     """
 
     build: Build
     model: RemoteModel
     reporter: Reporter
+    spool: Path | None = None
 
     @classmethod
-    def of(cls, build: Build, reporter: Reporter) -> StreamedSource | None:
+    def of(
+        cls, build: Build, reporter: Reporter, spool: Path | None = None
+    ) -> StreamedSource | None:
         """That of a build; None if its source is here.
 
         Raises:
@@ -103,7 +107,8 @@ class StreamedSource:
         if not facts.streamed or facts.commit is None:
             return None
         files = tuple(RemoteFile(n, d.size, d.sha256, None) for n, d in facts.streamed.items())
-        return cls(build, RemoteModel(facts.repo, facts.commit, files, facts.commit), reporter)
+        model = RemoteModel(facts.repo, facts.commit, files, facts.commit)
+        return cls(build, model, reporter, spool)
 
     def room_for_window(self) -> int:
         """Bytes that files of the source will take at a time, beside those that are there."""
@@ -223,7 +228,7 @@ class StreamedSource:
 
     @property
     def _spool(self) -> Path:
-        return self.build.root.resolve() / _FOLDER / "spool"
+        return (self.spool or self.build.root / _FOLDER).resolve() / "spool"
 
     def _passed_path(self, file: str) -> Path:
         return self.build.root / _FOLDER / "passed" / f"{file}.json"
