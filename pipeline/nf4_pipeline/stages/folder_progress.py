@@ -53,22 +53,22 @@ class FolderView:
         build: where.
         key: of the stage that makes them.
         sizes: in bytes, of all of them by name.
-        ended: files that are known to be done, wherever they are.
+        done: files that are known to be whole, wherever they are.
     """
 
     def __init__(
-        self, build: Build, key: str, sizes: Mapping[str, int], ended: Collection[str] = ()
+        self, build: Build, key: str, sizes: Mapping[str, int], done: Collection[str] = ()
     ) -> None:
         self._build = build
         self._key = key
         self._sizes = sizes
-        self._ended = ended
+        self._done = done
         self._keys: dict[str, tuple[int, str]] = {}  # name -> time of change of the facts, key
 
     def look(self) -> Seen:
         """What there is now."""
-        ended = {*self._ended}
-        whole = frozenset(n for n in self._sizes if n in ended or self._key_of(n) == self._key)
+        done = {*self._done}
+        whole = frozenset(n for n in self._sizes if n in done or self._key_of(n) == self._key)
         makers = {n: m for n, m in self._build.makers().items() if n in self._sizes}
         return Seen(
             whole=whole,
@@ -110,7 +110,7 @@ def watched(
     reporter: Reporter,
     *,
     own: Collection[str] = (),
-    ended: Collection[str] = (),
+    done: Collection[str] = (),
 ) -> Iterator[Callable[[], None]]:
     """Shows how far all files are while the body runs.
 
@@ -123,9 +123,9 @@ def watched(
         reporter: told of bytes, of files, and of who is at work.
         own: files that the body makes and shows itself; nothing is shown before one of the others
             is begun.
-        ended: as in `FolderView`; more may come.
+        done: as in `FolderView`; more may come.
     """
-    view = FolderView(build, key, sizes, ended)
+    view = FolderView(build, key, sizes, done)
     ended = threading.Event()
     refused: list[BaseException] = []
 
@@ -173,7 +173,7 @@ class _Shown:
         self._said = ""
         self.at_work = ExitStack()
 
-    def update(self, seen: Seen, *, says_who: bool) -> None:
+    def update(self, seen: Seen, *, says_who: bool = True) -> None:
         """Shows what was seen; what a killed worker had written is made again before it counts.
 
         Args:

@@ -340,8 +340,7 @@ class Quantize:
             if streamed is None:
                 run.make("quantize", outputs, opener, done, self.reporter)
             else:
-                needed = streamed.missing(plan) if names is None else ()
-                _make_streamed(streamed, run, outputs, opener, done, needed)
+                _make_streamed(streamed, run, outputs, opener, done, whole=names is None)
         _warn_of_merged(plan, self.reporter)
         return {file: finished[file] for file in layouts}
 
@@ -371,21 +370,25 @@ def _make_streamed(
     outputs: Sequence[Output],
     opener: Opener,
     done: Callable[[str, QuantizedFile], None],
-    needed: Collection[str],
+    *,
+    whole: bool,
 ) -> None:
     """Makes files of quantized/, a file of the source after the other.
 
-    A file whose outputs all stand is not fetched, unless it is `needed` for what later work must
-    know of it.
+    A file whose outputs all stand is not fetched, if all is known of it that later work needs. Of
+    the `whole`, tied tensors are compared; a part alone would not see all of them.
     """
     of_source: dict[str, list[Output]] = {}
     for output in outputs:
         of_source.setdefault(output.source, []).append(output)
-    streamed.check_tied(run.plan)
-    wanted = {*of_source, *needed}
+    wanted = {*of_source}
+    if whole:
+        streamed.check_tied(run.plan)
+        wanted |= {*streamed.missing(run.plan)}
     with run.shown("quantize", outputs, streamed.reporter) as task:
         for file, folder in streamed.each(sorted(wanted), run.plan):
-            streamed.check_tied(run.plan)
+            if whole:
+                streamed.check_tied(run.plan)
             run.on_file(folder, file).make_within(task, of_source.get(file, []), opener, done)
 
 

@@ -126,10 +126,10 @@ class QuantizeOnRay:
         )
         order = self._order(claim, frozenset(plan.untied))
         items = [(Part(len(sizes), number), file) for number, file in enumerate(sizes, start=1)]
-        ended: set[str] = set()
+        done: set[str] = set()
 
         def end(item: tuple[Part, str]) -> None:
-            ended.add(item[1])
+            done.add(item[1])
             target = whole.build.quantized / item[1]
             facts = read_facts(target)
             if facts is not None and target.exists():
@@ -137,7 +137,7 @@ class QuantizeOnRay:
 
         with (
             whole.build.lent(),
-            watched(whole.build, order.key, sizes, whole.reporter, ended=ended) as check,
+            watched(whole.build, order.key, sizes, whole.reporter, done=done) as check,
         ):
             cluster.run(partial(make_file, order), items, claim, check, end)
         whole.build.pull(whole.reporter)  # what tasks elsewhere put to the URL
