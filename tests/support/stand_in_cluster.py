@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 from nf4_pipeline.cluster.ray_tasks import Claim
-from nf4_pipeline.stages import quantize_on_ray
+from nf4_pipeline.stages import quantize_on_ray, verify
 from nf4_pipeline.stages.quantize_on_ray import Order
 
 NOWHERE = Path("/nowhere")
@@ -41,23 +41,26 @@ class StandIn:
 
     def run(
         self,
-        call: partial[None],
+        call: Callable[[Any], Any],
         items: Sequence[Any],
         claim: Claim,
         check: Callable[[], None] = lambda: None,
         ended: Callable[[Any], None] = lambda item: None,
-    ) -> None:
+    ) -> list[Any]:
         self.claims.append(claim)
         sent = [pickle.dumps((call, item)) for item in items]
-        again = random.Random(0).choices(sent, k=3)
-        for both in random.Random(1).sample([*sent, *again], len(sent) + 3):
-            there, item = pickle.loads(both)
+        numbers = [*range(len(sent)), *random.Random(0).choices(range(len(sent)), k=3)]
+        results: dict[int, Any] = {}
+        for number in random.Random(1).sample(numbers, len(numbers)):
+            there, item = pickle.loads(sent[number])
             if isinstance(item, Order):
-                there(self.seen_there(item))
-            else:
-                there.func(self.seen_there(there.args[0]), item)
+                item = self.seen_there(item)
+            elif isinstance(there, partial) and isinstance(there.args[0], Order):
+                there = partial(there.func, self.seen_there(there.args[0]))
+            results[number] = pickle.loads(pickle.dumps(there(item)))
             ended(item)
             check()
+        return [results[number] for number in range(len(sent))]
 
 
 def without_folder(order: Order) -> Order:
@@ -83,6 +86,7 @@ def standing_in(seen_there: Callable[[Order], Order] = everything) -> Iterator[S
 
     with (
         mock.patch.object(quantize_on_ray, "connected", connected),
+        mock.patch.object(verify, "connected", connected),
         mock.patch("nf4_pipeline.job.check_installed"),
     ):
         yield cluster

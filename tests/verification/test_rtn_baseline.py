@@ -21,6 +21,7 @@ from nf4_pipeline.sample import MODEL_DIR
 from nf4_pipeline.verification import compare_models as compare
 from nf4_pipeline.verification.compare_models import Comparison
 from nf4_pipeline.verification.rtn_baseline import RtnBaseline, round_weight
+from nf4_pipeline.verification.shares import Share, share_of
 
 from tests.support.checkpoints import make_checkpoint, read_tensors
 from tests.support.jobs import CPU, download
@@ -122,6 +123,43 @@ def test_it_is_the_same_in_several_passes_and_again(
             assert one is not None
             assert two is not None
             assert same(one, two)
+
+
+@pytest.mark.parametrize("of", [2, len(LENGTHS) + 3])
+def test_shares_of_the_sequences_make_the_whole(
+    of: int, built: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """Every figure is the same to the last bit, however many processes computed them."""
+    source, artifact = built["falcon-7b"]
+    read = sequences()
+    with StreamedModel(source, "cpu") as streamed:
+        whole = Comparison(streamed, other_codes(artifact), artifact, nearest=())
+        expected = whole.run(read, lambda count: None)
+    shares = []
+    for number in range(of):
+        if not (mine := share_of(number, of, len(read))):
+            continue
+        with StreamedModel(source, "cpu") as streamed:
+            part = Comparison(streamed, other_codes(artifact), nearest=())
+            own = read[mine.start : mine.stop]
+            scores = part.run(own, lambda count: None, first=mine.start)
+        path = tmp_path / f"{number}.npz"
+        found = Share(scores, part.nearest, part.worst.places, part.sums(), 1.5, 2, 3)
+        found.save(path)
+        shares.append(Share.load(path))
+        assert (shares[-1].seconds, shares[-1].memory, shares[-1].device_memory) == (1.5, 2, 3)
+    assert len(shares) == min(of, len(read))
+    with StreamedModel(source, "cpu") as streamed:
+        together = Comparison(streamed, load(artifact, device="cpu"), artifact)
+        scores = together.take(shares)
+    assert same(scores, expected)
+    assert together.nearest is not None
+    assert whole.nearest is not None
+    assert same(together.nearest, whole.nearest)
+    assert together.block_errors() == whole.block_errors()
+    assert together.outside_errors() == whole.outside_errors()
+    assert together.worst.places == whole.worst.places
+    assert len(whole.worst.places) > 0
 
 
 def test_the_reference_stays_what_it_is(built: dict[str, tuple[Path, Path]]) -> None:

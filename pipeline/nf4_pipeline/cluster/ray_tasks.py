@@ -31,6 +31,7 @@ _VARIABLES: Final = {
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,15 @@ def check_installed() -> None:
         )
 
 
+def address_of(said: str | None) -> str | None:
+    """Where the cluster is that would be used; None for one that is started on this host.
+
+    Args:
+        said: the address that the user named, if any.
+    """
+    return said or os.environ.get("RAY_ADDRESS") or None
+
+
 @contextmanager
 def connected(address: str | None) -> Iterator[Cluster]:
     """Connects to a cluster, or starts one on this host that ends with the body.
@@ -66,7 +76,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
         UsageError: Ray is not installed, or the address is of another kind.
     """
     check_installed()
-    address = address or os.environ.get("RAY_ADDRESS") or None
+    address = address_of(address)
     if address is not None:
         _check_address(address)
     for name, value in _VARIABLES.items():
@@ -162,12 +172,12 @@ class Cluster:
 
     def run(
         self,
-        call: Callable[[T], None],
+        call: Callable[[T], R],
         items: Sequence[T],
         claim: Claim,
         check: Callable[[], None] = lambda: None,
         ended: Callable[[T], None] = lambda item: None,
-    ) -> None:
+    ) -> list[R]:
         """Calls with each item, in order as far as there is room; the first error ends all.
 
         Args:
@@ -176,6 +186,9 @@ class Cluster:
             claim: what each of them takes.
             check: called here every moment; what it raises ends all, too.
             ended: called here with each item that is done.
+
+        Returns:
+            What each call returned, in the order of the items.
 
         Raises:
             ResourceError: no node has so much, or one call lost its worker too often, or the nodes
@@ -193,13 +206,15 @@ class Cluster:
         sent = ray.put(call)
         of = {task.remote(sent, item): item for item in items}
         pending = list(of)
+        results: dict[Any, R] = {}
         try:
             while pending:
                 done, pending = ray.wait(pending, timeout=_WAIT)
-                ray.get(done)
+                results |= zip(done, ray.get(done), strict=True)
                 for reference in done:
                     ended(of[reference])
                 check()
+            return [results[reference] for reference in of]
         except ray.exceptions.RayTaskError as error:
             raise _cause_of(error) from error
         except ray.exceptions.RayError as error:
@@ -227,12 +242,12 @@ class Cluster:
             )
 
 
-def _run(call: Callable[[T], None], item: T) -> None:
+def _run(call: Callable[[T], R], item: T) -> R:
     """A task: on whichever node."""
     from nf4_pipeline.quiet_libraries import quiet_libraries
 
     quiet_libraries()
-    call(item)
+    return call(item)
 
 
 def _cause_of(error: Any) -> BaseException:

@@ -34,6 +34,7 @@ from nf4_pipeline.verification.distance import BlockDistance, LayerDistance, Rat
 from nf4_pipeline.verification.document import BlockError, LayerError
 from nf4_pipeline.verification.eval_text import TokenSequence
 from nf4_pipeline.verification.rtn_baseline import RtnBaseline
+from nf4_pipeline.verification.shares import BlockSums, Share
 from nf4_pipeline.verification.worst_tokens import WorstTokens
 
 _TOGETHER: Final = 16_384
@@ -105,19 +106,26 @@ class Comparison:
                 return errors.layers.setdefault(name, LayerDistance())
         return self.outside.setdefault(module, LayerDistance())
 
-    def run(self, sequences: Sequence[TokenSequence], done: Callable[[int], None]) -> TokenScores:
+    def run(
+        self,
+        sequences: Sequence[TokenSequence],
+        done: Callable[[int], None],
+        *,
+        first: int = 0,
+    ) -> TokenScores:
         """Scores all tokens, in the order of the sequences.
 
         Args:
             sequences: what both models read.
             done: told how many tokens have been read to the end.
+            first: number of the first of them, where others read those before it.
         """
         models: list[tuple[Any, list[TokenScores]]] = [(self._model, [])]
         blocks = [self._reference.blocks, self._own]
         if self._baseline is not None:
             models.append((self._baseline.model, []))
             blocks.append(self._baseline.blocks)
-        numbers = itertools.count()
+        numbers = itertools.count(first)
         for wave in _waves(sequences):
             with self._watched():
                 lockstep = Lockstep(blocks, self._opened, self._closed)
@@ -129,6 +137,34 @@ class Comparison:
         own, *nearest = (TokenScores.joined(parts) for _, parts in models)
         self.nearest = nearest[0] if nearest else None
         return own
+
+    def sums(self) -> dict[str, BlockSums]:
+        """What was summed in each block, sequence by sequence."""
+        return {
+            name: BlockSums(
+                block.hidden.sums, {n: layer.output.sums for n, layer in block.layers.items()}
+            )
+            for name, block in self.blocks.items()
+        }
+
+    def take(self, shares: Sequence[Share]) -> TokenScores:
+        """Takes what others found instead of running, and looks at the weights.
+
+        Args:
+            shares: of all sequences, in their order.
+        """
+        for share in shares:
+            self.worst.take(share.worst)
+            for name, found in share.blocks.items():
+                block = self.blocks[name]
+                block.hidden.take(found.hidden)
+                for layer, sums in found.layers.items():
+                    block.layers.setdefault(layer, LayerDistance()).output.take(sums)
+        if self.weights is not None:
+            self.weights.compare_rest()
+        nearest = [share.nearest for share in shares if share.nearest is not None]
+        self.nearest = TokenScores.joined(nearest) if nearest else None
+        return TokenScores.joined([share.scores for share in shares])
 
     def _runs(
         self,

@@ -57,6 +57,7 @@ class ArtifactRequest(SourceRequest):
         nearest: measure round to nearest as well, with these modules in 4 bit, too; None not to.
         logits: where the logits that other readers are held against are left (.npy); None for no
             such file.
+        shares: what came of comparing all of the text, if others have done that (`Share`).
     """
 
     text: Text
@@ -64,6 +65,7 @@ class ArtifactRequest(SourceRequest):
     scores: Path
     nearest: tuple[str, ...] | None
     logits: Path | None = None
+    shares: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
