@@ -1,19 +1,22 @@
 """Ray tasks on a node that sees nothing of the driver's disk, and tasks that stream or calibrate.
 
-    python scripts/campaigns/ray_elsewhere.py [url] [streamed] [calibrated] [--kills 10]
+    python scripts/campaigns/ray_elsewhere.py [url] [streamed] [calibrated] [verified] [--kills 10]
 
 Needs the extras `nf4-pipeline[ray,s3]`, moto, and the right to make a mount namespace. A cluster of
 two nodes on this host quantizes a Hub model into S3; from one of the nodes the folder is hidden in
 which the driver has build, source and Hub cache, so that it fetches from the Hub (one of tests) and
 leaves what it makes in S3 alone. Workers there, the node, the driver, and the server of S3 are
 killed in mid-file. Then a streamed and a calibrated build on one node, of which workers are killed.
-Every result must have the hashes of the local engine. Exits 1 if anything was not as it must be.
+Every result must have the hashes of the local engine. At last the sample is verified by two nodes,
+of which workers are killed: the figures must be those of one process. Exits 1 if anything was not
+as it must be.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -51,7 +54,7 @@ from tests.support.s3_server import S3Server
 from tests.support.stores import served
 from tests.support.tiny import copy_of, write_falcon
 
-CAMPAIGNS: Final = ("url", "streamed", "calibrated")
+CAMPAIGNS: Final = ("url", "streamed", "calibrated", "verified")
 REPO: Final = "me/falcon"
 _LONGEST: Final = 300.0  # seconds, after which something hangs
 _PAUSE: Final = 0.02  # seconds that the server of S3 waits in the middle of each object
@@ -355,6 +358,58 @@ def run_calibrated(it: Elsewhere, options: argparse.Namespace) -> None:
     )
 
 
+def run_verified(it: Elsewhere, options: argparse.Namespace) -> None:
+    """Two nodes compare the sample with its source; one of the workers is killed at it."""
+
+    def figures(name: str) -> dict[str, Any]:
+        path = it.driver / name / "export" / "verification.json"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        return {n: v for n, v in found.items() if n not in ("comparison", "models", "answers")}
+
+    def build(name: str, *options: str | Path) -> subprocess.Popen[str]:
+        return it.start("build", "sample", "--build-dir", name, *options)
+
+    finish(build("alone"))
+    expected = figures("alone")
+    right = killed = 0
+    with cluster_of(1, 1) as (_, _, address):
+        for number in range(1 + options.kills):
+            name = f"on-ray-{number}"
+            process = build(name, "--engine", "ray", "--ray-address", address)
+
+            def comparing(name: str = name) -> int | None:
+                records = it.driver / name / "records"
+                return _task_at_work() if (records / "serialize.json").exists() else None
+
+            if number:  # the first one is left alone
+                pid = until(comparing, process)
+                time.sleep(random.Random(number).uniform(0.0, 3.0))
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    killed += 1
+            status, error = finish(process)
+            if status or figures(name) != expected:
+                it.faults.append(f"verified {number}: exit {status}: {error[-500:]}")
+            else:
+                right += 1
+            shutil.rmtree(it.driver / name)
+    text = expected.get("text", {})
+    print(
+        f"verified by two nodes ({text.get('tokens')} tokens, {text.get('sequences')} sequences): "
+        f"the figures of one process {right} of {1 + options.kills} times; {killed} workers killed",
+        flush=True,
+    )
+
+
+def _task_at_work() -> int | None:
+    """A worker of Ray that runs a task of ours; None if none does."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if path.read_bytes().startswith(b"ray::_run"):
+                return int(path.parent.name)
+    return None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("campaigns", nargs="*", default=CAMPAIGNS, metavar="CAMPAIGN")
@@ -372,9 +427,12 @@ def main() -> int:
         it = Elsewhere(folder, hub, expected)
         print(f"{len(expected)} output files", flush=True)
         for name in options.campaigns:
-            {"url": run_url, "streamed": run_streamed, "calibrated": run_calibrated}[name](
-                it, options
-            )
+            {
+                "url": run_url,
+                "streamed": run_streamed,
+                "calibrated": run_calibrated,
+                "verified": run_verified,
+            }[name](it, options)
     for fault in it.faults:
         print(fault, file=sys.stderr)
     return 1 if it.faults else 0
