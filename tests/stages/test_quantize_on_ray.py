@@ -225,7 +225,8 @@ CLAIMS: Final = [
     ("auto", 0, 0, 0, 14, 16, Claim(1)),
     ("auto", 0, 4, 1, 14, 16, Claim(1)),  # starting CUDA takes longer
     ("auto", 0, 4, 1, 360, 16, Claim(1, 0.5)),
-    ("auto", 0, 64, 8, 360, 16, Claim(4)),
+    ("auto", 0, 64, 8, 14, 16, Claim(4)),
+    ("auto", 0, 64, 8, 360, 16, Claim(1, 0.5)),
     ("auto", 5, 64, 8, 810, 16, Claim(1, 0.5)),
     ("auto", 0, 2, 8, 810, 16, Claim(1, 0.5)),
     ("cuda", 0, 64, 0, 14, 16, Claim(1, 0.5)),
