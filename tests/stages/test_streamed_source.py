@@ -85,7 +85,6 @@ class Streamed:
             if seen.method == "GET" and seen.cdn and seen.path.endswith(".safetensors")
         )
 
-
     def stretches(self, since: int) -> Counter[tuple[str, str]]:
         """How often each stretch of each shard was sent."""
         return Counter(
