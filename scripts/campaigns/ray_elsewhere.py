@@ -53,7 +53,7 @@ from tests.support.hub_server import HubServer
 from tests.support.jobs import CPU, download
 from tests.support.s3_server import S3Server
 from tests.support.stores import served
-from tests.support.tiny import copy_of, write_falcon
+from tests.support.tiny import INDEX, copy_of, write_falcon
 
 CAMPAIGNS: Final = ("url", "streamed", "calibrated", "verified")
 REPO: Final = "me/falcon"
@@ -303,7 +303,8 @@ def run_streamed(it: Elsewhere, options: argparse.Namespace) -> None:
                 for seen in it.hub.seen[before:]
             )
             shutil.rmtree(build.root)
-    shards = len(list((it.driver / "model").glob("*.safetensors")))
+    index = json.loads((it.driver / "model" / INDEX).read_text())
+    shards = len(set(index["weight_map"].values()))
     print(
         f"streamed, worker killed in mid-file: {right} of {options.kills}; "
         f"{fetched / options.kills:.1f} files fetched of {shards}",
@@ -316,6 +317,8 @@ def run_calibrated(it: Elsewhere, options: argparse.Namespace) -> None:
     model = write_falcon(it.driver / "small", hidden=256, layers=6, shards=3)
     text = it.driver / "text.txt"
     text.write_text("".join(chr(32 + (i * i) % 90) for i in range(20000)))
+    recipe = it.driver / "recipe.toml"
+    recipe.write_text(f'[quantize]\ncalibrate = "{text}"\ncalibration_tokens = 1024\n')
     with in_process():
         fresh, *_ = download(model, it.driver / "small-build")
         local = Build(copy_of(fresh.root, it.driver / "small-local"))
@@ -326,8 +329,8 @@ def run_calibrated(it: Elsewhere, options: argparse.Namespace) -> None:
         for number in range(options.kills):
             build = Build(copy_of(fresh.root, it.driver / f"calibrated-{number}"))
             process = it.start(
-                *("quantize", "--build-dir", build.root, "--calibrate", text),
-                *("--calibration-tokens", "1024", "--engine", "ray", "--ray-address", address),
+                *("quantize", "--build-dir", build.root, "--recipe", recipe),
+                *("--engine", "ray", "--ray-address", address),
             )
             wanted = 1 + number % 5
 
