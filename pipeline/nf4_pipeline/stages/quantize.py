@@ -338,7 +338,7 @@ class Quantize:
             else:
                 for output in outputs:  # a file that was made of what nobody has hashed yet
                     (folder / output.name).unlink(missing_ok=True)
-                making = _Making(folder, opener, done, self.outgoing)
+                making = _Making(folder, opener, done, self.outgoing, whole=names is None)
                 _make_streamed(streamed, run, outputs, making)
         self.outgoing.settle()
         _warn_of_merged(plan, self.reporter)
@@ -376,7 +376,7 @@ def _make_streamed(
     of_source: dict[str, list[Output]] = {}
     for output in outputs:
         of_source.setdefault(output.source, []).append(output)
-    unknown = streamed.missing(run.plan)
+    unknown = [f for f in streamed.missing(run.plan) if making.whole or f in of_source]
     with run.shown("quantize", outputs, streamed.reporter) as task:
         for file in sorted({*of_source, *unknown}):
             left = of_source.get(file, [])
@@ -424,7 +424,8 @@ def _make_passing(
     try:
         wanted = [tensor.source for output in outputs for tensor in output.tensors]
         streamed.pass_by(file, run.plan, wanted, work)
-        streamed.check_tied(run.plan)
+        if making.whole:
+            streamed.check_tied(run.plan)
     except BaseException:
         drop()
         raise
@@ -441,12 +442,15 @@ class _Making:
         opener: gives what takes the bytes of a file.
         done: told of each file that counts.
         outgoing: what becomes of it.
+        whole: they are all files of the plan, so that tied tensors are compared; a part alone
+            would not see all of them.
     """
 
     folder: Path
     opener: Opener
     done: Callable[[str, QuantizedFile], None]
     outgoing: Outgoing
+    whole: bool
 
 
 class _Nowhere:
