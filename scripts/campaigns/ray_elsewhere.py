@@ -32,6 +32,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -269,7 +270,8 @@ def _kill_in_mid_write(server: S3Server, process: subprocess.Popen[str]) -> int:
 def run_streamed(it: Elsewhere, options: argparse.Namespace) -> None:
     """Files of the source come to the tasks and go; workers are killed in mid-file."""
     right, fetched = 0, 0
-    with cluster_of(2) as (_, _, address):
+    of_nodes = {"HF_ENDPOINT": it.hub.url, "HF_HOME": str(it.driver / "hf")}
+    with patch.dict(os.environ, of_nodes), cluster_of(2) as (_, _, address):
         for number in range(options.kills):
             build = Build(it.driver / f"streamed-{number}")
             it.fetch("--stream-source", "--build-dir", build.root)

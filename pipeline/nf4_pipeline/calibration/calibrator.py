@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 CODE_VERSION: Final = 2
 TOKENS_FILE: Final = "tokens.json"
+_BEFORE_LEARNING: Final = "before_learning"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Calibrator:
         folder: where tokens and choices are kept.
         recipe: what is read, how much of it, and how much larger the artifact may be for modules
             that stay in 16 bit.
-        device: where the model runs: "auto", "cpu", "cuda" or "cuda:N".
+        device: where the model runs: "auto", "cpu", "cuda" or "cuda:N". Codes are chosen on all
+            GPUs of the first one's kind if it has no number; all else is done on one device.
     """
 
     source: Path
@@ -167,10 +169,12 @@ class Calibrator:
         """
         with reporter.task(LOADING, None):
             from nf4_pipeline.calibration.block_store import BlockStore
-            from nf4_pipeline.calibration.calibration_pass import calibrate
-            from nf4_pipeline.runtime.loader import pick_device
+            from nf4_pipeline.calibration.calibration_pass import TOGETHER, calibrate
+            from nf4_pipeline.gptq.device_group import DIVISIONS
+            from nf4_pipeline.runtime.loader import devices_alike, pick_device
 
         device = pick_device(self.device)
+        devices = devices_alike(self.device)
         kind = device.partition(":")[0]
         identity = {
             "code": CODE_VERSION,
@@ -179,12 +183,15 @@ class Calibrator:
             "device": kind,
             "torch": version("torch"),  # what it computes may change with it
             "weights": [tensor.name for tensor in plan.quantized],
+            "division": [TOGETHER[kind], *astuple(DIVISIONS[kind])],
         }
         store = BlockStore(self.folder / json_sha256(identity)[:12])
         store.open()
-        with _enough_memory(device), measured_on_device() as passing:
+        if len(devices) > 1:
+            reporter.detail(f"Codes are chosen on {len(devices)} GPUs: {', '.join(devices)}.")
+        with _enough_memory(" or ".join(devices)), measured_on_device() as passing:
             parts = calibrate(
-                self.source, plan.quantized, tokens, store, device=device, reporter=reporter
+                self.source, plan.quantized, tokens, store, devices=devices, reporter=reporter
             )
         fallbacks = store.fallbacks()
         _check_complete(plan, store, fallbacks)
@@ -275,14 +282,42 @@ class Calibrator:
         return [KeptModule(module=loss.module, kl=loss.kl, bytes=loss.bytes) for loss in selected]
 
     def chosen_bytes(self) -> int:
-        """What choices take on the disk already."""
-        return sum(path.stat().st_size for path in self.folder.glob("*/*") if path.is_file())
+        """What choices take on the disk already, without those of an earlier artifact."""
+        return sum(
+            path.stat().st_size
+            for path in self.folder.glob("*/*")
+            if path.is_file() and path.parent.name != _BEFORE_LEARNING
+        )
 
     def clear(self) -> None:
-        """Deletes what was chosen, once it stands in quantized files; the tokens stay."""
-        for path in self.folder.iterdir():
-            if path.is_dir():
+        """Deletes what was chosen, once it stands in quantized files.
+
+        The tokens stay, and so do the codes that learning began with: verify shows what it changed.
+        """
+        before = self.folder / _BEFORE_LEARNING
+        stores = [path for path in self.folder.iterdir() if path.is_dir() and path != before]
+        learned = {path.name.partition("-")[0] for path in stores if "-" in path.name}
+        if stores or not self.recipe.effort:
+            shutil.rmtree(before, ignore_errors=True)
+        for path in stores:
+            if path.name in learned:
+                path.rename(before)
+            else:
                 shutil.rmtree(path)
+
+
+def codes_before_learning(folder: Path) -> dict[str, Path]:
+    """The calibrated codes that learning began with, if they are still there.
+
+    Args:
+        folder: of a calibrator.
+
+    Returns:
+        Name of a weight -> the file that holds its codes and scales.
+    """
+    from nf4_pipeline.calibration.block_store import BlockStore
+
+    return BlockStore(folder / _BEFORE_LEARNING).files()
 
 
 def text_path(recipe: QuantizeRecipe) -> Path | None:
@@ -349,7 +384,7 @@ def _enough_memory(device: str, option: str = "--calibrate") -> Iterator[None]:
     """Says what can be done if a device has too little memory for the body.
 
     Args:
-        device: "cpu" or "cuda:N".
+        device: "cpu" or "cuda:N", or several of these in words.
         option: without which less is needed.
 
     Raises:
@@ -357,11 +392,12 @@ def _enough_memory(device: str, option: str = "--calibrate") -> Iterator[None]:
     """
     import torch
 
+    one = " (cuda:N takes one GPU)" if " or " in device else ""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"The memory of {device} is too small to calibrate this model "
             f"({str(error).split('. ')[0]}). End other programs that use it, name another "
-            f"--device, or {_WITHOUT[option]} (without {option}). What is done is kept."
+            f"--device{one}, or {_WITHOUT[option]} (without {option}). What is done is kept."
         ) from error

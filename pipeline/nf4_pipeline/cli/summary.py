@@ -17,8 +17,8 @@ from nf4_pipeline.report.formatting import both_units, interval, is_finite, plai
 from nf4_pipeline.verification.document import (
     Against,
     AnswerPair,
+    MeasuredBaseline,
     MeasuredVerification,
-    NearestBaseline,
     Verification,
 )
 
@@ -189,6 +189,7 @@ def show_checks(verification: Verification) -> None:
         _show_check(check)
     if isinstance(verification, MeasuredVerification):
         _show_beside(verification.fidelity, verification.nearest, "round to nearest")
+        _show_beside(verification.fidelity, verification.before_learning, "before learning")
     _show_other(verification)
     _show_verdict(verification)
 
@@ -252,7 +253,7 @@ def _show_other(verification: Verification) -> None:
             say(f"  not checked of the other: {verification.against.not_checked}")
 
 
-def _show_beside(own: Fidelity, other: NearestBaseline | Against | None, name: str) -> None:
+def _show_beside(own: Fidelity, other: MeasuredBaseline | Against | None, name: str) -> None:
     """What the artifact was compared with, if it was."""
     if other is None:
         return

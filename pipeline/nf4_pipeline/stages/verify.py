@@ -13,6 +13,7 @@ from typing import ClassVar, Final
 
 from nf4_pipeline import __version__
 from nf4_pipeline.build_folder import Build, Inputs, Record
+from nf4_pipeline.calibration.calibrator import codes_before_learning
 from nf4_pipeline.checkpoint.atomic import json_bytes, write_bytes
 from nf4_pipeline.checkpoint.digest import (
     FileDigest,
@@ -62,6 +63,7 @@ from nf4_pipeline.verification.document import (
 )
 from nf4_pipeline.verification.eval_text import RANDOM, Text, read_text
 from nf4_pipeline.verification.launch import Examination, Workers, compare_scores
+from nf4_pipeline.verification.messages import Baselines, SavedCodes
 from nf4_pipeline.verification.on_ray import compare_on_ray
 from nf4_pipeline.verification.prompts import (
     LARGEST,
@@ -342,9 +344,9 @@ class Verify:
                 asked = replace(asked, source=source_folder, served=served)
             folder = stack.enter_context(TemporaryFolder("scores"))
             own, others = folder / "own.npz", folder / "others.npz"
-            nearest = _modules_kept_by_budget(manifest)
+            baselines = self.baselines(manifest)
             try:
-                asked = self._dealt_out(asked, export, nearest, folder)
+                asked = self._dealt_out(asked, export, baselines, folder)
             except ArtifactError as error:
                 return assemble_stopped([*checks, report_unloadable(str(error))], recipe, versions)
             readers = stack.enter_context(
@@ -363,7 +365,7 @@ class Verify:
                     own,
                     workers,
                     self.reporter,
-                    nearest=nearest,
+                    baselines=baselines,
                     logits=readers.own_logits,
                     together=together,
                 )
@@ -393,7 +395,7 @@ class Verify:
         return verification
 
     def _dealt_out(
-        self, asked: Examination, export: Path, nearest: Sequence[str] | None, folder: Path
+        self, asked: Examination, export: Path, baselines: Baselines, folder: Path
     ) -> Examination:
         """The same, with the comparison done by tasks of a Ray cluster, if there are several."""
         address = self.machine.ray_address
@@ -405,12 +407,26 @@ class Verify:
                 "The models are compared on this host: other nodes do not see what is compared."
             )
             return asked
-        request = asked.artifact_request(export, folder / "own.npz", nearest)
+        request = asked.artifact_request(export, folder / "own.npz", baselines)
         with (
             self.reporter.task("compare on Ray", None),
             connected(address) as cluster,
         ):
             return replace(asked, shares=compare_on_ray(request, cluster, folder))
+
+    def baselines(self, manifest: Manifest) -> Baselines:
+        """Round to nearest, unless the artifact is that, and the codes that learning began with."""
+        if manifest.rounding == "nearest":
+            return Baselines()
+        saved = None
+        if manifest.calibration is not None and manifest.calibration.learning is not None:
+            files = codes_before_learning(self.build.calibration)
+            saved = {
+                tensor.module: SavedCodes(file=files[tensor.name], weight=tensor.name)
+                for tensor in manifest.tensors
+                if tensor.quantized and tensor.module is not None and tensor.name in files
+            }
+        return Baselines(nearest=_modules_kept_by_budget(manifest), before_learning=saved or None)
 
     def _source(self) -> Source:
         """As download pinned it: what the manifest should say."""
@@ -534,16 +550,11 @@ def _peak_memory(verification: Verification) -> int:
     return max(part.peak_memory_bytes for part in parts)
 
 
-def _modules_kept_by_budget(manifest: Manifest) -> list[str] | None:
-    """The modules that round to nearest would have in 4 bit and this artifact has not.
-
-    None if round to nearest is what this artifact is.
-    """
-    if manifest.rounding == "nearest":
-        return None
+def _modules_kept_by_budget(manifest: Manifest) -> tuple[str, ...]:
+    """The modules that round to nearest would have in 4 bit and this artifact has not."""
     kept = {entry.module for entry in manifest.calibration.kept} if manifest.calibration else set()
     plain = [tensor.module for tensor in manifest.tensors if not tensor.quantized]
-    return [module for module in plain if module in kept]
+    return tuple(module for module in plain if module in kept)
 
 
 def _versions() -> dict[str, str]:

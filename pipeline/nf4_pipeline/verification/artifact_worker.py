@@ -30,7 +30,7 @@ from nf4_pipeline.verification.document import (
     ComparedText,
     ComparisonCosts,
     Device,
-    NearestBaseline,
+    MeasuredBaseline,
 )
 from nf4_pipeline.verification.eval_text import TokenSequence, cut, random_sequences
 from nf4_pipeline.verification.generation import (
@@ -39,10 +39,16 @@ from nf4_pipeline.verification.generation import (
     open_generator,
     questions,
 )
-from nf4_pipeline.verification.messages import ArtifactReply, ArtifactRequest, LoadedModel
+from nf4_pipeline.verification.messages import (
+    ArtifactReply,
+    ArtifactRequest,
+    Baselines,
+    LoadedModel,
+)
 from nf4_pipeline.verification.shares import Share, share_of
 
 if TYPE_CHECKING:
+    from nf4_pipeline.blocks.streamed_model import StreamedModel
     from nf4_pipeline.verification.compare_models import Comparison
 
 # The libraries underneath are imported in `prepare`, or where they are used.
@@ -88,7 +94,10 @@ def run(request: ArtifactRequest, reporter: Reporter) -> ArtifactReply:
             _save_scores(request.scores, scores, lengths, domains)
             fidelity = compare(scores, lengths)
             score_by_domain = by_domain(scores, lengths, domains)
-            nearest = _nearest_baseline(comparison, scores, lengths, domains)
+            nearest, before_learning = (
+                None if other is None else _beside(scores, other, lengths, domains)
+                for other in (comparison.nearest, comparison.before_learning)
+            )
             public = tokenizer if request.text.is_public else None
             worst = comparison.worst.quoted(sequences, public)
     on_comparison = take_peaks(comparing, request.device)
@@ -129,6 +138,7 @@ def run(request: ArtifactRequest, reporter: Reporter) -> ArtifactReply:
         changed=(*weights.changed, *weights.missing),
         malformed=tuple(weights.malformed),
         nearest=nearest,
+        before_learning=before_learning,
         comparison=ComparisonCosts(
             seconds=round(comparing.seconds + max([0.0, *(s.seconds for s in shares)]), 3),
             peak_memory_bytes=max([on_comparison.memory, *(s.memory for s in shares)]),
@@ -190,7 +200,6 @@ def compare_share(request: ArtifactRequest, number: int, of: int) -> Share | Non
         RecipeError: the text is too short for one sequence.
     """
     from nf4_pipeline.blocks.streamed_model import StreamedModel
-    from nf4_pipeline.verification.compare_models import Comparison
 
     with measured() as usage:
         model, _ = load_with_report(request.artifact, device=request.device)
@@ -202,13 +211,13 @@ def compare_share(request: ArtifactRequest, number: int, of: int) -> Share | Non
                 return None
             dtype = _dtype(model)
             with StreamedModel(request.source, request.device, dtype, request.served) as streamed:
-                comparison = Comparison(streamed, model, nearest=request.nearest)
+                comparison = _comparison(streamed, model, request.baselines)
                 own = sequences[mine.start : mine.stop]
                 scores = comparison.run(own, lambda count: None, first=mine.start)
     peaks = take_peaks(usage, request.device)
     return Share(
         scores=scores,
-        nearest=comparison.nearest,
+        beside=comparison.beside,
         worst=comparison.worst.places,
         blocks=comparison.sums(),
         seconds=usage.seconds,
@@ -239,8 +248,22 @@ def _compare(
         if shares:
             comparison = Comparison(streamed, model, request.artifact)
             return comparison, comparison.take(shares)
-        comparison = Comparison(streamed, model, request.artifact, nearest=request.nearest)
+        comparison = _comparison(streamed, model, request.baselines, request.artifact)
         return comparison, comparison.run(sequences, task.advance)
+
+
+def _comparison(
+    streamed: StreamedModel, model: Any, baselines: Baselines, artifact: Path | None = None
+) -> Comparison:
+    from nf4_pipeline.verification.compare_models import Comparison
+
+    return Comparison(
+        streamed,
+        model,
+        artifact,
+        nearest=baselines.nearest,
+        before_learning=baselines.before_learning,
+    )
 
 
 def _save_scores(
@@ -250,15 +273,13 @@ def _save_scores(
     np.savez(path, lengths=lengths, domains=domains, **arrays)
 
 
-def _nearest_baseline(
-    comparison: Comparison, scores: TokenScores, lengths: Sequence[int], domains: Sequence[str]
-) -> NearestBaseline | None:
-    if comparison.nearest is None:
-        return None
-    return NearestBaseline(
-        fidelity=compare(comparison.nearest, lengths),
-        domains=by_domain(comparison.nearest, lengths, domains),
-        difference=difference(scores, comparison.nearest, lengths, domains),
+def _beside(
+    scores: TokenScores, other: TokenScores, lengths: Sequence[int], domains: Sequence[str]
+) -> MeasuredBaseline:
+    return MeasuredBaseline(
+        fidelity=compare(other, lengths),
+        domains=by_domain(other, lengths, domains),
+        difference=difference(scores, other, lengths, domains),
     )
 
 

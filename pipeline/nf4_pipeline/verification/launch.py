@@ -30,6 +30,7 @@ from nf4_pipeline.verification.eval_text import Text
 from nf4_pipeline.verification.messages import (
     ArtifactReply,
     ArtifactRequest,
+    Baselines,
     SourceReply,
     SourceRequest,
 )
@@ -86,7 +87,7 @@ class Examination:
         workers: Workers,
         reporter: Reporter,
         *,
-        nearest: Sequence[str] | None = None,
+        baselines: Baselines | None = None,
         logits: Path | None = None,
         together: bool,
     ) -> tuple[SourceReply, ArtifactReply]:
@@ -94,7 +95,7 @@ class Examination:
 
         Args:
             artifact: the export folder, whose tokenizer is used for both.
-            scores: as in `ask_artifact`, like `nearest` and `logits`.
+            scores: as in `ask_artifact`, like `baselines` and `logits`.
             workers: the processes.
             reporter: told how far they are.
             together: both at the same time; else one after the other.
@@ -106,7 +107,7 @@ class Examination:
             VerificationError: a process died.
         """
         source = self.source_request(artifact)
-        export = self.artifact_request(artifact, scores, nearest, logits)
+        export = self.artifact_request(artifact, scores, baselines, logits)
         if not together:
             in_16_bit = _ask(workers.source(), source, self.source, reporter)
             return in_16_bit, _ask(workers.artifact(), export, artifact, reporter)
@@ -147,7 +148,7 @@ class Examination:
         scores: Path,
         reporter: Reporter,
         *,
-        nearest: Sequence[str] | None = None,
+        baselines: Baselines | None = None,
         logits: Path | None = None,
     ) -> ArtifactReply:
         """The 4-bit model's answers and its distance from the source, from a fresh process.
@@ -156,7 +157,7 @@ class Examination:
             artifact: the export folder.
             scores: where the scores of all tokens are left (.npz).
             reporter: told how far it is.
-            nearest: measure round to nearest beside it, these modules in 4 bit, too; None not to.
+            baselines: what is measured beside it; None for nothing.
             logits: where logits to hold other readers against are left (.npy); None not to.
 
         Raises:
@@ -164,7 +165,7 @@ class Examination:
             RecipeError: the text is too short for one sequence.
             VerificationError: the process died.
         """
-        request = self.artifact_request(artifact, scores, nearest, logits)
+        request = self.artifact_request(artifact, scores, baselines, logits)
         with child.Waiting(_ARTIFACT_WORKER) as waiting:
             return _ask(waiting, request, artifact, reporter)
 
@@ -172,7 +173,7 @@ class Examination:
         self,
         artifact: Path,
         scores: Path,
-        nearest: Sequence[str] | None,
+        baselines: Baselines | None,
         logits: Path | None = None,
     ) -> ArtifactRequest:
         """What the process is asked that runs the 4-bit model; see `ask_artifact`."""
@@ -187,7 +188,7 @@ class Examination:
             text=self.text,
             tokens=self.tokens,
             scores=scores,
-            nearest=None if nearest is None else tuple(nearest),
+            baselines=baselines or Baselines(),
             logits=logits,
             shares=self.shares,
         )

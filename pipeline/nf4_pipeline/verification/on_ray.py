@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nf4_pipeline.cluster.ray_tasks import Claim, Cluster
 from nf4_pipeline.errors import ResourceError
-from nf4_pipeline.verification.messages import ArtifactRequest
+from nf4_pipeline.verification.messages import ArtifactRequest, Baselines, SavedCodes
 from nf4_pipeline.verification.shares import Share
 
 
@@ -58,6 +58,7 @@ def compare_on_ray(request: ArtifactRequest, cluster: Cluster, folder: Path) -> 
         artifact=request.artifact.absolute(),
         device="cuda:0" if claim.gpus else "cpu",
         prompts=(),
+        baselines=replace(request.baselines, before_learning=_absolute(request.baselines)),
     )
     found = cluster.run(partial(compare_share, there, count), range(count), claim)
     paths: list[Path] = []
@@ -66,6 +67,13 @@ def compare_on_ray(request: ArtifactRequest, cluster: Cluster, folder: Path) -> 
             paths.append(folder / f"share-{len(paths)}.npz")
             share.save(paths[-1])
     return tuple(paths)
+
+
+def _absolute(baselines: Baselines) -> dict[str, SavedCodes] | None:
+    saved = baselines.before_learning
+    if saved is None:
+        return None
+    return {name: replace(codes, file=codes.file.absolute()) for name, codes in saved.items()}
 
 
 def compare_share(request: ArtifactRequest, of: int, number: int) -> Share | None:

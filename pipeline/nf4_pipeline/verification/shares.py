@@ -35,7 +35,7 @@ class Share:
 
     Attributes:
         scores: of their tokens.
-        nearest: the same of round to nearest; None if it was not measured.
+        beside: the same of other codes that were measured beside the artifact's, by name.
         worst: the tokens on which the models differ most.
         blocks: by name.
         seconds: that it took.
@@ -44,7 +44,7 @@ class Share:
     """
 
     scores: TokenScores
-    nearest: TokenScores | None
+    beside: Mapping[str, TokenScores]
     worst: Sequence[Place]
     blocks: Mapping[str, BlockSums]
     seconds: float
@@ -53,10 +53,14 @@ class Share:
 
     def save(self, path: Path) -> None:
         """Leaves it in a file (.npz)."""
-        arrays = {f"own_{name}": array for name, array in _arrays(self.scores).items()}
-        if self.nearest is not None:
-            arrays |= {f"nearest_{name}": array for name, array in _arrays(self.nearest).items()}
+        found = {"own": self.scores, **self.beside}
+        arrays = {
+            f"{whose}_{field.name}": getattr(scores, field.name)
+            for whose, scores in found.items()
+            for field in fields(TokenScores)
+        }
         facts = {
+            "beside": [*self.beside],
             "worst": [[p.kl, p.sequence, p.position, [*p.chances.items()]] for p in self.worst],
             "blocks": {n: [b.hidden, dict(b.layers)] for n, b in self.blocks.items()},
             "costs": [self.seconds, self.memory, self.device_memory],
@@ -71,7 +75,7 @@ class Share:
             seconds, memory, device_memory = facts["costs"]
             return cls(
                 scores=_scores(arrays, "own"),
-                nearest=_scores(arrays, "nearest") if "nearest_kl" in arrays else None,
+                beside={name: _scores(arrays, name) for name in facts["beside"]},
                 worst=[
                     Place(kl, sequence, position, {i: (p, q) for i, (p, q) in chances})
                     for kl, sequence, position, chances in facts["worst"]
@@ -97,12 +101,8 @@ def share_of(number: int, of: int, count: int) -> range:
     return range(number * count // of, (number + 1) * count // of)
 
 
-def _arrays(scores: TokenScores) -> dict[str, Any]:
-    return {field.name: getattr(scores, field.name) for field in fields(TokenScores)}
-
-
-def _scores(arrays: Any, prefix: str) -> TokenScores:
-    return TokenScores(*(arrays[f"{prefix}_{field.name}"] for field in fields(TokenScores)))
+def _scores(arrays: Any, whose: str) -> TokenScores:
+    return TokenScores(*(arrays[f"{whose}_{field.name}"] for field in fields(TokenScores)))
 
 
 def _sums(values: Sequence[Sequence[float]]) -> Sums:
