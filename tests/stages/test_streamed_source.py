@@ -297,7 +297,7 @@ def test_what_the_hub_alone_has(streamed: Streamed, ordinary: dict[str, FileDige
     assert "me/another" not in store.repos
     done = nf4("prompt", "build", "Once")
     assert done.status == 1
-    assert f"whose weights are in {hub.url}/me/kept alone: name that repo" in done.err
+    assert f"its weights are in {hub.url}/me/kept alone" in done.err
     done = nf4("build", *options)  # without it, they are wanted here
     assert done.status == 0, done.err
     for name, digest in ordinary.items():
