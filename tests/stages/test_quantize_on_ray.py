@@ -13,6 +13,7 @@ import pytest
 from nf4_pipeline.api.options import make_machine
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.calibration.block_store import BlockStore
+from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.cluster.ray_tasks import Claim
 from nf4_pipeline.engine.parts import Part
 from nf4_pipeline.errors import BuildError, CheckpointError, ResourceError, UsageError
@@ -24,6 +25,7 @@ from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import QUANTIZE, FileFacts
 from nf4_pipeline.stages import quantize as quantize_stage
 from nf4_pipeline.stages.find_source import DownloadRequest
+from nf4_pipeline.stages.outgoing import StaysHere
 from nf4_pipeline.stages.quantize import Quantize
 from nf4_pipeline.stages.quantize_on_ray import (
     Order,
@@ -401,9 +403,12 @@ def test_a_source_that_a_node_does_not_see(source: Path, tmp_path: Path) -> None
 def test_files_are_told_of_as_they_come(build: Build, whole: dict[str, str]) -> None:
     """So that --stream-output sends them while others are made."""
     told: list[str] = []
-    stage = Quantize(
-        build, Recipe(), RAY, finished=lambda path, digest: told.append(f"{path.name}")
-    )
+
+    class Told(StaysHere):
+        def add(self, path: Path, digest: FileDigest) -> None:
+            told.append(path.name)
+
+    stage = Quantize(build, Recipe(), RAY, outgoing=Told())
     with build.locked():
         QuantizeOnRay(stage).run()
     assert {f"quantized/{name}" for name in told} == {*whole}

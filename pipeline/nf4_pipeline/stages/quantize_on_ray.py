@@ -133,7 +133,7 @@ class QuantizeOnRay:
             target = whole.build.quantized / item[1]
             facts = read_facts(target)
             if facts is not None and target.exists():
-                whole.finished(target, facts.digest)
+                whole.outgoing.add(target, facts.digest)
 
         with (
             whole.build.lent(),
@@ -210,8 +210,8 @@ def _differ(streamed: StreamedSource, plan: Plan) -> frozenset[str]:
 
     Files of which no task made anything are fetched for it.
     """
-    for _ in streamed.each(streamed.missing(plan), plan):
-        pass
+    for file in streamed.missing(plan):
+        streamed.pass_by(file, plan)
     try:
         streamed.check_tied(plan)
     except TiedWeightsDiffer:
@@ -306,8 +306,8 @@ def make_file(order: Order, item: tuple[Part, str]) -> None:
     """
     part, file = item
     takes = (f"quantized/{file}{FACTS_SUFFIX}", f"records/{part_kind(part).file}.json")
-    with _placed(order, takes) as build, TemporaryFolder("task") as spool:
-        whole = Quantize(build, order.recipe, order.machine, SILENT, spool=spool)
+    with _placed(order, takes) as build:
+        whole = Quantize(build, order.recipe, order.machine, SILENT)
         order.check_version(whole.key())
         QuantizePart(whole, part, order.untied, _PATIENCE).ensure()
 

@@ -43,6 +43,7 @@ from nf4_pipeline.report.pictures import PICTURES, pictures
 from nf4_pipeline.resource_usage import available_memory, measured
 from nf4_pipeline.runtime.artifact import find_model
 from nf4_pipeline.runtime.loader import pick_device
+from nf4_pipeline.stages.remade import whole_export
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 from nf4_pipeline.stages.streamed_source import StreamedSource
 from nf4_pipeline.verification.assemble_document import assemble_measured, assemble_stopped
@@ -50,6 +51,7 @@ from nf4_pipeline.verification.check_files import (
     CheckedFiles,
     check_files,
     check_manifest,
+    check_remade,
     check_source,
 )
 from nf4_pipeline.verification.check_model import check_kept, check_weights, report_unloadable
@@ -197,6 +199,7 @@ class Verify:
             SourceError: the source does not load.
             ResourceError: there is no such device, or too little memory on it.
             VerificationError: a process that loads a model died.
+            HubError: the source is streamed, and the Hub does not give what it lists.
         """
         if self.workers is not None:
             return self._run(self.workers)
@@ -218,13 +221,35 @@ class Verify:
             self._check_other(_artifact(self.against))
         self._forget_verdict()
         workers.begin()
+        with whole_export(self.build, self.recipe, self.machine, self.reporter) as (folder, made):
+            return self._judge(folder, made, manifest, source, against, workers)
+
+    def _judge(
+        self,
+        folder: Path,
+        made: int,
+        manifest: Manifest,
+        source: Inputs,
+        against: str | None,
+        workers: Workers,
+    ) -> Record[Verification]:
+        """Judges the export.
+
+        Args:
+            folder: where all of its files are.
+            made: how many of them were made again for this.
+            manifest: of it.
+            source: as download left it.
+            against: as for `_key`.
+            workers: the processes that verify.
+        """
         with measured() as checking:
-            export = self._stamps()
-            files = self._check_files(manifest)
+            export = _stamps(folder)
+            files = self._check_files(folder, made, manifest)
 
         def work() -> Outcome[Verification]:
             verification = replace(
-                self._verify(manifest, files.checks, workers),
+                self._verify(folder, manifest, files.checks, workers),
                 date=datetime.now(UTC).date().isoformat(),
             )
             source.check_untouched()
@@ -269,18 +294,8 @@ class Verify:
         for name in (*_WRITTEN, CARD_FILE):
             (self.build.export / name).unlink(missing_ok=True)
 
-    def _stamps(self) -> Inputs:
-        """The export as it is before it is read."""
-        stamps = {
-            f"export/{name}": FileStamp.of(path)
-            for name, path in entries(self.build.export).items()
-            if path.is_file()
-        }
-        return Inputs(self.build.root, "serialize", stamps)
-
-    def _check_files(self, manifest: Manifest) -> CheckedFiles:
+    def _check_files(self, export: Path, made: int, manifest: Manifest) -> CheckedFiles:
         """Hashes what lies in the export, and holds it against manifest, record and source."""
-        export = self.build.export
         recorded = self.build.need(SERIALIZE).outputs_in("export")[MANIFEST_FILE]
         files = check_files(export, manifest, self.reporter, others=(MANIFEST_FILE, SIGNATURE_FILE))
         checks = [
@@ -288,6 +303,10 @@ class Verify:
             check_source(manifest.source, self._source()),
             *files.checks,
         ]
+        if made:  # said, since other bytes are judged than those that were sent
+            sent = self.build.only_sent(SERIALIZE)
+            differ = [n for n, d in sent.items() if files.digests.get(n[len("export/") :]) != d]
+            checks.append(check_remade(made, differ))
         # A signature signs what is judged here, and comes later.
         judged = {n: digest for n, digest in files.digests.items() if n != SIGNATURE_FILE}
         return CheckedFiles(checks, judged)
@@ -301,10 +320,10 @@ class Verify:
         }
 
     def _verify(
-        self, manifest: Manifest, checks: Sequence[Check], workers: Workers
+        self, export: Path, manifest: Manifest, checks: Sequence[Check], workers: Workers
     ) -> Verification:
         """Both models; if a check of the files failed, nothing is learned of them."""
-        recipe, export = self.recipe.verify, self.build.export
+        recipe = self.recipe.verify
         versions = _versions()
         if not all(check.passed for check in checks):
             return assemble_stopped(checks, recipe, versions)
@@ -473,6 +492,16 @@ class Verify:
         if record.facts.tokenizer is not None:
             return record.facts.tokenizer.status == "loads"
         return any(is_tokenizer(name) for name in record.outputs_in("source"))
+
+
+def _stamps(export: Path) -> Inputs:
+    """An export as it is before it is read."""
+    stamps = {
+        f"{export.name}/{name}": FileStamp.of(path)
+        for name, path in entries(export).items()
+        if path.is_file()
+    }
+    return Inputs(export.parent, "serialize", stamps)
 
 
 def _read(export: Path, manifest: Manifest) -> Export:
