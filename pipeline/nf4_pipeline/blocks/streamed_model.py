@@ -133,10 +133,6 @@ class StreamedModel:
         buffer, _ = self._next[block]
         return self._groups[block].views(buffer)
 
-    def opened(self, block: str) -> dict[str, torch.Tensor]:
-        """What a block was given when it was opened, by its names in the model."""
-        return {name: _tensor(self.model, name) for name in self._empty.get(block, ())}
-
     def open_ahead(self, block: str, *, again: bool = False) -> None:
         """Opens a block, and begins to read the one behind it.
 
@@ -157,7 +153,7 @@ class StreamedModel:
         if block in self._held or block not in self._groups:
             return
         for name, meta in self._empty.pop(block).items():
-            assign(self.model, name, meta)
+            _assign(self.model, name, meta)
         self._free.append(self._next.pop(block)[0])
 
     def hold(self, block: str) -> None:
@@ -263,7 +259,7 @@ class StreamedModel:
             wanted = torch.float32 if self._float32 and self._float32.search(name) else self._dtype
             if value.is_floating_point():
                 value = value.to(wanted)
-            before[name] = assign(self.model, name, value)
+            before[name] = _assign(self.model, name, value)
         if block != _STEM:
             self._empty[block] = before
             self._rescale(block)
@@ -281,7 +277,7 @@ class StreamedModel:
         factor = 2 ** (list(self.blocks).index(block) // self._rescale_every)
         for name in ("attention.output.weight", "feed_forward.value.weight"):
             weight = self.blocks[block].get_parameter(name)
-            assign(self.blocks[block], name, weight / factor)
+            _assign(self.blocks[block], name, weight / factor)
 
     def _parameters(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Name in the model -> tensor; merges what transformers merges."""
@@ -349,17 +345,8 @@ def _block_of(name: str, blocks: Mapping[str, nn.Module]) -> str:
     return next((path for path in paths if path in blocks), _STEM)
 
 
-def assign(model: Any, name: str, value: torch.Tensor) -> torch.Tensor:
-    """Puts a tensor in the place of a parameter or buffer.
-
-    Args:
-        model: a module.
-        name: of the parameter or buffer in it.
-        value: what it shall be.
-
-    Returns:
-        What was there.
-    """
+def _assign(model: Any, name: str, value: torch.Tensor) -> torch.Tensor:
+    """Puts a tensor in the place of a parameter or buffer; returns what was there."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._parameters:
@@ -374,10 +361,3 @@ def assign(model: Any, name: str, value: torch.Tensor) -> torch.Tensor:
 def _natural(item: tuple[str, Any]) -> list[Any]:
     """Sorts expert 10 after expert 9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", item[0])]
-
-
-def _tensor(model: Any, name: str) -> torch.Tensor:
-    """A parameter or buffer."""
-    path, _, leaf = name.rpartition(".")
-    found: torch.Tensor = getattr(model.get_submodule(path), leaf)
-    return found
