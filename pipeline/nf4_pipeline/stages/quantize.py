@@ -371,12 +371,15 @@ def _make_streamed(
 
     What of a file of the source finds no room before its hash is known is made afterwards, of the
     stretches that it needs: these are fetched again, and have hashes by then. A file whose outputs
-    all stand is not fetched, if all is known of it that later work needs.
+    all stand is not fetched, if all is known of it that later work needs. Of a part, the others see
+    to that.
     """
     of_source: dict[str, list[Output]] = {}
     for output in outputs:
         of_source.setdefault(output.source, []).append(output)
-    unknown = [f for f in streamed.missing(run.plan) if making.whole or f in of_source]
+    unknown = {*streamed.missing(run.plan)}
+    if not making.whole:
+        unknown &= of_source.keys()
     with run.shown("quantize", outputs, streamed.reporter) as task:
         for file in sorted({*of_source, *unknown}):
             left = of_source.get(file, [])
@@ -442,8 +445,7 @@ class _Making:
         opener: gives what takes the bytes of a file.
         done: told of each file that counts.
         outgoing: what becomes of it.
-        whole: they are all files of the plan, so that tied tensors are compared; a part alone
-            would not see all of them.
+        whole: these are all files; of a part, tied tensors may have passed by elsewhere.
     """
 
     folder: Path

@@ -143,7 +143,7 @@ class QuantizeOnRay:
         whole.build.pull(whole.reporter)  # what tasks elsewhere put to the URL
 
     def _calibrate(self, cluster: Cluster) -> Record[QuantizeFacts]:
-        """Has one task do the whole stage, with all GPUs of its node."""
+        """Has one task do the whole stage."""
         whole = self.whole
         claim = claim_of_all(whole.machine, cluster.largest)
         order = self._order(claim, None)
@@ -240,14 +240,14 @@ def claim_of(machine: Machine, cpus: int, gpus: int, *, files: int, source_bytes
 
 
 def claim_of_all(machine: Machine, node: Claim) -> Claim:
-    """What a task takes that runs the model: GPUs if there are any, else processors.
+    """What a task takes that runs the model: a GPU if there is any, else processors.
 
     Args:
         machine: what was asked for.
         node: all of the largest node.
     """
     if machine.device == "cuda" or (machine.device == "auto" and node.gpus > 0):
-        return Claim(cpus=max(1, min(_MOST_CPUS, node.cpus)), gpus=max(1.0, node.gpus))
+        return Claim(cpus=max(1, min(_MOST_CPUS, node.cpus)), gpus=1)
     return Claim(cpus=machine.workers or max(1, node.cpus))
 
 

@@ -104,8 +104,7 @@ class StreamedSource:
         if not facts.streamed or facts.commit is None:
             return None
         files = tuple(RemoteFile(n, d.size, d.sha256, None) for n, d in facts.streamed.items())
-        model = RemoteModel(facts.repo, facts.commit, files, facts.commit)
-        return cls(build, model, reporter)
+        return cls(build, RemoteModel(facts.repo, facts.commit, files, facts.commit), reporter)
 
     def passed(self, file: str) -> PassedFile | None:
         """What is known of a file that passed by whole; None if it did not."""
