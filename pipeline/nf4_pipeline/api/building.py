@@ -63,8 +63,8 @@ def build(
             activations on tokens that it writes itself, or on that text.
         extra_bytes: with `calibrate`, how many more bytes may go to leaving the layers that lose
             most in 16 bit, such as "5%".
-        effort: with `calibrate`, "high" lets the codes learn from the 16-bit model, which the
-            device then holds twice.
+        effort: with `calibrate`, "high" lets the codes learn from the 16-bit model; block by block
+            where the device cannot hold it twice and as much again.
         max_shard_size: of one weight file, such as "500MB"; 1 GB without it.
         prompts: a JSONL file of {"prompt", "expect", "chat"} to ask both models.
         eval_text: a text file on which both models are compared.

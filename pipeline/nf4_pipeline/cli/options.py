@@ -316,8 +316,9 @@ _SHAPING: Final[dict[str, tuple[Decorator, ...]]] = {
         click.option(
             "--effort",
             metavar="high",
-            help="With --calibrate: codes then learn from the 16-bit model. Some minutes on a GPU, "
-            "which holds the model twice; about a third less loss than by calibration alone.",
+            help="With --calibrate: codes then learn from the 16-bit model. Some minutes on a GPU "
+            "that holds the model twice and as much again, longer on a smaller one; about a third "
+            "less loss than by calibration alone.",
         ),
     ),
     "serialize": (
