@@ -81,6 +81,7 @@ _NEVER_ASKED: Final = frozenset(
         *("HF_HOME", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_HUB_DISABLE_XET"),
         *("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "HF_HUB_DISABLE_TELEMETRY"),
         *(_PATH, "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED", _ADDRESS, _LISTENS),
+        "TORCHINDUCTOR_CACHE_DIR",  # torch sets it itself, in pytest for all that it starts
     }
     | (set() if may_have_cuda() else {"CUDA_VISIBLE_DEVICES"})
 )
@@ -285,6 +286,7 @@ class _Warm:
         os.environ.update(self._set_by_libraries | order["environment"])
         os.chdir(order["folder"])
         os.umask(order["umask"])
+        os.sched_setaffinity(0, order["processors"])
         for number, soft, hard in order["limits"]:
             resource.setrlimit(number, (soft, hard))
         sys.path[:] = order["path"]

@@ -75,5 +75,6 @@ def _order(command: list[str], descriptors: list[int]) -> dict[str, object]:
         "path": sys.path,
         "parent": os.getppid(),
         "umask": umask,
+        "processors": sorted(os.sched_getaffinity(0)),
         "limits": [[number, *resource.getrlimit(number)] for number in LIMITS],
     }
