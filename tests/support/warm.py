@@ -7,8 +7,8 @@ Importing both takes four seconds of processor time, which each worker of each c
 anew. What is tested of a command is seldom that. With these variables, Python imports
 `warm_site/sitecustomize.py` as it starts; a worker then stays the process that its parent started,
 and a fork does its work, with its environment, streams, folder and limits (`warm_proxy.py` there).
-Whatever libraries read from the environment as they are imported must be the same here and there,
-else the worker goes on by itself, as it does where nobody listens.
+The package, and whatever libraries read from the environment as they are imported, must be the same
+here and there; else the worker goes on by itself, as it does where nobody listens.
 
 Not for tests of how workers start and end, of what they import, or of their memory. pytest starts
 this process, once for all of xdist's workers, and it imports when it is asked first.
@@ -39,6 +39,7 @@ from selectors import EVENT_READ, DefaultSelector
 from typing import Any, Final, NoReturn
 from unittest import mock
 
+import nf4_pipeline
 from nf4_pipeline.machine import may_have_cuda
 from nf4_pipeline.processes.child_side import end_with_parent
 from nf4_pipeline.processes.worker import Environment
@@ -225,7 +226,8 @@ class _Warm:
         except OSError:
             return False
         theirs = self._quiet | order["environment"]
-        return sees and user == os.getuid() and self._read == _read_at_import(theirs)
+        same = order["package"] == nf4_pipeline.__file__ and user == os.getuid()
+        return sees and same and self._read == _read_at_import(theirs)
 
     def _import(self) -> None:
         before = dict(os.environ)

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from importlib.util import find_spec
 
 OURS = "nf4_pipeline."
 FORKED = (f"{OURS}processes.child_side", f"{OURS}processes.fork_server")
@@ -73,6 +74,7 @@ def _order(command: list[str], descriptors: list[int]) -> dict[str, object]:
         "environment": dict(os.environ),
         "folder": os.getcwd(),  # noqa: PTH109 (pathlib takes as long as all the rest)
         "path": sys.path,
+        "package": found.origin if (found := find_spec("nf4_pipeline")) else None,
         "parent": os.getppid(),
         "umask": umask,
         "processors": sorted(os.sched_getaffinity(0)),
