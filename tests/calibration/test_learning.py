@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 import pytest
 import torch
+from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.calibration import learning_plan
 from nf4_pipeline.calibration.block_store import BlockStore
@@ -30,12 +31,17 @@ from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.nf4.dequantize import dequantize
 from nf4_pipeline.nf4.packing import pack, unpack
 from nf4_pipeline.progress import SILENT
+from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.report.calibration import describe_tokens
 from nf4_pipeline.reproduce.reproduce import reproduce
+from nf4_pipeline.runtime.loader import load
+from nf4_pipeline.stages.verify import Verify
+from nf4_pipeline.verification.compare_models import Comparison
 
 from tests.support.calibrated import Listener, downloaded, quantized, settings
 from tests.support.jobs import CPU
 from tests.support.learning import QUICK, Start, content
+from tests.support.sequences import FIELDS, sequences
 from tests.support.tiny import copy_of, flip_byte
 
 pytestmark = pytest.mark.usefixtures("workers_here")
@@ -326,6 +332,21 @@ def test_larger_models_learn_less_and_recompute(
 # A whole build
 
 
+def _check_beside_what_they_began_with(checkpoint: Path, build: Build, before: Path) -> None:
+    """The codes that stay behind score what the artifact of calibration alone does."""
+    asked = Verify(build, Recipe(), CPU).baselines(read_manifest(build.export))
+    found = []
+    for folder, saved in ((before, None), (build.export, asked.before_learning)):
+        with StreamedModel(checkpoint, "cpu") as streamed:
+            model = load(folder, device="cpu")
+            comparison = Comparison(streamed, model, before_learning=saved)
+            own = comparison.run(sequences(), lambda count: None)
+            found.append(comparison.before_learning or own)
+    one, other = found
+    assert all(np.array_equal(getattr(one, name), getattr(other, name)) for name in FIELDS)
+    assert Verify(build, Recipe(), CPU).baselines(read_manifest(before)).before_learning is None
+
+
 def test_the_record_and_the_manifest_say_so(
     start: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,7 +368,11 @@ def test_the_record_and_the_manifest_say_so(
     assert manifest["totals"] == before["totals"]
     same = (build.export / "calibration.json", plain.export / "calibration.json")
     assert same[0].read_bytes() == same[1].read_bytes()
-    assert not [path for path in build.calibration.iterdir() if path.is_dir()]
+    assert [path.name for path in build.calibration.iterdir() if path.is_dir()] == [
+        "before_learning"
+    ]
+    assert not [path for path in plain.calibration.iterdir() if path.is_dir()]
+    _check_beside_what_they_began_with(start("llama").checkpoint, build, plain.export)
     summary = read_manifest(build.export).calibration
     assert summary is not None
     assert "Then the codes learned, end to end" in describe_tokens(summary)

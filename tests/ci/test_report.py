@@ -41,6 +41,7 @@ from tests.support.workflow_runner import read_outputs
 VERIFICATIONS: Final = {
     "passed": made(),
     "calibrated": made(nearest=True),
+    "learned": made(nearest=True, learned=True),
     "sample": sample(),
     "files": failed_gate(),
     "behaviour": failed_behaviour(),

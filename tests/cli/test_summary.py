@@ -37,6 +37,7 @@ def all_failed(verification: dict[str, Any]) -> dict[str, Any]:
 VERIFICATIONS: Final = {
     "passed": made(),
     "calibrated": made(nearest=True, against=True),
+    "learned": made(nearest=True, learned=True, against=True),
     "sample": sample(),
     "files": failed_gate(),
     "behaviour": failed_behaviour(),

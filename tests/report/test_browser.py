@@ -19,6 +19,7 @@ PICTURES = ["sizes", "layers", "kl", "domains"]
 CASES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "falcon": (made.made(against=True), "Pass", PICTURES),
     "calibrated": (made.made(nearest=True), "Pass", PICTURES),
+    "learned": (made.made(nearest=True, learned=True), "Pass", PICTURES),
     "sample": (made.sample(), "Pass", PICTURES),
     "large": (made.large(), "Pass", PICTURES),
     "failed gate": (made.failed_gate(), "Fail", []),

@@ -24,6 +24,7 @@ LINKS = {kl_scale.SOURCE, f"https://huggingface.co/tiiuae/falcon-7b-instruct/tre
 CASES = {
     "falcon": made.made(against=True),
     "calibrated": made.made(nearest=True),
+    "learned": made.made(nearest=True, learned=True),
     "sample": made.sample(),
     "failed gate": made.failed_gate(),
     "failed behaviour": made.failed_behaviour(),

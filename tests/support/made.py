@@ -157,6 +157,7 @@ def made(
     expected: bool = False,
     against: bool = False,
     nearest: bool = False,
+    learned: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
     """A verification of a model with `blocks` blocks of `layers` (name -> number of weights)."""
@@ -235,6 +236,12 @@ def made(
             "domains": _domains(rng, 2.63),
             "difference": _difference(-0.0348, 0.3797),
         }
+    if learned:
+        verification["before_learning"] = {
+            "fidelity": _fidelity(0.0344),
+            "domains": _domains(rng, 1.61),
+            "difference": _difference(-0.0131, 0.6192),
+        }
     verification["checks"] = _checks(verification)
     return verification
 
@@ -289,7 +296,7 @@ def failed_behaviour() -> dict[str, Any]:
 
 def nulls() -> dict[str, Any]:
     """The 4-bit model gives NaN: no number that depends on it is finite."""
-    verification = made(expected=True, against=True, nearest=True)
+    verification = made(expected=True, against=True, nearest=True, learned=True)
     verification["verdict"] = "fail"
     for key, value in verification["fidelity"].items():
         if isinstance(value, dict) and key != "perplexity_16bit":
@@ -304,7 +311,7 @@ def nulls() -> dict[str, Any]:
         for module in block["modules"]:
             module |= {"relative_error": None, "weight_error": None, "worst": None}
     verification["kl_histogram"]["counts"] = [0] * len(verification["kl_histogram"]["counts"])
-    for part in ("against", "nearest"):
+    for part in ("against", "nearest", "before_learning"):
         verification[part]["difference"] |= {"mean_kl": nothing, "mean_kl_ratio": nothing}
         for domain in verification[part]["difference"]["domains"]:
             domain["mean_kl_ratio"] = nothing
@@ -324,7 +331,7 @@ def without_tokenizer() -> dict[str, Any]:
 
 def hostile() -> dict[str, Any]:
     """Everything that a model, a prompt file or a checkpoint can name is an attack."""
-    verification = made(prompts=0, against=True, nearest=True)
+    verification = made(prompts=0, against=True, nearest=True, learned=True)
     for token in verification["worst_tokens"]:
         token |= {"domain": HOSTILE[0], "before": HOSTILE[1] + HOSTILE[3]}
         for chance, text in zip(token["chances"], HOSTILE, strict=False):
@@ -348,7 +355,7 @@ def hostile() -> dict[str, Any]:
     verification["versions"][nasty] = nasty
     verification["device"]["name"] = verification["text"]["name"] = nasty
     verification["against"] |= {"name": HOSTILE[1] + "y" * 300, "rounding": nasty}
-    for part in ("against", "nearest"):
+    for part in ("against", "nearest", "before_learning"):
         verification[part]["domains"][1]["name"] = nasty
         verification[part]["difference"]["domains"][1]["name"] = nasty
     for part in ("domains", "blocks"):

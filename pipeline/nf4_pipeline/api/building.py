@@ -88,10 +88,11 @@ def build(
         allow_unhashed: take files for which the Hub lists no hash, too.
         allow_unused: patterns of tensors that the model has no place for and may be left out.
         strip_prefix: what a wrapper left before the names of all tensors, such as "module.".
-        stream_source: the weights of a Hub model come file by file while they are quantized, and go
+        stream_source: the weights of a Hub model come in stretches while they are quantized, and go
             again; verify fetches them once more, block by block.
         stream_output: a Hub repo, ORG/NAME: finished files go there while others are made, seen by
-            nobody, until one commit names them if the verdict is "pass".
+            nobody, until one commit names them if the verdict is "pass". With `stream_source`, what
+            the Hub has received is not kept here.
         check: hash everything again, also what looks untouched since it was hashed.
         progress: called with each `ProgressEvent`. What it raises ends the build; what is finished
             is kept.

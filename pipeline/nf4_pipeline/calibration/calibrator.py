@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 CODE_VERSION: Final = 2
 TOKENS_FILE: Final = "tokens.json"
+_BEFORE_LEARNING: Final = "before_learning"
 
 
 @dataclass(frozen=True)
@@ -275,14 +276,42 @@ class Calibrator:
         return [KeptModule(module=loss.module, kl=loss.kl, bytes=loss.bytes) for loss in selected]
 
     def chosen_bytes(self) -> int:
-        """What choices take on the disk already."""
-        return sum(path.stat().st_size for path in self.folder.glob("*/*") if path.is_file())
+        """What choices take on the disk already, without those of an earlier artifact."""
+        return sum(
+            path.stat().st_size
+            for path in self.folder.glob("*/*")
+            if path.is_file() and path.parent.name != _BEFORE_LEARNING
+        )
 
     def clear(self) -> None:
-        """Deletes what was chosen, once it stands in quantized files; the tokens stay."""
-        for path in self.folder.iterdir():
-            if path.is_dir():
+        """Deletes what was chosen, once it stands in quantized files.
+
+        The tokens stay, and so do the codes that learning began with: verify shows what it changed.
+        """
+        before = self.folder / _BEFORE_LEARNING
+        stores = [path for path in self.folder.iterdir() if path.is_dir() and path != before]
+        learned = {path.name.partition("-")[0] for path in stores if "-" in path.name}
+        if stores or not self.recipe.effort:
+            shutil.rmtree(before, ignore_errors=True)
+        for path in stores:
+            if path.name in learned:
+                path.rename(before)
+            else:
                 shutil.rmtree(path)
+
+
+def codes_before_learning(folder: Path) -> dict[str, Path]:
+    """The calibrated codes that learning began with, if they are still there.
+
+    Args:
+        folder: of a calibrator.
+
+    Returns:
+        Name of a weight -> the file that holds its codes and scales.
+    """
+    from nf4_pipeline.calibration.block_store import BlockStore
+
+    return BlockStore(folder / _BEFORE_LEARNING).files()
 
 
 def text_path(recipe: QuantizeRecipe) -> Path | None:

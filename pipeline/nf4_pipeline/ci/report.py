@@ -179,6 +179,9 @@ def _figures(manifest: Manifest, measured: MeasuredVerification | None) -> str:
         if measured.nearest is not None:
             ratio = interval(measured.nearest.difference.mean_kl_ratio, ".2f")
             rows.append(("mean KL over that of round to nearest", ratio))
+        if measured.before_learning is not None:
+            ratio = interval(measured.before_learning.difference.mean_kl_ratio, ".2f")
+            rows.append(("mean KL over that before codes learned", ratio))
         rows.append(("measured on", in_cell(f"{device.name} in {device.dtype}")))
     return table(("", ""), rows)
 

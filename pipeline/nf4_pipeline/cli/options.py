@@ -253,7 +253,7 @@ def download_options(command: Command) -> Command:
     @click.option(
         "--stream-source",
         is_flag=True,
-        help="Weights of a Hub model that are not cached stay on the Hub: they come file by file "
+        help="Weights of a Hub model that are not cached stay on the Hub: they come in stretches "
         "while they are quantized, and again, block by block, to be compared with the result.",
     )
     @build_dir_option

@@ -12,13 +12,13 @@ from nf4_pipeline.cli.terminal import program, say, say_brief
 from nf4_pipeline.fidelity.metrics import Fidelity
 from nf4_pipeline.fidelity.verdict import Check
 from nf4_pipeline.job import StageResult
-from nf4_pipeline.records import PushFacts, SerializeFacts
+from nf4_pipeline.records import SERIALIZE, PushFacts, SerializeFacts
 from nf4_pipeline.report.formatting import both_units, interval, is_finite, plain_size
 from nf4_pipeline.verification.document import (
     Against,
     AnswerPair,
+    MeasuredBaseline,
     MeasuredVerification,
-    NearestBaseline,
     Verification,
 )
 
@@ -123,8 +123,10 @@ def _show_place(build: Build) -> None:
 
 def _show_next(summary: Summary) -> None:
     root, nf4 = shlex.quote(summary.build.shown), program()
-    say(f'  next        {nf4} prompt {root} "…"')
-    if (pushed := summary.pushed) is None:
+    pushed = summary.pushed
+    elsewhere = pushed is not None and summary.build.only_sent(SERIALIZE)
+    say(f'  next        {nf4} prompt {pushed.repo_id if pushed and elsewhere else root} "…"')
+    if pushed is None:
         say(f"              {nf4} push {root} --dry-run --repo-id ORG/NAME")
     else:
         say(f"  on the Hub  {pushed.url}")
@@ -187,6 +189,7 @@ def show_checks(verification: Verification) -> None:
         _show_check(check)
     if isinstance(verification, MeasuredVerification):
         _show_beside(verification.fidelity, verification.nearest, "round to nearest")
+        _show_beside(verification.fidelity, verification.before_learning, "before learning")
     _show_other(verification)
     _show_verdict(verification)
 
@@ -250,7 +253,7 @@ def _show_other(verification: Verification) -> None:
             say(f"  not checked of the other: {verification.against.not_checked}")
 
 
-def _show_beside(own: Fidelity, other: NearestBaseline | Against | None, name: str) -> None:
+def _show_beside(own: Fidelity, other: MeasuredBaseline | Against | None, name: str) -> None:
     """What the artifact was compared with, if it was."""
     if other is None:
         return

@@ -38,8 +38,8 @@ from nf4_pipeline.report.snippets import (
 from nf4_pipeline.sample import SAMPLE_REPO
 from nf4_pipeline.verification.document import (
     Against,
+    MeasuredBaseline,
     MeasuredVerification,
-    NearestBaseline,
     Sizes,
     Verification,
 )
@@ -255,6 +255,8 @@ def _quality(manifest: Manifest, verification: MeasuredVerification) -> list[str
     parts = [_figures(verification)]
     if verification.nearest is not None:
         parts.append(_nearest(manifest, verification, verification.nearest))
+    if verification.before_learning is not None:
+        parts.append(_before_learning(verification, verification.before_learning))
     parts += [
         f"![{picture.title}]({picture.file})\n\n{picture.caption}"
         for name, picture in drawable(verification).items()
@@ -307,9 +309,28 @@ def _figures(verification: MeasuredVerification) -> str:
 
 
 def _nearest(
-    manifest: Manifest, verification: MeasuredVerification, nearest: NearestBaseline
+    manifest: Manifest, verification: MeasuredVerification, nearest: MeasuredBaseline
 ) -> str:
-    difference = nearest.difference
+    return (
+        "Mean KL over that of plain NF4, every layer rounded to nearest as bitsandbytes does: "
+        f"{interval(nearest.difference.mean_kl_ratio)}, {describe_extra_bytes(manifest)}. "
+        "Both were measured on the same text.\n\n"
+        + _beside(verification, nearest, ("calibrated (this artifact)", "round to nearest"))
+    )
+
+
+def _before_learning(verification: MeasuredVerification, before: MeasuredBaseline) -> str:
+    return (
+        "Mean KL over that of the same layers as calibration alone left them, before their codes "
+        f"learned (the default level): {interval(before.difference.mean_kl_ratio)}, on the same "
+        "text.\n\n" + _beside(verification, before, ("learned (this artifact)", "before learning"))
+    )
+
+
+def _beside(
+    verification: MeasuredVerification, other: MeasuredBaseline, names: tuple[str, str]
+) -> str:
+    """The chief figures of both, and the mean KL of both by domain."""
     domains = [
         (
             _cell(own.name),
@@ -318,15 +339,11 @@ def _nearest(
             interval(ratio.mean_kl_ratio),
         )
         for own, theirs, ratio in zip(
-            verification.domains, nearest.domains, difference.domains, strict=True
+            verification.domains, other.domains, other.difference.domains, strict=True
         )
     ]
-    names = ("calibrated (this artifact)", "round to nearest")
     return (
-        "Mean KL over that of plain NF4, every layer rounded to nearest as bitsandbytes does: "
-        f"{interval(difference.mean_kl_ratio)}, {describe_extra_bytes(manifest)}. "
-        "Both were measured on the same text.\n\n"
-        + _side_by_side(verification.fidelity, nearest.fidelity, names)
+        _side_by_side(verification.fidelity, other.fidelity, names)
         + "\n\n"
         + _table(("mean KL", *names, "the one over the other"), domains)
     )

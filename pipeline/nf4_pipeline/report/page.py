@@ -135,6 +135,7 @@ def _contents(measured: MeasuredVerification | None) -> list[tuple[str, str]]:
         "layers": measured.blocks,
         "domains": measured.domains,
         "nearest": measured.nearest,
+        "before": measured.before_learning,
         "against": measured.against,
     }
     sections = [
@@ -144,6 +145,7 @@ def _contents(measured: MeasuredVerification | None) -> list[tuple[str, str]]:
         ("checks", "Gates and checks"),
         *((name, picture.title) for name, picture in PICTURES.items()),
         ("nearest", "Compared with round to nearest"),
+        ("before", "Compared with the codes before learning"),
         ("costs", "What running them costs"),
         ("against", "Compared with another artifact"),
         ("method", "How it was measured"),

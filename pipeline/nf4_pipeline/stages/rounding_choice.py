@@ -16,10 +16,10 @@ from nf4_pipeline.nf4.rounding import NearestOnCpu, Rounding
 from nf4_pipeline.progress import SILENT, Reporter
 
 # Measured with falcon-7b's shapes; docs/performance.md says on what ("On the cores or on the GPU").
-_ON_PROCESSORS: Final = 2.4  # seconds of one processor for 1 GB of the source
-_BESIDE_CUDA: Final = 1.1  # the same where a GPU rounds
-_LEAST_WITH_CUDA: Final = 0.13  # seconds for 1 GB, however many processors there are
-_START_OF_CUDA: Final = 8.0  # seconds: imports, the device, the kernel
+_ON_PROCESSORS: Final = 2.6  # seconds of one processor for 1 GB of the source
+_BESIDE_CUDA: Final = 1.2  # the same where a GPU rounds
+_LEAST_WITH_CUDA: Final = 0.14  # seconds for 1 GB, however many processors there are
+_START_OF_CUDA: Final = 5.0  # seconds: imports, the device, the kernel
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import ClassVar, Final
 
 from nf4_pipeline import __version__
 from nf4_pipeline.build_folder import Build, Inputs, Record
+from nf4_pipeline.calibration.calibrator import codes_before_learning
 from nf4_pipeline.checkpoint.atomic import json_bytes, write_bytes
 from nf4_pipeline.checkpoint.digest import (
     FileDigest,
@@ -41,6 +42,7 @@ from nf4_pipeline.report.pictures import PICTURES, pictures
 from nf4_pipeline.resource_usage import available_memory, measured
 from nf4_pipeline.runtime.artifact import find_model
 from nf4_pipeline.runtime.loader import pick_device
+from nf4_pipeline.stages.remade import whole_export
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 from nf4_pipeline.stages.streamed_source import StreamedSource
 from nf4_pipeline.verification.assemble_document import assemble_measured, assemble_stopped
@@ -48,6 +50,7 @@ from nf4_pipeline.verification.check_files import (
     CheckedFiles,
     check_files,
     check_manifest,
+    check_remade,
     check_source,
 )
 from nf4_pipeline.verification.check_model import check_kept, check_weights, report_unloadable
@@ -59,6 +62,7 @@ from nf4_pipeline.verification.document import (
 )
 from nf4_pipeline.verification.eval_text import RANDOM, Text, read_text
 from nf4_pipeline.verification.launch import Examination, Workers, compare_scores
+from nf4_pipeline.verification.messages import Baselines, SavedCodes
 from nf4_pipeline.verification.prompts import (
     LARGEST,
     REFERENCE,
@@ -193,6 +197,7 @@ class Verify:
             SourceError: the source does not load.
             ResourceError: there is no such device, or too little memory on it.
             VerificationError: a process that loads a model died.
+            HubError: the source is streamed, and the Hub does not give what it lists.
         """
         if self.workers is not None:
             return self._run(self.workers)
@@ -214,13 +219,35 @@ class Verify:
             self._check_other(_artifact(self.against))
         self._forget_verdict()
         workers.begin()
+        with whole_export(self.build, self.recipe, self.machine, self.reporter) as (folder, made):
+            return self._judge(folder, made, manifest, source, against, workers)
+
+    def _judge(
+        self,
+        folder: Path,
+        made: int,
+        manifest: Manifest,
+        source: Inputs,
+        against: str | None,
+        workers: Workers,
+    ) -> Record[Verification]:
+        """Judges the export.
+
+        Args:
+            folder: where all of its files are.
+            made: how many of them were made again for this.
+            manifest: of it.
+            source: as download left it.
+            against: as for `_key`.
+            workers: the processes that verify.
+        """
         with measured() as checking:
-            export = self._stamps()
-            files = self._check_files(manifest)
+            export = _stamps(folder)
+            files = self._check_files(folder, made, manifest)
 
         def work() -> Outcome[Verification]:
             verification = replace(
-                self._verify(manifest, files.checks, workers),
+                self._verify(folder, manifest, files.checks, workers),
                 date=datetime.now(UTC).date().isoformat(),
             )
             source.check_untouched()
@@ -265,18 +292,8 @@ class Verify:
         for name in (*_WRITTEN, CARD_FILE):
             (self.build.export / name).unlink(missing_ok=True)
 
-    def _stamps(self) -> Inputs:
-        """The export as it is before it is read."""
-        stamps = {
-            f"export/{name}": FileStamp.of(path)
-            for name, path in entries(self.build.export).items()
-            if path.is_file()
-        }
-        return Inputs(self.build.root, "serialize", stamps)
-
-    def _check_files(self, manifest: Manifest) -> CheckedFiles:
+    def _check_files(self, export: Path, made: int, manifest: Manifest) -> CheckedFiles:
         """Hashes what lies in the export, and holds it against manifest, record and source."""
-        export = self.build.export
         recorded = self.build.need(SERIALIZE).outputs_in("export")[MANIFEST_FILE]
         files = check_files(export, manifest, self.reporter, others=(MANIFEST_FILE, SIGNATURE_FILE))
         checks = [
@@ -284,6 +301,10 @@ class Verify:
             check_source(manifest.source, self._source()),
             *files.checks,
         ]
+        if made:  # said, since other bytes are judged than those that were sent
+            sent = self.build.only_sent(SERIALIZE)
+            differ = [n for n, d in sent.items() if files.digests.get(n[len("export/") :]) != d]
+            checks.append(check_remade(made, differ))
         # A signature signs what is judged here, and comes later.
         judged = {n: digest for n, digest in files.digests.items() if n != SIGNATURE_FILE}
         return CheckedFiles(checks, judged)
@@ -297,10 +318,10 @@ class Verify:
         }
 
     def _verify(
-        self, manifest: Manifest, checks: Sequence[Check], workers: Workers
+        self, export: Path, manifest: Manifest, checks: Sequence[Check], workers: Workers
     ) -> Verification:
         """Both models; if a check of the files failed, nothing is learned of them."""
-        recipe, export = self.recipe.verify, self.build.export
+        recipe = self.recipe.verify
         versions = _versions()
         if not all(check.passed for check in checks):
             return assemble_stopped(checks, recipe, versions)
@@ -337,7 +358,7 @@ class Verify:
                     own,
                     workers,
                     self.reporter,
-                    nearest=_modules_kept_by_budget(manifest),
+                    baselines=self.baselines(manifest),
                     logits=readers.own_logits,
                     together=together,
                 )
@@ -365,6 +386,20 @@ class Verify:
                 )
                 verification = replace(verification, against=against)
         return verification
+
+    def baselines(self, manifest: Manifest) -> Baselines:
+        """Round to nearest, unless the artifact is that, and the codes that learning began with."""
+        if manifest.rounding == "nearest":
+            return Baselines()
+        saved = None
+        if manifest.calibration is not None and manifest.calibration.learning is not None:
+            files = codes_before_learning(self.build.calibration)
+            saved = {
+                tensor.module: SavedCodes(file=files[tensor.name], weight=tensor.name)
+                for tensor in manifest.tensors
+                if tensor.quantized and tensor.module is not None and tensor.name in files
+            }
+        return Baselines(nearest=_modules_kept_by_budget(manifest), before_learning=saved or None)
 
     def _source(self) -> Source:
         """As download pinned it: what the manifest should say."""
@@ -432,6 +467,16 @@ class Verify:
         return any(is_tokenizer(name) for name in record.outputs_in("source"))
 
 
+def _stamps(export: Path) -> Inputs:
+    """An export as it is before it is read."""
+    stamps = {
+        f"{export.name}/{name}": FileStamp.of(path)
+        for name, path in entries(export).items()
+        if path.is_file()
+    }
+    return Inputs(export.parent, "serialize", stamps)
+
+
 def _read(export: Path, manifest: Manifest) -> Export:
     """What the manifest says of an export to those who read it."""
     quantized = [tensor for tensor in manifest.tensors if tensor.quantized]
@@ -478,16 +523,11 @@ def _peak_memory(verification: Verification) -> int:
     return max(part.peak_memory_bytes for part in parts)
 
 
-def _modules_kept_by_budget(manifest: Manifest) -> list[str] | None:
-    """The modules that round to nearest would have in 4 bit and this artifact has not.
-
-    None if round to nearest is what this artifact is.
-    """
-    if manifest.rounding == "nearest":
-        return None
+def _modules_kept_by_budget(manifest: Manifest) -> tuple[str, ...]:
+    """The modules that round to nearest would have in 4 bit and this artifact has not."""
     kept = {entry.module for entry in manifest.calibration.kept} if manifest.calibration else set()
     plain = [tensor.module for tensor in manifest.tensors if not tensor.quantized]
-    return [module for module in plain if module in kept]
+    return tuple(module for module in plain if module in kept)
 
 
 def _versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ compare_models.py   both models on the same tokens, block by block
 compare_weights.py  the files of the artifact against those of the source, tensor by tensor
 worst_tokens.py     where they differ most, and what each of them expected there
 distance.py         how far layers and blocks are from those of the 16-bit model
-rtn_baseline.py     plain round to nearest, as a third one beside them
+baseline.py         the same model with other codes, as a third one beside them
 costs.py            what loading and asking took
 document.py         verification.json, as a class
 assemble_document.py  checks and replies -> that class, with the verdict

@@ -30,7 +30,7 @@ from nf4_pipeline.verification.document import (
     ComparedText,
     ComparisonCosts,
     Device,
-    NearestBaseline,
+    MeasuredBaseline,
 )
 from nf4_pipeline.verification.eval_text import TokenSequence, cut, random_sequences
 from nf4_pipeline.verification.generation import (
@@ -86,7 +86,10 @@ def run(request: ArtifactRequest, reporter: Reporter) -> ArtifactReply:
             _save_scores(request.scores, scores, lengths, domains)
             fidelity = compare(scores, lengths)
             score_by_domain = by_domain(scores, lengths, domains)
-            nearest = _nearest_baseline(comparison, scores, lengths, domains)
+            nearest, before_learning = (
+                None if other is None else _beside(scores, other, lengths, domains)
+                for other in (comparison.nearest, comparison.before_learning)
+            )
             public = tokenizer if request.text.is_public else None
             worst = comparison.worst.quoted(sequences, public)
     on_comparison = take_peaks(comparing, request.device)
@@ -127,6 +130,7 @@ def run(request: ArtifactRequest, reporter: Reporter) -> ArtifactReply:
         changed=(*weights.changed, *weights.missing),
         malformed=tuple(weights.malformed),
         nearest=nearest,
+        before_learning=before_learning,
         comparison=ComparisonCosts(
             seconds=round(comparing.seconds, 3),
             peak_memory_bytes=on_comparison.memory,
@@ -181,7 +185,14 @@ def _compare(
         reporter.task("compare block by block", total, unit="tokens") as task,
         StreamedModel(request.source, request.device, _dtype(model), request.served) as streamed,
     ):
-        comparison = Comparison(streamed, model, request.artifact, nearest=request.nearest)
+        baselines = request.baselines
+        comparison = Comparison(
+            streamed,
+            model,
+            request.artifact,
+            nearest=baselines.nearest,
+            before_learning=baselines.before_learning,
+        )
         return comparison, comparison.run(sequences, task.advance)
 
 
@@ -192,15 +203,13 @@ def _save_scores(
     np.savez(path, lengths=lengths, domains=domains, **arrays)
 
 
-def _nearest_baseline(
-    comparison: Comparison, scores: TokenScores, lengths: Sequence[int], domains: Sequence[str]
-) -> NearestBaseline | None:
-    if comparison.nearest is None:
-        return None
-    return NearestBaseline(
-        fidelity=compare(comparison.nearest, lengths),
-        domains=by_domain(comparison.nearest, lengths, domains),
-        difference=difference(scores, comparison.nearest, lengths, domains),
+def _beside(
+    scores: TokenScores, other: TokenScores, lengths: Sequence[int], domains: Sequence[str]
+) -> MeasuredBaseline:
+    return MeasuredBaseline(
+        fidelity=compare(other, lengths),
+        domains=by_domain(other, lengths, domains),
+        difference=difference(scores, other, lengths, domains),
     )
 
 

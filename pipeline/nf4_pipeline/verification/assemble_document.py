@@ -97,6 +97,7 @@ def assemble_measured(
         kl_histogram=artifact.kl_histogram,
         worst_tokens=artifact.worst_tokens,
         nearest=artifact.nearest,
+        before_learning=artifact.before_learning,
         blocks=artifact.blocks,
         outside=artifact.outside,
         accuracy=accuracy,

@@ -9,14 +9,14 @@ there only while both pass it. So what is looked at in each block costs no secon
 - the output of every 4-bit layer, given the input that the 16-bit one gets;
 - what has become of the hidden states after the block, all errors before it included.
 
-Beside an artifact whose codes are not rounded to nearest, a third model can pass: one of which they
-are.
+Beside an artifact whose codes are not rounded to nearest, more models can pass: one of which they
+are, and one with the codes that learning began with.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,11 +29,12 @@ from nf4_pipeline.blocks.lockstep import Lockstep
 from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
 from nf4_pipeline.manifest.read import read_manifest
+from nf4_pipeline.verification.baseline import Baseline
 from nf4_pipeline.verification.compare_weights import WeightComparison
 from nf4_pipeline.verification.distance import BlockDistance, LayerDistance, Ratio
 from nf4_pipeline.verification.document import BlockError, LayerError
 from nf4_pipeline.verification.eval_text import TokenSequence
-from nf4_pipeline.verification.rtn_baseline import RtnBaseline
+from nf4_pipeline.verification.messages import SavedCodes
 from nf4_pipeline.verification.worst_tokens import WorstTokens
 
 _TOGETHER: Final = 16_384
@@ -49,12 +50,14 @@ class Comparison:
         artifact: the folder that it was loaded from; None not to look at weights.
         nearest: measure round to nearest as well, with these modules in 4 bit, too, which the
             artifact leaves in 16 bit for what they would lose; None not to.
+        before_learning: measure these codes as well, by module; None not to.
 
     Attributes:
         blocks: errors by the name of the block.
         outside: 4-bit layers that no block holds, by name; their output is not looked at.
         weights: what the files hold; None if they are not looked at.
         nearest: after `run`, the scores of round to nearest; None if it is not measured.
+        before_learning: after `run`, those of these codes, likewise.
         worst: after `run`, the tokens on which the two models differ most.
     """
 
@@ -65,6 +68,7 @@ class Comparison:
         artifact: Path | None = None,
         *,
         nearest: Sequence[str] | None = None,
+        before_learning: Mapping[str, SavedCodes] | None = None,
     ) -> None:
         self.blocks = {name: BlockDistance() for name in reference.blocks}
         self._reference = reference
@@ -74,8 +78,14 @@ class Comparison:
         self._looked_at: set[str] = set()
         self._hidden: torch.Tensor | None = None
         self.nearest: TokenScores | None = None
+        self.before_learning: TokenScores | None = None
         self.worst = WorstTokens()
-        self._baseline = None if nearest is None else RtnBaseline(reference, model, nearest)
+        self._baselines: dict[str, Baseline] = {}
+        if nearest is not None:
+            self._baselines["nearest"] = Baseline(reference, model, nearest)
+        if before_learning is not None:
+            saved = Baseline(reference, model, saved=before_learning)
+            self._baselines["before_learning"] = saved
         self.outside: dict[str, LayerDistance] = {}
         self.weights: WeightComparison | None = None
         if artifact is not None:
@@ -113,10 +123,9 @@ class Comparison:
             done: told how many tokens have been read to the end.
         """
         models: list[tuple[Any, list[TokenScores]]] = [(self._model, [])]
-        blocks = [self._reference.blocks, self._own]
-        if self._baseline is not None:
-            models.append((self._baseline.model, []))
-            blocks.append(self._baseline.blocks)
+        models += [(baseline.model, []) for baseline in self._baselines.values()]
+        others = [baseline.blocks for baseline in self._baselines.values()]
+        blocks = [self._reference.blocks, self._own, *others]
         numbers = itertools.count()
         for wave in _waves(sequences):
             with self._watched():
@@ -126,8 +135,9 @@ class Comparison:
                 )
         if self.weights is not None:
             self.weights.compare_rest()  # what no block holds, or none that ran
-        own, *nearest = (TokenScores.joined(parts) for _, parts in models)
-        self.nearest = nearest[0] if nearest else None
+        own, *beside = (TokenScores.joined(parts) for _, parts in models)
+        found = dict(zip(self._baselines, beside, strict=True))
+        self.nearest, self.before_learning = found.get("nearest"), found.get("before_learning")
         return own
 
     def _runs(
@@ -165,13 +175,13 @@ class Comparison:
             self._looked_at.add(block)
             if self.weights is not None:
                 self.weights.compare(self._reference.stored(block))
-        if self._baseline is not None:
-            self._baseline.open(block)
+        for baseline in self._baselines.values():
+            baseline.open(block)
 
     def _closed(self, block: str) -> None:
         self._reference.close(block)
-        if self._baseline is not None:
-            self._baseline.close(block)
+        for baseline in self._baselines.values():
+            baseline.close(block)
 
     def _layers(self, block: str) -> Iterator[tuple[str, Any, Any]]:
         """Each 4-bit layer of a block: its name in it, the 16-bit layer, the 4-bit one."""

@@ -297,8 +297,8 @@ class WorstToken(Document):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NearestBaseline(Document):
-    """Plain round to nearest of the same layers on the same text, and how this artifact differs."""
+class MeasuredBaseline(Document):
+    """Other codes for the same layers on the same text, and how this artifact differs."""
 
     fidelity: Fidelity
     domains: tuple[DomainScore, ...]
@@ -368,6 +368,8 @@ class MeasuredVerification(Verification):
         kl_histogram: tokens by their KL.
         worst_tokens: those with the largest KL; None in an older one.
         nearest: round to nearest beside it; None if that is what the artifact is.
+        before_learning: the codes that learning began with beside it; None if no codes learned, or
+            those of before are not here any more.
         blocks: errors of each block and of the layers in it.
         outside: 4-bit layers that no block holds; their output is not looked at.
         accuracy: None if no prompt has one right answer.
@@ -386,7 +388,8 @@ class MeasuredVerification(Verification):
     kl_by_position: tuple[PositionScore, ...]
     kl_histogram: KlHistogram
     worst_tokens: tuple[WorstToken, ...] | None = optional()
-    nearest: NearestBaseline | None = optional()
+    nearest: MeasuredBaseline | None = optional()
+    before_learning: MeasuredBaseline | None = optional()
     blocks: tuple[BlockError, ...]
     outside: tuple[LayerError, ...] = ()
     accuracy: Accuracy | None

@@ -30,6 +30,7 @@ from nf4_pipeline.verification.eval_text import Text
 from nf4_pipeline.verification.messages import (
     ArtifactReply,
     ArtifactRequest,
+    Baselines,
     SourceReply,
     SourceRequest,
 )
@@ -84,7 +85,7 @@ class Examination:
         workers: Workers,
         reporter: Reporter,
         *,
-        nearest: Sequence[str] | None = None,
+        baselines: Baselines | None = None,
         logits: Path | None = None,
         together: bool,
     ) -> tuple[SourceReply, ArtifactReply]:
@@ -92,7 +93,7 @@ class Examination:
 
         Args:
             artifact: the export folder, whose tokenizer is used for both.
-            scores: as in `ask_artifact`, like `nearest` and `logits`.
+            scores: as in `ask_artifact`, like `baselines` and `logits`.
             workers: the processes.
             reporter: told how far they are.
             together: both at the same time; else one after the other.
@@ -104,7 +105,7 @@ class Examination:
             VerificationError: a process died.
         """
         source = self.source_request(artifact)
-        export = self._artifact_request(artifact, scores, nearest, logits)
+        export = self._artifact_request(artifact, scores, baselines, logits)
         if not together:
             in_16_bit = _ask(workers.source(), source, self.source, reporter)
             return in_16_bit, _ask(workers.artifact(), export, artifact, reporter)
@@ -145,7 +146,7 @@ class Examination:
         scores: Path,
         reporter: Reporter,
         *,
-        nearest: Sequence[str] | None = None,
+        baselines: Baselines | None = None,
         logits: Path | None = None,
     ) -> ArtifactReply:
         """The 4-bit model's answers and its distance from the source, from a fresh process.
@@ -154,7 +155,7 @@ class Examination:
             artifact: the export folder.
             scores: where the scores of all tokens are left (.npz).
             reporter: told how far it is.
-            nearest: measure round to nearest beside it, these modules in 4 bit, too; None not to.
+            baselines: what is measured beside it; None for nothing.
             logits: where logits to hold other readers against are left (.npy); None not to.
 
         Raises:
@@ -162,12 +163,12 @@ class Examination:
             RecipeError: the text is too short for one sequence.
             VerificationError: the process died.
         """
-        request = self._artifact_request(artifact, scores, nearest, logits)
+        request = self._artifact_request(artifact, scores, baselines, logits)
         with child.Waiting(_ARTIFACT_WORKER) as waiting:
             return _ask(waiting, request, artifact, reporter)
 
     def _artifact_request(
-        self, artifact: Path, scores: Path, nearest: Sequence[str] | None, logits: Path | None
+        self, artifact: Path, scores: Path, baselines: Baselines | None, logits: Path | None
     ) -> ArtifactRequest:
         return ArtifactRequest(
             source=self.source,
@@ -180,7 +181,7 @@ class Examination:
             text=self.text,
             tokens=self.tokens,
             scores=scores,
-            nearest=None if nearest is None else tuple(nearest),
+            baselines=baselines or Baselines(),
             logits=logits,
         )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nf4_pipeline.documents import Document, optional
@@ -13,8 +14,8 @@ from nf4_pipeline.verification.document import (
     ComparisonCosts,
     Device,
     LayerError,
+    MeasuredBaseline,
     ModelCosts,
-    NearestBaseline,
     WorstToken,
 )
 from nf4_pipeline.verification.eval_text import Text
@@ -47,6 +48,33 @@ class SourceRequest(Document):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SavedCodes(Document):
+    """Where other codes for a layer stand; see `nf4_pipeline.gptq.saved_codes`.
+
+    Attributes:
+        file: that holds them.
+        weight: what they are called there.
+    """
+
+    file: Path
+    weight: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baselines(Document):
+    """What an artifact is measured beside, on the same text.
+
+    Attributes:
+        nearest: round to nearest, with these modules in 4 bit, too, which the artifact leaves in
+            16 bit for what they would lose; None not to.
+        before_learning: the codes that learning began with, by module; None not to.
+    """
+
+    nearest: tuple[str, ...] | None = optional()
+    before_learning: Mapping[str, SavedCodes] | None = optional()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ArtifactRequest(SourceRequest):
     """Load the 4-bit model, compare it with its source on a text, and ask it.
 
@@ -54,7 +82,7 @@ class ArtifactRequest(SourceRequest):
         text: on which both are compared; random token ids if it has no domains.
         tokens: of it, at most.
         scores: where the scores of all tokens are left (.npz).
-        nearest: measure round to nearest as well, with these modules in 4 bit, too; None not to.
+        baselines: what it is measured beside.
         logits: where the logits that other readers are held against are left (.npy); None for no
             such file.
     """
@@ -62,7 +90,7 @@ class ArtifactRequest(SourceRequest):
     text: Text
     tokens: int
     scores: Path
-    nearest: tuple[str, ...] | None
+    baselines: Baselines = field(default_factory=Baselines)
     logits: Path | None = None
 
 
@@ -110,6 +138,7 @@ class ArtifactReply(Document):
         changed: the names of those that differ.
         malformed: 4-bit weights whose files are not what the format says, each with why.
         nearest: round to nearest beside it; None if it was not measured.
+        before_learning: the codes that learning began with, likewise.
         comparison: what comparing took.
         answers: in the order of the questions.
         costs: of loading and asking.
@@ -130,7 +159,8 @@ class ArtifactReply(Document):
     kept: int
     changed: tuple[str, ...]
     malformed: tuple[str, ...] = ()
-    nearest: NearestBaseline | None = optional()
+    nearest: MeasuredBaseline | None = optional()
+    before_learning: MeasuredBaseline | None = optional()
     comparison: ComparisonCosts
     answers: tuple[TimedAnswer, ...]
     costs: ModelCosts

@@ -17,6 +17,8 @@ def draw(verification: MeasuredVerification, *, narrow: bool = False) -> Figure:
     series = [("this artifact", domains, AFTER, "o")]
     if nearest := verification.nearest:
         series.append(("round to nearest", nearest.domains, INK, "D"))
+    if before := verification.before_learning:
+        series.append(("before learning", before.domains, BEFORE, "^"))
     if against := verification.against:
         series.append((against.name, against.domains, OTHER, "s"))
     height = 0.75 + (0.2 + 0.1 * len(series)) * len(domains)

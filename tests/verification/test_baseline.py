@@ -12,15 +12,20 @@ from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.fidelity.token_scores import TokenScores
+from nf4_pipeline.gptq.quantizer import QuantizedWeight
+from nf4_pipeline.gptq.saved_codes import tensors_of
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.nf4 import rtn as nearest
+from nf4_pipeline.nf4.double_quant import NestedScales
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe
 from nf4_pipeline.runtime.loader import load
 from nf4_pipeline.sample import MODEL_DIR
 from nf4_pipeline.verification import compare_models as compare
+from nf4_pipeline.verification.baseline import Baseline, round_weight
 from nf4_pipeline.verification.compare_models import Comparison
-from nf4_pipeline.verification.rtn_baseline import RtnBaseline, round_weight
+from nf4_pipeline.verification.messages import SavedCodes
+from safetensors.numpy import save_file
 
 from tests.support.checkpoints import make_checkpoint, read_tensors
 from tests.support.jobs import CPU, download
@@ -124,13 +129,50 @@ def test_it_is_the_same_in_several_passes_and_again(
             assert same(one, two)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_in_files_score_what_the_artifact_with_them_scores(
+    kind: str, built: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """Of some layers; what no file holds is rounded to nearest."""
+    source, artifact = built[kind]
+    model = load(artifact, device="cpu")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+    file, tensors, saved = tmp_path / "codes.safetensors", {}, {}
+    for place, (name, layer) in enumerate(layers.items()):
+        codes = layer.weight.data.numpy().reshape(-1)
+        if place % 2 == 0:  # the next level each, as in `other_codes`
+            codes = np.minimum((codes >> 4) + 1, 15) << 4 | np.minimum((codes & 15) + 1, 15)
+            state = layer.weight.quant_state
+            nested = NestedScales(state.absmax.numpy(), state.state2.absmax.numpy(), np.float32(0))
+            tensors |= tensors_of(name, QuantizedWeight(codes.astype(np.uint8), nested, 0.0))
+            saved[name] = SavedCodes(file=file, weight=name)
+    save_file(tensors, file)
+    other = other_codes(artifact)
+    for place, name in enumerate(layers):
+        layer = other.get_submodule(name)
+        layer.weight.quant_state.offset = torch.tensor(0.0)
+        if place % 2 == 1:
+            layer.weight, layer.quant_state = layers[name].weight, layers[name].quant_state
+    expected, _ = compared(source, other)
+    with StreamedModel(source, "cpu") as streamed:
+        comparison = Comparison(
+            streamed, load(artifact, device="cpu"), nearest=(), before_learning=saved
+        )
+        own = comparison.run(sequences(), lambda count: None)
+    assert comparison.before_learning is not None
+    assert comparison.nearest is not None
+    assert same(comparison.before_learning, expected)
+    assert same(comparison.nearest, own)  # the artifact is rounded to nearest
+    assert not same(own, expected)
+
+
 def test_the_reference_stays_what_it_is(built: dict[str, tuple[Path, Path]]) -> None:
     """Within a block, while it is open, and outside of them; of the twin nothing is left."""
     source, artifact = built["opt"]
     model = other_codes(artifact)
     codes = {n: m.weight.data.clone() for n, m in model.named_modules() if n and _is_4bit(m)}
     with StreamedModel(source, "cpu") as streamed:
-        twin = RtnBaseline(streamed, model)
+        twin = Baseline(streamed, model)
         stem = dict(streamed.model.state_dict())
         for block in streamed.blocks:
             streamed.open(block)
