@@ -529,7 +529,7 @@ def test_the_command_in_processes_of_its_own(
     done = nf4(
         "verify", "--build-dir", build.root, "--recipe", quick_recipe, "--eval-text", "mine.txt",
         "--eval-tokens", "90", "--device-memory", "1MB", "--against", skipped,
-        cwd=tmp_path,
+        cwd=tmp_path, cold=True,
     )  # fmt: skip
     assert done.status == 0, done.err
     found = json.loads((build.export / "verification.json").read_text("utf-8"))
