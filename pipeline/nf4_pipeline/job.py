@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from nf4_pipeline.build_folder import Build, Record, State
+from nf4_pipeline.build_folder.sent import forget_sent
 from nf4_pipeline.build_folder.variant import SHAPING_TABLES
 from nf4_pipeline.builds import check_spec, complete_recipe, keep_spec, spec_of
 from nf4_pipeline.calibration.calibrator import text_path
@@ -17,6 +18,7 @@ from nf4_pipeline.cluster.ray_tasks import check_installed
 from nf4_pipeline.engine.parts import Part
 from nf4_pipeline.errors import (
     BuildError,
+    HubError,
     RecipeError,
     StoppedError,
     StoreError,
@@ -47,8 +49,8 @@ from nf4_pipeline.stages.find_source import DownloadRequest
 from nf4_pipeline.stages.forecast import Forecast, forecast
 from nf4_pipeline.stages.push import Push
 from nf4_pipeline.stages.quantize import Quantize, count_finished_files
-from nf4_pipeline.stages.quantize_on_ray import QuantizeOnRay
-from nf4_pipeline.stages.quantize_parts import MergeParts, QuantizePart, refuse_calibrated
+from nf4_pipeline.stages.quantize_on_ray import QuantizeOnRay, refuse_calibrated_at_url
+from nf4_pipeline.stages.quantize_parts import MergeParts, QuantizePart, refuse_to_divide
 from nf4_pipeline.stages.run_recorded import Stage
 from nf4_pipeline.stages.serialize import Serialize
 from nf4_pipeline.stages.upload_ahead import UploadAhead
@@ -168,8 +170,12 @@ def run_build(
         results = {"download": StageResult(record, ran)}
         repo_id = None if output is None else output.repo_id
         stages = make_stages(build, recipe, machine, reporter, workers=workers, repo_id=repo_id)
+        if ahead is None:  # files that are on the Hub alone shall be here again
+            forget_sent(build.root)
         if ahead is not None:
-            quantize = Quantize(build, recipe, machine, reporter, ahead.add)
+            # Where several processes make files, none of them knows how much room there is.
+            ahead.follow(build, makes_room=machine.engine == "local")
+            quantize = Quantize(build, recipe, machine, reporter, ahead)
             stages["quantize"] = _by_engine(quantize)
         with translate_errors("build", build), build.locked(_patience(machine)):
             keep_spec(build, recipe, SHAPING_TABLES, replaces=request.replaces)
@@ -180,9 +186,36 @@ def run_build(
                 if ahead is not None and name == "quantize":
                     for path, digest in results[name].record.outputs.items():
                         ahead.add(build.root / path, digest)
-    if output is not None and results["verify"].record.facts.verdict == "pass":
-        results["push"] = _push(build, output, reporter, of)
+        if ahead is not None and results["verify"].record.facts.verdict == "pass":
+            ahead.drain()
+            results["push"] = _push_all(build, stages, recipe, ahead, reporter, of)
     return build, results
+
+
+def _push_all(
+    build: Build,
+    stages: Mapping[str, Stage],
+    recipe: Recipe,
+    ahead: UploadAhead,
+    reporter: Reporter,
+    number: int,
+) -> StageResult:
+    """Pushes; once more, if the Hub refused since it has lost files that lie nowhere else."""
+    try:
+        return _push(build, ahead.target, reporter, number)
+    except HubError as error:
+        with translate_errors("push", build):
+            lost = ahead.find_lost()
+        if not lost:
+            raise
+        reporter.note(
+            f"The Hub has lost {lost} of the files that it had received, which are made and sent "
+            f"again. It said: {error}"
+        )
+    with translate_errors("build", build), build.locked():
+        _ensure(build, stages, "quantize", recipe, reporter, of=number)
+    ahead.drain()
+    return _push(build, ahead.target, reporter, number)
 
 
 def _push(build: Build, output: Target, reporter: Reporter, number: int) -> StageResult:
@@ -199,14 +232,19 @@ def _agreed(request: DownloadRequest, recipe: Recipe) -> tuple[DownloadRequest, 
 
 
 def plan_build(
-    request: DownloadRequest, recipe: Recipe, machine: Machine, reporter: Reporter
+    request: DownloadRequest,
+    recipe: Recipe,
+    machine: Machine,
+    reporter: Reporter,
+    *,
+    sends: bool = False,
 ) -> Forecast:
     """What `run_build` would read, write and take; see `forecast`."""
     check_device(machine.device)
     text_path(recipe.quantize)
     request, recipe = _agreed(request, recipe)
     with translate_errors("download"):
-        return forecast(request, recipe, machine, reporter)
+        return forecast(request, recipe, machine, reporter, sends=sends)
 
 
 def run_download(
@@ -272,7 +310,7 @@ def run_stage(
             check_gpu(machine)
     with translate_errors(name, build), build.locked(_patience(machine)):
         whole = complete_recipe(build, recipe, before=name)
-        _check_engine(whole, machine, build.shown if build.is_copy else None)
+        _check_engine(whole, machine, build.url)
         if name == "serialize" and build.record(QUANTIZE) is None and part_records(build):
             _merge(build, whole, machine, reporter)
         if name in SHAPING_TABLES:
@@ -323,6 +361,7 @@ def run_part(
     with translate_errors("quantize", build):
         _check_begun(build, machine, reporter)
         whole = complete_recipe(build, recipe, before="quantize")
+        refuse_to_divide(build, whole)
         _decide_together(build, whole)
     stage = QuantizePart(Quantize(build, whole, machine, reporter), part)
     with translate_errors("quantize", build), reporter.stage(f"quantize {part}") as shown:
@@ -371,13 +410,7 @@ def _check_begun(build: Build, machine: Machine, reporter: Reporter) -> None:
 def _check_engine(recipe: Recipe, machine: Machine, url: str | None) -> None:
     """Refuses what Ray cannot do before anything is changed."""
     if machine.engine == "ray":
-        if url is not None:
-            raise UsageError(
-                f"--engine ray: its tasks work in one folder that all nodes see, and {url} "
-                "is a URL. Name a folder as --build-dir; or make parts on several machines: nf4 "
-                "quantize --part 1/3."
-            )
-        refuse_calibrated(recipe, "--engine ray")
+        refuse_calibrated_at_url(recipe, url)
         check_installed()
 
 

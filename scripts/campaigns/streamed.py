@@ -1,13 +1,13 @@
 """Builds falcon-7b's shapes from a Hub that keeps the source, killed at random moments.
 
-    python scripts/campaigns/streamed.py [--layers 8] [--kills 20] [--output]
+    python scripts/campaigns/streamed.py [--layers 8] [--files 2] [--kills 20] [--output]
 
-A Hub on this machine has the model in files of one layer each. `nf4 build --stream-source` is
+A Hub on this machine has the model, in two files as falcon-7b's own. `nf4 build --stream-source` is
 killed with SIGKILL, run again, and so on, and at last left alone, while the disk that it takes is
-sampled.
-Prints the table of docs/large-models.md. Exits 1 if the hashes are not those of an ordinary build,
-the disk took more than `--dry-run` promised, a file was fetched again that was finished, or, with
---output, anything but one whole commit was ever to be seen in the repo of --stream-output.
+sampled. Prints the table of docs/large-models.md. Exits 1 if the hashes are not those of an
+ordinary build, the disk took more than `--dry-run` promised, a file of the source passed by again
+that had done so to its end, or, with --output, an object was sent twice, or anything but one whole
+commit was ever to be seen in the repo of --stream-output.
 """
 
 from __future__ import annotations
@@ -26,20 +26,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
+from falcon_shapes import make_checkpoint
 from nf4_pipeline.checkpoint.digest import digest_file
+from nf4_pipeline.processes.temporary import IN_MEMORY
 
 from tests.support import hub_uploads
 from tests.support.hub_client import isolated
 from tests.support.hub_server import TOKEN, HubServer
-from tests.support.tiny import INDEX, write_tokenizer
+from tests.support.tiny import write_tokenizer
 
 assert hub_uploads  # its routes are registered by importing it
 
-HIDDEN: Final = 4544
 REPO: Final = "me/falcon"
 OUTPUT: Final = "me/falcon-nf4"
 STAGES: Final = ("download", "quantize", "serialize", "verify", "attest", "done")
@@ -52,54 +54,13 @@ MOMENTS: Final = (
 """In which stage a run is killed, at the earliest."""
 
 
-def write_model(folder: Path, layers: int) -> None:
-    """Random weights of falcon-7b's shapes, a file for each layer, the tied head twice."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import FalconConfig, FalconForCausalLM
-
+def write_model(folder: Path, layers: int, files: int) -> None:
+    """Random weights of falcon-7b's shapes; two files are cut as its own are."""
+    make_checkpoint(folder, layers, shards=files)
     write_tokenizer(folder)
-    config = FalconConfig(
-        vocab_size=65024,
-        hidden_size=HIDDEN,
-        num_hidden_layers=layers,
-        num_attention_heads=71,
-        alibi=False,
-        bias=False,
-        multi_query=True,
-        new_decoder_architecture=False,
-        parallel_attn=True,
-        bos_token_id=256,
-        eos_token_id=256,
-        tie_word_embeddings=True,
-        architectures=["FalconForCausalLM"],
-    )
-    with torch.device("meta"):
-        shapes = {n: tuple(t.shape) for n, t in FalconForCausalLM(config).state_dict().items()}
-    config.dtype = torch.bfloat16
-    config.save_pretrained(folder)
-    groups: dict[str, list[str]] = {}
-    for name in shapes:
-        parts = name.split(".")
-        groups.setdefault(".".join(parts[:3]) if "h" in parts else name, []).append(name)
-    dice = torch.Generator().manual_seed(0)
-    embedding = None
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(groups.values(), 1):
-        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        part = {}
-        for name in names:
-            if name == "lm_head.weight":
-                part[name] = embedding
-            else:
-                part[name] = torch.empty(shapes[name], dtype=torch.bfloat16).normal_(
-                    0, 0.02, generator=dice
-                )
-            if "word_embeddings" in name:
-                embedding = part[name].clone()
-        save_file(part, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), "utf-8")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"bos_token_id": 256, "eos_token_id": 256}  # of this tokenizer
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @dataclass
@@ -148,8 +109,8 @@ class Campaign:
         self.folder, self.hub = folder, hub
         self.build, self.home = folder / "build", folder / "hf"
         self.problems: list[str] = []
-        self.sources: list[str] = []
-        self.outputs: list[str] = []
+        self.outputs = 0
+        self.sources: dict[str, int] = {}
         self.killed: list[str] = []
 
     def start(self, *args: str | Path) -> subprocess.Popen[str]:
@@ -171,17 +132,10 @@ class Campaign:
             sys.exit(f"{args} ended with {process.returncode}:\n{out}{err}")
         return out
 
-    def finished(self) -> set[str]:
-        """Files of the source whose outputs all stand."""
-        passed = {p.name.removesuffix(".json") for p in self.build.glob("streamed/passed/*.json")}
-        made = {path.name for path in self.build.glob("quantized/*.facts.json")}
-        of_source = dict(zip(sorted(self.outputs), self.sources, strict=False))
-        missing = {of_source[n] for n in self.outputs if f"{n}.facts.json" not in made}
-        return passed - missing
-
-    def plan(self, promise: dict[str, Any], sources: list[str]) -> None:
-        """Notes which file is made of which: one each, but for the head, of which none is."""
-        self.outputs, self.sources = list(promise["files"]), sources
+    def passed(self) -> set[str]:
+        """Files of the source that have passed by to their end."""
+        folder = self.build / "streamed" / "passed"
+        return {path.name.removesuffix(".json") for path in folder.glob("*.json")}
 
     @property
     def outgoing(self) -> bool:
@@ -193,33 +147,51 @@ class Campaign:
         done = {path.stem for path in self.build.glob("records/*.json")}
         return next(stage for stage in STAGES if stage not in done)
 
-    def attempt(
-        self, options: list[str | Path], kill_in: str = "", kill_after: float = 0.0
-    ) -> bool:
-        """One run; whether it came to its end. It dies so long after it has come to a stage."""
-        finished, before = self.finished(), len(self.hub.seen)
+    def fetched(self, since: int) -> tuple[int, int]:
+        """Bytes of weights that were asked for, and in how many requests."""
+        asked = [seen.range for seen in self.hub.seen[since:] if seen.cdn and seen.range]
+        ends = [one.removeprefix("bytes=").split("-") for one in asked]
+        return sum(int(end) - int(start) + 1 for start, end in ends), len(asked)
+
+    def left(self, stage: str) -> int:
+        """Bytes that are about to be fetched by a stage."""
+        if stage == "quantize":
+            passed = self.passed()
+            return sum(size for name, size in self.sources.items() if name not in passed)
+        return 2 * sum(self.sources.values()) if stage == "verify" else 0
+
+    def attempt(self, options: list[str | Path], kill_in: str = "", share: float = 0.0) -> bool:
+        """One run; whether it came to its end.
+
+        It dies when it has come to a stage, and has fetched a share of what that takes, or after
+        two seconds of a stage that fetches nothing.
+        """
+        passed, before = self.passed(), len(self.hub.seen)
         process = self.start("build", REPO, *options)
         if kill_in:
-            while process.poll() is None and (
-                len(self.hub.seen) == before or STAGES.index(self.stage()) < STAGES.index(kill_in)
-            ):
+            stage, at, began = "", before, 0.0
+            while process.poll() is None:
+                if stage != (now := self.stage()):
+                    stage, at, began = now, len(self.hub.seen), time.monotonic()
+                wanted = share * self.left(stage)
+                enough = time.monotonic() - began > 2 * share if not wanted else False
+                if STAGES.index(stage) >= STAGES.index(kill_in) and len(self.hub.seen) > before:
+                    if enough or (wanted and self.fetched(at)[0] >= wanted):
+                        self.killed.append(stage)
+                        process.send_signal(signal.SIGKILL)
+                        break
                 time.sleep(0.02)
-            try:
-                process.wait(kill_after)
-            except subprocess.TimeoutExpired:
-                self.killed.append(self.stage())
-                process.send_signal(signal.SIGKILL)
         out, err = process.communicate()
-        whole = {
+        begun = {
             seen.path.rpartition("/")[2]
             for seen in self.hub.seen[before:]
-            if seen.cdn and seen.method == "GET" and not seen.range
+            if seen.cdn and seen.method == "GET" and seen.range.startswith("bytes=0-")
         }
         for commit in self.hub.store.repos[OUTPUT].commits.values() if self.outgoing else ():
-            if commit.parent and len(commit.files) < len(self.outputs):
+            if commit.parent and len(commit.files) < self.outputs:
                 self.problems.append(f"half of it is published: {sorted(commit.files)}")
-        if again := whole & finished:
-            self.problems.append(f"fetched again although finished: {sorted(again)}")
+        if again := begun & passed:
+            self.problems.append(f"passed by again: {sorted(again)}")
         if process.returncode not in (0, -signal.SIGKILL):
             self.problems.append(f"ended with {process.returncode}: {out}{err}")
         return process.returncode == 0
@@ -229,11 +201,9 @@ def main() -> int:
     """Makes the model, builds it twice, prints."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--files", type=int, default=2)
     parser.add_argument("--kills", type=int, default=len(MOMENTS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--longest", type=float, default=5.0, help="seconds in a stage until a kill"
-    )
     parser.add_argument("--output", action="store_true", help="with --stream-output")
     args = parser.parse_args()
     dice = random.Random(args.seed)
@@ -241,7 +211,7 @@ def main() -> int:
         folder = Path(temporary)
         model = folder / "model"
         model.mkdir()
-        write_model(model, args.layers)
+        write_model(model, args.layers, args.files)
         (folder / "recipe.toml").write_text(
             "[verify]\neval_tokens = 128\nmax_mean_kl = 5.0\nmin_sure_agreement = 0.0\n"
             "max_perplexity_ratio = 5.0\n",
@@ -258,15 +228,21 @@ def main() -> int:
             path.unlink()
         options: list[str | Path] = ["--stream-source", "--build-dir", "build", "--device", "cpu"]
         options += ["--recipe", folder / "recipe.toml"]
-        promise = json.loads(it.run("build", REPO, *options, "--dry-run", "--json", "-q"))
         options += ["--stream-output", OUTPUT] if args.output else []
-        it.plan(promise, sorted(path.name for path in model.glob("*.safetensors")))
+        promise = json.loads(it.run("build", REPO, *options, "--dry-run", "--json", "-q"))
+        it.outputs = len(promise["files"])
+        it.sources = {path.name: path.stat().st_size for path in model.glob("*.safetensors")}
         began, first = time.monotonic(), len(hub.seen)
-        with watched(it.build, it.home) as disk:
-            for stage in MOMENTS[:: max(1, len(MOMENTS) // args.kills)]:
-                if it.attempt(options, stage, dice.uniform(0.0, args.longest)):
+        with watched(it.build, it.home) as disk, watched(IN_MEMORY) as memory:
+            for stage in MOMENTS[:: max(1, len(MOMENTS) // args.kills)] if args.kills else ():
+                if it.attempt(options, stage, dice.uniform(0.0, 0.75)):
                     break
-                print(f"killed in {it.killed[-1]}", file=sys.stderr, flush=True)
+                print(
+                    f"{time.monotonic() - began:.0f} s: killed in {it.killed[-1]}; "
+                    f"{len(it.passed())} files have passed by",
+                    file=sys.stderr,
+                    flush=True,
+                )
             done = it.attempt(options)
         seconds = time.monotonic() - began
         quantized = json.loads((it.build / "records" / "quantize.json").read_text())["outputs"]
@@ -281,18 +257,24 @@ def main() -> int:
         if args.output:
             held = hub.store.repos[OUTPUT].head.files
             sent = [seen.path for seen in hub.seen if seen.method == "PUT"]
+            said = json.loads((it.build / "export" / "manifest.json").read_text())["files"]
+            said = {name: one["sha256"] for name, one in said.items()}
             for path in (it.build / "export").rglob("*"):
                 name = path.relative_to(it.build / "export").as_posix()
-                if path.is_file() and (
-                    name not in held or held[name].sha256 != digest_file(path).sha256
-                ):
+                said |= {name: digest_file(path).sha256} if path.is_file() else {}
+            for name, sha256 in said.items():
+                if name not in held or held[name].sha256 != sha256:
                     it.problems.append(f"{name} is not on the Hub")
+            if left := list(it.build.rglob("model-*.safetensors")):
+                it.problems.append(f"still on the disk: {sorted(map(str, left))}")
+            if len(set(sent)) != len(sent):
+                it.problems.append("an object was sent twice")
             print(f"| sent ahead | {len(set(sent))} objects in {len(sent)} requests |")
         stages = {stage: it.killed.count(stage) for stage in dict.fromkeys(it.killed)}
         of_source = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-        requests = sum(seen.cdn for seen in hub.seen[first:])
+        fetched, requests = it.fetched(first)
         for name, value in (
-            ("source", f"{of_source / 1e9:.3f} GB in {len(it.sources)} files"),
+            ("source", f"{of_source / 1e9:.3f} GB in {args.files} files"),
             ("result", f"{promise['quantized_bytes'] / 1e9:.3f} GB in {len(wanted)} files"),
             ("disk, promised", f"{promise['builds']['needed'] / 1e9:.3f} GB"),
             ("disk, seen at most", f"{disk.peak / 1e9:.3f} GB in {disk.samples:,} samples"),
@@ -300,7 +282,10 @@ def main() -> int:
             ("hashes", "as of an ordinary build" if found == wanted else "OTHERS"),
             ("verdict", verdict["verdict"]),
             ("mean KL", verdict["fidelity"]["mean_kl"]),
-            ("time", f"{seconds:.0f} s, all runs; {requests:,} requests for weights"),
+            ("memory in /dev/shm", f"{memory.peak / 1e9:.3f} GB"),
+            ("fetched, all runs", f"{fetched / 1e9:.1f} GB in {requests:,} requests"),
+            ("fetched, promised", f"{promise['fetch_bytes'] / 1e9:.1f} GB"),
+            ("time", f"{seconds:.0f} s, all runs"),
         ):
             print(f"| {name} | {value} |")
         print("\n".join(["", f"{len(it.problems)} problems", *it.problems]))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from nf4_pipeline.checkpoint.safetensors_header import read_header
 from nf4_pipeline.checkpoint.source import SourceTensor
-from nf4_pipeline.engine.chunks import cut, read_chunk
+from nf4_pipeline.engine.chunks import OpenFile, cut, read_chunk
 from nf4_pipeline.engine.tied_weights import TiedTensor
 from nf4_pipeline.errors import TiedWeightsDiffer
 from nf4_pipeline.selection import TensorPlan
@@ -26,10 +26,10 @@ def check(folder: Path, head: np.ndarray, embedding: np.ndarray) -> None:
     }
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        tied = TiedTensor(plans["head"], descriptor)
+        tied = TiedTensor(plans["head"], OpenFile(descriptor))
         for chunk in cut(plans["embedding"], 1024):
             tied.announce(chunk)
-            data = read_chunk(descriptor, chunk, np.empty(chunk.nbytes, np.uint8))
+            data = read_chunk(OpenFile(descriptor), chunk, np.empty(chunk.nbytes, np.uint8))
             tied.check(data, chunk, np.empty(chunk.nbytes, np.uint8))
     finally:
         os.close(descriptor)

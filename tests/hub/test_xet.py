@@ -95,7 +95,7 @@ def test_the_store_that_was_checked_is_the_one_that_is_used(
 
 
 def test_a_source_is_streamed_by_xet(hub: HubServer, tiny_falcon: Path, tmp_path: Path) -> None:
-    """Whole files come from the store; nothing of them is kept, chunks of Xet included."""
+    """Stretches come by plain requests, which the Hub answers for such files, too."""
     make_store(hub, tiny_falcon, tmp_path)
     with Worker(tmp_path / "mine", hub.url, HF_TOKEN=TOKEN, **BY_XET) as worker:
         assert worker.publish(tiny_falcon, "me/tiny", private=False).error == ""
@@ -106,9 +106,9 @@ def test_a_source_is_streamed_by_xet(hub: HubServer, tiny_falcon: Path, tmp_path
             done = stranger.nf4(tmp_path, *stage, "--build-dir", "build", "-q")
             assert done.status == 0, done.err
     asked = hub.seen[before:]
-    assert any("xet-read-token" in seen.path for seen in asked)
     weights = [seen for seen in asked if seen.cdn and seen.path.endswith(".safetensors")]
-    assert all(seen.range for seen in weights)  # headers alone
+    assert weights
+    assert all(seen.range for seen in weights)
     build = Build(tmp_path / "build")
     assert build.need(DOWNLOAD).facts.streamed is not None
     assert not (build.root / "streamed" / "spool").exists()

@@ -25,6 +25,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(temporary, "IN_MEMORY", tmp_path)
     return tmp_path
 
 
@@ -44,6 +45,18 @@ def test_what_a_killed_parent_left_goes(place: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(temporary, "_NEW_SECONDS", -1)
     remove_abandoned()
     assert list(place.iterdir()) == []
+
+
+def test_of_one_owner_nothing_is_left(place: Path) -> None:
+    """Memory may not hold it twice, however soon the next process comes; others' folders stay."""
+    program = PROGRAM.replace('TemporaryFolder("child")', 'TemporaryFolder("child", None, "me")')
+    environment = {**os.environ, "TMPDIR": str(place)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=False)
+    others = TemporaryFolder("child", place, "another")
+    (left,) = set(place.iterdir()) - {others.path}
+    with TemporaryFolder("child", place, "me") as folder:
+        assert not left.exists()
+        assert set(place.iterdir()) == {others.path, folder}
 
 
 def test_what_is_in_use_or_not_ours_stays(

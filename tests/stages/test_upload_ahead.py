@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from nf4_pipeline import hub as hub_package
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.checkpoint.digest import FileDigest
-from nf4_pipeline.hub import Target
-from nf4_pipeline.progress import SILENT
+from nf4_pipeline.errors import HubError
+from nf4_pipeline.hub import LocalFile, Target
+from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.records import PUSH
 from nf4_pipeline.stages.upload_ahead import UploadAhead
 
@@ -143,3 +146,85 @@ def test_what_is_refused_is_refused_first(repo: str, status: int, why: str, outp
     assert why in done.err
     assert not fresh.exists()
     assert output.puts() == []
+
+
+class Sending:
+    """What sends files, as far as it is let; a file may be refused."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Semaphore(0)
+        self.refused = False
+        self.sent: list[str] = []
+
+    def __call__(self, files: Mapping[str, LocalFile], target: Target, reporter: Reporter) -> None:
+        assert self.gate.acquire(timeout=60)
+        if self.refused:
+            raise HubError("planned")
+        self.sent += files
+
+
+@pytest.fixture
+def ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[UploadAhead, Sending]]:
+    """Two files of 100 bytes have room; the Hub takes them when the test says so."""
+    sending = Sending()
+    monkeypatch.setattr(hub_package, "send_ahead", sending)
+    monkeypatch.setattr(hub_package, "repo_url", lambda repo: f"https://hub/{repo}")
+    ahead = UploadAhead(Target("me/out"), 1000, SILENT)
+    ahead._build, ahead._room = Build(tmp_path), 200
+    yield ahead, sending
+    sending.gate.release(99)
+    ahead.__exit__(None, None, None)
+
+
+def finished(folder: Path, name: str) -> tuple[Path, FileDigest]:
+    path = folder / name
+    path.write_bytes(name.encode() * 100)
+    return path, FileDigest.of(path.read_bytes())
+
+
+def test_a_file_waits_for_room(ahead: tuple[UploadAhead, Sending], tmp_path: Path) -> None:
+    """It is noted that the Hub has a file before it goes; then there is room for another."""
+    out, sending = ahead
+    files = [finished(tmp_path, name) for name in "abc"]
+    for path, digest in files[:2]:
+        out.reserve(digest.size)
+        out.add(path, digest)
+    third = threading.Thread(target=out.reserve, args=(100,))
+    third.start()
+    third.join(0.2)
+    assert third.is_alive()
+    assert all(path.exists() for path, _ in files)
+    sending.gate.release()
+    third.join(60)
+    assert not third.is_alive()
+    assert not files[0][0].exists()
+    assert Build(tmp_path).sent.files == {files[0][1].sha256: 100}
+    out.add(*files[2])
+    sending.gate.release(2)
+    out.settle()
+    assert sending.sent == ["a", "b", "c"]
+    assert not any(path.exists() for path, _ in files)
+    again = finished(tmp_path, "a")  # made, and killed before it could go
+    out.reserve(100)
+    out.add(*again)
+    out.settle()
+    assert sending.sent == ["a", "b", "c"]
+    assert not again[0].exists()
+
+
+def test_what_cannot_be_sent_ends_the_build(
+    ahead: tuple[UploadAhead, Sending], tmp_path: Path
+) -> None:
+    """Whoever waits for room hears of it; the file stays."""
+    out, sending = ahead
+    sending.refused = True
+    path, digest = finished(tmp_path, "a")
+    out.reserve(digest.size)
+    out.add(path, digest)
+    sending.gate.release()
+    with pytest.raises(HubError, match="planned"):
+        out.settle()
+    with pytest.raises(HubError, match="planned"):
+        out.reserve(100)
+    assert path.exists()
+    assert Build(tmp_path).sent.files == {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +16,10 @@ from nf4_pipeline.checkpoint.source import Checkpoint, open_checkpoint
 from nf4_pipeline.errors import CheckpointError, HubError, NotFoundError, PipelineError
 from nf4_pipeline.streaming import serving as module
 from nf4_pipeline.streaming import stretches as cutting
+from nf4_pipeline.streaming.passing import Passing
 from nf4_pipeline.streaming.reading import FileBytes, ServedBytes, TensorBytes
-from nf4_pipeline.streaming.serving import Fetch, Stretches, serving
-from nf4_pipeline.streaming.stretches import PassedFile, hash_stretches
+from nf4_pipeline.streaming.serving import Stretches, serving
+from nf4_pipeline.streaming.stretches import Fetch, PassedFile
 from safetensors.numpy import load_file, save_file
 
 FILE = "model.safetensors"
@@ -40,9 +40,12 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def passed(source: Path) -> dict[str, PassedFile]:
-    headers = open_checkpoint(source).tensors
-    sha256 = hashlib.sha256((source / FILE).read_bytes()).hexdigest()
-    return {FILE: hash_stretches(source / FILE, [t.header for t in headers], (), sha256)}
+    headers = [tensor.header for tensor in open_checkpoint(source).tensors]
+    whole = (source / FILE).read_bytes()
+    header = whole[: headers[0].offset]
+    fetch = from_file(source)
+    with Passing.whole(FILE, len(whole), header, headers, (), fetch, lambda _: None) as passing:
+        return {FILE: passing.finish()}
 
 
 def from_file(source: Path) -> Fetch:

@@ -42,7 +42,8 @@ REVISION = r"(?P<revision>[^/]+)"
 class Fault:
     """Something that goes wrong for the first `times` requests that match.
 
-    `path` is a pattern for the decoded path of the URL. What can go wrong, alone or together: the
+    `path` is a pattern for the decoded path of the URL, `wanted` one for its Range header, where
+    that counts. What can go wrong, alone or together: the
     answer waits `delay` seconds; it is `status` with `headers`; `flip_bit` of its body is flipped;
     the connection ends after `cut_after` bytes of its body, or is reset after `reset_after`; with
     `dropped` it is reset before the request is acted on; a Range header is passed over.
@@ -66,6 +67,7 @@ class Fault:
     dropped: bool = False
     applied: bool = False
     ignore_range: bool = False
+    wanted: str | None = None
 
 
 @dataclass(frozen=True)
@@ -270,13 +272,14 @@ class HubServer:
         if self._held_from is not None and number >= self._held_from:
             self._gate.wait(PATIENCE)
 
-    def next_fault(self, method: str, path: str, *, cdn: bool) -> Fault | None:
+    def next_fault(self, method: str, path: str, *, cdn: bool, wanted: str = "") -> Fault | None:
         """Takes one use of the first fault that matches."""
         with self.lock:
             for fault in self.faults:
                 if (
                     fault.times > 0
                     and fnmatchcase(path, fault.path)
+                    and (fault.wanted is None or fnmatchcase(wanted, fault.wanted))
                     and fault.method in (None, method)
                     and fault.cdn in (None, cdn)
                 ):
@@ -310,6 +313,8 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Head and body are two packets: the second would wait 40 ms for the first's acknowledgement.
+    disable_nagle_algorithm = True
     timeout = 300
     server: _Server
     # Sent to those who bring no token, as the real Hub does; the client prints it.
@@ -343,7 +348,7 @@ class _Handler(BaseHTTPRequestHandler):
             hub.seen.append(Seen(method, path, cdn, "authorization" in headers, bearer, wanted))
             number = len(hub.seen)
         hub.hold_back(number)
-        fault = hub.next_fault(method, path, cdn=cdn) or Fault(path)
+        fault = hub.next_fault(method, path, cdn=cdn, wanted=wanted) or Fault(path)
         time.sleep(fault.delay + hub.pause)
         if fault.dropped:
             self._reset()

@@ -69,15 +69,15 @@ def build(
         prompts: a JSONL file of {"prompt", "expect", "chat"} to ask both models.
         eval_text: a text file on which both models are compared.
         eval_tokens: how many tokens of that text, at most.
-        device: "auto", "cpu", "cuda" (quantizes and calibrates on all GPUs, verifies on the first)
-            or "cuda:N".
+        device: "auto", "cpu", "cuda" (quantizes on all GPUs, verifies on the first) or "cuda:N".
         require_gpu: fail at once where there is no GPU to verify on.
         workers: threads that quantize; 0 for as many as keep the device busy.
         memory_budget: bytes of all buffers of the engine together, as a number or such as "1GiB".
         device_memory: how much of the device verifying may use, as a number of bytes or such as
             "8GB"; all that is free without it.
         engine: "local", or "ray": each file is quantized by a task of a Ray cluster, all of whose
-            nodes see the build folder and the source. The bytes are the same.
+            nodes see the build folder and the source, unless `build_dir` is a URL; one of them
+            calibrates, and several compare with the 16-bit model. The bytes are the same.
         ray_address: of the cluster; "auto" for the one that this host is a node of. Without it, the
             one that RAY_ADDRESS says, or else one that is started for this build.
         build_dir: the build folder; None for one under ./artifacts that is named for the model and,
@@ -89,10 +89,11 @@ def build(
         allow_unhashed: take files for which the Hub lists no hash, too.
         allow_unused: patterns of tensors that the model has no place for and may be left out.
         strip_prefix: what a wrapper left before the names of all tensors, such as "module.".
-        stream_source: the weights of a Hub model come file by file while they are quantized, and go
+        stream_source: the weights of a Hub model come in stretches while they are quantized, and go
             again; verify fetches them once more, block by block.
         stream_output: a Hub repo, ORG/NAME: finished files go there while others are made, seen by
-            nobody, until one commit names them if the verdict is "pass".
+            nobody, until one commit names them if the verdict is "pass". With `stream_source`, what
+            the Hub has received is not kept here.
         check: hash everything again, also what looks untouched since it was hashed.
         progress: called with each `ProgressEvent`. What it raises ends the build; what is finished
             is kept.

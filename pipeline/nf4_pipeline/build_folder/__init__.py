@@ -4,10 +4,11 @@
       source/        the pinned checkpoint: links to where its files are
       quantized/     one safetensors per source shard, each complete or absent
       export/        the publishable folder
-      streamed/      of weights that stay on the Hub: headers, hashes, and what is here just now
+      streamed/      of weights that stay on the Hub: headers and hashes
       records/       one small JSON per finished stage
       build.json     the source and the recipe that it is for, from before the first byte
       remote.json    the URL of which the folder is the local copy, if it is one
+      sent.json      what a Hub has received, and need not lie here
       .lock          held by the process that works here; .lock.* by those that make a file each
 
 A record holds the stage's key, every output with its size, sha256 and stamp (times and inode),
@@ -21,6 +22,7 @@ record.py     what a finished stage leaves, in memory and as JSON
 spec.py       build.json
 variant.py    what of a recipe shapes the bytes, and the tag that says so in a folder's name
 remote.py     a build at a URL, of which the folder is the local copy
+sent.py       sent.json
 freshness.py  whether a stage is done, stale or missing; whether its outputs are what it left
 """
 

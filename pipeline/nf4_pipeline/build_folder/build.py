@@ -25,6 +25,7 @@ from nf4_pipeline.build_folder.record import (
     write_record,
 )
 from nf4_pipeline.build_folder.remote import Remote, Upload, read_url, shown_place
+from nf4_pipeline.build_folder.sent import Sent, read_sent
 from nf4_pipeline.build_folder.spec import BuildSpec, write_spec
 from nf4_pipeline.checkpoint.atomic import (
     json_bytes,
@@ -50,23 +51,33 @@ class Build:
     Args:
         root: the folder.
         url: of which it is, or shall be, the local copy; None for the one that is noted in it.
+        takes: the files that are taken over from there, for whoever works at a few of them; None
+            for all.
     """
 
-    def __init__(self, root: Path, url: str | None = None) -> None:
+    def __init__(
+        self, root: Path, url: str | None = None, takes: Collection[str] | None = None
+    ) -> None:
         self.root = root
         self._url = url
+        self._takes = takes
         self._written: dict[str, FileStamp] = {}  # outputs that this process hashed as it made them
         self._lock: int | None = None  # descriptor of the lock file, while it is `locked`
 
     @cached_property
     def _remote(self) -> Remote | None:
         url = self._url or read_url(self.root)
-        return None if url is None else Remote(self.root, url)
+        return None if url is None else Remote(self.root, url, self._takes)
 
     @property
     def is_copy(self) -> bool:
         """Whether the folder is the local copy of a build at a URL."""
         return self._remote is not None
+
+    @property
+    def url(self) -> str | None:
+        """Of which the folder is the local copy; None if it is none."""
+        return None if self._remote is None else self._remote.url
 
     @property
     def shown(self) -> str:
@@ -89,13 +100,30 @@ class Build:
             self._remote.pull(begins=begins)
 
     def holds(self, name: str, digest: FileDigest) -> bool:
-        """Whether a file of the build stands at the URL of which the folder is a copy.
+        """Whether a file of the build is kept elsewhere, so that it need not lie here.
+
+        It stands at the URL of which the folder is a copy, or the Hub received it.
 
         Args:
             name: its path in the build folder.
             digest: what it was put there with.
         """
-        return self._remote is not None and self._remote.holds(name, digest)
+        at_url = self._remote is not None and self._remote.holds(name, digest)
+        return at_url or self.sent.has(digest)
+
+    @property
+    def sent(self) -> Sent:
+        """What a Hub has received of the build."""
+        return read_sent(self.root)
+
+    def only_sent(self, kind: RecordKind[Facts]) -> dict[str, FileDigest]:
+        """Outputs of a stage that a Hub has received and that are not here, by their path here."""
+        record, sent = self.record(kind), self.sent
+        return {
+            name: digest
+            for name, digest in (record.outputs.items() if record else ())
+            if sent.has(digest) and not (self.root / name).exists()
+        }
 
     def put(self, files: Mapping[str, FileDigest]) -> None:
         """Puts files of the build to the URL, if there is one, before any record speaks of them."""
@@ -191,12 +219,18 @@ class Build:
         """
         self.fetch(kind)
         record = self.need(kind)
-        return check_outputs(self.root, record, self._written if claimed else record.stamps)
+        hashed = self._written if claimed else record.stamps
+        return check_outputs(self.root, record, hashed, self.only_sent(kind))
 
     def write_record(self, record: Record[Facts]) -> None:
         """Writes a record; the last thing that a stage does."""
         remote, path = self._remote, self._record_path(record.kind)
-        names = [n for n in record.outputs if remote is None or (self.root / n).exists()]
+        kept = self.sent
+        names = [
+            name
+            for name, digest in record.outputs.items()
+            if (remote is None and not kept.has(digest)) or (self.root / name).exists()
+        ]
         stamps = {name: FileStamp.of(self.root / name) for name in names} | record.stamps
         record = replace(record, stamps=stamps, finished=record.finished or now())
         if remote is not None:  # first: what stands there counts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
@@ -111,7 +111,7 @@ def find_state(
     if not touched:
         here = len(stamps) == len(record.outputs)
         why = "outputs are untouched since they were hashed"
-        return State("done", why if here else "outputs stand at the URL", stamps)
+        return State("done", why if here else "outputs are kept elsewhere", stamps)
     total = sum(digest.size for digest in touched.values())
     with reporter.task(f"check {record.kind.stage}", total) as task:
         for name, expected in touched.items():
@@ -122,7 +122,10 @@ def find_state(
 
 
 def check_outputs(
-    root: Path, record: Record[Facts], stamps_of_hashed: Mapping[str, FileStamp]
+    root: Path,
+    record: Record[Facts],
+    stamps_of_hashed: Mapping[str, FileStamp],
+    elsewhere: Collection[str] = (),
 ) -> Inputs:
     """Refuses outputs that changed since their stage wrote them.
 
@@ -132,6 +135,7 @@ def check_outputs(
         root: the build folder.
         record: of the stage.
         stamps_of_hashed: by path in the build folder; of files whose hash is known.
+        elsewhere: paths of files that need not be here.
 
     Returns:
         What to hold them against once they have been read.
@@ -146,6 +150,8 @@ def check_outputs(
         if name.startswith("source/") and (link := dead_link(path)) is not None:
             raise BuildError(link)
         problem = _find_problem(path, name)
+        if problem == _GONE and name in elsewhere:
+            continue
         if problem is None:
             stamps[name] = FileStamp.of(path)
             if stamps[name] == stamps_of_hashed.get(name):

@@ -202,6 +202,12 @@ def _export(chosen: Chosen) -> ChosenArtifact:
             f"{root} is not finished: it is a build without an export. Finish it: "
             f"{how_to_finish(chosen.listed)}"
         )
+    if Build(root).only_sent(SERIALIZE):
+        raise ArtifactError(
+            f"{root}: its weights are in {Build(root).sent.url} alone, where --stream-output sent "
+            "them. Name that repo instead, once it is published. To make them here: "
+            f"{how_to_finish(chosen.listed)}"
+        )
     if missing := missing_weights(root / "export"):
         raise ArtifactError(
             f"{root} is incomplete: {missing[0]} is missing in its export. Make it again: "

@@ -127,10 +127,25 @@ def _build_again(folder: Path) -> str | None:
     if folder.absolute().name != "export" or not (root / "records").is_dir():
         return None
     place = shlex.quote(str(root))
+    if (url := _sent_to(root)) is not None:
+        return (
+            f"It is the export of a build whose weights are in {url} alone: name that repo, or run "
+            f"`nf4 build` again with --build-dir {place} and without --stream-output, which makes "
+            "them here."
+        )
     return (
         "It is the export of a build: run `nf4 build` again with the model that `nf4 status "
         f"--build-dir {place}` names, and --build-dir {place}."
     )
+
+
+def _sent_to(build: Path) -> str | None:
+    """The repo that received the weights of a build; None if none did."""
+    try:
+        sent = parse_json(read_plain(build / "sent.json", _LARGEST_CONFIG))
+        return str(sent["url"]) if sent["files"] else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _shards_of(name: str) -> str:

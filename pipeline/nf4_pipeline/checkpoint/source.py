@@ -54,6 +54,11 @@ class Checkpoint:
     def path(self, file: str) -> Path:
         return self.folder / file
 
+    def tensors_in(self, file: str) -> tuple[SourceTensor, ...]:
+        """The tensors of one file, in the order of their bytes."""
+        found = [tensor for tensor in self.tensors if tensor.file == file]
+        return tuple(sorted(found, key=lambda tensor: tensor.header.offset))
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         ),
         (
             "nf4 build tiiuae/falcon-180B --stream-source",
-            "A model larger than the disk: only the result and two files of the source lie there.",
+            "A model larger than the disk: only the result lies there.",
         ),
     ),
 )
@@ -54,7 +54,8 @@ if TYPE_CHECKING:
     "--stream-output",
     metavar="ORG/NAME",
     help="Send finished files to this Hub repo while others are made; nobody sees them until one "
-    "commit names them, after the verdict. A repo that has to be made is private.",
+    "commit names them, after the verdict. A repo that has to be made is private. With "
+    "--stream-source, what the Hub has received is kept on no disk here.",
 )
 @download_options
 @recipe_options("quantize", "serialize", "verify")
@@ -77,7 +78,7 @@ def command(
     target = None if stream_output is None else make_target(stream_output)
     reporter = ui.reporter()
     if dry_run:
-        _show_forecast(ui, request, recipe, machine, reporter)
+        _show_forecast(ui, request, recipe, machine, reporter, sends=target is not None)
         return
     with reporter.task(LOADING, None):
         from nf4_pipeline.cli.summary import Summary, show_summary
@@ -96,6 +97,8 @@ def _show_forecast(
     recipe: PartialRecipe,
     machine: Machine,
     reporter: Reporter,
+    *,
+    sends: bool,
 ) -> None:
     from nf4_pipeline.progress import LOADING
 
@@ -103,7 +106,7 @@ def _show_forecast(
         from nf4_pipeline.cli.forecast import show_forecast
         from nf4_pipeline.job import plan_build
 
-    found = plan_build(request, recipe.recipe, machine, reporter)
+    found = plan_build(request, recipe.recipe, machine, reporter, sends=sends)
     ui.result(found.to_json(), lambda: show_forecast(found, verbose=ui.verbose))
     if not found.fits:
         sys.exit(1)

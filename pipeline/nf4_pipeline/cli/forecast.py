@@ -38,9 +38,11 @@ def show_forecast(found: Forecast, *, verbose: bool = False) -> None:
         spaces.insert(0, found.hub_cache)
     for title, space in zip(("disk", ""), spaces, strict=False):
         say_brief(f"  {title:<11} {_space(space)}")
-    if found.window_bytes:
-        window = plain_size(found.window_bytes)
-        say_brief(f"              {window} of it for files of the source, two at a time")
+    if found.lying_bytes:
+        say_brief(
+            f"              and {plain_size(found.quantized_bytes)} of memory (/dev/shm) to verify "
+            "the result, of which the disk keeps nothing"
+        )
     took = ", ".join(f"{name} {value:.1f} s" for name, value in found.seconds.items())
     say_brief(f"  time        {took}, as fast as these processors hash and quantize")
     if found.fetch_bytes:
@@ -59,7 +61,8 @@ def _fetched(found: Forecast) -> str:
     if not found.fetch_bytes:
         return "all in the Hub cache"
     if found.window_bytes:
-        return "streamed: fetched once to be quantized, and once more to verify"
+        again = ", to be made again," if found.lying_bytes else ""
+        return f"streamed: fetched once to be quantized, and once more{again} to verify"
     return f"{plain_size(found.fetch_bytes)} of them still to be fetched"
 
 

@@ -253,7 +253,7 @@ def download_options(command: Command) -> Command:
     @click.option(
         "--stream-source",
         is_flag=True,
-        help="Weights of a Hub model that are not cached stay on the Hub: they come file by file "
+        help="Weights of a Hub model that are not cached stay on the Hub: they come in stretches "
         "while they are quantized, and again, block by block, to be compared with the result.",
     )
     @build_dir_option
@@ -349,9 +349,7 @@ _SHAPING: Final[dict[str, tuple[Decorator, ...]]] = {
 }
 """What shapes the result of a stage, in the place of what the recipe says."""
 
-_COMPUTES: Final = (
-    '"cuda" quantizes and calibrates on all GPUs of the host, and verifies on the first.'
-)
+_COMPUTES: Final = '"cuda" quantizes on all GPUs of the host, and verifies on the first.'
 _JUDGES: Final = "Of the verdict: one from another kind of device is stale."
 
 

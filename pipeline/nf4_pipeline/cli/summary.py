@@ -12,7 +12,7 @@ from nf4_pipeline.cli.terminal import program, say, say_brief
 from nf4_pipeline.fidelity.metrics import Fidelity
 from nf4_pipeline.fidelity.verdict import Check
 from nf4_pipeline.job import StageResult
-from nf4_pipeline.records import PushFacts, SerializeFacts
+from nf4_pipeline.records import SERIALIZE, PushFacts, SerializeFacts
 from nf4_pipeline.report.formatting import both_units, interval, is_finite, plain_size
 from nf4_pipeline.verification.document import (
     Against,
@@ -123,8 +123,10 @@ def _show_place(build: Build) -> None:
 
 def _show_next(summary: Summary) -> None:
     root, nf4 = shlex.quote(summary.build.shown), program()
-    say(f'  next        {nf4} prompt {root} "…"')
-    if (pushed := summary.pushed) is None:
+    pushed = summary.pushed
+    elsewhere = pushed is not None and summary.build.only_sent(SERIALIZE)
+    say(f'  next        {nf4} prompt {pushed.repo_id if pushed and elsewhere else root} "…"')
+    if pushed is None:
         say(f"              {nf4} push {root} --dry-run --repo-id ORG/NAME")
     else:
         say(f"  on the Hub  {pushed.url}")

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TypeVar
 
 from nf4_pipeline.checkpoint.source import Checkpoint
 from nf4_pipeline.engine.buffers import divide
+from nf4_pipeline.engine.chunks import Source
 from nf4_pipeline.engine.scheduler import Opener, Output, QuantizedFile, make_files
 from nf4_pipeline.engine.tied_weights import equals_twin
 from nf4_pipeline.errors import TiedWeightsDiffer
@@ -159,8 +159,14 @@ class QuantizationRun:
         outputs: Sequence[Output],
         opener: Opener,
         done: Callable[[str, QuantizedFile], None],
+        passing: Source | None = None,
     ) -> None:
-        """Makes files, in a task that may go on after them; see `make`."""
+        """Makes files, in a task that may go on after them; see `make`.
+
+        Args:
+            passing: gives the bytes of the one checkpoint file that all of them are made of, as
+                they pass by; None to read files of the checkpoint.
+        """
         make_files(
             self.checkpoint,
             self.plan,
@@ -174,21 +180,5 @@ class QuantizationRun:
                 self.rounding.max_chunk_bytes,
             ),
             task=task,
-        )
-
-    def on_file(self, folder: Path, file: str) -> QuantizationRun:
-        """The same on one file of the checkpoint, which may be the only one that is there.
-
-        Tied tensors are not compared, since their twin may be elsewhere.
-
-        Args:
-            folder: where the file is.
-            file: its name.
-        """
-        return replace(
-            self,
-            checkpoint=replace(self.checkpoint, folder=folder, files=(file,)),
-            plan=replace(
-                self.plan, tensors=tuple(t for t in self.plan.tensors if t.action != "drop")
-            ),
+            passing=passing,
         )

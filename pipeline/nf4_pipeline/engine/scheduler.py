@@ -18,7 +18,7 @@ from nf4_pipeline.checkpoint.layout import FileLayout
 from nf4_pipeline.checkpoint.sink import Sink, WrittenFile
 from nf4_pipeline.checkpoint.source import Checkpoint
 from nf4_pipeline.engine.buffers import Budget
-from nf4_pipeline.engine.chunks import Chunk, cut
+from nf4_pipeline.engine.chunks import Chunk, OpenFile, Source, cut
 from nf4_pipeline.engine.shard_job import ShardJob, ThreadBuffers
 from nf4_pipeline.engine.tied_weights import TiedTensor
 from nf4_pipeline.errors import CheckpointError
@@ -80,6 +80,7 @@ def make_files(
     rounding: Rounding,
     budget: Budget,
     task: Task,
+    passing: Source | None = None,
 ) -> None:
     """Makes files of quantized and copied tensors, and leaves to `opener` where the bytes go.
 
@@ -92,6 +93,9 @@ def make_files(
         rounding: chooses codes and scales.
         budget: threads and chunk size.
         task: advanced by the source bytes that are done.
+        passing: gives the bytes of the one checkpoint file that all outputs are made of, in their
+            order, as they pass by; None to open the files. Tied tensors are not compared then,
+            since their twin may be elsewhere.
 
     Raises:
         CheckpointError: a weight holds an infinity or a NaN, or a file cannot be read or became
@@ -99,9 +103,9 @@ def make_files(
         TiedWeightsDiffer: a tensor was to be dropped and does not equal the one it is tied to.
     """
     engine = _Engine(checkpoint, plan, rounding, budget, task)
-    with engine.opened():
+    with engine.opened(passing):
         jobs: list[Call] = [partial(engine.make, output, opener, done) for output in outputs]
-        fewest, most = _OPEN_FILES
+        fewest, most = _OPEN_FILES if passing is None else (1, 1)  # what passes has one place
         _run_all(jobs, min(most, max(fewest, budget.workers // 2)), engine.stop)
 
 
@@ -119,18 +123,20 @@ class _Engine:
         self._task = task
         self._buffers = ThreadBuffers(rounding, budget.chunk_bytes)
         self._done = threading.Lock()
-        self._sources: dict[str, int] = {}
+        self._sources: dict[str, Source] = {}
         self._tied: dict[str, list[TiedTensor]] = {}  # by the source name of the tensor that stays
         self._pool: ThreadPoolExecutor
 
     @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Opens the source files and starts the workers."""
+    def opened(self, passing: Source | None) -> Iterator[None]:
+        """Opens the source files, if nothing passes by, and starts the workers."""
         with ExitStack() as stack:
             for file in self._checkpoint.files:
-                self._sources[file] = stack.enter_context(_open(self._checkpoint.path(file)))
+                self._sources[file] = passing or OpenFile(
+                    stack.enter_context(_open(self._checkpoint.path(file)))
+                )
             for tensor in self._plan.by_action("drop"):
-                if tensor.tied_to is not None:
+                if tensor.tied_to is not None and passing is None:
                     dropped = TiedTensor(tensor, self._sources[tensor.source.file])
                     self._tied.setdefault(tensor.tied_to, []).append(dropped)
             self._pool = stack.enter_context(ThreadPoolExecutor(self._budget.workers, "quantize"))

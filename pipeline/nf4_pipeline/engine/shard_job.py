@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nf4_pipeline.checkpoint.sink import Sink
-from nf4_pipeline.engine.chunks import Chunk, read_chunk, will_read
-from nf4_pipeline.engine.finite import first_not_finite
+from nf4_pipeline.engine.chunks import Chunk, Source, read_chunk
 from nf4_pipeline.engine.tied_weights import TiedTensor
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.nf4 import BLOCK_SIZE
@@ -47,6 +46,8 @@ def _check_finite(data: NDArray[Any], chunk: Chunk) -> None:
     Raises:
         CheckpointError: the chunk holds one.
     """
+    from nf4_pipeline.engine.finite import first_not_finite  # and numba
+
     source = chunk.tensor.source
     bad = first_not_finite(data, source.header.dtype)
     if bad is not None:
@@ -71,7 +72,7 @@ class ShardJob:
     """Makes the bytes of one output file, chunk by chunk, from any thread.
 
     Args:
-        source: descriptor of the open checkpoint file.
+        source: the checkpoint file.
         output: takes the bytes of the file.
         chunks_of: number of chunks of each weight, by name.
         rounding: chooses codes and scales.
@@ -81,7 +82,7 @@ class ShardJob:
 
     def __init__(
         self,
-        source: int,
+        source: Source,
         output: Sink,
         chunks_of: dict[str, int],
         rounding: Rounding,
@@ -100,7 +101,7 @@ class ShardJob:
 
     def announce(self, chunk: Chunk, tied: Sequence[TiedTensor] = ()) -> None:
         """Has the system begin to read what `make` will soon ask for."""
-        will_read(self._source, chunk)
+        self._source.will_read(chunk)
         for other in tied:
             other.announce(chunk)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from nf4_pipeline.checkpoint.plain_file import open_plain
 from nf4_pipeline.checkpoint.source import Checkpoint
-from nf4_pipeline.engine.chunks import Chunk, read_range, will_read
+from nf4_pipeline.engine.chunks import Chunk, Source
 from nf4_pipeline.errors import TiedWeightsDiffer
 from nf4_pipeline.selection import TensorPlan
 
@@ -27,15 +27,15 @@ class TiedTensor:
 
     Attributes:
         tensor: its plan.
-        descriptor: of the open file that holds it.
+        file: that holds it.
     """
 
     tensor: TensorPlan
-    descriptor: int
+    file: Source
 
     def announce(self, chunk: Chunk) -> None:
         """Has the system begin to read what `check` will compare a chunk with."""
-        will_read(self.descriptor, chunk, self.tensor.source.header.offset)
+        self.file.will_read(chunk, self.tensor.source.header.offset)
 
     def check(self, data: NDArray[Any], chunk: Chunk, buffer: NDArray[np.uint8]) -> None:
         """Holds a chunk of the other tensor against the same place of this one.
@@ -52,7 +52,7 @@ class TiedTensor:
         same = (own.dtype, own.shape) == (other.dtype, other.shape)
         if same:
             offset = own.offset + chunk.start * data.itemsize
-            read_range(self.descriptor, buffer, offset, self.tensor)
+            self.file.read(buffer, offset, self.tensor)
             same = _equal(data.view(np.uint8), buffer)
         if not same:
             raise TiedWeightsDiffer(self.tensor.source.name)

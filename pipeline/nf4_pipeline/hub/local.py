@@ -56,13 +56,14 @@ class LocalFile:
     """A file to be published.
 
     Attributes:
-        content: a path, or the bytes themselves.
+        content: a path, or the bytes themselves; None if the Hub alone has them, as a file that
+            it received and no commit names yet.
         size: in bytes.
         sha256: in hex.
         stamp: what the file looked like when it was hashed; None for bytes.
     """
 
-    content: Path | bytes
+    content: Path | bytes | None
     size: int
     sha256: str
     stamp: FileStamp | None = None
@@ -74,14 +75,16 @@ class LocalFile:
     @property
     def was_touched(self) -> bool:
         """Whether the file may hold other bytes than those that were hashed."""
-        if isinstance(self.content, bytes) or self.stamp is None:
+        if not isinstance(self.content, Path) or self.stamp is None:
             return False
         return not self.content.is_file() or FileStamp.of(self.content) != self.stamp
 
     @cached_property
     def git_sha1(self) -> str:
         """What git calls these bytes; "changed" if they are no longer those of `sha256`."""
-        content = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+        content = self.content.read_bytes() if isinstance(self.content, Path) else self.content
+        if content is None:  # what the Hub received so it keeps by its sha256
+            return "unknown"
         if hashlib.sha256(content).hexdigest() != self.sha256:
             return "changed"
         head = b"blob %d\0" % len(content)

@@ -17,7 +17,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Any, TypeVar
 
 from nf4_pipeline.errors import ConflictError, HubError, NotFoundError
@@ -32,6 +34,7 @@ T = TypeVar("T")
 
 MAIN = "main"
 _MOST_LOOKED_AT = 10  # pull requests of the same title, the newest first
+_ASKED_AT_A_TIME = 100  # files, of those that were sent ahead
 _FORCED_TRIES = 3  # commits over other people's, if they keep on pushing
 
 
@@ -187,6 +190,28 @@ def send_ahead(
     """
     with client.quiet():
         _Push(files, target, CommitMessage(""), None, reporter, sleep).upload(files, MAIN, False)
+
+
+def lost(
+    files: Mapping[str, int],
+    target: Target,
+    reporter: Reporter,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+) -> list[str]:
+    """Those of the files that were sent ahead of which the Hub says that it lacks them.
+
+    Args:
+        files: size of each, by sha256.
+        target: where they were sent.
+        reporter: told what happens.
+        sleep: waits between tries, in seconds.
+
+    Raises:
+        HubError: no right to write, or no answer.
+    """
+    with client.quiet():
+        return _Push({}, target, CommitMessage(""), None, reporter, sleep).lacks(files)
 
 
 class _Push:
@@ -373,13 +398,17 @@ class _Push:
         from huggingface_hub import CommitOperationAdd
         from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
-        puts = [
-            CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
-            for path in paths
-            for content in [self._files[path].content]
-        ]
-        for put in puts:  # else the client reads every file once more to hash it
-            put.upload_info.sha256 = bytes.fromhex(self._files[put.path_in_repo].sha256)
+        puts = []
+        for path in paths:
+            file = self._files[path]
+            put = CommitOperationAdd(
+                path, str(file.content) if isinstance(file.content, Path) else file.content or b""
+            )
+            put.upload_info.sha256 = bytes.fromhex(file.sha256)  # else the client hashes it again
+            if file.content is None:  # as `preupload_lfs_files` leaves what it has sent
+                put.upload_info.size = file.size
+                put._upload_mode, put._should_ignore, put._is_uploaded = "lfs", False, True
+            puts.append(put)
         self._attempt(
             lambda: self._api.preupload_lfs_files(
                 self._repo_id,
@@ -395,6 +424,36 @@ class _Push:
         )
         self._check_untouched([put.path_in_repo for put in puts])
         return puts
+
+    def lacks(self, files: Mapping[str, int]) -> list[str]:
+        """Those files, by sha256, whose bytes the Hub would have sent."""
+        from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # its public names
+            build_hf_headers,
+        )
+
+        infos = [
+            UploadInfo(size=size, sample=b"", sha256=bytes.fromhex(sha256))
+            for sha256, size in files.items()
+        ]
+        ask = partial(
+            post_lfs_batch_info,
+            token=None,
+            repo_type="model",
+            repo_id=self._repo_id,
+            revision=MAIN,
+            headers=build_hf_headers(library_name=client.LIBRARY),
+        )
+        missing: list[str] = []
+        for start in range(0, len(infos), _ASKED_AT_A_TIME):
+            some = infos[start : start + _ASKED_AT_A_TIME]
+            answers, errors, _ = self._attempt(
+                partial(ask, upload_infos=some),
+                f"asking which files {self._repo_id} has received",
+            )
+            missing += [answer["oid"] for answer in answers if answer.get("actions")]
+            missing += [error["oid"] for error in errors]
+        return missing
 
     def _check_untouched(self, paths: Sequence[str]) -> None:
         """Commits no bytes under a hash that may be that of others."""
@@ -503,6 +562,13 @@ def commit_url(repo_id: str, commit: str) -> str:
     from huggingface_hub import constants
 
     return f"{constants.ENDPOINT}/{repo_id}/commit/{commit}"
+
+
+def repo_url(repo_id: str) -> str:
+    """Where a repo is."""
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{repo_id}"
 
 
 def pull_request_url(repo_id: str, number: int) -> str:

@@ -7,6 +7,7 @@ the right name, of this user, that nobody holds a lock on and that is no longer 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 import stat
@@ -18,8 +19,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final, Literal, get_args
 
-Use = Literal["child", "look", "scores", "reproduce", "rebuild", "sign", "stream"]
+Use = Literal["child", "look", "scores", "reproduce", "rebuild", "sign", "stream", "task"]
 """What a folder is for; it stands in its name."""
+
+IN_MEMORY: Final = Path("/dev/shm")
+"""A place for files that no disk gets; it is not everywhere."""
 
 _NEW_SECONDS: Final = 60
 """A folder so young may be about to be locked."""
@@ -33,11 +37,20 @@ class TemporaryFolder:
 
     Args:
         use: what it is for.
+        place: where it is made; None for the system's place.
+        owner: of whom only one folder is there at a time: what a killed process left for it goes at
+            once. Empty if there may be several.
     """
 
-    def __init__(self, use: Use) -> None:
+    def __init__(self, use: Use, place: Path | None = None, owner: str = "") -> None:
         _remove_abandoned_once()
-        self.path = Path(tempfile.mkdtemp(prefix=_prefix(use)))
+        if owner:
+            own = hashlib.sha256(owner.encode()).hexdigest()[:16]
+            prefix = f"{_prefix(use)}{own}-"
+            _remove_left(place or Path(tempfile.gettempdir()), prefix)
+        else:
+            prefix = _prefix(use)
+        self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
         lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._finalizer = weakref.finalize(self, _remove, self.path, lock, os.getpid())
         with suppress(OSError):  # a file system without locks: then nobody can tell, and none is
@@ -62,11 +75,23 @@ def _remove(path: Path, lock: int, of: int) -> None:
 
 def remove_abandoned() -> None:
     """Deletes folders whose process died; what is not this user's, or is no folder, is left."""
-    place = Path(tempfile.gettempdir())
-    for path in (path for use in get_args(Use) for path in place.glob(f"{_prefix(use)}*")):
+    for place in {Path(tempfile.gettempdir()), IN_MEMORY}:
+        for use in get_args(Use):
+            _remove_left(place, _prefix(use), _NEW_SECONDS)
+
+
+def _remove_left(place: Path, prefix: str, age: float = -1.0) -> None:
+    """Deletes folders that nobody holds a lock on.
+
+    Args:
+        place: where they are.
+        prefix: of their names.
+        age: seconds for which nothing happened in them, at least.
+    """
+    for path in place.glob(f"{prefix}*"):
         with suppress(OSError):
             found = path.lstat()
-            old = time.time() - max(found.st_mtime, found.st_ctime) > _NEW_SECONDS
+            old = time.time() - max(found.st_mtime, found.st_ctime) > age
             if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and old:
                 _remove_if_free(path)
 

@@ -12,12 +12,15 @@
     quantize.py      source/ -> quantized/
     quantize_parts.py  a part of it by one of several processes; all parts -> one record
     quantize_on_ray.py  each file a part, made by a task of a Ray cluster
+    sent_source.py   the source, for tasks that do not see the build folder
     folder_progress.py  how far several processes are, as their common folder shows it
     rounding_choice.py  on the processors or on GPUs, by an estimate of both times
     serialize.py     quantized/ -> export/: the artifact and its manifest
     verify.py        export/ against source/ -> verification.json, report, the verdict
     attest.py        export/ -> model card, provenance.json and bom.cdx.json in it
+    outgoing.py      what becomes of finished files: they stay here, or make room
     upload_ahead.py  finished files, sent to the Hub before a push names them
+    remade.py        an export whose weights the Hub alone has, made again in memory for verify
     push.py          export/ -> what would be, or is, on the Hub
 
 A stage is a frozen object, made once with what it needs: its build folder, the recipe, the machine,

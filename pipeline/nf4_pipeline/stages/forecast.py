@@ -33,9 +33,10 @@ from nf4_pipeline.stages.cost_model import (
     quantize_seconds,
 )
 from nf4_pipeline.stages.find_source import DownloadRequest, Place, Preview, SourceFinder
+from nf4_pipeline.stages.outgoing import fitting, room_for
 from nf4_pipeline.stages.quantize import memory_needed
 from nf4_pipeline.stages.rounding_choice import rounding_for
-from nf4_pipeline.streaming.window import window_bytes
+from nf4_pipeline.streaming.passing import AHEAD
 
 _MEASURED_WEIGHTS: Final = 4 * 2**20
 _MEASURED_BYTES: Final = 64 * 2**20
@@ -69,10 +70,12 @@ class Forecast(Document):
         build: where the build folder would be; of a local folder, what it would be in, since its
             name holds a hash of all files.
         source_bytes: of its files of weights.
-        fetch_bytes: of those that are not in the Hub cache yet; where they are streamed, of all of
-            them twice, to be quantized and to be compared with the result.
-        window_bytes: of files of the source that lie in the build folder at a time, if they are
-            streamed; else 0.
+        fetch_bytes: of those that are not in the Hub cache yet; where they are streamed, of all
+            that is fetched: twice the source, to be quantized and to be compared with the result,
+            and what `lying_bytes` makes come again.
+        window_bytes: of the source that are in memory at a time, if it is streamed; else 0.
+        lying_bytes: of the result that lie in the build folder at a time, if source and result are
+            streamed; else 0. Verify makes all of it again, in memory.
         quantized_bytes: of the files of quantized weights.
         files: their names and sizes, to the byte.
         totals: those that the manifest would have.
@@ -93,6 +96,7 @@ class Forecast(Document):
     source_bytes: int
     fetch_bytes: int
     window_bytes: int = 0
+    lying_bytes: int = 0
     quantized_bytes: int
     files: Mapping[str, int]
     totals: Totals
@@ -109,7 +113,12 @@ class Forecast(Document):
 
 
 def forecast(
-    request: DownloadRequest, recipe: Recipe, machine: Machine, reporter: Reporter = SILENT
+    request: DownloadRequest,
+    recipe: Recipe,
+    machine: Machine,
+    reporter: Reporter = SILENT,
+    *,
+    sends: bool = False,
 ) -> Forecast:
     """Plans a build by the headers of its source, and measures this machine for a moment.
 
@@ -121,6 +130,7 @@ def forecast(
         recipe: everything that would shape the bytes.
         machine: what the work may use.
         reporter: told what is done.
+        sends: finished files are sent to the Hub while others are made.
 
     Raises:
         SourceError: the checkpoint is not usable, or nothing can be known of its weights before
@@ -136,7 +146,7 @@ def forecast(
     rounding = rounding_for(machine.device, preview.checkpoint.nbytes, reporter)
     with reporter.task("measure this machine", None):
         rates = measure_rates(rounding)
-    return _assemble(request, recipe, machine, place, preview, plan, rates)
+    return _assemble(request, recipe, machine, place, preview, plan, rates, sends=sends)
 
 
 def _assemble(
@@ -147,6 +157,8 @@ def _assemble(
     preview: Preview,
     plan: Plan,
     rates: Rates,
+    *,
+    sends: bool,
 ) -> Forecast:
     files = {file: layout.nbytes for file, layout in plan.layouts().items()}
     quantized, fetched = sum(files.values()), sum(preview.missing.values())
@@ -161,11 +173,15 @@ def _assemble(
         needed += chosen * (2 if recipe.quantize.effort else 1)  # calibrated, and learned
     if any(size > recipe.serialize.max_shard_bytes for size in files.values()):
         needed += quantized + extra  # what is cut anew is no hard link
-    window = 0
+    window = lying = 0
     if request.stream and preview.missing:
-        window = window_bytes(list(preview.weights.values()))
-        needed += window
+        window = min(AHEAD, sum(preview.weights.values()))
         fetched = 2 * sum(preview.weights.values())
+        local = machine.engine == "local"
+        if sends and local and max(files.values()) <= recipe.serialize.max_shard_bytes:
+            lying = room_for(files.values())
+            needed = lying + _SMALL_FILES
+            fetched += _fetched_again(plan, lying)
     cache = None
     if place.model is not None:
         cache = _space(place.folder.parents[1], 0 if window else fetched)
@@ -176,6 +192,7 @@ def _assemble(
         source_bytes=sum(preview.weights.values()),
         fetch_bytes=fetched,
         window_bytes=window,
+        lying_bytes=lying,
         quantized_bytes=quantized,
         files=files,
         totals=all_totals,
@@ -183,12 +200,27 @@ def _assemble(
         dropped=_by_reason(plan, "drop"),
         skip_modules=plan.skip_modules,
         extra_bytes=extra,
-        memory_bytes=memory_needed(plan, machine.memory_budget),
+        memory_bytes=memory_needed(plan, machine.memory_budget) + window,
         hub_cache=cache,
         builds=builds,
         fits=_fit([space for space in (cache, builds) if space is not None]),
         rates=rates,
         seconds=_seconds(preview.weights, plan, quantized, rates),
+    )
+
+
+def _fetched_again(plan: Plan, room: int) -> int:
+    """Bytes of the source from which verify makes all files again, and quantize those for which it
+    has no room until their file of the source has a hash."""
+    layouts = plan.layouts()
+    sizes: dict[str, list[int]] = {}
+    source: dict[str, list[int]] = {}
+    for name, tensors in plan.files().items():
+        file = tensors[0].source.file
+        sizes.setdefault(file, []).append(layouts[name].nbytes)
+        source.setdefault(file, []).append(sum(t.source.header.nbytes for t in tensors))
+    return sum(
+        sum(nbytes) + sum(nbytes[fitting(sizes[file], room) :]) for file, nbytes in source.items()
     )
 
 

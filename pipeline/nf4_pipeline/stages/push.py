@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
@@ -13,7 +13,7 @@ from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.checkpoint.digest import FileDigest, FileStamp, digest_file, json_sha256
 from nf4_pipeline.checkpoint.files import CARD_FILE, entries
 from nf4_pipeline.documents import Document
-from nf4_pipeline.errors import ArtifactError, BuildError, VerificationError
+from nf4_pipeline.errors import ArtifactError, BuildError, HubError, VerificationError
 from nf4_pipeline.manifest.manifest import Manifest
 from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.progress import SILENT, Reporter
@@ -62,6 +62,7 @@ class Upload:
         files: name -> digest of what will be there.
         is_written: the folder holds all of them so; else card and provenance are to be written.
         stamps: name -> what the file looked like when it was hashed.
+        sent: names of files that the Hub received ahead, and that are not in the folder.
     """
 
     target: Target
@@ -72,6 +73,7 @@ class Upload:
     files: dict[str, FileDigest]
     is_written: bool
     stamps: dict[str, FileStamp]
+    sent: frozenset[str] = frozenset()
 
     @property
     def total_bytes(self) -> int:
@@ -100,7 +102,12 @@ class Upload:
         from nf4_pipeline.hub import LocalFile
 
         return {
-            name: LocalFile(self.folder / name, digest.size, digest.sha256, self.stamps.get(name))
+            name: LocalFile(
+                None if name in self.sent else self.folder / name,
+                digest.size,
+                digest.sha256,
+                self.stamps.get(name),
+            )
             for name, digest in self.files.items()
         }
 
@@ -147,7 +154,7 @@ class Push:
         }
         # What a killed `attest` left half done is written anew.
         ignored = set() if self.build.record(ATTEST) else WRITTEN
-        found = _checked_files(self.build, manifest, self.reporter, ignored)
+        found = _checked_files(self.build, manifest, self.reporter, ignored, self._sent())
         documents = self._publication.documents()
         written = {name: FileDigest.of(content) for name, content in documents.items()}
         files = dict(sorted((found | written).items()))
@@ -167,7 +174,27 @@ class Push:
             files,
             files == found,
             stamps,
+            frozenset(self._sent()),
         )
+
+    def _sent(self) -> dict[str, FileDigest]:
+        """Files of the export that the Hub alone has, by name.
+
+        Raises:
+            HubError: another repo has them.
+        """
+        sent = self.build.only_sent(SERIALIZE)
+        if sent:
+            from nf4_pipeline import hub
+
+            url = self.build.sent.url
+            if url != hub.repo_url(self.target.repo_id):
+                raise HubError(
+                    f"{len(sent)} files of weights of {self.build.shown} are in {url} alone, where "
+                    "--stream-output sent them. Push to that repo; or run `nf4 build` without "
+                    "--stream-output first, which makes them here."
+                )
+        return {name.removeprefix("export/"): digest for name, digest in sent.items()}
 
     @property
     def _publication(self) -> Publication:
@@ -235,9 +262,16 @@ def _facts(upload: Upload, published: Published) -> PushFacts:
 
 
 def _checked_files(
-    build: Build, manifest: Manifest, reporter: Reporter, ignored: Set[str]
+    build: Build,
+    manifest: Manifest,
+    reporter: Reporter,
+    ignored: Set[str],
+    sent: Mapping[str, FileDigest],
 ) -> dict[str, FileDigest]:
-    """Every file of the export, each as it was verified, and as manifest and records have it."""
+    """Every file of the export, each as it was verified, and as manifest and records have it.
+
+    A file that the Hub alone has is what it was sent as, by its sha256.
+    """
     verified = build.need(VERIFY).inputs_in("export")
     if not verified:
         raise ArtifactError(
@@ -254,9 +288,9 @@ def _checked_files(
             path = build.export / name
             if path.is_symlink():
                 raise _refused(path, "is a link, which holds no bytes of its own")
-            if not path.is_file():
+            if not path.is_file() and name not in sent:
                 raise _refused(path, "is missing")
-            actual[name] = digest_file(path, task)
+            actual[name] = sent[name] if name in sent else digest_file(path, task)
             said = [claim[name] for claim in claims if name in claim]
             # A signature signs what is checked here, and nothing signs it.
             if name != SIGNATURE_FILE and (not said or any(one != actual[name] for one in said)):

@@ -15,7 +15,7 @@ from typing import ClassVar, Final
 from nf4_pipeline.build_folder import Build, Inputs, Record
 from nf4_pipeline.calibration.calibrator import TOKENS_FILE, CalibratedChoice, Calibrator
 from nf4_pipeline.checkpoint.atomic import make_folder, write_json
-from nf4_pipeline.checkpoint.digest import FileDigest, digest_file, json_sha256
+from nf4_pipeline.checkpoint.digest import digest_file, json_sha256
 from nf4_pipeline.checkpoint.layout import FileLayout
 from nf4_pipeline.checkpoint.plain_file import read_plain
 from nf4_pipeline.checkpoint.shards import tensor_facts
@@ -42,9 +42,11 @@ from nf4_pipeline.records import (
 )
 from nf4_pipeline.resource_usage import Usage, available_memory, measured, measured_on_device
 from nf4_pipeline.selection import Plan
+from nf4_pipeline.stages.outgoing import STAYS_HERE, Outgoing
 from nf4_pipeline.stages.rounding_choice import rounding_for
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 from nf4_pipeline.stages.streamed_source import StreamedSource, check_streamable, open_source
+from nf4_pipeline.streaming.passing import Passing
 
 CODE_VERSION: Final = 2
 _LARGEST_FACTS: Final = 256 * 2**20
@@ -52,14 +54,6 @@ FACTS_SUFFIX: Final = ".facts.json"
 """What is known of a finished file stands beside it, in one of its name and this."""
 
 _BYTES_PER_BLOCK: Final = 24  # absmax, three sums, and the rounded scale twice
-
-
-Finished = Callable[[Path, FileDigest], None]
-"""Told of a file that stands whole."""
-
-
-def _tell_nobody(path: Path, digest: FileDigest) -> None:
-    pass
 
 
 Refuse = Callable[[Collection[str]], None]
@@ -75,14 +69,14 @@ class Quantize:
         recipe: what is quantized, and how.
         machine: what the work may use.
         reporter: told how far it is.
-        finished: told of each file that stands whole, and of its digest.
+        outgoing: what becomes of files that stand whole.
     """
 
     build: Build
     recipe: Recipe
     machine: Machine
     reporter: Reporter = SILENT
-    finished: Finished = _tell_nobody
+    outgoing: Outgoing = STAYS_HERE
 
     kind: ClassVar = QUANTIZE
 
@@ -190,17 +184,17 @@ class Quantize:
         Raises:
             ResourceError: the disk has too little free space.
         """
-        needed = sum(
-            layout.nbytes
-            for file, layout in plan.layouts().items()
-            if (names is None or file in names) and not (self.build.quantized / file).exists()
+        needed = self.outgoing.begin(
+            [
+                layout.nbytes
+                for file, layout in plan.layouts().items()
+                if (names is None or file in names) and not (self.build.quantized / file).exists()
+            ]
         )
         if calibrator is not None:
             stored = sum(part.nbytes for tensor in plan.quantized for part in tensor.stored)
             needed += stored * (2 if self.recipe.quantize.effort else 1)  # calibrated, and learned
             needed -= calibrator.chosen_bytes()
-        if (streamed := StreamedSource.of(self.build, self.reporter)) is not None:
-            needed += streamed.room_for_window()
         free = shutil.disk_usage(self.build.root).free
         if needed > free:
             raise ResourceError(
@@ -249,6 +243,8 @@ class Quantize:
 
         def work(plan: Plan) -> QuantizeFacts:
             run = QuantizationRun(planner.checkpoint, plan, rounding, self.machine)
+            if (streamed := StreamedSource.of(self.build, self.reporter)) is not None:
+                streamed.check_tied(plan)  # what an earlier run made by another plan shall stay
             make_folder(self.build.quantized)
             remove_other_files(self.build.quantized, plan.layouts())
             return QuantizeFacts(
@@ -310,7 +306,9 @@ class Quantize:
         layouts = whole if names is None else {name: whole[name] for name in names}
         finished = self._find_finished(layouts, key)
         for file, facts in finished.items():
-            self.finished(folder / file, facts.digest)
+            if (folder / file).exists():
+                self.outgoing.reserve(facts.size)
+                self.outgoing.add(folder / file, facts.digest)
         if refuse is not None and len(finished) < len(layouts):
             refuse([name for name in layouts if name not in finished])
 
@@ -322,8 +320,8 @@ class Quantize:
         def done(file: str, made: QuantizedFile) -> None:
             source.check_untouched()  # else the file would count as finished
             finished[file] = _leave_facts(folder / file, made, layouts[file], key)
-            self.finished(folder / file, finished[file].digest)
             upload(file)
+            self.outgoing.add(folder / file, finished[file].digest)
 
         tensors = plan.files()
         outputs = [Output(f, tensors[f], layouts[f]) for f in layouts if f not in finished]
@@ -338,7 +336,11 @@ class Quantize:
             if streamed is None:
                 run.make("quantize", outputs, opener, done, self.reporter)
             else:
-                _make_streamed(streamed, run, outputs, opener, done)
+                for output in outputs:  # a file that was made of what nobody has hashed yet
+                    (folder / output.name).unlink(missing_ok=True)
+                making = _Making(folder, opener, done, self.outgoing, whole=names is None)
+                _make_streamed(streamed, run, outputs, making)
+        self.outgoing.settle()
         _warn_of_merged(plan, self.reporter)
         return {file: finished[file] for file in layouts}
 
@@ -363,22 +365,102 @@ def _make_streamed(
     streamed: StreamedSource,
     run: QuantizationRun,
     outputs: Sequence[Output],
-    opener: Opener,
-    done: Callable[[str, QuantizedFile], None],
+    making: _Making,
 ) -> None:
-    """Makes files of quantized/, a file of the source after the other.
+    """Makes files of quantized/ while the source passes by, one file of it after the other.
 
-    A file whose outputs all stand is not fetched, if all is known of it that later work needs.
+    What of a file of the source finds no room before its hash is known is made afterwards, of the
+    stretches that it needs: these are fetched again, and have hashes by then. A file whose outputs
+    all stand is not fetched, if all is known of it that later work needs. Of a part, the others see
+    to that.
     """
     of_source: dict[str, list[Output]] = {}
     for output in outputs:
         of_source.setdefault(output.source, []).append(output)
-    streamed.check_tied(run.plan)
-    wanted = {*of_source, *streamed.missing(run.plan)}
+    unknown = {*streamed.missing(run.plan)}
+    if not making.whole:
+        unknown &= of_source.keys()
     with run.shown("quantize", outputs, streamed.reporter) as task:
-        for file, folder in streamed.each(sorted(wanted), run.plan):
+        for file in sorted({*of_source, *unknown}):
+            left = of_source.get(file, [])
+            if file in unknown:
+                count = making.outgoing.fitting([output.layout.nbytes for output in left])
+                first, left = left[:count], left[count:]
+                _make_passing(streamed, run, file, first, making, task)
+            for output in left:
+                making.outgoing.reserve(output.layout.nbytes)
+                streamed.make_again(run, output, making.opener, making.done, task)
+
+
+def _make_passing(
+    streamed: StreamedSource,
+    run: QuantizationRun,
+    file: str,
+    outputs: Sequence[Output],
+    making: _Making,
+    task: Task,
+) -> None:
+    """Makes files while a file of the source passes by for the first time.
+
+    It has no hash before its end. Until then they have no facts, and so count no more than if they
+    were absent.
+    """
+    made: dict[str, QuantizedFile] = {}
+    begun: list[Output] = []
+
+    def work(passing: Passing) -> None:
+        again = bool(begun)
+        drop()
+        for output in outputs:
+            making.outgoing.reserve(output.layout.nbytes)
+            begun.append(output)
+            # A task that was at its end goes no further.
+            shown = _NOWHERE if again else task
+            run.make_within(shown, [output], making.opener, made.__setitem__, passing)
+
+    def drop() -> None:
+        while begun:
+            output = begun.pop()
+            (making.folder / output.name).unlink(missing_ok=True)
+            making.outgoing.release(output.layout.nbytes)
+
+    try:
+        wanted = [tensor.source for output in outputs for tensor in output.tensors]
+        streamed.pass_by(file, run.plan, wanted, work)
+        if making.whole:
             streamed.check_tied(run.plan)
-            run.on_file(folder, file).make_within(task, of_source.get(file, []), opener, done)
+    except BaseException:
+        drop()
+        raise
+    for output in outputs:
+        making.done(output.name, made[output.name])
+
+
+@dataclass(frozen=True)
+class _Making:
+    """How files of quantized/ are made.
+
+    Attributes:
+        folder: where.
+        opener: gives what takes the bytes of a file.
+        done: told of each file that counts.
+        outgoing: what becomes of it.
+        whole: these are all files; of a part, tied tensors may have passed by elsewhere.
+    """
+
+    folder: Path
+    opener: Opener
+    done: Callable[[str, QuantizedFile], None]
+    outgoing: Outgoing
+    whole: bool
+
+
+class _Nowhere:
+    def advance(self, amount: int) -> None:
+        pass
+
+
+_NOWHERE: Final = _Nowhere()
 
 
 def _warn_of_merged(plan: Plan, reporter: Reporter) -> None:

@@ -12,7 +12,7 @@ from nf4_pipeline.calibration.calibration_facts import CALIBRATION_FILE, public_
 from nf4_pipeline.calibration.calibrator import published_tokens
 from nf4_pipeline.checkpoint.atomic import link_or_copy, replacing_folder, write_bytes
 from nf4_pipeline.checkpoint.digest import json_sha256
-from nf4_pipeline.checkpoint.shards import Shard, name_shards, split_file, write_shard
+from nf4_pipeline.checkpoint.shards import Piece, Shard, name_shards, split_file, write_shard
 from nf4_pipeline.engine.quantize_checkpoint import CheckpointPlanner
 from nf4_pipeline.errors import ResourceError
 from nf4_pipeline.manifest.artifact_files import Weights, assemble_files
@@ -126,10 +126,15 @@ class Serialize:
         """The weight files: each quantized file as it is, or cut where it is too large."""
         limit = self.recipe.serialize.max_shard_bytes
         groups = {file: [t.stored for t in tensors] for file, tensors in plan.files().items()}
+        sent = self.build.only_sent(QUANTIZE)  # whole: what would be cut is not sent ahead
         pieces = [
             piece
             for file in quantized.files
-            for piece in split_file(self.build.quantized / file, limit, groups[file])
+            for piece in (
+                [Piece(self.build.quantized / file, (), whole=True)]
+                if f"quantized/{file}" in sent
+                else split_file(self.build.quantized / file, limit, groups[file])
+            )
         ]
         names = name_shards(len(pieces))
         shards = []
@@ -139,7 +144,8 @@ class Serialize:
             for name, piece in zip(names, pieces, strict=True):
                 target = folder / name
                 if piece.whole:
-                    link_or_copy(piece.path, target)
+                    if f"quantized/{piece.path.name}" not in sent:
+                        link_or_copy(piece.path, target)
                     facts = quantized.files[piece.path.name]
                     shards.append(Shard(name, facts.digest, facts.tensors))
                 else:

@@ -1,8 +1,7 @@
 """The weights of a build that stay on the Hub: planned by their headers, passed by, served.
 
 streamed/headers/<file>.header    the first bytes of each file of weights
-streamed/passed/<file>.json       what is known of a file that was here once, whole
-streamed/spool/                   files that are here now
+streamed/passed/<file>.json       what is known of a file that has passed by once, whole
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -18,19 +17,21 @@ from typing import Final
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.checkpoint.atomic import make_folder, write_json
 from nf4_pipeline.checkpoint.digest import FileDigest
-from nf4_pipeline.checkpoint.plain_file import read_beginning, read_plain
+from nf4_pipeline.checkpoint.plain_file import read_plain
 from nf4_pipeline.checkpoint.skeleton import make_skeleton
-from nf4_pipeline.checkpoint.source import Checkpoint, open_checkpoint
-from nf4_pipeline.errors import HubError, TiedWeightsDiffer, UsageError
+from nf4_pipeline.checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
+from nf4_pipeline.engine.quantize_checkpoint import QuantizationRun
+from nf4_pipeline.engine.scheduler import Opener, Output, QuantizedFile
+from nf4_pipeline.errors import CheckpointError, HubError, TiedWeightsDiffer, UsageError
 from nf4_pipeline.hub import RemoteFile, RemoteModel, read_range
 from nf4_pipeline.processes.temporary import TemporaryFolder
-from nf4_pipeline.progress import Reporter
+from nf4_pipeline.progress import Reporter, Task
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import DOWNLOAD
 from nf4_pipeline.selection import Plan
+from nf4_pipeline.streaming.passing import Passing, Span
 from nf4_pipeline.streaming.serving import Stretches, serving
-from nf4_pipeline.streaming.stretches import PassedFile, hash_stretches
-from nf4_pipeline.streaming.window import Window, window_bytes
+from nf4_pipeline.streaming.stretches import Fetch, PassedFile
 
 _FOLDER: Final = "streamed"
 _LARGEST: Final = 64 * 2**20  # bytes of what is kept of one file
@@ -105,13 +106,8 @@ class StreamedSource:
         files = tuple(RemoteFile(n, d.size, d.sha256, None) for n, d in facts.streamed.items())
         return cls(build, RemoteModel(facts.repo, facts.commit, files, facts.commit), reporter)
 
-    def room_for_window(self) -> int:
-        """Bytes that files of the source will take at a time, beside those that are there."""
-        there = sum(path.stat().st_size for path in self._spool.glob("*/blobs/*"))
-        return max(0, window_bytes([file.size for file in self.model.files]) - there)
-
     def passed(self, file: str) -> PassedFile | None:
-        """What is known of a file that was here whole; None if it was not."""
+        """What is known of a file that passed by whole; None if it did not."""
         path = self._passed_path(file)
         try:
             passed = PassedFile.from_json(json.loads(read_plain(path, _LARGEST)))
@@ -153,48 +149,114 @@ class StreamedSource:
                 missing.append(file)
         return missing
 
-    def each(self, files: Sequence[str], plan: Plan | None) -> Iterator[tuple[str, Path]]:
-        """Files that are fetched and hashed; each of them is here until the next is asked for.
+    def pass_by(
+        self,
+        file: str,
+        plan: Plan | None,
+        wanted: Sequence[SourceTensor] = (),
+        work: Callable[[Passing], None] = lambda passing: None,
+    ) -> None:
+        """Has all of a file pass by, while something is made of it; ends when its hash agrees.
+
+        What was made counts only then. If other bytes came than the Hub lists, it is done once
+        more, from the beginning.
 
         Args:
-            files: their names.
+            file: its name.
             plan: that says which tensors are tied; None if nobody wants to know.
+            wanted: the tensors that `work` reads, each of them once.
+            work: is called once or twice. What it raises of the checkpoint's bytes is raised here
+                when it is known that these are the bytes of the file.
 
         Raises:
-            HubError: the Hub refuses a file, does not answer, or sent wrong bytes twice; or its
+            HubError: the Hub refuses the file, does not answer, or sent wrong bytes twice; or its
                 header is not the one that was planned by.
-            ResourceError: the disk has no room for the next file.
+            CheckpointError: what `work` raised.
         """
-        tied = _tied(plan)
-        checkpoint = open_source(self.build)
-        wanted = [file for file in self.model.files if file.path in set(files)]
-        window = Window(self._spool, self.model, self.reporter)
-        with closing(window.files(wanted)) as came:
-            for file, path in came:
-                self._check_header(file.path, path)
-                tensors = [t.header for t in checkpoint.tensors if t.file == file.path]
-                tensors.sort(key=lambda tensor: tensor.offset)
-                digest = self._listed(file.path)
-                passed = hash_stretches(path, tensors, tied.get(file.path, set()), digest.sha256)
-                make_folder(self._passed_path(file.path).parent)
-                write_json(self._passed_path(file.path), passed.to_json())
-                yield file.path, path.parent
+        header = (self.build.root / header_path(file)).read_bytes()
+        held = [t.header for t in open_source(self.build).tensors_in(file)]
+        named = [tensor for tensor in held if tensor.name in _tied(plan).get(file, set())]
+        listed, failure = self._listed(file), None
+        for last in (False, True):
+            with (
+                self.reporter.task("stream source", listed.size) as task,
+                Passing.whole(
+                    file,
+                    listed.size,
+                    header,
+                    held,
+                    _spans(wanted),
+                    self._fetch(),
+                    task.advance,
+                    named,
+                ) as passing,
+            ):
+                try:
+                    if as_planned := passing.begins_as_planned():
+                        work(passing)
+                except CheckpointError as error:  # of the file, or of bytes that came wrong
+                    failure = error
+                passed = passing.finish()
+            if FileDigest(passed.size, passed.sha256) == listed:
+                break
+            wrong = f"expected sha256 {listed.sha256}, got {passed.sha256}"
+            if last:
+                raise HubError(
+                    f"{file} of {self.model.repo_id}@{self.model.commit[:12]} came wrong twice: "
+                    f"{wrong}. Nothing that was made of it is kept. Look for a proxy or mirror "
+                    "that alters files, or try later."
+                )
+            self.reporter.note(f"{file}: {wrong}; fetching it again")
+            failure = None
+        if not as_planned:
+            self._refuse_header(file)
+        make_folder(self._passed_path(file).parent)
+        write_json(self._passed_path(file), passed.to_json())
+        if failure is not None:
+            raise failure
+
+    def make_again(
+        self,
+        run: QuantizationRun,
+        output: Output,
+        opener: Opener,
+        done: Callable[[str, QuantizedFile], None],
+        task: Task,
+    ) -> None:
+        """Makes a file of a file of the source that has passed by; what comes has known hashes.
+
+        Args:
+            run: the engine.
+            output: the file.
+            opener: as for the engine, like `done` and `task`.
+
+        Raises:
+            HubError: the Hub refuses, does not answer, or gave other bytes twice.
+            CheckpointError: a weight holds an infinity or a NaN.
+        """
+        file, spans = output.source, _spans([tensor.source for tensor in output.tensors])
+        total = sum(end - start for start, end in spans)
+        with (
+            self.reporter.task("stream source", total) as shown,
+            Passing.known(file, self._known(file), spans, self._fetch(), shown.advance) as passing,
+        ):
+            run.make_within(task, [output], opener, done, passing)
 
     @contextmanager
     def served(self) -> Iterator[tuple[Path, Path]]:
         """A folder with headers in place of weights, and the socket where their bytes are served.
 
-        What passed by is served by stretches of known hashes; a file of which nothing is known is
-        fetched whole first.
+        What passed by is served by stretches of known hashes; a file of which nothing is known
+        passes by first.
 
         Raises:
             HubError: the Hub refuses a file, does not answer, or sends wrong bytes.
-            ResourceError: the disk has no room for a file.
         """
         if missing := self.missing(None):
             total = sum(self._listed(file).size for file in missing)
             with self.reporter.task("hash source", total) as task:
-                for file, _ in self.each(missing, None):
+                for file in missing:
+                    self.pass_by(file, None)
                     task.advance(self._listed(file).size)
         files = {file.path: self._known(file.path) for file in self.model.files}
         with TemporaryFolder("stream") as folder:
@@ -203,7 +265,7 @@ class StreamedSource:
             with serving(Stretches(files, self._fetch()), socket):
                 yield folder, socket
 
-    def _fetch(self) -> Callable[[str, int, int], bytes]:
+    def _fetch(self) -> Fetch:
         files = {file.path: file for file in self.model.files}
 
         def fetch(file: str, start: int, end: int) -> bytes:
@@ -214,33 +276,33 @@ class StreamedSource:
 
     def _known(self, file: str) -> PassedFile:
         passed = self.passed(file)
-        assert passed is not None  # it was just here
+        assert passed is not None  # it has passed by
         return passed
 
     def _listed(self, file: str) -> FileDigest:
         found = next(one for one in self.model.files if one.path == file)
         return FileDigest(found.size, found.sha256 or "")
 
-    @property
-    def _spool(self) -> Path:
-        return self.build.root.resolve() / _FOLDER / "spool"
-
     def _passed_path(self, file: str) -> Path:
         return self.build.root / _FOLDER / "passed" / f"{file}.json"
 
-    def _check_header(self, file: str, path: Path) -> None:
+    def _refuse_header(self, file: str) -> None:
         """Refuses a file that does not begin as it did when the work was planned.
 
         These first bytes had no hash then; those of the file have.
         """
-        header = (self.build.root / header_path(file)).read_bytes()
-        if read_beginning(path, len(header)) != header:
-            self.build.forget(DOWNLOAD)
-            raise HubError(
-                f"{file} of {self.model.repo_id}@{self.model.commit[:12]} begins with another "
-                "header than the one that the Hub sent when the work was planned; that one was "
-                "wrong. Run the same command again: it asks for the headers anew."
-            )
+        self.build.forget(DOWNLOAD)
+        raise HubError(
+            f"{file} of {self.model.repo_id}@{self.model.commit[:12]} begins with another "
+            "header than the one that the Hub sent when the work was planned; that one was "
+            "wrong. Run the same command again: it asks for the headers anew."
+        )
+
+
+def _spans(tensors: Sequence[SourceTensor]) -> list[Span]:
+    """Where tensors begin and end in their file."""
+    places = [tensor.header for tensor in tensors]
+    return [(place.offset, place.offset + place.nbytes) for place in places]
 
 
 def _tied(plan: Plan | None) -> Mapping[str, set[str]]:

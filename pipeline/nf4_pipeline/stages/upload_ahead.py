@@ -1,19 +1,28 @@
 """Finished files, sent to the Hub while others are made; seen by nobody until `push` names them.
 
-What goes wrong here is no failure of the build: `push` sends whatever is missing, or says why not.
+Where the source is streamed, too, a file goes away here once the Hub has received it: first it is
+noted in sent.json. Then what cannot be sent ends the build, since the next file would find no room.
+Otherwise it is no failure: `push` sends whatever is missing, or says why not.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.build_folder.sent import forget_sent, note_sent
 from nf4_pipeline.checkpoint.digest import FileDigest, FileStamp
 from nf4_pipeline.errors import PipelineError
 from nf4_pipeline.progress import Reporter
+from nf4_pipeline.records import DOWNLOAD
+from nf4_pipeline.stages.outgoing import fitting, room_for
+from nf4_pipeline.stages.remade import check_room
 
 if TYPE_CHECKING:
     from nf4_pipeline.hub import Target
@@ -35,7 +44,16 @@ class UploadAhead:
     _pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, "upload"), init=False, repr=False
     )
-    _taken: set[str] = field(default_factory=set, init=False, repr=False)
+    _changed: threading.Condition = field(
+        default_factory=threading.Condition, init=False, repr=False
+    )
+    _taken: set[Path] = field(default_factory=set, init=False, repr=False)
+    _sending: list[Future[None]] = field(default_factory=list, init=False, repr=False)
+    _build: Build | None = field(default=None, init=False, repr=False)
+    _makes_room: bool = field(default=False, init=False, repr=False)
+    _room: int | None = field(default=None, init=False, repr=False)  # None: nothing goes away
+    _lying: int = field(default=0, init=False, repr=False)
+    _failure: Exception | None = field(default=None, init=False, repr=False)
 
     def __enter__(self) -> UploadAhead:
         """Finds the repo or makes it: what is refused is known before hours of work.
@@ -57,16 +75,114 @@ class UploadAhead:
         """Waits for the files; after a failure, for the one that is under way."""
         self._pool.shutdown(cancel_futures=error is not None)
 
+    def follow(self, build: Build, *, makes_room: bool) -> None:
+        """Learns whose files will come; what was sent to another repo counts no more.
+
+        Args:
+            build: whose `download` is done.
+            makes_room: files go away here once the Hub has them, if the source is streamed, too.
+        """
+        from nf4_pipeline import hub
+
+        self._build, self._makes_room = build, makes_room
+        sent = build.sent
+        if sent.files and sent.url != hub.repo_url(self.target.repo_id):
+            self.reporter.note(
+                f"{len(sent.files)} files of this build are in {sent.url} alone; they are made "
+                f"again for {self.target.repo_id}."
+            )
+            forget_sent(build.root)
+
+    def begin(self, sizes: Collection[int]) -> int:
+        """Decides whether files go away here, and says how much of them lies here at most.
+
+        Args:
+            sizes: of all files.
+
+        Raises:
+            ResourceError: verify would have no room for them in memory.
+        """
+        build = self._build
+        goes = build is not None and build.need(DOWNLOAD).facts.streamed is not None
+        if not (self._makes_room and goes) or max(sizes, default=0) > self.largest:
+            return sum(sizes)
+        check_room(sum(sizes))
+        self._room = room_for(sizes)
+        return self._room
+
+    def fitting(self, sizes: Sequence[int]) -> int:
+        """How many of these files, from the first on, may lie here at a time."""
+        return len(sizes) if self._room is None else fitting(sizes, self._room)
+
+    def reserve(self, nbytes: int) -> None:
+        """Waits until there is room for a file.
+
+        Raises:
+            HubError: a file cannot be sent.
+        """
+        with self._changed:
+            while self._room is not None and self._lying and self._lying + nbytes > self._room:
+                self._raise_failure()
+                self._changed.wait()
+            self._raise_failure()
+            self._lying += nbytes
+
+    def release(self, nbytes: int) -> None:
+        """Takes back what was reserved for a file that went, or never came to be."""
+        with self._changed:
+            self._lying -= nbytes
+            self._changed.notify_all()
+
     def add(self, path: Path, digest: FileDigest) -> None:
-        """Sends a file, unless one with the same bytes is on its way.
+        """Sends a file, unless it is on its way, or the Hub is known to have it.
 
         Args:
             path: a file that is finished.
             digest: of it.
         """
-        if digest.size <= self.largest and digest.sha256 not in self._taken:
-            self._taken.add(digest.sha256)
-            self._pool.submit(self._send, path, digest)
+        if digest.size > self.largest or path in self._taken or not path.exists():
+            return
+        self._taken.add(path)
+        if self._room is not None and self._build is not None and self._build.sent.has(digest):
+            self._go(path, digest)
+        else:
+            self._sending.append(self._pool.submit(self._send, path, digest))
+
+    def settle(self) -> None:
+        """Waits until all that goes away is gone.
+
+        Raises:
+            HubError: a file cannot be sent.
+        """
+        with self._changed:
+            while self._room is not None and self._lying:
+                self._raise_failure()
+                self._changed.wait()
+            self._raise_failure()
+
+    def drain(self) -> None:
+        """Waits until no file is on its way any more."""
+        wait(self._sending)
+
+    def find_lost(self) -> int:
+        """Asks the Hub for the files that lie there alone; how many of them it has no more.
+
+        They are made again by the next `quantize`.
+
+        Raises:
+            HubError: the Hub does not answer.
+        """
+        from nf4_pipeline import hub
+
+        if self._build is None or not (sent := self._build.sent).files:
+            return 0
+        lost = hub.lost(sent.files, self.target, self.reporter)
+        forget_sent(self._build.root, lost)
+        return len(lost)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def _send(self, path: Path, digest: FileDigest) -> None:
         from nf4_pipeline import hub
@@ -74,7 +190,20 @@ class UploadAhead:
         try:
             file = hub.LocalFile(path, digest.size, digest.sha256, FileStamp.of(path))
             hub.send_ahead({path.name: file}, self.target, self.reporter)
+            if self._room is not None and self._build is not None:
+                note_sent(self._build.root, hub.repo_url(self.target.repo_id), digest)
+                self._go(path, digest)
         except (PipelineError, OSError) as error:
-            self.reporter.note(
-                f"{path.name} was not sent ahead, and will be sent at the end: {error}"
-            )
+            if self._room is None:
+                self.reporter.note(
+                    f"{path.name} was not sent ahead, and will be sent at the end: {error}"
+                )
+                return
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+
+    def _go(self, path: Path, digest: FileDigest) -> None:
+        path.unlink()
+        self._taken.discard(path)
+        self.release(digest.size)

@@ -24,6 +24,7 @@ from nf4_pipeline.checkpoint.digest import (
 )
 from nf4_pipeline.checkpoint.files import CARD_FILE, entries, is_tokenizer
 from nf4_pipeline.checkpoint.plain_file import check_plain
+from nf4_pipeline.cluster.ray_tasks import address_of, connected
 from nf4_pipeline.errors import ArtifactError, ResourceError
 from nf4_pipeline.fidelity.verdict import Check
 from nf4_pipeline.machine import Machine, kind_of_device
@@ -42,6 +43,7 @@ from nf4_pipeline.report.pictures import PICTURES, pictures
 from nf4_pipeline.resource_usage import available_memory, measured
 from nf4_pipeline.runtime.artifact import find_model
 from nf4_pipeline.runtime.loader import pick_device
+from nf4_pipeline.stages.remade import whole_export
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 from nf4_pipeline.stages.streamed_source import StreamedSource
 from nf4_pipeline.verification.assemble_document import assemble_measured, assemble_stopped
@@ -49,6 +51,7 @@ from nf4_pipeline.verification.check_files import (
     CheckedFiles,
     check_files,
     check_manifest,
+    check_remade,
     check_source,
 )
 from nf4_pipeline.verification.check_model import check_kept, check_weights, report_unloadable
@@ -61,6 +64,7 @@ from nf4_pipeline.verification.document import (
 from nf4_pipeline.verification.eval_text import RANDOM, Text, read_text
 from nf4_pipeline.verification.launch import Examination, Workers, compare_scores
 from nf4_pipeline.verification.messages import Baselines, SavedCodes
+from nf4_pipeline.verification.on_ray import compare_on_ray
 from nf4_pipeline.verification.prompts import (
     LARGEST,
     REFERENCE,
@@ -195,6 +199,7 @@ class Verify:
             SourceError: the source does not load.
             ResourceError: there is no such device, or too little memory on it.
             VerificationError: a process that loads a model died.
+            HubError: the source is streamed, and the Hub does not give what it lists.
         """
         if self.workers is not None:
             return self._run(self.workers)
@@ -216,13 +221,35 @@ class Verify:
             self._check_other(_artifact(self.against))
         self._forget_verdict()
         workers.begin()
+        with whole_export(self.build, self.recipe, self.machine, self.reporter) as (folder, made):
+            return self._judge(folder, made, manifest, source, against, workers)
+
+    def _judge(
+        self,
+        folder: Path,
+        made: int,
+        manifest: Manifest,
+        source: Inputs,
+        against: str | None,
+        workers: Workers,
+    ) -> Record[Verification]:
+        """Judges the export.
+
+        Args:
+            folder: where all of its files are.
+            made: how many of them were made again for this.
+            manifest: of it.
+            source: as download left it.
+            against: as for `_key`.
+            workers: the processes that verify.
+        """
         with measured() as checking:
-            export = self._stamps()
-            files = self._check_files(manifest)
+            export = _stamps(folder)
+            files = self._check_files(folder, made, manifest)
 
         def work() -> Outcome[Verification]:
             verification = replace(
-                self._verify(manifest, files.checks, workers),
+                self._verify(folder, manifest, files.checks, workers),
                 date=datetime.now(UTC).date().isoformat(),
             )
             source.check_untouched()
@@ -267,18 +294,8 @@ class Verify:
         for name in (*_WRITTEN, CARD_FILE):
             (self.build.export / name).unlink(missing_ok=True)
 
-    def _stamps(self) -> Inputs:
-        """The export as it is before it is read."""
-        stamps = {
-            f"export/{name}": FileStamp.of(path)
-            for name, path in entries(self.build.export).items()
-            if path.is_file()
-        }
-        return Inputs(self.build.root, "serialize", stamps)
-
-    def _check_files(self, manifest: Manifest) -> CheckedFiles:
+    def _check_files(self, export: Path, made: int, manifest: Manifest) -> CheckedFiles:
         """Hashes what lies in the export, and holds it against manifest, record and source."""
-        export = self.build.export
         recorded = self.build.need(SERIALIZE).outputs_in("export")[MANIFEST_FILE]
         files = check_files(export, manifest, self.reporter, others=(MANIFEST_FILE, SIGNATURE_FILE))
         checks = [
@@ -286,6 +303,10 @@ class Verify:
             check_source(manifest.source, self._source()),
             *files.checks,
         ]
+        if made:  # said, since other bytes are judged than those that were sent
+            sent = self.build.only_sent(SERIALIZE)
+            differ = [n for n, d in sent.items() if files.digests.get(n[len("export/") :]) != d]
+            checks.append(check_remade(made, differ))
         # A signature signs what is judged here, and comes later.
         judged = {n: digest for n, digest in files.digests.items() if n != SIGNATURE_FILE}
         return CheckedFiles(checks, judged)
@@ -299,10 +320,10 @@ class Verify:
         }
 
     def _verify(
-        self, manifest: Manifest, checks: Sequence[Check], workers: Workers
+        self, export: Path, manifest: Manifest, checks: Sequence[Check], workers: Workers
     ) -> Verification:
         """Both models; if a check of the files failed, nothing is learned of them."""
-        recipe, export = self.recipe.verify, self.build.export
+        recipe = self.recipe.verify
         versions = _versions()
         if not all(check.passed for check in checks):
             return assemble_stopped(checks, recipe, versions)
@@ -323,6 +344,11 @@ class Verify:
                 asked = replace(asked, source=source_folder, served=served)
             folder = stack.enter_context(TemporaryFolder("scores"))
             own, others = folder / "own.npz", folder / "others.npz"
+            baselines = self.baselines(manifest)
+            try:
+                asked = self._dealt_out(asked, export, baselines, folder)
+            except ArtifactError as error:
+                return assemble_stopped([*checks, report_unloadable(str(error))], recipe, versions)
             readers = stack.enter_context(
                 Readers(
                     _read(export, manifest),
@@ -339,7 +365,7 @@ class Verify:
                     own,
                     workers,
                     self.reporter,
-                    baselines=self.baselines(manifest),
+                    baselines=baselines,
                     logits=readers.own_logits,
                     together=together,
                 )
@@ -367,6 +393,26 @@ class Verify:
                 )
                 verification = replace(verification, against=against)
         return verification
+
+    def _dealt_out(
+        self, asked: Examination, export: Path, baselines: Baselines, folder: Path
+    ) -> Examination:
+        """The same, with the comparison done by tasks of a Ray cluster, if there are several."""
+        address = self.machine.ray_address
+        of_one_host = asked.device == "cpu" and address_of(address) is None
+        if self.machine.engine != "ray" or of_one_host:
+            return asked
+        if self.build.is_copy or asked.served is not None:
+            self.reporter.detail(
+                "The models are compared on this host: other nodes do not see what is compared."
+            )
+            return asked
+        request = asked.artifact_request(export, folder / "own.npz", baselines)
+        with (
+            self.reporter.task("compare on Ray", None),
+            connected(address) as cluster,
+        ):
+            return replace(asked, shares=compare_on_ray(request, cluster, folder))
 
     def baselines(self, manifest: Manifest) -> Baselines:
         """Round to nearest, unless the artifact is that, and the codes that learning began with."""
@@ -446,6 +492,16 @@ class Verify:
         if record.facts.tokenizer is not None:
             return record.facts.tokenizer.status == "loads"
         return any(is_tokenizer(name) for name in record.outputs_in("source"))
+
+
+def _stamps(export: Path) -> Inputs:
+    """An export as it is before it is read."""
+    stamps = {
+        f"{export.name}/{name}": FileStamp.of(path)
+        for name, path in entries(export).items()
+        if path.is_file()
+    }
+    return Inputs(export.parent, "serialize", stamps)
 
 
 def _read(export: Path, manifest: Manifest) -> Export:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import socketserver
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Final
 
-from nf4_pipeline.errors import HubError, PipelineError
+from nf4_pipeline.errors import PipelineError
 from nf4_pipeline.streaming.reading import short
-from nf4_pipeline.streaming.stretches import PassedFile, Stretch
+from nf4_pipeline.streaming.stretches import Fetch, PassedFile, Stretch, fetch_right
 
 _AHEAD: Final = 6  # stretches that are fetched at a time
 _KEPT: Final = 12  # stretches of which something was not asked for yet
-
-Fetch = Callable[[str, int, int], bytes]
-"""Fetches bytes of a file: its name, where they begin, where they end."""
 
 
 class Stretches:
@@ -74,22 +70,12 @@ class Stretches:
         if mine:
             try:
                 with self._room:
-                    future.set_result(self._fetch_right(file, stretch))
+                    future.set_result(fetch_right(self._fetch, file, stretch))
             except BaseException as error:
                 with self._lock:
                     self._forget(key)
                 future.set_exception(error)
         return future.result()
-
-    def _fetch_right(self, file: str, stretch: Stretch) -> bytes:
-        for _ in range(2):
-            data = self._fetch(file, stretch.start, stretch.end)
-            if hashlib.sha256(data).hexdigest() == stretch.sha256:
-                return data
-        raise HubError(
-            f"{file}: bytes {stretch.start:,} to {stretch.end:,} came wrong twice: expected sha256 "
-            f"{stretch.sha256}. Look for a proxy or mirror that alters files, or try later."
-        )
 
     def _gave(self, file: str, stretch: Stretch, size: int) -> None:
         key = file, stretch.start

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
-from nf4_pipeline.checkpoint.plain_file import open_plain
 from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor
 from nf4_pipeline.documents import Document
+from nf4_pipeline.errors import HubError
 
 LARGEST: Final = 16 * 2**20
 """Bytes of a stretch: few requests for a model, and few bytes in memory at a time."""
 
 _BLOCK: Final = re.compile(r".*?\.\d+\.")
-_CHUNK: Final = 4 * 2**20
+
+Fetch = Callable[[str, int, int], bytes]
+"""Fetches bytes of a file: its name, where they begin, where they end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,7 @@ class PassedFile(Document):
     size: int
     sha256: str
     stretches: tuple[Stretch, ...]
-    tensors: dict[str, str]
+    tensors: Mapping[str, str]
 
 
 def cut(tensors: Sequence[HeaderTensor]) -> list[tuple[int, int]]:
@@ -75,37 +76,17 @@ def cut(tensors: Sequence[HeaderTensor]) -> list[tuple[int, int]]:
     return spans
 
 
-def hash_stretches(
-    path: Path, tensors: Sequence[HeaderTensor], named: Collection[str], sha256: str
-) -> PassedFile:
-    """Hashes the stretches of a file whose own hash is known, and some of its tensors.
-
-    Args:
-        path: the file.
-        tensors: all that it holds, in the order of their bytes.
-        named: those that are hashed by themselves, by name.
-        sha256: of the file.
+def fetch_right(fetch: Fetch, file: str, stretch: Stretch) -> bytes:
+    """Fetches a stretch; once more, if it came wrong.
 
     Raises:
-        OSError: the file cannot be read.
+        HubError: the Hub refuses, does not answer, or gave other bytes twice.
     """
-    with open_plain(path) as file:
-        stretches = tuple(
-            Stretch(start=start, end=end, sha256=_sha256(file, start, end))
-            for start, end in cut(tensors)
-        )
-        whole = {
-            tensor.name: _sha256(file, tensor.offset, tensor.offset + tensor.nbytes)
-            for tensor in tensors
-            if tensor.name in named
-        }
-    return PassedFile(size=path.stat().st_size, sha256=sha256, stretches=stretches, tensors=whole)
-
-
-def _sha256(file: BinaryIO, start: int, end: int) -> str:
-    found = hashlib.sha256()
-    file.seek(start)
-    while start < end and (data := file.read(min(_CHUNK, end - start))):
-        found.update(data)
-        start += len(data)
-    return found.hexdigest()
+    for _ in range(2):
+        data = fetch(file, stretch.start, stretch.end)
+        if hashlib.sha256(data).hexdigest() == stretch.sha256:
+            return data
+    raise HubError(
+        f"{file}: bytes {stretch.start:,} to {stretch.end:,} came wrong twice: expected sha256 "
+        f"{stretch.sha256}. Look for a proxy or mirror that alters files, or try later."
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,21 @@ def check_source(found: Source, expected: Source) -> Check:
     problems += [f"other bytes of {name} than in source/" for name in differ[:3]]
     words = f"{expected.repo} at {expected.version[:12]}, {len(expected.files)} files"
     return Check("source as the manifest says", not problems, "; ".join(problems) or words, words)
+
+
+def check_remade(made: int, differ: Sequence[str]) -> Check:
+    """Files that only the Hub has, which were made again to be judged, against what it was sent.
+
+    Args:
+        made: how many there are.
+        differ: paths of those that have other bytes.
+    """
+    return Check(
+        "files that the Hub alone has, made again",
+        not differ,
+        f"other bytes of {', '.join(differ[:3])}" if differ else f"{made} files, the same sha256",
+        f"{made} files with the sha256 that the Hub received",
+    )
 
 
 @dataclass(frozen=True)
