@@ -7,6 +7,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe, load_recipe
 from nf4_pipeline.stages.find_source import DownloadRequest
 
+from tests.support import warm
 from tests.support.jobs import CPU, download
 from tests.support.tiny import copy_of, write_falcon, write_recipe
 
@@ -30,6 +32,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 _CACHE = tempfile.TemporaryDirectory(prefix="nf4-tests-")
 atexit.register(_CACHE.cleanup)
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One warm process for all that run tests: xdist's workers inherit its name."""
+    if not hasattr(config, "workerinput"):
+        stack = ExitStack()
+        stack.enter_context(warm.serving())
+        config.add_cleanup(stack.close)
+
 
 # One fixed set of examples: a run that fails, fails again.
 settings.register_profile(
@@ -46,6 +57,13 @@ settings.load_profile("fixed")
 def workers_here() -> Iterator[None]:
     """Workers run in this process: a child imports torch each time."""
     with in_process():
+        yield
+
+
+@pytest.fixture(scope="module")
+def warm_workers() -> Iterator[None]:
+    """Workers are forks of a process that has imported (see `tests.support.warm`)."""
+    with warm.workers():
         yield
 
 
@@ -94,7 +112,7 @@ def verified(
     """A build whose verdict is "pass" (see `copy_of`)."""
     recipe = load_recipe(quick_recipe)
     folder = tmp_path_factory.mktemp("verified")
-    with in_process():
+    with in_process(), warm.workers():
         build, results = run_build(DownloadRequest(str(tiny_falcon), folder), recipe, CPU, SILENT)
     assert results["verify"].record.facts.verdict == "pass"
     return build.root
@@ -105,6 +123,6 @@ def calibrated_sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole build of the sample, calibrated on 4,096 tokens of its own (see `copy_of`)."""
     recipe = Recipe(QuantizeRecipe(calibrate="self", calibration_tokens=4096))
     request = DownloadRequest("sample", tmp_path_factory.mktemp("calibrated-sample"))
-    with in_process():
+    with in_process(), warm.workers():
         build, _ = run_build(request, recipe, CPU, SILENT)
     return build.root

@@ -24,6 +24,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from traitlets.config import Config
 
+from tests.support import warm
 from tests.support.tiny import environment
 
 NOTEBOOK: Final = Path(__file__).parents[1] / "notebooks" / "quantize_falcon.ipynb"
@@ -92,7 +93,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
             kernel_name="python3",
             resources={"metadata": {"path": str(folder)}},
             config=Config({"KernelManager": named}),
-        ).execute(env=environment(home) | own_home | COLAB)
+        ).execute(env=warm.variables(environment(home) | own_home | COLAB))
     return Ran(folder, {cell.id: cell for cell in notebook.cells})
 
 

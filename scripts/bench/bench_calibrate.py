@@ -30,13 +30,9 @@ import click
 from falcon_shapes import make_checkpoint
 
 COLUMNS = (
-    "layers", "tokens", "stage s", "sampling s", "pass s", "walk s", "inputs s", "sums s",
-    "factors s", "corrections s", "choices s", "writing s", "waiting s", "measuring s", "engine s",
-    "process s", "sampling GPU GB", "pass GPU GB", "measuring GPU GB", "host GB",
-)  # fmt: skip
-_PARTS = (
-    "whole", "inputs", "sums", "factors", "corrections", "choices", "writing",
-    "waiting for writing",
+    "layers", "tokens", "stage s", "sampling s", "pass s", "walk s", "guides s", "choices s",
+    "writing s", "waiting s", "measuring s", "engine s", "process s", "sampling GPU GB",
+    "pass GPU GB", "measuring GPU GB", "host GB",
 )  # fmt: skip
 
 
@@ -121,7 +117,10 @@ def _cells(depth: int, found: dict[str, Any]) -> list[object]:
                 found["stage"],
                 seconds["sampling"],
                 seconds["pass"],
-                *(seconds.get(name, 0.0) for name in _PARTS),
+                *(
+                    seconds.get(name, 0.0)
+                    for name in ("whole", "guides", "choices", "writing", "waiting for choices")
+                ),
                 seconds["sensitivity"],
                 engine,
                 found["process"],

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.support import hub_uploads
+from tests.support import hub_uploads, warm
 from tests.support.hub_client import isolated
 from tests.support.hub_server import TOKEN, HubServer
 from tests.support.hub_store import Repo, git_sha1
@@ -97,7 +97,7 @@ class _Trial:
         return subprocess.Popen(
             [sys.executable, "-m", "nf4_pipeline", *self.arguments],
             cwd=self.folder,
-            env=isolated(self.folder / "hf", self.hub.url, HF_TOKEN=TOKEN),
+            env=warm.variables(isolated(self.folder / "hf", self.hub.url, HF_TOKEN=TOKEN)),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -12,7 +12,7 @@ from typing import Final
 
 import pytest
 
-from tests.support import hub_uploads
+from tests.support import hub_uploads, warm
 from tests.support.hub_client import isolated
 from tests.support.hub_server import TOKEN, HubServer
 from tests.support.identities import Issuer
@@ -44,7 +44,7 @@ def platform(hub: HubServer, tmp_path: Path) -> Platform:
         tmp_path / "platform",
         ROOT,
         tmp_path / "caller",
-        environment=isolated(tmp_path / "hf", hub.url, CUDA_VISIBLE_DEVICES=""),
+        environment=warm.variables(isolated(tmp_path / "hf", hub.url, CUDA_VISIBLE_DEVICES="")),
     )
 
 

@@ -15,6 +15,7 @@ from nf4_pipeline.build_folder import Build
 from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.records import QUANTIZE
 
+from tests.support import warm
 from tests.support.command_line import run_nf4
 from tests.support.failures import check_message, check_nothing_written
 from tests.support.held import Moment, held
@@ -55,7 +56,7 @@ def start(
     return subprocess.Popen(
         [sys.executable, "-m", "nf4_pipeline", *command_of(build), *options],
         cwd=build.root.parent,
-        env={**environment(build.root.parent), "OMP_NUM_THREADS": str(threads)},
+        env=warm.variables({**environment(build.root.parent), "OMP_NUM_THREADS": str(threads)}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -19,7 +19,7 @@ import pytest
 import torch
 from nf4_pipeline.build_folder import Build
 
-from tests.support import hub_uploads
+from tests.support import hub_uploads, warm
 from tests.support.checkpoints import make_checkpoint
 from tests.support.command_line import without_progress
 from tests.support.hub_client import isolated
@@ -62,7 +62,7 @@ class Shell:
         return subprocess.Popen(
             [sys.executable, "-c", IMPATIENT, *map(str, args)],
             cwd=self.folder,
-            env=self.environment | variables,
+            env=self.environment | variables if variables else warm.variables(self.environment),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

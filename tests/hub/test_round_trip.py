@@ -20,12 +20,15 @@ from nf4_pipeline.provenance.signing import sign
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.stages.find_source import DownloadRequest
 
+from tests.support import warm
 from tests.support.hub_client import isolated
 from tests.support.hub_server import HubServer
 from tests.support.hub_worker import Worker
 from tests.support.jobs import CPU
 from tests.support.signed import make_keys
 from tests.support.tiny import content_of, copy_of
+
+pytestmark = pytest.mark.usefixtures("warm_workers")
 
 PART = 300_000
 
@@ -143,7 +146,7 @@ def test_what_the_card_says_to_run_runs(
         "nf4": [sys.executable, "-m", "nf4_pipeline"],
     }
     for line in lines:
-        run_as([*programs[line[0]], *line[1:]], stranger, tmp_path)
+        run_as([*programs[line[0]], *line[1:]], warm.variables(stranger), tmp_path)
 
 
 def run_as(command: list[str], env: dict[str, str], folder: Path) -> str:

@@ -16,6 +16,7 @@ from nf4_pipeline.processes.parent_side import run
 from nf4_pipeline.progress import SILENT
 from safetensors.torch import load_file
 
+from tests.support import warm
 from tests.support.hub_client import isolated
 from tests.support.hub_server import HubServer
 from tests.support.jobs import download
@@ -86,7 +87,7 @@ def test_a_hub_model_of_pickles(pickled: Path, tiny_falcon: Path, tmp_path: Path
             subprocess.run(
                 [*command, *options],
                 cwd=tmp_path,
-                env=isolated(tmp_path / "hf", hub.url),
+                env=warm.variables(isolated(tmp_path / "hf", hub.url)),
                 capture_output=True,
                 text=True,
                 check=False,

@@ -24,6 +24,7 @@ from nf4_pipeline.records import QUANTIZE
 from nf4_pipeline.reproduce.compare_files import Difference
 from nf4_pipeline.reproduce.reproduce import reproduce
 
+from tests.support import warm
 from tests.support.checkpoints import make_checkpoint
 from tests.support.command_line import run_nf4
 from tests.support.hub_client import isolated
@@ -252,7 +253,8 @@ def test_a_published_artifact_from_the_hub(made: Made, tmp_path: Path) -> None:
     with HubServer() as hub:
         repo = hub.store.add("some-org/tiny", made.model)
         commit = repo.refs["main"]
-        home = isolated(tmp_path / "hf", hub.url, CUDA_VISIBLE_DEVICES="", TMPDIR=str(tmp_path))
+        own = isolated(tmp_path / "hf", hub.url, CUDA_VISIBLE_DEVICES="", TMPDIR=str(tmp_path))
+        home = warm.variables(own)
         recipe = tmp_path / "recipe.toml"
         recipe.write_text('[serialize]\nmax_shard_size = "20KB"\n')
 

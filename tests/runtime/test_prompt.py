@@ -58,7 +58,7 @@ def test_one_process_answers_all_prompts(exported_falcon: Path, tmp_path: Path) 
 def test_a_command_with_a_hostile_template(tiny_falcon: Path, tmp_path: Path) -> None:
     folder = copy_of(tiny_falcon, tmp_path / "model")
     write_template(folder, TEMPLATES["a huge join"])
-    done = nf4("prompt", folder, "Hello", "--max-new-tokens", "2", cwd=tmp_path)
+    done = nf4("prompt", folder, "Hello", "--max-new-tokens", "2", cwd=tmp_path, cold=True)
     assert (done.status, done.out) == (1, "")
     said = without_progress(done.err)
     assert said.startswith(f"Error: The chat template of {folder} ")

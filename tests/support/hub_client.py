@@ -20,6 +20,8 @@ from unittest import mock
 
 from nf4_pipeline.progress import SilentReporter
 
+from tests.support import warm
+
 ROOT = Path(__file__).parents[2]
 
 PYTHONPATH = os.pathsep.join([str(ROOT), str(ROOT / "pipeline")])
@@ -33,7 +35,8 @@ _FOREIGN = (
 
 def isolated(home: Path, endpoint: str, **variables: str) -> dict[str, str]:
     """An environment whose Hub is `endpoint` and whose cache is `home`."""
-    kept = {k: v for k, v in os.environ.items() if not k.upper().startswith(_FOREIGN)}
+    own = warm.without(os.environ)
+    kept = {k: v for k, v in own.items() if not k.upper().startswith(_FOREIGN)}
     return kept | {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(home),

@@ -313,6 +313,8 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Head and body are two packets: the second would wait 40 ms for the first's acknowledgement.
+    disable_nagle_algorithm = True
     timeout = 300
     server: _Server
     # Sent to those who bring no token, as the real Hub does; the client prints it.

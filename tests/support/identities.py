@@ -185,6 +185,7 @@ class Issuer:
 def _handler(issuer: Issuer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # see `hub_server`
         timeout = 300
 
         def log_message(self, format: str, *args: object) -> None:

@@ -323,6 +323,7 @@ class Sigstore:
 def _handler(sigstore: Sigstore) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # see `hub_server`
         timeout = 300
 
         def log_message(self, format: str, *args: object) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from tests.support import warm
+
 SHARDS: Final = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 INDEX: Final = "model.safetensors.index.json"
 END_OF_TEXT: Final = "<|endoftext|>"
@@ -155,7 +157,7 @@ def environment(home: Path) -> dict[str, str]:
         name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTEST_"))
     }
     return {
-        **kept,
+        **warm.without(kept),
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(home / "hf-home"),
         "XDG_CACHE_HOME": str(home / "xdg-cache"),
@@ -164,12 +166,19 @@ def environment(home: Path) -> dict[str, str]:
     }
 
 
-def start_nf4(*args: str | Path, cwd: Path) -> subprocess.Popen[str]:
-    """Starts `python -m nf4_pipeline ARGS` in a folder."""
+def start_nf4(*args: str | Path, cwd: Path, cold: bool = False) -> subprocess.Popen[str]:
+    """Starts `python -m nf4_pipeline ARGS` in a folder.
+
+    Args:
+        args: of the command.
+        cwd: the folder.
+        cold: whether each of its workers imports for itself (see `tests.support.warm`).
+    """
+    own = environment(cwd)
     return subprocess.Popen(
         [sys.executable, "-m", "nf4_pipeline", *map(str, args)],
         cwd=cwd,
-        env=environment(cwd),
+        env=own if cold else warm.variables(own),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -184,9 +193,9 @@ def listen_to_interrupts() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def nf4(*args: str | Path, cwd: Path, timeout: float = 600) -> Done:
-    """Runs `python -m nf4_pipeline ARGS` in a folder until it ends."""
-    process = start_nf4(*args, cwd=cwd)
+def nf4(*args: str | Path, cwd: Path, timeout: float = 600, cold: bool = False) -> Done:
+    """Runs `python -m nf4_pipeline ARGS` in a folder until it ends; `cold` as in `start_nf4`."""
+    process = start_nf4(*args, cwd=cwd, cold=cold)
     try:
         out, err = process.communicate(timeout=timeout)
     except BaseException:

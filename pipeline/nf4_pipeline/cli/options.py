@@ -316,8 +316,9 @@ _SHAPING: Final[dict[str, tuple[Decorator, ...]]] = {
         click.option(
             "--effort",
             metavar="high",
-            help="With --calibrate: codes then learn from the 16-bit model. Some minutes on a GPU, "
-            "which holds the model twice; about a third less loss than by calibration alone.",
+            help="With --calibrate: codes then learn from the 16-bit model. Some minutes on a GPU "
+            "that holds the model twice and as much again, longer on a smaller one; about a third "
+            "less loss than by calibration alone.",
         ),
     ),
     "serialize": (
@@ -348,9 +349,7 @@ _SHAPING: Final[dict[str, tuple[Decorator, ...]]] = {
 }
 """What shapes the result of a stage, in the place of what the recipe says."""
 
-_COMPUTES: Final = (
-    '"cuda" quantizes and calibrates on all GPUs of the host, and verifies on the first.'
-)
+_COMPUTES: Final = '"cuda" quantizes on all GPUs of the host, and verifies on the first.'
 _JUDGES: Final = "Of the verdict: one from another kind of device is stale."
 
 

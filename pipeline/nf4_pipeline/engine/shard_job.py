@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from nf4_pipeline.checkpoint.sink import Sink
 from nf4_pipeline.engine.chunks import Chunk, Source, read_chunk
-from nf4_pipeline.engine.finite import first_not_finite
 from nf4_pipeline.engine.tied_weights import TiedTensor
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.nf4 import BLOCK_SIZE
@@ -47,6 +46,8 @@ def _check_finite(data: NDArray[Any], chunk: Chunk) -> None:
     Raises:
         CheckpointError: the chunk holds one.
     """
+    from nf4_pipeline.engine.finite import first_not_finite  # and numba
+
     source = chunk.tensor.source
     bad = first_not_finite(data, source.header.dtype)
     if bad is not None:

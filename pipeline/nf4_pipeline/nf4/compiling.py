@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Final
-
-from numba.core.event import Event, Listener, install_listener
+from typing import TYPE_CHECKING, Any, Final
 
 from nf4_pipeline.progress import Reporter
+
+if TYPE_CHECKING:
+    from numba.core.event import Event
 
 TITLE: Final = "compile kernels (numba)"
 
@@ -21,12 +22,19 @@ def compilation_shown(reporter: Reporter) -> Iterator[None]:
     Args:
         reporter: told.
     """
+    from numba.core.event import Listener, install_listener
+
+    Listener.register(_Compilations)
     with install_listener("numba:compile", _Compilations(reporter)):
         yield
 
 
-class _Compilations(Listener):  # type: ignore[misc]
-    """One task for all that compile at the same time."""
+class _Compilations:
+    """One task for all that compile at the same time.
+
+    It is a listener by its one method, not by its base: numba is imported when something may be
+    compiled, and not by everybody who could quantize.
+    """
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
@@ -34,16 +42,13 @@ class _Compilations(Listener):  # type: ignore[misc]
         self._running = 0
         self._shown: AbstractContextManager[Any] | None = None
 
-    def on_start(self, event: Event) -> None:
+    def notify(self, event: Event) -> None:
+        """What numba calls at the beginning and at the end of each compilation."""
         with self._lock:
-            self._running += 1
-            if self._running == 1:
+            self._running += 1 if event.is_start else -1
+            if self._running and self._shown is None:
                 self._shown = self._reporter.task(TITLE, None)
                 self._shown.__enter__()
-
-    def on_end(self, event: Event) -> None:
-        with self._lock:
-            self._running -= 1
-            if self._running == 0 and self._shown is not None:
+            elif not self._running and self._shown is not None:
                 self._shown.__exit__(None, None, None)
                 self._shown = None

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nf4_pipeline.nf4 import NESTED_BLOCK_SIZE, cpu
+from nf4_pipeline.nf4 import NESTED_BLOCK_SIZE
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class NestedScales:
 
     def scales(self) -> NDArray[np.float32]:
         """The scales that every reader will compute, float32 [blocks]."""
+        from nf4_pipeline.nf4 import cpu  # and numba: half a second, only where there are scales
+
         scales = np.empty(self.codes.size, np.float32)
         cpu.nested_dequantize(self.codes, self.absmax, self.offset, scales)
         return scales
@@ -53,6 +55,8 @@ def double_quantize(absmax: NDArray[np.float32]) -> NestedScales:
     Args:
         absmax: the scales of one weight in the order of its blocks, float32 [blocks], blocks > 0.
     """
+    from nf4_pipeline.nf4 import cpu
+
     codes = np.empty(absmax.size, np.uint8)
     nested = np.empty(nested_blocks_of(absmax.size), np.float32)
     offset = cpu.nested_quantize(absmax, codes, nested)

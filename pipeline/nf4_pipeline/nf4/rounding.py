@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nf4_pipeline.nf4 import BLOCK_SIZE, cpu
+from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.nf4.double_quant import NestedScales, double_quantize
 from nf4_pipeline.nf4.packing import blocks_of
 
@@ -95,6 +95,8 @@ class NearestOnCpu:
         return np.empty(nbytes, np.uint8)
 
     def start_weight(self, name: str, weights: int) -> WeightRounding:
+        from nf4_pipeline.nf4 import cpu  # and numba: half a second, only for who rounds
+
         return NearestWeight(cpu.quantize_blocks, weights)
 
 
@@ -122,6 +124,8 @@ class NearestWeight:
 
     def finish(self) -> RoundedWeight:
         """All blocks are rounded: the scales are rounded in turn."""
+        from nf4_pipeline.nf4 import cpu
+
         nested = double_quantize(self._absmax)
         error, energy = cpu.squared_error(self._absmax, self._sums, nested.scales())
         return RoundedWeight(nested, relative_rmse(error, energy))
