@@ -317,8 +317,8 @@ _SHAPING: Final[dict[str, tuple[Decorator, ...]]] = {
         click.option(
             "--effort",
             metavar="high",
-            help="With --calibrate: codes then learn from the 16-bit model. Minutes to half an hour "
-            "on a GPU that holds the model twice and as much again, longer on a smaller one; "
+            help="With --calibrate: codes then learn from the 16-bit model. Minutes to half an "
+            "hour on a GPU that holds the model twice and as much again, longer on a smaller one; "
             "nearly half less loss than by calibration alone, on a CPU a tenth.",
         ),
     ),
