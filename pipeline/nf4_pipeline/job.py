@@ -49,8 +49,8 @@ from nf4_pipeline.stages.find_source import DownloadRequest
 from nf4_pipeline.stages.forecast import Forecast, forecast
 from nf4_pipeline.stages.push import Push
 from nf4_pipeline.stages.quantize import Quantize, count_finished_files
-from nf4_pipeline.stages.quantize_on_ray import QuantizeOnRay
-from nf4_pipeline.stages.quantize_parts import MergeParts, QuantizePart, refuse_calibrated
+from nf4_pipeline.stages.quantize_on_ray import QuantizeOnRay, refuse_calibrated_at_url
+from nf4_pipeline.stages.quantize_parts import MergeParts, QuantizePart, refuse_to_divide
 from nf4_pipeline.stages.run_recorded import Stage
 from nf4_pipeline.stages.serialize import Serialize
 from nf4_pipeline.stages.upload_ahead import UploadAhead
@@ -310,7 +310,7 @@ def run_stage(
             check_gpu(machine)
     with translate_errors(name, build), build.locked(_patience(machine)):
         whole = complete_recipe(build, recipe, before=name)
-        _check_engine(whole, machine, build.shown if build.is_copy else None)
+        _check_engine(whole, machine, build.url)
         if name == "serialize" and build.record(QUANTIZE) is None and part_records(build):
             _merge(build, whole, machine, reporter)
         if name in SHAPING_TABLES:
@@ -361,6 +361,7 @@ def run_part(
     with translate_errors("quantize", build):
         _check_begun(build, machine, reporter)
         whole = complete_recipe(build, recipe, before="quantize")
+        refuse_to_divide(build, whole)
         _decide_together(build, whole)
     stage = QuantizePart(Quantize(build, whole, machine, reporter), part)
     with translate_errors("quantize", build), reporter.stage(f"quantize {part}") as shown:
@@ -409,13 +410,7 @@ def _check_begun(build: Build, machine: Machine, reporter: Reporter) -> None:
 def _check_engine(recipe: Recipe, machine: Machine, url: str | None) -> None:
     """Refuses what Ray cannot do before anything is changed."""
     if machine.engine == "ray":
-        if url is not None:
-            raise UsageError(
-                f"--engine ray: its tasks work in one folder that all nodes see, and {url} "
-                "is a URL. Name a folder as --build-dir; or make parts on several machines: nf4 "
-                "quantize --part 1/3."
-            )
-        refuse_calibrated(recipe, "--engine ray")
+        refuse_calibrated_at_url(recipe, url)
         check_installed()
 
 

@@ -30,8 +30,9 @@ class Machine:
         workers: threads that quantize; 0 for as many as keep the device busy.
         memory_budget: bytes for all buffers of the engine together.
         device_memory: bytes of the device that verifying may use; 0 for all that is free.
-        engine: what runs the quantizing: threads of this process, or tasks of a Ray cluster, each
-            of which makes one file with as many `workers`.
+        engine: what runs the work: processes of this host, or tasks of a Ray cluster. Of these,
+            each makes one file with as many `workers`, or one calibrates, or each compares both
+            models on a share of the text.
         ray_address: of the cluster; None for the one that RAY_ADDRESS says, or else one that is
             started for this run.
     """

@@ -2,14 +2,17 @@
 
     python scripts/bench/bench_scaling.py --workers 1,2,4 [--cold]
     python scripts/bench/bench_scaling.py --workers 1,2 --device cuda     # a GPU for each worker
+    python scripts/bench/bench_scaling.py --workers 1,2 --folder /dev/shm # without any disk
     python scripts/bench/bench_scaling.py --extrapolate                   # no run: known models
 
 A worker is a process that makes its share of the output files, pinned to processors of its own (of
 N workers at most, to 1/N of the host), so that one of them stands for a host or for a GPU with its
 processors. "work" is the time from the first worker's first byte to the last one's last, "whole"
-that from the start of the processes, imports included. "limit" reads the same files and writes as
-many bytes, synced, and does nothing else. "model" is `stages/cost_model.py` with the rates that one
-worker's processors just had and the disk's of the limit. Cold runs need root.
+that from the start of the processes, imports included. "rounding" is what all workers at once round
+in a second, each on its device with its processors, of a chunk that is in memory: copied there,
+rounded, copied back, and neither read, hashed nor written. "limit" reads the same files and writes
+as many bytes, synced, and does nothing else. "model" is `stages/cost_model.py` with the rates that
+one worker had and the disk's of the limit. Cold runs need root.
 """
 
 from __future__ import annotations
@@ -53,11 +56,24 @@ _BITS = 4.127  # of a quantized weight, with its scales
 
 @dataclass(frozen=True)
 class Run:
-    """What some workers took: seconds, and those of all their processors together."""
+    """What some workers took: seconds, and those of all their processors together.
+
+    Attributes:
+        work: seconds from the first byte to the last.
+        whole: seconds of the processes.
+        processors: seconds of all their processors together.
+        rates: of each worker, while the others were measured, too.
+    """
 
     work: float
     whole: float
     processors: float
+    rates: list[Rates]
+
+    @property
+    def weights(self) -> int:
+        """Rounded in a second by all workers together."""
+        return sum(rates.weights for rates in self.rates)
 
 
 @click.command()
@@ -103,14 +119,13 @@ def _compare(
     own = max(1, (os.cpu_count() or 1) // max(counts))
     runs: dict[int, list[Run]] = {count: [] for count in counts}
     limits: list[tuple[float, float]] = []
-    rates: list[Rates] = []
     _limit(folder, build, cold)  # fills the page cache
     for _ in range(rounds):
         for count in counts:
             runs[count].append(_run(build, count, own, device, cold))
         limits.append(_limit(folder, build, cold))
-        rates.append(_rates(own, device))
     reading, writing = (statistics.median(values) for values in zip(*limits, strict=True))
+    rates = [run.rates[0] for run in runs[counts[0]]]
     rate = Rates(
         sha256=int(statistics.median(each.sha256 for each in rates)),
         weights=int(statistics.median(each.weights for each in rates)),
@@ -125,9 +140,13 @@ def _compare(
         f"({work.source_bytes / 1e9 / reading:.2f} and "
         f"{work.output_bytes / 1e9 / writing:.2f} GB/s)"
     )
-    click.echo("| workers | work s | GB/s in | speedup | efficiency | model s | CPU s |")
-    click.echo("| --- | --- | --- | --- | --- | --- | --- |")
+    click.echo(
+        "| workers | work s | GB/s in | speedup | efficiency | rounding G weights/s "
+        "| efficiency of rounding | model s | CPU s |"
+    )
+    click.echo("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     base = statistics.median(run.work for run in runs[counts[0]]) * counts[0]
+    alone = statistics.median(run.weights for run in runs[counts[0]]) / counts[0]
     for count in counts:
         took = [run.work for run in runs[count]]
         median = statistics.median(took)
@@ -141,10 +160,12 @@ def _compare(
             efficiency=_EFFICIENCY,
         )
         foretold = quantize_seconds(work, hosts)
+        weights = statistics.median(run.weights for run in runs[count])
         click.echo(
             f"| {count} | {median:.1f} ({min(took):.1f}-{max(took):.1f}) | "
             f"{work.source_bytes / 1e9 / median:.2f} | {base / median:.2f} | "
-            f"{base / median / count:.2f} | {foretold:.1f} | {used:.1f} |"
+            f"{base / median / count:.2f} | {weights / 1e9:.2f} | "
+            f"{weights / alone / count:.2f} | {foretold:.1f} | {used:.1f} |"
         )
     whole = ", ".join(
         f"{count}: {statistics.median(run.whole for run in runs[count]):.1f} s" for count in counts
@@ -198,51 +219,57 @@ def _run(build: Build, count: int, own: int, device: str, cold: bool) -> Run:
                 text=True,
             )
         )
-    for worker in running:
-        assert worker.stdout is not None
-        worker.stdout.readline()  # it is ready
-    for worker in running:
-        assert worker.stdin is not None
-        worker.stdin.write("go\n")
-        worker.stdin.flush()
+    _together(running)
+    rates = _together(running)
     said = [worker.communicate()[0] for worker in running]
     if any(worker.returncode for worker in running):
         raise click.ClickException("a worker failed")
     begun, ended, used = zip(*map(json.loads, said), strict=True)
-    return Run(max(ended) - min(begun), time.time() - begin, sum(used))
+    return Run(
+        max(ended) - min(begun),
+        time.time() - begin,
+        sum(used),
+        [Rates.from_json(json.loads(line)) for line in rates],
+    )
+
+
+def _together(running: list[subprocess.Popen[str]]) -> list[str]:
+    """Waits for a line of each worker; has all of them go on at once. Returns the lines."""
+    lines = []
+    for worker in running:
+        assert worker.stdout is not None
+        lines.append(worker.stdout.readline())
+        if not lines[-1]:
+            raise click.ClickException("a worker failed")
+    for worker in running:
+        assert worker.stdin is not None
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    return lines
 
 
 def _make_part(folder: Path, part: str, device: str) -> None:
-    """A worker: says that it is ready, waits for the others, and says when it began and ended."""
+    """A worker: says that it is ready, its rates, and when it began and ended.
+
+    Before each of the two, it waits for the others.
+    """
     os.sched_setaffinity(0, {int(number) for number in os.environ["NF4_PROCESSORS"].split(",")})
     from nf4_pipeline.stages.forecast import measure_rates
     from nf4_pipeline.stages.quantize_parts import QuantizePart
     from nf4_pipeline.stages.rounding_choice import rounding_for
 
     stage = Quantize(Build(folder), Recipe(), Machine(device=device), SILENT)
-    measure_rates(rounding_for(device, 0))  # compiles, and starts CUDA
+    rounding = rounding_for(device, 0)
+    measure_rates(rounding)  # compiles, and starts CUDA
     # As Ray's driver and every part but the first do, it knows whether tied tensors differ.
     untied = frozenset[str]()
     click.echo("ready")
     sys.stdin.readline()
+    click.echo(json.dumps(measure_rates(rounding).to_json()))
+    sys.stdin.readline()
     begin, used = time.time(), time.process_time()
     QuantizePart(stage, Part.parse(part), untied).ensure()
     click.echo(json.dumps([begin, time.time(), time.process_time() - used]))
-
-
-def _rates(own: int, device: str) -> Rates:
-    """What the processors of one worker do, in a process that is pinned to them."""
-    code = (
-        "import os, json; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))"
-        f"[:{own}]);"
-        "from nf4_pipeline.stages.forecast import measure_rates;"
-        "from nf4_pipeline.stages.rounding_choice import rounding_for;"
-        f"print(json.dumps(measure_rates(rounding_for({device!r}, 0)).to_json()))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
-    )
-    return Rates.from_json(json.loads(done.stdout))
 
 
 def _settle(cold: bool) -> None:

@@ -204,6 +204,9 @@ def main() -> int:
     parser.add_argument("--files", type=int, default=2)
     parser.add_argument("--kills", type=int, default=len(MOMENTS))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--share", type=float, default=0.75, help="of what a stage fetches, at most, until a kill"
+    )
     parser.add_argument("--output", action="store_true", help="with --stream-output")
     args = parser.parse_args()
     dice = random.Random(args.seed)
@@ -235,7 +238,7 @@ def main() -> int:
         began, first = time.monotonic(), len(hub.seen)
         with watched(it.build, it.home) as disk, watched(IN_MEMORY) as memory:
             for stage in MOMENTS[:: max(1, len(MOMENTS) // args.kills)] if args.kills else ():
-                if it.attempt(options, stage, dice.uniform(0.0, 0.75)):
+                if it.attempt(options, stage, dice.uniform(0.0, args.share)):
                     break
                 print(
                     f"{time.monotonic() - began:.0f} s: killed in {it.killed[-1]}; "

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,10 +18,15 @@ from typing import Any, Final
 import numpy as np
 import pytest
 import torch
+from nf4_pipeline.blocks.block_row import BlockRow, NotInARowError
+from nf4_pipeline.blocks.find_blocks import find_blocks
 from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.build_folder import Build
+from nf4_pipeline.calibration import learning as learning_module
 from nf4_pipeline.calibration import learning_plan
 from nf4_pipeline.calibration.block_store import BlockStore
+from nf4_pipeline.calibration.held_models import HeldModels
+from nf4_pipeline.calibration.host_memory import HostMemory
 from nf4_pipeline.calibration.latents import LearnedWeight, Tables
 from nf4_pipeline.calibration.learner import learning_rate, order_of
 from nf4_pipeline.calibration.learning import Learning
@@ -40,13 +47,14 @@ from nf4_pipeline.verification.compare_models import Comparison
 
 from tests.support.calibrated import Listener, downloaded, quantized, settings
 from tests.support.jobs import CPU
-from tests.support.learning import QUICK, Start, content
+from tests.support.learning import QUICK, Start, content, small_device
 from tests.support.sequences import FIELDS, sequences
 from tests.support.tiny import copy_of, flip_byte
 
 pytestmark = pytest.mark.usefixtures("workers_here")
 
 KINDS: Final = ("falcon-7b", "llama", "gpt2", "opt")
+"""opt has layers that learn in front of its blocks and behind them."""
 
 
 Make = Callable[[str], Start]
@@ -57,10 +65,24 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Make:
     return cache(lambda kind: Start(tmp_path_factory.mktemp(kind), kind))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_codes_learn_and_scales_stay(start: Make, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", [*KINDS, "mixtral"])
+def test_codes_learn_and_scales_stay(
+    start: Make, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     learning = start(kind).learning(tmp_path)
     found = learning.run(SILENT)
+    # Where both models do not fit, the same comes of a block of each at a time.
+    by_block = start(kind).learning(tmp_path / "by block")
+    told = Listener()
+    most = Watched(monkeypatch)
+    with small_device(small_host=kind == "gpt2"):
+        assert by_block.run(told) == found
+    assert content(by_block) == content(learning)
+    assert most.blocks_at_once == 1
+    (note,) = (note for note in told.notes if "block by block" in note)
+    assert "The result is the same" in note
+    assert any("is read once" in note for note in told.notes) == (kind == "gpt2")
+    assert not [path for path in by_block.store.folder.iterdir() if "tmp" in path.name]
     assert found.kl_after < found.kl_before
     assert (found.steps, found.sequences, found.tokens, found.held_back) == (16, 16, 512, 4)
     before, after = BlockStore(tmp_path / "store").files(), learning.store.files()
@@ -73,6 +95,23 @@ def test_codes_learn_and_scales_stay(start: Make, tmp_path: Path, kind: str) -> 
         changed += int((codes != learned).sum())
     assert changed > 0
     assert not list(learning.store.folder.glob("*.state"))
+
+
+class Watched:
+    """Counts the blocks of a model that have weights whenever one of them is run."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.blocks_at_once = 0
+        through = BlockRow.through
+        monitor = self
+
+        def watched(row: BlockRow, name: str, call: Any, hidden: torch.Tensor) -> torch.Tensor:
+            blocks = find_blocks(row._model).values()
+            there = [block for block in blocks if not any(p.is_meta for p in block.parameters())]
+            monitor.blocks_at_once = max(monitor.blocks_at_once, len(there))
+            return through(row, name, call, hidden)
+
+        patch.setattr(BlockRow, "through", watched)
 
 
 def test_recomputing_activations_changes_nothing(start: Make, tmp_path: Path) -> None:
@@ -89,25 +128,29 @@ def test_recomputing_activations_changes_nothing(start: Make, tmp_path: Path) ->
     assert one == other
 
 
+class Stopped(Exception):
+    """Stands for whatever ends a process."""
+
+
 def test_a_run_that_is_stopped_at_any_state_ends_with_the_same_bytes(
     start: Make, tmp_path: Path
 ) -> None:
+    """Whatever the device is large enough for when it goes on."""
     whole = start("llama").learning(tmp_path / "whole")
     whole.run(SILENT)
-
-    class Stopped(Exception):
-        pass
 
     stopped = start("llama").learning(tmp_path / "stopped")
     steps: list[int] = []
 
     def stop(progress: Progress) -> None:
         steps.append(progress.step)
-        raise Stopped
+        if progress.step % 3 == 0:
+            raise Stopped
 
-    for _ in range(QUICK.steps + 1):
+    for number in range(QUICK.steps):
         try:
-            stopped.run(SILENT, seconds=0.0, saved=stop)
+            with small_device() if number % 2 else nullcontext():
+                stopped.run(SILENT, seconds=0.0, saved=stop)
             break
         except Stopped:
             continue
@@ -116,11 +159,69 @@ def test_a_run_that_is_stopped_at_any_state_ends_with_the_same_bytes(
     assert content(stopped) == content(whole)
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_block_by_block_is_stopped_anywhere(
+    start: Make, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two blocks, in the middle of a step, while everything is laid out."""
+    whole = start("falcon-7b").learning(tmp_path / "whole")
+    whole.run(SILENT)
+    stopped = start("falcon-7b").learning(tmp_path / "stopped")
+    rng = np.random.default_rng(seed)
+    places: dict[str, Any] = {"arrive": LearnedWeight.arrive, "leave": LearnedWeight.leave}
+    calls, last = 0, 0
+
+    def counted(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == last:
+                raise Stopped
+            return places[name](*args, **kwargs)
+
+        return call
+
+    for name in places:
+        monkeypatch.setattr(LearnedWeight, name, counted(name))
+    with small_device():
+        for _ in range(3):
+            calls, last = 0, int(rng.integers(1, 200))
+            with pytest.raises(Stopped):
+                stopped.run(SILENT, seconds=0.0)
+        last = 0
+        stopped.run(SILENT, seconds=0.0)
+    assert content(stopped) == content(whole)
+
+
+def test_a_device_that_turns_out_too_small(
+    start: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out in the fourth step: the rest is learned block by block."""
+    whole = start("llama").learning(tmp_path / "whole")
+    whole.run(SILENT)
+    learning = start("llama").learning(tmp_path / "small")
+    learn, steps = HeldModels.learn, 0
+
+    def too_much(*args: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        learn(*args)
+
+    monkeypatch.setattr(HeldModels, "learn", too_much)
+    told = Listener()
+    learning.run(told, seconds=0.0)
+    assert steps == 4
+    assert any("block by block" in note and "too little" in note for note in told.notes)
+    assert content(learning) == content(whole)
+
+
 KILLED: Final = """
 import os, signal, sys
 from pathlib import Path
 from nf4_pipeline.processes.in_process import in_process
-from tests.support.learning import QUICK, Start
+from tests.support.learning import QUICK, Start, small_device
 start = Start.__new__(Start)
 start.__dict__.update(__import__("pickle").loads(Path(sys.argv[1]).read_bytes()))
 from nf4_pipeline.calibration.block_store import BlockStore
@@ -129,7 +230,7 @@ from nf4_pipeline.progress import SILENT
 def saved(progress):
     if progress.step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-with in_process():
+with in_process(), small_device():
     Learning(start.source, start.plan, (), BlockStore(Path(sys.argv[2])), None, "cpu", QUICK).run(
         SILENT, seconds=0.0, saved=saved
     )
@@ -137,6 +238,7 @@ with in_process():
 
 
 def test_a_killed_process_is_gone_on_with(start: Make, tmp_path: Path) -> None:
+    """One that learned block by block, by one that does not."""
     import pickle
 
     whole = start("llama").learning(tmp_path / "whole")
@@ -180,11 +282,13 @@ def test_a_damaged_state_is_not_gone_on_with(tmp_path: Path, place: int) -> None
     assert read_state(path) is None
 
 
-def test_harm_is_undone(start: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_block", [False, True])
+def test_harm_is_undone(start: Make, tmp_path: Path, by_block: bool) -> None:
     """A rate that destroys the model: what comes of it is not worse than the beginning."""
     learning = start("llama").learning(tmp_path, replace(QUICK, rate=5.0))
     told = Listener()
-    found = learning.run(told)
+    with small_device() if by_block else nullcontext():
+        found = learning.run(told)
     assert found.kl_after <= found.kl_before
     assert found.halvings == 2
     assert found.steps < QUICK.steps
@@ -214,6 +318,11 @@ def test_what_is_kept_or_was_not_calibrated_does_not_learn(start: Make, tmp_path
     names = {weight.name for weight in first.plan.quantized}
     assert learning.store.files().keys() == names - {kept.name, fallen.name}
     assert learning.run(SILENT) == found
+    before = content(learning)
+    shutil.rmtree(learning.store.folder)
+    with small_device():
+        assert learning.run(SILENT) == found
+    assert content(learning) == before
 
 
 # The arithmetic
@@ -304,12 +413,46 @@ def test_a_device_that_is_too_small_is_refused_before_anything_is_done(
 ) -> None:
     monkeypatch.setattr(learning_plan, "_TEMPORARIES", 10**12)
     learning = start("llama").learning(tmp_path)
-    with pytest.raises(ResourceError, match=r"needs some .* GB .* are free. Leave --effort out"):
+    expected = r"needs some .* GB .* a block at a time.* are free. Leave --effort out"
+    with pytest.raises(ResourceError, match=expected):
         learning.run(SILENT)
     build = downloaded(start("llama").checkpoint, tmp_path)
     with pytest.raises(ResourceError, match="Leave --effort out"):
         quantized(build, settings(effort="high"))
     assert not build.calibration.exists()
+
+
+def test_neither_memory_nor_disk_has_room(tmp_path: Path) -> None:
+    with HostMemory(tmp_path, 2000, torch.device("cpu")) as memory:
+        tensors = [memory.keep(torch.arange(200) + shift) for shift in range(3)]
+        assert (memory.in_memory, memory.on_disk) == (1600, 3200)
+        assert memory.empty((0, 4), torch.int16).shape == (0, 4)
+        with pytest.raises(ResourceError, match=r"neither .* nor the disk .* has room"):
+            memory.empty((2**59,), torch.int16)
+        for shift, tensor in enumerate(tensors):
+            assert torch.equal(tensor, torch.arange(200) + shift)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_blocks_that_are_no_row_cannot_be_taken_one_by_one(
+    start: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def halved(row: BlockRow, *_: Any) -> None:
+        raise NotInARowError("its hidden states are halved in between")
+
+    monkeypatch.setattr(BlockRow, "check", halved)
+    expected = r"both models at once need .* block by block either, as its hidden states are"
+    with small_device(), pytest.raises(ResourceError, match=expected):
+        start("llama").learning(tmp_path).run(SILENT)
+
+
+def test_what_a_block_at_a_time_takes(start: Make) -> None:
+    """Less by far than both models, the more so the deeper they are."""
+    plan = start("llama").plan
+    for kind in ("cpu", "cuda"):
+        assert learning_plan.memory_by_block(plan, plan.quantized, kind) < (
+            learning_plan.memory_of_learning(plan, plan.quantized, kind)
+        )
 
 
 def test_other_tokens_than_expected_are_refused(start: Make, tmp_path: Path) -> None:
@@ -350,9 +493,7 @@ def _check_beside_what_they_began_with(checkpoint: Path, build: Build, before: P
 def test_the_record_and_the_manifest_say_so(
     start: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nf4_pipeline.calibration import learning
-
-    monkeypatch.setattr(learning, "plan_learning", lambda *_: QUICK)
+    monkeypatch.setattr(learning_module, "plan_learning", lambda *_: QUICK)
     build = downloaded(start("llama").checkpoint, tmp_path)
     plain = Build(copy_of(build.root, tmp_path / "plain"))
     quantized(build, settings(effort="high"))
@@ -379,7 +520,8 @@ def test_the_record_and_the_manifest_say_so(
 
     # Derived again: the model writes the same tokens once more, and nothing but them will do.
     checkpoint = start("llama").checkpoint
-    again = reproduce(build.export, checkpoint, SILENT, CPU)
+    with small_device():
+        again = reproduce(build.export, checkpoint, SILENT, CPU)
     assert again.differences == []
     other = copy_of(build.export, tmp_path / "other")
     manifest["calibration"]["learning"] = found.to_json() | {"tokens_sha256": "0" * 64}

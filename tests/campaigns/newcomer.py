@@ -352,8 +352,12 @@ MISTAKES: Final = (
     ),
     Mistake(
         "option",
-        "nf4 build model --engine ray --calibrate self",
-        ("--engine ray: calibrated codes", "cannot be divided", "Leave --engine ray out"),
+        "nf4 build model --engine ray --calibrate self --build-dir s3://bucket/falcon",
+        (
+            "--engine ray --calibrate: what is chosen",
+            "keeps none of it",
+            "folder that all nodes see",
+        ),
     ),
     Mistake(
         "option",

@@ -83,14 +83,16 @@ def miss(folder):
 
 folder = Path(sys.argv[1])
 with connected(None) as cluster:
-    cluster.run([partial(note, folder, number) for number in range(5)], Claim(1))
+    ended = []
+    cluster.run(partial(note, folder), range(5), Claim(1), ended=ended.append)
+    assert sorted(ended) == [0, 1, 2, 3, 4]
     for call in (fail, miss):
         try:
-            cluster.run([partial(call, folder)], Claim(1))
+            cluster.run(call, [folder], Claim(1))
         except PipelineError as error:
             print(type(error).__name__, error)
     try:
-        cluster.run([partial(note, folder, 9)], Claim(1, 64.0))
+        cluster.run(partial(note, folder), [9], Claim(1, 64.0))
     except PipelineError as error:
         print(type(error).__name__, error)
 """

@@ -11,7 +11,7 @@ import pytest
 from nf4_pipeline.calibration.learning_state import Progress
 from nf4_pipeline.progress import SILENT
 
-from tests.support.learning import QUICK, Start, content
+from tests.support.learning import QUICK, Start, content, small_device
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -52,3 +52,18 @@ def test_codes_learn_and_a_stopped_run_ends_with_the_same_bytes(
             stopped.run(SILENT, seconds=0.0, saved=stop)
     stopped.run(SILENT, seconds=0.0, saved=stop)
     assert content(stopped) == content(whole)
+
+
+@pytest.mark.parametrize("small_host", [False, True])
+@pytest.mark.parametrize(
+    "kind", ["falcon-7b", "falcon-rw", "llama", "qwen2", "gpt2", "opt", "gemma2", "mixtral"]
+)
+def test_block_by_block_the_same_bytes_come_of_it(
+    start: Callable[[str], Start], tmp_path: Path, kind: str, small_host: bool
+) -> None:
+    whole = start(kind).learning(tmp_path / "whole")
+    found = whole.run(SILENT)
+    by_block = start(kind).learning(tmp_path / "by block")
+    with small_device(small_host=small_host):
+        assert by_block.run(SILENT) == found
+    assert content(by_block) == content(whole)

@@ -3,38 +3,56 @@
 from __future__ import annotations
 
 import importlib.util
-import pickle
-import random
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 from nf4_pipeline.api.options import make_machine
 from nf4_pipeline.build_folder import Build
+from nf4_pipeline.calibration.block_store import BlockStore
+from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.cluster.ray_tasks import Claim
 from nf4_pipeline.engine.parts import Part
 from nf4_pipeline.errors import BuildError, CheckpointError, ResourceError, UsageError
 from nf4_pipeline.job import run_build, run_stage
 from nf4_pipeline.machine import Machine
+from nf4_pipeline.object_store import ObjectStore
 from nf4_pipeline.progress import SILENT, ProgressEvent, reporting_to
-from nf4_pipeline.recipe import QuantizeRecipe, Recipe
-from nf4_pipeline.records import QUANTIZE
-from nf4_pipeline.stages import quantize_on_ray
+from nf4_pipeline.recipe import Recipe
+from nf4_pipeline.records import QUANTIZE, FileFacts
+from nf4_pipeline.stages import quantize as quantize_stage
 from nf4_pipeline.stages.find_source import DownloadRequest
-from nf4_pipeline.stages.quantize_on_ray import claim_of, make_file
+from nf4_pipeline.stages.outgoing import StaysHere
+from nf4_pipeline.stages.quantize import Quantize
+from nf4_pipeline.stages.quantize_on_ray import (
+    Order,
+    QuantizeOnRay,
+    claim_of,
+    claim_of_all,
+    make_file,
+)
 from safetensors.torch import load_file, save_file
 
+from tests.support.calibrated import settings
 from tests.support.command_line import run_nf4
 from tests.support.jobs import CPU, download
+from tests.support.stand_in_cluster import (
+    StandIn,
+    everything,
+    standing_in,
+    without_files,
+    without_folder,
+)
+from tests.support.stores import fresh_url
 from tests.support.tiny import copy_of, nf4, write_falcon
 
 pytestmark = pytest.mark.usefixtures("workers_here")
 
 RAY: Final = Machine(device="cpu", engine="ray")
-Call = Callable[[], None]
+Call = Callable[[Any], None]
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="needs the extra nf4-pipeline[ray]"
@@ -71,31 +89,16 @@ def hashes(build: Build) -> dict[str, str]:
     return {name: digest.sha256 for name, digest in build.need(QUANTIZE).outputs.items()}
 
 
-class StandIn:
-    """Two processors of another machine: calls come there as bytes, in any order, some twice."""
-
-    cpus = 2
-    gpus = 0
-
-    def run(self, calls: Sequence[Call], claim: Claim, check: Call) -> None:
-        sent = [pickle.dumps(call) for call in calls]
-        again = random.Random(0).choices(sent, k=3)
-        for call in random.Random(1).sample([*sent, *again], len(sent) + 3):
-            pickle.loads(call)()
-            check()
-
-
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    cluster = StandIn()
-
-    @contextmanager
-    def connected(address: str | None) -> Iterator[StandIn]:
+def stand_in() -> Iterator[StandIn]:
+    with standing_in() as cluster:
         yield cluster
 
-    monkeypatch.setattr(quantize_on_ray, "connected", connected)
-    monkeypatch.setattr("nf4_pipeline.job.check_installed", lambda: None)
-    return cluster
+
+def write_text(folder: Path) -> Path:
+    path = folder / "text.txt"
+    path.write_text("".join(chr(32 + (i * i) % 90) for i in range(3000)))
+    return path
 
 
 def quantize(build: Build, machine: Machine = RAY, recipe: Recipe | None = None) -> None:
@@ -124,6 +127,10 @@ def test_tasks_leave_what_the_local_engine_leaves(build: Build, whole: dict[str,
     assert "ray" not in sys.modules
 
 
+def safetensors_planned(build: Build) -> list[str]:
+    return list(Quantize(build, Recipe(), CPU).plan().layouts())
+
+
 def safetensors(build: Build) -> list[Path]:
     return list(build.quantized.glob("*.safetensors"))
 
@@ -133,9 +140,9 @@ def test_the_next_one_goes_on_where_one_ended(
 ) -> None:
     """Whoever that is: tasks, or the local engine."""
 
-    def lose(calls: Sequence[Call], claim: Claim, check: Call) -> None:
-        for call in calls[:4]:
-            call()
+    def lose(call: Call, items: Sequence[Any], *_: object) -> None:
+        for item in items[:4]:
+            call(item)
         raise ResourceError("The cluster is lost")
 
     with monkeypatch.context() as lost:
@@ -182,11 +189,12 @@ def test_a_node_that_cannot_help_says_why(
     build: Build, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(stand_in, "run", lambda sent, *_: calls.extend(sent))
+    monkeypatch.setattr(stand_in, "run", lambda call, items, *_: calls.append((call, items)))
     with pytest.raises(BuildError, match="has no parts to merge"):
         quantize(build)
-    order, part = calls[0].args
-    assert part == Part(7, 1)
+    [(call, items)] = calls
+    [order], part = call.args, items[0]
+    assert part == (Part(7, 1), min(safetensors_planned(build)))
     elsewhere = build.root.rename(build.root.with_name("elsewhere"))
     with pytest.raises(ResourceError, match=r"is not there on .* by the same paths"):
         make_file(order, part)
@@ -219,7 +227,8 @@ CLAIMS: Final = [
     ("auto", 0, 0, 0, 14, 16, Claim(1)),
     ("auto", 0, 4, 1, 14, 16, Claim(1)),  # starting CUDA takes longer
     ("auto", 0, 4, 1, 360, 16, Claim(1, 0.5)),
-    ("auto", 0, 64, 8, 360, 16, Claim(4)),
+    ("auto", 0, 64, 8, 14, 16, Claim(4)),
+    ("auto", 0, 64, 8, 360, 16, Claim(1, 0.5)),
     ("auto", 5, 64, 8, 810, 16, Claim(1, 0.5)),
     ("auto", 0, 2, 8, 810, 16, Claim(1, 0.5)),
     ("cuda", 0, 64, 0, 14, 16, Claim(1, 0.5)),
@@ -256,17 +265,154 @@ def test_without_ray_the_message_says_what_to_install(
     assert build.record(QUANTIZE) is before
 
 
+def test_calibrated_codes_are_one_task(
+    build: Build, stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the record of the local engine; and another one goes on where one ended."""
+    recipe = settings(write_text(tmp_path))
+    local = Build(copy_of(build.root, tmp_path / "local"))
+    quantize(local, CPU, recipe)
+    chosen: list[str] = []
+    write = BlockStore.write
+
+    def write_one(self: BlockStore, block: str, *rest: Any) -> None:
+        if len(chosen) == 2:
+            raise ResourceError("The worker is lost")
+        chosen.append(block)
+        write(self, block, *rest)
+
+    with monkeypatch.context() as lost:
+        lost.setattr(BlockStore, "write", write_one)
+        with pytest.raises(ResourceError, match="lost"):
+            quantize(build, recipe=recipe)
+    assert build.record(QUANTIZE) is None
+    again: list[str] = []
+
+    def write_more(self: BlockStore, block: str, *rest: Any) -> None:
+        again.append(block)
+        write(self, block, *rest)
+
+    monkeypatch.setattr(BlockStore, "write", write_more)
+    quantize(build, recipe=recipe)
+    assert not {*chosen} & {*again}
+    assert len(chosen) == len(again) == 2
+    assert hashes(build) == hashes(local)
+    mine, theirs = build.need(QUANTIZE), local.need(QUANTIZE)
+    assert mine.key == theirs.key
+    assert mine.facts.calibration is not None
+    assert stand_in.claims == [Claim(2), Claim(2)]
+    assert not run_stage(build, "quantize", recipe, RAY, SILENT).ran
+    assert [path.name for path in build.calibration.iterdir()] == ["tokens.json"]
+
+
+NODES: Final = [
+    # device, workers, CPUs and GPUs of the largest node -> claim
+    ("cpu", 0, Claim(64, 8), Claim(64)),
+    ("cpu", 3, Claim(64, 8), Claim(3)),
+    ("auto", 0, Claim(4), Claim(4)),
+    ("auto", 0, Claim(64, 8), Claim(8, 1)),
+    ("cuda", 0, Claim(2, 1), Claim(2, 1)),
+    ("cuda", 0, Claim(4), Claim(4, 1)),  # which no node has: it is said so
+]
+
+
+@pytest.mark.parametrize(("device", "workers", "node", "claim"), NODES)
+def test_what_one_task_for_all_claims(device: str, workers: int, node: Claim, claim: Claim) -> None:
+    machine = Machine(device=device, workers=workers, engine="ray")
+    assert claim_of_all(machine, node) == claim
+
+
 @pytest.mark.usefixtures("stand_in")
-def test_calibrated_codes_cannot_be_dealt_out(source: Path, build: Build, tmp_path: Path) -> None:
+def test_calibrated_codes_at_a_url_are_refused(source: Path, tmp_path: Path) -> None:
     """Said before anything is fetched or changed."""
-    recipe = Recipe(quantize=QuantizeRecipe(calibrate="self"))
-    said = (build.root / "build.json").read_bytes()
-    with pytest.raises(UsageError, match=r"--engine ray: .* cannot be divided"):
-        quantize(build, recipe=recipe)
-    assert (build.root / "build.json").read_bytes() == said
-    with pytest.raises(UsageError, match="cannot be divided"):
-        run_build(DownloadRequest(str(source), tmp_path / "none"), recipe, RAY, SILENT)
+    request = DownloadRequest(str(source), build_dir=tmp_path / "none", url=f"file://{tmp_path}/at")
+    with pytest.raises(UsageError, match=r"--engine ray --calibrate: .* folder that all nodes see"):
+        run_build(request, settings(), RAY, SILENT)
     assert not (tmp_path / "none").exists()
+    assert not (tmp_path / "at").exists()
+
+
+@pytest.mark.parametrize("there", [everything, without_folder])
+def test_tasks_elsewhere_put_their_files_to_the_url(
+    there: Callable[[Order], Order],
+    source: Path,
+    whole: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In folders of their own, of which nothing is left; the driver's disk gets no file of them.
+
+    scripts/campaigns/ray_engine.py has them on S3, and on a node that does not see the folder.
+    """
+    url = fresh_url("file", tmp_path)
+    build, *_ = download(source, tmp_path, build_dir=tmp_path / "copy", url=url)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with standing_in(there):
+        events: list[ProgressEvent] = []
+        with reporting_to(events.append) as reporter:
+            run_stage(build, "quantize", Recipe(), RAY, reporter)
+        assert not list(tmp_path.glob("nf4-task-*"))
+        assert hashes(build) == whole
+        assert len(safetensors(build)) == (0 if there is without_folder else 7)
+        files = {name for name in ObjectStore(url).names() if name != "build.json"}
+        assert files == {"records/quantize.json", *whole, *(f"{n}.facts.json" for n in whole)}
+        last = [e for e in events if e.kind == "task_end" and e.task == "whole files"]
+        assert [(e.done, e.total) for e in last] == [(7, 7)]
+        other, *_ = download(source, tmp_path, build_dir=tmp_path / "other", url=url)
+        assert not run_stage(other, "quantize", Recipe(), CPU, SILENT).ran
+
+
+def test_a_lost_driver_at_a_url_is_continued(
+    source: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an empty disk: what tasks put to the URL is not made again."""
+    url = fresh_url("file", tmp_path)
+    made: list[str] = []
+    make = quantize_stage._leave_facts
+
+    def leave_facts(target: Path, *rest: Any) -> FileFacts:
+        made.append(target.name)
+        return make(target, *rest)
+
+    monkeypatch.setattr(quantize_stage, "_leave_facts", leave_facts)
+    with standing_in(without_folder) as cluster:
+        first, *_ = download(source, tmp_path, build_dir=tmp_path / "first", url=url)
+        run = cluster.run
+        with monkeypatch.context() as lost:
+            lost.setattr(cluster, "run", lambda call, items, *_: run(call, items[:3], *_))
+            with pytest.raises(BuildError, match="3 of 7 parts"):
+                quantize(first)
+        second, *_ = download(source, tmp_path, build_dir=tmp_path / "second", url=url)
+        quantize(second)
+    assert hashes(second) == whole
+    assert sorted(made) == sorted(name.partition("/")[2] for name in whole)
+
+
+def test_a_source_that_a_node_does_not_see(source: Path, tmp_path: Path) -> None:
+    build, *_ = download(
+        source, tmp_path, build_dir=tmp_path / "copy", url=fresh_url("file", tmp_path)
+    )
+    with (
+        standing_in(without_files),
+        pytest.raises(ResourceError, match="Put the model where all nodes"),
+    ):
+        quantize(build)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_files_are_told_of_as_they_come(build: Build, whole: dict[str, str]) -> None:
+    """So that --stream-output sends them while others are made."""
+    told: list[str] = []
+
+    class Told(StaysHere):
+        def add(self, path: Path, digest: FileDigest) -> None:
+            told.append(path.name)
+
+    stage = Quantize(build, Recipe(), RAY, outgoing=Told())
+    with build.locked():
+        QuantizeOnRay(stage).run()
+    assert {f"quantized/{name}" for name in told} == {*whole}
+    assert len(told) >= 2 * len(whole)  # once more when all stand
 
 
 OPTIONS: Final[dict[str, tuple[dict[str, Any], str]]] = {

@@ -29,14 +29,15 @@ from nf4_pipeline.stages.find_source import _streamed
 from nf4_pipeline.stages.forecast import Forecast
 from nf4_pipeline.stages.hub_files import HubFiles, SeenOnHub
 from nf4_pipeline.stages.preflight import Findings
-from nf4_pipeline.stages.streamed_source import open_source
+from nf4_pipeline.stages.streamed_source import StreamedSource, open_source
 from nf4_pipeline.verification.document import MeasuredVerification
 
 from tests.support import hub_uploads
 from tests.support.hub_server import TOKEN, Fault, HubServer
 from tests.support.hub_worker import Worker
 from tests.support.jobs import CPU, download
-from tests.support.tiny import Done, write_falcon
+from tests.support.stores import fresh_url
+from tests.support.tiny import Done, copy_of, write_falcon
 
 assert hub_uploads  # its routes are registered by importing it
 
@@ -79,6 +80,14 @@ class Streamed:
         """How often the body of each shard was sent, whole or a part of it."""
         return Counter(
             seen.path.rpartition("/")[2]
+            for seen in self.hub.seen[since:]
+            if seen.method == "GET" and seen.cdn and seen.path.endswith(".safetensors")
+        )
+
+    def stretches(self, since: int) -> Counter[tuple[str, str]]:
+        """How often each stretch of each shard was sent."""
+        return Counter(
+            (seen.path.rpartition("/")[2], seen.range)
             for seen in self.hub.seen[since:]
             if seen.method == "GET" and seen.cdn and seen.path.endswith(".safetensors")
         )
@@ -401,18 +410,22 @@ def test_a_header_that_came_wrong(streamed: Streamed, ordinary: dict[str, FileDi
     assert streamed.build.need(QUANTIZE).outputs == ordinary
 
 
-def test_tied_weights_that_differ_are_both_kept(
-    process: Process, tmp_path: Path, quick_recipe: Path
-) -> None:
-    """They lie in different files, which are never here together."""
+def make_tied_differ(model: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    model = write_falcon(tmp_path / "model", shards=4)
     last = max(model.glob("*.safetensors"))
     tensors = load_file(last)
     assert "lm_head.weight" in tensors
     tensors["lm_head.weight"] += 1
     save_file(tensors, last, metadata={"format": "pt"})
+
+
+def test_tied_weights_that_differ_are_both_kept(
+    process: Process, tmp_path: Path, quick_recipe: Path
+) -> None:
+    """They lie in different files, which are never here together."""
+    model = write_falcon(tmp_path / "model", shards=4)
+    make_tied_differ(model)
     build, *_ = download(model, tmp_path / "artifacts")
     run_stage(build, "quantize", Recipe(), CPU, SILENT)
     hub, worker, home = process
@@ -512,3 +525,57 @@ def test_what_a_dry_run_says(streamed: Streamed) -> None:
     assert "once more, to be made again, to verify" in shown
     assert "of memory (/dev/shm) to verify the result" in shown
     assert "me/never" not in streamed.hub.store.repos
+
+
+@pytest.mark.parametrize("differs", [False, True], ids=["tied", "tied tensors that differ"])
+def test_tasks_of_a_cluster_fetch_each_file_once(
+    streamed: Streamed, tmp_path: Path, *, differs: bool
+) -> None:
+    """What later work must know of them stands in the folder; nothing else is left there."""
+    model = streamed.model
+    if differs:
+        model = copy_of(model, tmp_path / "model")
+        make_tied_differ(model)
+        streamed.hub.store.add("me/tiny", model)
+    streamed.run("download")
+    since = len(streamed.hub.seen)
+    done = streamed.worker.nf4(
+        streamed.folder,
+        *("quantize", "--build-dir", "build", "--engine", "ray", "-q"),
+        cluster="everything",
+    )
+    assert done.status == 0, done.err
+    here, *_ = download(model, tmp_path / "here")
+    run_stage(here, "quantize", Recipe(), CPU, SILENT)
+    quantized = streamed.build.need(QUANTIZE)
+    assert quantized.outputs == here.need(QUANTIZE).outputs
+    assert quantized.facts.untied == (("lm_head.weight",) if differs else ())
+    fetched = streamed.stretches(since)
+    assert {name for name, _ in fetched} == {*streamed.shards}
+    assert max(fetched.values()) == (2 if differs else 1)
+    rest = StreamedSource.of(streamed.build, SILENT)
+    assert rest is not None
+    assert rest.missing(None) == []
+    assert not list(streamed.build.root.glob("streamed/spool*"))
+    assert not list(streamed.build.root.glob(".lock.*"))
+
+
+def test_tasks_that_see_nothing_fetch_what_they_need(
+    streamed: Streamed, ordinary: dict[str, FileDigest]
+) -> None:
+    """The driver has the whole source, and a URL; each task fetches a file and leaves one there."""
+    url = fresh_url("file", streamed.folder)
+    done = streamed.nf4("download", "me/tiny", "--build-dir", url, "-q")
+    assert done.status == 0, done.err
+    since = len(streamed.hub.seen)
+    done = streamed.worker.nf4(
+        streamed.folder,
+        *("quantize", "--build-dir", url, "--engine", "ray", "--json", "-q"),
+        cluster="without_files",
+    )
+    assert done.status == 0, done.err
+    hashes = {name: one["sha256"] for name, one in done.value["outputs"].items()}
+    assert hashes == {name: digest.sha256 for name, digest in ordinary.items()}
+    fetched = streamed.stretches(since)
+    assert {*fetched.values()} == {1}
+    assert len({name for name, _ in fetched}) == len(ordinary)

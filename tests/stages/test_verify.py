@@ -16,6 +16,7 @@ import transformers
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.checkpoint.digest import FileDigest, content_sha256
 from nf4_pipeline.cli import main
+from nf4_pipeline.cluster.ray_tasks import Claim
 from nf4_pipeline.errors import ArtifactError, RecipeError, UsageError
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
 from nf4_pipeline.job import run_stage, states
@@ -35,6 +36,7 @@ from nf4_pipeline.verification.prompts import Prompt
 from tests.support import made
 from tests.support.checkpoints import make_checkpoint, read_tensors
 from tests.support.jobs import CPU, download
+from tests.support.stand_in_cluster import standing_in
 from tests.support.tamper import agree, change, swap
 from tests.support.tiny import content_of, copy_of, edit_json, flip_byte, nf4
 from tests.support.verified import ask_source, skip_documents, skip_readers
@@ -98,6 +100,27 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in ("quantize", "serialize"):
         run_stage(build, stage, Recipe(), CPU, SILENT)
     return build.root
+
+
+@pytest.mark.usefixtures("without_documents")
+def test_tasks_of_a_cluster_find_the_same(build: Build, recipe: Recipe, tmp_path: Path) -> None:
+    """Whatever the order in which they end."""
+    recipe = with_verify(recipe, eval_tokens=400)
+    alone = Build(copy_of(build.root, tmp_path / "alone"))
+    expected = without_costs(verified(alone, recipe))
+    assert expected["text"]["sequences"] > 3
+    with standing_in() as cluster:
+        cluster.cpus, cluster.largest = 3, Claim(1)
+        machine = replace(CPU, engine="ray", ray_address="auto")
+        found = run_stage(build, "verify", recipe, machine, SILENT).record.facts.to_json()
+    assert cluster.claims == [Claim(1)]
+    assert without_costs(json.loads(json.dumps(found))) == expected
+
+
+def without_costs(found: dict[str, Any]) -> dict[str, Any]:
+    kept = {n: v for n, v in found.items() if n not in ("comparison", "models", "answers")}
+    assert {"fidelity", "blocks", "worst_tokens", "kl_by_position"} <= kept.keys()
+    return kept
 
 
 @pytest.mark.usefixtures("without_documents")

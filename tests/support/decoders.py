@@ -46,11 +46,17 @@ DECODERS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
 """Name -> prefix of its classes in transformers, and what of its config is not the default."""
 
 
-def write_decoder(folder: Path, name: str) -> Any:
-    """Writes a random checkpoint of one of `DECODERS`, and returns the model in eval mode."""
+def write_decoder(folder: Path, name: str, **changed: Any) -> Any:
+    """Writes a random checkpoint of one of `DECODERS`, and returns the model in eval mode.
+
+    Args:
+        folder: where.
+        name: one of `DECODERS`.
+        changed: of its config.
+    """
     prefix, values = DECODERS[name]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{prefix}Config")(**values)
+    config = getattr(transformers, f"{prefix}Config")(**values | changed)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).to(torch.bfloat16)
     model.save_pretrained(folder)
     return model.eval()

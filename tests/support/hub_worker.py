@@ -94,16 +94,21 @@ class Worker:
         order = {"do": "publish", "files": str(files), "repo_id": repo_id, "options": options}
         return self._do(order | {"variables": dict(variables or {})})
 
-    def nf4(self, folder: Path, *args: str | Path, with_readers: bool = True) -> Done:
+    def nf4(
+        self, folder: Path, *args: str | Path, with_readers: bool = True, cluster: str = ""
+    ) -> Done:
         """Runs `nf4 ARGS` in a folder, workers in the same process.
 
         Args:
             folder: the working folder.
             args: of the command.
             with_readers: whether verify has others read the export, too.
+            cluster: for --engine ray, what its machines see of ours: "everything", or a function of
+                `stand_in_cluster`.
         """
         order = {"do": "nf4", "folder": str(folder), "args": [str(arg) for arg in args]}
-        return Done(**self._do(order | {"with_readers": with_readers}).value)
+        options = {"with_readers": with_readers, "cluster": cluster}
+        return Done(**self._do(order | options).value)
 
     def _do(self, order: Mapping[str, Any]) -> Outcome:
         assert self._process.stdin is not None
@@ -160,6 +165,11 @@ def _nf4(order: Mapping[str, Any]) -> dict[str, Any]:
     from tests.support.command_line import run_nf4
 
     os.chdir(order["folder"])
+    if order["cluster"]:
+        from tests.support import stand_in_cluster
+
+        with stand_in_cluster.standing_in(getattr(stand_in_cluster, order["cluster"])):
+            return asdict(run_nf4(*order["args"]))
     if order["with_readers"]:
         return asdict(run_nf4(*order["args"]))
     from nf4_pipeline.stages import verify

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import pytest
+from nf4_pipeline.blocks.streamed_model import StreamedModel
+from nf4_pipeline.calibration import learning
 from nf4_pipeline.calibration.block_store import BlockStore
 from nf4_pipeline.calibration.learning import Learning
 from nf4_pipeline.calibration.learning_plan import LearningPlan
@@ -14,10 +19,27 @@ from nf4_pipeline.selection import Plan
 from nf4_pipeline.stages.quantize import Quantize
 
 from tests.support.calibrated import downloaded, settings
-from tests.support.checkpoints import make_checkpoint
+from tests.support.checkpoints import make_checkpoint, write_tokenizer
+from tests.support.decoders import DECODERS, write_decoder
 from tests.support.tiny import copy_of
 
 QUICK: Final = LearningPlan(16, 4, 32, 4, 16, 4e-3, 64, recompute=False)
+
+
+@contextmanager
+def small_device(*, small_host: bool = False) -> Iterator[None]:
+    """Both models do not fit at once.
+
+    Args:
+        small_host: nor does what waits its turn fit into the host's memory, nor the 16-bit model
+            alone, which writes the tokens, on the device.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning, "memory_of_learning", lambda *_: 10**15)
+        if small_host:
+            patch.setattr(learning, "_SHARE_OF_HOST", 0.0)
+            patch.setattr(StreamedModel, "hold_what_fits", lambda *_: False)
+        yield
 
 
 class Start:
@@ -25,7 +47,12 @@ class Start:
 
     def __init__(self, folder: Path, kind: str, device: str = "cpu") -> None:
         self.device = device
-        self.checkpoint = make_checkpoint(folder / "model", kind)
+        self.checkpoint = folder / "model"
+        if kind in DECODERS:
+            write_decoder(self.checkpoint, kind, vocab_size=264)
+            write_tokenizer(self.checkpoint)
+        else:
+            make_checkpoint(self.checkpoint, kind)
         build = downloaded(self.checkpoint, folder)
         stage = Quantize(build, settings(), Machine(device=device))
         calibrator = stage._calibrator()

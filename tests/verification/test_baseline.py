@@ -25,6 +25,7 @@ from nf4_pipeline.verification import compare_models as compare
 from nf4_pipeline.verification.baseline import Baseline, round_weight
 from nf4_pipeline.verification.compare_models import Comparison
 from nf4_pipeline.verification.messages import SavedCodes
+from nf4_pipeline.verification.shares import Share, share_of
 from safetensors.numpy import save_file
 
 from tests.support.checkpoints import make_checkpoint, read_tensors
@@ -129,6 +130,43 @@ def test_it_is_the_same_in_several_passes_and_again(
             assert same(one, two)
 
 
+@pytest.mark.parametrize("of", [2, len(LENGTHS) + 3])
+def test_shares_of_the_sequences_make_the_whole(
+    of: int, built: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """Every figure is the same to the last bit, however many processes computed them."""
+    source, artifact = built["falcon-7b"]
+    read = sequences()
+    with StreamedModel(source, "cpu") as streamed:
+        whole = Comparison(streamed, other_codes(artifact), artifact, nearest=())
+        expected = whole.run(read, lambda count: None)
+    shares = []
+    for number in range(of):
+        if not (mine := share_of(number, of, len(read))):
+            continue
+        with StreamedModel(source, "cpu") as streamed:
+            part = Comparison(streamed, other_codes(artifact), nearest=())
+            own = read[mine.start : mine.stop]
+            scores = part.run(own, lambda count: None, first=mine.start)
+        path = tmp_path / f"{number}.npz"
+        found = Share(scores, part.beside, part.worst.places, part.sums(), 1.5, 2, 3)
+        found.save(path)
+        shares.append(Share.load(path))
+        assert (shares[-1].seconds, shares[-1].memory, shares[-1].device_memory) == (1.5, 2, 3)
+    assert len(shares) == min(of, len(read))
+    with StreamedModel(source, "cpu") as streamed:
+        together = Comparison(streamed, load(artifact, device="cpu"), artifact)
+        scores = together.take(shares)
+    assert same(scores, expected)
+    assert together.nearest is not None
+    assert whole.nearest is not None
+    assert same(together.nearest, whole.nearest)
+    assert together.block_errors() == whole.block_errors()
+    assert together.outside_errors() == whole.outside_errors()
+    assert together.worst.places == whole.worst.places
+    assert len(whole.worst.places) > 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_in_files_score_what_the_artifact_with_them_scores(
     kind: str, built: dict[str, tuple[Path, Path]], tmp_path: Path
@@ -137,7 +175,8 @@ def test_codes_in_files_score_what_the_artifact_with_them_scores(
     source, artifact = built[kind]
     model = load(artifact, device="cpu")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
-    file, tensors, saved = tmp_path / "codes.safetensors", {}, {}
+    file, saved = tmp_path / "codes.safetensors", {}
+    tensors: dict[str, Any] = {}
     for place, (name, layer) in enumerate(layers.items()):
         codes = layer.weight.data.numpy().reshape(-1)
         if place % 2 == 0:  # the next level each, as in `other_codes`

@@ -63,8 +63,8 @@ def build(
             activations on tokens that it writes itself, or on that text.
         extra_bytes: with `calibrate`, how many more bytes may go to leaving the layers that lose
             most in 16 bit, such as "5%".
-        effort: with `calibrate`, "high" lets the codes learn from the 16-bit model, which the
-            device then holds twice.
+        effort: with `calibrate`, "high" lets the codes learn from the 16-bit model; block by block
+            where the device cannot hold it twice and as much again.
         max_shard_size: of one weight file, such as "500MB"; 1 GB without it.
         prompts: a JSONL file of {"prompt", "expect", "chat"} to ask both models.
         eval_text: a text file on which both models are compared.
@@ -76,7 +76,8 @@ def build(
         device_memory: how much of the device verifying may use, as a number of bytes or such as
             "8GB"; all that is free without it.
         engine: "local", or "ray": each file is quantized by a task of a Ray cluster, all of whose
-            nodes see the build folder and the source. The bytes are the same.
+            nodes see the build folder and the source, unless `build_dir` is a URL; one of them
+            calibrates, and several compare with the 16-bit model. The bytes are the same.
         ray_address: of the cluster; "auto" for the one that this host is a node of. Without it, the
             one that RAY_ADDRESS says, or else one that is started for this build.
         build_dir: the build folder; None for one under ./artifacts that is named for the model and,

@@ -153,7 +153,7 @@ class StreamedModel:
         if block in self._held or block not in self._groups:
             return
         for name, meta in self._empty.pop(block).items():
-            _assign(self.model, name, meta)
+            assign(self.model, name, meta)
         self._free.append(self._next.pop(block)[0])
 
     def hold(self, block: str) -> None:
@@ -259,7 +259,7 @@ class StreamedModel:
             wanted = torch.float32 if self._float32 and self._float32.search(name) else self._dtype
             if value.is_floating_point():
                 value = value.to(wanted)
-            before[name] = _assign(self.model, name, value)
+            before[name] = assign(self.model, name, value)
         if block != _STEM:
             self._empty[block] = before
             self._rescale(block)
@@ -277,7 +277,7 @@ class StreamedModel:
         factor = 2 ** (list(self.blocks).index(block) // self._rescale_every)
         for name in ("attention.output.weight", "feed_forward.value.weight"):
             weight = self.blocks[block].get_parameter(name)
-            _assign(self.blocks[block], name, weight / factor)
+            assign(self.blocks[block], name, weight / factor)
 
     def _parameters(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Name in the model -> tensor; merges what transformers merges."""
@@ -345,8 +345,17 @@ def _block_of(name: str, blocks: Mapping[str, nn.Module]) -> str:
     return next((path for path in paths if path in blocks), _STEM)
 
 
-def _assign(model: Any, name: str, value: torch.Tensor) -> torch.Tensor:
-    """Puts a tensor in the place of a parameter or buffer; returns what was there."""
+def assign(model: Any, name: str, value: torch.Tensor) -> torch.Tensor:
+    """Puts a tensor in the place of a parameter or buffer.
+
+    Args:
+        model: a module.
+        name: of the parameter or buffer in it.
+        value: what it shall be.
+
+    Returns:
+        What was there.
+    """
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._parameters:

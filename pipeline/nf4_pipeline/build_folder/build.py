@@ -51,23 +51,33 @@ class Build:
     Args:
         root: the folder.
         url: of which it is, or shall be, the local copy; None for the one that is noted in it.
+        takes: the files that are taken over from there, for whoever works at a few of them; None
+            for all.
     """
 
-    def __init__(self, root: Path, url: str | None = None) -> None:
+    def __init__(
+        self, root: Path, url: str | None = None, takes: Collection[str] | None = None
+    ) -> None:
         self.root = root
         self._url = url
+        self._takes = takes
         self._written: dict[str, FileStamp] = {}  # outputs that this process hashed as it made them
         self._lock: int | None = None  # descriptor of the lock file, while it is `locked`
 
     @cached_property
     def _remote(self) -> Remote | None:
         url = self._url or read_url(self.root)
-        return None if url is None else Remote(self.root, url)
+        return None if url is None else Remote(self.root, url, self._takes)
 
     @property
     def is_copy(self) -> bool:
         """Whether the folder is the local copy of a build at a URL."""
         return self._remote is not None
+
+    @property
+    def url(self) -> str | None:
+        """Of which the folder is the local copy; None if it is none."""
+        return None if self._remote is None else self._remote.url
 
     @property
     def shown(self) -> str:

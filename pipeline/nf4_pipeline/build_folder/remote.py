@@ -68,13 +68,15 @@ class Remote:
     Args:
         root: the build folder.
         url: of the build.
+        takes: the files that `pull` takes over; None for all.
 
     Raises:
         UsageError: no build can be kept at that URL.
     """
 
-    def __init__(self, root: Path, url: str) -> None:
+    def __init__(self, root: Path, url: str, takes: Collection[str] | None = None) -> None:
         self.root = root
+        self._takes = takes
         self.store = ObjectStore(url)
         self.url = self.store.url
         self.reporter: Reporter = SILENT
@@ -111,7 +113,7 @@ class Remote:
                 self.store.check_writable()
             elif own is None:
                 return
-        small = [name for name in sizes if _SMALL.fullmatch(name) and name != _HERE_ONLY]
+        small = [name for name in sizes if _SMALL.fullmatch(name) and self._is_taken(name)]
         with ThreadPoolExecutor(_AT_A_TIME, "pull") as pool:
             contents = dict(zip(small, pool.map(self._read, small), strict=True))
         if SPEC_FILE in sizes:
@@ -127,8 +129,11 @@ class Remote:
                 write_bytes(path, content)
         for path in (self.root / "records").glob("*.json"):
             name = f"records/{path.name}"
-            if name != _HERE_ONLY and contents.get(name) is None:
+            if self._is_taken(name) and contents.get(name) is None:
                 path.unlink()
+
+    def _is_taken(self, name: str) -> bool:
+        return name != _HERE_ONLY and (self._takes is None or name in {SPEC_FILE, *self._takes})
 
     def _read(self, name: str) -> bytes | None:
         return self.store.read(name, _LARGEST)

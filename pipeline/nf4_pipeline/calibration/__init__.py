@@ -11,7 +11,11 @@
     learning.py          calibrated codes learn from the 16-bit model: into another store
     learning_plan.py     how long, on what, and what that takes
     learning_tokens.py   what they learn from
-    learner.py           the loop: gradients, steps, held-back samples
+    learner.py           the loop: steps, held-back samples
+    learning_loss.py     the KL that they lessen, and its gradients
+    held_models.py       both models on the device, where they fit
+    models_by_block.py   a block of each at a time, where they do not; the same bytes
+    host_memory.py       where all else waits meanwhile
     latents.py           a latent for each weight, and the step that it takes
     learning_state.py    how far it is, for a killed run
     calibration_facts.py  what the record of quantize says of it

@@ -9,6 +9,7 @@ rounding were not there (straight-through). What is stored are codes; latents ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -16,10 +17,13 @@ import torch
 from einops import rearrange
 from numpy.typing import NDArray
 
-from nf4_pipeline.model.linear import as_held
+from nf4_pipeline.calibration.host_memory import HostMemory
+from nf4_pipeline.model.linear import as_held, weight_out_in
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.nf4.codebook import NF4_LEVELS, NF4_MIDPOINTS, ZERO_CODE
+from nf4_pipeline.nf4.float_bits import bits_of, dtype_name
 from nf4_pipeline.nf4.packing import blocks_of, pack, unpack
+from nf4_pipeline.nf4.rtn import round_to_nearest
 
 _HALF: Final = 2**15
 _UNIT: Final = 1.25 / (_HALF - 1)  # of fixed point; some 1,000 units to the narrowest bin
@@ -39,6 +43,19 @@ _CODES: Final = _codes_of_units()
 _FIRST: Final = np.searchsorted(_CODES, np.arange(16), side="left") - _HALF
 _LAST: Final = np.searchsorted(_CODES, np.arange(16), side="right") - 1 - _HALF
 """The first and the last latent of each code."""
+
+
+STATE: Final = ("latent", "momentum", "rows", "columns")
+"""What `LearnedWeight.state` tells."""
+_NUMBERS: Final = ("latent", "momentum", "_scales")
+"""Of a weight, in as many elements or nearly: what waits elsewhere if a device is small."""
+
+
+def round_in_place(module: Any) -> None:
+    """Gives a layer the weight that rounding to nearest leaves of it."""
+    exact = weight_out_in(module)
+    nearest = round_to_nearest(bits_of(exact), dtype_name(exact)).dequantize()
+    module.weight.data.copy_(as_held(module, torch.from_numpy(nearest)))
 
 
 class Tables:
@@ -99,6 +116,7 @@ class LearnedWeight:
         self.rows = torch.zeros(self.shape[0], device=device)
         self.columns = torch.zeros(self.shape[1], device=device)
         self._squares = torch.zeros_like(self.rows), torch.zeros_like(self.columns)
+        self._waiting: dict[str, torch.Tensor] = {}
         module.weight.requires_grad_(True)
         self.momentum = torch.zeros_like(module.weight, requires_grad=False)
         self.begin(exact, packed)
@@ -124,6 +142,56 @@ class LearnedWeight:
         for state in (self.momentum, self.rows, self.columns):
             state.zero_()
         self.dequantize()
+
+    def wait_in(self, memory: HostMemory) -> None:
+        """Leaves the device; from now on it is there between `arrive` and `leave`."""
+        self._waiting = {name: memory.keep(getattr(self, name)) for name in _NUMBERS}
+        self.leave(changed=False)
+
+    def arrive(self, *, learning: bool) -> None:
+        """Gives the module its weight on the device.
+
+        Args:
+            learning: it will take a step.
+        """
+        device = self.rows.device
+        for name in _NUMBERS:
+            if learning or name != "momentum":
+                setattr(self, name, self._waiting[name].to(device, non_blocking=True))
+        weight = torch.empty_like(self._waiting["momentum"], device=device)
+        self.module.weight = torch.nn.Parameter(weight)
+        self.dequantize()
+
+    def leave(self, *, changed: bool) -> None:
+        """Takes the weight from the module.
+
+        Args:
+            changed: it took a step, and what it is now is kept.
+        """
+        for name, waiting in self._waiting.items():
+            if changed:
+                waiting.copy_(getattr(self, name), non_blocking=True)
+            setattr(self, name, waiting)
+        meta = torch.empty_like(self.momentum, device="meta")
+        self.module.weight = torch.nn.Parameter(meta, requires_grad=False)
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """All that its next step depends on."""
+        return {
+            "latent": self.latent.cpu().numpy(),
+            "momentum": bits_of(self.momentum),
+            "rows": self.rows.cpu().numpy(),
+            "columns": self.columns.cpu().numpy(),
+        }
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Takes up what `state` gave."""
+        for part in ("latent", "rows", "columns"):
+            getattr(self, part).copy_(torch.from_numpy(state[part]))
+        momentum = torch.from_numpy(state["momentum"].view(np.uint8).reshape(-1))
+        self.momentum.copy_(momentum.view(self.momentum.dtype).view(self.momentum.shape))
+        if not self._waiting:
+            self.dequantize()
 
     def dequantize(self) -> None:
         """Gives the module the weight that the codes stand for."""
@@ -179,7 +247,8 @@ class LearnedWeight:
 
     def packed(self) -> NDArray[np.uint8]:
         """The codes, two a byte."""
-        codes = self._tables.codes[self.latent.int() + _HALF].reshape(-1)[: self._count]
+        latent = self.latent.to(self.rows.device)
+        codes = self._tables.codes[latent.int() + _HALF].reshape(-1)[: self._count]
         return pack(codes.cpu().numpy())
 
     def _blocks(self, flat: torch.Tensor, padding: float) -> torch.Tensor:

@@ -10,45 +10,36 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from math import cos, isfinite, pi
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.checkpoint import checkpoint
 
-from nf4_pipeline.blocks.streamed_model import StreamedModel
-from nf4_pipeline.calibration.latents import LearnedWeight, Tables
+from nf4_pipeline.calibration.latents import STATE, LearnedWeight
+from nf4_pipeline.calibration.learning_loss import Gradients
 from nf4_pipeline.calibration.learning_plan import LearningPlan
 from nf4_pipeline.calibration.learning_state import Progress, read_state, write_state
+from nf4_pipeline.calibration.learning_tokens import LearningTokens
 from nf4_pipeline.checkpoint.atomic import make_folder
 from nf4_pipeline.errors import CheckpointError
-from nf4_pipeline.gptq.saved_codes import read_codes
-from nf4_pipeline.model.linear import as_held, weight_out_in
-from nf4_pipeline.nf4.float_bits import bits_of, dtype_name
-from nf4_pipeline.nf4.rtn import round_to_nearest
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.resource_usage import free_space
-from nf4_pipeline.selection import TensorPlan
 
 _CHECKS: Final = 8  # how often held-back samples are measured
 _WARM_UP: Final = 0.1  # of the steps
 _HARM: Final = 1.5  # times the KL at the start
 _HALVINGS: Final = 2
-_AT_ONCE: Final = {"cpu": 2**22, "cuda": 2**26}
-"""Predictions that are compared at once, in float32."""
 _SECONDS: Final = 8.0  # of work that a kill may cost, where a state is written fast
 _SHARE: Final = 4.0  # at least so many times as long between two states as writing one takes
 _RATE: Final = 5e8  # bytes per second that a disk is thought to take until it is known
 _CUBLAS: Final = "CUBLAS_WORKSPACE_CONFIG"
-_NO_SUCH: Final = "does not have a deterministic implementation"
 
 Saved = Callable[[Progress], None]
 """Told of each state that was written."""
@@ -57,12 +48,6 @@ Saved = Callable[[Progress], None]
 def learning_dtype(device: str) -> torch.dtype:
     """What is computed in."""
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-
-
-def hold_all(streamed: StreamedModel) -> None:
-    """Gives all blocks their weights."""
-    for block in streamed.blocks:
-        streamed.hold(block)
 
 
 def learning_rate(plan: LearningPlan, step: int) -> float:
@@ -80,60 +65,51 @@ def order_of(plan: LearningPlan, seed: int = 0) -> NDArray[np.int64]:
     return np.concatenate(passes)[:needed].reshape(plan.steps, plan.batch)
 
 
-class Learner:
-    """Two models on a device, the 16-bit one and that of the codes.
+class Models(Protocol):
+    """The 16-bit model and that of the codes, wherever they are.
 
-    Args:
-        teacher: the 16-bit model; all its blocks are held.
-        student: another one of the same checkpoint; it becomes the 4-bit one.
-        learned: the weights that learn.
-        rounded: weights that are rounded to nearest, and stay so.
-        files: name of a weight that learns -> the file with the codes that it begins with.
-        plan: how it learns.
-        ids: what is learned from, int32 [sequences, length].
-        held_back: what is measured, int32 [sequences, length].
+    Attributes:
+        weights: those that learn, by name.
+        device: where they take their steps.
     """
 
-    def __init__(
+    weights: dict[str, LearnedWeight]
+    device: torch.device
+
+    def learn(
         self,
-        teacher: StreamedModel,
-        student: StreamedModel,
-        learned: Sequence[TensorPlan],
-        rounded: Sequence[TensorPlan],
-        files: Mapping[str, Path],
-        plan: LearningPlan,
         ids: NDArray[np.int32],
-        held_back: NDArray[np.int32],
+        gradients: Gradients,
+        step: Callable[[LearnedWeight], None],
     ) -> None:
-        self._teacher = teacher
-        self._student = student
-        self._plan = plan
-        self._ids = ids
-        self._held_back = held_back
-        self._device = student.device
-        tables = Tables(self._device)
-        student.model.requires_grad_(False)
-        self._modules = {w.name: teacher.model.get_submodule(str(w.module)) for w in learned}
-        self._weights: dict[str, LearnedWeight] = {}
-        self.best: dict[str, NDArray[np.uint8]] = {}
-        for weight in rounded:
-            module = student.model.get_submodule(str(weight.module))
-            exact = weight_out_in(module)
-            nearest = round_to_nearest(bits_of(exact), dtype_name(exact)).dequantize()
-            module.weight.data.copy_(as_held(module, torch.from_numpy(nearest)))
-        for weight in learned:
-            module = student.model.get_submodule(str(weight.module))
-            packed, scales = read_codes(files[weight.name], weight.name)
-            exact = weight_out_in(self._modules[weight.name]).detach()
-            self._weights[weight.name] = LearnedWeight(
-                module, exact, packed, scales.scales(), tables
-            )
-            self.best[weight.name] = packed
-            if self._device.type != "cpu":
-                module.weight.register_hook(self._weights[weight.name].watch)
-        if plan.recompute:
-            for block in student.blocks.values():
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        """Adds the gradients of the mean loss to momentum, and has each weight take its step."""
+
+    def kl(self, ids: NDArray[np.int32], pool: Executor) -> float:
+        """KL(16 bit || 4 bit), nats per token."""
+
+    def begin_again(self, codes: Mapping[str, NDArray[np.uint8]]) -> None:
+        """Puts all latents into the bins of codes."""
+
+
+class Learner:
+    """Lets the codes of a model learn.
+
+    Args:
+        models: both of them.
+        tokens: what is learned from, and how.
+
+    Attributes:
+        progress: where learning stands.
+        best: the codes with the least KL on what is held back.
+    """
+
+    def __init__(self, models: Models, tokens: LearningTokens) -> None:
+        self._models = models
+        self._plan = tokens.plan
+        self._ids = tokens.ids
+        self._held_back = tokens.held_back
+        self._device = models.device
+        self.best = {name: weight.packed() for name, weight in models.weights.items()}
         self.progress = Progress()
 
     def run(
@@ -160,9 +136,10 @@ class Learner:
             ExitStack() as stack,
             reporter.task("learn codes", self._plan.steps, unit="steps") as task,
         ):
-            stack.enter_context(_deterministic(self._device))
+            stack.enter_context(deterministic(self._device))
             cores = len(os.sched_getaffinity(0)) if self._device.type == "cpu" else 1
             self._pool = stack.enter_context(ThreadPoolExecutor(min(cores, 8), "learn"))
+            gradients = Gradients(self._device, self._pool, reporter)
             keeper = _Keeper(path, self._state_bytes(), seconds, reporter, saved)
             if not self._resume(path):
                 start = self._held_back_kl()
@@ -172,118 +149,42 @@ class Learner:
                         "not finite, so codes cannot learn from them. Leave --effort out."
                     )
                 self.progress = Progress(start_kl=start, best_kl=start)
+            if not self.progress.repeatable:
+                gradients.allow_others()
             task.advance(self.progress.step)
             order = order_of(self._plan)
             checks = {-(-self._plan.steps * n // _CHECKS) for n in range(1, _CHECKS + 1)}
             while self.progress.step < self._plan.steps and not self.progress.ended:
-                step = self.progress.step
-                self._learn(self._ids[order[step]], reporter)
-                self.progress = replace(self.progress, step=step + 1, since=self.progress.since + 1)
-                if step + 1 in checks:
+                self._step(self._ids[order[self.progress.step]], gradients)
+                if self.progress.step in checks:
                     self._check(reporter)
                 task.advance(1)
                 keeper.keep_if_due(self.progress, self._arrays)
             keeper.keep(self.progress, self._arrays)
         return self.progress
 
-    def _learn(self, ids: NDArray[np.int32], reporter: Reporter) -> None:
+    def _step(self, ids: NDArray[np.int32], gradients: Gradients) -> None:
         """One step."""
-        for weight in self._weights.values():
-            weight.decay()
-        try:
-            self._add_gradients(ids)
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or self.progress.step:
-                raise
-            if _NO_SUCH not in str(error):
-                raise CheckpointError(
-                    "The gradients of this model cannot be computed "
-                    f"({str(error).splitlines()[0][:200]}), so its codes cannot learn. Leave "
-                    "--effort out."
-                ) from error
-            reporter.note(
-                "A part of this model has no deterministic gradient on this device, so that a "
-                f"second run may learn other codes: {str(error).splitlines()[0][:120]}"
-            )
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            for weight in self._weights.values():
-                weight.momentum.zero_()
-            self._add_gradients(ids)
         rate = learning_rate(self._plan, self.progress.step) / 2**self.progress.halvings
-        for weight in self._weights.values():
-            weight.step(rate, self.progress.since + 1)
-
-    def _add_gradients(self, ids: NDArray[np.int32]) -> None:
-        """Adds the gradients of the mean loss over some sequences to momentum."""
-        parts = self._parts(ids)
-        weights = list(self._weights.values())
-        parameters = [weight.module.weight for weight in weights]
-        if self._device.type != "cpu":
-            for weight, parameter in zip(weights, parameters, strict=True):
-                parameter.grad = weight.momentum  # added to in place
-            for part in parts:
-                own, gradient = self._compared(part, ids.size)
-                torch.autograd.backward(own, gradient)
-            return
-
-        def gradients(part: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            own, gradient = self._compared(part, ids.size)
-            found: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
-                own, parameters, gradient, allow_unused=True
-            )
-            return found
-
-        # Added one after the other, whichever comes first.
-        for found in self._pool.map(gradients, parts):
-            for weight, added in zip(weights, found, strict=True):
-                if added is not None:
-                    weight.add(added)
-
-    def _parts(self, ids: NDArray[np.int32]) -> list[torch.Tensor]:
-        rows = max(1, self._plan.together // ids.shape[1])
-        return list(torch.split(torch.from_numpy(ids).long().to(self._device), rows))
-
-    def _compared(self, ids: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The 4-bit model's logits, and the gradient of the loss by them.
-
-        Args:
-            ids: some sequences.
-            tokens: of the whole step.
-        """
-        expected = self._expected(ids)
-        own = self._student.model(ids, use_cache=False).logits
-        gradient = torch.empty(own.shape, dtype=own.dtype, device=own.device)
-        for theirs, mine, into in _pieces(expected, own.detach(), gradient):
-            into.copy_((mine.float().softmax(-1) - theirs.float().softmax(-1)).div_(tokens))
-        return own, gradient
-
-    def _expected(self, ids: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            logits: torch.Tensor = self._teacher.model(ids, use_cache=False).logits
-        return logits
+        number = self.progress.since + 1
+        self._models.learn(ids, gradients, lambda weight: weight.step(rate, number))
+        gradients.proven = True
+        self.progress = replace(
+            self.progress,
+            step=self.progress.step + 1,
+            since=number,
+            repeatable=gradients.repeatable,
+        )
 
     def _held_back_kl(self) -> float:
-        """Nats per token."""
-
-        def measure(part: torch.Tensor) -> float:
-            with torch.no_grad():
-                expected = self._expected(part)
-                own = self._student.model(part, use_cache=False).logits
-                total = torch.zeros((), dtype=torch.float64, device=self._device)
-                for theirs, mine in _pieces(expected, own):
-                    p, q = theirs.float().log_softmax(-1), mine.float().log_softmax(-1)
-                    total += (p.exp() * (p - q)).sum(-1).sum(dtype=torch.float64)
-                return float(total)
-
-        sums = list(self._pool.map(measure, self._parts(self._held_back)))
-        return sum(sums) / self._held_back.size
+        return self._models.kl(self._held_back, self._pool)
 
     def _check(self, reporter: Reporter) -> None:
         """Measures held-back samples: keeps the best codes, and goes back to them after harm."""
         found = self._held_back_kl()
         reporter.detail(f"Step {self.progress.step}: KL on held-back samples {found:.6f}.")
         if found < self.progress.best_kl:
-            self.best = {name: weight.packed() for name, weight in self._weights.items()}
+            self.best = {name: weight.packed() for name, weight in self._models.weights.items()}
             self.progress = replace(self.progress, best_kl=found)
         if isfinite(found) and found <= _HARM * self.progress.start_kl:
             return
@@ -295,25 +196,21 @@ class Learner:
             f"{self.progress.start_kl:.4g}): it goes on from the best codes, with half the rate."
         )
         self.progress = replace(self.progress, since=0, halvings=self.progress.halvings + 1)
-        for name, weight in self._weights.items():
-            weight.begin(weight_out_in(self._modules[name]).detach(), self.best[name])
+        self._models.begin_again(self.best)
 
     def _state_bytes(self) -> int:
         return sum(
             weight.latent.nbytes + weight.momentum.nbytes + weight.latent.nbytes // 4
-            for weight in self._weights.values()
+            for weight in self._models.weights.values()
         )
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         """All that a step depends on."""
-        arrays: dict[str, NDArray[Any]] = {}
-        for name, weight in self._weights.items():
-            arrays[f"{name}:latent"] = weight.latent.cpu().numpy()
-            arrays[f"{name}:momentum"] = bits_of(weight.momentum)
-            arrays[f"{name}:rows"] = weight.rows.cpu().numpy()
-            arrays[f"{name}:columns"] = weight.columns.cpu().numpy()
-            arrays[f"{name}:best"] = self.best[name]
-        return arrays
+        return {
+            f"{name}:{part}": array
+            for name, weight in self._models.weights.items()
+            for part, array in [*weight.state().items(), ("best", self.best[name])]
+        }
 
     def _resume(self, path: Path) -> bool:
         """Takes up what an earlier run kept, if it kept something of these weights."""
@@ -324,13 +221,8 @@ class Learner:
         here = {name: (array.dtype, array.shape) for name, array in self._arrays().items()}
         if here != {name: (array.dtype, array.shape) for name, array in arrays.items()}:
             return False
-        for name, weight in self._weights.items():
-            for part in ("latent", "rows", "columns"):
-                getattr(weight, part).copy_(torch.from_numpy(arrays[f"{name}:{part}"]))
-            momentum = torch.from_numpy(arrays[f"{name}:momentum"].view(np.uint8).reshape(-1))
-            held = momentum.view(weight.momentum.dtype).view(weight.momentum.shape)
-            weight.momentum.copy_(held)
-            weight.dequantize()
+        for name, weight in self._models.weights.items():
+            weight.restore({part: arrays[f"{name}:{part}"] for part in STATE})
             self.best[name] = arrays[f"{name}:best"]
         self.progress = progress
         return True
@@ -383,15 +275,8 @@ class _Keeper:
             self._saved(progress)
 
 
-def _pieces(*logits: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Some tokens at a time of tensors [..., vocabulary], as views [tokens, vocabulary]."""
-    words = logits[0].shape[-1]
-    rows = max(1, _AT_ONCE[logits[0].device.type] // words)
-    return zip(*(torch.split(each.reshape(-1, words), rows) for each in logits), strict=True)
-
-
 @contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
+def deterministic(device: torch.device) -> Iterator[None]:
     """The same sums each time: one thread for each operation of a CPU, fixed kernels on a GPU."""
     if device.type == "cpu":
         threads = torch.get_num_threads()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
@@ -12,16 +14,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nf4_pipeline.blocks.block_row import NotInARowError
 from nf4_pipeline.blocks.streamed_model import StreamedModel, free_memory
 from nf4_pipeline.calibration.block_store import BlockStore
-from nf4_pipeline.calibration.learner import Learner, Saved, hold_all, learning_dtype
+from nf4_pipeline.calibration.held_models import HeldModels
+from nf4_pipeline.calibration.host_memory import HostMemory
+from nf4_pipeline.calibration.learner import (
+    Learner,
+    Models,
+    Saved,
+    deterministic,
+    learning_dtype,
+)
 from nf4_pipeline.calibration.learning_plan import (
     LearningPlan,
     check_memory_of_learning,
+    memory_by_block,
     memory_of_learning,
     plan_learning,
 )
 from nf4_pipeline.calibration.learning_tokens import LearningTokens, learning_tokens
+from nf4_pipeline.calibration.models_by_block import ModelsByBlock
 from nf4_pipeline.checkpoint.atomic import write_json
 from nf4_pipeline.checkpoint.digest import json_sha256
 from nf4_pipeline.errors import ResourceError
@@ -35,6 +48,7 @@ CODE_VERSION: Final = 1
 _STATE: Final = "learning.state"
 _SUMMARY: Final = "learning.json"
 _TOKENS: Final = "tokens"
+_SHARE_OF_HOST: Final = 0.8  # of the memory that is free
 
 
 class Learning:
@@ -107,34 +121,18 @@ class Learning:
         if done is not None:
             return done
         check_memory(self._plan, self._learned, self._device)
-        dtype = learning_dtype(self._device)
-        with StreamedModel(self._source, self._device, dtype) as teacher:
-            hold_all(teacher)
-            tokens = self._tokens(teacher, reporter)
-            if expected_sha256 not in (None, tokens.sha256):
-                raise ResourceError(
-                    "The codes of this artifact learned from tokens that its 16-bit model wrote, "
-                    f"and the model writes others on this machine (sha256 {tokens.sha256[:16]}…, "
-                    f"expected {str(expected_sha256)[:16]}…): which depends on the model of the "
-                    "device and the version of torch. So it cannot be derived again here. Try a "
-                    "device of the model, and the version of torch, that made the artifact."
-                )
-            with StreamedModel(self._source, self._device, dtype) as student:
-                hold_all(student)
-                learner = Learner(
-                    teacher,
-                    student,
-                    self._learned,
-                    self._rounded,
-                    self._files,
-                    tokens.plan,
-                    tokens.ids,
-                    tokens.held_back,
-                )
-                end = learner.run(
-                    self.store.folder / _STATE, reporter, seconds=seconds, saved=saved
-                )
+        tokens = self._tokens(reporter)
+        if expected_sha256 not in (None, tokens.sha256):
+            raise ResourceError(
+                "The codes of this artifact learned from tokens that its 16-bit model wrote, "
+                f"and the model writes others on this machine (sha256 {tokens.sha256[:16]}…, "
+                f"expected {str(expected_sha256)[:16]}…): which depends on the model of the "
+                "device and the version of torch. So it cannot be derived again here. Try a "
+                "device of the model, and the version of torch, that made the artifact."
+            )
+        learner = self._learn(tokens, reporter, seconds, saved)
         self._write(learner.best)
+        end = learner.progress
         summary = LearningSummary(
             sequences=len(tokens.ids),
             tokens=int(tokens.ids.size),
@@ -167,15 +165,85 @@ class Learning:
         )
         return summary if whole else None
 
-    def _tokens(self, teacher: StreamedModel, reporter: Reporter) -> LearningTokens:
-        context = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
-        how = self._how or plan_learning(
-            self._learned,
-            teacher.device.type,
-            context if isinstance(context, int) and context > 1 else None,
+    def _tokens(self, reporter: Reporter) -> LearningTokens:
+        with self._opened() as writer:
+            config = writer.model.config.get_text_config()
+            context = getattr(config, "max_position_embeddings", None)
+            how = self._how or plan_learning(
+                self._learned,
+                writer.device.type,
+                context if isinstance(context, int) and context > 1 else None,
+            )
+            folder = self.store.folder / _TOKENS
+            return learning_tokens(self._source, self._text, writer, how, folder, reporter)
+
+    def _learn(
+        self, tokens: LearningTokens, reporter: Reporter, seconds: float, saved: Saved | None
+    ) -> Learner:
+        """Learns: with both models on the device if they fit, else a block of each at a time."""
+        needed = memory_of_learning(self._plan, self._learned, self._device.partition(":")[0])
+        _give_back(self._device)
+        free = free_memory(torch.device(self._device))
+        why = (
+            f"both models at once need some {needed / 1e9:,.1f} GB of memory on {self._device}, "
+            f"and {free / 1e9:,.1f} GB are free"
         )
-        folder = self.store.folder / _TOKENS
-        return learning_tokens(self._source, self._text, teacher, how, folder, reporter)
+        state = self.store.folder / _STATE
+        if needed <= free:
+            try:
+                with self._held(tokens) as models:
+                    learner = Learner(models, tokens)
+                    learner.run(state, reporter, seconds=seconds, saved=saved)
+                return learner
+            except torch.OutOfMemoryError:
+                why += ", which was too little"
+            _give_back(self._device)
+        with self._by_block(tokens, why, reporter) as models:
+            learner = Learner(models, tokens)
+            learner.run(state, reporter, seconds=seconds, saved=saved)
+        return learner
+
+    @contextmanager
+    def _held(self, tokens: LearningTokens) -> Iterator[Models]:
+        with self._opened() as teacher, self._opened() as student:
+            yield HeldModels(
+                teacher, student, self._learned, self._rounded, self._files, tokens.plan
+            )
+
+    @contextmanager
+    def _by_block(self, tokens: LearningTokens, why: str, reporter: Reporter) -> Iterator[Models]:
+        room = _room_of_host(self._plan, self._learned, self._device)
+        with (
+            self._opened() as teacher,
+            self._opened() as student,
+            HostMemory(self.store.folder, room, student.device) as memory,
+        ):
+            try:
+                with deterministic(student.device):
+                    models = ModelsByBlock(
+                        teacher,
+                        student,
+                        self._learned,
+                        self._rounded,
+                        self._files,
+                        tokens.plan,
+                        memory,
+                        tokens.held_back,
+                    )
+            except NotInARowError as error:
+                raise ResourceError(
+                    f"--effort high: {why}. Codes of this model cannot learn block by block "
+                    f"either, as {error}. Leave --effort out, or name a --device with more memory."
+                ) from error
+            reporter.note(
+                f"Codes learn block by block: {why}. The result is the same. "
+                f"{memory.in_memory / 1e9:,.1f} GB wait in this machine's memory, "
+                f"{memory.on_disk / 1e9:,.1f} GB on disk."
+            )
+            yield models
+
+    def _opened(self) -> StreamedModel:
+        return StreamedModel(self._source, self._device, learning_dtype(self._device))
 
     def _blocks(self) -> Mapping[str, Sequence[str]]:
         """The weights that learn, by the block in whose file they are."""
@@ -212,7 +280,20 @@ def check_memory(plan: Plan, learned: Sequence[TensorPlan], device: str) -> None
     Raises:
         ResourceError: the device has less memory than is needed.
     """
-    if device != "cpu":
-        torch.cuda.empty_cache()  # what calibration took and gave back counts as free
-    needed = memory_of_learning(plan, learned, device.partition(":")[0])
+    _give_back(device)
+    kind = device.partition(":")[0]
+    needed = min(memory_by_block(plan, learned, kind), memory_of_learning(plan, learned, kind))
     check_memory_of_learning(needed, free_memory(torch.device(device)), device)
+
+
+def _give_back(device: str) -> None:
+    """What is not used any more counts as free."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def _room_of_host(plan: Plan, learned: Sequence[TensorPlan], device: str) -> int:
+    """Bytes of this machine's memory that may be taken for what does not fit a device."""
+    free = int(_SHARE_OF_HOST * free_memory(torch.device("cpu")))
+    return free - memory_by_block(plan, learned, "cpu") if device == "cpu" else free

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from nf4_pipeline.errors import ResourceError
 from nf4_pipeline.selection import Plan, TensorPlan
@@ -18,7 +23,11 @@ _HELD_BACK_SHARE: Final = 0.05  # of a text
 _PASSES: Final = 4  # through the sequences, at most
 _FEWEST_STEPS: Final = 8
 _SPARE: Final = 6 * 2**30
-"""Bytes of a device for what a pass computes with: activations, logits, one layer's temporaries."""
+"""Bytes of a GPU for what a pass computes with: activations, and logits of most models."""
+_ACTIVATIONS: Final = 2 * 2**30
+"""Of these, bytes that are not for logits."""
+_LOGITS: Final = 4 * 2 * 4096
+"""Bytes for each word of a vocabulary: logits of both models, a gradient, and pieces in float32."""
 _TEMPORARIES: Final = 32  # bytes for each weight of the largest layer while it takes a step
 
 
@@ -62,6 +71,11 @@ class LearningPlan:
             self.recompute,
         )
 
+    def parts(self, ids: NDArray[np.int32], device: torch.device) -> list[torch.Tensor]:
+        """Sequences in the parts that pass a model at once."""
+        rows = max(1, self.together // ids.shape[1])
+        return list(torch.split(torch.from_numpy(ids).long().to(device), rows))
+
 
 def plan_learning(weights: Sequence[TensorPlan], kind: str, context: int | None) -> LearningPlan:
     """The plan for a model.
@@ -81,7 +95,7 @@ def plan_learning(weights: Sequence[TensorPlan], kind: str, context: int | None)
 
 
 def memory_of_learning(plan: Plan, learned: Sequence[TensorPlan], kind: str) -> int:
-    """Bytes of the device that learning takes: two models, gradients, latents, and some to spare.
+    """Bytes of a device for both models, gradients, latents, and some to spare.
 
     Args:
         plan: of the checkpoint.
@@ -92,16 +106,46 @@ def memory_of_learning(plan: Plan, learned: Sequence[TensorPlan], kind: str) -> 
     model = sum(prod(tensor.shape) for tensor in plan.tensors) * size
     count = sum(prod(weight.shape) for weight in learned)
     largest = max((prod(weight.shape) for weight in learned), default=0)
-    spare = _SPARE if kind == "cuda" else 2**29
+    spare = _spare(plan, kind)
     gradients = count * size * (2 if kind == "cpu" else 1)  # two threads of a CPU have their own
     return 2 * model + gradients + 2 * count + _TEMPORARIES * largest + spare
+
+
+def memory_by_block(plan: Plan, learned: Sequence[TensorPlan], kind: str) -> int:
+    """The same where a block of each model is on the device at a time; arguments likewise."""
+    size = 4 if kind == "cpu" else 2
+    blocks: dict[str, int] = {}
+    for tensor in plan.tensors:
+        block = _block_of(tensor.name)
+        blocks[block] = blocks.get(block, 0) + prod(tensor.shape)
+    outside = blocks.pop("", 0)
+    own = max(blocks.values(), default=0)
+    largest = max((prod(weight.shape) for weight in learned), default=0)
+    spare = _spare(plan, kind)
+    # Of the 16-bit model the next block is there, too; of the other, gradients and latents.
+    return 2 * outside * size + own * (4 * size + 2) + _TEMPORARIES * largest + spare
+
+
+def _spare(plan: Plan, kind: str) -> int:
+    """Bytes for what a pass computes with."""
+    if kind != "cuda":
+        return 2**29
+    outside = [tensor.shape for tensor in plan.tensors if not _block_of(tensor.name)]
+    words = max((shape[0] for shape in outside if len(shape) == 2), default=0)
+    return max(_SPARE, _ACTIVATIONS + _LOGITS * words)
+
+
+def _block_of(name: str) -> str:
+    """What stands in front of the names of all tensors of a block; "" outside of all."""
+    numbered = re.match(r".*?\.\d+\.", name)
+    return numbered[0] if numbered else ""
 
 
 def check_memory_of_learning(needed: int, free: int, device: str) -> None:
     """Refuses to begin what the memory of a device cannot hold.
 
     Args:
-        needed: as `memory_of_learning` says.
+        needed: as `memory_by_block` says.
         free: bytes that the device has.
         device: "cpu" or "cuda:N".
 
@@ -111,7 +155,6 @@ def check_memory_of_learning(needed: int, free: int, device: str) -> None:
     if needed > free:
         raise ResourceError(
             f"--effort high: learning the codes of this model needs some {needed / 1e9:,.1f} GB of "
-            f"memory on {device}, for the model twice, gradients and latents, and "
-            f"{free / 1e9:,.1f} GB are free. Leave --effort out, which needs a block or two at a "
-            "time, or name a --device with more memory."
+            f"memory on {device}, even a block at a time, and {free / 1e9:,.1f} GB are free. Leave "
+            "--effort out, which needs less, or name a --device with more memory."
         )

@@ -31,6 +31,7 @@ class Progress(Document):
         start_kl: on held-back samples, before the first step.
         best_kl: the least since, nats per token.
         ended: learning was given up, as it did harm.
+        repeatable: all gradients are the same each time.
     """
 
     step: int = 0
@@ -39,6 +40,7 @@ class Progress(Document):
     start_kl: float = float("inf")
     best_kl: float = float("inf")
     ended: bool = False
+    repeatable: bool = True
 
 
 def write_state(path: Path, progress: Progress, arrays: Mapping[str, NDArray[Any]]) -> None:

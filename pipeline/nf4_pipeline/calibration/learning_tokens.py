@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from nf4_pipeline.blocks.lockstep import Lockstep
 from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.calibration.learning_plan import FEWEST_SEQUENCES, LearningPlan
 from nf4_pipeline.calibration.tokens import Beginnings, openings
@@ -30,6 +32,8 @@ from nf4_pipeline.runtime.threads import one_thread_if_small
 
 _CACHE: Final = {"cpu": 2**29, "cuda": 2**32}
 """Bytes of keys, values and probabilities of the sequences that are drawn at a time."""
+_SPARE: Final = {"cpu": 2**28, "cuda": 2**31}
+"""Bytes that the model leaves besides for what it computes with."""
 _MOST: Final = {"cpu": 256, "cuda": 2048}
 _PROBABILITIES: Final = 24  # bytes for each word of the vocabulary while one of them is drawn
 _CLEARED: Final = 32  # tokens after which memory that fits nothing any more is given back
@@ -73,7 +77,7 @@ def learning_tokens(
     Args:
         source: the 16-bit checkpoint.
         text: None to let the model write.
-        teacher: the 16-bit model; all its blocks are held.
+        teacher: the 16-bit model; as many of its blocks as fit are held from now on.
         plan: how much is wanted.
         folder: keeps batches that are drawn.
         reporter: told how far it is.
@@ -149,8 +153,17 @@ def _drawn(
     """The model's own sequences; batches that are in the folder are not drawn again."""
     make_folder(folder)
     remove_leftovers(folder)
-    rows = _rows_at_a_time(teacher, length)
     drawn: list[NDArray[np.int32]] = []
+    spare = _SPARE[teacher.device.type] + _CACHE[teacher.device.type]
+    opened = partial(teacher.open_ahead, again=True)
+    blocks = [] if teacher.hold_what_fits(spare) else [teacher.blocks]
+    lockstep = Lockstep(blocks, opened, teacher.close)  # block by block if they do not fit
+    rows = _rows_at_a_time(teacher, length, lockstep)
+    if blocks:
+        reporter.note(
+            f"The model does not fit on {teacher.device}: for each of the {length} tokens of a "
+            "sequence all of it is read once. A text of yours is faster: --calibrate FILE."
+        )
     with (
         one_thread_if_small(teacher.footprint),
         reporter.task("sample tokens to learn from", wanted, unit="sequences") as task,
@@ -160,7 +173,7 @@ def _drawn(
             shape = len(batch.starts), length
             ids = _kept(path, shape)
             if ids is None:
-                ids = _draw(teacher, batch, length)
+                ids = _draw(teacher, batch, length, lockstep)
                 digest = json.dumps({"sha256": hashlib.sha256(ids.tobytes()).hexdigest()})
                 write_bytes(path, save({"ids": ids}, {"nf4": digest}))
             drawn.append(ids)
@@ -180,14 +193,15 @@ def _kept(path: Path, shape: tuple[int, int]) -> NDArray[np.int32] | None:
     return ids if whole else None
 
 
-def _draw(teacher: StreamedModel, batch: _Batch, length: int) -> NDArray[np.int32]:
+def _draw(
+    teacher: StreamedModel, batch: _Batch, length: int, lockstep: Lockstep
+) -> NDArray[np.int32]:
     """Draws at temperature 1, nothing cut off; what follows the end of a text is drawn, too."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     model: Any = teacher.model
     model.generation_config = GenerationConfig()
     starts = torch.from_numpy(batch.starts).to(teacher.device)
-    torch.manual_seed(batch.seed)
     config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -208,17 +222,22 @@ def _draw(teacher: StreamedModel, batch: _Batch, length: int) -> NDArray[np.int3
         )
         return torch.where(known[:, None], certain, logits)
 
-    with torch.no_grad():
+    drawn: list[NDArray[np.int32]] = []
+
+    def draw() -> None:
+        torch.manual_seed(batch.seed)
         ids = model.generate(
             starts[:, :1],
             attention_mask=torch.ones_like(starts[:, :1]),
             generation_config=config,
             logits_processor=LogitsProcessorList([_checked, forced]),
         )
-    if ids.is_cuda:
+        drawn.append(ids.to("cpu", torch.int32).numpy())
+
+    lockstep.run([draw])
+    if teacher.device.type == "cuda":
         torch.cuda.empty_cache()
-    array: NDArray[np.int32] = ids.to("cpu", torch.int32).numpy()
-    return array
+    return drawn[0]
 
 
 def _checked(ids: Any, logits: Any) -> Any:
@@ -233,20 +252,24 @@ def _checked(ids: Any, logits: Any) -> Any:
     return logits
 
 
-def _rows_at_a_time(teacher: StreamedModel, length: int) -> int:
+def _rows_at_a_time(teacher: StreamedModel, length: int, lockstep: Lockstep) -> int:
     """How many sequences are drawn together: a power of two, by what one takes in the cache."""
     kind = teacher.device.type
     model: Any = teacher.model
     words = int(model.config.get_text_config().vocab_size)
-    with torch.no_grad():
+    sizes: list[int] = []
+
+    def measure() -> None:
         probe = torch.zeros(1, 2, dtype=torch.long, device=teacher.device)
         cache = model(probe, use_cache=True).get("past_key_values")
-    sizes = [
-        tensor.numel() * tensor.element_size()
-        for layer in getattr(cache, "layers", ())
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
-        if isinstance(tensor, torch.Tensor)
-    ]
+        sizes.extend(
+            tensor.numel() * tensor.element_size()
+            for layer in getattr(cache, "layers", ())
+            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
+            if isinstance(tensor, torch.Tensor)
+        )
+
+    lockstep.run([measure])
     each = sum(sizes) / 2 * length + _PROBABILITIES * words
     rows = max(8, min(_MOST[kind], int(_CACHE[kind] / each)))
     return int(2 ** (rows.bit_length() - 1))

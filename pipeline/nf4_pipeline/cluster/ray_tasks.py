@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from nf4_pipeline.errors import PipelineError, ResourceError, UsageError
 
@@ -21,6 +21,8 @@ _RETRIES: Final = 20
 _OBJECT_STORE: Final = 80 * 2**20  # bytes; files pass by it, so that the least is enough
 _WAIT_FOR_HEAD: Final = 5.0  # seconds
 _WAIT: Final = 1.0  # seconds, after which an interrupt is heard at the latest
+_STARTS: Final = 3
+"""Times that a cluster is started here: Ray gives up after half a minute, which may be too soon."""
 
 _VARIABLES: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",  # of a cluster that is started here, nobody is told
@@ -28,7 +30,8 @@ _VARIABLES: Final = {
 }
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-Call = Callable[[], None]
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,15 @@ def check_installed() -> None:
         )
 
 
+def address_of(said: str | None) -> str | None:
+    """Where the cluster is that would be used; None for one that is started on this host.
+
+    Args:
+        said: the address that the user named, if any.
+    """
+    return said or os.environ.get("RAY_ADDRESS") or None
+
+
 @contextmanager
 def connected(address: str | None) -> Iterator[Cluster]:
     """Connects to a cluster, or starts one on this host that ends with the body.
@@ -64,7 +76,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
         UsageError: Ray is not installed, or the address is of another kind.
     """
     check_installed()
-    address = address or os.environ.get("RAY_ADDRESS") or None
+    address = address_of(address)
     if address is not None:
         _check_address(address)
     for name, value in _VARIABLES.items():
@@ -72,26 +84,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
     import ray
 
     heard = {number: signal.getsignal(number) for number in _SIGNALS}
-    own = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
-    try:
-        ray.init(
-            address=address or "local",
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            **({} if address else own),
-        )
-    except Exception as error:  # it raises what it likes
-        said = _first_line(error)
-        if address is None:
-            raise ResourceError(
-                f"Ray could not be started on this host: {said} It gives itself half a minute: "
-                "try again when the host has less to do, or leave --engine ray out."
-            ) from error
-        raise ResourceError(
-            f"The Ray cluster at {address[:80]} cannot be used: {said} Look at `ray status` there; "
-            "all its nodes need the Ray and the Python of this environment. Without "
-            "--ray-address, a cluster is started on this host."
-        ) from error
+    _init(ray, address)
     if threading.current_thread() is threading.main_thread():
         for number, handler in heard.items():  # Ray's own would abort the process
             signal.signal(number, handler)
@@ -102,6 +95,35 @@ def connected(address: str | None) -> Iterator[Cluster]:
             yield Cluster()
         finally:
             ray.shutdown()
+
+
+def _init(ray: Any, address: str | None) -> None:
+    """Connects to the cluster at an address, or starts one."""
+    own = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
+    for left in reversed(range(1 if address else _STARTS)):
+        try:
+            ray.init(
+                address=address or "local",
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                **({} if address else own),
+            )
+            return
+        except Exception as error:  # it raises what it likes
+            ray.shutdown()
+            said = _first_line(error)
+            if address is not None:
+                raise ResourceError(
+                    f"The Ray cluster at {address[:80]} cannot be used: {said} Look at `ray "
+                    "status` there; all its nodes need the Ray and the Python of this environment. "
+                    "Without --ray-address, a cluster is started on this host."
+                ) from error
+            if not left:
+                raise ResourceError(
+                    f"Ray could not be started on this host, {_STARTS} times: {said} It gives "
+                    "itself half a minute each time: try again when the host has less to do, or "
+                    "leave --engine ray out."
+                ) from error
 
 
 def _check_address(address: str) -> None:
@@ -141,18 +163,37 @@ class Cluster:
         """Of all its nodes."""
         return int(self._ray.cluster_resources().get("GPU", 0))
 
-    def run(self, calls: Sequence[Call], claim: Claim, check: Call = lambda: None) -> None:
-        """Runs calls, in their order as far as there is room for them; the first error ends all.
+    @property
+    def largest(self) -> Claim:
+        """All of one node: of one with the most GPUs, and of these, with the most processors."""
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        gpus, cpus = max((int(node.get("GPU", 0)), int(node.get("CPU", 0))) for node in nodes)
+        return Claim(cpus, gpus)
+
+    def run(
+        self,
+        call: Callable[[T], R],
+        items: Sequence[T],
+        claim: Claim,
+        check: Callable[[], None] = lambda: None,
+        ended: Callable[[T], None] = lambda item: None,
+    ) -> list[R]:
+        """Calls with each item, in order as far as there is room; the first error ends all.
 
         Args:
-            calls: what can be pickled, and may be begun again after it was killed.
+            call: what can be pickled, and may be begun again after it was killed; it is sent once.
+            items: what can be pickled.
             claim: what each of them takes.
             check: called here every moment; what it raises ends all, too.
+            ended: called here with each item that is done.
+
+        Returns:
+            What each call returned, in the order of the items.
 
         Raises:
             ResourceError: no node has so much, or one call lost its worker too often, or the nodes
                 have other packages than this host.
-            PipelineError: what a call or `check` raises.
+            PipelineError: what a call, `check` or `ended` raises.
         """
         ray = self._ray
         self._check_room(claim)
@@ -162,17 +203,23 @@ class Cluster:
             max_retries=_RETRIES,
             scheduling_strategy="SPREAD",
         )(_run)
-        pending = [task.remote(call) for call in calls]
+        sent = ray.put(call)
+        of = {task.remote(sent, item): item for item in items}
+        pending = list(of)
+        results: dict[Any, R] = {}
         try:
             while pending:
                 done, pending = ray.wait(pending, timeout=_WAIT)
-                ray.get(done)
+                results |= zip(done, ray.get(done), strict=True)
+                for reference in done:
+                    ended(of[reference])
                 check()
+            return [results[reference] for reference in of]
         except ray.exceptions.RayTaskError as error:
             raise _cause_of(error) from error
         except ray.exceptions.RayError as error:
             raise ResourceError(
-                f"The Ray cluster lost the worker of one file {_RETRIES + 1} times: "
+                f"The Ray cluster lost the worker of one task {_RETRIES + 1} times: "
                 f"{_first_line(error)} Look at the memory of its nodes and at `ray status`, then "
                 "run the same command again: what is finished is kept."
             ) from error
@@ -195,12 +242,12 @@ class Cluster:
             )
 
 
-def _run(call: Call) -> None:
+def _run(call: Callable[[T], R], item: T) -> R:
     """A task: on whichever node."""
     from nf4_pipeline.quiet_libraries import quiet_libraries
 
     quiet_libraries()
-    call()
+    return call(item)
 
 
 def _cause_of(error: Any) -> BaseException:

@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final, Literal, get_args
 
-Use = Literal["child", "look", "scores", "reproduce", "rebuild", "sign", "stream"]
+Use = Literal["child", "look", "scores", "reproduce", "rebuild", "sign", "stream", "task"]
 """What a folder is for; it stands in its name."""
 
 IN_MEMORY: Final = Path("/dev/shm")

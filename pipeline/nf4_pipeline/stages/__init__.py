@@ -12,6 +12,7 @@
     quantize.py      source/ -> quantized/
     quantize_parts.py  a part of it by one of several processes; all parts -> one record
     quantize_on_ray.py  each file a part, made by a task of a Ray cluster
+    sent_source.py   the source, for tasks that do not see the build folder
     folder_progress.py  how far several processes are, as their common folder shows it
     rounding_choice.py  on the processors or on GPUs, by an estimate of both times
     serialize.py     quantized/ -> export/: the artifact and its manifest

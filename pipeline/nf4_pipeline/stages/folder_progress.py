@@ -53,17 +53,22 @@ class FolderView:
         build: where.
         key: of the stage that makes them.
         sizes: in bytes, of all of them by name.
+        done: files that are known to be whole, wherever they are.
     """
 
-    def __init__(self, build: Build, key: str, sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self, build: Build, key: str, sizes: Mapping[str, int], done: Collection[str] = ()
+    ) -> None:
         self._build = build
         self._key = key
         self._sizes = sizes
+        self._done = done
         self._keys: dict[str, tuple[int, str]] = {}  # name -> time of change of the facts, key
 
     def look(self) -> Seen:
         """What there is now."""
-        whole = frozenset(name for name in self._sizes if self._key_of(name) == self._key)
+        done = {*self._done}
+        whole = frozenset(n for n in self._sizes if n in done or self._key_of(n) == self._key)
         makers = {n: m for n, m in self._build.makers().items() if n in self._sizes}
         return Seen(
             whole=whole,
@@ -105,6 +110,7 @@ def watched(
     reporter: Reporter,
     *,
     own: Collection[str] = (),
+    done: Collection[str] = (),
 ) -> Iterator[Callable[[], None]]:
     """Shows how far all files are while the body runs.
 
@@ -117,8 +123,9 @@ def watched(
         reporter: told of bytes, of files, and of who is at work.
         own: files that the body makes and shows itself; nothing is shown before one of the others
             is begun.
+        done: as in `FolderView`; more may come.
     """
-    view = FolderView(build, key, sizes)
+    view = FolderView(build, key, sizes, done)
     ended = threading.Event()
     refused: list[BaseException] = []
 
@@ -132,7 +139,7 @@ def watched(
                 if shown is None and (not own or others):
                     shown = stack.enter_context(_opened(sizes, reporter))
                 if shown is not None:
-                    shown.update(seen)
+                    shown.update(seen, says_who=seen.workers > 0 or not build.is_copy)
                 if last:
                     return
                 last = ended.wait(_EVERY)
@@ -166,8 +173,13 @@ class _Shown:
         self._said = ""
         self.at_work = ExitStack()
 
-    def update(self, seen: Seen) -> None:
-        """Shows what was seen; what a killed worker had written is made again before it counts."""
+    def update(self, seen: Seen, *, says_who: bool = True) -> None:
+        """Shows what was seen; what a killed worker had written is made again before it counts.
+
+        Args:
+            seen: now.
+            says_who: show workers, too; of those elsewhere, nothing is seen here.
+        """
         for task, before, now in (
             (self._written, self._nbytes, seen.nbytes),
             (self._files, self._count, len(seen.whole)),
@@ -176,7 +188,7 @@ class _Shown:
                 task.advance(now - before)
         self._nbytes = max(self._nbytes, seen.nbytes)
         self._count = max(self._count, len(seen.whole))
-        if seen.at_work != self._said:
+        if says_who and seen.at_work != self._said:
             self.at_work.close()
             self.at_work.enter_context(self._reporter.task(seen.at_work, None))
             self._said = seen.at_work

@@ -338,7 +338,7 @@ class Quantize:
             else:
                 for output in outputs:  # a file that was made of what nobody has hashed yet
                     (folder / output.name).unlink(missing_ok=True)
-                making = _Making(folder, opener, done, self.outgoing)
+                making = _Making(folder, opener, done, self.outgoing, whole=names is None)
                 _make_streamed(streamed, run, outputs, making)
         self.outgoing.settle()
         _warn_of_merged(plan, self.reporter)
@@ -371,12 +371,15 @@ def _make_streamed(
 
     What of a file of the source finds no room before its hash is known is made afterwards, of the
     stretches that it needs: these are fetched again, and have hashes by then. A file whose outputs
-    all stand is not fetched, if all is known of it that later work needs.
+    all stand is not fetched, if all is known of it that later work needs. Of a part, the others see
+    to that.
     """
     of_source: dict[str, list[Output]] = {}
     for output in outputs:
         of_source.setdefault(output.source, []).append(output)
-    unknown = streamed.missing(run.plan)
+    unknown = {*streamed.missing(run.plan)}
+    if not making.whole:
+        unknown &= of_source.keys()
     with run.shown("quantize", outputs, streamed.reporter) as task:
         for file in sorted({*of_source, *unknown}):
             left = of_source.get(file, [])
@@ -424,7 +427,8 @@ def _make_passing(
     try:
         wanted = [tensor.source for output in outputs for tensor in output.tensors]
         streamed.pass_by(file, run.plan, wanted, work)
-        streamed.check_tied(run.plan)
+        if making.whole:
+            streamed.check_tied(run.plan)
     except BaseException:
         drop()
         raise
@@ -441,12 +445,14 @@ class _Making:
         opener: gives what takes the bytes of a file.
         done: told of each file that counts.
         outgoing: what becomes of it.
+        whole: these are all files; of a part, tied tensors may have passed by elsewhere.
     """
 
     folder: Path
     opener: Opener
     done: Callable[[str, QuantizedFile], None]
     outgoing: Outgoing
+    whole: bool
 
 
 class _Nowhere:

@@ -73,7 +73,7 @@ class QuantizePart:
             BuildError: as of `run`, or another process works in the folder at something else.
             SourceError: the checkpoint is not usable.
             ResourceError: the disk is too full, or there is too little memory.
-            UsageError: the recipe is a calibrated one, or the memory budget is too small.
+            UsageError: the memory budget is too small.
             PlanMismatchError: the bytes written are not the bytes planned.
         """
         build = self.whole.build
@@ -90,13 +90,11 @@ class QuantizePart:
                 another process is making one of the files.
             SourceError: the checkpoint is not usable.
             ResourceError: the disk is too full, or there is too little memory.
-            UsageError: the recipe is a calibrated one, the source is streamed, or the memory
-                budget is too small.
+            HubError: the source is streamed, and the Hub does not give what it lists.
+            UsageError: the memory budget is too small.
             PlanMismatchError: the bytes written are not the bytes planned.
         """
         whole = self.whole
-        refuse_calibrated(whole.recipe, "--part")
-        refuse_streamed(whole.build, "--part")
         source = whole.build.check_inputs(DOWNLOAD)
         planner = whole.planner()
         untied = whole.known_untied() if self.untied is None else self.untied
@@ -121,30 +119,22 @@ class QuantizePart:
         return run_recorded(whole.build, self.kind, self.key(), work, recipe=table)
 
 
-def refuse_calibrated(recipe: Recipe, option: str) -> None:
-    """Refuses a recipe whose codes can only be chosen in one piece.
+def refuse_to_divide(build: Build, recipe: Recipe) -> None:
+    """Refuses to make one of several parts of what processes that share nothing cannot divide.
 
     Raises:
-        UsageError: the recipe is a calibrated one.
+        UsageError: the recipe is a calibrated one, or the weights of the source stay on the Hub.
+        BuildError: download is not done.
     """
     if recipe.quantize.calibrate:
         raise UsageError(
-            f"{option}: calibrated codes are chosen in one walk through the model, which cannot "
-            f"be divided. Leave {option} out, or --calibrate."
+            "--part: calibrated codes are chosen in one walk through the model, which cannot "
+            "be divided. Leave --part out, or --calibrate."
         )
-
-
-def refuse_streamed(build: Build, option: str) -> None:
-    """Refuses a source that no two processes can share.
-
-    Raises:
-        UsageError: the weights of the source stay on the Hub.
-        BuildError: download is not done.
-    """
     if build.need(DOWNLOAD).facts.streamed:
         raise UsageError(
-            f"{option}: the weights of this build are streamed from the Hub, and each part would "
-            f"fetch files that others fetch, too. Leave {option} out; or build without "
+            "--part: the weights of this build are streamed from the Hub, and each part would "
+            "fetch files that others fetch, too. Leave --part out; or build without "
             "--stream-source where several machines share the work."
         )
 

@@ -24,6 +24,7 @@ from nf4_pipeline.checkpoint.digest import (
 )
 from nf4_pipeline.checkpoint.files import CARD_FILE, entries, is_tokenizer
 from nf4_pipeline.checkpoint.plain_file import check_plain
+from nf4_pipeline.cluster.ray_tasks import address_of, connected
 from nf4_pipeline.errors import ArtifactError, ResourceError
 from nf4_pipeline.fidelity.verdict import Check
 from nf4_pipeline.machine import Machine, kind_of_device
@@ -63,6 +64,7 @@ from nf4_pipeline.verification.document import (
 from nf4_pipeline.verification.eval_text import RANDOM, Text, read_text
 from nf4_pipeline.verification.launch import Examination, Workers, compare_scores
 from nf4_pipeline.verification.messages import Baselines, SavedCodes
+from nf4_pipeline.verification.on_ray import compare_on_ray
 from nf4_pipeline.verification.prompts import (
     LARGEST,
     REFERENCE,
@@ -342,6 +344,11 @@ class Verify:
                 asked = replace(asked, source=source_folder, served=served)
             folder = stack.enter_context(TemporaryFolder("scores"))
             own, others = folder / "own.npz", folder / "others.npz"
+            baselines = self.baselines(manifest)
+            try:
+                asked = self._dealt_out(asked, export, baselines, folder)
+            except ArtifactError as error:
+                return assemble_stopped([*checks, report_unloadable(str(error))], recipe, versions)
             readers = stack.enter_context(
                 Readers(
                     _read(export, manifest),
@@ -358,7 +365,7 @@ class Verify:
                     own,
                     workers,
                     self.reporter,
-                    baselines=self.baselines(manifest),
+                    baselines=baselines,
                     logits=readers.own_logits,
                     together=together,
                 )
@@ -386,6 +393,26 @@ class Verify:
                 )
                 verification = replace(verification, against=against)
         return verification
+
+    def _dealt_out(
+        self, asked: Examination, export: Path, baselines: Baselines, folder: Path
+    ) -> Examination:
+        """The same, with the comparison done by tasks of a Ray cluster, if there are several."""
+        address = self.machine.ray_address
+        of_one_host = asked.device == "cpu" and address_of(address) is None
+        if self.machine.engine != "ray" or of_one_host:
+            return asked
+        if self.build.is_copy or asked.served is not None:
+            self.reporter.detail(
+                "The models are compared on this host: other nodes do not see what is compared."
+            )
+            return asked
+        request = asked.artifact_request(export, folder / "own.npz", baselines)
+        with (
+            self.reporter.task("compare on Ray", None),
+            connected(address) as cluster,
+        ):
+            return replace(asked, shares=compare_on_ray(request, cluster, folder))
 
     def baselines(self, manifest: Manifest) -> Baselines:
         """Round to nearest, unless the artifact is that, and the codes that learning began with."""

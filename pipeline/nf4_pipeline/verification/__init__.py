@@ -10,6 +10,8 @@ launch.py           has both models loaded and asked, each in a process of its o
 messages.py         what those processes are asked, and what they reply
 source_worker.py    run there: loads the 16-bit model and asks it
 artifact_worker.py  run there: loads the 4-bit model, compares it with the other, and asks it
+shares.py           what came of comparing them on a share of the text, elsewhere
+on_ray.py           shares as tasks of a Ray cluster
 generation.py       what a model writes, how fast, and where two answers part
 batches.py          prompts answered many at a time
 compare_models.py   both models on the same tokens, block by block

@@ -39,9 +39,16 @@ from nf4_pipeline.verification.generation import (
     open_generator,
     questions,
 )
-from nf4_pipeline.verification.messages import ArtifactReply, ArtifactRequest, LoadedModel
+from nf4_pipeline.verification.messages import (
+    ArtifactReply,
+    ArtifactRequest,
+    Baselines,
+    LoadedModel,
+)
+from nf4_pipeline.verification.shares import Share, share_of
 
 if TYPE_CHECKING:
+    from nf4_pipeline.blocks.streamed_model import StreamedModel
     from nf4_pipeline.verification.compare_models import Comparison
 
 # The libraries underneath are imported in `prepare`, or where they are used.
@@ -79,7 +86,8 @@ def run(request: ArtifactRequest, reporter: Reporter) -> ArtifactReply:
         with reporter.task("cut the text", None):
             tokenizer = LimitedTokenizer.open(request.artifact) if request.text.domains else None
             sequences = _read(request, model, tokenizer)
-        comparison, scores = _compare(request, model, sequences, reporter)
+        shares = [Share.load(path) for path in request.shares]
+        comparison, scores = _compare(request, model, sequences, shares, reporter)
         lengths = [len(sequence.ids) - 1 for sequence in sequences]
         domains = [sequence.domain for sequence in sequences]
         with reporter.task("resample the scores", None):
@@ -132,9 +140,11 @@ def run(request: ArtifactRequest, reporter: Reporter) -> ArtifactReply:
         nearest=nearest,
         before_learning=before_learning,
         comparison=ComparisonCosts(
-            seconds=round(comparing.seconds, 3),
-            peak_memory_bytes=on_comparison.memory,
-            peak_device_memory_bytes=on_comparison.device_memory,
+            seconds=round(comparing.seconds + max([0.0, *(s.seconds for s in shares)]), 3),
+            peak_memory_bytes=max([on_comparison.memory, *(s.memory for s in shares)]),
+            peak_device_memory_bytes=max(
+                [on_comparison.device_memory, *(s.device_memory for s in shares)]
+            ),
         ),
         answers=answered.answers,
         costs=model_costs(answered, load_seconds, footprint, peaks, streamed=False),
@@ -173,10 +183,60 @@ def _read(
     return random_sequences(vocabulary, request.tokens, context)
 
 
+def compare_share(request: ArtifactRequest, number: int, of: int) -> Share | None:
+    """Compares both models on a share of the sequences, for whoever brings all of them together.
+
+    Args:
+        request: as of `run`; nobody is asked anything, and nothing is left in a file.
+        number: of the share, from 0 on.
+        of: how many shares there are.
+
+    Returns:
+        What came of it; None if no sequence is left for it.
+
+    Raises:
+        ArtifactError: the artifact cannot be loaded.
+        SourceError: its source cannot be loaded.
+        RecipeError: the text is too short for one sequence.
+    """
+    from nf4_pipeline.blocks.streamed_model import StreamedModel
+
+    with measured() as usage:
+        model, _ = load_with_report(request.artifact, device=request.device)
+        with one_thread_if_small(int(model.get_memory_footprint())):
+            tokenizer = LimitedTokenizer.open(request.artifact) if request.text.domains else None
+            sequences = _read(request, model, tokenizer)
+            mine = share_of(number, of, len(sequences))
+            if not mine:
+                return None
+            dtype = _dtype(model)
+            with StreamedModel(request.source, request.device, dtype, request.served) as streamed:
+                comparison = _comparison(streamed, model, request.baselines)
+                own = sequences[mine.start : mine.stop]
+                scores = comparison.run(own, lambda count: None, first=mine.start)
+    peaks = take_peaks(usage, request.device)
+    return Share(
+        scores=scores,
+        beside=comparison.beside,
+        worst=comparison.worst.places,
+        blocks=comparison.sums(),
+        seconds=usage.seconds,
+        memory=peaks.memory,
+        device_memory=peaks.device_memory,
+    )
+
+
 def _compare(
-    request: ArtifactRequest, model: Any, sequences: Sequence[TokenSequence], reporter: Reporter
+    request: ArtifactRequest,
+    model: Any,
+    sequences: Sequence[TokenSequence],
+    shares: Sequence[Share],
+    reporter: Reporter,
 ) -> tuple[Comparison, TokenScores]:
-    """Runs both models over the sequences, in what the 4-bit one computes in."""
+    """Runs both models over the sequences, in what the 4-bit one computes in.
+
+    Where others did that, what they found is taken, and the weights alone are looked at.
+    """
     from nf4_pipeline.blocks.streamed_model import StreamedModel
     from nf4_pipeline.verification.compare_models import Comparison
 
@@ -185,15 +245,25 @@ def _compare(
         reporter.task("compare block by block", total, unit="tokens") as task,
         StreamedModel(request.source, request.device, _dtype(model), request.served) as streamed,
     ):
-        baselines = request.baselines
-        comparison = Comparison(
-            streamed,
-            model,
-            request.artifact,
-            nearest=baselines.nearest,
-            before_learning=baselines.before_learning,
-        )
+        if shares:
+            comparison = Comparison(streamed, model, request.artifact)
+            return comparison, comparison.take(shares)
+        comparison = _comparison(streamed, model, request.baselines, request.artifact)
         return comparison, comparison.run(sequences, task.advance)
+
+
+def _comparison(
+    streamed: StreamedModel, model: Any, baselines: Baselines, artifact: Path | None = None
+) -> Comparison:
+    from nf4_pipeline.verification.compare_models import Comparison
+
+    return Comparison(
+        streamed,
+        model,
+        artifact,
+        nearest=baselines.nearest,
+        before_learning=baselines.before_learning,
+    )
 
 
 def _save_scores(

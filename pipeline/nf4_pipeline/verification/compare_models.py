@@ -35,6 +35,7 @@ from nf4_pipeline.verification.distance import BlockDistance, LayerDistance, Rat
 from nf4_pipeline.verification.document import BlockError, LayerError
 from nf4_pipeline.verification.eval_text import TokenSequence
 from nf4_pipeline.verification.messages import SavedCodes
+from nf4_pipeline.verification.shares import BlockSums, Share
 from nf4_pipeline.verification.worst_tokens import WorstTokens
 
 _TOGETHER: Final = 16_384
@@ -58,6 +59,7 @@ class Comparison:
         weights: what the files hold; None if they are not looked at.
         nearest: after `run`, the scores of round to nearest; None if it is not measured.
         before_learning: after `run`, those of these codes, likewise.
+        beside: after `run`, both of them by name, as far as they are measured.
         worst: after `run`, the tokens on which the two models differ most.
     """
 
@@ -79,6 +81,7 @@ class Comparison:
         self._hidden: torch.Tensor | None = None
         self.nearest: TokenScores | None = None
         self.before_learning: TokenScores | None = None
+        self.beside: Mapping[str, TokenScores] = {}
         self.worst = WorstTokens()
         self._baselines: dict[str, Baseline] = {}
         if nearest is not None:
@@ -115,18 +118,25 @@ class Comparison:
                 return errors.layers.setdefault(name, LayerDistance())
         return self.outside.setdefault(module, LayerDistance())
 
-    def run(self, sequences: Sequence[TokenSequence], done: Callable[[int], None]) -> TokenScores:
+    def run(
+        self,
+        sequences: Sequence[TokenSequence],
+        done: Callable[[int], None],
+        *,
+        first: int = 0,
+    ) -> TokenScores:
         """Scores all tokens, in the order of the sequences.
 
         Args:
             sequences: what both models read.
             done: told how many tokens have been read to the end.
+            first: number of the first of them, where others read those before it.
         """
         models: list[tuple[Any, list[TokenScores]]] = [(self._model, [])]
         models += [(baseline.model, []) for baseline in self._baselines.values()]
         others = [baseline.blocks for baseline in self._baselines.values()]
         blocks = [self._reference.blocks, self._own, *others]
-        numbers = itertools.count()
+        numbers = itertools.count(first)
         for wave in _waves(sequences):
             with self._watched():
                 lockstep = Lockstep(blocks, self._opened, self._closed)
@@ -136,9 +146,40 @@ class Comparison:
         if self.weights is not None:
             self.weights.compare_rest()  # what no block holds, or none that ran
         own, *beside = (TokenScores.joined(parts) for _, parts in models)
-        found = dict(zip(self._baselines, beside, strict=True))
-        self.nearest, self.before_learning = found.get("nearest"), found.get("before_learning")
+        self._keep_beside(dict(zip(self._baselines, beside, strict=True)))
         return own
+
+    def _keep_beside(self, found: Mapping[str, TokenScores]) -> None:
+        self.beside = found
+        self.nearest, self.before_learning = found.get("nearest"), found.get("before_learning")
+
+    def sums(self) -> dict[str, BlockSums]:
+        """What was summed in each block, sequence by sequence."""
+        return {
+            name: BlockSums(
+                block.hidden.sums, {n: layer.output.sums for n, layer in block.layers.items()}
+            )
+            for name, block in self.blocks.items()
+        }
+
+    def take(self, shares: Sequence[Share]) -> TokenScores:
+        """Takes what others found instead of running, and looks at the weights.
+
+        Args:
+            shares: of all sequences, in their order.
+        """
+        for share in shares:
+            self.worst.take(share.worst)
+            for name, found in share.blocks.items():
+                block = self.blocks[name]
+                block.hidden.take(found.hidden)
+                for layer, sums in found.layers.items():
+                    block.layers.setdefault(layer, LayerDistance()).output.take(sums)
+        if self.weights is not None:
+            self.weights.compare_rest()
+        names = shares[0].beside
+        self._keep_beside({n: TokenScores.joined([s.beside[n] for s in shares]) for n in names})
+        return TokenScores.joined([share.scores for share in shares])
 
     def _runs(
         self,

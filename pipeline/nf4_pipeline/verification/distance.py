@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import isfinite, nan, sqrt
-from typing import Any
+from math import fsum, isfinite, nan, sqrt
 
 import torch
 
 from nf4_pipeline.verification.document import BlockError, LayerError
+from nf4_pipeline.verification.shares import Sums
 
 
 @dataclass
 class Ratio:
-    """A relative error that is being summed: sqrt(sum of squared differences / sum of squares)."""
+    """A relative error that is being summed: sqrt(sum of squared differences / sum of squares).
 
-    error: Any = 0.0
-    energy: Any = 0.0
+    The sums are exact, so that they are the same in any order.
+
+    Attributes:
+        parts: both sums of each call of `add`, float64 [2], wherever they were computed.
+    """
+
+    parts: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, actual: torch.Tensor, expected: torch.Tensor) -> None:
         wanted = expected.float().flatten()
         off = actual.float().flatten() - wanted
-        self.error = self.error + off.dot(off).double()
-        self.energy = self.energy + wanted.dot(wanted).double()
+        self.parts.append(torch.stack([off.dot(off), wanted.dot(wanted)]).double())
+
+    @property
+    def sums(self) -> Sums:
+        """Of each call."""
+        return [(e, n) for e, n in torch.stack(self.parts).tolist()] if self.parts else []
+
+    def take(self, sums: Sums) -> None:
+        """Adds what others summed."""
+        self.parts += [torch.tensor(pair, dtype=torch.float64) for pair in sums]
 
     @property
     def value(self) -> float:
-        error, energy = float(self.error), float(self.energy)
+        sums = self.sums
+        error, energy = (_sum([pair[i] for pair in sums]) for i in (0, 1))
         return sqrt(error / energy) if energy else (0.0 if error == 0 else float("inf"))
 
 
@@ -83,6 +98,11 @@ class BlockDistance:
             relative_error=_digits(self.hidden.value),
             modules=tuple(layer.error(inner) for inner, layer in self.layers.items()),
         )
+
+
+def _sum(values: Sequence[float]) -> float:
+    """Exact, but for its last rounding."""
+    return fsum(values) if all(map(isfinite, values)) else sum(values)
 
 
 def _digits(value: float) -> float | None:

@@ -63,6 +63,7 @@ class Examination:
         text: what they are compared on; random token ids if it has no domains.
         tokens: of it.
         served: as in `SourceRequest`.
+        shares: as in `ArtifactRequest`.
     """
 
     source: Path
@@ -73,10 +74,11 @@ class Examination:
     text: Text
     tokens: int
     served: Path | None = None
+    shares: tuple[Path, ...] = ()
 
     def without_prompts(self) -> Examination:
-        """The same, on the text alone."""
-        return replace(self, prompts=())
+        """The same, on the text alone, of which nobody has compared anything."""
+        return replace(self, prompts=(), shares=())
 
     def ask_both(
         self,
@@ -105,7 +107,7 @@ class Examination:
             VerificationError: a process died.
         """
         source = self.source_request(artifact)
-        export = self._artifact_request(artifact, scores, baselines, logits)
+        export = self.artifact_request(artifact, scores, baselines, logits)
         if not together:
             in_16_bit = _ask(workers.source(), source, self.source, reporter)
             return in_16_bit, _ask(workers.artifact(), export, artifact, reporter)
@@ -163,13 +165,18 @@ class Examination:
             RecipeError: the text is too short for one sequence.
             VerificationError: the process died.
         """
-        request = self._artifact_request(artifact, scores, baselines, logits)
+        request = self.artifact_request(artifact, scores, baselines, logits)
         with child.Waiting(_ARTIFACT_WORKER) as waiting:
             return _ask(waiting, request, artifact, reporter)
 
-    def _artifact_request(
-        self, artifact: Path, scores: Path, baselines: Baselines | None, logits: Path | None
+    def artifact_request(
+        self,
+        artifact: Path,
+        scores: Path,
+        baselines: Baselines | None,
+        logits: Path | None = None,
     ) -> ArtifactRequest:
+        """What the process is asked that runs the 4-bit model; see `ask_artifact`."""
         return ArtifactRequest(
             source=self.source,
             artifact=artifact,
@@ -183,6 +190,7 @@ class Examination:
             scores=scores,
             baselines=baselines or Baselines(),
             logits=logits,
+            shares=self.shares,
         )
 
 

@@ -85,6 +85,7 @@ class ArtifactRequest(SourceRequest):
         baselines: what it is measured beside.
         logits: where the logits that other readers are held against are left (.npy); None for no
             such file.
+        shares: what came of comparing all of the text, if others have done that (`Share`).
     """
 
     text: Text
@@ -92,6 +93,7 @@ class ArtifactRequest(SourceRequest):
     scores: Path
     baselines: Baselines = field(default_factory=Baselines)
     logits: Path | None = None
+    shares: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

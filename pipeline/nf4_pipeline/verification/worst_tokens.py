@@ -22,7 +22,7 @@ _CONTEXT: Final = 40  # tokens that are quoted before one
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """A token, and what both models gave those that either thought likeliest.
 
     Attributes:
@@ -42,7 +42,7 @@ class WorstTokens:
     """Keeps the worst of the tokens that it is shown."""
 
     def __init__(self) -> None:
-        self._places: list[_Place] = []
+        self._places: list[Place] = []
 
     def add(
         self,
@@ -67,8 +67,17 @@ class WorstTokens:
             if kl[row] <= least:
                 break
             chances = _chances(reference[row], model[row], int(targets[row]))
-            self._places.append(_Place(float(kl[row]), sequence, row + 1, chances))
+            self._places.append(Place(float(kl[row]), sequence, row + 1, chances))
         self._places = sorted(self._places, key=lambda place: -place.kl)[:_KEPT]
+
+    @property
+    def places(self) -> list[Place]:
+        """The worst first."""
+        return self._places
+
+    def take(self, places: Sequence[Place]) -> None:
+        """Looks at what others kept, of sequences behind those that were looked at."""
+        self._places = sorted([*self._places, *places], key=lambda place: -place.kl)[:_KEPT]
 
     def quoted(
         self, sequences: Sequence[TokenSequence], tokenizer: LimitedTokenizer | None
@@ -97,7 +106,7 @@ def _chances(
 
 
 def _quoted(
-    place: _Place, sequence: TokenSequence, tokenizer: LimitedTokenizer | None
+    place: Place, sequence: TokenSequence, tokenizer: LimitedTokenizer | None
 ) -> WorstToken:
     before, chances = None, tuple[TokenChance, ...]()
     if tokenizer is not None:

@@ -1,0 +1,447 @@
+"""Ray tasks on a node that sees nothing of the driver's disk, and tasks that stream or calibrate.
+
+    python scripts/campaigns/ray_elsewhere.py [url] [streamed] [calibrated] [verified] [--kills 10]
+
+Needs the extras `nf4-pipeline[ray,s3]`, moto, and the right to make a mount namespace. A cluster of
+two nodes on this host quantizes a Hub model into S3; from one of the nodes the folder is hidden in
+which the driver has build, source and Hub cache, so that it fetches from the Hub (one of tests) and
+leaves what it makes in S3 alone. Workers there, the node, the driver, and the server of S3 are
+killed in mid-file. Then a streamed and a calibrated build on one node, of which workers are killed.
+Every result must have the hashes of the local engine. At last the sample is verified by two nodes,
+of which workers are killed: the figures must be those of one process. Exits 1 if anything was not
+as it must be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.build_folder.makers import read_makers
+from nf4_pipeline.checkpoint.atomic import PARTIAL_SUFFIX
+from nf4_pipeline.job import run_stage
+from nf4_pipeline.object_store import ObjectStore
+from nf4_pipeline.processes.in_process import in_process
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.recipe import Recipe
+from nf4_pipeline.records import QUANTIZE
+from ray_engine import cluster_of, half_written, raylet_of
+
+from tests.support.calibrated import settings
+from tests.support.hub_client import isolated
+from tests.support.hub_server import HubServer
+from tests.support.jobs import CPU, download
+from tests.support.s3_server import S3Server
+from tests.support.stores import served
+from tests.support.tiny import INDEX, copy_of, write_falcon
+
+CAMPAIGNS: Final = ("url", "streamed", "calibrated", "verified")
+REPO: Final = "me/falcon"
+_LONGEST: Final = 300.0  # seconds, after which something hangs
+_PAUSE: Final = 0.02  # seconds that the server of S3 waits in the middle of each object
+
+
+@dataclass
+class Elsewhere:
+    """A Hub, a store, a place of the driver, and a place of whoever does not see that.
+
+    Attributes:
+        folder: for everything.
+        hub: has the model.
+        expected: name in quantized/ -> sha256, of the local engine.
+        faults: what was not as it must be.
+    """
+
+    folder: Path
+    hub: HubServer
+    expected: dict[str, str]
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def driver(self) -> Path:
+        """Seen by the driver and the head."""
+        return self.folder / "driver"
+
+    @property
+    def tasks(self) -> Path:
+        """Where tasks elsewhere have their folders."""
+        return self.folder / "elsewhere" / "tmp"
+
+    def start(self, *args: str | Path) -> subprocess.Popen[str]:
+        """Starts `nf4 ARGS` at the driver's place."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "nf4_pipeline", *map(str, args), "--device", "cpu"],
+            cwd=self.driver,
+            env=isolated(self.driver / "hf", self.hub.url, CUDA_VISIBLE_DEVICES=""),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def fetch(self, *options: str | Path) -> None:
+        args = [sys.executable, "-m", "nf4_pipeline", "download", REPO, *map(str, options), "-q"]
+        env = isolated(self.driver / "hf", self.hub.url)
+        subprocess.run(args, cwd=self.driver, env=env, check=True, stdout=subprocess.DEVNULL)
+
+    @contextmanager
+    def hidden_node(self, address: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Another node on this host, for which the driver's place is an empty folder."""
+        self.tasks.mkdir(parents=True, exist_ok=True)
+        hide = 'mount -t tmpfs none "$HIDDEN" && exec "$0" -m ray.scripts.scripts "$@"'
+        start = ["start", "--address", address, "--num-cpus", "1", "--block"]
+        node = subprocess.Popen(
+            ["unshare", "-m", "sh", "-c", hide, sys.executable, *start],
+            env=isolated(
+                self.tasks.parent / "hf",
+                self.hub.url,
+                HIDDEN=str(self.driver),
+                TMPDIR=str(self.tasks),
+                CUDA_VISIBLE_DEVICES="",
+            ),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            yield node
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGTERM)
+            node.wait()
+
+    def half_written(self) -> int | None:
+        """The process of a task elsewhere that is in the midst of a file; None for none."""
+        for path in self.tasks.glob(f"nf4-task-*/build/quantized/*{PARTIAL_SUFFIX}"):
+            with suppress(OSError):
+                if path.stat().st_blocks:
+                    for lock in path.parents[1].glob(".lock.model*"):
+                        if (makers := read_makers(lock)) and makers.may_live:
+                            return makers.pid
+        return None
+
+    def check(self, name: str, url: str, status: int, error: str) -> bool:
+        """Holds what stands at a URL against what the local engine made."""
+        found = [f"exit {status}: {error[-800:]}"] if status else []
+        store = ObjectStore(url)
+        names = set(store.names())
+        facts = {f"quantized/{file}.facts.json" for file in self.expected}
+        files = {f"quantized/{file}" for file in self.expected}
+        if names != {"build.json", "records/quantize.json", *facts, *files}:
+            found.append(f"stands there: {sorted(names)}")
+        for file, expected in self.expected.items():
+            content = store.read(f"quantized/{file}", 2**30) or b""
+            if hashlib.sha256(content).hexdigest() != expected:
+                found.append(f"other bytes: {file}")
+        self.faults += [f"{name}: {fault}" for fault in found]
+        return not found
+
+
+@contextmanager
+def who_makes(it: Elsewhere, copy: Path) -> Iterator[Counter[str]]:
+    """Counts the files that are begun, elsewhere and where the driver is, while the body runs."""
+    seen: dict[str, set[str]] = {"elsewhere": set(), "beside the driver": set()}
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.002):
+            for lock in it.tasks.glob("nf4-task-*/build/.lock.model*"):
+                seen["elsewhere"].add(lock.name)
+            for lock in copy.glob(".lock.model*"):
+                seen["beside the driver"].add(lock.name)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    counted = Counter[str]()
+    try:
+        yield counted
+    finally:
+        ended.set()
+        thread.join()
+        counted.update({where: len(names) for where, names in seen.items()})
+
+
+def until(what: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+    """Waits for something to be seen while a process runs."""
+    end = time.monotonic() + _LONGEST
+    while time.monotonic() < end and process.poll() is None:
+        if (found := what()) is not None:
+            return found
+        time.sleep(0.0005)
+    raise RuntimeError(f"nothing was seen: {process.stderr.read() if process.stderr else ''}")
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, error = process.communicate(timeout=_LONGEST)
+    return process.returncode, error
+
+
+def run_url(it: Elsewhere, options: argparse.Namespace) -> None:
+    """Builds in S3, by two nodes of which one sees nothing of the driver's disk."""
+    numbers = iter(range(1000))
+    with ExitStack() as stack:
+        server = stack.enter_context(served(it.folder / "server", _PAUSE))
+        _, _, address = stack.enter_context(cluster_of(1))
+        ray = ["--engine", "ray", "--ray-address", address, "--workers", "1"]
+
+        def begin() -> tuple[str, subprocess.Popen[str]]:
+            url = f"s3://bucket/runs/{next(numbers)}"
+            it.fetch("--build-dir", url)
+            return url, it.start("quantize", "--build-dir", url, *ray)
+
+        def copy_at(url: str) -> Path:
+            noted = {path: path.read_text() for path in it.driver.glob("artifacts/*/remote.json")}
+            return next(path.parent for path, text in noted.items() if f'"{url}"' in text)
+
+        with it.hidden_node(address):
+            url, process = begin()
+            with who_makes(it, copy_at(url)) as made:
+                good = it.check("url", url, *finish(process))
+            print(f"S3, a node that sees nothing: {good}, files begun: {dict(made)}", flush=True)
+            if not made["elsewhere"]:
+                it.faults.append("url: nothing was made elsewhere")
+            right = 0
+            for number in range(options.kills):
+                url, process = begin()
+                pid = until(it.half_written, process)
+                os.kill(pid, signal.SIGKILL)
+                right += it.check(f"kill {number}", url, *finish(process))
+            print(f"worker elsewhere killed in mid-file: {right} of {options.kills}", flush=True)
+            right = 0
+            for number in range(2):
+                url, process = begin()
+                until(it.half_written, process)
+                process.kill()
+                finish(process)
+                there = len(ObjectStore(url).names())
+                shutil.rmtree(copy_at(url))  # the next driver has an empty disk
+                it.fetch("--build-dir", url)
+                status = finish(it.start("quantize", "--build-dir", url, *ray))
+                right += it.check(f"driver {number}", url, *status)
+                print(f"  {there} objects stood there", flush=True)
+            print(f"driver killed, another with an empty disk: {right} of 2", flush=True)
+            right = 0
+            for number in range(2):
+                url, process = begin()
+                half = _kill_in_mid_write(server, process)
+                time.sleep(1.0)
+                server.start()
+                right += it.check(f"server {number}", url, *finish(process))
+                print(f"  {half} objects were half sent", flush=True)
+            print(f"S3 lost in mid-write, back after a second: {right} of 2", flush=True)
+            url, process = begin()
+            os.kill(raylet_of(until(it.half_written, process)), signal.SIGKILL)
+            good = it.check("node", url, *finish(process))
+            print(f"node elsewhere removed in mid-file: {int(good)} of 1", flush=True)
+
+
+def _kill_in_mid_write(server: S3Server, process: subprocess.Popen[str]) -> int:
+    """Kills it while an object is half there; returns how many are."""
+    notes = server.notes.with_suffix(".begun")
+
+    def sending() -> bool | None:
+        lines = notes.read_text().split() if notes.exists() else []
+        return True if lines.count("+") > lines.count("-") and len(lines) > 8 else None
+
+    until(sending, process)
+    return server.kill()
+
+
+def run_streamed(it: Elsewhere, options: argparse.Namespace) -> None:
+    """Files of the source come to the tasks and go; workers are killed in mid-file."""
+    right, fetched = 0, 0
+    of_nodes = {"HF_ENDPOINT": it.hub.url, "HF_HOME": str(it.driver / "hf")}
+    with patch.dict(os.environ, of_nodes), cluster_of(2) as (_, _, address):
+        for number in range(options.kills):
+            build = Build(it.driver / f"streamed-{number}")
+            it.fetch("--stream-source", "--build-dir", build.root)
+            before = len(it.hub.seen)
+            process = it.start(
+                *("quantize", "--build-dir", build.root, "--engine", "ray"),
+                *("--ray-address", address, "--workers", "1"),
+            )
+            skipped = random.Random(number).randrange(6)
+
+            def seen(build: Build = build, skipped: int = skipped) -> tuple[str, int] | None:
+                whole = len(list(build.quantized.glob("*.facts.json")))
+                return half_written(build) if whole >= skipped else None
+
+            os.kill(until(seen, process)[1], signal.SIGKILL)
+            status, error = finish(process)
+            record = build.record(QUANTIZE)
+            outputs = record.outputs if record else {}
+            found = {Path(name).name: digest.sha256 for name, digest in outputs.items()}
+            left = list(build.root.rglob(f"*{PARTIAL_SUFFIX}")) + list(
+                build.root.glob("streamed/spool*")
+            )
+            if status or found != it.expected or left:
+                it.faults.append(f"streamed {number}: exit {status}: {error[-500:]} {left}")
+            else:
+                right += 1
+            fetched += sum(
+                seen.cdn and seen.method == "GET" and seen.path.endswith(".safetensors")
+                for seen in it.hub.seen[before:]
+            )
+            shutil.rmtree(build.root)
+    index = json.loads((it.driver / "model" / INDEX).read_text())
+    shards = len(set(index["weight_map"].values()))
+    print(
+        f"streamed, worker killed in mid-file: {right} of {options.kills}; "
+        f"{fetched / options.kills:.1f} files fetched of {shards}",
+        flush=True,
+    )
+
+
+def run_calibrated(it: Elsewhere, options: argparse.Namespace) -> None:
+    """One task does all; its worker is killed between blocks."""
+    model = write_falcon(it.driver / "small", hidden=256, layers=6, shards=3)
+    text = it.driver / "text.txt"
+    text.write_text("".join(chr(32 + (i * i) % 90) for i in range(20000)))
+    recipe = it.driver / "recipe.toml"
+    recipe.write_text(f'[quantize]\ncalibrate = "{text}"\ncalibration_tokens = 1024\n')
+    with in_process():
+        fresh, *_ = download(model, it.driver / "small-build")
+        local = Build(copy_of(fresh.root, it.driver / "small-local"))
+        run_stage(local, "quantize", settings(text), CPU, SILENT)
+    expected = local.need(QUANTIZE)
+    right, kept = 0, 0
+    with cluster_of(2) as (_, _, address):
+        for number in range(options.kills):
+            build = Build(copy_of(fresh.root, it.driver / f"calibrated-{number}"))
+            process = it.start(
+                *("quantize", "--build-dir", build.root, "--recipe", recipe),
+                *("--engine", "ray", "--ray-address", address),
+            )
+            wanted = 1 + number % 5
+
+            def chosen(build: Build = build, wanted: int = wanted) -> int | None:
+                blocks = len(list(build.calibration.glob("*/*.safetensors")))
+                maker = build.makers().get("calibration")
+                return maker.pid if maker and blocks >= wanted else None
+
+            os.kill(until(chosen, process), signal.SIGKILL)
+            before = {p: p.stat().st_mtime_ns for p in build.calibration.glob("*/*.safetensors")}
+            kept += len(before)
+            again: set[Path] = set()
+            while process.poll() is None:
+                for path, changed in before.items():
+                    with suppress(OSError):
+                        if path.stat().st_mtime_ns != changed:
+                            again.add(path)
+                time.sleep(0.01)
+            status, error = finish(process)
+            record = build.record(QUANTIZE)
+            if status or again or record is None or record.outputs != expected.outputs:
+                it.faults.append(f"calibrated {number}: exit {status}: {error[-500:]} {again}")
+            else:
+                right += 1
+            shutil.rmtree(build.root)
+    print(
+        f"calibrated, worker killed between blocks: {right} of {options.kills}; "
+        f"{kept} blocks were done at the kills, none of them again",
+        flush=True,
+    )
+
+
+def run_verified(it: Elsewhere, options: argparse.Namespace) -> None:
+    """Two nodes compare the sample with its source; one of the workers is killed at it."""
+
+    def figures(name: str) -> dict[str, Any]:
+        path = it.driver / name / "export" / "verification.json"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        return {n: v for n, v in found.items() if n not in ("comparison", "models", "answers")}
+
+    def build(name: str, *options: str | Path) -> subprocess.Popen[str]:
+        return it.start("build", "sample", "--build-dir", name, *options)
+
+    finish(build("alone"))
+    expected = figures("alone")
+    right = killed = 0
+    with cluster_of(1, 1) as (_, _, address):
+        for number in range(1 + options.kills):
+            name = f"on-ray-{number}"
+            process = build(name, "--engine", "ray", "--ray-address", address)
+
+            def comparing(name: str = name) -> int | None:
+                records = it.driver / name / "records"
+                return _task_at_work() if (records / "serialize.json").exists() else None
+
+            if number:  # the first one is left alone
+                pid = until(comparing, process)
+                time.sleep(random.Random(number).uniform(0.0, 3.0))
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    killed += 1
+            status, error = finish(process)
+            if status or figures(name) != expected:
+                it.faults.append(f"verified {number}: exit {status}: {error[-500:]}")
+            else:
+                right += 1
+            shutil.rmtree(it.driver / name)
+    text = expected.get("text", {})
+    print(
+        f"verified by two nodes ({text.get('tokens')} tokens, {text.get('sequences')} sequences): "
+        f"the figures of one process {right} of {1 + options.kills} times; {killed} workers killed",
+        flush=True,
+    )
+
+
+def _task_at_work() -> int | None:
+    """A worker of Ray that runs a task of ours; None if none does."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if path.read_bytes().startswith(b"ray::_run"):
+                return int(path.parent.name)
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("campaigns", nargs="*", default=CAMPAIGNS, metavar="CAMPAIGN")
+    parser.add_argument("--kills", type=int, default=10)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="nf4-ray-") as temporary, HubServer() as hub:
+        folder = Path(temporary)
+        model = write_falcon(folder / "driver" / "model", hidden=1024, layers=4, shards=12)
+        hub.store.add(REPO, model)
+        with in_process():
+            build, *_ = download(model, folder / "local")
+            run_stage(build, "quantize", Recipe(), CPU, SILENT)
+        outputs = build.need(QUANTIZE).outputs
+        expected = {Path(name).name: digest.sha256 for name, digest in outputs.items()}
+        it = Elsewhere(folder, hub, expected)
+        print(f"{len(expected)} output files", flush=True)
+        for name in options.campaigns:
+            {
+                "url": run_url,
+                "streamed": run_streamed,
+                "calibrated": run_calibrated,
+                "verified": run_verified,
+            }[name](it, options)
+    for fault in it.faults:
+        print(fault, file=sys.stderr)
+    return 1 if it.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
