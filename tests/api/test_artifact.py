@@ -27,6 +27,8 @@ from nf4_pipeline.recipe import VerifyRecipe
 
 from tests.support.tiny import copy_of, edit_json
 
+pytestmark = pytest.mark.usefixtures("warm_workers")
+
 STAGES: Final = ["download", "quantize", "serialize", "verify", "attest"]
 
 

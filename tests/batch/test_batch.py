@@ -18,7 +18,7 @@ from nf4_pipeline.errors import UsageError
 
 from tests.support.tiny import copy_of, edit_json, write_recipe
 
-pytestmark = pytest.mark.usefixtures("workers_here")
+pytestmark = pytest.mark.usefixtures("workers_here", "warm_workers")
 
 
 def written(folder: Path, text: str) -> Path:

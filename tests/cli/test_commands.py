@@ -31,6 +31,8 @@ from tests.support.tiny import (
 )
 from tests.support.verified import skip_documents, skip_readers
 
+pytestmark = pytest.mark.usefixtures("warm_workers")
+
 REPOSITORY = Path(__file__).parents[2]
 STAGE = re.compile(r"(?P<number>[1-5])/5 (?P<name>[a-z]+): (?P<what>.+)")
 

@@ -16,6 +16,8 @@ from nf4_pipeline.runtime.generate import Sampling
 from tests.support.command_line import run_nf4
 from tests.support.tiny import content_of, copy_of
 
+pytestmark = pytest.mark.usefixtures("warm_workers")
+
 
 @pytest.fixture
 def build(verified: Path, tmp_path: Path) -> Build:

@@ -22,6 +22,8 @@ from tests.support.hub_server import HubServer
 from tests.support.jobs import download
 from tests.support.tiny import INDEX, SHARDS, copy_of
 
+pytestmark = pytest.mark.usefixtures("warm_workers")
+
 BINS = tuple(f"pytorch_{name.removesuffix('.safetensors')}.bin" for name in SHARDS)
 
 

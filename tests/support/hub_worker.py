@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 from unittest import mock
 
+from tests.support import warm
 from tests.support.hub_client import ROOT, isolated
 from tests.support.tiny import Done
 
@@ -40,7 +41,7 @@ class Worker:
         self._stderr = self.log.open("w")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.hub_worker"],
-            env=isolated(home, endpoint, **variables),
+            env=warm.variables(isolated(home, endpoint, **variables)),
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
