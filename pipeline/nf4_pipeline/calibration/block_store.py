@@ -14,12 +14,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from nf4_pipeline.calibration.allocation import LayerLoss
 from nf4_pipeline.checkpoint.atomic import (
     make_folder,
     remove_leftovers,
     write_bytes,
-    write_json,
 )
 from nf4_pipeline.documents import Document, key
 from nf4_pipeline.gptq.quantizer import QuantizedWeight
@@ -27,7 +25,6 @@ from nf4_pipeline.gptq.saved_codes import read_codes, tensors_of
 
 _FACTS: Final = "nf4"
 _SUFFIX: Final = ".safetensors"
-_LOSSES: Final = "sensitivity.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,18 +109,6 @@ class BlockStore:
             name: QuantizedWeight(*read_codes(path, name), facts.costs[name])
             for name in facts.weights
         }
-
-    def read_losses(self) -> list[LayerLoss] | None:
-        """What `write_losses` kept, or None."""
-        try:
-            values = json.loads((self.folder / _LOSSES).read_text("utf-8"))
-            return [LayerLoss(**value) for value in values]
-        except (OSError, ValueError, TypeError, RecursionError):
-            return None
-
-    def write_losses(self, losses: list[LayerLoss]) -> None:
-        """Keeps what each layer loses."""
-        write_json(self.folder / _LOSSES, [loss.to_json() for loss in losses])
 
     def write(
         self, block: str, weights: Mapping[str, QuantizedWeight], fallbacks: dict[str, str]

@@ -1,7 +1,8 @@
 """Tokens, then codes and scales for a whole checkpoint; kept in a folder until they are used.
 
-What stands in the folder: the tokens, which are part of what the bytes follow from; and while it
-runs, what is chosen, block by block, so that a killed run goes on where it stopped.
+What stands in the folder: the tokens, which are part of what the bytes follow from; what each
+layer loses, if that was asked for; and while it runs, what is chosen, block by block, so that a
+killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from nf4_pipeline.nf4.rounding import NearestOnCpu, Rounding
 from nf4_pipeline.progress import LOADING, Reporter
 from nf4_pipeline.recipe import QuantizeRecipe
 from nf4_pipeline.resource_usage import DeviceUsage, measured_on_device
-from nf4_pipeline.selection import Plan
+from nf4_pipeline.selection import Plan, TensorPlan
 
 if TYPE_CHECKING:
     from nf4_pipeline.calibration.block_store import BlockStore
     from nf4_pipeline.calibration.tokens import CalibrationTokens
 
-CODE_VERSION: Final = 2
+CODE_VERSION: Final = 3
 TOKENS_FILE: Final = "tokens.json"
+_LOSSES_FILE: Final = "sensitivity.json"
 _BEFORE_LEARNING: Final = "before_learning"
 
 
@@ -173,31 +175,32 @@ class Calibrator:
 
         device = pick_device(self.device)
         kind = device.partition(":")[0]
+        with _enough_memory(device), measured_on_device() as sensitivity:
+            if kept is None:
+                kept = self._sensitive(plan, tokens, device, reporter)
+        # What is in 4 bit is chosen for a model in which these are exact.
+        exact = {module.module for module in kept}
+        weights = [tensor for tensor in plan.quantized if tensor.module not in exact]
         identity = {
             "code": CODE_VERSION,
             "source": self.content_sha256,
             "tokens": tokens.sha256,
             "device": kind,
             "torch": version("torch"),  # what it computes may change with it
-            "weights": [tensor.name for tensor in plan.quantized],
+            "weights": [tensor.name for tensor in weights],
         }
         store = BlockStore(self.folder / json_sha256(identity)[:12])
         store.open()
         with _enough_memory(device), measured_on_device() as passing:
-            parts = calibrate(
-                self.source, plan.quantized, tokens, store, device=device, reporter=reporter
-            )
+            parts = calibrate(self.source, weights, tokens, store, device=device, reporter=reporter)
         fallbacks = store.fallbacks()
-        _check_complete(plan, store, fallbacks)
+        _check_complete(weights, store, fallbacks)
         if fallbacks:
             first = next(iter(fallbacks))
             reporter.note(
-                f"{len(fallbacks)} of {len(plan.quantized)} weights are rounded to nearest after "
+                f"{len(fallbacks)} of {len(weights)} weights are rounded to nearest after "
                 f"all, such as {first}: {fallbacks[first]}."
             )
-        with _enough_memory(device), measured_on_device() as sensitivity:
-            if kept is None:
-                kept = self._sensitive(plan, store, tokens, device, reporter)
         taken = {"sampling": sampling or DeviceUsage(), "pass": passing, "sensitivity": sensitivity}
         learned = None
         if self.recipe.effort:
@@ -252,12 +255,7 @@ class Calibrator:
         check_memory(plan, plan.quantized, pick_device(self.device))
 
     def _sensitive(
-        self,
-        plan: Plan,
-        store: BlockStore,
-        tokens: CalibrationTokens,
-        device: str,
-        reporter: Reporter,
+        self, plan: Plan, tokens: CalibrationTokens, device: str, reporter: Reporter
     ) -> Sequence[KeptModule]:
         """The modules that the byte budget leaves in 16 bit."""
         if not self.recipe.extra_share:
@@ -265,12 +263,24 @@ class Calibrator:
         from nf4_pipeline.calibration.allocation import select_within_budget
         from nf4_pipeline.calibration.sensitivity import measure_losses
 
-        losses = store.read_losses()
-        if losses is None:
-            losses = measure_losses(
-                self.source, plan.quantized, store.files(), tokens, device=device, reporter=reporter
-            )
-            store.write_losses(losses)
+        key = json_sha256(
+            {
+                "code": CODE_VERSION,
+                "source": self.content_sha256,
+                "tokens": tokens.sha256,
+                "device": device.partition(":")[0],
+                "weights": [tensor.name for tensor in plan.quantized],
+            }
+        )
+        losses = measure_losses(
+            self.source,
+            plan.quantized,
+            tokens,
+            self.folder / _LOSSES_FILE,
+            key,
+            device=device,
+            reporter=reporter,
+        )
         stored = sum(part.nbytes for tensor in plan.quantized for part in tensor.stored)
         selected = select_within_budget(losses, int(self.recipe.extra_share * stored))
         return [KeptModule(module=loss.module, kl=loss.kl, bytes=loss.bytes) for loss in selected]
@@ -363,8 +373,10 @@ def calibration_file(tokens: CalibrationTokens, facts: CalibrationFacts) -> byte
 _WITHOUT: Final = {"--calibrate": "round to nearest", "--effort": "calibrate alone"}
 
 
-def _check_complete(plan: Plan, store: BlockStore, fallbacks: dict[str, str]) -> None:
-    lost = {tensor.name for tensor in plan.quantized} - {*store.files(), *fallbacks}
+def _check_complete(
+    weights: Sequence[TensorPlan], store: BlockStore, fallbacks: dict[str, str]
+) -> None:
+    lost = {tensor.name for tensor in weights} - {*store.files(), *fallbacks}
     if lost:
         raise PlanMismatchError(
             f"{len(lost)} weights, such as {min(lost)}, were neither calibrated nor said to be "

@@ -1,14 +1,18 @@
 """Which layers lose most by 4 bits, measured one by one, and which to leave in 16 bit for a budget.
 
-Every layer in turn is the only one in 4 bit: the model then reads some of the calibration tokens,
-and its predictions are held against those of the 16-bit one. All of these models pass each block
-together, so the weights are read once, and each layer is dequantized when its own model comes by.
+Every layer in turn is the only one in 4 bit, rounded to nearest: the model then reads some of the
+calibration tokens, and its predictions are held against those of the 16-bit one. Calibrated codes
+would not do, since they make up for what others lose. Many of these models pass each block
+together, so the weights are read once for all of them, and each layer is rounded when its own model
+comes by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any, Final
@@ -22,9 +26,10 @@ from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.calibration.allocation import LayerLoss
 from nf4_pipeline.calibration.calibration_pass import deterministic_threads, weight_in_4bit
 from nf4_pipeline.calibration.tokens import CalibrationTokens
+from nf4_pipeline.checkpoint.atomic import write_json
+from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.fidelity.token_scores import score_tokens
-from nf4_pipeline.gptq.saved_codes import read_codes
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.selection import TensorPlan
 
@@ -34,35 +39,53 @@ _WORST: Final = 1e300  # nats; stands for what is not finite
 _TOGETHER: Final = 64  # models that pass the blocks side by side
 
 
+@dataclass(frozen=True)
+class MeasuredLosses(Document):
+    """What is known so far, for this budget and any other.
+
+    Attributes:
+        key: of what it was measured on.
+        kl: by the name of the weight, nats per token.
+    """
+
+    key: str
+    kl: dict[str, float]
+
+
 def measure_losses(
     folder: Path,
     weights: Sequence[TensorPlan],
-    files: Mapping[str, Path],
     tokens: CalibrationTokens,
+    kept: Path,
+    key: str,
     *,
     device: str,
     reporter: Reporter,
 ) -> list[LayerLoss]:
-    """Measures what each layer loses.
+    """Measures what each layer loses, or goes on doing so.
 
     Args:
         folder: the 16-bit checkpoint.
         weights: what is quantized.
-        files: name of a weight -> the file with its codes; others are rounded to nearest.
         tokens: of the calibration.
+        kept: the file in which what is known stays.
+        key: of all that it follows from; what was measured under another one is not believed.
         device: "cpu" or "cuda:N".
         reporter: told how far it is.
     """
     ids = torch.from_numpy(tokens.ids[: max(1, _TOKENS // tokens.ids.shape[1])]).long()
-    kl: dict[str, float] = {}
+    kl = _read(kept, key)
+    missing = [plan for plan in weights if plan.name not in kl]
     with (
         deterministic_threads(device),
         StreamedModel(folder, device) as streamed,
         reporter.task("measure each layer", len(weights), unit="layers") as task,
     ):
-        for first in range(0, len(weights), _TOGETHER):
-            wave = weights[first : first + _TOGETHER]
-            _Wave(streamed, wave, files, ids.to(device), kl, task.advance).run()
+        task.advance(len(weights) - len(missing))
+        for first in range(0, len(missing), _TOGETHER):
+            wave = missing[first : first + _TOGETHER]
+            _Wave(streamed, wave, ids.to(device), kl, task.advance).run()
+            write_json(kept, MeasuredLosses(key, kl).to_json())
     return [
         LayerLoss(
             str(plan.module),
@@ -73,6 +96,14 @@ def measure_losses(
     ]
 
 
+def _read(path: Path, key: str) -> dict[str, float]:
+    try:
+        known = MeasuredLosses.from_json(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return dict(known.kl) if known.key == key else {}
+
+
 class _Wave:
     """Some models, each with one layer in 4 bit, and the 16-bit one beside them."""
 
@@ -80,14 +111,12 @@ class _Wave:
         self,
         streamed: StreamedModel,
         weights: Sequence[TensorPlan],
-        files: Mapping[str, Path],
         ids: torch.Tensor,
         kl: dict[str, float],
         done: Callable[[int], None],
     ) -> None:
         self._streamed = streamed
         self._weights = weights
-        self._files = files
         self._ids = ids
         self._kl = kl
         self._done = done
@@ -138,7 +167,7 @@ class _Wave:
         def before(module: Any, inputs: Any) -> None:
             if self._layer_of.get(getcurrent()) == plan.name:
                 exact.append(module.weight)
-                rounded = self._rounded(plan, module)
+                rounded = weight_in_4bit(module, plan.shape, None)
                 module.weight = torch.nn.Parameter(rounded, requires_grad=False)
 
         def after(module: Any, inputs: Any, output: Any) -> None:
@@ -147,9 +176,3 @@ class _Wave:
 
         stack.callback(layer.register_forward_pre_hook(before).remove)
         stack.callback(layer.register_forward_hook(after).remove)
-
-    def _rounded(self, plan: TensorPlan, module: Any) -> torch.Tensor:
-        """The weight that 4 bits would give, in the shape and the dtype of the module's own."""
-        path = self._files.get(plan.name)
-        chosen = None if path is None else read_codes(path, plan.name)
-        return weight_in_4bit(module, plan.shape, chosen)

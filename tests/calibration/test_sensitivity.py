@@ -1,0 +1,134 @@
+"""What layers lose: measured once, gone on with after a kill, and used for any budget."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Final
+
+import pytest
+from nf4_pipeline.build_folder import Build
+from nf4_pipeline.calibration import sensitivity
+from nf4_pipeline.calibration.allocation import LayerLoss, select_within_budget
+from nf4_pipeline.calibration.sensitivity import measure_losses
+from nf4_pipeline.calibration.tokens import CalibrationTokens, parse_tokens
+from nf4_pipeline.manifest.read import read_manifest
+from nf4_pipeline.progress import SILENT
+from nf4_pipeline.recipe import Recipe
+from nf4_pipeline.selection import TensorPlan
+from nf4_pipeline.stages.quantize import Quantize
+
+from tests.support.calibrated import Listener, downloaded, quantized, settings
+from tests.support.checkpoints import make_checkpoint
+from tests.support.jobs import CPU
+from tests.support.tiny import copy_of
+
+pytestmark = pytest.mark.usefixtures("workers_here")
+
+KINDS: Final = ("falcon-7b", "llama", "gpt2", "opt")
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Build]:
+    """Calibrated builds with some layers in 16 bit."""
+    found = {}
+    for kind in KINDS:
+        folder = tmp_path_factory.mktemp(kind)
+        build = downloaded(make_checkpoint(folder / "model", kind), folder)
+        quantized(build, settings(extra_bytes="40%"))
+        found[kind] = build
+    return found
+
+
+def parts_of(build: Build) -> tuple[list[TensorPlan], CalibrationTokens]:
+    tokens = parse_tokens(json.loads((build.calibration / "tokens.json").read_text()))
+    return list(Quantize(build, Recipe(), CPU).plan().quantized), tokens
+
+
+def measured(build: Build, kept: Path, key: str = "key") -> list[LayerLoss]:
+    weights, tokens = parts_of(build)
+    return measure_losses(build.source, weights, tokens, kept, key, device="cpu", reporter=SILENT)
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("waves", [1, 2, 3])
+def test_a_run_that_is_stopped_measures_nothing_twice(
+    kind: str,
+    waves: int,
+    builds: dict[str, Build],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = measured(builds[kind], tmp_path / "whole.json")
+    monkeypatch.setattr(sensitivity, "_TOGETHER", 2)
+    wave, ran = sensitivity._Wave.run, list[int]()
+    last = [waves]
+
+    def run(self: sensitivity._Wave) -> None:
+        if len(ran) == last[0]:
+            raise StoppedError
+        ran.append(len(self._weights))
+        wave(self)
+
+    monkeypatch.setattr(sensitivity._Wave, "run", run)
+    with pytest.raises(StoppedError):
+        measured(builds[kind], tmp_path / "kept.json")
+    last[0] = 1000
+    assert measured(builds[kind], tmp_path / "kept.json") == whole
+    assert sum(ran) == len(whole)
+    assert measured(builds[kind], tmp_path / "kept.json") == whole
+    assert sum(ran) == len(whole)  # nothing is left to measure
+    measured(builds[kind], tmp_path / "kept.json", "of other tokens")
+    assert sum(ran) == 2 * len(whole)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"key": "key"}', '{"key": "key", "kl": 3}'])
+def test_what_cannot_be_read_is_measured_again(
+    content: str, builds: dict[str, Build], tmp_path: Path
+) -> None:
+    (tmp_path / "kept.json").write_text(content)
+    found = measured(builds["opt"], tmp_path / "kept.json")
+    assert found == measured(builds["opt"], tmp_path / "whole.json")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_budget_measures_nothing(
+    kind: str, builds: dict[str, Build], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = Build(copy_of(builds[kind].root, tmp_path / "build"))
+    monkeypatch.setattr(sensitivity, "_Wave", None)
+    quantized(build, settings(extra_bytes="15%"), Listener())
+    more, less = (
+        {module.module for module in manifest.kept}
+        for manifest in (read_manifest(one.export).calibration for one in (builds[kind], build))
+        if manifest is not None
+    )
+    assert less < more or not less
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_are_chosen_for_a_model_in_which_kept_layers_are_exact(
+    kind: str, builds: dict[str, Build], tmp_path: Path
+) -> None:
+    """They are those of a recipe that names these layers."""
+    manifest = read_manifest(builds[kind].export)
+    assert manifest.calibration is not None
+    kept = [module.module for module in manifest.calibration.kept]
+    assert kept
+    build = Build(copy_of(builds[kind].root, tmp_path / "build"))
+    quantized(build, settings(skip_modules=tuple(kept)))
+    named = read_manifest(build.export)
+    assert named.calibration is not None
+    assert named.calibration.tokens_sha256 == manifest.calibration.tokens_sha256
+    hashes = [{t.name: t.stored for t in m.tensors} for m in (manifest, named)]
+    assert hashes[0] == hashes[1]
+
+
+def test_most_per_byte_first_as_long_as_it_fits() -> None:
+    losses = [LayerLoss("a", 3.0, 30), LayerLoss("b", 2.0, 10), LayerLoss("c", 1.0, 20)]
+    names = [[one.module for one in select_within_budget(losses, n)] for n in (9, 10, 30, 40, 60)]
+    assert names == [[], ["b"], ["b", "c"], ["b", "a"], ["b", "a", "c"]]
