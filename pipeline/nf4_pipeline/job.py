@@ -170,8 +170,6 @@ def run_build(
         results = {"download": StageResult(record, ran)}
         repo_id = None if output is None else output.repo_id
         stages = make_stages(build, recipe, machine, reporter, workers=workers, repo_id=repo_id)
-        if ahead is None:  # files that are on the Hub alone shall be here again
-            forget_sent(build.root)
         if ahead is not None:
             # Where several processes make files, none of them knows how much room there is.
             ahead.follow(build, makes_room=machine.engine == "local")
@@ -179,6 +177,8 @@ def run_build(
             stages["quantize"] = _by_engine(quantize)
         with translate_errors("build", build), build.locked(_patience(machine)):
             keep_spec(build, recipe, SHAPING_TABLES, replaces=request.replaces)
+            if ahead is None:  # files that are on the Hub alone shall be here again
+                forget_sent(build.root)
             for name in stages:
                 results[name] = _ensure(
                     build, stages, name, recipe, reporter, check=request.check, of=of

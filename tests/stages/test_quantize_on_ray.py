@@ -304,6 +304,14 @@ def test_calibrated_codes_are_one_task(
     assert not run_stage(build, "quantize", recipe, RAY, SILENT).ran
     assert [path.name for path in build.calibration.iterdir()] == ["tokens.json"]
 
+    # A file that is gone, or has other bytes, is made again.
+    whole = hashes(build)
+    for damage in (Path.unlink, lambda path: path.write_bytes(b"other")):
+        damage(next(build.quantized.glob("*.safetensors")))
+        quantize(build, recipe=recipe)
+        assert hashes(build) == whole
+        build.check_inputs(QUANTIZE)
+
 
 NODES: Final = [
     # device, workers, CPUs and GPUs of the largest node -> claim

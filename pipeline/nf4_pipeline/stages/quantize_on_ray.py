@@ -96,6 +96,8 @@ class QuantizeOnRay:
             streamed = StreamedSource.of(whole.build, whole.reporter)
             untied = frozenset[str]() if streamed else planner.find_untied(whole.reporter)
             plan = planner.plan(untied=untied)
+            if streamed is not None and not streamed.missing(plan):  # as an earlier run found out
+                plan = planner.plan(untied=_differ(streamed, plan))
             whole.check_disk(plan)
             check_memory(plan, whole.machine.memory_budget)
             make_folder(whole.build.quantized)
@@ -148,6 +150,7 @@ class QuantizeOnRay:
         claim = claim_of_all(whole.machine, cluster.largest)
         order = self._order(claim, None)
         chosen: set[Path] = set()
+        whole.build.forget(QUANTIZE)  # a record that stands there later is that of a lost task
         with (
             whole.build.lent(),
             whole.reporter.task("calibrate on one node", None, unit="blocks") as task,
