@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
@@ -22,15 +26,17 @@ from nf4_pipeline.blocks.block_row import BlockRow, NotInARowError
 from nf4_pipeline.blocks.find_blocks import find_blocks
 from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.build_folder import Build
+from nf4_pipeline.calibration import host_memory, learning_plan
 from nf4_pipeline.calibration import learning as learning_module
-from nf4_pipeline.calibration import learning_plan
 from nf4_pipeline.calibration.block_store import BlockStore
 from nf4_pipeline.calibration.held_models import HeldModels
 from nf4_pipeline.calibration.host_memory import HostMemory
 from nf4_pipeline.calibration.latents import LearnedWeight, Tables
 from nf4_pipeline.calibration.learner import learning_rate, order_of
 from nf4_pipeline.calibration.learning import Learning
+from nf4_pipeline.calibration.learning_loss import Computed, Gradients
 from nf4_pipeline.calibration.learning_state import Progress, read_state, write_state
+from nf4_pipeline.calibration.models_by_block import ModelsByBlock
 from nf4_pipeline.errors import ArtifactError, RecipeError, ResourceError
 from nf4_pipeline.gptq.saved_codes import read_codes
 from nf4_pipeline.manifest.manifest import LearningSummary
@@ -46,6 +52,8 @@ from nf4_pipeline.stages.verify import Verify
 from nf4_pipeline.verification.compare_models import Comparison
 
 from tests.support.calibrated import Listener, downloaded, quantized, settings
+from tests.support.checkpoints import make_checkpoint
+from tests.support.decoders import DECODERS, write_decoder
 from tests.support.jobs import CPU
 from tests.support.learning import QUICK, Start, content, small_device
 from tests.support.sequences import FIELDS, sequences
@@ -201,20 +209,92 @@ def test_a_device_that_turns_out_too_small(
     whole.run(SILENT)
     learning = start("llama").learning(tmp_path / "small")
     learn, steps = HeldModels.learn, 0
+    held: list[weakref.ref[Any]] = []
 
-    def too_much(*args: Any) -> None:
+    def too_much(models: HeldModels, *args: Any) -> None:
         nonlocal steps
         steps += 1
         if steps == 4:
+            held.extend(map(weakref.ref, (models, models._teacher.model, models._student.model)))
+            held.extend(weakref.ref(weight.latent) for weight in models.weights.values())
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-        learn(*args)
+        learn(models, *args)
+
+    def by_block(*args: Any) -> ModelsByBlock:
+        assert len(held) > 3
+        assert not [each for each in held if each() is not None]
+        return ModelsByBlock(*args)
 
     monkeypatch.setattr(HeldModels, "learn", too_much)
+    monkeypatch.setattr(learning_module, "ModelsByBlock", by_block)
     told = Listener()
     learning.run(told, seconds=0.0)
     assert steps == 4
     assert any("block by block" in note and "too little" in note for note in told.notes)
     assert content(learning) == content(whole)
+
+
+class Locks:
+    """Stands in for the runtime of CUDA: memory that it locks must stay until it is unlocked."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.locked: dict[int, tuple[int, weakref.ref[mmap.mmap]]] = {}
+        mapped: list[weakref.ref[mmap.mmap]] = []
+
+        class Mapped(mmap.mmap):
+            """The last one that was made is the next that is locked."""
+
+            def __init__(self, *_: Any) -> None:
+                mapped.append(weakref.ref(self))
+
+        self._mapped = mapped
+        patch.setattr(host_memory, "mmap", SimpleNamespace(mmap=Mapped))
+        patch.setattr(host_memory, "_cudart", lambda: self)
+
+    def check(self) -> None:
+        """All that is locked is there."""
+        assert not [there for _, there in self.locked.values() if there() is None]
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        self.check()
+        for other, (size, _) in self.locked.items():
+            assert address + nbytes <= other or other + size <= address
+        self.locked[address] = nbytes, self._mapped[-1]
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.check()
+        del self.locked[address]
+        return 0
+
+
+@pytest.mark.parametrize(
+    "kind", ["gptj", "codegen", "mpt", "mixtral", "llama", "gpt2", "bloom", "opt", "gpt_neox"]
+)
+def test_memory_is_locked_as_long_as_it_is_there(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of models whose blocks have computed buffers, which do not wait, and of others."""
+    if kind in DECODERS:
+        write_decoder(tmp_path, kind)
+    else:
+        make_checkpoint(tmp_path, kind)
+    locks = Locks(monkeypatch)
+    ids = (np.arange(128, dtype=np.int32) * 7 % 250).reshape(4, 32)
+    with (
+        StreamedModel(tmp_path, "cpu", torch.float32) as teacher,
+        StreamedModel(tmp_path, "cpu", torch.float32) as student,
+        HostMemory(tmp_path, 10**9, torch.device("cuda")) as memory,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        models = ModelsByBlock(teacher, student, (), (), {}, QUICK, memory, ids)
+        blocks = student.blocks.values()
+        assert memory.in_memory == sum(p.nbytes for block in blocks for p in block.parameters())
+        memory.keep(torch.ones(1000))  # and what nobody needs any more
+        assert models.kl(ids, pool) == 0
+        locks.check()
+        assert sum(nbytes for nbytes, _ in locks.locked.values()) == memory.in_memory
+    assert not locks.locked
 
 
 KILLED: Final = """
@@ -368,6 +448,40 @@ def test_a_step_goes_against_the_gradient() -> None:
     assert float((moved * gradient).sum()) < 0
     assert float((moved != 0).float().mean()) > 0.3
     assert bool((moved.sign() * gradient.sign() <= 0).all())
+
+
+@pytest.mark.parametrize("fails", range(6))
+def test_gradients_of_a_step_count_once(fails: int) -> None:
+    """Those of two calls, one of which is done again as it has no deterministic gradient."""
+    rng = np.random.default_rng(0)
+    exact, *gradients = torch.from_numpy(rng.normal(size=(7, 64, 64)).astype(np.float32))
+    codes = pack(rng.integers(0, 16, 4096).astype(np.uint8))
+    sums = []
+    calls = 0
+    try:
+        for at in (None, fails):
+            module = torch.nn.Linear(64, 64, bias=False)
+            scales = np.ones(64, np.float32)
+            weight = LearnedWeight(module, exact, codes, scales, Tables(torch.device("cpu")))
+            calls = 0
+
+            def compute(part: int, module: Any = module, at: int | None = at) -> Computed:
+                nonlocal calls
+                calls += 1
+                if calls - 1 == at:
+                    raise RuntimeError("op does not have a deterministic implementation")
+                return module.weight * 1.0, gradients[part], None
+
+            with ThreadPoolExecutor(1) as pool:
+                adding = Gradients(torch.device("cpu"), pool, SILENT)
+                adding.add([weight], range(3), compute)
+                adding.add([weight], range(3, 6), compute, fades=False)
+            assert adding.repeatable == (at is None)
+            sums.append(weight.sums())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert calls > 6
+    assert all(torch.equal(one, other) for one, other in zip(*sums, strict=True))
 
 
 def test_the_rate_rises_and_falls() -> None:

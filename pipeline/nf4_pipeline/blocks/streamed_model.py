@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -132,6 +132,10 @@ class StreamedModel:
             return {}
         buffer, _ = self._next[block]
         return self._groups[block].views(buffer)
+
+    def filled(self, block: str) -> Collection[str]:
+        """What a block that is open was given, by its names in the model: what `close` takes."""
+        return self._empty.get(block, {}).keys()
 
     def open_ahead(self, block: str, *, again: bool = False) -> None:
         """Opens a block, and begins to read the one behind it.

@@ -39,7 +39,8 @@ class HostMemory:
         self._folder = folder
         self._room = room
         self._locks = device.type == "cuda"
-        self._locked: list[int] = []
+        # Memory that is locked must not be unmapped, whoever has no use for it any more.
+        self._locked: list[torch.Tensor] = []
         self.in_memory = 0
         self.on_disk = 0
 
@@ -52,8 +53,8 @@ class HostMemory:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for address in self._locked:
-            _cudart().cudaHostUnregister(address)
+        for tensor in self._locked:
+            _cudart().cudaHostUnregister(tensor.data_ptr())
         self._locked = []
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -98,9 +99,8 @@ class HostMemory:
         """Fails where the system does not let memory be locked; copies are slower then."""
         if not self._locks:
             return
-        address, nbytes = tensor.data_ptr(), tensor.nbytes
-        if int(_cudart().cudaHostRegister(address, nbytes, 0)) == 0:
-            self._locked.append(address)
+        if int(_cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) == 0:
+            self._locked.append(tensor)
         else:
             self._locks = False
 

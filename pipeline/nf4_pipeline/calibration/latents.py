@@ -205,6 +205,10 @@ class LearnedWeight:
         for squares in self._squares:
             squares.zero_()
 
+    def sums(self) -> tuple[torch.Tensor, ...]:
+        """What the gradients of a step are added to: momentum, and the sums of their squares."""
+        return self.momentum, *self._squares
+
     def watch(self, gradient: torch.Tensor) -> None:
         """Takes the squares of a gradient that something else adds to momentum.
 

@@ -190,18 +190,36 @@ class Learning:
         )
         state = self.store.folder / _STATE
         if needed <= free:
-            try:
-                with self._held(tokens) as models:
-                    learner = Learner(models, tokens)
-                    learner.run(state, reporter, seconds=seconds, saved=saved)
-                return learner
-            except torch.OutOfMemoryError:
-                why += ", which was too little"
+            held = self._learn_held(tokens, state, reporter, seconds, saved)
+            if held is not None:
+                return held
+            why += ", which was too little"
             _give_back(self._device)
         with self._by_block(tokens, why, reporter) as models:
             learner = Learner(models, tokens)
             learner.run(state, reporter, seconds=seconds, saved=saved)
         return learner
+
+    def _learn_held(
+        self,
+        tokens: LearningTokens,
+        state: Path,
+        reporter: Reporter,
+        seconds: float,
+        saved: Saved | None,
+    ) -> Learner | None:
+        """Learns with both models on the device; None if its memory runs out.
+
+        A method of its own: nothing on the stack refers to the models once it has returned, nor
+        does the error, so that what is learned with next can have their memory.
+        """
+        try:
+            with self._held(tokens) as models:
+                learner = Learner(models, tokens)
+                learner.run(state, reporter, seconds=seconds, saved=saved)
+            return learner
+        except torch.OutOfMemoryError:
+            return None
 
     @contextmanager
     def _held(self, tokens: LearningTokens) -> Iterator[Models]:

@@ -90,6 +90,9 @@ class Gradients:
                 is done.
         """
         parts = list(parts)
+        before: list[list[torch.Tensor]] = []  # what is gone back to, if not to zero
+        if not fades and not self.proven:
+            before = [[total.clone() for total in weight.sums()] for weight in weights]
         for weight in weights if fades else ():
             weight.decay()
         try:
@@ -109,8 +112,12 @@ class Gradients:
             f"second run may learn other codes: {why}"
         )
         self.allow_others()
-        for weight in weights:
-            weight.momentum.zero_()
+        for number, weight in enumerate(weights):
+            for place, total in enumerate(weight.sums()):
+                if fades:
+                    total.zero_()
+                else:
+                    total.copy_(before[number][place])
         return self._added(weights, parts, compute)
 
     def allow_others(self) -> None:

@@ -245,24 +245,14 @@ class ModelsByBlock:
         """Keeps all of a block that does not learn, and takes its weights from it."""
         module = self._student.blocks[block]
         learned = {f"{self._modules[name]}.weight" for name in self._own[block]}
-        tensors = {
-            f"{block}.{name}": tensor
+        wanted = set(self._student.filled(block)) - learned  # computed buffers never go away
+        self._others[block] = {
+            f"{block}.{name}": self._memory.keep(tensor.detach())
             for found in (module.named_parameters, module.named_buffers)
             for name, tensor in found(remove_duplicate=False)
-        }
-        kept = {
-            name: self._memory.keep(tensor.detach())
-            for name, tensor in tensors.items()
-            if name not in learned
+            if f"{block}.{name}" in wanted
         }
         self._student.close(block)
-        self._others[block] = {name: value for name, value in kept.items() if self._is_away(name)}
-
-    def _is_away(self, name: str) -> bool:
-        path, _, leaf = name.rpartition(".")
-        module = self._student.model.get_submodule(path)
-        tensor = module._parameters.get(leaf)
-        return bool((tensor if tensor is not None else module._buffers[leaf]).is_meta)
 
     def _bring(self, block: str, *, learning: bool) -> None:
         """Gives a block of the 4-bit model its weights."""
