@@ -288,15 +288,15 @@ class SlowHub:
 
 
 def quantize_ahead(
-    case: Case, monkeypatch: pytest.MonkeyPatch, largest: int = 10**9
+    case: Case, monkeypatch: pytest.MonkeyPatch, largest: int, room: int, goes: bool = True
 ) -> tuple[UploadAhead, list[str]]:
     """The stage, from a Hub to another that is slow; what sent, and the hashes that it sent."""
     slow = SlowHub()
-    monkeypatch.setattr(outgoing, "LARGEST_FILE", 30_000)
+    monkeypatch.setattr(outgoing, "LARGEST_FILE", room)
     monkeypatch.setattr(hub_package, "send_ahead", slow)
     monkeypatch.setattr(hub_package, "repo_url", lambda repo: f"https://hub/{repo}")
     ahead = UploadAhead(Target("me/out"), largest, SILENT)
-    ahead.follow(case.build, makes_room=True)
+    ahead.follow(case.build, makes_room=goes)
     pool = ThreadPoolExecutor(1)
     try:
         pool.submit(quantize, case, case.right, monkeypatch, ahead).result(60)
@@ -322,7 +322,7 @@ def test_files_of_an_earlier_run_decide_nothing(
         (case.build.root / name).unlink()
         (case.build.root / (name + FACTS_SUFFIX)).unlink()
     largest = case.ordinary[by_size[0]].size
-    ahead, sent = quantize_ahead(case, monkeypatch, largest if goes else largest - 1)
+    ahead, sent = quantize_ahead(case, monkeypatch, largest if goes else largest - 1, 30_000)
     assert case.build.need(QUANTIZE).outputs == case.ordinary
     left = {path.name for path in case.build.quantized.glob("*.safetensors")}
     assert left == (set() if goes else {Path(name).name for name in case.ordinary})
@@ -338,11 +338,10 @@ def test_a_second_plan_while_files_of_the_first_are_sent(
     goes: bool, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None is taken away, or made anew, under the hands of what sends it; the new one is sent."""
-    largest = max(digest.size for digest in case.ordinary.values())
-    ahead, sent = quantize_ahead(case, monkeypatch, 10**9 if goes else largest - 1)
+    ahead, sent = quantize_ahead(case, monkeypatch, 10**9, 10**9, goes)
     assert case.build.need(QUANTIZE).facts.untied
     assert case.build.need(QUANTIZE).outputs == case.ordinary
-    assert {d.sha256 for d in case.ordinary.values() if goes or d.size < largest} <= {*sent}
+    assert {digest.sha256 for digest in case.ordinary.values()} <= {*sent}
     left = {path.name for path in case.build.quantized.glob("*.safetensors")}
     assert left == (set() if goes else {Path(name).name for name in case.ordinary})
     ahead.__exit__(None, None, None)
