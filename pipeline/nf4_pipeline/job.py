@@ -184,8 +184,8 @@ def run_build(
                     build, stages, name, recipe, reporter, check=request.check, of=of
                 )
                 if ahead is not None and name == "quantize":
-                    for path, digest in results[name].record.outputs.items():
-                        ahead.add(build.root / path, digest)
+                    outputs = results[name].record.outputs
+                    ahead.add_staying({build.root / path: d for path, d in outputs.items()})
         if ahead is not None and results["verify"].record.facts.verdict == "pass":
             ahead.drain()
             results["push"] = _push_all(build, stages, recipe, ahead, reporter, of)

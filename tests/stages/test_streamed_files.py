@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable, Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from nf4_pipeline import hub as hub_package
 from nf4_pipeline import selection
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.build_folder.sent import forget_sent, note_sent
@@ -23,12 +26,15 @@ from nf4_pipeline.checkpoint.layout import StoredTensor, plan_layout
 from nf4_pipeline.checkpoint.safetensors_header import read_header
 from nf4_pipeline.checkpoint.writer import writing
 from nf4_pipeline.errors import CheckpointError, HubError
+from nf4_pipeline.hub import LocalFile, Target
 from nf4_pipeline.job import run_stage
-from nf4_pipeline.progress import SILENT
+from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import DOWNLOAD, QUANTIZE, SERIALIZE
 from nf4_pipeline.stages import outgoing, remade, streamed_source
-from nf4_pipeline.stages.quantize import Quantize
+from nf4_pipeline.stages.outgoing import STAYS_HERE, Outgoing
+from nf4_pipeline.stages.quantize import FACTS_SUFFIX, Quantize
+from nf4_pipeline.stages.upload_ahead import UploadAhead
 from nf4_pipeline.streaming import passing, stretches
 
 from tests.support.jobs import CPU, download
@@ -70,8 +76,11 @@ class Room:
     peak: int = 0
     sent: list[str] = field(default_factory=list)
 
-    def begin(self, sizes: Collection[int]) -> int:
-        return sum(sizes)
+    def begin(self, sizes: Collection[int], missing: Collection[int]) -> int:
+        return sum(missing)
+
+    def restart(self) -> None:
+        pass
 
     def fitting(self, sizes: Sequence[int]) -> int:
         return len(sizes) if self.room is None else outgoing.fitting(sizes, self.room)
@@ -196,7 +205,7 @@ def case(
     return Case(model, ordinary, Build(tmp_path / "build"))
 
 
-def quantize(case: Case, hub: Hub, monkeypatch: pytest.MonkeyPatch, room: Room) -> None:
+def quantize(case: Case, hub: Hub, monkeypatch: pytest.MonkeyPatch, room: Outgoing) -> None:
     """The stage, from a Hub, to another."""
 
     def read_range(model: Any, file: Any, start: int, end: int, *_: Any) -> bytes:
@@ -259,6 +268,83 @@ def test_killed_at_any_moment(case: Case, monkeypatch: pytest.MonkeyPatch) -> No
     check(case, room)
     if not case.build.need(QUANTIZE).facts.untied:
         assert len(sent) == len(set(sent))
+
+
+@dataclass
+class SlowHub:
+    """Takes its time for each file, and hashes it at the end of that."""
+
+    sent: list[str] = field(default_factory=list)
+
+    def __call__(
+        self, files: Mapping[str, LocalFile], target: Target, reporter: Reporter
+    ) -> list[str]:
+        for file in files.values():
+            time.sleep(0.05)
+            assert isinstance(file.content, Path)
+            assert FileDigest.of(file.content.read_bytes()).sha256 == file.sha256
+            self.sent.append(file.sha256)
+        return []
+
+
+def quantize_ahead(
+    case: Case, monkeypatch: pytest.MonkeyPatch, largest: int, room: int, goes: bool = True
+) -> tuple[UploadAhead, list[str]]:
+    """The stage, from a Hub to another that is slow; what sent, and the hashes that it sent."""
+    slow = SlowHub()
+    monkeypatch.setattr(outgoing, "LARGEST_FILE", room)
+    monkeypatch.setattr(hub_package, "send_ahead", slow)
+    monkeypatch.setattr(hub_package, "repo_url", lambda repo: f"https://hub/{repo}")
+    ahead = UploadAhead(Target("me/out"), largest, SILENT)
+    ahead.follow(case.build, makes_room=goes)
+    pool = ThreadPoolExecutor(1)
+    try:
+        pool.submit(quantize, case, case.right, monkeypatch, ahead).result(60)
+    finally:
+        pool.shutdown(wait=False)
+    ahead.drain()
+    return ahead, slow.sent
+
+
+@pytest.mark.parametrize("goes", [True, False], ids=["goes", "stays"])
+@pytest.mark.parametrize(
+    "finished", [slice(None), slice(1), slice(1, None), slice(-1, None)], ids=str
+)
+@pytest.mark.parametrize("prepared", ["shuffled"], indirect=True)
+def test_files_of_an_earlier_run_decide_nothing(
+    goes: bool, finished: slice, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever stand there, the largest or all: files go, or stay, as in a run from the start."""
+    quantize(case, case.right, monkeypatch, STAYS_HERE)
+    case.build.forget(QUANTIZE)
+    by_size = sorted(case.ordinary, key=lambda name: case.ordinary[name].size, reverse=True)
+    for name in set(by_size) - set(by_size[finished]):
+        (case.build.root / name).unlink()
+        (case.build.root / (name + FACTS_SUFFIX)).unlink()
+    largest = case.ordinary[by_size[0]].size
+    ahead, sent = quantize_ahead(case, monkeypatch, largest if goes else largest - 1, 30_000)
+    assert case.build.need(QUANTIZE).outputs == case.ordinary
+    left = {path.name for path in case.build.quantized.glob("*.safetensors")}
+    assert left == (set() if goes else {Path(name).name for name in case.ordinary})
+    below = {digest.sha256 for digest in case.ordinary.values() if digest.size < largest}
+    assert {*sent} == ({d.sha256 for d in case.ordinary.values()} if goes else below)
+    assert len(sent) == len({*sent})
+    ahead.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("goes", [True, False], ids=["goes", "stays"])
+@pytest.mark.parametrize("prepared", ["untied"], indirect=True)
+def test_a_second_plan_while_files_of_the_first_are_sent(
+    goes: bool, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None is taken away, or made anew, under the hands of what sends it; the new one is sent."""
+    ahead, sent = quantize_ahead(case, monkeypatch, 10**9, 10**9, goes)
+    assert case.build.need(QUANTIZE).facts.untied
+    assert case.build.need(QUANTIZE).outputs == case.ordinary
+    assert {digest.sha256 for digest in case.ordinary.values()} <= {*sent}
+    left = {path.name for path in case.build.quantized.glob("*.safetensors")}
+    assert left == (set() if goes else {Path(name).name for name in case.ordinary})
+    ahead.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("lasting", [False, True])
@@ -353,8 +439,13 @@ def test_a_source_that_cannot_be_quantized(tmp_path: Path, monkeypatch: pytest.M
         ([10**9] * 9, 2 * 10**9),
         ([5 * 10**9, 10**9], 5 * 10**9),
         ([10**9, 7 * 10**8], 17 * 10**8),
+        ([10**9], 10**9),
     ],
 )
 def test_how_much_lies_there_at_a_time(sizes: list[int], room: int) -> None:
     assert outgoing.room_for(sizes) == room
     assert outgoing.fitting(sizes, room) >= 1
+
+
+def test_no_files_take_no_room() -> None:
+    assert outgoing.room_for([]) == 0

@@ -304,6 +304,18 @@ def test_what_the_hub_alone_has(streamed: Streamed, ordinary: dict[str, FileDige
     assert len(list(build.export.glob("model-*.safetensors"))) == len(ordinary)
 
 
+def test_a_repo_that_keeps_weights_in_git(streamed: Streamed) -> None:
+    """None of their bytes would be there before the commit: nothing is deleted here."""
+    repo = streamed.hub.store.add("me/plain", {".gitattributes": b""})
+    repo.readers, repo.writers = {"me"}, {"me"}
+    options = ["--stream-source", "--stream-output", "me/plain", "--build-dir", "build"]
+    done = streamed.nf4("build", "me/tiny", *options)
+    assert done.status == 1
+    assert "me/plain keeps it in git, not in LFS" in done.err
+    assert list(streamed.build.quantized.glob("*.safetensors"))
+    assert not streamed.build.sent.files
+
+
 def test_verify_without_the_hub(streamed: Streamed) -> None:
     """What verify says to a worker when the Hub gives it nothing: words, and no verdict."""
     streamed.run("download", "quantize")

@@ -153,14 +153,18 @@ class Sending:
 
     def __init__(self) -> None:
         self.gate = threading.Semaphore(0)
-        self.refused = False
+        self.fault: BaseException | None = None
+        self.left: list[str] = []
         self.sent: list[str] = []
 
-    def __call__(self, files: Mapping[str, LocalFile], target: Target, reporter: Reporter) -> None:
+    def __call__(
+        self, files: Mapping[str, LocalFile], target: Target, reporter: Reporter
+    ) -> list[str]:
         assert self.gate.acquire(timeout=60)
-        if self.refused:
-            raise HubError("planned")
+        if self.fault is not None:
+            raise self.fault
         self.sent += files
+        return self.left
 
 
 @pytest.fixture
@@ -212,19 +216,89 @@ def test_a_file_waits_for_room(ahead: tuple[UploadAhead, Sending], tmp_path: Pat
     assert not again[0].exists()
 
 
+FAULTS = (HubError, OSError, ValueError, KeyError, RuntimeError, MemoryError, SystemExit)
+
+
+@pytest.mark.parametrize("kind", FAULTS, ids=lambda kind: kind.__name__)
 def test_what_cannot_be_sent_ends_the_build(
-    ahead: tuple[UploadAhead, Sending], tmp_path: Path
+    kind: type[BaseException], ahead: tuple[UploadAhead, Sending], tmp_path: Path
 ) -> None:
-    """Whoever waits for room hears of it; the file stays."""
+    """Whoever waits for room hears of it, whatever it is; the file stays."""
     out, sending = ahead
-    sending.refused = True
+    sending.fault = kind("planned")
     path, digest = finished(tmp_path, "a")
     out.reserve(digest.size)
     out.add(path, digest)
     sending.gate.release()
-    with pytest.raises(HubError, match="planned"):
+    with pytest.raises(kind, match="planned"):
         out.settle()
-    with pytest.raises(HubError, match="planned"):
+    with pytest.raises(kind, match="planned"):
         out.reserve(100)
     assert path.exists()
     assert Build(tmp_path).sent.files == {}
+    with pytest.raises(kind, match="planned"):
+        out.restart()
+
+
+@pytest.mark.parametrize("kind", FAULTS, ids=lambda kind: kind.__name__)
+def test_where_files_stay_it_ends_nothing(
+    kind: type[BaseException], ahead: tuple[UploadAhead, Sending], tmp_path: Path
+) -> None:
+    out, sending = ahead
+    out._room, sending.fault = None, kind("planned")
+    path, digest = finished(tmp_path, "a")
+    out.reserve(digest.size)
+    out.add(path, digest)
+    sending.gate.release()
+    out.drain()
+    out.settle()
+    assert path.exists()
+
+
+def test_what_is_kept_in_git_does_not_go(
+    ahead: tuple[UploadAhead, Sending], tmp_path: Path
+) -> None:
+    """Its bytes come with the commit alone: it is neither noted nor deleted."""
+    out, sending = ahead
+    sending.left = ["a"]
+    path, digest = finished(tmp_path, "a")
+    out.reserve(digest.size)
+    out.add(path, digest)
+    sending.gate.release()
+    with pytest.raises(HubError, match=r"me/out keeps it in git.*\.gitattributes"):
+        out.settle()
+    assert path.exists()
+    assert Build(tmp_path).sent.files == {}
+
+
+@pytest.mark.parametrize("why", ["too large", "on its way", "absent"])
+def test_what_is_not_sent_takes_no_room(
+    why: str, ahead: tuple[UploadAhead, Sending], tmp_path: Path
+) -> None:
+    """Else `settle` would wait for it for ever."""
+    out, sending = ahead
+    path, digest = finished(tmp_path, "a")
+    out.reserve(digest.size)
+    if why == "too large":
+        out.largest = digest.size - 1
+    elif why == "absent":
+        path.unlink()
+    else:
+        out.add(path, digest)
+        out.reserve(digest.size)
+    out.add(path, digest)
+    sending.gate.release()
+    waiting = threading.Thread(target=out.settle, daemon=True)
+    waiting.start()
+    waiting.join(60)
+    assert not waiting.is_alive()
+    assert len(sending.sent) == (why == "on its way")
+
+
+def test_a_repo_that_keeps_weights_in_git(output: Output) -> None:
+    """Where files stay here, all of them come with the commit."""
+    repo = output.hub.store.add("me/plain", {".gitattributes": b""})
+    repo.readers, repo.writers = {"me"}, {"me"}
+    done = output.nf4("--stream-output", "me/plain")
+    assert done.status == 0, done.err
+    assert {*repo.head.files} - {".gitattributes"} == {*content_of(output.build.export)}

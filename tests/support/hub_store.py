@@ -19,9 +19,10 @@ def git_sha1(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-def is_lfs(path: str, size: int) -> bool:
-    """Whether the Hub keeps a file outside git."""
-    return size > LFS_FROM or path.endswith(".safetensors")
+def is_lfs(path: str, size: int, attributes: Blob | None = None) -> bool:
+    """Whether the Hub keeps a file outside git; None for a repo without .gitattributes."""
+    tracked = attributes is None or b"*.safetensors" in attributes.data
+    return size > LFS_FROM or (tracked and path.endswith(".safetensors"))
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Repo:
             if data is None:
                 del state[path]
             else:
-                state[path] = Blob(data, is_lfs(path, len(data)))
+                state[path] = Blob(data, is_lfs(path, len(data), state.get(".gitattributes")))
         listing = "".join(f"{path} {blob.oid}\n" for path, blob in sorted(state.items()))
         text = f"{self.repo_id} {parent}\n{listing}".encode()
         sha = hashlib.sha1(text, usedforsecurity=False).hexdigest()

@@ -82,7 +82,7 @@ def preupload(call: Call) -> Answer:
         path, size = file["path"], file["size"]
         answer = {
             "path": path,
-            "uploadMode": "lfs" if is_lfs(path, size) else "regular",
+            "uploadMode": "lfs" if is_lfs(path, size, files.get(".gitattributes")) else "regular",
             "shouldIgnore": path in ignored.splitlines(),
         }
         if path in files:

@@ -174,7 +174,7 @@ def send_ahead(
     reporter: Reporter,
     *,
     sleep: Callable[[float], None] = time.sleep,
-) -> None:
+) -> list[str]:
     """Sends the bytes of files that a later `publish` will name; until then nobody sees them.
 
     What the Hub holds already is not sent.
@@ -185,11 +185,16 @@ def send_ahead(
         reporter: told what happens.
         sleep: waits between tries, in seconds.
 
+    Returns:
+        The paths of those that were not sent: the repo keeps them in git, not in LFS, so that their
+        bytes come with the commit.
+
     Raises:
         HubError: no right to write, no answer, or a file changed meanwhile.
     """
     with client.quiet():
-        _Push(files, target, CommitMessage(""), None, reporter, sleep).upload(files, MAIN, False)
+        push = _Push(files, target, CommitMessage(""), None, reporter, sleep)
+        return [put.path_in_repo for put in push.upload(files, MAIN, False) if not _is_sent(put)]
 
 
 def lost(
@@ -551,6 +556,11 @@ class _Push:
         allowance = limits.for_upload()
         with nullcontext() if has_bars else self._reporter.task(doing, None):
             return client.attempt(call, request, self._sleep, allowance=allowance, **options)
+
+
+def _is_sent(put: Any) -> bool:
+    """Whether the Hub has the bytes of an operation; the client passes over files kept in git."""
+    return bool(put._is_uploaded)
 
 
 def _branch(number: int) -> str:

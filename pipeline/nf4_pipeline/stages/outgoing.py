@@ -14,11 +14,27 @@ from nf4_pipeline.selection import LARGEST_FILE
 class Outgoing(Protocol):
     """Is told of finished files; a file that goes away makes room for another."""
 
-    def begin(self, sizes: Collection[int]) -> int:
-        """Is told how large all files will be; says how much of them lies here at most.
+    def begin(self, sizes: Collection[int], missing: Collection[int]) -> int:
+        """Is told how large files are; says how many bytes more will lie here at most.
+
+        Whether files go away depends on all of them, so that a run that goes on where another
+        ended decides as that one did.
+
+        Args:
+            sizes: of all files.
+            missing: of those that do not lie here yet.
 
         Raises:
             ResourceError: what follows has no room for them.
+        """
+
+    def restart(self) -> None:
+        """Waits until no file is on its way; any may be made anew then, and be told of again.
+
+        What was reserved and not told of counts no more.
+
+        Raises:
+            HubError: a file cannot go away.
         """
 
     def fitting(self, sizes: Sequence[int]) -> int:
@@ -35,7 +51,7 @@ class Outgoing(Protocol):
         """Takes back what was reserved for a file that will not be."""
 
     def add(self, path: Path, digest: FileDigest) -> None:
-        """Is told of a file that is finished and counts."""
+        """Is told of a file that is finished and counts; room was reserved for it."""
 
     def settle(self) -> None:
         """Waits until every file that is to go away is gone.
@@ -48,8 +64,11 @@ class Outgoing(Protocol):
 class StaysHere:
     """Files stay where they are made."""
 
-    def begin(self, sizes: Collection[int]) -> int:
-        return sum(sizes)
+    def begin(self, sizes: Collection[int], missing: Collection[int]) -> int:
+        return sum(missing)
+
+    def restart(self) -> None:
+        pass
 
     def fitting(self, sizes: Sequence[int]) -> int:
         return len(sizes)
@@ -78,7 +97,7 @@ def room_for(sizes: Collection[int]) -> int:
     Args:
         sizes: of all files.
     """
-    return min(sum(sizes), max(2 * LARGEST_FILE, *sizes))
+    return min(sum(sizes), max(2 * LARGEST_FILE, max(sizes, default=0)))
 
 
 def fitting(sizes: Sequence[int], room: int) -> int:

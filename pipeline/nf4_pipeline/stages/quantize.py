@@ -184,13 +184,13 @@ class Quantize:
         Raises:
             ResourceError: the disk has too little free space.
         """
-        needed = self.outgoing.begin(
-            [
-                layout.nbytes
-                for file, layout in plan.layouts().items()
-                if (names is None or file in names) and not (self.build.quantized / file).exists()
-            ]
-        )
+        sizes = {file: layout.nbytes for file, layout in plan.layouts().items()}
+        missing = [
+            size
+            for file, size in sizes.items()
+            if (names is None or file in names) and not (self.build.quantized / file).exists()
+        ]
+        needed = self.outgoing.begin(sizes.values(), missing)
         if calibrator is not None:
             stored = sum(part.nbytes for tensor in plan.quantized for part in tensor.stored)
             needed += stored * (2 if self.recipe.quantize.effort else 1)  # calibrated, and learned
@@ -246,6 +246,7 @@ class Quantize:
             if (streamed := StreamedSource.of(self.build, self.reporter)) is not None:
                 streamed.check_tied(plan)  # what an earlier run made by another plan shall stay
             make_folder(self.build.quantized)
+            self.outgoing.restart()  # files of another plan may be on their way
             remove_other_files(self.build.quantized, plan.layouts())
             return QuantizeFacts(
                 predicted_bytes=sum(layout.nbytes for layout in plan.layouts().values()),

@@ -118,6 +118,7 @@ class QuantizeOnRay:
         """Has all files of a plan made, as far as they do not stand there, by a task each."""
         whole = self.whole
         sizes = {file: layout.nbytes for file, layout in plan.layouts().items()}
+        whole.outgoing.restart()  # files of another plan may be on their way
         remove_other_files(whole.build.quantized, sizes)
         claim = claim_of(
             whole.machine,

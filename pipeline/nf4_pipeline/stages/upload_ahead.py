@@ -8,7 +8,7 @@ Otherwise it is no failure: `push` sends whatever is missing, or says why not.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.build_folder.sent import forget_sent, note_sent
 from nf4_pipeline.checkpoint.digest import FileDigest, FileStamp
-from nf4_pipeline.errors import PipelineError
+from nf4_pipeline.errors import HubError, PipelineError
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.records import DOWNLOAD
 from nf4_pipeline.stages.outgoing import fitting, room_for
@@ -53,7 +53,7 @@ class UploadAhead:
     _makes_room: bool = field(default=False, init=False, repr=False)
     _room: int | None = field(default=None, init=False, repr=False)  # None: nothing goes away
     _lying: int = field(default=0, init=False, repr=False)
-    _failure: Exception | None = field(default=None, init=False, repr=False)
+    _failure: BaseException | None = field(default=None, init=False, repr=False)
 
     def __enter__(self) -> UploadAhead:
         """Finds the repo or makes it: what is refused is known before hours of work.
@@ -93,11 +93,12 @@ class UploadAhead:
             )
             forget_sent(build.root)
 
-    def begin(self, sizes: Collection[int]) -> int:
-        """Decides whether files go away here, and says how much of them lies here at most.
+    def begin(self, sizes: Collection[int], missing: Collection[int]) -> int:
+        """Decides whether files go away here, and says how many bytes more lie here at most.
 
         Args:
             sizes: of all files.
+            missing: of those that do not lie here yet.
 
         Raises:
             ResourceError: verify would have no room for them in memory.
@@ -105,23 +106,40 @@ class UploadAhead:
         build = self._build
         goes = build is not None and build.need(DOWNLOAD).facts.streamed is not None
         if not (self._makes_room and goes) or max(sizes, default=0) > self.largest:
-            return sum(sizes)
+            self._room = None
+            return sum(missing)
         check_room(sum(sizes))
         self._room = room_for(sizes)
-        return self._room
+        # What lies here already is part of the room, and goes before anything takes its place.
+        lying = sum(sizes) - sum(missing)
+        return min(sum(missing), max(0, self._room - lying))
+
+    def restart(self) -> None:
+        """Waits until no file is on its way; any may be made anew then, and be told of again.
+
+        Raises:
+            HubError: a file cannot be sent.
+        """
+        self.drain()
+        with self._changed:
+            self._raise_failure()
+            self._taken.clear()
+            self._lying = 0
 
     def fitting(self, sizes: Sequence[int]) -> int:
         """How many of these files, from the first on, may lie here at a time."""
         return len(sizes) if self._room is None else fitting(sizes, self._room)
 
     def reserve(self, nbytes: int) -> None:
-        """Waits until there is room for a file.
+        """Waits until there is room for a file; where files stay, there is.
 
         Raises:
             HubError: a file cannot be sent.
         """
+        if self._room is None:
+            return
         with self._changed:
-            while self._room is not None and self._lying and self._lying + nbytes > self._room:
+            while self._lying and self._lying + nbytes > self._room:
                 self._raise_failure()
                 self._changed.wait()
             self._raise_failure()
@@ -129,6 +147,8 @@ class UploadAhead:
 
     def release(self, nbytes: int) -> None:
         """Takes back what was reserved for a file that went, or never came to be."""
+        if self._room is None:
+            return
         with self._changed:
             self._lying -= nbytes
             self._changed.notify_all()
@@ -137,16 +157,25 @@ class UploadAhead:
         """Sends a file, unless it is on its way, or the Hub is known to have it.
 
         Args:
-            path: a file that is finished.
+            path: a file that is finished, and for which room was reserved.
             digest: of it.
         """
-        if digest.size > self.largest or path in self._taken or not path.exists():
-            return
-        self._taken.add(path)
-        if self._room is not None and self._build is not None and self._build.sent.has(digest):
+        if not self._is_to_send(path, digest):
+            self.release(digest.size)
+        elif self._room is not None and self._build is not None and self._build.sent.has(digest):
             self._go(path, digest)
         else:
-            self._sending.append(self._pool.submit(self._send, path, digest))
+            self._submit(path, digest)
+
+    def add_staying(self, files: Mapping[Path, FileDigest]) -> None:
+        """Sends those of finished files that lie here and are not on their way.
+
+        Args:
+            files: digest of each; no room was reserved for them.
+        """
+        for path, digest in files.items():
+            if self._room is None and self._is_to_send(path, digest):
+                self._submit(path, digest)
 
     def settle(self) -> None:
         """Waits until all that goes away is gone.
@@ -180,6 +209,13 @@ class UploadAhead:
         forget_sent(self._build.root, lost)
         return len(lost)
 
+    def _is_to_send(self, path: Path, digest: FileDigest) -> bool:
+        return digest.size <= self.largest and path not in self._taken and path.exists()
+
+    def _submit(self, path: Path, digest: FileDigest) -> None:
+        self._taken.add(path)
+        self._sending.append(self._pool.submit(self._send, path, digest))
+
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
@@ -189,14 +225,25 @@ class UploadAhead:
 
         try:
             file = hub.LocalFile(path, digest.size, digest.sha256, FileStamp.of(path))
-            hub.send_ahead({path.name: file}, self.target, self.reporter)
+            unsent = hub.send_ahead({path.name: file}, self.target, self.reporter)
             if self._room is not None and self._build is not None:
+                if unsent:
+                    raise HubError(
+                        f"{path.name} cannot be sent before it is committed: "
+                        f"{self.target.repo_id} keeps it in git, not in LFS, so it may not go "
+                        "away here. Have the repo keep *.safetensors in LFS (add the line "
+                        "'*.safetensors filter=lfs diff=lfs merge=lfs -text' to its "
+                        ".gitattributes), then run this again; or leave --stream-output out, and "
+                        "`nf4 push` at the end."
+                    )
                 note_sent(self._build.root, hub.repo_url(self.target.repo_id), digest)
                 self._go(path, digest)
-        except (PipelineError, OSError) as error:
+        except BaseException as error:  # whatever it is: somebody may wait for the room
             if self._room is None:
+                expected = isinstance(error, (PipelineError, OSError))
+                why = str(error) if expected else f"{type(error).__name__}: {error}"
                 self.reporter.note(
-                    f"{path.name} was not sent ahead, and will be sent at the end: {error}"
+                    f"{path.name} was not sent ahead, and will be sent at the end: {why}"
                 )
                 return
             with self._changed:
