@@ -79,6 +79,10 @@ class _SilentTask:
         pass
 
 
+SILENT_TASK: Final = _SilentTask()
+"""Tells nobody."""
+
+
 class _SilentStage:
     def finish(
         self, *, ran: bool, nbytes: int = 0, has_rate: bool = False, verdict: str = ""
@@ -95,7 +99,7 @@ class SilentReporter:
     def task(
         self, title: str, total: int | None, *, unit: str = "bytes"
     ) -> AbstractContextManager[Task]:
-        return nullcontext(_SilentTask())
+        return nullcontext(SILENT_TASK)
 
     def note(self, text: str) -> None:
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,3 +35,15 @@ def find_blocks(model: Any) -> dict[str, nn.Module]:
 
     visit("", model)
     return blocks
+
+
+def block_of(name: str, blocks: Container[str]) -> str:
+    """The block that a module, a parameter or a buffer is in; "" if it is in none.
+
+    Args:
+        name: in the model.
+        blocks: the names of the blocks.
+    """
+    parts = name.split(".")
+    paths = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return next((path for path in paths if path in blocks), "")

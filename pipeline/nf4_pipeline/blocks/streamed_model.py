@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from nf4_pipeline.blocks.block_reader import BlockReader, TensorGroup
-from nf4_pipeline.blocks.find_blocks import find_blocks
+from nf4_pipeline.blocks.find_blocks import block_of, find_blocks
 from nf4_pipeline.checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.model.check_folder import build_seconds, building
@@ -25,7 +25,7 @@ from nf4_pipeline.quiet_libraries import quiet_loading
 from nf4_pipeline.resource_usage import available_memory, peak_memory
 from nf4_pipeline.streaming.reading import tensor_bytes
 
-_STEM: Final = ""
+_STEM: Final = ""  # as `block_of` says of what is in no block
 
 
 class StreamedModel:
@@ -300,7 +300,7 @@ class StreamedModel:
         return whole
 
     def _block_of(self, name: str) -> str:
-        return _block_of(name, self.blocks)
+        return block_of(name, self.blocks)
 
 
 def footprint_of(folder: Path, device: str) -> int:
@@ -338,15 +338,8 @@ def _grouped(
     for tensor in checkpoint.tensors:
         target = names.mapped[tensor.name]
         if target is not None:
-            members.setdefault(_block_of(target, blocks), []).append(tensor)
+            members.setdefault(block_of(target, blocks), []).append(tensor)
     return {name: TensorGroup.of(tensors) for name, tensors in members.items()}
-
-
-def _block_of(name: str, blocks: Mapping[str, nn.Module]) -> str:
-    """The block to which a parameter belongs, or "" for the stem."""
-    parts = name.split(".")
-    paths = (".".join(parts[:end]) for end in range(1, len(parts)))
-    return next((path for path in paths if path in blocks), _STEM)
 
 
 def assign(model: Any, name: str, value: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 from greenlet import getcurrent
 from numpy.typing import NDArray
 
+from nf4_pipeline.blocks.find_blocks import block_of
 from nf4_pipeline.blocks.lockstep import Lockstep
 from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.calibration.block_inputs import (
@@ -357,9 +358,7 @@ def _by_block(weights: Sequence[TensorPlan], blocks: Sequence[str]) -> dict[str,
     """The weights of each block, and of none."""
     plans: dict[str, list[TensorPlan]] = {}
     for plan in weights:
-        block = next(
-            (b for b in blocks if plan.module and plan.module.startswith(f"{b}.")), OUTSIDE
-        )
+        block = block_of(plan.module or "", blocks) or OUTSIDE
         plans.setdefault(block, []).append(plan)
     return plans
 

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from nf4_pipeline.blocks.block_row import BlockRow, RowCall
+from nf4_pipeline.blocks.find_blocks import block_of
 from nf4_pipeline.blocks.streamed_model import StreamedModel, assign
 from nf4_pipeline.calibration.host_memory import HostMemory
 from nf4_pipeline.calibration.latents import LearnedWeight, Tables, round_in_place
@@ -34,7 +35,7 @@ from nf4_pipeline.gptq.saved_codes import read_codes
 from nf4_pipeline.model.linear import weight_out_in
 from nf4_pipeline.selection import TensorPlan
 
-_OUTSIDE: Final = ""
+_OUTSIDE: Final = ""  # as `block_of` says of what is in no block
 
 
 class ModelsByBlock:
@@ -228,9 +229,9 @@ class ModelsByBlock:
         if block:
             self._student.open_ahead(block)
         for weight in rounded:
-            if _block_of(weight, blocks) == block:
+            if block_of(str(weight.module), blocks) == block:
                 round_in_place(self._student.model.get_submodule(str(weight.module)))
-        self._own[block] = [w.name for w in learned if _block_of(w, blocks) == block]
+        self._own[block] = [w.name for w in learned if block_of(str(w.module), blocks) == block]
         for name in self._own[block]:
             module = self._student.model.get_submodule(self._modules[name])
             packed, scales = read_codes(files[name], name)
@@ -267,11 +268,6 @@ class ModelsByBlock:
             assign(self._student.model, name, torch.empty_like(kept, device="meta"))
         for name in self._own[block]:
             self.weights[name].leave(changed=changed)
-
-
-def _block_of(weight: TensorPlan, blocks: Mapping[str, torch.nn.Module]) -> str:
-    module = str(weight.module)
-    return next((block for block in blocks if module.startswith(f"{block}.")), _OUTSIDE)
 
 
 def _arrive(row: BlockRow, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, RowCall]]:

@@ -28,7 +28,7 @@ from nf4_pipeline.errors import PlanMismatchError, ResourceError
 from nf4_pipeline.machine import Machine
 from nf4_pipeline.nf4.packing import blocks_of
 from nf4_pipeline.nf4.rounding import Rounding
-from nf4_pipeline.progress import SILENT, Reporter, Task
+from nf4_pipeline.progress import SILENT, SILENT_TASK, Reporter, Task
 from nf4_pipeline.provenance.ci_run import current_run
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import (
@@ -416,7 +416,7 @@ def _make_passing(
             making.outgoing.reserve(output.layout.nbytes)
             begun.append(output)
             # A task that was at its end goes no further.
-            shown = _NOWHERE if again else task
+            shown = SILENT_TASK if again else task
             run.make_within(shown, [output], making.opener, made.__setitem__, passing)
 
     def drop() -> None:
@@ -454,14 +454,6 @@ class _Making:
     done: Callable[[str, QuantizedFile], None]
     outgoing: Outgoing
     whole: bool
-
-
-class _Nowhere:
-    def advance(self, amount: int) -> None:
-        pass
-
-
-_NOWHERE: Final = _Nowhere()
 
 
 def _warn_of_merged(plan: Plan, reporter: Reporter) -> None:
