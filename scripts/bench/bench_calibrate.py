@@ -30,9 +30,13 @@ import click
 from falcon_shapes import make_checkpoint
 
 COLUMNS = (
-    "layers", "tokens", "stage s", "sampling s", "pass s", "walk s", "guides s", "choices s",
-    "writing s", "waiting s", "measuring s", "engine s", "process s", "sampling GPU GB",
-    "pass GPU GB", "measuring GPU GB", "host GB",
+    "layers", "tokens", "stage s", "sampling s", "pass s", "walk s", "inputs s", "sums s",
+    "factors s", "corrections s", "choices s", "writing s", "waiting s", "measuring s", "engine s",
+    "process s", "sampling GPU GB", "pass GPU GB", "measuring GPU GB", "host GB",
+)  # fmt: skip
+_PARTS = (
+    "whole", "inputs", "sums", "factors", "corrections", "choices", "writing",
+    "waiting for writing",
 )  # fmt: skip
 
 
@@ -117,10 +121,7 @@ def _cells(depth: int, found: dict[str, Any]) -> list[object]:
                 found["stage"],
                 seconds["sampling"],
                 seconds["pass"],
-                *(
-                    seconds.get(name, 0.0)
-                    for name in ("whole", "guides", "choices", "writing", "waiting for choices")
-                ),
+                *(seconds.get(name, 0.0) for name in _PARTS),
                 seconds["sensitivity"],
                 engine,
                 found["process"],

@@ -172,7 +172,7 @@ class _Trial:
             store.open()
             calibrate(
                 source, self._weights, tokens, store,
-                device=self._device, reporter=SILENT, config=config,
+                devices=[self._device], reporter=SILENT, config=config,
             )  # fmt: skip
             seconds = time.perf_counter() - start
             plans = {plan.name: plan for plan in self._weights}

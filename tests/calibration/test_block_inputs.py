@@ -11,10 +11,12 @@ from nf4_pipeline.calibration.block_inputs import (
     BlockCall,
     ExactInputs,
     InputMoments,
-    moments_behind,
-    moments_of,
+    LayerInputs,
+    inputs_behind,
+    inputs_of,
 )
 from nf4_pipeline.gptq.config import GptqConfig
+from nf4_pipeline.gptq.device_group import DeviceGroup
 from nf4_pipeline.gptq.hessian import corrected, factorize
 from torch import nn
 
@@ -56,7 +58,7 @@ class Experts(nn.Module):
 
 def watched(block: nn.Module, names: list[str], batches: list[torch.Tensor]) -> ExactInputs:
     running: list[int | None] = [None]
-    exact = ExactInputs({n: block.get_submodule(n) for n in names}, lambda: running[0])
+    exact = ExactInputs([{n: block.get_submodule(n) for n in names}], lambda: running[0])
     for number, batch in enumerate(batches):
         running[0] = number
         block(batch.clone())
@@ -66,6 +68,21 @@ def watched(block: nn.Module, names: list[str], batches: list[torch.Tensor]) -> 
     running[0] = 0
     block(batches[0].clone())  # after the end
     return exact
+
+
+CPU = DeviceGroup([torch.device("cpu")])
+
+
+def means_of(found: LayerInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    moments = InputMoments(found, CPU)
+    hessian = moments.hessian()
+    moments.add_drift(0)
+    return hessian, moments.drift()
+
+
+def joined(found: dict[int, dict[str, LayerInputs]], name: str) -> LayerInputs:
+    """What came to one layer in all batches."""
+    return LayerInputs([pair for number in sorted(found) for pair in found[number][name].calls])
 
 
 def inputs(*shape: int) -> torch.Tensor:
@@ -83,11 +100,10 @@ def test_inputs_are_kept_as_they_came_and_shared() -> None:
     for number, batch in enumerate(batches):
         (kept,) = exact.of("k", number)
         assert torch.equal(kept, batch.reshape(-1, 6) * 2)
-    sums = moments_of(exact, "k", len(batches))
+    found = inputs_of(exact, "k", len(batches))
     x = torch.cat([batch.reshape(-1, 6) for batch in batches]).double() * 2
-    hessian, drift = sums.means()
-    assert hessian is not None
-    assert sums.tokens == len(x) == 21
+    hessian, drift = means_of(found)
+    assert found.tokens == len(x) == 21
     torch.testing.assert_close(hessian.double(), x.T @ x / len(x), rtol=1e-5, atol=1e-5)
     assert drift is None
     exact.let_go("k")
@@ -104,24 +120,22 @@ def test_the_same_block_behind_others() -> None:
         batch + 0.1 * inputs(*batch.shape[::-1]).permute(*reversed(range(batch.ndim)))
         for batch in batches
     ]
-    calls = [BlockCall(b[..., 0].numel(), (b,), {}) for b in other]
+    calls = {number: BlockCall(b[..., 0].numel(), (b,), {}) for number, b in enumerate(other)}
     block.runs = 0
-    sums = moments_behind(block, calls, {"k": block.k}, exact)["k"]
+    found = joined(inputs_behind(block, calls, {"k": block.k}, exact), "k")
     assert block.runs == 0
-    hessian, drift = sums.means()
+    hessian, drift = means_of(found)
     x = torch.cat([batch.reshape(-1, 6) for batch in batches]).double() * 2
     y = torch.cat([batch.reshape(-1, 6) for batch in other]).double() * 2
-    assert hessian is not None
     assert drift is not None
     torch.testing.assert_close(hessian.double(), y.T @ y / len(y), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(drift.double(), (x - y).T @ y / len(y), rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         block.q.weight.mul_(0.9)  # as if it were rounded
-    again = moments_behind(block, calls, {"o": block.o}, exact)["o"]
+    again = joined(inputs_behind(block, calls, {"o": block.o}, exact), "o")
     z = (y.float() @ block.q.weight.T + block.q.bias).double()
-    found, _ = again.means()
-    assert found is not None
-    torch.testing.assert_close(found.double(), z.T @ z / len(z), rtol=1e-4, atol=1e-5)
+    behind, _ = means_of(again)
+    torch.testing.assert_close(behind.double(), z.T @ z / len(z), rtol=1e-4, atol=1e-5)
 
 
 @torch.inference_mode()
@@ -133,9 +147,9 @@ def test_tokens_behind_a_router_are_not_paired() -> None:
     assert list(ups) == ["experts.0.up", "experts.1.up"]
     assert list(downs) == ["experts.0.down", "experts.1.down"]
     layers = {name: block.get_submodule(name) for name in ups}
-    sums = moments_behind(block, [BlockCall(40, (-batches[0],), {})], layers, exact)
-    assert sum(found.tokens for found in sums.values()) == 40
-    assert [found.means()[1] for found in sums.values()] == [None, None]
+    found = inputs_behind(block, {0: BlockCall(40, (-batches[0],), {})}, layers, exact)[0]
+    assert sum(kept.tokens for kept in found.values()) == 40
+    assert [means_of(kept)[1] for kept in found.values()] == [None, None]
 
 
 @torch.inference_mode()
@@ -143,8 +157,8 @@ def test_an_expert_that_gets_every_token_is_paired() -> None:
     block, batches = Experts(), [inputs(40, 6).abs()]
     exact = watched(block, ["experts.0.up", "experts.1.up"], batches)
     layers = {"experts.1.up": block.get_submodule("experts.1.up")}
-    sums = moments_behind(block, [BlockCall(40, (batches[0] + 0.1,), {})], layers, exact)
-    assert sums["experts.1.up"].means()[1] is not None
+    found = inputs_behind(block, {0: BlockCall(40, (batches[0] + 0.1,), {})}, layers, exact)
+    assert means_of(found[0]["experts.1.up"])[1] is not None
 
 
 @torch.inference_mode()
@@ -153,9 +167,7 @@ def test_tokens_in_parts_are_the_same_sum(monkeypatch: pytest.MonkeyPatch) -> No
     found = []
     for rows in (4096, 7):
         monkeypatch.setattr(block_inputs, "_ROWS", rows)
-        sums = InputMoments()
-        sums.add(y, x[:49])
-        found.append(sums.means())
+        found.append(means_of(LayerInputs([(y, x[:49])])))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
@@ -163,10 +175,8 @@ def test_tokens_in_parts_are_the_same_sum(monkeypatch: pytest.MonkeyPatch) -> No
 @torch.inference_mode()
 def test_half_precision_is_summed_in_float32() -> None:
     """256 x 256 x 3 tokens are more than float16 holds."""
-    sums = InputMoments()
-    sums.add(torch.full((3, 6), 256.0, dtype=torch.float16), None)
-    found, _ = sums.means()
-    assert found is not None
+    large = torch.full((3, 6), 256.0, dtype=torch.float16)
+    found, _ = means_of(LayerInputs([(large, None)]))
     assert found.dtype == torch.float32
     assert (found == 65536.0).all()
 
@@ -174,7 +184,7 @@ def test_half_precision_is_summed_in_float32() -> None:
 @torch.inference_mode()
 def test_a_layer_that_is_called_by_keyword() -> None:
     layer = nn.Linear(6, 5)
-    exact = ExactInputs({"w": layer}, lambda: 0)
+    exact = ExactInputs([{"w": layer}], lambda: 0)
     layer(input=inputs(4, 6))
     exact.close()
     assert len(exact.of("w", 0)[0]) == 4

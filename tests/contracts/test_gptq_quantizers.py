@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from nf4_pipeline.gptq.config import GptqConfig
+from nf4_pipeline.gptq.device_group import DeviceGroup
 from nf4_pipeline.gptq.hessian import factorize
 from nf4_pipeline.gptq.quantizer import GptqQuantizer, QuantizedWeight, quantizer_for
 from nf4_pipeline.nf4.dequantize import dequantize
@@ -37,7 +38,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 def quantize(quantizer: GptqQuantizer, weight: torch.Tensor, device: str) -> QuantizedWeight:
     factor = factorize(hessian_of(weight.shape[1]).to(device), 1000, GptqConfig())
-    return quantizer.quantize(weight.to(device), factor)
+    return quantizer.quantize([weight.to(device)], [factor])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -46,7 +47,9 @@ def test_the_cost_is_what_the_codes_lose(
     shape: tuple[int, int], dtype: str, device: str, pool: ThreadPoolExecutor
 ) -> None:
     weight, config = weight_of(*shape, dtype), GptqConfig()
-    result = quantize(quantizer_for(device, config, pool), weight, device)
+    result = quantize(
+        quantizer_for(DeviceGroup([torch.device(device)]), config, pool), weight, device
+    )
     assert result.packed.shape == (packed_bytes(weight.numel()),)
     assert result.scales.offset == 0
     hessian = hessian_of(shape[1]).double()
@@ -64,7 +67,7 @@ def test_the_same_twice_and_the_weight_is_not_touched(
 ) -> None:
     weight = weight_of(*shape)
     before = weight.clone()
-    quantizer = quantizer_for(device, GptqConfig(), pool)
+    quantizer = quantizer_for(DeviceGroup([torch.device(device)]), GptqConfig(), pool)
     first, second = (quantize(quantizer, weight, device) for _ in range(2))
     assert torch.equal(weight, before)
     assert first.packed.tobytes() == second.packed.tobytes()
@@ -76,7 +79,9 @@ def test_the_same_twice_and_the_weight_is_not_touched(
 @pytest.mark.parametrize("columns", [128, 100])
 def test_zeros_stay_zeros(columns: int, device: str, pool: ThreadPoolExecutor) -> None:
     weight = torch.zeros(3, columns, dtype=torch.bfloat16)
-    result = quantize(quantizer_for(device, GptqConfig(), pool), weight, device)
+    result = quantize(
+        quantizer_for(DeviceGroup([torch.device(device)]), GptqConfig(), pool), weight, device
+    )
     assert result.cost == 0
     assert not dequantize(result.packed, result.scales.scales(), (3, columns)).any()
 
@@ -88,5 +93,7 @@ def test_what_is_not_finite_has_no_finite_cost(
 ) -> None:
     weight = weight_of(8, columns, "float32")
     weight[3] = value
-    result = quantize(quantizer_for(device, GptqConfig(), pool), weight, device)
+    result = quantize(
+        quantizer_for(DeviceGroup([torch.device(device)]), GptqConfig(), pool), weight, device
+    )
     assert not np.isfinite(result.cost)

@@ -54,7 +54,7 @@ def loss(weight: torch.Tensor, found: NDArray[np.float32], h: Array) -> float:
 def quantize(
     weight: torch.Tensor, prepared: HessianFactor, pool: Executor, config: GptqConfig = CONFIG
 ) -> QuantizedWeight:
-    return GptqOnCpu(config, pool).quantize(weight, prepared)
+    return GptqOnCpu(config, pool).quantize([weight], [prepared])
 
 
 @pytest.mark.parametrize("shape", [*WHOLE, *RAGGED])

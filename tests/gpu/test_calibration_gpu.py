@@ -74,6 +74,7 @@ def _inputs(columns: int, device: str) -> tuple[Any, int]:
 def test_cuda_chooses_what_the_cpu_chooses(rows: int, columns: int, dtype: str, signs: int) -> None:
     """For the same guide, bit for bit: codes, scales, and what they cost."""
     from nf4_pipeline.gptq.config import GptqConfig
+    from nf4_pipeline.gptq.device_group import DeviceGroup
     from nf4_pipeline.gptq.hessian import factorize
     from nf4_pipeline.gptq.quantizer import GptqOnCpu
     from nf4_pipeline.gptq.quantizer_cuda import GptqOnCuda
@@ -81,11 +82,12 @@ def test_cuda_chooses_what_the_cpu_chooses(rows: int, columns: int, dtype: str, 
     config = GptqConfig(negative_scales=signs == 2)
     weight = _weight(rows, columns, dtype)
     hessian, tokens = _inputs(columns, DEVICE)
-    on_device = factorize(hessian, tokens, config)
+    group = DeviceGroup([torch.device(DEVICE)])
+    on_device = factorize(hessian, tokens, config, group)
     on_host = on_device.cpu()
     with ThreadPoolExecutor(4) as pool, torch.inference_mode():
-        found = GptqOnCuda(config, DEVICE, pool).quantize(weight.to(DEVICE), on_device)
-        expected = GptqOnCpu(config, pool).quantize(weight, on_host)
+        found = GptqOnCuda(config, group, pool).quantize([weight.to(DEVICE)], [on_device])
+        expected = GptqOnCpu(config, pool).quantize([weight], [on_host])
     assert np.count_nonzero(found.packed != expected.packed) == 0
     assert np.count_nonzero(found.scales.codes != expected.scales.codes) == 0
     assert found.scales.absmax.tobytes() == expected.scales.absmax.tobytes()
@@ -102,7 +104,7 @@ def _calibrated(rows: int, columns: int, dtype: str) -> Any:
 
     prepared = factorize(*_inputs(columns, "cpu"), GptqConfig())
     with ThreadPoolExecutor(4) as pool, torch.inference_mode():
-        result = GptqOnCpu(GptqConfig(), pool).quantize(_weight(rows, columns, dtype), prepared)
+        result = GptqOnCpu(GptqConfig(), pool).quantize([_weight(rows, columns, dtype)], [prepared])
     negative = float((result.scales.scales() < 0).mean())
     assert 0.2 < negative < 0.8
     return result

@@ -69,7 +69,8 @@ def build(
         prompts: a JSONL file of {"prompt", "expect", "chat"} to ask both models.
         eval_text: a text file on which both models are compared.
         eval_tokens: how many tokens of that text, at most.
-        device: "auto", "cpu", "cuda" (quantizes on all GPUs, verifies on the first) or "cuda:N".
+        device: "auto", "cpu", "cuda" (quantizes and calibrates on all GPUs, verifies on the first)
+            or "cuda:N".
         require_gpu: fail at once where there is no GPU to verify on.
         workers: threads that quantize; 0 for as many as keep the device busy.
         memory_budget: bytes of all buffers of the engine together, as a number or such as "1GiB".

@@ -3,6 +3,7 @@
     find_blocks.py     which modules are the repeated blocks of a model
     block_reader.py    the tensors of a block, read side by side into one buffer, ahead of time
     streamed_model.py  a model whose blocks have weights only while they are needed
+    model_replica.py   the same model on another device
     lockstep.py        several runs of a model that pass each block together
     block_row.py       a forward in pieces, so that it goes backward block by block, too
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -133,9 +133,9 @@ class StreamedModel:
         buffer, _ = self._next[block]
         return self._groups[block].views(buffer)
 
-    def filled(self, block: str) -> Collection[str]:
-        """What a block that is open was given, by its names in the model: what `close` takes."""
-        return self._empty.get(block, {}).keys()
+    def opened(self, block: str) -> dict[str, torch.Tensor]:
+        """What a block was given when it was opened, by its names in the model."""
+        return {name: _tensor(self.model, name) for name in self._empty.get(block, ())}
 
     def open_ahead(self, block: str, *, again: bool = False) -> None:
         """Opens a block, and begins to read the one behind it.
@@ -367,3 +367,10 @@ def assign(model: Any, name: str, value: torch.Tensor) -> torch.Tensor:
 def _natural(item: tuple[str, Any]) -> list[Any]:
     """Sorts expert 10 after expert 9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", item[0])]
+
+
+def _tensor(model: Any, name: str) -> torch.Tensor:
+    """A parameter or buffer."""
+    path, _, leaf = name.rpartition(".")
+    found: torch.Tensor = getattr(model.get_submodule(path), leaf)
+    return found

@@ -8,16 +8,21 @@ that have to be rounded, with all that was rounded before them in 4 bit.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
 import torch
 from einops import rearrange
 
+from nf4_pipeline.gptq.device_group import DeviceGroup
+
 _ROWS: Final = 4096  # tokens of which products are summed at once, in float32
+_DECOMPOSING: Final = 3.0
+"""What a Cholesky factor takes beside an eighth of `drift`, by columns / tokens; on an H100, where
+float64 is half as fast as float32. Only who does what hangs on it."""
 
 
 @dataclass
@@ -42,12 +47,14 @@ class ExactInputs:
     first tokens that come decide who shares: a router may send others elsewhere.
 
     Args:
-        layers: by name.
+        models: the layers by name, in each copy of the model that runs.
         batch: the number of the batch that runs now, or None if what runs is not to be watched.
     """
 
     def __init__(
-        self, layers: Mapping[str, torch.nn.Module], batch: Callable[[], int | None]
+        self,
+        models: Sequence[Mapping[str, torch.nn.Module]],
+        batch: Callable[[], int | None],
     ) -> None:
         self._batch = batch
         self._leader: dict[str, str] = {}
@@ -55,7 +62,7 @@ class ExactInputs:
         self._running: int | None = None
         self._latest: list[tuple[str, torch.Tensor]] = []  # of the batch that runs, as given
         self._hooks = ExitStack()
-        for name, layer in layers.items():
+        for name, layer in (pair for layers in models for pair in layers.items()):
             _watch(layer, self._hooks, partial(self._keep, name))
 
     def close(self) -> None:
@@ -99,64 +106,138 @@ class ExactInputs:
 
 
 @dataclass
-class InputMoments:
-    """Sums over the tokens that came to a layer, float32, tokens in the order in which they came.
+class LayerInputs:
+    """What came to a layer behind the quantized part, call by call, batch after batch.
 
     Attributes:
-        hessian: the sum of y y^T, [columns, columns]; None if no token came.
-        drift: the sum of (x - y) y^T with x the input in the 16-bit model; None if the two cannot
-            be paired, as behind a router.
-        tokens: how many they were.
+        calls: y, [tokens, columns], and x, the same tokens in the 16-bit model; None if it is not
+            known which they are. Each pair is on the device of its batch.
     """
 
-    hessian: torch.Tensor | None = None
-    drift: torch.Tensor | None = None
-    tokens: int = 0
-    _is_paired: bool = True
+    calls: list[tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=list)
 
-    def add(self, y: torch.Tensor, x: torch.Tensor | None) -> None:
-        """Adds what came in one call.
+    @property
+    def tokens(self) -> int:
+        return sum(len(y) for y, _ in self.calls)
 
-        Args:
-            y: [tokens, columns].
-            x: the same tokens in the 16-bit model, [tokens, columns]; None if it is not known
-                which they are.
+    @property
+    def is_paired(self) -> bool:
+        return all(x is not None for _, x in self.calls)
+
+    def to(self, device: torch.device) -> LayerInputs:
+        """The same, all on one device."""
+        return LayerInputs(
+            [(y.to(device), None if x is None else x.to(device)) for y, x in self.calls]
+        )
+
+    def parts(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """y and x, some tokens at a time."""
+        for y, x in self.calls:
+            for first in range(0, len(y), _ROWS):
+                chosen = slice(first, first + _ROWS)
+                yield y[chosen], None if x is None else x[chosen]
+
+
+class InputMoments:
+    """Means over the tokens that came to a layer, which devices compute together.
+
+    Rows of a sum are dealt to them, so each is summed in float32 from the first token to the last,
+    wherever that is done.
+
+    Args:
+        inputs: what came, at least one token.
+        group: the devices.
+    """
+
+    def __init__(self, inputs: LayerInputs, group: DeviceGroup) -> None:
+        self._group = group
+        self._tokens = inputs.tokens
+        self._columns = inputs.calls[0][0].shape[1]
+        self._is_paired = inputs.is_paired
+        self._pieces = group.division.pieces(self._columns)
+        # Before any of them begins: what is copied waits for all that its device was given to do.
+        self._there = [inputs.to(device) for device in group.devices]
+        self._busy = _DECOMPOSING * self._columns / self._tokens
+        self._drifts: dict[int, torch.Tensor] = {}
+
+    def hessian(self) -> torch.Tensor:
+        """The mean of y y^T, [columns, columns], on the lead."""
+        pieces, dealt = self._pieces, self._group.dealt(len(self._pieces))
+
+        def share(index: int) -> dict[int, torch.Tensor]:
+            sums: dict[int, torch.Tensor] = {}
+            for y, _ in self._there[index].parts() if dealt[index] else ():
+                part = y.float()
+                for number in dealt[index]:
+                    piece = pieces[number]
+                    # What is to the right of it stands in the rows of a later piece.
+                    _add(sums, number, part[:, piece], part[:, : piece.stop])
+            return sums
+
+        found = {number: rows for own in self._group.each(share) for number, rows in own.items()}
+        if len(pieces) == 1:
+            return found[0].div_(self._tokens)
+        whole = self._square()
+        for number, piece in enumerate(pieces):
+            rows = found.pop(number).to(self._group.lead)
+            whole[piece, : piece.stop] = rows
+            whole[: piece.stop, piece] = rows.T
+        return whole.div_(self._tokens)
+
+    def add_drift(self, index: int) -> None:
+        """Computes what is a device's own of `drift`, while the lead decomposes the Hessian."""
+        own = self._group.dealt_beside(len(self._pieces), self._busy)[index]
+        sums: dict[int, torch.Tensor] = {}
+        for y, x in self._there[index].parts() if own and self._is_paired else ():
+            part = y.float()
+            assert x is not None  # of those that are paired
+            apart = x.float() - part
+            for number in own:
+                _add(sums, number, apart[:, self._pieces[number]], part)
+        self._there[index] = LayerInputs()
+        self._drifts |= sums
+
+    def drift(self) -> torch.Tensor | None:
+        """The mean of (x - y) y^T on the lead, with x the input in the 16-bit model.
+
+        Returns:
+            None if the two cannot be paired, as behind a router.
         """
-        if x is None:
-            self._is_paired, self.drift = False, None
-        for first in range(0, len(y), _ROWS):
-            part = y[first : first + _ROWS].float()
-            self.hessian = _added(self.hessian, part, part)
-            if self._is_paired and x is not None:
-                apart = x[first : first + _ROWS].float() - part
-                self.drift = _added(self.drift, apart, part)
-        self.tokens += len(y)
+        if not self._is_paired:
+            return None
+        if len(self._pieces) == 1:
+            return self._drifts.pop(0).to(self._group.lead).div_(self._tokens)
+        whole = self._square()
+        for number, piece in enumerate(self._pieces):
+            whole[piece] = self._drifts.pop(number).to(self._group.lead)
+        return whole.div_(self._tokens)
 
-    def means(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """`hessian` and `drift` by the number of tokens; the sums are used up."""
-        found = self.hessian, self.drift
-        self.hessian = self.drift = None
-        hessian, drift = (None if s is None else s.div_(max(1, self.tokens)) for s in found)
-        return hessian, drift
+    def _square(self) -> torch.Tensor:
+        shape = self._columns, self._columns
+        return torch.empty(shape, dtype=torch.float32, device=self._group.lead)
 
 
-def moments_behind(
+def inputs_behind(
     block: Any,
-    calls: Sequence[BlockCall],
+    calls: Mapping[int, BlockCall],
     layers: Mapping[str, torch.nn.Module],
     exact: ExactInputs,
-) -> dict[str, InputMoments]:
+) -> dict[int, dict[str, LayerInputs]]:
     """Runs a block again, as its weights are now, as far as some of its layers.
 
     Args:
         block: the module.
-        calls: what the batches give to it, from the part that is quantized.
+        calls: what batches give to it, from the part that is quantized, by their numbers.
         layers: the leaders that are watched, by name.
         exact: what came to them in the 16-bit model.
+
+    Returns:
+        For each batch what came to each layer.
     """
-    sums = {name: InputMoments() for name in layers}
-    for number, call in enumerate(calls):
-        run = _Run(call, {name: exact.of(name, number) for name in layers}, sums)
+    found: dict[int, dict[str, LayerInputs]] = {}
+    for number, call in calls.items():
+        found[number] = {name: LayerInputs() for name in layers}
+        run = _Run(call, {name: exact.of(name, number) for name in layers}, found[number])
         with ExitStack() as hooks:
             for name, layer in layers.items():
                 _watch(layer, hooks, partial(run.add, name))
@@ -165,7 +246,7 @@ def moments_behind(
                 block.forward(*map(_copy, call.args), **call.kwargs)
             except _FarEnough:
                 pass
-    return sums
+    return found
 
 
 class _Run:
@@ -175,39 +256,42 @@ class _Run:
         self,
         call: BlockCall,
         exact: dict[str, list[torch.Tensor]],
-        sums: Mapping[str, InputMoments],
+        found: Mapping[str, LayerInputs],
     ) -> None:
         self._call = call
         self._exact = exact
-        self._sums = sums
+        self._found = found
         self._calls: dict[str, int] = dict.fromkeys(exact, 0)
 
     def add(self, name: str, x: torch.Tensor) -> None:
-        """Adds what came to a layer; ends the run when all layers have been called."""
-        y, pairs, at = _rows(x), self._exact[name], self._calls[name]
+        """Keeps what came to a layer; ends the run when all layers have been called."""
+        # A copy: what follows may change it in place.
+        y, pairs, at = _rows(x).clone(), self._exact[name], self._calls[name]
         self._calls[name] += 1
         # A router may send other tokens here, and as many: only a whole batch is paired.
         fits = at < len(pairs) and pairs[at].shape == y.shape and len(y) == self._call.tokens
-        self._sums[name].add(y, pairs[at] if fits else None)
+        self._found[name].calls.append((y, pairs[at] if fits else None))
         if all(self._calls[other] >= max(1, len(self._exact[other])) for other in self._calls):
             raise _FarEnough
 
 
-def moments_of(exact: ExactInputs, leader: str, batches: int) -> InputMoments:
-    """The sums of the 16-bit model's own inputs."""
-    sums = InputMoments()
-    for batch in range(batches):
-        for x in exact.of(leader, batch):
-            sums.add(x, None)
-    return sums
+def inputs_of(exact: ExactInputs, leader: str, batches: int) -> LayerInputs:
+    """The 16-bit model's own inputs of a layer."""
+    return LayerInputs([(x, None) for number in range(batches) for x in exact.of(leader, number)])
 
 
 class _FarEnough(Exception):
     """Ends a run behind the last layer that is watched."""
 
 
-def _added(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return left.T @ right if total is None else total.addmm_(left.T, right)
+def _add(
+    sums: dict[int, torch.Tensor], number: int, left: torch.Tensor, right: torch.Tensor
+) -> None:
+    """Adds the product to the sum of that number."""
+    if number in sums:
+        sums[number].addmm_(left.T, right)
+    else:
+        sums[number] = left.T @ right
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -69,7 +69,8 @@ class Calibrator:
         folder: where tokens and choices are kept.
         recipe: what is read, how much of it, and how much larger the artifact may be for modules
             that stay in 16 bit.
-        device: where the model runs: "auto", "cpu", "cuda" or "cuda:N".
+        device: where the model runs: "auto", "cpu", "cuda" or "cuda:N". Codes are chosen on all
+            GPUs of the first one's kind if it has no number; all else is done on one device.
     """
 
     source: Path
@@ -170,10 +171,12 @@ class Calibrator:
         """
         with reporter.task(LOADING, None):
             from nf4_pipeline.calibration.block_store import BlockStore
-            from nf4_pipeline.calibration.calibration_pass import calibrate
-            from nf4_pipeline.runtime.loader import pick_device
+            from nf4_pipeline.calibration.calibration_pass import TOGETHER, calibrate
+            from nf4_pipeline.gptq.device_group import DIVISIONS
+            from nf4_pipeline.runtime.loader import devices_alike, pick_device
 
         device = pick_device(self.device)
+        devices = devices_alike(self.device)
         kind = device.partition(":")[0]
         with _enough_memory(device), measured_on_device() as sensitivity:
             if kept is None:
@@ -188,11 +191,16 @@ class Calibrator:
             "device": kind,
             "torch": version("torch"),  # what it computes may change with it
             "weights": [tensor.name for tensor in weights],
+            "division": [TOGETHER[kind], *astuple(DIVISIONS[kind])],
         }
         store = BlockStore(self.folder / json_sha256(identity)[:12])
         store.open()
-        with _enough_memory(device), measured_on_device() as passing:
-            parts = calibrate(self.source, weights, tokens, store, device=device, reporter=reporter)
+        if len(devices) > 1:
+            reporter.detail(f"Codes are chosen on {len(devices)} GPUs: {', '.join(devices)}.")
+        with _enough_memory(" or ".join(devices)), measured_on_device() as passing:
+            parts = calibrate(
+                self.source, weights, tokens, store, devices=devices, reporter=reporter
+            )
         fallbacks = store.fallbacks()
         _check_complete(weights, store, fallbacks)
         if fallbacks:
@@ -390,7 +398,7 @@ def _enough_memory(device: str, option: str = "--calibrate") -> Iterator[None]:
     """Says what can be done if a device has too little memory for the body.
 
     Args:
-        device: "cpu" or "cuda:N".
+        device: "cpu" or "cuda:N", or several of these in words.
         option: without which less is needed.
 
     Raises:
@@ -398,11 +406,12 @@ def _enough_memory(device: str, option: str = "--calibrate") -> Iterator[None]:
     """
     import torch
 
+    one = " (cuda:N takes one GPU)" if " or " in device else ""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"The memory of {device} is too small to calibrate this model "
             f"({str(error).split('. ')[0]}). End other programs that use it, name another "
-            f"--device, or {_WITHOUT[option]} (without {option}). What is done is kept."
+            f"--device{one}, or {_WITHOUT[option]} (without {option}). What is done is kept."
         ) from error

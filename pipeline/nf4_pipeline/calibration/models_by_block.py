@@ -246,7 +246,7 @@ class ModelsByBlock:
         """Keeps all of a block that does not learn, and takes its weights from it."""
         module = self._student.blocks[block]
         learned = {f"{self._modules[name]}.weight" for name in self._own[block]}
-        wanted = set(self._student.filled(block)) - learned  # computed buffers never go away
+        wanted = set(self._student.opened(block)) - learned  # computed buffers never go away
         self._others[block] = {
             f"{block}.{name}": self._memory.keep(tensor.detach())
             for found in (module.named_parameters, module.named_buffers)

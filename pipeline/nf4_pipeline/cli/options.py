@@ -350,7 +350,9 @@ _SHAPING: Final[dict[str, tuple[Decorator, ...]]] = {
 }
 """What shapes the result of a stage, in the place of what the recipe says."""
 
-_COMPUTES: Final = '"cuda" quantizes on all GPUs of the host, and verifies on the first.'
+_COMPUTES: Final = (
+    '"cuda" quantizes and calibrates on all GPUs of the host, and verifies on the first.'
+)
 _JUDGES: Final = "Of the verdict: one from another kind of device is stale."
 
 

@@ -33,10 +33,11 @@ What is done here beside the paper:
 To read, in this order:
 
     config.py          what can be varied; the defaults are the recipe
+    device_group.py    several devices that share the work, in pieces
     hessian.py         H -> the order of columns, and U; the correction for the inputs' own error
     quantizer.py       a weight and its factor -> codes and scales, on the CPU
     kernels_cpu.py     the loops of it, compiled
-    quantizer_cuda.py  the same on a CUDA device
+    quantizer_cuda.py  the same on CUDA devices
     kernels_triton.py  the loops of it there
     saved_codes.py     what was chosen, in files, and as the engine's rounding
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -9,8 +10,10 @@ import torch
 from einops import rearrange
 
 from nf4_pipeline.gptq.config import GptqConfig
+from nf4_pipeline.gptq.device_group import DeviceGroup
 from nf4_pipeline.nf4 import BLOCK_SIZE
 
+_Decomposed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _LEAST: Final = 1e-24
 """The mean square of inputs that are as good as zero: losses of them vanish in float32."""
 
@@ -35,22 +38,58 @@ class HessianFactor:
     factor: torch.Tensor
     diagonal: torch.Tensor
 
+    def to(self, device: torch.device) -> HessianFactor:
+        """The same on a device."""
+        return HessianFactor(
+            self.order.to(device), self.factor.to(device), self.diagonal.to(device)
+        )
+
     def cpu(self) -> HessianFactor:
         """The same on the CPU."""
-        return HessianFactor(self.order.cpu(), self.factor.cpu(), self.diagonal.cpu())
+        return self.to(torch.device("cpu"))
 
 
-def factorize(hessian: torch.Tensor, tokens: int, config: GptqConfig) -> HessianFactor:
+def factorize(
+    hessian: torch.Tensor,
+    tokens: int,
+    config: GptqConfig,
+    group: DeviceGroup | None = None,
+    beside: Callable[[int], None] = lambda index: None,
+) -> HessianFactor:
     """Prepares the rounding of weights whose inputs have a Hessian.
 
     Args:
         hessian: the mean of x x^T over the tokens, [columns, columns], on any device.
         tokens: how many they were.
         config: shrinkage, damping, order.
+        group: of devices that share the work, led by that of the Hessian; None for this one alone.
+        beside: called with the number of each device, since the Cholesky factor is computed by the
+            lead alone, which calls it after that.
+
+    Returns:
+        The factor, on the Hessian's device.
 
     Raises:
         IllConditionedError: the Hessian is not finite, zero, or has no Cholesky factor.
     """
+    group = group or DeviceGroup([hessian.device])
+
+    def work(index: int) -> _Decomposed | None:
+        found = _decompose(hessian, tokens, config) if index == 0 else None
+        beside(index)
+        return found
+
+    decomposed = group.each(work)[0]
+    assert decomposed is not None  # of the lead
+    order, diagonal, lower = decomposed
+    factor = _inverse_backwards(lower, group)
+    if not torch.isfinite(factor).all() or float(factor.diagonal().min()) <= 0.0:
+        raise IllConditionedError("the second moment of its inputs is too ill-conditioned")
+    return HessianFactor(order, factor, diagonal)
+
+
+def _decompose(hessian: torch.Tensor, tokens: int, config: GptqConfig) -> _Decomposed:
+    """The order of the columns, the diagonal, and the Cholesky factor of them backwards."""
     h = hessian.to(torch.float64, copy=True)
     undamped = h.diagonal().clone()
     mean = float(undamped.mean())
@@ -72,14 +111,47 @@ def factorize(hessian: torch.Tensor, tokens: int, config: GptqConfig) -> Hessian
     lower, failed = torch.linalg.cholesky_ex(h)
     if int(failed):
         raise IllConditionedError("the second moment of its inputs is not positive definite")
-    del h
-    unit = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    factor = torch.linalg.solve_triangular(lower, unit, upper=False)
-    del lower, unit
-    factor = factor.float().flip(0, 1)
-    if not torch.isfinite(factor).all() or float(factor.diagonal().min()) <= 0.0:
-        raise IllConditionedError("the second moment of its inputs is too ill-conditioned")
-    return HessianFactor(order, factor.contiguous(), diagonal)
+    return order, diagonal, lower
+
+
+def _inverse_backwards(lower: torch.Tensor, group: DeviceGroup) -> torch.Tensor:
+    """The inverse of a lower triangular matrix with its rows and columns backwards, in float32.
+
+    Columns are solved for piece by piece: above a column's own row the inverse has zeros alone.
+    """
+    columns = len(lower)
+    pieces = group.division.pieces(columns)
+
+    def solved(piece: slice, own: torch.Tensor) -> torch.Tensor:
+        below = columns - piece.start
+        unit = torch.eye(below, piece.stop - piece.start, dtype=own.dtype, device=own.device)
+        part: torch.Tensor = torch.linalg.solve_triangular(
+            own[piece.start :, piece.start :], unit, upper=False
+        )
+        return part.float().flip(0, 1)
+
+    if len(pieces) == 1:
+        return solved(pieces[0], lower).contiguous()
+
+    dealt = group.dealt(len(pieces))
+    # Before any of them begins: what is copied waits for all that its device was given to do.
+    there = [
+        lower.to(device) if own else lower for device, own in zip(group.devices, dealt, strict=True)
+    ]
+
+    def share(index: int) -> dict[int, torch.Tensor]:
+        return {number: solved(pieces[number], there[index]) for number in dealt[index]}
+
+    shares = group.each(share)
+    there.clear()
+    inverse = torch.zeros(columns, columns, dtype=torch.float32, device=lower.device)
+    for parts in shares:
+        for number, part in parts.items():
+            piece = pieces[number]
+            inverse[: columns - piece.start, columns - piece.stop : columns - piece.start] = (
+                part.to(lower.device)
+            )
+    return inverse
 
 
 def corrected(

@@ -84,7 +84,7 @@ def _start_scales(
     tl.store(scales + block, chosen, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ahead"])
 def _choose_scales(
     weights,
     factor,
@@ -100,6 +100,7 @@ def _choose_scales(
     per_row,
     start,
     block,
+    ahead,
     COUNT: tl.constexpr,
     SIGNS: tl.constexpr,
     TRIED: tl.constexpr,
@@ -108,7 +109,7 @@ def _choose_scales(
     place = tl.arange(0, 64)
     candidate = tl.arange(0, TRIED)
     number = row * per_row + block
-    largest = tl.load(nested + number // 256)
+    largest = tl.load(nested + (ahead + number) // 256)
     own = tl.load(scales + number)
     line = tl.load(weights + row * columns + start + place)
     top = tl.max(tl.abs(line), axis=0)
@@ -138,7 +139,7 @@ def _choose_scales(
     tl.store(chosen + number, tl.where(least < float("inf"), code, 127).to(tl.uint8))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ahead"])
 def _round_block(
     weights,
     factor,
@@ -155,6 +156,7 @@ def _round_block(
     per_row,
     start,
     block,
+    ahead,
     ROWS: tl.constexpr,
 ):
     place = tl.arange(0, 64)
@@ -162,7 +164,8 @@ def _round_block(
     valid = row < rows
     number = row * per_row + block
     code = tl.load(chosen + number, mask=valid, other=127).to(tl.int32)
-    scale = tl.load(scale_levels + code) * tl.load(nested + number // 256, mask=valid, other=0.0)
+    largest = tl.load(nested + (ahead + number) // 256, mask=valid, other=0.0)
+    scale = tl.load(scale_levels + code) * largest
     usable = tl.abs(scale) >= 1.1754943508222875e-38
     scale = tl.where(usable, scale, 1.0)
     inverse = tl.math.div_rn(1.0, scale)
@@ -253,18 +256,20 @@ def round_rows(
     candidates: Any,
     signs: int,
     tables: Tables,
+    first: int = 0,
 ) -> tuple[Any, Any, Any]:
-    """See `nf4_pipeline.gptq.kernels_cpu.round_rows`; here the rows are all of a matrix.
+    """See `nf4_pipeline.gptq.kernels_cpu.round_rows`.
 
     Args:
         weights: float32 [rows, columns], columns in the order of the factor; destroyed.
         factor: float32 [columns, columns].
         blocks: which block stands at each place.
         scales: float32 [rows * blocks].
-        nested: float32.
+        nested: float32, of the whole matrix.
         candidates: float32 [candidates], at most 31 of them.
         signs: 1 or 2.
         tables: on the device.
+        first: the place of the first row in the matrix.
 
     Returns:
         codes uint8 [rows, columns] in the order of the factor, the scales' codes uint8
@@ -279,16 +284,18 @@ def round_rows(
     errors = torch.empty((rows, BLOCK_SIZE), dtype=torch.float32, device=device)
     costs = torch.zeros(rows, dtype=torch.float32, device=device)
     common = {"enable_fp_fusion": False}
+    ahead = first * len(blocks)
     for place, block in enumerate(blocks):
         start = place * BLOCK_SIZE
         _choose_scales[(rows,)](
             weights, factor, nested, scales, candidates, tables.midpoints, tables.levels,
             tables.scale_midpoints, tables.scale_levels, chosen, columns, len(blocks), start,
-            block, COUNT=len(candidates), SIGNS=signs, TRIED=_CANDIDATES, num_warps=2, **common,
+            block, ahead, COUNT=len(candidates), SIGNS=signs, TRIED=_CANDIDATES,
+            num_warps=2, **common,
         )  # fmt: skip
         _round_block[(triton.cdiv(rows, _ROWS),)](
             weights, factor, nested, chosen, tables.midpoints, tables.levels, tables.scale_levels,
-            codes, errors, costs, rows, columns, len(blocks), start, block,
+            codes, errors, costs, rows, columns, len(blocks), start, block, ahead,
             ROWS=_ROWS, num_warps=2, **common,
         )  # fmt: skip
         behind = columns - start - BLOCK_SIZE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from nf4_pipeline.gptq import kernels_cpu
 from nf4_pipeline.gptq.config import GptqConfig
+from nf4_pipeline.gptq.device_group import DeviceGroup
 from nf4_pipeline.gptq.hessian import HessianFactor
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.nf4.double_quant import NestedScales
@@ -41,24 +42,28 @@ class GptqQuantizer(Protocol):
     """Chooses codes and scales on one kind of device."""
 
     def quantize(
-        self, weight: torch.Tensor, factor: HessianFactor, dtype: torch.dtype | None = None
+        self,
+        rows: Sequence[torch.Tensor],
+        factors: Sequence[HessianFactor],
+        dtype: torch.dtype | None = None,
     ) -> QuantizedWeight:
-        """Rounds a weight on the factor's device.
+        """Rounds a weight; what comes of it does not depend on where its rows are.
 
         Args:
-            weight: [rows, columns] of any float dtype.
-            factor: of its inputs' Hessian.
+            rows: of the weight, some on each device in order, [some, columns] of any float dtype;
+                fewer than devices if there are few of them.
+            factors: of its inputs' Hessian, the same on each device.
             dtype: in which readers hold the weight, which bounds its scales; None for its own.
         """
 
 
-def quantizer_for(device: str, config: GptqConfig, pool: Executor) -> GptqQuantizer:
-    """What quantizes on a device, "cpu" or "cuda:N"; the pool gives threads of the CPU."""
-    if torch.device(device).type == "cpu":
+def quantizer_for(group: DeviceGroup, config: GptqConfig, pool: Executor) -> GptqQuantizer:
+    """What quantizes on devices of a kind; the pool gives threads of the CPU."""
+    if group.lead.type == "cpu":
         return GptqOnCpu(config, pool)
     from nf4_pipeline.gptq.quantizer_cuda import GptqOnCuda
 
-    return GptqOnCuda(config, device, pool)
+    return GptqOnCuda(config, group, pool)
 
 
 class GptqOnCpu:
@@ -74,9 +79,13 @@ class GptqOnCpu:
         self._pool = pool
 
     def quantize(
-        self, weight: torch.Tensor, factor: HessianFactor, dtype: torch.dtype | None = None
+        self,
+        rows: Sequence[torch.Tensor],
+        factors: Sequence[HessianFactor],
+        dtype: torch.dtype | None = None,
     ) -> QuantizedWeight:
         """See `GptqQuantizer`."""
+        weight, factor = rows[0] if len(rows) == 1 else torch.cat(list(rows)), factors[0]
         start = self._start_scales(weight, factor, torch.finfo(dtype or weight.dtype).max)
         nested = kernels_cpu.nested_absmax(start)
         codes = np.empty(tuple(weight.shape), np.uint8)

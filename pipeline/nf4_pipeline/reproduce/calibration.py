@@ -76,7 +76,7 @@ def frozen_tokens(artifact: Path, manifest: Manifest) -> CalibrationTokens:
 
 
 def device_for(calibration: CalibrationSummary, asked: str) -> str:
-    """The device on which codes are chosen again: of the kind on which they were chosen.
+    """The devices on which codes are chosen again: of the kind on which they were chosen.
 
     Args:
         calibration: of the artifact.
@@ -97,7 +97,8 @@ def device_for(calibration: CalibrationSummary, asked: str) -> str:
         raise UsageError(f"--device {asked}: {why}. Leave --device out, or say --device {kind}.")
     wanted = kind if asked == "auto" else asked
     try:
-        return pick_device(wanted)
+        pick_device(wanted)
+        return wanted
     except ResourceError as error:
         raise ResourceError(
             f"{why}, but this machine has no device {wanted}. Run `nf4 reproduce` on a machine "

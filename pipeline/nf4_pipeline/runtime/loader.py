@@ -415,6 +415,26 @@ def cuda_devices(device: str) -> list[str]:
     return [picked]
 
 
+def devices_alike(device: str) -> list[str]:
+    """The devices that compute the same bits as the first one that a choice stands for.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:N".
+
+    Returns:
+        "cpu", or the CUDA devices of the first one's name.
+
+    Raises:
+        ResourceError: `device` is no name of a device, or this machine does not have it.
+    """
+    import torch
+
+    found = cuda_devices(device)
+    names = [torch.cuda.get_device_name(each) for each in found]
+    alike = [each for each, name in zip(found, names, strict=True) if name == names[0]]
+    return alike or ["cpu"]
+
+
 def _declared_dtype(folder: str) -> Any:
     from transformers import AutoConfig
 
