@@ -318,7 +318,7 @@ NODES: Final = [
     ("cpu", 0, Claim(64, 8), Claim(64)),
     ("cpu", 3, Claim(64, 8), Claim(3)),
     ("auto", 0, Claim(4), Claim(4)),
-    ("auto", 0, Claim(64, 8), Claim(8, 1)),
+    ("auto", 0, Claim(64, 8), Claim(8, 8)),
     ("cuda", 0, Claim(2, 1), Claim(2, 1)),
     ("cuda", 0, Claim(4), Claim(4, 1)),  # which no node has: it is said so
 ]

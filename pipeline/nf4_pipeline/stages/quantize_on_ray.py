@@ -244,14 +244,14 @@ def claim_of(machine: Machine, cpus: int, gpus: int, *, files: int, source_bytes
 
 
 def claim_of_all(machine: Machine, node: Claim) -> Claim:
-    """What a task takes that runs the model: a GPU if there is any, else processors.
+    """What a task takes that runs the model: all GPUs of a node if it has any, else processors.
 
     Args:
         machine: what was asked for.
         node: all of the largest node.
     """
     if machine.device == "cuda" or (machine.device == "auto" and node.gpus > 0):
-        return Claim(cpus=max(1, min(_MOST_CPUS, node.cpus)), gpus=1)
+        return Claim(cpus=max(1, min(_MOST_CPUS, node.cpus)), gpus=max(1, node.gpus))
     return Claim(cpus=machine.workers or max(1, node.cpus))
 
 
