@@ -3,7 +3,10 @@
     tokens.py            the tokens that calibration reads: the model's own, or from a text
     tokens_request.py    asks the tokenizer, a stranger's program, in a process of its own
     tokens_worker.py     that process
+    beginnings.py        how the texts begin that the model writes
     openings.txt         what a chat model is asked, so that it writes tokens
+    seeds.toml           what code, languages, tables and arithmetic begin with
+    drawing.py           texts drawn from the model's probabilities
     sampling.py          the model writes its tokens
     calibration_pass.py  the pass through the model: block after block is rounded by `gptq`
     block_inputs.py      what comes to a block's layers, in 16 bit and behind the quantized part

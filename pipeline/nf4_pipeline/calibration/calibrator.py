@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from nf4_pipeline.calibration.block_store import BlockStore
     from nf4_pipeline.calibration.tokens import CalibrationTokens
 
-CODE_VERSION: Final = 3
+CODE_VERSION: Final = 4
 TOKENS_FILE: Final = "tokens.json"
 _LOSSES_FILE: Final = "sensitivity.json"
 _BEFORE_LEARNING: Final = "before_learning"
@@ -97,17 +97,18 @@ class Calibrator:
 
     def _tokens_key(self) -> str:
         """Depends on the source, on what is read, and on how much of it."""
-        from nf4_pipeline.calibration.tokens import OPENINGS
+        from nf4_pipeline.calibration.beginnings import OPENINGS, SEEDS
 
         path = text_path(self.recipe)
         text = None if path is None else digest_file(path).sha256
+        begins = [digest_file(file).sha256 for file in (OPENINGS, SEEDS)]
         return json_sha256(
             {
                 "code": CODE_VERSION,
                 "source": self.content_sha256,
                 "text": text,
                 "tokens": self.recipe.calibration_tokens,
-                "openings": digest_file(OPENINGS).sha256 if path is None else None,
+                "begins": begins if path is None else None,
             }
         )
 

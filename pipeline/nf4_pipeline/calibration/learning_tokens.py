@@ -22,11 +22,12 @@ from safetensors.numpy import save
 
 from nf4_pipeline.blocks.lockstep import Lockstep
 from nf4_pipeline.blocks.streamed_model import StreamedModel
+from nf4_pipeline.calibration.beginnings import Beginnings, begin_texts
+from nf4_pipeline.calibration.drawing import Batch, batches, draw
 from nf4_pipeline.calibration.learning_plan import FEWEST_SEQUENCES, LearningPlan
-from nf4_pipeline.calibration.tokens import Beginnings, openings
 from nf4_pipeline.calibration.tokens_request import TokensRequest, ask_tokenizer
 from nf4_pipeline.checkpoint.atomic import make_folder, remove_leftovers, write_bytes
-from nf4_pipeline.errors import CheckpointError, RecipeError
+from nf4_pipeline.errors import RecipeError
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.runtime.threads import one_thread_if_small
 
@@ -38,9 +39,9 @@ _SPARE: Final = {"cpu": 2**28, "cuda": 2**31}
 """Bytes that the model leaves besides for what it computes with."""
 _MOST: Final = {"cpu": 256, "cuda": 2048}
 _PROBABILITIES: Final = 24  # bytes for each word of the vocabulary while one of them is drawn
-_CLEARED: Final = 32  # tokens after which memory that fits nothing any more is given back
 _FIRST_SEED: Final = 1_000_000
 """Apart from the seeds of the tokens that calibration reads."""
+_REMEDY: Final = "Let codes learn from a text (--calibrate FILE), or leave --effort out."
 
 
 @dataclass(frozen=True)
@@ -108,42 +109,6 @@ def learning_tokens(
     return LearningTokens(rows[plan.held_back : last], rows[: plan.held_back], plan)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Sequences that are drawn together.
-
-    Attributes:
-        starts: int64 [sequences, longest], what they begin with; -1 where one has ended.
-        seed: of the draws.
-    """
-
-    starts: NDArray[np.int64]
-    seed: int
-
-
-def _batches(model: Any, known: Beginnings, wanted: int, length: int, rows: int) -> list[_Batch]:
-    """How the sequences begin, in batches of much the same size.
-
-    Args:
-        model: its config says how many words there are.
-        known: what the tokenizer says of how texts begin.
-        wanted: sequences.
-        length: of each.
-        rows: at a time, at most.
-    """
-    rng = np.random.default_rng(0)
-    starts = [
-        [*begin.ids, *(rng.integers(0, begin.any_of, 1).tolist() if begin.any_of else ())]
-        for begin in openings(model, known, wanted, length)
-        for _ in range(begin.count)
-    ]
-    padded = np.full((len(starts), max(map(len, starts))), -1, np.int64)
-    for row, ids in zip(padded, starts, strict=True):
-        row[: len(ids)] = ids
-    parts = np.array_split(padded, -(-len(padded) // rows))
-    return [_Batch(part, _FIRST_SEED + number) for number, part in enumerate(parts)]
-
-
 def _drawn(
     teacher: StreamedModel,
     known: Beginnings,
@@ -170,7 +135,8 @@ def _drawn(
         one_thread_if_small(teacher.footprint),
         reporter.task("sample tokens to learn from", wanted, unit="sequences") as task,
     ):
-        for batch in _batches(teacher.model, known, wanted, length, rows):
+        begins = begin_texts(teacher.model, known, wanted, length)
+        for batch in batches(begins, rows, _FIRST_SEED):
             path = folder / f"{batch.seed}.safetensors"
             shape = len(batch.starts), length
             ids = _kept(path, shape)
@@ -196,62 +162,17 @@ def _kept(path: Path, shape: tuple[int, int]) -> NDArray[np.int32] | None:
 
 
 def _draw(
-    teacher: StreamedModel, batch: _Batch, length: int, lockstep: Lockstep
+    teacher: StreamedModel, batch: Batch, length: int, lockstep: Lockstep
 ) -> NDArray[np.int32]:
-    """Draws at temperature 1, nothing cut off; what follows the end of a text is drawn, too."""
-    from transformers import GenerationConfig, LogitsProcessorList
-
-    model: Any = teacher.model
-    model.generation_config = GenerationConfig()
-    starts = torch.from_numpy(batch.starts).to(teacher.device)
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=length - 1,
-        pad_token_id=0,
-    )
-
-    def forced(ids: Any, logits: Any) -> Any:
-        """Sequences whose beginning is longer go on with it, so that all can be drawn together."""
-        place = ids.shape[1]
-        if place >= starts.shape[1]:
-            return logits
-        known = starts[:, place] >= 0
-        certain = torch.full_like(logits, -torch.inf).scatter(
-            1, starts[:, place].clamp(min=0)[:, None], 0.0
-        )
-        return torch.where(known[:, None], certain, logits)
-
     drawn: list[NDArray[np.int32]] = []
 
-    def draw() -> None:
-        torch.manual_seed(batch.seed)
-        ids = model.generate(
-            starts[:, :1],
-            attention_mask=torch.ones_like(starts[:, :1]),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([_checked, forced]),
-        )
-        drawn.append(ids.to("cpu", torch.int32).numpy())
+    def sample() -> None:
+        drawn.append(draw(teacher.model, teacher.device, batch, length, _REMEDY))
 
-    lockstep.run([draw])
+    lockstep.run([sample])
     if teacher.device.type == "cuda":
         torch.cuda.empty_cache()
     return drawn[0]
-
-
-def _checked(ids: Any, logits: Any) -> Any:
-    """The logits as they are, if tokens can be drawn from them."""
-    if ids.is_cuda and ids.shape[1] % _CLEARED == 0:
-        torch.cuda.empty_cache()  # of a cache that grows, every earlier size lies about
-    if not logits.sum().isfinite() and logits.float().softmax(-1).isnan().any():
-        raise CheckpointError(
-            "The 16-bit model says NaN, so it cannot write tokens to learn from. Let codes learn "
-            "from a text (--calibrate FILE), or leave --effort out."
-        )
-    return logits
 
 
 def _rows_at_a_time(teacher: StreamedModel, length: int, lockstep: Lockstep) -> int:

@@ -13,23 +13,30 @@ from numpy.typing import NDArray
 
 from nf4_pipeline.blocks.lockstep import Lockstep
 from nf4_pipeline.blocks.streamed_model import StreamedModel
-from nf4_pipeline.calibration.tokens import (
-    LENGTH,
-    CalibrationTokens,
-    Opening,
-    openings,
-    sampling_tasks,
-)
+from nf4_pipeline.calibration.beginnings import MIX, Mix, begin_texts
+from nf4_pipeline.calibration.drawing import Batch, batches, draw
+from nf4_pipeline.calibration.tokens import LENGTH, CalibrationTokens
 from nf4_pipeline.calibration.tokens_request import TokensRequest, ask_tokenizer
 from nf4_pipeline.progress import Reporter, Task
 from nf4_pipeline.runtime.threads import one_thread_if_small
 
 _SPARE: Final = 2 * 2**30
 """Bytes of memory that the model leaves for what it computes with."""
+_TOGETHER: Final = 32  # sequences that are sampled at a time
+_REMEDY: Final = (
+    "If a weight holds an infinity or a NaN, `nf4 quantize` without --calibrate names it; if the "
+    "model computes beyond its precision, calibrate on a text: --calibrate FILE."
+)
 
 
 def make_tokens(
-    source: Path, text: Path | None, count: int, key: str, device: str, reporter: Reporter
+    source: Path,
+    text: Path | None,
+    count: int,
+    key: str,
+    device: str,
+    reporter: Reporter,
+    mix: Mix = MIX,
 ) -> CalibrationTokens:
     """Samples tokens from the model, or takes them from a text.
 
@@ -40,6 +47,7 @@ def make_tokens(
         key: of what they are made from.
         device: where the model runs.
         reporter: told how far it is.
+        mix: how texts begin that the model writes; others are for studies.
 
     Raises:
         RecipeError: the text cannot be read, holds less than one sequence, or there is no
@@ -62,8 +70,8 @@ def make_tokens(
             one_thread_if_small(streamed.footprint),
             reporter.task("sample calibration tokens", sequences, unit="sequences") as task,
         ):
-            begins = openings(streamed.model, found.beginnings, sequences, length)
-            ids = _sample(streamed, begins, length, reporter, task)
+            begins = begin_texts(streamed.model, found.beginnings, sequences, length, mix)
+            ids = _sample(streamed, batches(begins, _TOGETHER), length, reporter, task)
         return CalibrationTokens(ids, "self", key)
 
 
@@ -81,29 +89,32 @@ def _cache_bytes(model: Any) -> int:
 
 def _sample(
     streamed: StreamedModel,
-    begins: Sequence[Opening],
+    parts: Sequence[Batch],
     length: int,
     reporter: Reporter,
     task: Task,
 ) -> NDArray[np.int32]:
     """The sequences that begin so, int32 [sequences, length]."""
-    sequences = sum(begin.count for begin in begins)
+    sizes = [len(batch.starts) for batch in parts]
     each = length * _cache_bytes(streamed.model)
-    largest = max(begin.count for begin in begins)
-    whole = streamed.hold_what_fits(_SPARE + largest * each, _SPARE + sequences * each)
+    whole = streamed.hold_what_fits(_SPARE + max(sizes) * each, _SPARE + sum(sizes) * each)
     sampled: dict[int, NDArray[np.int32]] = {}
     opened = partial(streamed.open_ahead, again=True)
-    runs = sampling_tasks(streamed.model, streamed.device, begins, length, sampled)
+
+    def sample(batch: Batch) -> None:
+        sampled[batch.seed] = draw(streamed.model, streamed.device, batch, length, _REMEDY)
+
+    runs = [partial(sample, batch) for batch in parts]
     if whole:
         # One after the other: each is done, and known to be, before the next one begins.
-        for run, begin in zip(runs, begins, strict=True):
+        for run, size in zip(runs, sizes, strict=True):
             Lockstep([], opened, streamed.close).run([run])
-            task.advance(begin.count)
+            task.advance(size)
     else:
         reporter.note(
             f"The model does not fit on {streamed.device}: for each of the {length} tokens of a "
             "sequence all of it is read once. A text of yours is faster: --calibrate FILE."
         )
         Lockstep([streamed.blocks], opened, streamed.close).run(runs)
-        task.advance(sequences)
-    return np.concatenate([sampled[number] for number in range(len(begins))])
+        task.advance(sum(sizes))
+    return np.concatenate([sampled[batch.seed] for batch in parts])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,15 +20,13 @@ from numpy.typing import NDArray
 from nf4_pipeline.checkpoint.plain_file import read_plain, read_text, why_unreadable
 from nf4_pipeline.checkpoint.strict_json import parse_json
 from nf4_pipeline.documents import Document, optional
-from nf4_pipeline.errors import CheckpointError, PipelineError, RecipeError
+from nf4_pipeline.errors import RecipeError
 from nf4_pipeline.manifest.manifest import KeptModule
 from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 
 LENGTH: Final = 256
 """Tokens of a sequence, at most."""
 LARGEST: Final = 256 * 2**20  # bytes of a text, or of tokens that were kept
-_TOGETHER: Final = 32  # sequences that are sampled at a time
-OPENINGS: Final = Path(__file__).with_name("openings.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,181 +99,6 @@ def read_tokens(path: Path) -> CalibrationTokens | None:
         return parse_tokens(json.loads(read_plain(path, LARGEST)))
     except (OSError, ValueError, RecursionError, RecipeError):
         return None
-
-
-@dataclass(frozen=True)
-class Opening:
-    """Sequences that begin alike.
-
-    Attributes:
-        ids: what they begin with.
-        count: how many.
-        seed: of the draws.
-        any_of: how many tokens of the vocabulary one is drawn from, to follow `ids`; 0 for none.
-    """
-
-    ids: tuple[int, ...]
-    count: int
-    seed: int
-    any_of: int = 0
-
-    def rows(self) -> NDArray[np.int64]:
-        """The beginnings, [count, ids]; any token at the end of each, if one is drawn."""
-        rows = repeat(np.array(self.ids, np.int64), "id -> row id", row=self.count)
-        if not self.any_of:
-            return rows
-        drawn = np.random.default_rng(self.seed).integers(0, self.any_of, (self.count, 1))
-        return np.concatenate([rows, drawn], axis=1)
-
-
-@dataclass(frozen=True)
-class Beginnings(Document):
-    """What a tokenizer says of how texts begin.
-
-    Attributes:
-        eos_token_id: ends one, and so begins the next; None if it knows none.
-        bos_token_id: begins one.
-        chats: beginnings of conversations, from the chat template.
-        tokens: how many it knows; 0 if there is none. A model's vocabulary may be larger.
-    """
-
-    eos_token_id: int | None = None
-    bos_token_id: int | None = None
-    chats: tuple[tuple[int, ...], ...] = ()
-    tokens: int = 0
-
-    @classmethod
-    def of(cls, tokenizer: LimitedTokenizer) -> Beginnings:
-        """Asks a tokenizer; in a child, for it is a stranger's program."""
-        chats: list[tuple[int, ...]] = []
-        lines = OPENINGS.read_text("utf-8").splitlines() if tokenizer.has_template else []
-        for line in lines:
-            message = {"role": "user", "content": line}
-            try:
-                text = tokenizer.in_template([message], answer_follows=True)
-                chats.append(tuple(tokenizer.ids(text)))
-            except PipelineError:  # a chat template may fail; texts begin without it, too
-                break
-        ends, begins = map(tokenizer.special_id, ("eos_token_id", "bos_token_id"))
-        return cls(ends, begins, tuple(chats), len(tokenizer.tokenizer))
-
-
-def openings(model: Any, known: Beginnings, sequences: int, length: int) -> list[Opening]:
-    """How a model's own texts begin.
-
-    Half begin with any token of the vocabulary, so that they are about whatever the model knows (as
-    in LLM-QAT, arXiv:2305.17888); a quarter as a text does, after the end of one; and a quarter as
-    a conversation. Without a chat template three quarters begin with any token.
-
-    Args:
-        model: its config says which tokens begin and end a text, if the tokenizer does not.
-        known: what the tokenizer says; empty if there is none.
-        sequences: how many are wanted.
-        length: of a sequence; what leaves no room in it is not used.
-    """
-    config = model.config.get_text_config()
-    starts: list[tuple[int, ...]] = []
-    for name in ("eos_token_id", "bos_token_id"):
-        token = getattr(known, name)
-        token = getattr(config, name, None) if token is None else token
-        token = token[0] if isinstance(token, list) else token
-        if isinstance(token, int) and 0 <= token < config.vocab_size:
-            starts.append((token,))
-    if not starts:
-        rng = np.random.default_rng(0)
-        starts = [(int(i),) for i in rng.integers(0, config.vocab_size, 8)]
-    chats = [
-        chat
-        for chat in known.chats
-        if chat and len(chat) <= length // 2 and 0 <= min(chat) <= max(chat) < config.vocab_size
-    ]
-    vocabulary = min(known.tokens or config.vocab_size, config.vocab_size) if length > 2 else 0
-    plain = sequences if not vocabulary else -(-sequences // 4)
-    talks = sequences // 4 if chats else 0
-    counts = [
-        *((start, 0, count) for start, count in _shared(starts, plain)),
-        *((chat, 0, count) for chat, count in _shared(chats, talks)),
-        *((start, vocabulary, n) for start, n in _shared(starts, sequences - plain - talks)),
-    ]
-    begins: list[Opening] = []
-    for ids, any_of, count in counts:
-        for first in range(0, count, _TOGETHER):
-            size = min(_TOGETHER, count - first)
-            begins.append(Opening(ids, size, len(begins), any_of))
-    return begins
-
-
-def _shared(starts: Sequence[tuple[int, ...]], count: int) -> list[tuple[tuple[int, ...], int]]:
-    """Shares a number of sequences among different beginnings, those in front first."""
-    distinct = list(dict.fromkeys(starts))
-    return [
-        (start, count // len(distinct) + (i < count % len(distinct)))
-        for i, start in enumerate(distinct)
-    ]
-
-
-def sampling_tasks(
-    model: Any,
-    device: Any,
-    begins: Sequence[Opening],
-    length: int,
-    sampled: dict[int, NDArray[np.int32]],
-) -> list[Callable[[], None]]:
-    """One function for each opening; it leaves its sequences in `sampled`, by the opening's number.
-
-    Tokens are drawn from the model's own probabilities (temperature 1, nothing cut off), and a text
-    that ends is followed by whatever the model thinks comes next.
-
-    Args:
-        model: the 16-bit model.
-        device: where its inputs go.
-        begins: how the sequences begin.
-        length: of each.
-        sampled: receives int32 [count, length].
-
-    Raises:
-        CheckpointError: (a function, when it is called) the probabilities are not finite.
-    """
-    import torch
-    from transformers import GenerationConfig, LogitsProcessorList
-
-    # Else generate() would take from it what ends a text, or which tokens may be drawn.
-    model.generation_config = GenerationConfig()
-
-    def task(number: int, opening: Opening) -> Callable[[], None]:
-        def sample() -> None:
-            torch.manual_seed(opening.seed)
-            start = torch.from_numpy(opening.rows()).to(device)
-            config = GenerationConfig(
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=length - start.shape[1],
-                pad_token_id=0,
-            )
-            ids = model.generate(
-                start,
-                attention_mask=torch.ones_like(start),
-                generation_config=config,
-                logits_processor=LogitsProcessorList([_checked]),
-            )
-            sampled[number] = ids.to("cpu", torch.int32).numpy()
-
-        return sample
-
-    return [task(number, opening) for number, opening in enumerate(begins)]
-
-
-def _checked(ids: Any, logits: Any) -> Any:
-    """The logits as they are, if tokens can be drawn from them."""
-    if logits.float().softmax(-1).isnan().any():
-        raise CheckpointError(
-            "The 16-bit model says NaN, so it cannot write tokens to calibrate on. If a weight "
-            "holds an infinity or a NaN, `nf4 quantize` without --calibrate names it; if the model "
-            "computes beyond its precision, calibrate on a text: --calibrate FILE."
-        )
-    return logits
 
 
 def tokens_of_text(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from nf4_pipeline.calibration.tokens import Beginnings
+from nf4_pipeline.calibration.beginnings import Beginnings
 from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import SourceError
 from nf4_pipeline.processes.parent_side import ChildFailed, run

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from nf4_pipeline.calibration.tokens import Beginnings, tokens_of_text
+from nf4_pipeline.calibration.beginnings import Beginnings
+from nf4_pipeline.calibration.tokens import tokens_of_text
 from nf4_pipeline.calibration.tokens_request import TokensReply, TokensRequest
 from nf4_pipeline.checkpoint.files import is_tokenizer
 from nf4_pipeline.errors import SourceError
