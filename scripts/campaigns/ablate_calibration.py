@@ -77,18 +77,18 @@ VARIANTS: Final = {
 
 
 STARTS: Final = {
-    "end-of-text alone": Mix(plain=1, chats=0),
-    "chats alone": Mix(plain=0, chats=1),
-    "any token alone": Mix(plain=0, chats=0),
+    "1/4 end-of-text, 1/4 chats, the rest any token": Mix(seeds=0),
+    "… and 1/8 seeds": Mix(seeds=0.125),
+    "… and 1/4 seeds": Mix(seeds=0.25),
+    "… and 1/2 seeds": Mix(seeds=0.5),
+    "end-of-text alone": Mix(plain=1, chats=0, seeds=0),
+    "chats alone": Mix(plain=0, chats=1, seeds=0),
+    "any token alone": Mix(plain=0, chats=0, seeds=0),
+    "seeds alone": Mix(plain=0, chats=0, seeds=1),
     **{
         f"seeds of {kind} alone": Mix(plain=0, chats=0, seeds=1, kinds=(kind,))
         for kind in read_seeds()
     },
-    "all seeds alone": Mix(plain=0, chats=0, seeds=1),
-    "end-of-text 1/4, chats 1/4, the rest any token": Mix(),
-    "… 1/8 seeds": Mix(seeds=0.125),
-    "… 1/4 seeds": Mix(seeds=0.25),
-    "… 1/2 seeds": Mix(seeds=0.5),
 }
 _EXTRA: Final = 0.05
 
