@@ -13,9 +13,7 @@ import torch
 from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.calibration.sampling import make_tokens
 from nf4_pipeline.calibration.tokens import (
-    Beginnings,
     CalibrationTokens,
-    openings,
     parse_tokens,
     read_tokens,
     tokens_of_text,
@@ -24,7 +22,7 @@ from nf4_pipeline.errors import CheckpointError, RecipeError
 from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.progress import SILENT
 
-from tests.support.checkpoints import make_checkpoint, make_model
+from tests.support.checkpoints import make_checkpoint
 from tests.support.tiny import edit_json
 
 pytestmark = pytest.mark.usefixtures("workers_here")
@@ -83,77 +81,6 @@ def test_a_text_that_ends_goes_on(tmp_path: Path) -> None:
     after = [int(np.argmax(row[1:] < 200)) for row in tokens.ids]
     assert max(after) < 60
     assert len(np.unique(tokens.ids[:, 64:])) > 100
-
-
-def test_a_quarter_are_conversations_if_there_is_a_template(chatty: Path) -> None:
-    tokenizer = LimitedTokenizer.open(chatty)
-    model = make_model("llama")
-    found = openings(model, Beginnings.of(tokenizer), 64, 256)
-    assert sum(opening.count for opening in found) == 64
-    talks = [o for o in found if len(o.ids) > 1]
-    assert sum(o.count for o in talks) == 16
-    assert sum(o.count for o in found if o.any_of) == 32
-    assert {tokenizer.tokenizer.decode(o.ids)[:6] for o in talks} == {"<user>"}
-    assert {tokenizer.tokenizer.decode(o.ids)[-11:] for o in talks} == {"<assistant>"}
-    assert all(len(o.ids) <= 128 for o in found)
-    assert len({o.seed for o in found}) == len(found)
-    short = openings(
-        model, Beginnings.of(tokenizer), 64, 16
-    )  # no conversation begins within eight tokens
-    assert {o.ids for o in short} == {(256,)}
-    rows = sampled(chatty, 8 * 128).ids
-    assert sum(row[0] == 256 for row in rows) == 6
-
-
-def test_counts_are_shared_and_at_most_32_are_sampled_at_once(llama: Path) -> None:
-    model = make_model("llama")
-    model.config.bos_token_id = 5
-    found = openings(model, Beginnings(), 199, 128)
-    assert [(o.ids, o.count, o.any_of) for o in found] == [
-        ((256,), 25, 0),
-        ((5,), 25, 0),
-        ((256,), 32, 257),
-        ((256,), 32, 257),
-        ((256,), 11, 257),
-        ((5,), 32, 257),
-        ((5,), 32, 257),
-        ((5,), 10, 257),
-    ]
-    assert [(o.ids, o.count) for o in openings(model, Beginnings(), 1, 128)] == [((256,), 1)]
-
-
-@pytest.mark.parametrize(("known", "most"), [(0, 257), (40, 40), (99_999, 257)])
-def test_any_token_that_model_and_tokenizer_know_may_come_first(known: int, most: int) -> None:
-    found = openings(make_model("llama"), Beginnings(tokens=known), 2000, 128)
-    drawn = [int(row[-1]) for o in found if o.any_of for row in o.rows()]
-    assert len(drawn) == 1500
-    assert (min(drawn), max(drawn)) == (0, most - 1)
-    assert len(set(drawn)) > 0.9 * most
-    again = openings(make_model("llama"), Beginnings(tokens=known), 2000, 128)
-    assert drawn == [int(row[-1]) for o in again if o.any_of for row in o.rows()]
-
-
-def test_sequences_of_two_tokens_have_no_room_for_any_token() -> None:
-    assert {o.any_of for o in openings(make_model("llama"), Beginnings(), 64, 2)} == {0}
-
-
-@pytest.mark.parametrize("eos", [None, 99_999, -1])
-def test_a_model_that_knows_no_beginning(eos: int | None) -> None:
-    model = make_model("llama")
-    model.config.bos_token_id = None
-    model.config.eos_token_id = eos
-    found = openings(model, Beginnings(), 64, 128)
-    assert sum(o.count for o in found) == 64
-    assert len(found) == 16
-    assert all(0 <= o.ids[0] < 257 for o in found)
-    assert openings(model, Beginnings(), 64, 128) == found
-
-
-def test_several_ends() -> None:
-    model = make_model("llama")
-    model.config.eos_token_id = [7, 8]
-    model.config.bos_token_id = None
-    assert {o.ids for o in openings(model, Beginnings(), 64, 128)} == {(7,)}
 
 
 def test_a_checkpoint_without_a_tokenizer(tmp_path: Path) -> None:

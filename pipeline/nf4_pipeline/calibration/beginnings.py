@@ -73,9 +73,14 @@ def _seed(tokenizer: LimitedTokenizer, text: str) -> Ids:
     """A seed behind what the tokenizer puts before any text; nothing if it cannot write it."""
     try:
         ids = tokenizer.ids(text)
-        unknown = tokenizer.special_id("unk_token_id")
-        return (*tokenizer.prefix(), *ids) if ids and unknown not in ids else ()
-    except PipelineError:  # some refuse what they have no token for
+        if tokenizer.special_id("unk_token_id") in ids:
+            return ()
+        written = "".join(tokenizer.decode(ids).split())
+        # Some leave out what they have no token for; others write it in other characters.
+        if 2 * len(written) < len("".join(text.split())):
+            return ()
+        return (*tokenizer.prefix(), *ids)
+    except PipelineError:  # some refuse it
         return ()
 
 
