@@ -63,7 +63,7 @@ def prose(path: Path, text: str) -> str:
 
 def languages(path: Path, text: str) -> str:
     """Translations in a gettext catalog."""
-    if path.suffix != ".po" or f"{path.parts[-3]}_"[:2] == "en":
+    if path.suffix != ".po" or {"en", "en_GB", "en_AU", "en_CA", "en_US"} & set(path.parts):
         return ""
     found = re.findall(r'^msgstr(?:\[0\])? ((?:".*"\n)+)', text, re.MULTILINE)[1:]
     lines = ("".join(ast.literal_eval(part) for part in own.splitlines()) for own in found)
@@ -95,13 +95,13 @@ DOMAINS: Final[dict[str, Callable[[Path, str], str]]] = {
 
 
 def files(folders: tuple[Path, ...]) -> Iterator[tuple[Path, str]]:
-    """Text files under folders, in an order that has nothing to do with what is in them."""
+    """Text files by their paths in folders, in an order that has nothing to do with their texts."""
     paths = [(p, p.relative_to(folder)) for folder in folders for p in folder.rglob("*")]
     paths.sort(key=lambda pair: hashlib.sha256(pair[1].as_posix().encode()).digest())
-    for path, _ in paths:
+    for path, name in paths:
         if path.suffix in {*_DOCUMENTS, ".py", ".po", ".csv"} and path.is_file():
             try:
-                yield path, path.read_text("utf-8")
+                yield name, path.read_text("utf-8")
             except UnicodeDecodeError:
                 continue
 

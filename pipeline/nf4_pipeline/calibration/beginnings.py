@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
@@ -142,8 +142,8 @@ def begin_texts(
         ]
 
     chats = fit(known.chats)
-    kinds = known.seeds if mix.kinds is None else {kind: known.seeds[kind] for kind in mix.kinds}
-    seeds = [seeds for kind in kinds.values() if (seeds := fit(kind))]
+    kinds = known.seeds if mix.kinds is None else mix.kinds
+    seeds = [seeds for kind in kinds if (seeds := fit(known.seeds.get(kind, ())))]
     talks = int(sequences * mix.chats) if chats else 0
     seeded = int(sequences * mix.seeds) if seeds else 0
     vocabulary = min(known.tokens or words, words) if length > 2 else 0
@@ -158,7 +158,7 @@ def begin_texts(
     ]
 
 
-def _in_turn(kinds: Sequence[Sequence[Ids]]) -> Any:
+def _in_turn(kinds: Sequence[Sequence[Ids]]) -> Iterator[Ids]:
     """Seeds without end: one of each kind, the next of each kind."""
     for own in zip(*map(cycle, kinds), strict=False):
         yield from own
