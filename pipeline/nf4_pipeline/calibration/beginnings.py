@@ -149,11 +149,11 @@ def begin_texts(
     vocabulary = min(known.tokens or words, words) if length > 2 else 0
     rest = sequences - talks - seeded
     plain = min(rest, int(np.ceil(sequences * mix.plain))) if vocabulary else rest
-    drawn = rng.integers(0, vocabulary, rest - plain) if vocabulary else []
+    drawn: list[int] = rng.integers(0, max(1, vocabulary), rest - plain).tolist()
     return [
         *islice(cycle(starts), plain),
         *islice(cycle(chats), talks),
-        *((*start, int(token)) for start, token in zip(cycle(starts), drawn, strict=False)),
+        *((*start, token) for start, token in zip(cycle(starts), drawn, strict=False)),
         *islice(_in_turn(seeds), seeded),
     ]
 
