@@ -97,7 +97,7 @@ class Mix:
 
     plain: float = 0.25
     chats: float = 0.25
-    seeds: float = 0.0
+    seeds: float = 0.25
     kinds: tuple[str, ...] | None = None
 
 
