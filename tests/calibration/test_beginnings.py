@@ -114,7 +114,7 @@ def test_as_many_as_were_asked_for_and_all_have_room(
     sequences: int, length: int, chatty: Path, model: Any
 ) -> None:
     known = Beginnings.of(LimitedTokenizer.open(chatty))
-    begins = begin_texts(model, known, sequences, length, Mix(seeds=0.25))
+    begins = begin_texts(model, known, sequences, length)
     assert len(begins) == sequences
     assert begins[0] == (256,)
     assert all(len(ids) <= max(length // 2, 2) and len(ids) < length for ids in begins)
@@ -128,7 +128,7 @@ def test_any_token_that_model_and_tokenizer_know_may_come_first(
 ) -> None:
     begins = begin_texts(model, Beginnings(tokens=known), 2000, 128)
     drawn = [ids[1] for ids in begins if len(ids) == 2]
-    assert len(drawn) == 1500
+    assert len(drawn) == 1750
     assert (min(drawn), max(drawn)) == (0, most - 1)
     assert len(set(drawn)) > 0.9 * most
     assert begin_texts(model, Beginnings(tokens=known), 2000, 128) == begins

@@ -95,9 +95,9 @@ class Mix:
         kinds: of seeds; None for all.
     """
 
-    plain: float = 0.25
+    plain: float = 0.125
     chats: float = 0.25
-    seeds: float = 0.25
+    seeds: float = 0.5
     kinds: tuple[str, ...] | None = None
 
 
