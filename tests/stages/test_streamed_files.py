@@ -34,6 +34,7 @@ from nf4_pipeline.records import DOWNLOAD, QUANTIZE, SERIALIZE
 from nf4_pipeline.stages import outgoing, remade, streamed_source
 from nf4_pipeline.stages.outgoing import STAYS_HERE, Outgoing
 from nf4_pipeline.stages.quantize import FACTS_SUFFIX, Quantize
+from nf4_pipeline.stages.streamed_bytes import StreamedBytes
 from nf4_pipeline.stages.streamed_source import StreamedSource
 from nf4_pipeline.stages.upload_ahead import UploadAhead
 from nf4_pipeline.streaming import passing, stretches
@@ -67,6 +68,18 @@ class Case:
         with (self.model / file).open("rb") as source:
             source.seek(start)
             return source.read(end - start)
+
+    def fetched(self, since: int = 0) -> int:
+        """Bytes that were asked for."""
+        return sum(end - start for _, start, end in self.asked[since:])
+
+    def promised(self) -> StreamedBytes:
+        """What headers say of them, if tied tensors are as config.json has them, or known."""
+        record = self.build.record(QUANTIZE)
+        planner = Quantize(self.build, Recipe(), CPU).planner()
+        plan = planner.plan(untied=frozenset(record.facts.untied if record else ()))
+        sizes = {path.name: path.stat().st_size for path in self.model.glob("*.safetensors")}
+        return StreamedBytes(planner.checkpoint, sizes, plan)
 
 
 @dataclass
@@ -228,6 +241,7 @@ def check(case: Case, room: Room) -> None:
 
 
 @pytest.mark.parametrize("limited", [False, True], ids=["stays", "goes"])
+@pytest.mark.parametrize("prepared", ["shuffled", "untied", "one file", "gpt2"], indirect=True)
 def test_the_same_bytes(limited: bool, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """And where all of a file fits, no byte of it comes twice."""
     room = Room(case.build, ROOM if limited else None)
@@ -241,7 +255,9 @@ def test_the_same_bytes(limited: bool, case: Case, monkeypatch: pytest.MonkeyPat
     if limited and len(case.ordinary) > 5:  # then some find no room before the hash
         assert len(case.asked) > len(set(case.asked))
     shown = sum(task.total or 0 for task in case.told.of("stream source"))
-    assert shown == sum(end - start for _, start, end in case.asked)
+    assert shown == case.fetched()
+    if not untied:  # which nobody knows before
+        assert case.fetched() == case.promised().to_quantize(room.room)
 
 
 def test_killed_at_any_moment(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,8 +424,10 @@ def test_verify_reads_what_was_made_again(case: Case, monkeypatch: pytest.Monkey
     quantize(case, case.right, monkeypatch, Room(case.build, ROOM))
     run_stage(case.build, "serialize", Recipe(), CPU, SILENT)
     assert not list(case.build.export.glob("model-*.safetensors"))
+    before = len(case.asked)
     with remade.whole_export(case.build, Recipe(), CPU, case.told) as (folder, made):
         assert made == len(case.ordinary)
+        assert case.fetched(before) == case.promised().to_make_again()
         found = case.build.need(SERIALIZE).outputs_in("export")
         for name, digest in found.items():
             assert FileDigest.of((folder / name).read_bytes()) == digest

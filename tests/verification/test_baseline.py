@@ -117,7 +117,7 @@ def test_it_is_the_same_in_several_passes_and_again(
 ) -> None:
     source, artifact = built["falcon-7b"]
     once = compared(source, other_codes(artifact), nearest=())
-    monkeypatch.setattr(compare, "_TOGETHER", 40)
+    monkeypatch.setattr(compare, "TOGETHER", 40)
     passes = compared(source, other_codes(artifact), nearest=())
     with StreamedModel(source, "cpu") as streamed:
         comparison = Comparison(streamed, other_codes(artifact), nearest=())

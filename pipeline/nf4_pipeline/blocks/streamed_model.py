@@ -25,7 +25,8 @@ from nf4_pipeline.quiet_libraries import quiet_loading
 from nf4_pipeline.resource_usage import available_memory, peak_memory
 from nf4_pipeline.streaming.reading import tensor_bytes
 
-_STEM: Final = ""  # as `block_of` says of what is in no block
+STEM: Final = ""
+"""What is in no block, as `block_of` says it."""
 
 
 class StreamedModel:
@@ -76,6 +77,7 @@ class StreamedModel:
         self._free: list[torch.Tensor] = []
         self._empty: dict[str, dict[str, torch.Tensor]] = {}
         self._held: set[str] = set()
+        self._served_stem: dict[str, torch.Tensor] = {}
         try:
             self._load_stem()
         except BaseException:
@@ -126,8 +128,12 @@ class StreamedModel:
         """What the checkpoint holds of a block that was just opened, by its names there.
 
         As it stands in the files, on the CPU: not cast, not merged, and, as long as the block has
-        not run, not changed. Nothing for a block that is held.
+        not run, not changed. Nothing for a block that is held. Of the stem, what was served, so
+        that nobody has it served again; it is let go with that.
         """
+        if block == STEM:
+            stem, self._served_stem = self._served_stem, {}
+            return stem
         if block not in self._next:
             return {}
         buffer, _ = self._next[block]
@@ -213,11 +219,13 @@ class StreamedModel:
 
     def _load_stem(self) -> None:
         """Everything outside the blocks: parameters, tied ones once, and computed buffers."""
-        group = self._groups.pop(_STEM)
+        group = self._groups.pop(STEM)
         buffer = torch.empty(group.nbytes, dtype=torch.uint8)
         for part in self._reader.start(group, buffer):
             part.result()
-        self._fill(_STEM, group.views(buffer))
+        if self.is_served:
+            self._served_stem = group.views(buffer)
+        self._fill(STEM, group.views(buffer))
         with quiet_loading():
             missing = {
                 name for name in self.model.state_dict() if name not in self._names.mapped.values()
@@ -264,7 +272,7 @@ class StreamedModel:
             if value.is_floating_point():
                 value = value.to(wanted)
             before[name] = assign(self.model, name, value)
-        if block != _STEM:
+        if block != STEM:
             self._empty[block] = before
             self._rescale(block)
 
@@ -334,7 +342,7 @@ def free_memory(device: torch.device, limit: int = 0) -> int:
 def _grouped(
     checkpoint: Checkpoint, names: NameMap, blocks: Mapping[str, nn.Module]
 ) -> dict[str, TensorGroup]:
-    members: dict[str, list[SourceTensor]] = {_STEM: []}
+    members: dict[str, list[SourceTensor]] = {STEM: []}
     for tensor in checkpoint.tensors:
         target = names.mapped[tensor.name]
         if target is not None:

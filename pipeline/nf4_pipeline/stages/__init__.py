@@ -5,6 +5,7 @@
     find_source.py   a name -> a checkpoint that was found, looked at, fetched and hashed
     hub_files.py     a model of the Hub, looked at before its weights are fetched, then fetched
     streamed_source.py  weights that stay on the Hub: planned by headers, passed by, served
+    streamed_bytes.py  what a streamed source takes over the network, by its headers
     forecast.py      what a build would read, write and take, before a byte of weights moves
     cost_model.py    what it takes, from rates of hosts, disks and networks
     publication.py   the card, provenance and bill of materials of an export, for the repo they name
