@@ -73,7 +73,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Make:
     return cache(lambda kind: Start(tmp_path_factory.mktemp(kind), kind))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "mixtral"])
+@pytest.mark.parametrize("kind", [*KINDS, "mixtral", "rwkv"])
 def test_codes_learn_and_scales_stay(
     start: Make, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,9 @@ from nf4_pipeline.streaming.reading import tensor_bytes
 STEM: Final = ""
 """What is in no block, as `block_of` says it."""
 
+_RESCALE: Final = "rescale_every"  # in the config of an RWKV
+_DIVIDED: Final = ("attention.output.weight", "feed_forward.value.weight")  # in its blocks
+
 
 class StreamedModel:
     """A causal LM in the precision it is stored in; a context manager.
@@ -41,6 +44,8 @@ class StreamedModel:
         dtype: what everything is cast to; None for what the config or the weights say, as far as
             the device computes in it.
         served: where the bytes of its weights are served, if its files are headers alone.
+        rescales: an RWKV halves its hidden states after every few blocks, and divides weights to
+            match, as transformers has it answer. False: it does not, as transformers trains it.
 
     Attributes:
         model: the transformers model.
@@ -57,6 +62,8 @@ class StreamedModel:
         device: str,
         dtype: torch.dtype | None = None,
         served: Path | None = None,
+        *,
+        rescales: bool = True,
     ) -> None:
         self._folder = folder
         self.is_served = served is not None
@@ -64,6 +71,8 @@ class StreamedModel:
         self.device = torch.device(device)
         with building(folder, build_seconds(len(checkpoint.tensors))):
             config = causal_lm_config(read_config(folder), folder)
+            if not rescales and hasattr(config, _RESCALE):
+                setattr(config, _RESCALE, 0)
             stored = stored_dtype(config, checkpoint)
             self._dtype = dtype or compute_dtype(stored, device) or stored
             self.model = build_meta_model(config, self._dtype)
@@ -280,16 +289,24 @@ class StreamedModel:
     def _rescale_every(self) -> int:
         """After how many layers an RWKV halves its hidden states; 0 for all other models."""
         rescales = hasattr(self.model.base_model, "layers_are_rescaled")
-        return int(self.model.config.rescale_every) if rescales else 0
+        return int(getattr(self.model.config, _RESCALE)) if rescales else 0
+
+    def divisor(self, weight: str) -> int:
+        """By what a weight is divided, of what the checkpoint holds; 1, but for some of an RWKV.
+
+        Args:
+            weight: its name in the model.
+        """
+        if not self._rescale_every or not weight.endswith(_DIVIDED):
+            return 1
+        place = list(self.blocks).index(self._block_of(weight))
+        return 1 << (place // self._rescale_every)
 
     def _rescale(self, block: str) -> None:
         """Does what an RWKV does to its weights, once, when it first runs; here they come anew."""
-        if not self._rescale_every:
-            return
-        factor = 2 ** (list(self.blocks).index(block) // self._rescale_every)
-        for name in ("attention.output.weight", "feed_forward.value.weight"):
+        for name in _DIVIDED if self._rescale_every else ():
             weight = self.blocks[block].get_parameter(name)
-            assign(self.blocks[block], name, weight / factor)
+            assign(self.blocks[block], name, weight / self.divisor(f"{block}.{name}"))
 
     def _parameters(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Name in the model -> tensor; merges what transformers merges."""

@@ -86,7 +86,11 @@ def calibrate(
     Raises:
         RecipeError: a token is beyond the model's vocabulary.
     """
-    with StreamedModel(folder, devices[0]) as streamed, deterministic_threads(devices[0]):
+    with (
+        # Codes and scales are chosen for weights as they are stored.
+        StreamedModel(folder, devices[0], rescales=False) as streamed,
+        deterministic_threads(devices[0]),
+    ):
         known, largest = streamed.model.get_input_embeddings().num_embeddings, tokens.ids.max()
         if largest >= known:
             raise RecipeError(

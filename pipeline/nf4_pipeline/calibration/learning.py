@@ -261,7 +261,9 @@ class Learning:
             yield models
 
     def _opened(self) -> StreamedModel:
-        return StreamedModel(self._source, self._device, learning_dtype(self._device))
+        # Codes and scales are of weights as they are stored, and so must both models be.
+        dtype = learning_dtype(self._device)
+        return StreamedModel(self._source, self._device, dtype, rescales=False)
 
     def _blocks(self) -> Mapping[str, Sequence[str]]:
         """The weights that learn, by the block in whose file they are."""
