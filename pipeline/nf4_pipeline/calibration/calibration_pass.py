@@ -36,7 +36,8 @@ from nf4_pipeline.errors import RecipeError
 from nf4_pipeline.gptq.config import GptqConfig
 from nf4_pipeline.gptq.device_group import DeviceGroup, Division
 from nf4_pipeline.gptq.hessian import IllConditionedError, corrected, factorize
-from nf4_pipeline.gptq.quantizer import GptqQuantizer, QuantizedWeight, quantizer_for
+from nf4_pipeline.gptq.quantizer import QuantizedWeight
+from nf4_pipeline.gptq.quantizers import GptqQuantizer, quantizer_for
 from nf4_pipeline.model.linear import as_held, weight_out_in
 from nf4_pipeline.nf4.compiling import compilation_shown
 from nf4_pipeline.nf4.dequantize import dequantize_on
