@@ -32,7 +32,8 @@ from nf4_pipeline.stages.cost_model import (
     download_seconds,
     quantize_seconds,
 )
-from nf4_pipeline.stages.find_source import DownloadRequest, Place, Preview, SourceFinder
+from nf4_pipeline.stages.download_request import DownloadRequest
+from nf4_pipeline.stages.find_source import Place, Preview, SourceFinder
 from nf4_pipeline.stages.outgoing import room_for
 from nf4_pipeline.stages.quantize import memory_needed
 from nf4_pipeline.stages.rounding_choice import rounding_for
