@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,10 +13,11 @@ from nf4_pipeline.blocks.find_blocks import find_blocks
 from nf4_pipeline.blocks.lockstep import Lockstep
 from nf4_pipeline.blocks.streamed_model import STEM, StreamedModel
 from nf4_pipeline.checkpoint.safetensors_header import read_header
-from nf4_pipeline.checkpoint.source import open_checkpoint
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.quiet_libraries import quiet_loading
+from nf4_pipeline.selection import Plan
+from nf4_pipeline.stages.streamed_bytes import StreamedBytes
 from nf4_pipeline.streaming.passing import Passing
 from nf4_pipeline.streaming.serving import Stretches, serving
 from nf4_pipeline.streaming.stretches import Fetch
@@ -84,11 +85,13 @@ def test_a_served_model_comes_once(kind: str, tmp_path: Path) -> None:
             stem = streamed.stored(STEM)
             assert stem
             assert streamed.stored(STEM) == {}
-            for block in streamed.blocks:
-                streamed.open_ahead(block)
-                streamed.close(block)
-    assert len(asked) == len(set(asked))
-    assert sum(end - start for start, end in asked) == open_checkpoint(folder).nbytes
+            promised = StreamedBytes(streamed.checkpoint, {}, cast(Plan, None))
+            for passes in (1, 2):
+                for block in streamed.blocks:
+                    streamed.open_ahead(block)
+                    streamed.close(block)
+                assert sum(end - start for start, end in asked) == promised.to_compare(passes)
+                assert passes > 1 or len(asked) == len(set(asked))
     for file in folder.glob("*.safetensors"):
         for name, tensor in load_file(file).items():
             if name in stem:

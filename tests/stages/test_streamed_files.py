@@ -258,6 +258,7 @@ def test_the_same_bytes(limited: bool, case: Case, monkeypatch: pytest.MonkeyPat
     assert shown == case.fetched()
     if not untied:  # which nobody knows before
         assert case.fetched() == case.promised().to_quantize(room.room)
+        assert case.promised().to_quantize(of_tasks=True) >= case.fetched()
 
 
 def test_killed_at_any_moment(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
