@@ -138,7 +138,7 @@ class Quantize:
         self.check_disk(plan, calibrator)
         check_memory(plan, self.machine.memory_budget)
         if calibrator is not None:
-            calibrator.check_memory(plan)
+            calibrator.check_memory(plan, self.reporter)
         with measured() as preparing, measured_on_device() as sampling:
             tokens = None if calibrator is None else calibrator.tokens(self.reporter)
         if calibrator is not None:  # the key is of them
