@@ -82,6 +82,7 @@ STARTS: Final = {
     "… and 1/8 seeds": Mix(plain=0.25, chats=0.25, seeds=0.125),
     "… and 1/4 seeds": Mix(plain=0.25, chats=0.25, seeds=0.25),
     "… and 1/2 seeds": Mix(plain=0.25, chats=0.25, seeds=0.5),
+    "1/8 end-of-text, 1/4 chats, 1/2 seeds": Mix(plain=0.125, chats=0.25, seeds=0.5),
     "end-of-text alone": Mix(plain=1, chats=0, seeds=0),
     "chats alone": Mix(plain=0, chats=1, seeds=0),
     "any token alone": Mix(plain=0, chats=0, seeds=0),

@@ -96,8 +96,8 @@ class Mix:
     """
 
     plain: float = 0.125
-    chats: float = 0.25
-    seeds: float = 0.5
+    chats: float = 0.125
+    seeds: float = 0.75
     kinds: tuple[str, ...] | None = None
 
 
@@ -109,8 +109,9 @@ def begin_texts(
 ) -> list[Ids]:
     """How a model's own texts begin.
 
-    Those that begin with any token of the vocabulary are about whatever the model knows (as in
-    LLM-QAT, arXiv:2305.17888); the others begin as texts of its users do.
+    Seeds lead it to what users do; docs/calibration.md says what each start is worth. Without them
+    most texts begin with any token of the vocabulary, to be about whatever the model knows (as in
+    LLM-QAT, arXiv:2305.17888).
 
     Args:
         model: its config says which tokens begin and end a text, if the tokenizer does not.
