@@ -68,7 +68,7 @@ VARIANTS: Final = {
     "damping 0.003": GptqConfig(percdamp=0.003),
     "damping 0.1": GptqConfig(percdamp=0.1),
     "no error compensation (scale search alone)": GptqConfig(
-        shrinkage=1.0, adaptive_shrinkage=False, refine_scales=False
+        shrinkage=1.0, adaptive_shrinkage=False, refine_scales=False, correction=0.0
     ),
     "scales of the largest weight (plain GPTQ)": GptqConfig(
         refine_scales=False, negative_scales=False, scale_candidates=_ONE
