@@ -323,6 +323,8 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--hidden", type=int, default=1024)
     options = parser.parse_args()
+    # A job in the background ignores it, and would hand that down to the commands that are stopped.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="nf4-ray-") as temporary:
         folder = Path(temporary)
         model = write_falcon(folder / "model", hidden=options.hidden, layers=9, shards=30)
