@@ -70,7 +70,7 @@ def _sent(order: Order) -> Order:
     if order.sent is None:
         return order
     record = order.sent.record
-    kind = replace(record.kind, parse=record.kind.parse.__call__)
+    kind = replace(record.kind, parse=partial(record.kind.parse))
     return replace(order, sent=replace(order.sent, record=replace(record, kind=kind)))
 
 
