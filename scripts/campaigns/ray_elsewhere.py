@@ -460,20 +460,25 @@ def run_verified(it: Elsewhere, options: argparse.Namespace) -> None:
         found = json.loads(path.read_text()) if path.exists() else {}
         return {n: v for n, v in found.items() if n not in ("comparison", "models", "answers")}
 
-    def build(name: str, *options: str | Path) -> subprocess.Popen[str]:
-        return it.start("build", "sample", "--build-dir", name, *options)
-
-    finish(build("alone"))
+    finish(it.start("build", "sample", "--build-dir", "alone"))
     expected = figures("alone")
     right = killed = 0
     with cluster_of(1, 1) as (_, _, address):
         for number in range(1 + options.kills):
             name = f"on-ray-{number}"
-            process = build(name, "--engine", "ray", "--ray-address", address)
+            job = ["build", "sample"]
+            if number % 2:  # what stands there is verified again
+                copy_of(it.driver / "alone", it.driver / name)
+                job = ["verify"]
+            process = it.start(
+                *(*job, "--build-dir", name, "--engine", "ray", "--ray-address", address)
+            )
 
             def comparing(name: str = name) -> int | None:
-                records = it.driver / name / "records"
-                return _task_at_work() if (records / "serialize.json").exists() else None
+                folder = it.driver / name
+                begun = (folder / "records" / "serialize.json").exists()
+                verdict = (folder / "export" / "verification.json").exists()
+                return _task_at_work() if begun and not verdict else None
 
             if number:  # the first one is left alone
                 pid = until(comparing, process)
