@@ -216,6 +216,7 @@ def run_url(it: Elsewhere, options: argparse.Namespace) -> None:
 
         def begin() -> tuple[str, subprocess.Popen[str]]:
             server.forget("bucket")  # else what it must remember grows
+            _begun(server).unlink(missing_ok=True)
             url = f"s3://bucket/runs/{next(numbers)}"
             it.fetch("--build-dir", url)
             return url, it.start("quantize", "--build-dir", url, *ray)
@@ -284,7 +285,7 @@ def run_url(it: Elsewhere, options: argparse.Namespace) -> None:
             again = finish(it.start("quantize", "--build-dir", url, *ray))
             say(
                 "S3 lost until the command gave up, which was typed again",
-                *(it.check("server lost for good", url, *again), 1),
+                *(int(it.check("server lost for good", url, *again)), 1),
                 f"exit {status}, {error.strip().splitlines()[-1][:200]!r}; objects half sent: "
                 f"{cut}; files that stood there: {stood}",
             )
@@ -312,9 +313,14 @@ def _whole_at(url: str) -> int:
     return sum(f"{name}.facts.json" in names for name in names)
 
 
+def _begun(server: S3Server) -> Path:
+    """Where it notes which objects begin to come, and which have come."""
+    return server.notes.with_suffix(".begun")
+
+
 def _kill_in_mid_write(server: S3Server, process: subprocess.Popen[str]) -> int:
     """Kills it while an object is half there; returns how many are."""
-    notes = server.notes.with_suffix(".begun")
+    notes = _begun(server)
 
     def sending() -> bool | None:
         lines = notes.read_text().split() if notes.exists() else []
