@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -53,11 +54,11 @@ from ray_engine import cluster_of, half_written, raylet_of
 
 from tests.support.calibrated import settings
 from tests.support.hub_client import isolated
-from tests.support.hub_server import HubServer
+from tests.support.hub_server import HubServer, Seen
 from tests.support.jobs import CPU, download
 from tests.support.s3_server import S3Server
 from tests.support.stores import served
-from tests.support.tiny import INDEX, copy_of, write_falcon
+from tests.support.tiny import copy_of, write_falcon
 
 CAMPAIGNS: Final = ("url", "streamed", "calibrated", "verified")
 REPO: Final = "me/falcon"
@@ -333,6 +334,7 @@ def _kill_in_mid_write(server: S3Server, process: subprocess.Popen[str]) -> int:
 def run_streamed(it: Elsewhere, options: argparse.Namespace) -> None:
     """Files of the source come to the tasks and go; workers are killed in mid-file."""
     right, fetched = 0, 0
+    sizes = {path.name: path.stat().st_size for path in it.driver.glob("model/*.safetensors")}
     of_nodes = {"HF_ENDPOINT": it.hub.url, "HF_HOME": str(it.driver / "hf")}
     with patch.dict(os.environ, of_nodes), cluster_of(2) as (_, _, address):
         for number in range(options.kills):
@@ -361,18 +363,22 @@ def run_streamed(it: Elsewhere, options: argparse.Namespace) -> None:
                 it.faults.append(f"streamed {number}: exit {status}: {error[-500:]} {left}")
             else:
                 right += 1
-            fetched += sum(
-                seen.cdn and seen.method == "GET" and seen.path.endswith(".safetensors")
-                for seen in it.hub.seen[before:]
-            )
+            fetched += sum(_asked(seen, sizes) for seen in it.hub.seen[before:])
             shutil.rmtree(build.root)
-    index = json.loads((it.driver / "model" / INDEX).read_text())
-    shards = len(set(index["weight_map"].values()))
     print(
-        f"streamed, worker killed in mid-file: {right} of {options.kills}; "
-        f"{fetched / options.kills:.1f} files fetched of {shards}",
+        f"streamed, worker killed in mid-file: {right} of {options.kills}; the Hub was asked for "
+        f"{fetched / options.kills / sum(sizes.values()):.2f} of the source's bytes",
         flush=True,
     )
+
+
+def _asked(seen: Seen, sizes: dict[str, int]) -> int:
+    """Bytes of weights that a request to the Hub asks for."""
+    size = sizes.get(seen.path.rpartition("/")[2], 0)
+    if not seen.cdn or seen.method != "GET":
+        return 0
+    wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", seen.range)
+    return size if wanted is None else int(wanted[2] or size - 1) + 1 - int(wanted[1])
 
 
 def run_calibrated(it: Elsewhere, options: argparse.Namespace) -> None:
