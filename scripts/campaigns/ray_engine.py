@@ -298,9 +298,9 @@ def run_driver(bench: Bench, options: argparse.Namespace) -> None:
                 time.sleep(0.001)
             wait_until_half_written(build, process)
             process.send_signal(number)
-            status, _ = end(process)
+            status, error = end(process)
             if number != signal.SIGKILL and status != 128 + number:
-                bench.faults.append(f"driver {name}: exit {status}")
+                bench.faults.append(f"driver {name}: exit {status}: {error[-500:]}")
             whole = bench.check_halfway("driver", build)
             before = {p.name: p.stat().st_ino for p in build.quantized.glob("*.safetensors")}
             status, error, tries = -1, _NO_START, 0
