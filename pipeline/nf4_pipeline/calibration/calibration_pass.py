@@ -40,7 +40,6 @@ from nf4_pipeline.gptq.quantizer import GptqQuantizer, QuantizedWeight, quantize
 from nf4_pipeline.model.linear import as_held, weight_out_in
 from nf4_pipeline.nf4.compiling import compilation_shown
 from nf4_pipeline.nf4.dequantize import dequantize_on
-from nf4_pipeline.nf4.double_quant import NestedScales
 from nf4_pipeline.nf4.float_bits import bits_of, dtype_name
 from nf4_pipeline.nf4.rtn import round_to_nearest
 from nf4_pipeline.progress import Reporter, Task
@@ -451,7 +450,9 @@ class _Pass:
         for plan in plans:
             chosen = quantized.get(plan.name)
             stored[plan.name] = (
-                nearest(self._module(plan, 0)) if chosen is None else (chosen.packed, chosen.scales)
+                nearest(self._module(plan, 0))
+                if chosen is None
+                else (chosen.packed, chosen.scales.scales())
             )
 
         def put(index: int) -> None:
@@ -509,27 +510,30 @@ def _by_block(weights: Sequence[TensorPlan], blocks: Sequence[str]) -> dict[str,
 
 
 def weight_in_4bit(
-    module: Any, shape: tuple[int, ...], chosen: tuple[NDArray[np.uint8], NestedScales] | None
+    module: Any,
+    shape: tuple[int, ...],
+    chosen: tuple[NDArray[np.uint8], NDArray[np.float32]] | None,
 ) -> torch.Tensor:
     """The weight that readers of the artifact will see, in the shape and dtype of the module's own.
 
     Args:
         module: a linear layer with its 16-bit weight.
         shape: of the weight, [out_features, in_features].
-        chosen: packed codes and scales; None for those of rounding to nearest.
+        chosen: packed codes, and scales as readers compute them; None for those of rounding to
+            nearest.
     """
     exact = weight_out_in(module)
     packed, scales = nearest(module) if chosen is None else chosen
-    weight = dequantize_on(exact.device, packed, scales.scales(), shape).to(exact.dtype)
+    weight = dequantize_on(exact.device, packed, scales, shape).to(exact.dtype)
     held: torch.Tensor = as_held(module, weight)
     return held
 
 
-def nearest(module: Any) -> tuple[NDArray[np.uint8], NestedScales]:
-    """Packed codes and scales of rounding a linear layer's weight to nearest."""
+def nearest(module: Any) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Packed codes and scales, as `weight_in_4bit` takes them, of rounding to nearest."""
     exact = weight_out_in(module)
     found = round_to_nearest(bits_of(exact), dtype_name(exact))
-    return found.packed, found.scales
+    return found.packed, found.scales.scales()
 
 
 @contextmanager

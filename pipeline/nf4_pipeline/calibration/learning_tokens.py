@@ -2,7 +2,7 @@
 
 They begin as those do. They are drawn in batches, each with a seed of its own and kept in a file of
 its own, so that a killed run goes on with the next batch. How many sequences are drawn at a time
-follows from the model alone, since the draws depend on it.
+follows from the model and the kind of device alone, since the draws depend on it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from nf4_pipeline.progress import Reporter
 from nf4_pipeline.runtime.threads import one_thread_if_small
 
 _CACHE: Final = {"cpu": 2**29, "cuda": 2**32}
-"""Bytes of keys, values and probabilities of the sequences that are drawn at a time."""
+"""Bytes of keys, values and probabilities of the sequences that are drawn at a time, at least."""
+_WITH_MODEL: Final = 3 * 2**32
+"""Bytes of a GPU that a small model and its cache fill: a step takes as long for a few rows."""
 _SPARE: Final = {"cpu": 2**28, "cuda": 2**31}
 """Bytes that the model leaves besides for what it computes with."""
 _MOST: Final = {"cpu": 256, "cuda": 2048}
@@ -154,7 +156,7 @@ def _drawn(
     make_folder(folder)
     remove_leftovers(folder)
     drawn: list[NDArray[np.int32]] = []
-    spare = _SPARE[teacher.device.type] + _CACHE[teacher.device.type]
+    spare = _SPARE[teacher.device.type] + _cache_bytes(teacher)
     opened = partial(teacher.open_ahead, again=True)
     blocks = [] if teacher.hold_what_fits(spare) else [teacher.blocks]
     lockstep = Lockstep(blocks, opened, teacher.close)  # block by block if they do not fit
@@ -271,5 +273,14 @@ def _rows_at_a_time(teacher: StreamedModel, length: int, lockstep: Lockstep) -> 
 
     lockstep.run([measure])
     each = sum(sizes) / 2 * length + _PROBABILITIES * words
-    rows = max(8, min(_MOST[kind], int(_CACHE[kind] / each)))
+    rows = max(8, min(_MOST[kind], int(_cache_bytes(teacher) / each)))
     return int(2 ** (rows.bit_length() - 1))
+
+
+def _cache_bytes(teacher: StreamedModel) -> int:
+    """What the sequences that are drawn together may take, by the model and the kind of GPU."""
+    kind = teacher.device.type
+    if kind == "cpu":
+        return _CACHE[kind]
+    half = torch.cuda.get_device_properties(teacher.device).total_memory // 2
+    return int(max(_CACHE[kind], min(half, _WITH_MODEL - teacher.footprint)))

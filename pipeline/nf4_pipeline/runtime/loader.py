@@ -248,8 +248,9 @@ class _Placement:
         Raises:
             ResourceError: the GPUs have too little memory.
         """
-        places = set(getattr(model, "hf_device_map", {}).values())
-        if isinstance(self.device_map, str) and self.devices != ("cpu",) and places & {*_ELSEWHERE}:
+        # Not hf_device_map: where all of it lies on the CPU, transformers leaves none.
+        places = {parameter.device.type for parameter in model.parameters()}
+        if isinstance(self.device_map, str) and self.devices != ("cpu",) and places != {"cuda"}:
             raise _no_room(folder, self)
 
     def __str__(self) -> str:
