@@ -112,6 +112,12 @@ def _init(ray: Any, address: str | None) -> None:
         except Exception as error:  # it raises what it likes
             ray.shutdown()
             said = _first_line(error)
+            if address is not None and "AuthToken" in f"{error}{error.__cause__}":
+                raise ResourceError(
+                    f"The Ray cluster at {address[:80]} asks for its token, and this process has "
+                    "none, or another one. Copy ~/.ray/auth_token of the node where it was started "
+                    "to this one, and set RAY_AUTH_MODE=token here."
+                ) from error
             if address is not None:
                 raise ResourceError(
                     f"The Ray cluster at {address[:80]} cannot be used: {said} Look at `ray "
