@@ -17,7 +17,7 @@ from nf4_pipeline.job import run_build, run_stage
 from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe, load_recipe
-from nf4_pipeline.stages.find_source import DownloadRequest
+from nf4_pipeline.stages.download_request import DownloadRequest
 
 from tests.support import warm
 from tests.support.jobs import CPU, download

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Final
 
@@ -91,6 +92,61 @@ def _imported(node: ast.AST) -> list[str]:
     if isinstance(node, ast.ImportFrom):
         return [f"{node.module or ''}.{alias.name}" for alias in node.names if node.module]
     return []
+
+
+def modules_imported(module: ast.Module, known: Collection[str]) -> set[str]:
+    """Those of some modules that one imports, anywhere in it, but for types alone."""
+    found: set[str] = set()
+    left: list[ast.AST] = [module]
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            left += node.orelse
+            continue
+        left += ast.iter_child_nodes(node)
+        for name in _imported(node):
+            found.add(name if name in known else name.rpartition(".")[0])
+    return found & set(known)
+
+
+def circle_in(imports: Mapping[str, Collection[str]]) -> list[str]:
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Nor by an import in a function; that of `import-linter` sees rooms alone."""
+    names = {
+        name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", "."): path
+        for path in MODULES
+    }
+    imports = {name: modules_imported(tree(path), names) - {name} for name, path in names.items()}
+    assert sum(map(len, imports.values())) > 1000
+    assert circle_in(imports) == []
+
+
+@pytest.mark.parametrize(
+    ("importing", "imported"),
+    [
+        ("import nf4_pipeline.b", {"nf4_pipeline.b"}),
+        ("from nf4_pipeline.b import c", {"nf4_pipeline.b"}),
+        ("from nf4_pipeline import b", {"nf4_pipeline.b"}),
+        ("def f():\n    from nf4_pipeline.b import c", {"nf4_pipeline.b"}),
+        ("try:\n    import nf4_pipeline.b\nexcept ImportError:\n    pass", {"nf4_pipeline.b"}),
+        ("if TYPE_CHECKING:\n    import nf4_pipeline.b", set()),
+        ("if TYPE_CHECKING:\n    pass\nelse:\n    import nf4_pipeline.b", {"nf4_pipeline.b"}),
+        ("import numpy as b", set()),
+    ],
+)
+def test_circles_are_found(importing: str, imported: set[str]) -> None:
+    known = ("nf4_pipeline.a", "nf4_pipeline.b", "nf4_pipeline.c")
+    found = modules_imported(ast.parse(importing), known)
+    assert found == imported
+    circle = circle_in({known[0]: found, known[1]: {known[2]}, known[2]: {known[0]}})
+    assert {*circle} == ({*known} if imported else set())
 
 
 def test_tests_stand_where_their_modules_do() -> None:

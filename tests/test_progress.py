@@ -7,7 +7,9 @@ import threading
 
 import pytest
 from nf4_pipeline.errors import ResourceError, StoppedError
-from nf4_pipeline.progress import SILENT, ProgressEvent, reporting_to
+from nf4_pipeline.progress import SILENT, HighWaterTask, ProgressEvent, reporting_to
+
+from tests.support.told import ToldTask
 
 
 def test_stages_tasks_and_notes_are_told_in_order() -> None:
@@ -153,3 +155,37 @@ def test_an_interrupt_in_a_callback_is_what_the_stage_makes_of_it() -> None:
 def test_nobody_is_told_without_a_callback() -> None:
     with reporting_to(None) as reporter:
         assert reporter is SILENT
+
+
+@pytest.mark.parametrize("size", [None, 10], ids=["any size", "of a size"])
+@pytest.mark.parametrize(
+    ("tries", "done"),
+    [
+        ([(0, [3, 7])], 10),
+        ([(0, [3]), (0, [3, 7])], 10),
+        ([(0, [9]), (0, [2]), (0, [1, 1, 1])], 9),  # a try that ends earlier than one before it
+        ([(0, [4]), (4, [6])], 10),  # goes on where the last one ended
+        ([(0, [4]), (2, [8])], 10),
+        ([(0, [10]), (0, [10]), (0, [10])], 10),
+        ([(6, [4])], 10),
+    ],
+)
+def test_what_is_tried_again_counts_once(
+    tries: list[tuple[int, list[int]]], done: int, size: int | None
+) -> None:
+    told = ToldTask("read", 10)
+    shown = HighWaterTask(told, size)
+    for start, amounts in tries:
+        shown.restart(start)
+        for amount in amounts:
+            shown.advance(amount)
+    assert told.done == done
+
+
+def test_a_try_does_not_count_beyond_the_size() -> None:
+    told = ToldTask("read", 10)
+    shown = HighWaterTask(told, 10)
+    shown.advance(7)
+    shown.advance(7)
+    shown.advance(7)
+    assert told.done == 10

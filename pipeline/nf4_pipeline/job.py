@@ -45,7 +45,7 @@ from nf4_pipeline.records import (
 )
 from nf4_pipeline.stages.attest import Attest
 from nf4_pipeline.stages.download import Download, Downloaded
-from nf4_pipeline.stages.find_source import DownloadRequest
+from nf4_pipeline.stages.download_request import DownloadRequest
 from nf4_pipeline.stages.forecast import Forecast, forecast
 from nf4_pipeline.stages.push import Push
 from nf4_pipeline.stages.quantize import Quantize, count_finished_files

@@ -111,6 +111,35 @@ class SilentReporter:
 SILENT: Reporter = SilentReporter()
 
 
+class HighWaterTask:
+    """A part of a task that may be tried again: what a new try repeats does not count twice.
+
+    Args:
+        task: the one to advance.
+        size: of the part; no try counts beyond it. None for no limit.
+    """
+
+    def __init__(self, task: Task, size: int | None = None) -> None:
+        self._task, self._size = task, size
+        self._now = self._furthest = 0
+        self._lock = threading.Lock()
+
+    def restart(self, at: int = 0) -> None:
+        """Begins a try, the first or another one, where `at` of it is done."""
+        with self._lock:
+            self._now = at
+
+    def advance(self, amount: int) -> None:
+        """Adds to what this try has done. May be called from any thread."""
+        with self._lock:
+            self._now += amount
+            furthest = self._now if self._size is None else min(self._now, self._size)
+            more = max(0, furthest - self._furthest)
+            self._furthest += more
+        if more:
+            self._task.advance(more)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgressEvent:
     """One step of a long job, as a callback hears of it.

@@ -176,7 +176,7 @@ def _prepare(source: Path, out: Path, device: str) -> dict[str, float]:
     from nf4_pipeline.progress import SILENT
     from nf4_pipeline.recipe import Recipe
     from nf4_pipeline.stages.download import Download
-    from nf4_pipeline.stages.find_source import DownloadRequest
+    from nf4_pipeline.stages.download_request import DownloadRequest
     from nf4_pipeline.stages.quantize import Quantize
 
     Download(DownloadRequest(str(source), build_dir=out), SILENT).run()

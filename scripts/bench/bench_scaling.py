@@ -176,7 +176,7 @@ def _compare(
 def _prepare(folder: Path, layers: int, shards: int) -> tuple[Build, Work]:
     from falcon_shapes import make_checkpoint
     from nf4_pipeline.stages.download import Download
-    from nf4_pipeline.stages.find_source import DownloadRequest
+    from nf4_pipeline.stages.download_request import DownloadRequest
 
     source = folder / "model"
     make_checkpoint(source, layers, shards=shards)

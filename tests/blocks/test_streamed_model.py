@@ -5,15 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from nf4_pipeline.blocks.find_blocks import find_blocks
 from nf4_pipeline.blocks.lockstep import Lockstep
-from nf4_pipeline.blocks.streamed_model import StreamedModel
+from nf4_pipeline.blocks.streamed_model import STEM, StreamedModel
+from nf4_pipeline.checkpoint.safetensors_header import read_header
 from nf4_pipeline.errors import CheckpointError
+from nf4_pipeline.progress import SILENT
 from nf4_pipeline.quiet_libraries import quiet_loading
+from nf4_pipeline.selection import Plan
+from nf4_pipeline.stages.streamed_bytes import StreamedBytes
+from nf4_pipeline.streaming.passing import Passing
+from nf4_pipeline.streaming.serving import Stretches, serving
+from nf4_pipeline.streaming.stretches import Fetch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.support.checkpoints import KINDS, make_checkpoint
@@ -59,6 +67,48 @@ def assert_equal(folder: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind(kind: str, tmp_path: Path) -> None:
     assert_equal(make_checkpoint(tmp_path / kind, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_served_model_comes_once(kind: str, tmp_path: Path) -> None:
+    """The stem is what the files hold, whatever loading did with it; then it is let go."""
+    folder = make_checkpoint(tmp_path / kind, kind, stored_head=kind.startswith("falcon"))
+    asked: list[tuple[int, int]] = []
+
+    def fetch(file: str, start: int, end: int) -> bytes:
+        asked.append((start, end))
+        return (folder / file).read_bytes()[start:end]
+
+    with serving(passed_whole(folder, fetch), tmp_path / "socket"):
+        asked.clear()
+        with StreamedModel(folder, "cpu", served=tmp_path / "socket") as streamed:
+            stem = streamed.stored(STEM)
+            assert stem
+            assert streamed.stored(STEM) == {}
+            promised = StreamedBytes(streamed.checkpoint, {}, cast(Plan, None))
+            for passes in (1, 2):
+                for block in streamed.blocks:
+                    streamed.open_ahead(block)
+                    streamed.close(block)
+                assert sum(end - start for start, end in asked) == promised.to_compare(passes)
+                assert passes > 1 or len(asked) == len(set(asked))
+    for file in folder.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            if name in stem:
+                assert torch.equal(stem.pop(name), tensor)
+    assert not stem
+
+
+def passed_whole(folder: Path, fetch: Fetch) -> Stretches:
+    """The files of a checkpoint, once they have passed by."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        headers = read_header(path)
+        whole = path.read_bytes()
+        start = whole[: headers[0].offset]
+        with Passing.whole(path.name, len(whole), start, headers, (), fetch, SILENT) as passing:
+            found[path.name] = passing.finish()
+    return Stretches(found, fetch)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

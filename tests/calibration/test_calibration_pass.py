@@ -51,7 +51,7 @@ DTYPED: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "gpt2-bare": ("gpt2", {"bare_names": True, "max_shard_size": "60KB"}),
 }
 CASES: Final[dict[str, tuple[str, dict[str, Any]]]] = {k: (k, {}) for k in KINDS} | DTYPED
-WITHOUT_TOKENIZER: Final = ("mixtral", "phi3", "mamba")
+WITHOUT_TOKENIZER: Final = ("mixtral", "phi3", "mamba", "rwkv")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from nf4_pipeline.calibration.held_models import HeldModels
 from nf4_pipeline.calibration.host_memory import HostMemory
 from nf4_pipeline.calibration.latents import LearnedWeight, Tables
 from nf4_pipeline.calibration.learner import learning_rate, order_of
-from nf4_pipeline.calibration.learning import Learning
+from nf4_pipeline.calibration.learning import Learning, check_blocks
 from nf4_pipeline.calibration.learning_loss import Computed, Gradients
 from nf4_pipeline.calibration.learning_state import Progress, read_state, write_state
 from nf4_pipeline.calibration.models_by_block import ModelsByBlock
@@ -48,6 +48,7 @@ from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.report.calibration import describe_tokens
 from nf4_pipeline.reproduce.reproduce import reproduce
 from nf4_pipeline.runtime.loader import load
+from nf4_pipeline.stages.quantize import Quantize
 from nf4_pipeline.stages.verify import Verify
 from nf4_pipeline.verification.compare_models import Comparison
 
@@ -73,7 +74,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Make:
     return cache(lambda kind: Start(tmp_path_factory.mktemp(kind), kind))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "mixtral"])
+@pytest.mark.parametrize("kind", [*KINDS, "mixtral", "rwkv"])
 def test_codes_learn_and_scales_stay(
     start: Make, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,7 +306,7 @@ from tests.support.learning import QUICK, Start, small_device
 start = Start.__new__(Start)
 start.__dict__.update(__import__("pickle").loads(Path(sys.argv[1]).read_bytes()))
 from nf4_pipeline.calibration.block_store import BlockStore
-from nf4_pipeline.calibration.learning import Learning
+from nf4_pipeline.calibration.learning import Learning, check_blocks
 from nf4_pipeline.progress import SILENT
 def saved(progress):
     if progress.step == 5:
@@ -558,6 +559,36 @@ def test_blocks_that_are_no_row_cannot_be_taken_one_by_one(
     expected = r"both models at once need .* block by block either, as its hidden states are"
     with small_device(), pytest.raises(ResourceError, match=expected):
         start("llama").learning(tmp_path).run(SILENT)
+
+
+def test_that_is_known_before_anything_is_calibrated(
+    start: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where it matters, and by a run that begins."""
+    looked: list[int] = []
+
+    def halved(row: BlockRow, *_: Any) -> None:
+        looked.append(1)
+        raise NotInARowError("its hidden states are halved in between")
+
+    monkeypatch.setattr(BlockRow, "check", halved)
+    build = downloaded(start("llama").checkpoint, tmp_path)
+    recipe = settings(effort="high")
+    Quantize(build, recipe, CPU)._calibrator().check_memory(start("llama").plan)
+    assert not looked
+    with small_device():
+        with pytest.raises(ResourceError, match="cannot learn block by block either"):
+            Quantize(build, recipe, CPU).run()
+        assert not build.calibration.exists()
+        copy_of(start("llama").calibrated, build.calibration / "begun")
+        Quantize(build, recipe, CPU)._calibrator().check_memory(start("llama").plan)
+    assert looked == [1]
+
+
+@pytest.mark.parametrize("kind", ["falcon-7b", "rwkv"])
+def test_models_that_can_learn_block_by_block_are_not_refused(start: Make, kind: str) -> None:
+    with small_device():
+        check_blocks(start(kind).source, start(kind).plan, start(kind).plan.quantized, "cpu")
 
 
 def test_what_a_block_at_a_time_takes(start: Make) -> None:

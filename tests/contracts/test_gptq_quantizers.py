@@ -12,7 +12,8 @@ import torch
 from nf4_pipeline.gptq.config import GptqConfig
 from nf4_pipeline.gptq.device_group import DeviceGroup
 from nf4_pipeline.gptq.hessian import factorize
-from nf4_pipeline.gptq.quantizer import GptqQuantizer, QuantizedWeight, quantizer_for
+from nf4_pipeline.gptq.quantizer import QuantizedWeight
+from nf4_pipeline.gptq.quantizers import GptqQuantizer, quantizer_for
 from nf4_pipeline.nf4.dequantize import dequantize
 from nf4_pipeline.nf4.packing import packed_bytes
 

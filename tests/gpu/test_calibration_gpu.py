@@ -24,7 +24,7 @@ from nf4_pipeline.machine import Machine
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe
 from nf4_pipeline.records import QUANTIZE, VERIFY
-from nf4_pipeline.stages.find_source import DownloadRequest
+from nf4_pipeline.stages.download_request import DownloadRequest
 
 from tests.support.jobs import download
 

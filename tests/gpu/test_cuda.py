@@ -20,7 +20,7 @@ from nf4_pipeline.nf4 import cpu
 from nf4_pipeline.nf4.float_bits import bits_of
 from nf4_pipeline.nf4.packing import blocks_of
 from nf4_pipeline.recipe import Recipe
-from nf4_pipeline.stages.find_source import DownloadRequest
+from nf4_pipeline.stages.download_request import DownloadRequest
 from numpy.typing import NDArray
 
 torch = pytest.importorskip("torch")

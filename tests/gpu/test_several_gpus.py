@@ -56,7 +56,8 @@ def test_rows_on_several_devices_are_rounded_as_on_a_cpu(
     from nf4_pipeline.gptq.config import GptqConfig
     from nf4_pipeline.gptq.device_group import DeviceGroup
     from nf4_pipeline.gptq.hessian import factorize
-    from nf4_pipeline.gptq.quantizer import GptqOnCpu, quantizer_for
+    from nf4_pipeline.gptq.quantizer import GptqOnCpu
+    from nf4_pipeline.gptq.quantizers import quantizer_for
 
     dice = torch.Generator().manual_seed(rows + columns)
     weight = (torch.randn(rows, columns, generator=dice) * 0.02).bfloat16()

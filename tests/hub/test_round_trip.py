@@ -18,7 +18,7 @@ from nf4_pipeline.job import run_build, run_stage
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.provenance.signing import sign
 from nf4_pipeline.recipe import Recipe
-from nf4_pipeline.stages.find_source import DownloadRequest
+from nf4_pipeline.stages.download_request import DownloadRequest
 
 from tests.support import warm
 from tests.support.hub_client import isolated

@@ -11,15 +11,18 @@ from pathlib import Path
 
 import pytest
 from nf4_pipeline.api.options import make_request
+from nf4_pipeline.checkpoint.atomic import write_at
 from nf4_pipeline.checkpoint.digest import FileDigest
 from nf4_pipeline.errors import StoreError, UsageError
 from nf4_pipeline.object_store import ObjectStore, Uploads
+from nf4_pipeline.object_store import store as store_module
 from nf4_pipeline.object_store.address import check_url
 from nf4_pipeline.progress import SILENT
 
 from tests.support.command_line import run_nf4
 from tests.support.s3_server import S3Server
 from tests.support.stores import KINDS, forget_clients, fresh_url, served
+from tests.support.told import Told
 
 NAME = "quantized/model-00001-of-00002.safetensors"
 
@@ -81,6 +84,32 @@ def test_small_objects(store: ObjectStore) -> None:
     assert store.read("build.json", 100) == b"three"
     assert store.read("build.json", 4) is None
     assert store.names() == {"build.json": 5}
+
+
+@pytest.mark.parametrize("lost", [1, 4, 10])
+def test_a_fetch_that_is_tried_again_counts_each_byte_once(
+    lost: int, made: tuple[Path, FileDigest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection is lost after some pieces, twice."""
+    path, digest = made
+    store = ObjectStore(fresh_url("memory", tmp_path), patience=60.0)
+    store.put(NAME, path, digest)
+    pieces = [0, 0]
+
+    def losing(descriptor: int, view: memoryview, offset: int) -> None:
+        pieces[offset > 0] += 1
+        if pieces[0] < 3 and offset >= 100 * lost:
+            raise ConnectionResetError("planned")
+        write_at(descriptor, view, offset)
+
+    monkeypatch.setattr(store_module, "_PIECE", 100)
+    monkeypatch.setattr(store_module, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(store_module, "write_at", losing)
+    told = Told()
+    with told.task("fetch", digest.size) as task:
+        assert store.get(NAME, tmp_path / "back", digest, task)
+    assert pieces[0] == 3
+    assert (tmp_path / "back").read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("other", [b"short", b"\xff" * 1024, b"x" * 4096], ids=len)

@@ -13,7 +13,7 @@ from nf4_pipeline.job import plan_build, run_stage
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe, SerializeRecipe
 from nf4_pipeline.records import QUANTIZE, SERIALIZE, Reading
-from nf4_pipeline.stages.find_source import DownloadRequest
+from nf4_pipeline.stages.download_request import DownloadRequest
 from nf4_pipeline.stages.forecast import Forecast
 
 from tests.support.hub_server import TOKEN, HubServer

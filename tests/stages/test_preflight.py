@@ -17,7 +17,7 @@ from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import SERIALIZE, Reading
 from nf4_pipeline.stages.download import Download
-from nf4_pipeline.stages.find_source import DownloadRequest
+from nf4_pipeline.stages.download_request import DownloadRequest
 from nf4_pipeline.stages.preflight import check_small_files
 from safetensors.torch import load_file
 

@@ -24,7 +24,7 @@ from nf4_pipeline.progress import SILENT, ProgressEvent, reporting_to
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import QUANTIZE, FileFacts
 from nf4_pipeline.stages import quantize as quantize_stage
-from nf4_pipeline.stages.find_source import DownloadRequest
+from nf4_pipeline.stages.download_request import DownloadRequest
 from nf4_pipeline.stages.outgoing import StaysHere
 from nf4_pipeline.stages.quantize import Quantize
 from nf4_pipeline.stages.quantize_on_ray import (

@@ -13,7 +13,7 @@ from nf4_pipeline.errors import BuildError
 from nf4_pipeline.job import run_build, run_stage
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe
-from nf4_pipeline.stages.find_source import DownloadRequest
+from nf4_pipeline.stages.download_request import DownloadRequest
 
 from tests.support.jobs import CPU, download
 

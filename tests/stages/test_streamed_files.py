@@ -34,11 +34,14 @@ from nf4_pipeline.records import DOWNLOAD, QUANTIZE, SERIALIZE
 from nf4_pipeline.stages import outgoing, remade, streamed_source
 from nf4_pipeline.stages.outgoing import STAYS_HERE, Outgoing
 from nf4_pipeline.stages.quantize import FACTS_SUFFIX, Quantize
+from nf4_pipeline.stages.streamed_bytes import StreamedBytes
+from nf4_pipeline.stages.streamed_source import StreamedSource
 from nf4_pipeline.stages.upload_ahead import UploadAhead
 from nf4_pipeline.streaming import passing, stretches
 
 from tests.support.jobs import CPU, download
 from tests.support.tiny import INDEX, write_falcon
+from tests.support.told import Told
 
 pytestmark = pytest.mark.usefixtures("workers_here")
 
@@ -58,12 +61,25 @@ class Case:
     ordinary: dict[str, FileDigest]
     build: Build
     asked: list[tuple[str, int, int]] = field(default_factory=list)
+    told: Told = field(default_factory=Told)
 
     def right(self, file: str, start: int, end: int) -> bytes:
         self.asked.append((file, start, end))
         with (self.model / file).open("rb") as source:
             source.seek(start)
             return source.read(end - start)
+
+    def fetched(self, since: int = 0) -> int:
+        """Bytes that were asked for."""
+        return sum(end - start for _, start, end in self.asked[since:])
+
+    def promised(self) -> StreamedBytes:
+        """What headers say of them, if tied tensors are as config.json has them, or known."""
+        record = self.build.record(QUANTIZE)
+        planner = Quantize(self.build, Recipe(), CPU).planner()
+        plan = planner.plan(untied=frozenset(record.facts.untied if record else ()))
+        sizes = {path.name: path.stat().st_size for path in self.model.glob("*.safetensors")}
+        return StreamedBytes(planner.checkpoint, sizes, plan)
 
 
 @dataclass
@@ -206,14 +222,14 @@ def case(
 
 
 def quantize(case: Case, hub: Hub, monkeypatch: pytest.MonkeyPatch, room: Outgoing) -> None:
-    """The stage, from a Hub, to another."""
+    """The stage, from a Hub, to another; whatever comes again, no task passes its total."""
 
     def read_range(model: Any, file: Any, start: int, end: int, *_: Any) -> bytes:
         return hub(file.path, start, end)
 
     monkeypatch.setattr(streamed_source, "read_range", read_range)
     with case.build.locked():
-        Quantize(case.build, Recipe(), CPU, outgoing=room).run()
+        Quantize(case.build, Recipe(), CPU, case.told, room).run()
 
 
 def check(case: Case, room: Room) -> None:
@@ -225,6 +241,7 @@ def check(case: Case, room: Room) -> None:
 
 
 @pytest.mark.parametrize("limited", [False, True], ids=["stays", "goes"])
+@pytest.mark.parametrize("prepared", ["shuffled", "untied", "one file", "gpt2"], indirect=True)
 def test_the_same_bytes(limited: bool, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """And where all of a file fits, no byte of it comes twice."""
     room = Room(case.build, ROOM if limited else None)
@@ -237,6 +254,11 @@ def test_the_same_bytes(limited: bool, case: Case, monkeypatch: pytest.MonkeyPat
         assert len(room.sent) == len(set(room.sent))
     if limited and len(case.ordinary) > 5:  # then some find no room before the hash
         assert len(case.asked) > len(set(case.asked))
+    shown = sum(task.total or 0 for task in case.told.of("stream source"))
+    assert shown == case.fetched()
+    if not untied:  # which nobody knows before
+        assert case.fetched() == case.promised().to_quantize(room.room)
+        assert case.promised().to_quantize(of_tasks=True) >= case.fetched()
 
 
 def test_killed_at_any_moment(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,8 +425,10 @@ def test_verify_reads_what_was_made_again(case: Case, monkeypatch: pytest.Monkey
     quantize(case, case.right, monkeypatch, Room(case.build, ROOM))
     run_stage(case.build, "serialize", Recipe(), CPU, SILENT)
     assert not list(case.build.export.glob("model-*.safetensors"))
-    with remade.whole_export(case.build, Recipe(), CPU, SILENT) as (folder, made):
+    before = len(case.asked)
+    with remade.whole_export(case.build, Recipe(), CPU, case.told) as (folder, made):
         assert made == len(case.ordinary)
+        assert case.fetched(before) == case.promised().to_make_again()
         found = case.build.need(SERIALIZE).outputs_in("export")
         for name, digest in found.items():
             assert FileDigest.of((folder / name).read_bytes()) == digest
@@ -412,6 +436,22 @@ def test_verify_reads_what_was_made_again(case: Case, monkeypatch: pytest.Monkey
     assert not folder.exists()
     forget_sent(case.build.root)
     assert case.build.state(SERIALIZE, case.build.need(SERIALIZE).key).status == "stale"
+
+
+def test_what_was_forgotten_passes_by_again(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that verify can be served; each byte of it once, though it is shown twice."""
+    quantize(case, case.right, monkeypatch, STAYS_HERE)
+    known = sorted((case.build.root / "streamed" / "passed").iterdir())
+    known[0].unlink()
+    streamed = StreamedSource.of(case.build, told := Told())
+    assert streamed is not None
+    with streamed.served():
+        pass
+    size = (case.model / known[0].stem).stat().st_size
+    assert [(task.title, task.total) for task in told.tasks] == [
+        ("hash source", size),
+        ("stream source", size),
+    ]
 
 
 def test_a_source_that_cannot_be_quantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +33,7 @@ from nf4_pipeline.stages.streamed_source import StreamedSource, open_source
 from nf4_pipeline.verification.document import MeasuredVerification
 
 from tests.support import hub_uploads
-from tests.support.hub_server import TOKEN, Fault, HubServer
+from tests.support.hub_server import TOKEN, Fault, HubServer, Seen
 from tests.support.hub_worker import Worker
 from tests.support.jobs import CPU, download
 from tests.support.stores import fresh_url
@@ -83,6 +83,15 @@ class Streamed:
             for seen in self.hub.seen[since:]
             if seen.method == "GET" and seen.cdn and seen.path.endswith(".safetensors")
         )
+
+    def bytes_of(self, requests: Sequence[Seen]) -> int:
+        """Of weights, in answers to requests."""
+        asked = [
+            seen.range.removeprefix("bytes=").split("-")
+            for seen in requests
+            if seen.cdn and seen.method == "GET" and seen.path.endswith(".safetensors")
+        ]
+        return sum(int(end) - int(start) + 1 for start, end in asked)
 
     def stretches(self, since: int) -> Counter[tuple[str, str]]:
         """How often each stretch of each shard was sent."""
@@ -191,6 +200,7 @@ def test_a_whole_build(streamed: Streamed, ordinary: dict[str, FileDigest]) -> N
     with watched(build) as peak:
         hub.pause = 0.001
         streamed.run("download")
+        planned = len(hub.seen)
         done = streamed.nf4("build", *options, "--json")
         hub.pause = 0.0
     assert done.status == 0, done.err
@@ -213,6 +223,7 @@ def test_a_whole_build(streamed: Streamed, ordinary: dict[str, FileDigest]) -> N
     requests = hub.seen[before:]
     asked = Counter((one.path.rpartition("/")[2], one.range) for one in requests if one.cdn)
     assert not any(asked[name, ""] for name in shards)
+    assert streamed.bytes_of(hub.seen[planned:]) == promise.fetch_bytes
     blocks = 0
     for tensor in open_source(build).tensors:
         if ".h." in tensor.name:

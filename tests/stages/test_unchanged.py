@@ -16,7 +16,7 @@ from nf4_pipeline.progress import SilentReporter
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import QUANTIZE, Reading
 from nf4_pipeline.stages.download import Download, Downloaded
-from nf4_pipeline.stages.find_source import DownloadRequest
+from nf4_pipeline.stages.download_request import DownloadRequest
 from nf4_pipeline.stages.quantize import Quantize
 from nf4_pipeline.stages.run_recorded import Stage
 from nf4_pipeline.stages.serialize import Serialize

@@ -6,7 +6,6 @@ import hashlib
 import random
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,14 @@ import numpy as np
 import pytest
 from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor, read_header
 from nf4_pipeline.errors import HubError
+from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.streaming import passing as module
 from nf4_pipeline.streaming import stretches
 from nf4_pipeline.streaming.passing import Passing
 from nf4_pipeline.streaming.stretches import Fetch, PassedFile
 from safetensors.numpy import save_file
+
+from tests.support.told import Told
 
 SHAPES = {"embed": (300, 20), **{f"h.{i}.{n}": (20, 9 + i) for i in range(4) for n in "abc"}}
 
@@ -50,7 +52,7 @@ class Remote:
         tensors: list[HeaderTensor] | None = None,
         header: bytes | None = None,
         fetch: Fetch | None = None,
-        advance: Callable[[int], None] = lambda amount: None,
+        reporter: Reporter = SILENT,
     ) -> Passing:
         named = [t for t in self.headers if t.name == "embed"]
         return Passing.whole(
@@ -60,7 +62,7 @@ class Remote:
             list(self.headers) if tensors is None else tensors,
             spans(wanted),
             fetch or self.fetch,
-            advance,
+            reporter,
             named,
         )
 
@@ -96,8 +98,8 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Remote:
 def test_what_is_wanted_is_read_and_all_is_hashed(of: str, remote: Remote) -> None:
     headers = list(remote.headers)
     wanted = {"all": headers, "none": [], "some": headers[1::3], "the last": headers[-1:]}[of]
-    came: list[int] = []
-    with remote.passing(wanted, advance=came.append) as passing:
+    told = Told()
+    with remote.passing(wanted, reporter=told) as passing:
         assert passing.begins_as_planned()
         for tensor in wanted:
             whole = remote.whole[tensor.offset : tensor.offset + tensor.nbytes]
@@ -105,7 +107,8 @@ def test_what_is_wanted_is_read_and_all_is_hashed(of: str, remote: Remote) -> No
         found = passing.finish()
         assert not passing._here
         assert passing._held == 0
-    assert sum(came) == found.size == len(remote.whole)
+    assert [task.total for task in told.tasks] == [len(remote.whole)]
+    assert found.size == len(remote.whole)
     assert found.sha256 == hashlib.sha256(remote.whole).hexdigest()
     assert sorted(remote.asked) == remote.asked or len(remote.asked) == len(set(remote.asked))
     end = remote.start
@@ -178,7 +181,7 @@ def test_what_is_known_comes_alone_and_by_its_hash(remote: Remote) -> None:
     passed = remote.passed()
     wanted = [remote.headers[0], remote.headers[7]]
     remote.asked.clear()
-    with Passing.known("f", passed, spans(wanted), remote.fetch, lambda amount: None) as passing:
+    with Passing.known("f", passed, spans(wanted), remote.fetch, SILENT) as passing:
         assert passing.nbytes < len(remote.whole) / 1.1
         for tensor in wanted:
             whole = remote.whole[tensor.offset : tensor.offset + tensor.nbytes]
@@ -192,7 +195,7 @@ def test_other_bytes_than_before_are_refused(remote: Remote) -> None:
     tensor = remote.headers[0]
     remote.wrong.add(passed.stretches[1].start)
     with (
-        Passing.known("f", passed, spans([tensor]), remote.fetch, lambda amount: None) as passing,
+        Passing.known("f", passed, spans([tensor]), remote.fetch, SILENT) as passing,
         pytest.raises(HubError, match="came wrong twice"),
     ):
         read(passing, tensor)

@@ -14,6 +14,7 @@ import torch
 from nf4_pipeline.blocks.block_reader import BlockReader, TensorGroup
 from nf4_pipeline.checkpoint.source import Checkpoint, open_checkpoint
 from nf4_pipeline.errors import CheckpointError, HubError, NotFoundError, PipelineError
+from nf4_pipeline.progress import SILENT
 from nf4_pipeline.streaming import serving as module
 from nf4_pipeline.streaming import stretches as cutting
 from nf4_pipeline.streaming.passing import Passing
@@ -44,7 +45,7 @@ def passed(source: Path) -> dict[str, PassedFile]:
     whole = (source / FILE).read_bytes()
     header = whole[: headers[0].offset]
     fetch = from_file(source)
-    with Passing.whole(FILE, len(whole), header, headers, (), fetch, lambda _: None) as passing:
+    with Passing.whole(FILE, len(whole), header, headers, (), fetch, SILENT) as passing:
         return {FILE: passing.finish()}
 
 

@@ -19,7 +19,7 @@ from nf4_pipeline.job import run_build, run_stage, states
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.provenance.signing import SIGNATURE_FILE, check, sign
 from nf4_pipeline.recipe import Recipe
-from nf4_pipeline.stages.find_source import DownloadRequest
+from nf4_pipeline.stages.download_request import DownloadRequest
 from nf4_pipeline.stages.push import Push
 
 from tests.support.jobs import CPU

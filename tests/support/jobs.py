@@ -8,7 +8,7 @@ from typing import Any, Final
 from nf4_pipeline.machine import Machine
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.stages.download import Download, Downloaded
-from nf4_pipeline.stages.find_source import DownloadRequest
+from nf4_pipeline.stages.download_request import DownloadRequest
 from nf4_pipeline.verification.document import Thresholds, Verification
 
 CPU: Final = Machine(device="cpu")

@@ -23,7 +23,7 @@ from nf4_pipeline.job import run_download, run_stage
 from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe, parse_recipe
-from nf4_pipeline.stages.find_source import DownloadRequest
+from nf4_pipeline.stages.download_request import DownloadRequest
 
 from tests.support.jobs import CPU
 

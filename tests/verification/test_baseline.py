@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 import pytest
 import torch
-from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.fidelity.token_scores import TokenScores
@@ -29,6 +29,7 @@ from nf4_pipeline.verification.shares import Share, share_of
 from safetensors.numpy import save_file
 
 from tests.support.checkpoints import make_checkpoint, read_tensors
+from tests.support.decoders import write_decoder
 from tests.support.jobs import CPU, download
 from tests.support.sequences import FIELDS, LENGTHS, sequences
 from tests.support.tamper import PARTS
@@ -117,7 +118,7 @@ def test_it_is_the_same_in_several_passes_and_again(
 ) -> None:
     source, artifact = built["falcon-7b"]
     once = compared(source, other_codes(artifact), nearest=())
-    monkeypatch.setattr(compare, "_TOGETHER", 40)
+    monkeypatch.setattr(compare, "TOGETHER", 40)
     passes = compared(source, other_codes(artifact), nearest=())
     with StreamedModel(source, "cpu") as streamed:
         comparison = Comparison(streamed, other_codes(artifact), nearest=())
@@ -203,6 +204,45 @@ def test_codes_in_files_score_what_the_artifact_with_them_scores(
     assert same(comparison.before_learning, expected)
     assert same(comparison.nearest, own)  # the artifact is rounded to nearest
     assert not same(own, expected)
+
+
+def test_codes_of_an_rwkv_are_divided_as_its_weights_are(tmp_path: Path) -> None:
+    """By powers of two, in every few blocks more: codes and scales are those of what is stored."""
+    write_decoder(tmp_path / "model", "rwkv")
+    build, *_ = download(tmp_path / "model", tmp_path / "artifacts")
+    for stage in ("quantize", "serialize"):
+        run_stage(build, stage, Recipe(), CPU, SILENT)
+    model = load(build.export, device="cpu")
+    file, saved = tmp_path / "codes.safetensors", {}
+    tensors: dict[str, Any] = {}
+    for name, layer in model.named_modules():
+        if _is_4bit(layer):
+            state = layer.weight.quant_state
+            state.offset = torch.tensor(0.0)
+            nested = NestedScales(state.absmax.numpy(), state.state2.absmax.numpy(), np.float32(0))
+            codes = layer.weight.data.numpy().reshape(-1)
+            tensors |= tensors_of(name, QuantizedWeight(codes, nested, 0.0))
+            saved[name] = SavedCodes(file=file, weight=name)
+    save_file(tensors, file)
+    stored = {name: _values(model.get_submodule(name)) for name in saved}
+    divisors = []
+    with StreamedModel(tmp_path / "model", "cpu") as streamed:
+        baseline = Baseline(streamed, model, saved=saved)
+        for block in streamed.blocks:
+            streamed.open(block)
+            baseline.open(block)
+            for name in (name for name in saved if name.startswith(f"{block}.")):
+                divisors.append(streamed.divisor(f"{name}.weight"))
+                found = _values(baseline.model.get_submodule(name))
+                assert torch.equal(found * divisors[-1], stored[name])
+            streamed.close(block)
+            baseline.close(block)
+    assert sorted(divisors) == [1] * (len(saved) - 2) + [2, 2]
+
+
+def _values(layer: Any) -> torch.Tensor:
+    values: torch.Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return values.float()
 
 
 def test_the_reference_stays_what_it_is(built: dict[str, tuple[Path, Path]]) -> None:

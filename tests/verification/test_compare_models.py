@@ -113,7 +113,7 @@ def test_a_text_that_is_read_in_several_passes(
     folder = make_checkpoint(tmp_path / "llama", "llama")
     model = in_4_bit(folder)
     once, scores = compared(folder, model, sequences())
-    monkeypatch.setattr(compare, "_TOGETHER", 40)
+    monkeypatch.setattr(compare, "TOGETHER", 40)
     again, passes = compared(folder, in_4_bit(folder), sequences())
     assert_same(passes, scores)
     for name, block in once.blocks.items():

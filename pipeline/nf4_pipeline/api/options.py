@@ -16,7 +16,7 @@ from nf4_pipeline.recipe import TABLES, PartialRecipe, Recipe, parse_recipe, par
 
 if TYPE_CHECKING:
     from nf4_pipeline.hub import Target
-    from nf4_pipeline.stages.find_source import DownloadRequest
+    from nf4_pipeline.stages.download_request import DownloadRequest
 
 PathName = str | PathLike[str]
 RecipeLike = PathName | Recipe | Mapping[str, Mapping[str, object]]
@@ -48,7 +48,7 @@ def make_request(
     """
     from nf4_pipeline.object_store.address import check_path, check_url
     from nf4_pipeline.records import Reading
-    from nf4_pipeline.stages.find_source import DownloadRequest
+    from nf4_pipeline.stages.download_request import DownloadRequest
 
     if isinstance(allow_unused, str):
         raise UsageError(f"allow_unused is {allow_unused[:80]!r}; expected a list of patterns.")

@@ -28,7 +28,7 @@ from nf4_pipeline.errors import RecipeError, UsageError
 from nf4_pipeline.machine import Machine
 from nf4_pipeline.near_names import near_names
 from nf4_pipeline.recipe import Recipe, read_tables
-from nf4_pipeline.stages.find_source import DownloadRequest
+from nf4_pipeline.stages.download_request import DownloadRequest
 
 _MOST: Final = 10_000
 _MAKERS: Final = (make_request, make_recipe, make_machine)

@@ -25,7 +25,11 @@ from nf4_pipeline.quiet_libraries import quiet_loading
 from nf4_pipeline.resource_usage import available_memory, peak_memory
 from nf4_pipeline.streaming.reading import tensor_bytes
 
-_STEM: Final = ""  # as `block_of` says of what is in no block
+STEM: Final = ""
+"""What is in no block, as `block_of` says it."""
+
+_RESCALE: Final = "rescale_every"  # in the config of an RWKV
+_DIVIDED: Final = ("attention.output.weight", "feed_forward.value.weight")  # in its blocks
 
 
 class StreamedModel:
@@ -40,6 +44,8 @@ class StreamedModel:
         dtype: what everything is cast to; None for what the config or the weights say, as far as
             the device computes in it.
         served: where the bytes of its weights are served, if its files are headers alone.
+        rescales: an RWKV halves its hidden states after every few blocks, and divides weights to
+            match, as transformers has it answer. False: it does not, as transformers trains it.
 
     Attributes:
         model: the transformers model.
@@ -56,6 +62,8 @@ class StreamedModel:
         device: str,
         dtype: torch.dtype | None = None,
         served: Path | None = None,
+        *,
+        rescales: bool = True,
     ) -> None:
         self._folder = folder
         self.is_served = served is not None
@@ -63,6 +71,8 @@ class StreamedModel:
         self.device = torch.device(device)
         with building(folder, build_seconds(len(checkpoint.tensors))):
             config = causal_lm_config(read_config(folder), folder)
+            if not rescales and hasattr(config, _RESCALE):
+                setattr(config, _RESCALE, 0)
             stored = stored_dtype(config, checkpoint)
             self._dtype = dtype or compute_dtype(stored, device) or stored
             self.model = build_meta_model(config, self._dtype)
@@ -76,6 +86,7 @@ class StreamedModel:
         self._free: list[torch.Tensor] = []
         self._empty: dict[str, dict[str, torch.Tensor]] = {}
         self._held: set[str] = set()
+        self._served_stem: dict[str, torch.Tensor] = {}
         try:
             self._load_stem()
         except BaseException:
@@ -126,8 +137,12 @@ class StreamedModel:
         """What the checkpoint holds of a block that was just opened, by its names there.
 
         As it stands in the files, on the CPU: not cast, not merged, and, as long as the block has
-        not run, not changed. Nothing for a block that is held.
+        not run, not changed. Nothing for a block that is held. Of the stem, what was served, so
+        that nobody has it served again; it is let go with that.
         """
+        if block == STEM:
+            stem, self._served_stem = self._served_stem, {}
+            return stem
         if block not in self._next:
             return {}
         buffer, _ = self._next[block]
@@ -213,11 +228,13 @@ class StreamedModel:
 
     def _load_stem(self) -> None:
         """Everything outside the blocks: parameters, tied ones once, and computed buffers."""
-        group = self._groups.pop(_STEM)
+        group = self._groups.pop(STEM)
         buffer = torch.empty(group.nbytes, dtype=torch.uint8)
         for part in self._reader.start(group, buffer):
             part.result()
-        self._fill(_STEM, group.views(buffer))
+        if self.is_served:
+            self._served_stem = group.views(buffer)
+        self._fill(STEM, group.views(buffer))
         with quiet_loading():
             missing = {
                 name for name in self.model.state_dict() if name not in self._names.mapped.values()
@@ -264,7 +281,7 @@ class StreamedModel:
             if value.is_floating_point():
                 value = value.to(wanted)
             before[name] = assign(self.model, name, value)
-        if block != _STEM:
+        if block != STEM:
             self._empty[block] = before
             self._rescale(block)
 
@@ -272,16 +289,24 @@ class StreamedModel:
     def _rescale_every(self) -> int:
         """After how many layers an RWKV halves its hidden states; 0 for all other models."""
         rescales = hasattr(self.model.base_model, "layers_are_rescaled")
-        return int(self.model.config.rescale_every) if rescales else 0
+        return int(getattr(self.model.config, _RESCALE)) if rescales else 0
+
+    def divisor(self, weight: str) -> int:
+        """By what a weight is divided, of what the checkpoint holds; 1, but for some of an RWKV.
+
+        Args:
+            weight: its name in the model.
+        """
+        if not self._rescale_every or not weight.endswith(_DIVIDED):
+            return 1
+        place = list(self.blocks).index(self._block_of(weight))
+        return 1 << (place // self._rescale_every)
 
     def _rescale(self, block: str) -> None:
         """Does what an RWKV does to its weights, once, when it first runs; here they come anew."""
-        if not self._rescale_every:
-            return
-        factor = 2 ** (list(self.blocks).index(block) // self._rescale_every)
-        for name in ("attention.output.weight", "feed_forward.value.weight"):
+        for name in _DIVIDED if self._rescale_every else ():
             weight = self.blocks[block].get_parameter(name)
-            assign(self.blocks[block], name, weight / factor)
+            assign(self.blocks[block], name, weight / self.divisor(f"{block}.{name}"))
 
     def _parameters(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Name in the model -> tensor; merges what transformers merges."""
@@ -334,7 +359,7 @@ def free_memory(device: torch.device, limit: int = 0) -> int:
 def _grouped(
     checkpoint: Checkpoint, names: NameMap, blocks: Mapping[str, nn.Module]
 ) -> dict[str, TensorGroup]:
-    members: dict[str, list[SourceTensor]] = {_STEM: []}
+    members: dict[str, list[SourceTensor]] = {STEM: []}
     for tensor in checkpoint.tensors:
         target = names.mapped[tensor.name]
         if target is not None:

@@ -36,7 +36,8 @@ from nf4_pipeline.errors import RecipeError
 from nf4_pipeline.gptq.config import GptqConfig
 from nf4_pipeline.gptq.device_group import DeviceGroup, Division
 from nf4_pipeline.gptq.hessian import IllConditionedError, corrected, factorize
-from nf4_pipeline.gptq.quantizer import GptqQuantizer, QuantizedWeight, quantizer_for
+from nf4_pipeline.gptq.quantizer import QuantizedWeight
+from nf4_pipeline.gptq.quantizers import GptqQuantizer, quantizer_for
 from nf4_pipeline.model.linear import as_held, weight_out_in
 from nf4_pipeline.nf4.compiling import compilation_shown
 from nf4_pipeline.nf4.dequantize import dequantize_on
@@ -85,7 +86,11 @@ def calibrate(
     Raises:
         RecipeError: a token is beyond the model's vocabulary.
     """
-    with StreamedModel(folder, devices[0]) as streamed, deterministic_threads(devices[0]):
+    with (
+        # Codes and scales are chosen for weights as they are stored.
+        StreamedModel(folder, devices[0], rescales=False) as streamed,
+        deterministic_threads(devices[0]),
+    ):
         known, largest = streamed.model.get_input_embeddings().num_embeddings, tokens.ids.max()
         if largest >= known:
             raise RecipeError(

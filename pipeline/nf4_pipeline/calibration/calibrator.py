@@ -23,7 +23,7 @@ from nf4_pipeline.errors import BuildError, PlanMismatchError, RecipeError, Reso
 from nf4_pipeline.manifest.manifest import KeptModule, LearningSummary
 from nf4_pipeline.near_names import did_you_mean
 from nf4_pipeline.nf4.rounding import NearestOnCpu, Rounding
-from nf4_pipeline.progress import LOADING, Reporter
+from nf4_pipeline.progress import LOADING, SILENT, Reporter
 from nf4_pipeline.recipe import QuantizeRecipe
 from nf4_pipeline.resource_usage import DeviceUsage, measured_on_device
 from nf4_pipeline.selection import Plan, TensorPlan
@@ -246,21 +246,28 @@ class Calibrator:
         learning = Learning(self.source, plan, modules, store, text, device)
         return learning.store, learning.run(reporter, expected_sha256=expected)
 
-    def check_memory(self, plan: Plan) -> None:
+    def check_memory(self, plan: Plan, reporter: Reporter = SILENT) -> None:
         """Refuses to begin what will not fit the device once codes learn.
 
         Args:
             plan: before modules are kept for what they lose.
+            reporter: told what is done.
 
         Raises:
             ResourceError: the device has too little memory, or is not there.
         """
         if not self.recipe.effort:
             return
-        from nf4_pipeline.calibration.learning import check_memory
-        from nf4_pipeline.runtime.loader import pick_device
+        with reporter.task(LOADING, None):
+            from nf4_pipeline.calibration.learning import check_blocks, check_memory
+            from nf4_pipeline.runtime.loader import pick_device
 
-        check_memory(plan, plan.quantized, pick_device(self.device))
+        device = pick_device(self.device)
+        check_memory(plan, plan.quantized, device)
+        if self.chosen_bytes():  # by a run that has looked
+            return
+        with _enough_memory(device, "--effort"), reporter.task("look at the blocks", None):
+            check_blocks(self.source, plan, plan.quantized, device)
 
     def _sensitive(
         self, plan: Plan, tokens: CalibrationTokens, device: str, reporter: Reporter

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nf4_pipeline.blocks.block_row import NotInARowError
+from nf4_pipeline.blocks.block_row import BlockRow, NotInARowError
 from nf4_pipeline.blocks.streamed_model import StreamedModel, free_memory
 from nf4_pipeline.calibration.block_store import BlockStore
 from nf4_pipeline.calibration.held_models import HeldModels
@@ -181,19 +181,13 @@ class Learning:
         self, tokens: LearningTokens, reporter: Reporter, seconds: float, saved: Saved | None
     ) -> Learner:
         """Learns: with both models on the device if they fit, else a block of each at a time."""
-        needed = memory_of_learning(self._plan, self._learned, self._device.partition(":")[0])
-        _give_back(self._device)
-        free = free_memory(torch.device(self._device))
-        why = (
-            f"both models at once need some {needed / 1e9:,.1f} GB of memory on {self._device}, "
-            f"and {free / 1e9:,.1f} GB are free"
-        )
+        why = _too_large(self._plan, self._learned, self._device)
         state = self.store.folder / _STATE
-        if needed <= free:
+        if why is None:
             held = self._learn_held(tokens, state, reporter, seconds, saved)
             if held is not None:
                 return held
-            why += ", which was too little"
+            why = f"the memory of {self._device} was too little for both models at once"
             _give_back(self._device)
         with self._by_block(tokens, why, reporter) as models:
             learner = Learner(models, tokens)
@@ -249,10 +243,7 @@ class Learning:
                         tokens.held_back,
                     )
             except NotInARowError as error:
-                raise ResourceError(
-                    f"--effort high: {why}. Codes of this model cannot learn block by block "
-                    f"either, as {error}. Leave --effort out, or name a --device with more memory."
-                ) from error
+                raise _refused(why, error) from error
             reporter.note(
                 f"Codes learn block by block: {why}. The result is the same. "
                 f"{memory.in_memory / 1e9:,.1f} GB wait in this machine's memory, "
@@ -261,7 +252,7 @@ class Learning:
             yield models
 
     def _opened(self) -> StreamedModel:
-        return StreamedModel(self._source, self._device, learning_dtype(self._device))
+        return _open(self._source, self._device)
 
     def _blocks(self) -> Mapping[str, Sequence[str]]:
         """The weights that learn, by the block in whose file they are."""
@@ -302,6 +293,56 @@ def check_memory(plan: Plan, learned: Sequence[TensorPlan], device: str) -> None
     kind = device.partition(":")[0]
     needed = min(memory_by_block(plan, learned, kind), memory_of_learning(plan, learned, kind))
     check_memory_of_learning(needed, free_memory(torch.device(device)), device)
+
+
+def check_blocks(source: Path, plan: Plan, learned: Sequence[TensorPlan], device: str) -> None:
+    """Refuses what could only learn block by block and cannot; reads the model to find out.
+
+    Args:
+        source: the 16-bit checkpoint.
+        plan: of it.
+        learned: the weights that learn.
+        device: "cpu" or "cuda:N".
+
+    Raises:
+        ResourceError: both models do not fit the device, and the model's blocks are no row.
+    """
+    why = _too_large(plan, learned, device)
+    if why is None:
+        return
+    with _open(source, device) as teacher, deterministic(teacher.device):
+        words = teacher.model.get_input_embeddings().num_embeddings
+        ids = (torch.arange(32, device=teacher.device) % words).reshape(2, 16)
+        try:
+            row = BlockRow(teacher.model, teacher.blocks)
+            row.check(ids, teacher.open_ahead, teacher.close)
+        except NotInARowError as error:
+            raise _refused(why, error) from error
+
+
+def _open(source: Path, device: str) -> StreamedModel:
+    # Codes and scales are of weights as they are stored, and so must both models be.
+    return StreamedModel(source, device, learning_dtype(device), rescales=False)
+
+
+def _too_large(plan: Plan, learned: Sequence[TensorPlan], device: str) -> str | None:
+    """Why not both models can be on the device at once; None if they can."""
+    needed = memory_of_learning(plan, learned, device.partition(":")[0])
+    _give_back(device)
+    free = free_memory(torch.device(device))
+    if needed <= free:
+        return None
+    return (
+        f"both models at once need some {needed / 1e9:,.1f} GB of memory on {device}, and "
+        f"{free / 1e9:,.1f} GB are free"
+    )
+
+
+def _refused(why: str, error: NotInARowError) -> ResourceError:
+    return ResourceError(
+        f"--effort high: {why}. Codes of this model cannot learn block by block either, as "
+        f"{error}. Leave --effort out, or name a --device with more memory."
+    )
 
 
 def _give_back(device: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nf4_pipeline.checkpoint.block_names import numbered_block
 from nf4_pipeline.errors import ResourceError
 from nf4_pipeline.selection import Plan, TensorPlan
 
@@ -116,7 +116,7 @@ def memory_by_block(plan: Plan, learned: Sequence[TensorPlan], kind: str) -> int
     size = 4 if kind == "cpu" else 2
     blocks: dict[str, int] = {}
     for tensor in plan.tensors:
-        block = _block_of(tensor.name)
+        block = numbered_block(tensor.name)
         blocks[block] = blocks.get(block, 0) + prod(tensor.shape)
     outside = blocks.pop("", 0)
     own = max(blocks.values(), default=0)
@@ -130,15 +130,9 @@ def _spare(plan: Plan, kind: str) -> int:
     """Bytes for what a pass computes with."""
     if kind != "cuda":
         return 2**29
-    outside = [tensor.shape for tensor in plan.tensors if not _block_of(tensor.name)]
+    outside = [tensor.shape for tensor in plan.tensors if not numbered_block(tensor.name)]
     words = max((shape[0] for shape in outside if len(shape) == 2), default=0)
     return max(_SPARE, _ACTIVATIONS + _LOGITS * words)
-
-
-def _block_of(name: str) -> str:
-    """What stands in front of the names of all tensors of a block; "" outside of all."""
-    numbered = re.match(r".*?\.\d+\.", name)
-    return numbered[0] if numbered else ""
 
 
 def check_memory_of_learning(needed: int, free: int, device: str) -> None:

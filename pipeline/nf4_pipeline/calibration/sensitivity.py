@@ -78,7 +78,7 @@ def measure_losses(
     missing = [plan for plan in weights if plan.name not in kl]
     with (
         deterministic_threads(device),
-        StreamedModel(folder, device) as streamed,
+        StreamedModel(folder, device, rescales=False) as streamed,
         reporter.task("measure each layer", len(weights), unit="layers") as task,
     ):
         task.advance(len(weights) - len(missing))

@@ -13,6 +13,7 @@
     source_card.py  what the model card says of license and language, limited before it is parsed
     lfs_pointer.py  Git LFS pointers in place of files
     folder_advice.py  what a folder without a usable checkpoint looks like, and the way out
+    block_names.py  which block of a model a tensor is in, by its name alone
     source.py       a checkpoint folder (one file, or shards with an index) as a list of tensors
     skeleton.py     a folder of small files and headers, without weights
     quantized_formats.py  which quantization a checkpoint already has, by its tensors

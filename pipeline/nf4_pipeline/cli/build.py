@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nf4_pipeline.machine import Machine
     from nf4_pipeline.progress import Reporter
     from nf4_pipeline.recipe import PartialRecipe
-    from nf4_pipeline.stages.find_source import DownloadRequest
+    from nf4_pipeline.stages.download_request import DownloadRequest
 
 
 @click.command(

@@ -12,7 +12,7 @@ from nf4_pipeline.cli.options import Ui, download_options, output_options
 from nf4_pipeline.cli.terminal import program, say
 
 if TYPE_CHECKING:
-    from nf4_pipeline.stages.find_source import DownloadRequest
+    from nf4_pipeline.stages.download_request import DownloadRequest
 
 
 @click.command(

@@ -62,7 +62,10 @@ def _fetched(found: Forecast) -> str:
         return "all in the Hub cache"
     if found.window_bytes:
         again = ", to be made again," if found.lying_bytes else ""
-        return f"streamed: fetched once to be quantized, and once more{again} to verify"
+        return (
+            f"streamed: fetched once to be quantized, and once more{again} to verify; "
+            f"{plain_size(found.fetch_bytes)} in all"
+        )
     return f"{plain_size(found.fetch_bytes)} of them still to be fetched"
 
 

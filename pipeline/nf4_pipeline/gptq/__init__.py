@@ -39,5 +39,6 @@ To read, in this order:
     kernels_cpu.py     the loops of it, compiled
     quantizer_cuda.py  the same on CUDA devices
     kernels_triton.py  the loops of it there
+    quantizers.py      which of both, by the kind of device
     saved_codes.py     what was chosen, in files, and as the engine's rounding
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from nf4_pipeline.gptq import kernels_cpu
 from nf4_pipeline.gptq.config import GptqConfig
-from nf4_pipeline.gptq.device_group import DeviceGroup
 from nf4_pipeline.gptq.hessian import HessianFactor
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.nf4.double_quant import NestedScales
@@ -38,34 +37,6 @@ class QuantizedWeight:
     cost: float
 
 
-class GptqQuantizer(Protocol):
-    """Chooses codes and scales on one kind of device."""
-
-    def quantize(
-        self,
-        rows: Sequence[torch.Tensor],
-        factors: Sequence[HessianFactor],
-        dtype: torch.dtype | None = None,
-    ) -> QuantizedWeight:
-        """Rounds a weight; what comes of it does not depend on where its rows are.
-
-        Args:
-            rows: of the weight, some on each device in order, [some, columns] of any float dtype;
-                fewer than devices if there are few of them.
-            factors: of its inputs' Hessian, the same on each device.
-            dtype: in which readers hold the weight, which bounds its scales; None for its own.
-        """
-
-
-def quantizer_for(group: DeviceGroup, config: GptqConfig, pool: Executor) -> GptqQuantizer:
-    """What quantizes on devices of a kind; the pool gives threads of the CPU."""
-    if group.lead.type == "cpu":
-        return GptqOnCpu(config, pool)
-    from nf4_pipeline.gptq.quantizer_cuda import GptqOnCuda
-
-    return GptqOnCuda(config, group, pool)
-
-
 class GptqOnCpu:
     """Rounds rows side by side; the result does not depend on how many threads there are.
 
@@ -84,7 +55,7 @@ class GptqOnCpu:
         factors: Sequence[HessianFactor],
         dtype: torch.dtype | None = None,
     ) -> QuantizedWeight:
-        """See `GptqQuantizer`."""
+        """See `nf4_pipeline.gptq.quantizers.GptqQuantizer`."""
         weight, factor = rows[0] if len(rows) == 1 else torch.cat(list(rows)), factors[0]
         start = self._start_scales(weight, factor, torch.finfo(dtype or weight.dtype).max)
         nested = kernels_cpu.nested_absmax(start)

@@ -45,7 +45,7 @@ class GptqOnCuda:
         factors: Sequence[HessianFactor],
         dtype: torch.dtype | None = None,
     ) -> QuantizedWeight:
-        """See `nf4_pipeline.gptq.quantizer.GptqQuantizer`."""
+        """See `nf4_pipeline.gptq.quantizers.GptqQuantizer`."""
         if rows[0].shape[1] % BLOCK_SIZE or not self._config.refine_scales:
             whole = torch.cat([part.cpu() for part in rows])
             return self._on_cpu.quantize([whole], [factors[0].cpu()], dtype)

@@ -18,7 +18,7 @@ from nf4_pipeline.errors import HubError, ResourceError
 from nf4_pipeline.hub import cache, client, replies
 from nf4_pipeline.hub.client import StoppedTransfer
 from nf4_pipeline.hub.remote import RemoteFile, RemoteModel
-from nf4_pipeline.progress import Reporter, Task
+from nf4_pipeline.progress import HighWaterTask, Reporter, Task
 from nf4_pipeline.resource_usage import free_space
 
 T = TypeVar("T")
@@ -227,23 +227,17 @@ def file_digests(
     return sha256.hexdigest(), sha1.hexdigest() if sha1 else None
 
 
-class _Gauge:
-    """One file's part of a task: never goes back when a try starts again, nor beyond its size."""
+class _Gauge(HighWaterTask):
+    """One file's part of a task."""
 
     def __init__(self, task: Task, size: int, stop: threading.Event) -> None:
-        self._task, self._size, self._stop = task, size, stop
-        self._now = self._shown = 0
-
-    def restart(self, at: int = 0) -> None:
-        self._now = at
+        super().__init__(task, size)
+        self._stop = stop
 
     def advance(self, amount: int) -> None:
         if self._stop.is_set():
             raise StoppedTransfer
-        self._now = min(self._now + amount, self._size)
-        if self._now > self._shown:
-            self._task.advance(self._now - self._shown)
-            self._shown = self._now
+        super().advance(amount)
 
 
 def _in_threads(

@@ -43,6 +43,11 @@ class NestedScales:
         cpu.nested_dequantize(self.codes, self.absmax, self.offset, scales)
         return scales
 
+    def divided_by(self, power_of_two: int) -> NestedScales:
+        """Those of the weight divided by that: the same codes, exactly."""
+        absmax = self.absmax / np.float32(power_of_two)
+        return NestedScales(self.codes, absmax, self.offset / np.float32(power_of_two))
+
 
 def nested_blocks_of(blocks: int) -> int:
     """How many nested scales `blocks` consecutive scales have; the last group may be ragged."""

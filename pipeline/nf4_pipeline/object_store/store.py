@@ -24,7 +24,7 @@ from nf4_pipeline.object_store.address import (
     protocols,
 )
 from nf4_pipeline.object_store.faults import lost, passes, refusal, trying_again
-from nf4_pipeline.progress import Task
+from nf4_pipeline.progress import SILENT_TASK, HighWaterTask, Task
 
 PATIENCE = 120.0
 """Seconds for which a call is tried again that failed for a reason that may pass."""
@@ -265,8 +265,10 @@ class ObjectStore:
                 an object is deleted, so that the next run makes it anew.
         """
         filesystem, path = self._at(name)
+        shown = HighWaterTask(task or SILENT_TASK, digest.size)
 
         def fetch() -> FileDigest | None:
+            shown.restart()
             try:
                 if filesystem.info(path)["size"] != digest.size:
                     return FileDigest(-1, "")
@@ -281,8 +283,7 @@ class ObjectStore:
                     whole.update(piece)
                     write_at(descriptor, memoryview(piece), size)
                     size += len(piece)
-                    if task:
-                        task.advance(len(piece))
+                    shown.advance(len(piece))
                 found = FileDigest(size, whole.hexdigest())
                 if found != digest:
                     raise _OtherBytes

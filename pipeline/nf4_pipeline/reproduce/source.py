@@ -18,7 +18,7 @@ from nf4_pipeline.records import DOWNLOAD, DownloadFacts, Reading
 from nf4_pipeline.reproduce.origin import Origin, check_origin
 from nf4_pipeline.sample import MODEL_DIR, SAMPLE_REPO
 from nf4_pipeline.stages.download import Download
-from nf4_pipeline.stages.find_source import DownloadRequest
+from nf4_pipeline.stages.download_request import DownloadRequest
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
     run_recorded.py  what a stage is; forget the record, work, write the record
     preflight.py     what can be known of a checkpoint before its first weight is read
+    download_request.py  which checkpoint is wanted, and where its build folder shall be
     find_source.py   a name -> a checkpoint that was found, looked at, fetched and hashed
     hub_files.py     a model of the Hub, looked at before its weights are fetched, then fetched
     streamed_source.py  weights that stay on the Hub: planned by headers, passed by, served
+    streamed_bytes.py  what a streamed source takes over the network, by its headers
     forecast.py      what a build would read, write and take, before a byte of weights moves
     cost_model.py    what it takes, from rates of hosts, disks and networks
     publication.py   the card, provenance and bill of materials of an export, for the repo they name
@@ -17,6 +19,7 @@
     rounding_choice.py  on the processors or on GPUs, by an estimate of both times
     serialize.py     quantized/ -> export/: the artifact and its manifest
     verify.py        export/ against source/ -> verification.json, report, the verdict
+    other_artifact.py  another one of the same source, compared with the one that is verified
     attest.py        export/ -> model card, provenance.json and bom.cdx.json in it
     outgoing.py      what becomes of finished files: they stay here, or make room
     upload_ahead.py  finished files, sent to the Hub before a push names them

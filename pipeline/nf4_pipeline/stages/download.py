@@ -22,13 +22,8 @@ from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.records import DOWNLOAD, DownloadFacts
 from nf4_pipeline.resource_usage import measured, peak_memory_of_children
 from nf4_pipeline.runtime.artifact import build_roots
-from nf4_pipeline.stages.find_source import (
-    DownloadRequest,
-    Place,
-    Source,
-    SourceFinder,
-    locked_soon,
-)
+from nf4_pipeline.stages.download_request import DownloadRequest
+from nf4_pipeline.stages.find_source import Place, Source, SourceFinder, locked_soon
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 from nf4_pipeline.stages.streamed_source import header_path
 
@@ -71,7 +66,8 @@ class Download:
         finder = SourceFinder(self.request, self.reporter)
         with measured() as finding:
             place = finder.locate()
-            self.request.check_kept(place, self.reporter)
+            pin = None if place.model is None else place.pin
+            self.request.check_kept(pin, self.reporter)
             if (downloaded := self._unchanged(place)) is not None:
                 if not downloaded.record.facts.streamed:
                     finder.keep(place)

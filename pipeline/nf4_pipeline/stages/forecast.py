@@ -32,11 +32,14 @@ from nf4_pipeline.stages.cost_model import (
     download_seconds,
     quantize_seconds,
 )
-from nf4_pipeline.stages.find_source import DownloadRequest, Place, Preview, SourceFinder
-from nf4_pipeline.stages.outgoing import fitting, room_for
+from nf4_pipeline.stages.download_request import DownloadRequest
+from nf4_pipeline.stages.find_source import Place, Preview, SourceFinder
+from nf4_pipeline.stages.outgoing import room_for
 from nf4_pipeline.stages.quantize import memory_needed
 from nf4_pipeline.stages.rounding_choice import rounding_for
+from nf4_pipeline.stages.streamed_bytes import StreamedBytes
 from nf4_pipeline.streaming.passing import AHEAD
+from nf4_pipeline.verification.eval_text import TOGETHER
 
 _MEASURED_WEIGHTS: Final = 4 * 2**20
 _MEASURED_BYTES: Final = 64 * 2**20
@@ -71,8 +74,8 @@ class Forecast(Document):
             name holds a hash of all files.
         source_bytes: of its files of weights.
         fetch_bytes: of those that are not in the Hub cache yet; where they are streamed, of all
-            that is fetched: twice the source, to be quantized and to be compared with the result,
-            and what `lying_bytes` makes come again.
+            that is fetched: to be quantized, to be made again if `lying_bytes` says so, and to be
+            compared with the result.
         window_bytes: of the source that are in memory at a time, if it is streamed; else 0.
         lying_bytes: of the result that lie in the build folder at a time, if source and result are
             streamed; else 0. Verify makes all of it again, in memory.
@@ -176,12 +179,14 @@ def _assemble(
     window = lying = 0
     if request.stream and preview.missing:
         window = min(AHEAD, sum(preview.weights.values()))
-        fetched = 2 * sum(preview.weights.values())
         local = machine.engine == "local"
         if sends and local and max(files.values()) <= recipe.serialize.max_shard_bytes:
             lying = room_for(files.values())
             needed = lying + _SMALL_FILES
-            fetched += _fetched_again(plan, lying)
+        streamed = StreamedBytes(preview.checkpoint, preview.weights, plan)
+        fetched = streamed.to_quantize(lying or None, of_tasks=not local)
+        fetched += streamed.to_make_again() if lying else 0
+        fetched += streamed.to_compare(-(-recipe.verify.eval_tokens // TOGETHER))
     cache = None
     if place.model is not None:
         cache = _space(place.folder.parents[1], 0 if window else fetched)
@@ -206,21 +211,6 @@ def _assemble(
         fits=_fit([space for space in (cache, builds) if space is not None]),
         rates=rates,
         seconds=_seconds(preview.weights, plan, quantized, rates),
-    )
-
-
-def _fetched_again(plan: Plan, room: int) -> int:
-    """Bytes of the source from which verify makes all files again, and quantize those for which it
-    has no room until their file of the source has a hash."""
-    layouts = plan.layouts()
-    sizes: dict[str, list[int]] = {}
-    source: dict[str, list[int]] = {}
-    for name, tensors in plan.files().items():
-        file = tensors[0].source.file
-        sizes.setdefault(file, []).append(layouts[name].nbytes)
-        source.setdefault(file, []).append(sum(t.source.header.nbytes for t in tensors))
-    return sum(
-        sum(nbytes) + sum(nbytes[fitting(sizes[file], room) :]) for file, nbytes in source.items()
     )
 
 

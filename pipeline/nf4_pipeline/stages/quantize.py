@@ -28,7 +28,7 @@ from nf4_pipeline.errors import PlanMismatchError, ResourceError
 from nf4_pipeline.machine import Machine
 from nf4_pipeline.nf4.packing import blocks_of
 from nf4_pipeline.nf4.rounding import Rounding
-from nf4_pipeline.progress import SILENT, SILENT_TASK, Reporter, Task
+from nf4_pipeline.progress import SILENT, HighWaterTask, Reporter, Task
 from nf4_pipeline.provenance.ci_run import current_run
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import (
@@ -138,7 +138,7 @@ class Quantize:
         self.check_disk(plan, calibrator)
         check_memory(plan, self.machine.memory_budget)
         if calibrator is not None:
-            calibrator.check_memory(plan)
+            calibrator.check_memory(plan, self.reporter)
         with measured() as preparing, measured_on_device() as sampling:
             tokens = None if calibrator is None else calibrator.tokens(self.reporter)
         if calibrator is not None:  # the key is of them
@@ -353,12 +353,19 @@ class Quantize:
         }
         if not begun:
             return {}
-        total = sum(layout.nbytes for layout in begun.values())
+        sizes = {f: layout.nbytes if (folder / f).exists() else 0 for f, layout in begun.items()}
         with (
-            self.reporter.task("check finished files", total) as task,
+            self.reporter.task("check finished files", sum(sizes.values())) as task,
             ThreadPoolExecutor() as pool,
         ):
-            found = pool.map(lambda f: _finished(self.build, f, key, begun[f], task), begun)
+
+            def check(file: str) -> FileFacts | None:
+                shown = HighWaterTask(task, sizes[file])
+                facts = _finished(self.build, file, key, begun[file], shown)
+                shown.advance(sizes[file])  # it may not have been worth a look
+                return facts
+
+            found = pool.map(check, begun)
             return {file: facts for file, facts in zip(begun, found, strict=True) if facts}
 
 
@@ -408,15 +415,14 @@ def _make_passing(
     """
     made: dict[str, QuantizedFile] = {}
     begun: list[Output] = []
+    shown = HighWaterTask(task)
 
     def work(passing: Passing) -> None:
-        again = bool(begun)
+        shown.restart()
         drop()
         for output in outputs:
             making.outgoing.reserve(output.layout.nbytes)
             begun.append(output)
-            # A task that was at its end goes no further.
-            shown = SILENT_TASK if again else task
             run.make_within(shown, [output], making.opener, made.__setitem__, passing)
 
     def drop() -> None:

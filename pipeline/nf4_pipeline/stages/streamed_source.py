@@ -178,19 +178,16 @@ class StreamedSource:
         named = [tensor for tensor in held if tensor.name in _tied(plan).get(file, set())]
         listed, failure = self._listed(file), None
         for last in (False, True):
-            with (
-                self.reporter.task("stream source", listed.size) as task,
-                Passing.whole(
-                    file,
-                    listed.size,
-                    header,
-                    held,
-                    _spans(wanted),
-                    self._fetch(),
-                    task.advance,
-                    named,
-                ) as passing,
-            ):
+            with Passing.whole(
+                file,
+                listed.size,
+                header,
+                held,
+                _spans(wanted),
+                self._fetch(),
+                self.reporter,
+                named,
+            ) as passing:
                 try:
                     if as_planned := passing.begins_as_planned():
                         work(passing)
@@ -235,11 +232,7 @@ class StreamedSource:
             CheckpointError: a weight holds an infinity or a NaN.
         """
         file, spans = output.source, _spans([tensor.source for tensor in output.tensors])
-        total = sum(end - start for start, end in spans)
-        with (
-            self.reporter.task("stream source", total) as shown,
-            Passing.known(file, self._known(file), spans, self._fetch(), shown.advance) as passing,
-        ):
+        with Passing.known(file, self._known(file), spans, self._fetch(), self.reporter) as passing:
             run.make_within(task, [output], opener, done, passing)
 
     @contextmanager

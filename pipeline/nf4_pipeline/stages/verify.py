@@ -18,7 +18,6 @@ from nf4_pipeline.checkpoint.atomic import json_bytes, write_bytes
 from nf4_pipeline.checkpoint.digest import (
     FileDigest,
     FileStamp,
-    content_sha256,
     digest_file,
     json_sha256,
 )
@@ -30,7 +29,6 @@ from nf4_pipeline.fidelity.verdict import Check
 from nf4_pipeline.machine import Machine, kind_of_device
 from nf4_pipeline.manifest.manifest import Manifest, Source
 from nf4_pipeline.manifest.read import MANIFEST_FILE, read_manifest
-from nf4_pipeline.model.check_folder import check_small_files
 from nf4_pipeline.processes.in_process import is_in_process
 from nf4_pipeline.processes.temporary import TemporaryFolder
 from nf4_pipeline.progress import SILENT, Reporter
@@ -41,8 +39,8 @@ from nf4_pipeline.records import ATTEST, DOWNLOAD, SERIALIZE, VERIFY, source_fil
 from nf4_pipeline.report.page import report_page
 from nf4_pipeline.report.pictures import PICTURES, pictures
 from nf4_pipeline.resource_usage import available_memory, measured
-from nf4_pipeline.runtime.artifact import find_model
 from nf4_pipeline.runtime.loader import pick_device
+from nf4_pipeline.stages.other_artifact import OtherArtifact
 from nf4_pipeline.stages.remade import whole_export
 from nf4_pipeline.stages.run_recorded import Outcome, run_recorded
 from nf4_pipeline.stages.streamed_source import StreamedSource
@@ -54,15 +52,14 @@ from nf4_pipeline.verification.check_files import (
     check_remade,
     check_source,
 )
-from nf4_pipeline.verification.check_model import check_kept, check_weights, report_unloadable
+from nf4_pipeline.verification.check_model import report_unloadable
 from nf4_pipeline.verification.document import (
     VERIFICATION_FILE,
-    Against,
     MeasuredVerification,
     Verification,
 )
 from nf4_pipeline.verification.eval_text import RANDOM, Text, read_text
-from nf4_pipeline.verification.launch import Examination, Workers, compare_scores
+from nf4_pipeline.verification.launch import Examination, Workers
 from nf4_pipeline.verification.messages import Baselines, SavedCodes
 from nf4_pipeline.verification.on_ray import compare_on_ray
 from nf4_pipeline.verification.prompts import (
@@ -162,11 +159,14 @@ class Verify:
         free, _ = torch.cuda.mem_get_info(device)
         return bool(in_16_bit + 2 * in_4_bit + 3 * _SPARE < free)
 
+    @property
+    def _other(self) -> OtherArtifact | None:
+        """The artifact to compare with, if there is one."""
+        return None if self.against is None else OtherArtifact.named(self.against)
+
     def _manifest_of_other(self) -> str | None:
-        """The hash of the manifest of the artifact to compare with, if there is one."""
-        if self.against is None:
-            return None
-        return digest_file(_artifact(self.against) / MANIFEST_FILE).sha256
+        other = self._other
+        return None if other is None else other.manifest_sha256
 
     def prompts_path(self) -> Path:
         """The user's prompts, or those of the sample, or those for any model.
@@ -219,8 +219,8 @@ class Verify:
         except ArtifactError:
             self._forget_verdict()
             raise
-        if self.against is not None:
-            self._check_other(_artifact(self.against))
+        if (other := self._other) is not None:
+            other.check_source(source_files(self.build.need(DOWNLOAD)), self.reporter)
         self._forget_verdict()
         workers.begin()
         with whole_export(self.build, self.recipe, self.machine, self.reporter) as (folder, made):
@@ -384,15 +384,8 @@ class Verify:
             verification = assemble_measured(
                 manifest, checks, prompts, source, artifact, recipe, versions, found
             )
-            if self.against is not None:
-                against = _compare(
-                    asked,
-                    _artifact(self.against),
-                    own,
-                    others,
-                    self._source(),
-                    self.reporter,
-                )
+            if (other := self._other) is not None:
+                against = other.compare(asked, own, others, self._source(), self.reporter)
                 verification = replace(verification, against=against)
         return verification
 
@@ -442,31 +435,6 @@ class Verify:
         """As download pinned it: what the manifest should say."""
         download = self.build.need(DOWNLOAD)
         return download.facts.source(source_files(download))
-
-    def _check_other(self, other: Path) -> None:
-        """Refuses an artifact that cannot be compared with, before any work is done.
-
-        What its manifest says is believed nowhere: its files are hashed, and its source must be the
-        one that this build has hashed.
-        """
-        theirs = read_manifest(other)
-        claimed, listed = theirs.source.content_sha256, content_sha256(theirs.source.files)
-        if claimed != listed:
-            raise ArtifactError(
-                f"{other / MANIFEST_FILE} contradicts itself: it says that the source has the "
-                f"content {claimed[:12]}…, and the files that it lists make {listed[:12]}…. Take "
-                "the manifest from where the artifact was published."
-            )
-        own = content_sha256(source_files(self.build.need(DOWNLOAD)))
-        if listed != own:
-            raise ArtifactError(
-                f"{other} was made from another source ({theirs.source.repo}, content "
-                f"{listed[:12]}…) than this artifact ({own[:12]}…). Only artifacts of one source "
-                "can be compared."
-            )
-        failed = [c for c in check_files(other, theirs, self.reporter).checks if not c.passed]
-        if failed:
-            raise ArtifactError(f"{other} is not what its manifest says: {failed[0].found}.")
 
     def _prompts(self) -> tuple[Prompt, ...]:
         if self.build.need(DOWNLOAD).facts.streamed:
@@ -571,67 +539,3 @@ def _versions() -> dict[str, str]:
     """Of everything that a figure may depend on."""
     used = {name: version(name) for name in _USED}
     return {"nf4-pipeline": __version__, "python": platform.python_version(), **used}
-
-
-def _compare(
-    asked: Examination,
-    other: Path,
-    own_scores: Path,
-    scores: Path,
-    source: Source,
-    reporter: Reporter,
-) -> Against:
-    """Another artifact of the same source on the same text.
-
-    Args:
-        asked: of this artifact.
-        other: the export folder of the other.
-        own_scores: that this artifact left.
-        scores: where those of the other are left.
-        source: of both, as this build has downloaded and hashed it.
-        reporter: told how far it is.
-
-    Raises:
-        ArtifactError: the other one does not hold the weights of the source.
-    """
-    theirs = read_manifest(other)
-    reply = asked.without_prompts().ask_artifact(other, scores, reporter)
-    for check in (
-        check_weights(theirs, reply.blocks, reply.outside, reply.malformed),
-        check_kept(reply.kept, reply.changed),
-    ):
-        if not check.passed:
-            raise ArtifactError(
-                f"{other} was not made from this source, whatever its manifest says: {check.name}: "
-                f"expected {check.expected}, found {check.found}."
-            )
-    said = theirs.source
-    not_checked = None
-    if (said.repo, said.commit) != (source.repo, source.commit):
-        not_checked = (
-            f"that its source is {said.repo} at {said.commit or 'no commit'}; its content is that "
-            f"of {source.repo} at {source.version[:12]}, which this build has downloaded"
-        )
-        reporter.note(f"{other}: not checked: {not_checked}.")
-    return Against(
-        name=other.parent.name if other.name == "export" else other.name,
-        manifest_sha256=digest_file(other / MANIFEST_FILE).sha256,
-        rounding=theirs.rounding,
-        fidelity=reply.fidelity,
-        domains=reply.domains,
-        difference=compare_scores(own_scores, scores),
-        not_checked=not_checked,
-    )
-
-
-def _artifact(name: str) -> Path:
-    """The artifact that this one is compared with.
-
-    Raises:
-        UsageError: there is no such folder.
-        ArtifactError: the folder holds no artifact.
-    """
-    folder = Path(find_model(name))
-    check_small_files(folder)
-    read_manifest(folder)
-    return folder

@@ -6,8 +6,9 @@ import hashlib
 import threading
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Final
 
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor
+from nf4_pipeline.progress import Reporter, Task
 from nf4_pipeline.streaming.stretches import LARGEST, Fetch, PassedFile, Stretch, cut, fetch_right
 
 AHEAD: Final = 12 * LARGEST
@@ -38,7 +40,7 @@ class Passing:
         spans: of its stretches, in their order.
         wanted: bytes that will be read, each of them once.
         fetch: from the Hub.
-        advance: told how many bytes came.
+        reporter: told how many bytes came, of all that will come.
         sha256: what each stretch must hash to; None if it is not known yet.
         header: what the file should begin with.
         named: tensors that are hashed by themselves.
@@ -50,13 +52,13 @@ class Passing:
         spans: Sequence[Span],
         wanted: Iterable[Span],
         fetch: Fetch,
-        advance: Callable[[int], None],
+        reporter: Reporter,
         *,
         sha256: Sequence[str] | None = None,
         header: bytes = b"",
         named: Iterable[HeaderTensor] = (),
     ) -> None:
-        self._file, self._spans, self._fetch, self._advance = file, spans, fetch, advance
+        self._file, self._spans, self._fetch, self._reporter = file, spans, fetch, reporter
         self._expected, self._header = sha256, header
         self._named = {tensor.name: (tensor, hashlib.sha256()) for tensor in named}
         self._starts = [start for start, _ in spans]
@@ -71,6 +73,8 @@ class Passing:
         self._changed = threading.Condition()
         self._whole = hashlib.sha256()
         self._hashes: list[str] = []
+        self._task: Task
+        self._open = ExitStack()
         self._pool = ThreadPoolExecutor(_AT_A_TIME, "fetch")
         self._thread = threading.Thread(target=self._follow, name="hash source", daemon=True)
 
@@ -83,7 +87,7 @@ class Passing:
         tensors: Sequence[HeaderTensor],
         wanted: Iterable[Span],
         fetch: Fetch,
-        advance: Callable[[int], None],
+        reporter: Reporter,
         named: Iterable[HeaderTensor] = (),
     ) -> Passing:
         """All of a file of which nothing is known but its header; `finish` says what it was.
@@ -94,13 +98,13 @@ class Passing:
             header: the bytes before those of tensors.
             tensors: that it holds, in the order of their bytes. A file may hold others, too, for
                 which another file's count.
-            wanted: as for the class, like `fetch`, `advance` and `named`.
+            wanted: as for the class, like `fetch`, `reporter` and `named`.
         """
         spans = _pieces(0, len(header))
         for start, end in [*cut(tensors), (size, size)]:
             spans += _pieces(spans[-1][1] if spans else 0, start)
             spans += [(start, end)] if start < end else []
-        return cls(file, spans, wanted, fetch, advance, header=header, named=named)
+        return cls(file, spans, wanted, fetch, reporter, header=header, named=named)
 
     @classmethod
     def known(
@@ -109,7 +113,7 @@ class Passing:
         passed: PassedFile,
         wanted: Sequence[Span],
         fetch: Fetch,
-        advance: Callable[[int], None],
+        reporter: Reporter,
     ) -> Passing:
         """Those stretches of a file that was here that hold what is wanted, by their hashes."""
         needed = [
@@ -119,7 +123,7 @@ class Passing:
         ]
         spans = [(stretch.start, stretch.end) for stretch in needed]
         hashes = [stretch.sha256 for stretch in needed]
-        return cls(file, spans, wanted, fetch, advance, sha256=hashes)
+        return cls(file, spans, wanted, fetch, reporter, sha256=hashes)
 
     @property
     def nbytes(self) -> int:
@@ -127,6 +131,7 @@ class Passing:
         return sum(end - start for start, end in self._spans)
 
     def __enter__(self) -> Passing:
+        self._task = self._open.enter_context(self._reporter.task("stream source", self.nbytes))
         self._thread.start()
         return self
 
@@ -141,6 +146,7 @@ class Passing:
             self._changed.notify_all()
         self._pool.shutdown(cancel_futures=True)
         self._thread.join()
+        self._open.__exit__(kind, error, trace)
 
     def begins_as_planned(self) -> bool:
         """Whether the file begins with the header that the work was planned by; waits for it.
@@ -286,7 +292,7 @@ class Passing:
                 last = min(end, tensor.offset + tensor.nbytes)
                 if first < last:
                     found.update(memoryview(data)[first - start : last - start])
-        self._advance(len(data))
+        self._task.advance(len(data))
         with self._changed:
             self._hashes.append(sha256)
             if start < len(self._header) and data != self._header[start:end]:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from nf4_pipeline.checkpoint.block_names import numbered_block
 from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor
 from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import HubError
 
 LARGEST: Final = 16 * 2**20
 """Bytes of a stretch: few requests for a model, and few bytes in memory at a time."""
-
-_BLOCK: Final = re.compile(r".*?\.\d+\.")
 
 Fetch = Callable[[str, int, int], bytes]
 """Fetches bytes of a file: its name, where they begin, where they end."""
@@ -61,8 +59,7 @@ def cut(tensors: Sequence[HeaderTensor]) -> list[tuple[int, int]]:
     last: str | None = None
     for tensor in tensors:
         begin, end = tensor.offset, tensor.offset + tensor.nbytes
-        found = _BLOCK.match(tensor.name)
-        block: str | None = found[0] if found else ""
+        block: str | None = numbered_block(tensor.name)
         if begin == end:
             continue
         if end - begin > LARGEST:

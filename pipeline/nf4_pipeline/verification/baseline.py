@@ -83,7 +83,10 @@ class Baseline:
         if weight.isfinite().all():  # else no model gives a number, whatever the codes
             exact = weight.to(self._dtypes[name])
             saved = self._saved.get(name)
-            codes, companions = round_weight(exact) if saved is None else _read(saved, exact)
+            divisor = self._reference.divisor(f"{name}.weight")
+            codes, companions = (
+                round_weight(exact) if saved is None else _read(saved, exact, divisor)
+            )
             layer.weight = Params4bit.from_prequantized(
                 codes, companions, device=weight.device, module=layer
             )
@@ -117,9 +120,12 @@ def round_weight(weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Te
     return _parts(round_to_nearest(bits_of(weight), dtype_name(weight)))
 
 
-def _read(saved: SavedCodes, weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Codes and scales from a file, as `round_weight` gives them."""
+def _read(
+    saved: SavedCodes, weight: torch.Tensor, divisor: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Codes and scales from a file, as `round_weight` gives them for a weight that is divided."""
     packed, scales = read_codes(saved.file, saved.weight)
+    scales = scales.divided_by(divisor)
     return _parts(StoredWeight(packed, scales, tuple(weight.shape), dtype_name(weight)))
 
 

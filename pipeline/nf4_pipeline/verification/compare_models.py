@@ -20,26 +20,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
 
 from nf4_pipeline.blocks.lockstep import Lockstep
-from nf4_pipeline.blocks.streamed_model import StreamedModel
+from nf4_pipeline.blocks.streamed_model import STEM, StreamedModel
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
 from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.verification.baseline import Baseline
 from nf4_pipeline.verification.compare_weights import WeightComparison
 from nf4_pipeline.verification.distance import BlockDistance, LayerDistance, Ratio
 from nf4_pipeline.verification.document import BlockError, LayerError
-from nf4_pipeline.verification.eval_text import TokenSequence
+from nf4_pipeline.verification.eval_text import TOGETHER, TokenSequence
 from nf4_pipeline.verification.messages import SavedCodes
 from nf4_pipeline.verification.shares import BlockSums, Share
 from nf4_pipeline.verification.worst_tokens import WorstTokens
-
-_TOGETHER: Final = 16_384
-"""Tokens whose hidden states wait at a barrier at once; more are read in several passes."""
 
 
 class Comparison:
@@ -137,6 +134,8 @@ class Comparison:
         others = [baseline.blocks for baseline in self._baselines.values()]
         blocks = [self._reference.blocks, self._own, *others]
         numbers = itertools.count(first)
+        if self.weights is not None:
+            self.weights.compare(self._reference.stored(STEM))
         for wave in _waves(sequences):
             with self._watched():
                 lockstep = Lockstep(blocks, self._opened, self._closed)
@@ -274,7 +273,7 @@ def _waves(sequences: Sequence[TokenSequence]) -> Iterator[list[TokenSequence]]:
     wave: list[TokenSequence] = []
     size = 0
     for sequence in sequences:
-        if wave and size + len(sequence.ids) > _TOGETHER:
+        if wave and size + len(sequence.ids) > TOGETHER:
             yield wave
             wave, size = [], 0
         wave.append(sequence)

@@ -21,6 +21,8 @@ BUILT_IN: Final = "built in"
 _LARGEST: Final = 256 * 2**20  # bytes of a text
 RANDOM: Final = "random token ids"
 LENGTH: Final = 512
+TOGETHER: Final = 16_384
+"""Tokens that pass through a model at once, at most; more pass in several passes."""
 """Tokens in a sequence, at most: enough for a model to use what it has read."""
 
 
