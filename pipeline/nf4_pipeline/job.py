@@ -305,12 +305,12 @@ def run_stage(
             done, or the build is one of another recipe.
     """
     with translate_errors(name, build):
-        _check_begun(build, machine, reporter)
+        _check_begun(build, name, machine, reporter)
         if name == "verify":
             check_gpu(machine)
     with translate_errors(name, build), build.locked(_patience(machine)):
         whole = complete_recipe(build, recipe, before=name)
-        _check_engine(whole, machine, build.url)
+        _check_engine(whole, machine, build.url, quantizes=name == "quantize")
         if name == "serialize" and build.record(QUANTIZE) is None and part_records(build):
             _merge(build, whole, machine, reporter)
         if name in SHAPING_TABLES:
@@ -359,7 +359,7 @@ def run_part(
             another process works there at something else.
     """
     with translate_errors("quantize", build):
-        _check_begun(build, machine, reporter)
+        _check_begun(build, "quantize", machine, reporter)
         whole = complete_recipe(build, recipe, before="quantize")
         refuse_to_divide(build, whole)
         _decide_together(build, whole)
@@ -386,7 +386,7 @@ def merge_parts(
             there, or a part is missing or is not as it was left.
     """
     with translate_errors("quantize", build):
-        _check_begun(build, machine, reporter)
+        _check_begun(build, "quantize", machine, reporter)
     with translate_errors("quantize", build), build.locked():
         whole = complete_recipe(build, recipe, before="quantize")
         build.need(DOWNLOAD)
@@ -399,18 +399,21 @@ def _merge(build: Build, recipe: Recipe, machine: Machine, reporter: Reporter) -
     return _ensure(build, stages, "quantize", recipe, reporter)
 
 
-def _check_begun(build: Build, machine: Machine, reporter: Reporter) -> None:
+def _check_begun(build: Build, name: str, machine: Machine, reporter: Reporter) -> None:
     if not build.root.is_dir():
         raise BuildError(f"{build.root}: no such build. Start one: nf4 build MODEL.")
     build.pull(reporter)
-    if machine.engine == "local":
+    if (machine.engine, name) != ("ray", "quantize"):  # the one stage that runs elsewhere alone
         check_device(machine.device)
 
 
-def _check_engine(recipe: Recipe, machine: Machine, url: str | None) -> None:
+def _check_engine(
+    recipe: Recipe, machine: Machine, url: str | None, *, quantizes: bool = True
+) -> None:
     """Refuses what Ray cannot do before anything is changed."""
     if machine.engine == "ray":
-        refuse_calibrated_at_url(recipe, url)
+        if quantizes:
+            refuse_calibrated_at_url(recipe, url)
         check_installed()
 
 

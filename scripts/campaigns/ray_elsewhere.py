@@ -1,6 +1,7 @@
 """Ray tasks on a node that sees nothing of the driver's disk, and tasks that stream or calibrate.
 
-    python scripts/campaigns/ray_elsewhere.py [url] [streamed] [calibrated] [verified] [--kills 10]
+    python scripts/campaigns/ray_elsewhere.py [url] [streamed] [calibrated] [verified]
+        [--kills 10] [--rounds 2]
 
 Needs the extras `nf4-pipeline[ray,s3]`, moto, and the right to make a mount namespace. A cluster of
 two nodes on this host quantizes a Hub model into S3; from one of the nodes the folder is hidden in
@@ -19,6 +20,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +32,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 from unittest.mock import patch
@@ -45,15 +49,16 @@ from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import QUANTIZE
+from ray.cluster_utils import Cluster
 from ray_engine import cluster_of, half_written, raylet_of
 
 from tests.support.calibrated import settings
 from tests.support.hub_client import isolated
-from tests.support.hub_server import HubServer
+from tests.support.hub_server import HubServer, Seen
 from tests.support.jobs import CPU, download
 from tests.support.s3_server import S3Server
 from tests.support.stores import served
-from tests.support.tiny import INDEX, copy_of, write_falcon
+from tests.support.tiny import copy_of, write_falcon
 
 CAMPAIGNS: Final = ("url", "streamed", "calibrated", "verified")
 REPO: Final = "me/falcon"
@@ -105,8 +110,9 @@ class Elsewhere:
         subprocess.run(args, cwd=self.driver, env=env, check=True, stdout=subprocess.DEVNULL)
 
     @contextmanager
-    def hidden_node(self, address: str) -> Iterator[subprocess.Popen[bytes]]:
+    def hidden_node(self, cluster: Cluster, address: str) -> Iterator[subprocess.Popen[bytes]]:
         """Another node on this host, for which the driver's place is an empty folder."""
+        before = set(cluster.global_state._live_node_ids())
         self.tasks.mkdir(parents=True, exist_ok=True)
         hide = 'mount -t tmpfs none "$HIDDEN" && exec "$0" -m ray.scripts.scripts "$@"'
         start = ["start", "--address", address, "--num-cpus", "1", "--block"]
@@ -124,6 +130,11 @@ class Elsewhere:
             start_new_session=True,
         )
         try:
+            end = time.monotonic() + _LONGEST
+            while not set(cluster.global_state._live_node_ids()) - before:
+                if time.monotonic() > end or node.poll() is not None:
+                    raise RuntimeError("the node that sees nothing did not join")
+                time.sleep(0.1)
             yield node
         finally:
             with suppress(ProcessLookupError):
@@ -201,10 +212,12 @@ def run_url(it: Elsewhere, options: argparse.Namespace) -> None:
     numbers = iter(range(1000))
     with ExitStack() as stack:
         server = stack.enter_context(served(it.folder / "server", _PAUSE))
-        _, _, address = stack.enter_context(cluster_of(1))
+        cluster, _, address = stack.enter_context(cluster_of(1))
         ray = ["--engine", "ray", "--ray-address", address, "--workers", "1"]
 
         def begin() -> tuple[str, subprocess.Popen[str]]:
+            server.forget("bucket")  # else what it must remember grows
+            _begun(server).unlink(missing_ok=True)
             url = f"s3://bucket/runs/{next(numbers)}"
             it.fetch("--build-dir", url)
             return url, it.start("quantize", "--build-dir", url, *ray)
@@ -213,51 +226,102 @@ def run_url(it: Elsewhere, options: argparse.Namespace) -> None:
             noted = {path: path.read_text() for path in it.driver.glob("artifacts/*/remote.json")}
             return next(path.parent for path, text in noted.items() if f'"{url}"' in text)
 
-        with it.hidden_node(address):
+        def in_mid_file(url: str, process: subprocess.Popen[str], number: int) -> int:
+            """Waits for a task elsewhere in the midst of a file, some files later each time."""
+            skipped = random.Random(number).randrange(len(it.expected) // 2)
+            until(lambda: _whole_at(url) >= skipped or None, process)
+            pid: int = until(it.half_written, process)
+            return pid
+
+        def say(what: str, right: int, of: int, more: str = "") -> None:
+            print(f"{what}: {right} of {of} {more}", flush=True)
+
+        with it.hidden_node(cluster, address):
             url, process = begin()
             with who_makes(it, copy_at(url)) as made:
                 good = it.check("url", url, *finish(process))
-            print(f"S3, a node that sees nothing: {good}, files begun: {dict(made)}", flush=True)
-            if not made["elsewhere"]:
-                it.faults.append("url: nothing was made elsewhere")
+            say("S3, a node that sees nothing", int(good), 1, f"files begun: {dict(made)}")
+            for where in ("elsewhere", "beside the driver"):
+                if not made[where]:
+                    it.faults.append(f"url: nothing was made {where}")
             right = 0
             for number in range(options.kills):
                 url, process = begin()
-                pid = until(it.half_written, process)
-                os.kill(pid, signal.SIGKILL)
+                os.kill(in_mid_file(url, process, number), signal.SIGKILL)
                 right += it.check(f"kill {number}", url, *finish(process))
-            print(f"worker elsewhere killed in mid-file: {right} of {options.kills}", flush=True)
-            right = 0
-            for number in range(2):
+            say("S3, worker elsewhere killed in mid-file", right, options.kills)
+            right, stood = 0, []
+            for number in range(options.rounds):
                 url, process = begin()
-                until(it.half_written, process)
+                in_mid_file(url, process, number)
                 process.kill()
                 finish(process)
-                there = len(ObjectStore(url).names())
+                stood.append(_whole_at(url))
                 shutil.rmtree(copy_at(url))  # the next driver has an empty disk
                 it.fetch("--build-dir", url)
                 status = finish(it.start("quantize", "--build-dir", url, *ray))
                 right += it.check(f"driver {number}", url, *status)
-                print(f"  {there} objects stood there", flush=True)
-            print(f"driver killed, another with an empty disk: {right} of 2", flush=True)
-            right = 0
-            for number in range(2):
+            say(
+                "S3, driver killed, another with an empty disk",
+                *(right, options.rounds, f"files that stood there: {stood}"),
+            )
+            right, cut = 0, []
+            for number in range(options.rounds):
                 url, process = begin()
-                half = _kill_in_mid_write(server, process)
+                cut.append(_kill_in_mid_write(server, process))
                 time.sleep(1.0)
                 server.start()
                 right += it.check(f"server {number}", url, *finish(process))
-                print(f"  {half} objects were half sent", flush=True)
-            print(f"S3 lost in mid-write, back after a second: {right} of 2", flush=True)
+            say(
+                "S3 lost in mid-write, back after a second",
+                *(right, options.rounds, f"objects half sent: {cut}"),
+            )
             url, process = begin()
-            os.kill(raylet_of(until(it.half_written, process)), signal.SIGKILL)
-            good = it.check("node", url, *finish(process))
-            print(f"node elsewhere removed in mid-file: {int(good)} of 1", flush=True)
+            cut = [_kill_in_mid_write(server, process)]
+            status, error = finish(process)
+            server.start()
+            stood = [_whole_at(url)]
+            if status == 0 or "Traceback" in error:
+                it.faults.append(f"server lost for good: exit {status}: {error[-800:]}")
+            again = finish(it.start("quantize", "--build-dir", url, *ray))
+            say(
+                "S3 lost until the command gave up, which was typed again",
+                *(int(it.check("server lost for good", url, *again)), 1),
+                f"exit {status}, {error.strip().splitlines()[-1][:200]!r}; objects half sent: "
+                f"{cut}; files that stood there: {stood}",
+            )
+        for number_of, name in ((signal.SIGKILL, "killed"), (signal.SIGTERM, "asked to stop")):
+            right, stood = 0, []
+            for number in range(options.rounds):
+                with it.hidden_node(cluster, address) as node:
+                    url, process = begin()
+                    raylet = raylet_of(in_mid_file(url, process, number))
+                    if number_of == signal.SIGKILL:
+                        os.kill(raylet, signal.SIGKILL)
+                    else:
+                        os.killpg(node.pid, signal.SIGTERM)
+                    stood.append(_whole_at(url))
+                    right += it.check(f"node {name} {number}", url, *finish(process))
+            say(
+                f"S3, node elsewhere {name} in mid-file",
+                *(right, options.rounds, f"files that stood there: {stood}"),
+            )
+
+
+def _whole_at(url: str) -> int:
+    """How many files stand at a URL with their facts, so that they count."""
+    names = ObjectStore(url).names()
+    return sum(f"{name}.facts.json" in names for name in names)
+
+
+def _begun(server: S3Server) -> Path:
+    """Where it notes which objects begin to come, and which have come."""
+    return server.notes.with_suffix(".begun")
 
 
 def _kill_in_mid_write(server: S3Server, process: subprocess.Popen[str]) -> int:
     """Kills it while an object is half there; returns how many are."""
-    notes = server.notes.with_suffix(".begun")
+    notes = _begun(server)
 
     def sending() -> bool | None:
         lines = notes.read_text().split() if notes.exists() else []
@@ -270,6 +334,7 @@ def _kill_in_mid_write(server: S3Server, process: subprocess.Popen[str]) -> int:
 def run_streamed(it: Elsewhere, options: argparse.Namespace) -> None:
     """Files of the source come to the tasks and go; workers are killed in mid-file."""
     right, fetched = 0, 0
+    sizes = {path.name: path.stat().st_size for path in it.driver.glob("model/*.safetensors")}
     of_nodes = {"HF_ENDPOINT": it.hub.url, "HF_HOME": str(it.driver / "hf")}
     with patch.dict(os.environ, of_nodes), cluster_of(2) as (_, _, address):
         for number in range(options.kills):
@@ -298,69 +363,105 @@ def run_streamed(it: Elsewhere, options: argparse.Namespace) -> None:
                 it.faults.append(f"streamed {number}: exit {status}: {error[-500:]} {left}")
             else:
                 right += 1
-            fetched += sum(
-                seen.cdn and seen.method == "GET" and seen.path.endswith(".safetensors")
-                for seen in it.hub.seen[before:]
-            )
+            fetched += sum(_asked(seen, sizes) for seen in it.hub.seen[before:])
             shutil.rmtree(build.root)
-    index = json.loads((it.driver / "model" / INDEX).read_text())
-    shards = len(set(index["weight_map"].values()))
     print(
-        f"streamed, worker killed in mid-file: {right} of {options.kills}; "
-        f"{fetched / options.kills:.1f} files fetched of {shards}",
+        f"streamed, worker killed in mid-file: {right} of {options.kills}; the Hub was asked for "
+        f"{fetched / options.kills / sum(sizes.values()):.2f} of the source's bytes",
         flush=True,
     )
+
+
+def _asked(seen: Seen, sizes: dict[str, int]) -> int:
+    """Bytes of weights that a request to the Hub asks for."""
+    size = sizes.get(seen.path.rpartition("/")[2], 0)
+    if not seen.cdn or seen.method != "GET":
+        return 0
+    wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", seen.range)
+    return size if wanted is None else int(wanted[2] or size - 1) + 1 - int(wanted[1])
 
 
 def run_calibrated(it: Elsewhere, options: argparse.Namespace) -> None:
-    """One task does all; its worker is killed between blocks."""
-    model = write_falcon(it.driver / "small", hidden=256, layers=6, shards=3)
+    """One task does all; its worker, or the driver, is killed at each of some moments."""
+    model = write_falcon(it.driver / "small", hidden=256, layers=4, shards=16)
     text = it.driver / "text.txt"
-    text.write_text("".join(chr(32 + (i * i) % 90) for i in range(20000)))
+    text.write_text("".join(chr(32 + (i * i + i // 90) % 90) for i in range(20000)))
     recipe = it.driver / "recipe.toml"
-    recipe.write_text(f'[quantize]\ncalibrate = "{text}"\ncalibration_tokens = 1024\n')
+    recipe.write_text(
+        f'[quantize]\ncalibrate = "{text}"\ncalibration_tokens = 1024\neffort = "high"\n'
+    )
     with in_process():
         fresh, *_ = download(model, it.driver / "small-build")
         local = Build(copy_of(fresh.root, it.driver / "small-local"))
-        run_stage(local, "quantize", settings(text), CPU, SILENT)
+        run_stage(local, "quantize", settings(text, effort="high"), CPU, SILENT)
     expected = local.need(QUANTIZE)
-    right, kept = 0, 0
+    learning = expected.facts.calibration and expected.facts.calibration.learning
+    print(f"calibrated: {len(expected.outputs)} outputs; learned: {learning}", flush=True)
+    quantize = ["quantize", "--recipe", str(recipe), "--engine", "ray", "--build-dir"]
     with cluster_of(2) as (_, _, address):
-        for number in range(options.kills):
-            build = Build(copy_of(fresh.root, it.driver / f"calibrated-{number}"))
-            process = it.start(
-                *("quantize", "--build-dir", build.root, "--recipe", recipe),
-                *("--engine", "ray", "--ray-address", address),
+        there = ["--ray-address", address]
+        for number, (victim, (moment, reached)) in enumerate(
+            product(("worker", "driver"), MOMENTS.items())
+        ):
+            right = kept = 0
+            for each in range(options.rounds):
+                name = f"calibrated, {victim} killed {moment} ({each})"
+                build = Build(copy_of(fresh.root, it.driver / f"calibrated-{number}-{each}"))
+                process = it.start(*quantize, build.root, *there)
+                pid = until(partial(_calibrating, build, reached), process)
+                if victim == "worker":
+                    os.kill(pid, signal.SIGKILL)
+                else:
+                    process.kill()
+                    finish(process)
+                before = {path: path.stat().st_mtime_ns for path in _blocks(build)}
+                kept += len(before)
+                if victim == "driver":
+                    process = it.start(*quantize, build.root, *there)
+                again: set[Path] = set()
+                while process.poll() is None:
+                    for path, changed in before.items():
+                        with suppress(OSError):  # it has gone, since all is done
+                            if path.stat().st_mtime_ns != changed:
+                                again.add(path)
+                    time.sleep(0.01)
+                status, error = finish(process)
+                record = build.record(QUANTIZE)
+                left = [*build.root.rglob(f"*{PARTIAL_SUFFIX}"), *build.root.rglob("*.state")]
+                if status or again or left or not record or record.outputs != expected.outputs:
+                    it.faults.append(f"{name}: exit {status}: {error[-500:]} {again} {left}")
+                else:
+                    right += 1
+                shutil.rmtree(build.root)
+            print(
+                f"calibrated, {victim} killed {moment}: {right} of {options.rounds}; {kept} blocks "
+                "stood at the kills, and were kept",
+                flush=True,
             )
-            wanted = 1 + number % 5
 
-            def chosen(build: Build = build, wanted: int = wanted) -> int | None:
-                blocks = len(list(build.calibration.glob("*/*.safetensors")))
-                maker = build.makers().get("calibration")
-                return maker.pid if maker and blocks >= wanted else None
 
-            os.kill(until(chosen, process), signal.SIGKILL)
-            before = {p: p.stat().st_mtime_ns for p in build.calibration.glob("*/*.safetensors")}
-            kept += len(before)
-            again: set[Path] = set()
-            while process.poll() is None:
-                for path, changed in before.items():
-                    with suppress(OSError):
-                        if path.stat().st_mtime_ns != changed:
-                            again.add(path)
-                time.sleep(0.01)
-            status, error = finish(process)
-            record = build.record(QUANTIZE)
-            if status or again or record is None or record.outputs != expected.outputs:
-                it.faults.append(f"calibrated {number}: exit {status}: {error[-500:]} {again}")
-            else:
-                right += 1
-            shutil.rmtree(build.root)
-    print(
-        f"calibrated, worker killed between blocks: {right} of {options.kills}; "
-        f"{kept} blocks were done at the kills, none of them again",
-        flush=True,
-    )
+def _blocks(build: Build) -> list[Path]:
+    """The files of blocks whose codes are chosen, or have learned."""
+    return list(build.calibration.glob("*/*.safetensors"))
+
+
+def _learns(build: Build) -> bool:
+    return any(build.calibration.glob("*/learning.state"))
+
+
+MOMENTS: Final[dict[str, Callable[[Build], bool]]] = {
+    "before the first block": lambda build: (build.calibration / "tokens.json").exists(),
+    "after 2 blocks": lambda build: len(_blocks(build)) >= 2,
+    "while codes learn": _learns,
+    "while files are written": lambda build: any(build.quantized.glob("*")),
+}
+"""Of a calibrated build: name -> whether it has come."""
+
+
+def _calibrating(build: Build, reached: Callable[[Build], bool]) -> int | None:
+    """The worker that calibrates, once a moment has come."""
+    maker = build.makers().get("calibration")
+    return maker.pid if maker is not None and maker.may_live and reached(build) else None
 
 
 def run_verified(it: Elsewhere, options: argparse.Namespace) -> None:
@@ -371,20 +472,25 @@ def run_verified(it: Elsewhere, options: argparse.Namespace) -> None:
         found = json.loads(path.read_text()) if path.exists() else {}
         return {n: v for n, v in found.items() if n not in ("comparison", "models", "answers")}
 
-    def build(name: str, *options: str | Path) -> subprocess.Popen[str]:
-        return it.start("build", "sample", "--build-dir", name, *options)
-
-    finish(build("alone"))
+    finish(it.start("build", "sample", "--build-dir", "alone"))
     expected = figures("alone")
     right = killed = 0
     with cluster_of(1, 1) as (_, _, address):
         for number in range(1 + options.kills):
             name = f"on-ray-{number}"
-            process = build(name, "--engine", "ray", "--ray-address", address)
+            job = ["build", "sample"]
+            if number % 2:  # what stands there is verified again
+                copy_of(it.driver / "alone", it.driver / name)
+                job = ["verify"]
+            process = it.start(
+                *(*job, "--build-dir", name, "--engine", "ray", "--ray-address", address)
+            )
 
             def comparing(name: str = name) -> int | None:
-                records = it.driver / name / "records"
-                return _task_at_work() if (records / "serialize.json").exists() else None
+                folder = it.driver / name
+                begun = (folder / "records" / "serialize.json").exists()
+                verdict = (folder / "export" / "verification.json").exists()
+                return _task_at_work() if begun and not verdict else None
 
             if number:  # the first one is left alone
                 pid = until(comparing, process)
@@ -418,11 +524,15 @@ def _task_at_work() -> int | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("campaigns", nargs="*", default=CAMPAIGNS, metavar="CAMPAIGN")
-    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--kills", type=int, default=10, help="of workers")
+    parser.add_argument("--rounds", type=int, default=2, help="of each other case")
     options = parser.parse_args()
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # else ignored in a job in the background
     with tempfile.TemporaryDirectory(prefix="nf4-ray-") as temporary, HubServer() as hub:
         folder = Path(temporary)
-        model = write_falcon(folder / "driver" / "model", hidden=1024, layers=4, shards=12)
+        model = write_falcon(folder / "driver" / "model", hidden=1024, layers=6, shards=24)
         hub.store.add(REPO, model)
         with in_process():
             build, *_ = download(model, folder / "local")

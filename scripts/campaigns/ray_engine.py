@@ -298,9 +298,9 @@ def run_driver(bench: Bench, options: argparse.Namespace) -> None:
                 time.sleep(0.001)
             wait_until_half_written(build, process)
             process.send_signal(number)
-            status, _ = end(process)
+            status, error = end(process)
             if number != signal.SIGKILL and status != 128 + number:
-                bench.faults.append(f"driver {name}: exit {status}")
+                bench.faults.append(f"driver {name}: exit {status}: {error[-500:]}")
             whole = bench.check_halfway("driver", build)
             before = {p.name: p.stat().st_ino for p in build.quantized.glob("*.safetensors")}
             status, error, tries = -1, _NO_START, 0
@@ -323,6 +323,8 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--hidden", type=int, default=1024)
     options = parser.parse_args()
+    # A job in the background ignores it, and would hand that down to the commands that are stopped.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="nf4-ray-") as temporary:
         folder = Path(temporary)
         model = write_falcon(folder / "model", hidden=options.hidden, layers=9, shards=30)

@@ -230,10 +230,12 @@ def test_it_is_verified_with_what_was_said(mine: Path, monkeypatch: pytest.Monke
         against=mine.parent,
         device="cpu",
         device_memory="1GB",
+        engine="ray",
+        ray_address="auto",
     )
     assert (measured.verdict, artifact.verdict) == ("fail", "pass")  # the other one is as it was
     recipe = VerifyRecipe(prompts=str(mine / "p.jsonl"), eval_tokens=32, max_mean_kl=0.25)
-    machine = Machine(device="cpu", device_memory=10**9)
+    machine = Machine(device="cpu", device_memory=10**9, engine="ray", ray_address="auto")
     assert ran == [(mine, "verify", recipe, machine, {"against": str(mine.parent)})]
 
 

@@ -24,9 +24,9 @@ SHAPING: Final = {
     "verify": {"--prompts", "--eval-text", "--eval-tokens"},
 }
 TAKING: Final = {
-    "quantize": {"--device", "--workers", "--memory-budget"},
+    "quantize": {"--device", "--workers", "--memory-budget", "--engine", "--ray-address"},
     "serialize": set[str](),
-    "verify": {"--device", "--require-gpu", "--device-memory"},
+    "verify": {"--device", "--require-gpu", "--device-memory", "--engine", "--ray-address"},
 }
 ALL: Final = {"--recipe"}.union(*SHAPING.values(), *TAKING.values())
 

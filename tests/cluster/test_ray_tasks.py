@@ -62,6 +62,22 @@ def test_an_address_for_clients_elsewhere() -> None:
         pass
 
 
+class Refuses:
+    """Ray where the cluster asks for a token."""
+
+    def init(self, **_: object) -> None:
+        reason = RuntimeError("Last connection error: InvalidAuthToken: token is missing")
+        raise ConnectionError("Failed to connect to Ray cluster") from reason
+
+    def shutdown(self) -> None:
+        """Nothing was begun."""
+
+
+def test_a_cluster_that_asks_for_its_token() -> None:
+    with pytest.raises(ResourceError, match=r"10\.0\.0\.1:6379 asks for .* RAY_AUTH_MODE=token"):
+        ray_tasks._init(Refuses(), "10.0.0.1:6379")
+
+
 WITH_RAY = """
 from functools import partial
 from nf4_pipeline.cluster.ray_tasks import Claim, connected

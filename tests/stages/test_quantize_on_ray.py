@@ -199,6 +199,14 @@ def test_a_node_that_cannot_help_says_why(
     with pytest.raises(ResourceError, match=r"is not there on .* by the same paths"):
         make_file(order, part)
     elsewhere.rename(build.root)
+    link = build.source / "config.json"
+    there = link.readlink()
+    link.unlink()
+    link.symlink_to("/home/me/hf/config.json")  # as on a node that has no such cache
+    with pytest.raises(ResourceError, match=r"leads to /home/me/hf/.* Set HF_HOME to a folder"):
+        make_file(order, part)
+    link.unlink()
+    link.symlink_to(there)
     monkeypatch.setattr("nf4_pipeline.stages.quantize.CODE_VERSION", 0)
     with pytest.raises(ResourceError, match="another version of nf4-pipeline"):
         make_file(order, part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,6 +36,7 @@ from nf4_pipeline.verification.prompts import Prompt
 
 from tests.support import made
 from tests.support.checkpoints import make_checkpoint, read_tensors
+from tests.support.command_line import run_nf4
 from tests.support.jobs import CPU, download
 from tests.support.stand_in_cluster import standing_in
 from tests.support.tamper import agree, change, swap
@@ -103,18 +105,50 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.usefixtures("without_documents")
-def test_tasks_of_a_cluster_find_the_same(build: Build, recipe: Recipe, tmp_path: Path) -> None:
-    """Whatever the order in which they end."""
-    recipe = with_verify(recipe, eval_tokens=400)
+def test_tasks_of_a_cluster_find_the_same(build: Build, quick_recipe: Path, tmp_path: Path) -> None:
+    """Whatever the order in which they end; one task alone would find no more than a process."""
+    recipe = with_verify(load_recipe(quick_recipe), eval_tokens=400)
     alone = Build(copy_of(build.root, tmp_path / "alone"))
     expected = without_costs(verified(alone, recipe))
     assert expected["text"]["sequences"] > 3
+    typed = ["verify", "--build-dir", build.root, "--recipe", quick_recipe, "--device", "cpu"]
+    typed += ["--eval-tokens", 400, "--engine", "ray", "--ray-address", "auto", "-v"]
     with standing_in() as cluster:
         cluster.cpus, cluster.largest = 3, Claim(1)
-        machine = replace(CPU, engine="ray", ray_address="auto")
-        found = run_stage(build, "verify", recipe, machine, SILENT).record.facts.to_json()
-    assert cluster.claims == [Claim(1)]
-    assert without_costs(json.loads(json.dumps(found))) == expected
+        done = run_nf4(*typed)
+        assert "compared by one process" not in done.err
+        assert cluster.claims == [Claim(1)]
+        found = json.loads((build.export / "verification.json").read_text("utf-8"))
+        assert without_costs(found) == expected
+        assert done.status == (0 if found["verdict"] == "pass" else 1)
+
+        cluster.cpus = 1
+        done = run_nf4(*typed)
+        assert "compared by one process of this host: the cluster has room for one" in done.err
+        assert cluster.claims == [Claim(1)]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_cluster_that_cannot_be_had(
+    device: str, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before the verdict that is there is taken away."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "ray" else found(name, *rest),
+    )
+    monkeypatch.setattr("nf4_pipeline.machine._most_devices", lambda: 0)
+    (build.export / "verification.json").write_text("{}")
+    done = run_nf4("verify", "--build-dir", build.root, "--engine", "ray", "--device", device)
+    if device == "cpu":
+        assert done.status == 2
+        assert "pip install 'nf4-pipeline[ray]'" in done.err
+    else:  # the rest of verify runs on this host
+        assert done.status == 1
+        assert "Device cuda was asked for" in done.err
+    assert (build.export / "verification.json").read_text() == "{}"
 
 
 def without_costs(found: dict[str, Any]) -> dict[str, Any]:

@@ -111,6 +111,8 @@ class Artifact:
         device: str = "auto",
         require_gpu: bool = False,
         device_memory: str | int | None = None,
+        engine: str = "local",
+        ray_address: str | None = None,
         progress: ProgressCallback | None = None,
     ) -> Artifact:
         """Reloads it in a fresh process and holds it against its 16-bit source.
@@ -128,6 +130,10 @@ class Artifact:
             require_gpu: fail at once where there is no GPU.
             device_memory: bytes of the device that may be used, as a number or such as "8GB"; None
                 for all that is free.
+            engine: "local", or "ray": tasks of a Ray cluster compare it with the 16-bit model, on
+                a share of the text each, where that has several GPUs or, without, several nodes
+                and a `ray_address`. The figures are the same.
+            ray_address: of the cluster, as `build` takes it.
             progress: called with each `ProgressEvent`.
 
         Returns:
@@ -137,12 +143,19 @@ class Artifact:
             BuildError: the artifact lies in no build folder, so that its source is not at hand; an
                 earlier stage is not done; or another process works there.
             ArtifactError: a file of it is not what an earlier stage left.
-            ResourceError: memory or the device that was asked for is lacking.
-            UsageError: an option means nothing; `RecipeError` for the recipe.
+            ResourceError: memory, the device that was asked for, or the cluster is lacking.
+            UsageError: an option means nothing, or Ray is asked for and not installed;
+                `RecipeError` for the recipe.
             KeyboardInterrupt: the user stopped it.
         """
         options = make_recipe(recipe, prompts=prompts, eval_text=eval_text, eval_tokens=eval_tokens)
-        machine = make_machine(device=device, require_gpu=require_gpu, device_memory=device_memory)
+        machine = make_machine(
+            device=device,
+            require_gpu=require_gpu,
+            device_memory=device_memory,
+            engine=engine,
+            ray_address=ray_address,
+        )
         build = self._build("verify")
         from nf4_pipeline.job import run_stage
 

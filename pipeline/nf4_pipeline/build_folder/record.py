@@ -34,13 +34,13 @@ class RecordKind(Generic[F_co]):
 
     Attributes:
         stage: the stage's name, as the command's.
-        parse: JSON -> its facts.
+        parse: JSON -> its facts; not compared, since one that another process sent is another.
         file: its name in records/, but for the ending; that of the stage without it.
         owns: the folder whose files are this stage's, and of nobody before it; none if empty.
     """
 
     stage: str
-    parse: Callable[[Any], F_co]
+    parse: Callable[[Any], F_co] = field(compare=False)
     file: str = ""
     owns: str = ""
 

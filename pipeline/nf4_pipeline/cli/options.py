@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
@@ -362,6 +362,33 @@ def _device(what: str) -> Decorator:
     )
 
 
+_DEALT_OUT: Final = {
+    "quantize": "quantize a file each",
+    "verify": "compare the models on a share of the text each",
+}
+"""What tasks of a cluster do of a stage."""
+
+
+def _engine(stages: Sequence[str]) -> tuple[Decorator, ...]:
+    done = " and ".join(_DEALT_OUT[stage] for stage in stages)
+    return (
+        click.option(
+            "--engine",
+            default="local",
+            type=click.Choice(["local", "ray"]),
+            show_default=True,
+            help=f"Where it is done. With ray, tasks of a Ray cluster {done}. The results are the "
+            "same.",
+        ),
+        click.option(
+            "--ray-address",
+            metavar="ADDRESS",
+            help='Of the cluster, such as 10.0.0.1:6379; "auto" for the one that this host is a '
+            "node of.  [default: RAY_ADDRESS, or else one is started for this run]",
+        ),
+    )
+
+
 _MACHINE: Final[dict[str, tuple[Decorator, ...]]] = {
     "quantize": (
         click.option(
@@ -377,19 +404,6 @@ _MACHINE: Final[dict[str, tuple[Decorator, ...]]] = {
             metavar="SIZE",
             show_default=True,
             help="For the engine's buffers.",
-        ),
-        click.option(
-            "--engine",
-            default="local",
-            type=click.Choice(["local", "ray"]),
-            show_default=True,
-            help="Quantize here, or each file in a task of a Ray cluster. The bytes are the same.",
-        ),
-        click.option(
-            "--ray-address",
-            metavar="ADDRESS",
-            help='Of the cluster, such as 10.0.0.1:6379; "auto" for the one that this host is a '
-            "node of.  [default: RAY_ADDRESS, or else one is started for this run]",
         ),
     ),
     "verify": (
@@ -413,6 +427,8 @@ def recipe_options(*stages: str) -> Decorator:
     shaping = [option for stage in stages for option in _SHAPING.get(stage, ())]
     taking = [option for stage in stages for option in _MACHINE.get(stage, ())]
     computes = bool(taking) or not stages
+    if dealt_out := [stage for stage in stages if stage in _DEALT_OUT]:
+        taking += _engine(dealt_out)
     device = _device(_COMPUTES if stages else _JUDGES)
     options = [_RECIPE, *shaping, *([device] if computes else []), *taking]
 

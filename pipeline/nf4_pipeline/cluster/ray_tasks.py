@@ -112,6 +112,12 @@ def _init(ray: Any, address: str | None) -> None:
         except Exception as error:  # it raises what it likes
             ray.shutdown()
             said = _first_line(error)
+            if address is not None and "AuthToken" in f"{error}{error.__cause__}":
+                raise ResourceError(
+                    f"The Ray cluster at {address[:80]} asks for its token, and this process has "
+                    "none, or another one. Copy ~/.ray/auth_token of the node where it was started "
+                    "to this one, and set RAY_AUTH_MODE=token here."
+                ) from error
             if address is not None:
                 raise ResourceError(
                     f"The Ray cluster at {address[:80]} cannot be used: {said} Look at `ray "
@@ -146,7 +152,11 @@ def _check_address(address: str) -> None:
 
 
 class Cluster:
-    """The cluster that this process is connected to."""
+    """The cluster that this process is connected to.
+
+    Tasks that are left when a call or the user ends `run` end with the connection. They are not
+    cancelled: in Ray 2.60, one that finishes just then aborts this process.
+    """
 
     def __init__(self) -> None:
         import ray
@@ -223,9 +233,6 @@ class Cluster:
                 f"{_first_line(error)} Look at the memory of its nodes and at `ray status`, then "
                 "run the same command again: what is finished is kept."
             ) from error
-        finally:
-            for reference in pending:
-                ray.cancel(reference, force=True)
 
     def _check_room(self, claim: Claim) -> None:
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]

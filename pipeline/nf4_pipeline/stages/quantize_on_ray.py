@@ -18,6 +18,7 @@ from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.calibration import calibrator
 from nf4_pipeline.checkpoint.atomic import make_folder
 from nf4_pipeline.cluster.ray_tasks import Claim, Cluster, connected
+from nf4_pipeline.cluster.seen_folders import check_seen
 from nf4_pipeline.engine.parts import Part
 from nf4_pipeline.errors import ResourceError, TiedWeightsDiffer, UsageError
 from nf4_pipeline.machine import Machine
@@ -343,10 +344,7 @@ def _placed(order: Order, takes: tuple[str, ...]) -> Iterator[Build]:
             order.sent.open_in(own)
             yield own
         return
-    if not order.root.is_dir():
-        raise ResourceError(
-            f"{order.root} is not there on {socket.gethostname()}: all nodes of the Ray cluster "
-            "must see the build folder and the source by the same paths. Name a --build-dir on a "
-            "file system that they share, or a URL."
-        )
+    if order.sent is None:
+        otherwise = "name a URL as --build-dir, with which they need to share nothing"
+        check_seen(order.root, build.source, otherwise=otherwise)
     yield build

@@ -197,7 +197,9 @@ class Verify:
             BuildError: the source changed since it was downloaded, or source or export were touched
                 while they were read.
             SourceError: the source does not load.
-            ResourceError: there is no such device, or too little memory on it.
+            ResourceError: there is no such device, too little memory on it, or the cluster cannot
+                be reached, or lost too many workers.
+            UsageError: a Ray cluster is asked for, and Ray is not installed.
             VerificationError: a process that loads a model died.
             HubError: the source is streamed, and the Hub does not give what it lists.
         """
@@ -392,20 +394,28 @@ class Verify:
     ) -> Examination:
         """The same, with the comparison done by tasks of a Ray cluster, if there are several."""
         address = self.machine.ray_address
-        of_one_host = asked.device == "cpu" and address_of(address) is None
-        if self.machine.engine != "ray" or of_one_host:
+        if self.machine.engine != "ray":
             return asked
+        why = None
         if self.build.is_copy or asked.served is not None:
-            self.reporter.detail(
-                "The models are compared on this host: other nodes do not see what is compared."
-            )
+            why = "other nodes do not see what is compared"
+        elif asked.device == "cpu" and address_of(address) is None:
+            why = "its processors are all that a cluster started for it would have"
+        if why is not None:
+            self.reporter.detail(f"The models are compared by one process of this host: {why}.")
             return asked
         request = asked.artifact_request(export, folder / "own.npz", baselines)
         with (
             self.reporter.task("compare on Ray", None),
             connected(address) as cluster,
         ):
-            return replace(asked, shares=compare_on_ray(request, cluster, folder))
+            asked = replace(asked, shares=compare_on_ray(request, cluster, folder))
+        if not asked.shares:
+            self.reporter.detail(
+                "The models are compared by one process of this host: the cluster has room for one "
+                "task of that."
+            )
+        return asked
 
     def baselines(self, manifest: Manifest) -> Baselines:
         """Round to nearest, unless the artifact is that, and the codes that learning began with."""

@@ -6,13 +6,12 @@ on the processors of a node. What they find is brought together where all else i
 
 from __future__ import annotations
 
-import socket
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from nf4_pipeline.cluster.ray_tasks import Claim, Cluster
-from nf4_pipeline.errors import ResourceError
+from nf4_pipeline.cluster.seen_folders import check_seen
 from nf4_pipeline.verification.messages import ArtifactRequest, Baselines, SavedCodes
 from nf4_pipeline.verification.shares import Share
 
@@ -83,13 +82,7 @@ def compare_share(request: ArtifactRequest, of: int, number: int) -> Share | Non
         ResourceError: the node does not see export and source.
         PipelineError: as of `artifact_worker.compare_share`.
     """
-    for path in (request.artifact, request.source):
-        if not path.is_dir():
-            raise ResourceError(
-                f"{path} is not there on {socket.gethostname()}: all nodes of the Ray cluster must "
-                "see the build folder and the source by the same paths. Name a --build-dir on a "
-                "file system that they share, or verify without --engine ray."
-            )
+    check_seen(request.artifact, request.source, otherwise="verify without --engine ray")
     from nf4_pipeline.verification import artifact_worker
 
     return artifact_worker.compare_share(request, number, of)
