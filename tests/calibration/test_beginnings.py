@@ -52,31 +52,33 @@ def scripts(texts: Sequence[str]) -> set[str]:
 
 def test_seeds_of_every_kind() -> None:
     seeds = read_seeds()
-    assert list(seeds) == ["code", "languages", "tables", "arithmetic"]
+    assert list(seeds) == ["code", "prose", "languages", "tables", "arithmetic"]
     every = [text for texts in seeds.values() for text in texts]
     assert len(set(every)) == len(every)
     assert min(map(len, seeds.values())) >= 10
     assert all(8 <= len(text) <= 80 for text in every)
     assert not [text for text in every if text.endswith(" ")]
     assert len(scripts(seeds["languages"])) >= 10
-    assert scripts(seeds["code"] + seeds["tables"] + seeds["arithmetic"]) == {"LATIN"}
+    assert scripts(seeds["code"] + seeds["prose"] + seeds["tables"] + seeds["arithmetic"]) == {
+        "LATIN"
+    }
 
 
 def test_each_kind_gets_its_share(chatty: Path, model: Any) -> None:
     tokenizer = LimitedTokenizer.open(chatty)
     known = Beginnings.of(tokenizer)
-    begins = begin_texts(model, known, 64, 256, Mix(plain=0.25, chats=0.25, seeds=0.25))
+    begins = begin_texts(model, known, 80, 256, Mix(plain=0.25, chats=0.25, seeds=0.25))
     kinds = {ids: kind for kind, own in known.seeds.items() for ids in own}
     of_kind = Counter(kinds[ids] for ids in begins if ids in kinds)
     assert of_kind == dict.fromkeys(read_seeds(), 4)
-    assert len({ids for ids in begins if ids in kinds}) == 16
+    assert len({ids for ids in begins if ids in kinds}) == 20
     talks = [ids for ids in begins if ids in known.chats]
     assert {tokenizer.tokenizer.decode(ids)[:6] for ids in talks} == {"<user>"}
     assert {tokenizer.tokenizer.decode(ids)[-11:] for ids in talks} == {"<assistant>"}
-    assert len(talks) == 16
-    assert sum(len(ids) == 2 and ids[0] == 256 for ids in begins) == 16  # any token
-    assert begins.count((256,)) == 16
-    assert len(begins) == 64
+    assert len(talks) == 20
+    assert sum(len(ids) == 2 and ids[0] == 256 for ids in begins) == 20  # any token
+    assert begins.count((256,)) == 20
+    assert len(begins) == 80
 
 
 SHARES: Final[dict[str, tuple[Mix, Sequence[str], dict[str, int]]]] = {
