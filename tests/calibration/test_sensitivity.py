@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import pytest
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.calibration import sensitivity
@@ -17,6 +18,7 @@ from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.selection import TensorPlan
 from nf4_pipeline.stages.quantize import Quantize
+from numpy.typing import NDArray
 
 from tests.support.calibrated import Listener, downloaded, quantized, settings
 from tests.support.checkpoints import make_checkpoint
@@ -132,3 +134,21 @@ def test_most_per_byte_first_as_long_as_it_fits() -> None:
     losses = [LayerLoss("a", 3.0, 30), LayerLoss("b", 2.0, 10), LayerLoss("c", 1.0, 20)]
     names = [[one.module for one in select_within_budget(losses, n)] for n in (9, 10, 30, 40, 60)]
     assert names == [[], ["b"], ["b", "c"], ["b", "a"], ["b", "a", "c"]]
+
+
+def test_texts_all_over_the_tokens_are_measured(builds: dict[str, Build], tmp_path: Path) -> None:
+    """Not the first ones, which begin alike."""
+    build = builds["llama"]
+    weights, tokens = parts_of(build)
+    ids = np.tile(tokens.ids[:1], (64, 1))
+    ids[-1] = ids[-1][::-1]
+
+    def losses(changed: NDArray[np.int32], name: str) -> list[float]:
+        given = CalibrationTokens(changed, "self", name)
+        kept = tmp_path / name
+        found = measure_losses(
+            build.source, weights[:2], given, kept, name, device="cpu", reporter=SILENT
+        )
+        return [loss.kl for loss in found]
+
+    assert losses(ids, "the last is another") != losses(ids[:-1], "all alike")

@@ -24,6 +24,7 @@ from nf4_pipeline.progress import SILENT, ProgressEvent, reporting_to
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.records import QUANTIZE, FileFacts
 from nf4_pipeline.stages import quantize as quantize_stage
+from nf4_pipeline.stages import quantize_on_ray
 from nf4_pipeline.stages.download_request import DownloadRequest
 from nf4_pipeline.stages.outgoing import StaysHere
 from nf4_pipeline.stages.quantize import Quantize
@@ -402,6 +403,19 @@ def test_a_lost_driver_at_a_url_is_continued(
         quantize(second)
     assert hashes(second) == whole
     assert sorted(made) == sorted(name.partition("/")[2] for name in whole)
+
+
+def test_a_node_without_the_cache_takes_a_folder_of_its_own_at_a_url(
+    source: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sees the build folder, whose links to the source lead nowhere there."""
+    monkeypatch.setattr(quantize_on_ray, "dangling", lambda folder: folder / "config.json")
+    url = fresh_url("file", tmp_path)
+    build, *_ = download(source, tmp_path, build_dir=tmp_path / "copy", url=url)
+    with standing_in():
+        quantize(build)
+    assert hashes(build) == whole
+    assert safetensors(build) == []  # none was made in the folder that both see
 
 
 def test_a_source_that_a_node_does_not_see(source: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nf4_pipeline.errors import RecipeError
 from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
+from nf4_pipeline.verification.compare_models import _waves
 from nf4_pipeline.verification.eval_text import (
     BUILT_IN,
     LENGTH,
@@ -21,6 +22,7 @@ from nf4_pipeline.verification.eval_text import (
     Text,
     TokenSequence,
     cut,
+    most_passes,
     random_sequences,
     read_text,
 )
@@ -213,3 +215,15 @@ def test_random_ids(tokens: int, context: int | None, shape: tuple[int, int]) ->
     again = np.stack([sequence.ids for sequence in random_sequences(50, tokens, context)])
     assert np.array_equal(ids, again)
     assert {sequence.domain for sequence in found} == {RANDOM}
+
+
+@pytest.mark.parametrize("tokens", [1, 512, 8_192, 16_384, 20_000, 32_768, 65_536])
+@pytest.mark.parametrize("begins", [0, 1])
+def test_passes_are_no_more_than_foretold(
+    tokenizer: LimitedTokenizer, tokens: int, begins: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the tokenizer puts something in front of each sequence or not."""
+    monkeypatch.setattr(LimitedTokenizer, "prefix", lambda _: [7] * begins)
+    text = Text("long", {"one": LETTERS * 3_000, "two": LETTERS * 3_000})
+    passes = len(list(_waves(cut(text, tokenizer, tokens, None)))) if tokens > 1 else 1
+    assert passes <= most_passes(tokens) <= passes + 1

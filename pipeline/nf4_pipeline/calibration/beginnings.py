@@ -53,7 +53,7 @@ class Beginnings(Document):
             kind: tuple(ids for text in texts if (ids := _seed(tokenizer, text)))
             for kind, texts in read_seeds().items()
         }
-        return cls(ends, begins, tuple(_chats(tokenizer)), seeds, len(tokenizer.tokenizer))
+        return cls(ends, begins, tuple(_chats(tokenizer)), seeds, tokenizer.size)
 
 
 def _chats(tokenizer: LimitedTokenizer) -> list[Ids]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -97,11 +97,11 @@ class Calibrator:
 
     def _tokens_key(self) -> str:
         """Depends on the source, on what is read, and on how much of it."""
-        from nf4_pipeline.calibration.beginnings import OPENINGS, SEEDS
+        from nf4_pipeline.calibration.beginnings import MIX, OPENINGS, SEEDS
 
         path = text_path(self.recipe)
         text = None if path is None else digest_file(path).sha256
-        begins = [digest_file(file).sha256 for file in (OPENINGS, SEEDS)]
+        begins = [*(digest_file(file).sha256 for file in (OPENINGS, SEEDS)), asdict(MIX)]
         return json_sha256(
             {
                 "code": CODE_VERSION,
@@ -265,7 +265,7 @@ class Calibrator:
 
         device = pick_device(self.device)
         check_memory(plan, plan.quantized, device)
-        if self.chosen_bytes():  # by a run that has looked
+        if any(path.is_dir() for path in self.folder.glob("*-*")):  # of a run that has looked
             return
         with _enough_memory(device, "--effort"), reporter.task("look at the blocks", None):
             check_blocks(self.source, plan, plan.quantized, device)

@@ -127,8 +127,8 @@ class Learning:
                 "The codes of this artifact learned from tokens that its 16-bit model wrote, "
                 f"and the model writes others on this machine (sha256 {tokens.sha256[:16]}…, "
                 f"expected {str(expected_sha256)[:16]}…): which depends on the model of the "
-                "device and the version of torch. So it cannot be derived again here. Try a "
-                "device of the model, and the version of torch, that made the artifact."
+                "device and the versions of torch and nf4-pipeline. So it cannot be derived again "
+                "here. Try a device of the model, and the versions, that made the artifact."
             )
         learner = self._learn(tokens, reporter, seconds, saved)
         self._write(learner.best)
@@ -312,7 +312,9 @@ def check_blocks(source: Path, plan: Plan, learned: Sequence[TensorPlan], device
         return
     with _open(source, device) as teacher, deterministic(teacher.device):
         words = teacher.model.get_input_embeddings().num_embeddings
-        ids = (torch.arange(32, device=teacher.device) % words).reshape(2, 16)
+        context = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
+        length = min(16, context) if isinstance(context, int) and context > 0 else 16
+        ids = (torch.arange(2 * length, device=teacher.device) % words).reshape(2, length)
         try:
             row = BlockRow(teacher.model, teacher.blocks)
             row.check(ids, teacher.open_ahead, teacher.close)

@@ -39,6 +39,8 @@ _SPARE: Final = {"cpu": 2**28, "cuda": 2**31}
 """Bytes that the model leaves besides for what it computes with."""
 _MOST: Final = {"cpu": 256, "cuda": 2048}
 _PROBABILITIES: Final = 24  # bytes for each word of the vocabulary while one of them is drawn
+_CACHES: Final = ("past_key_values", "cache_params", "state")
+"""What models call what they keep: keys and values, or a recurrent state."""
 _FIRST_SEED: Final = 1_000_000
 """Apart from the seeds of the tokens that calibration reads."""
 _REMEDY: Final = "Let codes learn from a text (--calibrate FILE), or leave --effort out."
@@ -182,20 +184,27 @@ def _rows_at_a_time(teacher: StreamedModel, length: int, lockstep: Lockstep) -> 
     words = int(model.config.get_text_config().vocab_size)
     sizes: list[int] = []
 
-    def measure() -> None:
-        probe = torch.zeros(1, 2, dtype=torch.long, device=teacher.device)
-        cache = model(probe, use_cache=True).get("past_key_values")
-        sizes.extend(
-            tensor.numel() * tensor.element_size()
-            for layer in getattr(cache, "layers", ())
-            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
-            if isinstance(tensor, torch.Tensor)
-        )
+    def measure(tokens: int) -> None:
+        probe = torch.zeros(1, tokens, dtype=torch.long, device=teacher.device)
+        found = model(probe, use_cache=True)
+        sizes.append(_tensor_bytes([found.get(name) for name in _CACHES]))
 
-    lockstep.run([measure])
-    each = sum(sizes) / 2 * length + _PROBABILITIES * words
+    lockstep.run([partial(measure, 1), partial(measure, 2)])
+    grows = sizes[1] - sizes[0]  # with each token; a recurrent state does not
+    each = sizes[0] + grows * (length - 1) + _PROBABILITIES * words
     rows = max(8, min(_MOST[kind], int(_cache_bytes(teacher) / each)))
     return int(2 ** (rows.bit_length() - 1))
+
+
+def _tensor_bytes(value: Any, depth: int = 5) -> int:
+    """Bytes of all tensors in what a model keeps from token to token."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        value = list(value.values())
+    elif not isinstance(value, list | tuple):
+        value = list(getattr(value, "__dict__", {}).values())
+    return sum(_tensor_bytes(part, depth - 1) for part in value) if depth else 0
 
 
 def _cache_bytes(teacher: StreamedModel) -> int:

@@ -12,7 +12,7 @@ def check_seen(*folders: Path, otherwise: str) -> None:
     """Refuses to work on a node that does not see what the command sees.
 
     Args:
-        folders: that must be there, with whatever links in them lead to.
+        folders: that must be there, with what links in them lead to.
         otherwise: what else the user may do than let all nodes see the folders.
 
     Raises:
@@ -25,12 +25,16 @@ def check_seen(*folders: Path, otherwise: str) -> None:
                 "must see the build folder and the source by the same paths. Name a --build-dir on "
                 f"a file system that they share, or {otherwise}."
             )
-        for link in folder.rglob("*"):
-            if link.is_symlink() and not link.exists():
-                raise ResourceError(
-                    f"{link} leads to {link.readlink()}, which is not there on "
-                    f"{socket.gethostname()}: all nodes of the Ray cluster must see the source by "
-                    "the same path. Set HF_HOME to a folder on a file system that they share and "
-                    "run the same command again; a model that is a folder must lie on such a one. "
-                    f"Or {otherwise}."
-                )
+        if link := dangling(folder):
+            raise ResourceError(
+                f"{link} leads to {link.readlink()}, which is not there on {socket.gethostname()}: "
+                "all nodes of the Ray cluster must see the source by the same path. Set HF_HOME to "
+                "a folder on a file system that they share and run the same command again; a model "
+                f"that is a folder must lie on such a one. Or {otherwise}."
+            )
+
+
+def dangling(folder: Path) -> Path | None:
+    """A link in a folder that leads to nothing on this node; None if there is none."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return next((path for path in found if path.is_symlink() and not path.exists()), None)

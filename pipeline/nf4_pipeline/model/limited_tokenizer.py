@@ -126,6 +126,14 @@ class LimitedTokenizer:
         value = getattr(self.tokenizer, name, None)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
+    @property
+    def size(self) -> int:
+        """How many tokens it knows; 0 if it does not say."""
+        try:
+            return len(self.tokenizer)
+        except Exception:  # a stranger's code
+            return 0
+
     def ids(self, text: str, *, special: bool = False) -> list[int]:
         """The tokens of a text.
 

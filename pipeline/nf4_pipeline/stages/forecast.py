@@ -39,7 +39,7 @@ from nf4_pipeline.stages.quantize import memory_needed
 from nf4_pipeline.stages.rounding_choice import rounding_for
 from nf4_pipeline.stages.streamed_bytes import StreamedBytes
 from nf4_pipeline.streaming.passing import AHEAD
-from nf4_pipeline.verification.eval_text import TOGETHER
+from nf4_pipeline.verification.eval_text import most_passes
 
 _MEASURED_WEIGHTS: Final = 4 * 2**20
 _MEASURED_BYTES: Final = 64 * 2**20
@@ -186,7 +186,7 @@ def _assemble(
         streamed = StreamedBytes(preview.checkpoint, preview.weights, plan)
         fetched = streamed.to_quantize(lying or None, of_tasks=not local)
         fetched += streamed.to_make_again() if lying else 0
-        fetched += streamed.to_compare(-(-recipe.verify.eval_tokens // TOGETHER))
+        fetched += streamed.to_compare(most_passes(recipe.verify.eval_tokens))
     cache = None
     if place.model is not None:
         cache = _space(place.folder.parents[1], 0 if window else fetched)

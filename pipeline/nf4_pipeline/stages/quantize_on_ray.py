@@ -18,7 +18,7 @@ from nf4_pipeline.build_folder import Build, Record
 from nf4_pipeline.calibration import calibrator
 from nf4_pipeline.checkpoint.atomic import make_folder
 from nf4_pipeline.cluster.ray_tasks import Claim, Cluster, connected
-from nf4_pipeline.cluster.seen_folders import check_seen
+from nf4_pipeline.cluster.seen_folders import check_seen, dangling
 from nf4_pipeline.engine.parts import Part
 from nf4_pipeline.errors import ResourceError, TiedWeightsDiffer, UsageError
 from nf4_pipeline.machine import Machine
@@ -150,6 +150,10 @@ class QuantizeOnRay:
         """Has one task do the whole stage."""
         whole = self.whole
         claim = claim_of_all(whole.machine, cluster.largest)
+        if claim.gpus:
+            whole.reporter.note(
+                f"Calibration takes {claim.gpus:g} GPUs of one node; it begins when they are free."
+            )
         order = self._order(claim, None)
         chosen: set[Path] = set()
         whole.build.forget(QUANTIZE)  # a record that stands there later is that of a lost task
@@ -338,7 +342,9 @@ def make_all(order: Order) -> None:
 def _placed(order: Order, takes: tuple[str, ...]) -> Iterator[Build]:
     """The build folder as this node sees it, or one of the task's own."""
     build = Build(order.root, takes=takes)
-    if order.sent is not None and build.record(DOWNLOAD) != order.sent.record:
+    if order.sent is not None and (
+        build.record(DOWNLOAD) != order.sent.record or dangling(build.source)
+    ):
         with TemporaryFolder("task") as folder:
             own = Build(folder / "build", order.url, takes)
             order.sent.open_in(own)

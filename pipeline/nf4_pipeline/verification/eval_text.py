@@ -21,9 +21,19 @@ BUILT_IN: Final = "built in"
 _LARGEST: Final = 256 * 2**20  # bytes of a text
 RANDOM: Final = "random token ids"
 LENGTH: Final = 512
+"""Tokens in a sequence, at most: enough for a model to use what it has read."""
 TOGETHER: Final = 16_384
 """Tokens that pass through a model at once, at most; more pass in several passes."""
-"""Tokens in a sequence, at most: enough for a model to use what it has read."""
+
+
+def most_passes(tokens: int) -> int:
+    """In how many passes a text goes through a model, at most, before a tokenizer has cut it.
+
+    Args:
+        tokens: of the text. A tokenizer may put one in front of each sequence besides.
+    """
+    with_beginnings = -(-tokens * LENGTH // (LENGTH - 1))
+    return max(1, -(-with_beginnings // (TOGETHER - LENGTH + 1)))
 
 
 @dataclass(frozen=True, slots=True)
