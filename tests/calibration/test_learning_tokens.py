@@ -38,7 +38,8 @@ def test_a_recurrent_state_counts_once_and_keys_for_each_token(
         with StreamedModel(tmp_path / "model", "cpu", rescales=False) as streamed:
             for block in streamed.blocks:
                 streamed.hold(block)
-            return learning_tokens._rows_at_a_time(streamed, length, Lockstep([], _nothing, _nothing))
+            lockstep = Lockstep([], _nothing, _nothing)
+            return learning_tokens._rows_at_a_time(streamed, length, lockstep)
 
     room = 2**20
     assert rows(room, 8) < MOST  # what is kept is counted
