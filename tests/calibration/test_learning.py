@@ -580,9 +580,13 @@ def test_that_is_known_before_anything_is_calibrated(
         with pytest.raises(ResourceError, match="cannot learn block by block either"):
             Quantize(build, recipe, CPU).run()
         assert not build.calibration.exists()
+        # A plain --calibrate that was stopped has not looked; one that learned has.
         copy_of(start("llama").calibrated, build.calibration / "begun")
+        with pytest.raises(ResourceError, match="cannot learn block by block either"):
+            Quantize(build, recipe, CPU).run()
+        copy_of(start("llama").calibrated, build.calibration / "begun-learned")
         Quantize(build, recipe, CPU)._calibrator().check_memory(start("llama").plan)
-    assert looked == [1]
+    assert looked == [1, 1]
 
 
 @pytest.mark.parametrize("kind", ["falcon-7b", "rwkv"])

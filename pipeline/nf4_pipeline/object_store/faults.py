@@ -78,7 +78,10 @@ def refusal(error: Exception, url: str, doing: str) -> PipelineError | None:
 def passes(error: Exception) -> bool:
     """Whether a fault that is no refusal may pass: of the network, or of the store itself."""
     foreign = type(error).__module__.partition(".")[0] not in ("builtins", "nf4_pipeline")
-    return isinstance(error, OSError) or (foreign and not isinstance(error, TypeError))
+    # A file of memory:// cannot grow in the moment in which another thread asks for its size.
+    return isinstance(error, OSError | BufferError) or (
+        foreign and not isinstance(error, TypeError)
+    )
 
 
 def trying_again(error: Exception, url: str, doing: str) -> str:
