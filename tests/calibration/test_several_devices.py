@@ -6,9 +6,7 @@ has a copy of the model, batches of its own, and pieces of each layer's work.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +23,14 @@ from nf4_pipeline.gptq.device_group import DeviceGroup, Division
 from nf4_pipeline.runtime.loader import devices_alike
 
 from tests.support.checkpoints import make_checkpoint
-from tests.support.passes import DIVISION, SEVERAL, PassCase
+from tests.support.passes import DIVISION, SEVERAL, Cases, PassCase, cases
 
 pytestmark = pytest.mark.usefixtures("workers_here")
-
-Cases = Callable[[str], PassCase]
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Cases:
-    @cache
-    def made(kind: str) -> PassCase:
-        return PassCase.make(tmp_path_factory.mktemp(kind), kind)
-
-    return made
+    return cases(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)

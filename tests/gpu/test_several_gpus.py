@@ -5,9 +5,7 @@ One device that stands there twice shares the work, too, so most of it runs wher
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +17,7 @@ from nf4_pipeline.machine import Machine
 
 from tests.support.calibrated import bytes_of, downloaded, quantized, settings
 from tests.support.gptq_inputs import hessian_of
-from tests.support.passes import SEVERAL, PassCase
+from tests.support.passes import SEVERAL, Cases, cases
 
 torch = pytest.importorskip("torch")
 COUNT: Final = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -32,16 +30,11 @@ pytestmark = [
 GROUPS: Final = [["cuda:0"] * 2, ["cuda:0"] * 3] + [
     [f"cuda:{number}" for number in range(count)] for count in (2, 4, 8) if count <= COUNT
 ]
-Cases = Callable[[str], PassCase]
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Cases:
-    @cache
-    def made(kind: str) -> PassCase:
-        return PassCase.make(tmp_path_factory.mktemp(kind), kind)
-
-    return made
+    return cases(tmp_path_factory)
 
 
 @pytest.mark.parametrize("devices", GROUPS, ids="+".join)

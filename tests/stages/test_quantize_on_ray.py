@@ -46,6 +46,7 @@ from tests.support.stand_in_cluster import (
     standing_in,
     without_files,
     without_folder,
+    without_ray,
 )
 from tests.support.stores import fresh_url
 from tests.support.tiny import copy_of, nf4, write_falcon
@@ -256,12 +257,7 @@ def test_what_a_task_claims(
 def test_without_ray_the_message_says_what_to_install(
     tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *rest: None if name == "ray" else found(name, *rest),
-    )
+    without_ray(monkeypatch)
     before = build.record(QUANTIZE)
     for command in (
         ("build", "sample", "--build-dir", tmp_path / "new"),

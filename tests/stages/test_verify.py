@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,7 +37,7 @@ from tests.support import made
 from tests.support.checkpoints import make_checkpoint, read_tensors
 from tests.support.command_line import run_nf4
 from tests.support.jobs import CPU, download
-from tests.support.stand_in_cluster import standing_in
+from tests.support.stand_in_cluster import standing_in, without_ray
 from tests.support.tamper import agree, change, swap
 from tests.support.tiny import content_of, copy_of, edit_json, flip_byte, nf4
 from tests.support.verified import ask_source, skip_documents, skip_readers
@@ -133,12 +132,7 @@ def test_a_cluster_that_cannot_be_had(
     device: str, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refused before the verdict that is there is taken away."""
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *rest: None if name == "ray" else found(name, *rest),
-    )
+    without_ray(monkeypatch)
     monkeypatch.setattr("nf4_pipeline.machine._most_devices", lambda: 0)
     (build.export / "verification.json").write_text("{}")
     done = run_nf4("verify", "--build-dir", build.root, "--engine", "ray", "--device", device)

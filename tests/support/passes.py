@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import pytest
 from nf4_pipeline.calibration.block_store import BlockStore
 from nf4_pipeline.calibration.calibration_pass import calibrate
 from nf4_pipeline.calibration.tokens import CalibrationTokens
@@ -61,3 +63,11 @@ class PassCase:
             devices=devices, reporter=SILENT, **options,
         )  # fmt: skip
         return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+Cases = Callable[[str], PassCase]
+
+
+def cases(folders: pytest.TempPathFactory) -> Cases:
+    """Makes the case of a kind when it is first asked for."""
+    return cache(lambda kind: PassCase.make(folders.mktemp(kind), kind))

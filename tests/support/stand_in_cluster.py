@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pickle
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 from nf4_pipeline.cluster.ray_tasks import Claim
 from nf4_pipeline.stages import quantize_on_ray, verify
 from nf4_pipeline.stages.quantize_on_ray import Order
@@ -22,6 +24,16 @@ NOWHERE = Path("/nowhere")
 def everything(order: Order) -> Order:
     """What a machine sees that has the same files as this one."""
     return order
+
+
+def without_ray(patch: pytest.MonkeyPatch) -> None:
+    """Ray is not installed."""
+    found = importlib.util.find_spec
+    patch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "ray" else found(name, *rest),
+    )
 
 
 @dataclass

@@ -99,3 +99,11 @@ def draw(model: Any, device: Any, batch: Batch, length: int, remedy: str) -> NDA
     )
     found: NDArray[np.int32] = ids.to("cpu", torch.int32).numpy()
     return found
+
+
+def slow_drawing(device: Any, length: int) -> str:
+    """What is said where a model comes block by block for each of so many tokens."""
+    return (
+        f"The model does not fit on {device}: for each of the {length} tokens of a sequence all of "
+        "it is read once. A text of yours is faster: --calibrate FILE."
+    )

@@ -23,7 +23,7 @@ from safetensors.numpy import save
 from nf4_pipeline.blocks.lockstep import Lockstep
 from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.calibration.beginnings import Beginnings, begin_texts
-from nf4_pipeline.calibration.drawing import Batch, batches, draw
+from nf4_pipeline.calibration.drawing import Batch, batches, draw, slow_drawing
 from nf4_pipeline.calibration.learning_plan import FEWEST_SEQUENCES, LearningPlan
 from nf4_pipeline.calibration.tokens_request import TokensRequest, ask_tokenizer
 from nf4_pipeline.checkpoint.atomic import make_folder, remove_leftovers, write_bytes
@@ -129,10 +129,7 @@ def _drawn(
     lockstep = Lockstep(blocks, opened, teacher.close)  # block by block if they do not fit
     rows = _rows_at_a_time(teacher, length, lockstep)
     if blocks:
-        reporter.note(
-            f"The model does not fit on {teacher.device}: for each of the {length} tokens of a "
-            "sequence all of it is read once. A text of yours is faster: --calibrate FILE."
-        )
+        reporter.note(slow_drawing(teacher.device, length))
     with (
         one_thread_if_small(teacher.footprint),
         reporter.task("sample tokens to learn from", wanted, unit="sequences") as task,

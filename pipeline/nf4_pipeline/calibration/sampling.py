@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nf4_pipeline.blocks.lockstep import Lockstep
 from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.calibration.beginnings import MIX, Mix, begin_texts
-from nf4_pipeline.calibration.drawing import Batch, batches, draw
+from nf4_pipeline.calibration.drawing import Batch, batches, draw, slow_drawing
 from nf4_pipeline.calibration.tokens import LENGTH, CalibrationTokens
 from nf4_pipeline.calibration.tokens_request import TokensRequest, ask_tokenizer
 from nf4_pipeline.progress import Reporter, Task
@@ -111,10 +111,7 @@ def _sample(
             Lockstep([], opened, streamed.close).run([run])
             task.advance(size)
     else:
-        reporter.note(
-            f"The model does not fit on {streamed.device}: for each of the {length} tokens of a "
-            "sequence all of it is read once. A text of yours is faster: --calibrate FILE."
-        )
+        reporter.note(slow_drawing(streamed.device, length))
         Lockstep([streamed.blocks], opened, streamed.close).run(runs)
         task.advance(sum(sizes))
     return np.concatenate([sampled[batch.seed] for batch in parts])
