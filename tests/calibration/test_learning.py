@@ -617,7 +617,7 @@ def test_larger_models_learn_less_and_recompute(
     assert (small.sequences, small.length, small.steps, small.recompute) == (8192, 512, 512, False)
     monkeypatch.setattr(learning_plan, "_LARGE", 1000)
     large = learning_plan.plan_learning(weights, "cuda", 2048)
-    assert (large.sequences, large.steps, large.rate, large.recompute) == (2048, 128, 4e-3, True)
+    assert (large.sequences, large.steps, large.rate, large.recompute) == (2048, 128, 1.6e-3, True)
     assert learning_plan.plan_learning(weights, "cpu", 100).length == 100
 
 

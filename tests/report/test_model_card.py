@@ -250,7 +250,7 @@ def test_how_codes_learned() -> None:
         "held_back": 32,
         "tokens_sha256": "5eed" * 16,
         "steps": 512,
-        "rate": 0.002,
+        "rate": 0.0008,
         "halvings": 0,
         "kl_before": 0.0123,
         "kl_after": 0.00456,

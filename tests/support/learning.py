@@ -23,7 +23,7 @@ from tests.support.checkpoints import make_checkpoint, write_tokenizer
 from tests.support.decoders import DECODERS, write_decoder
 from tests.support.tiny import copy_of
 
-QUICK: Final = LearningPlan(16, 4, 32, 4, 16, 4e-3, 64, recompute=False)
+QUICK: Final = LearningPlan(16, 4, 32, 4, 16, 1.6e-3, 64, recompute=False)
 
 
 @contextmanager

@@ -4,7 +4,9 @@ A latent is kept as `weight / scale`, where scales stay as they are, in 16-bit f
 begins where the 16-bit weight stands in the bin of its code, squashed into the bin: no weight
 stands on an edge, as those would that error compensation moved to another bin, and how many stand
 near one is finite. From there a step is taken against the gradient of the dequantized weight, as if
-rounding were not there (straight-through). What is stored are codes; latents are gone with the run.
+rounding were not there (straight-through). How far is a share of the block's scale, and so of the
+bins: where weights are small, be it that their inputs are large, steps are small, too. What is
+stored are codes; latents are gone with the run.
 """
 
 from __future__ import annotations
@@ -111,7 +113,6 @@ class LearnedWeight:
         self._count = exact.numel()
         self._tables = tables
         self._scales = torch.from_numpy(scales).to(device)
-        self._rms = float(exact.float().square().mean().sqrt())
         self.latent = torch.empty(len(scales), BLOCK_SIZE, dtype=torch.int16, device=device)
         self.rows = torch.zeros(self.shape[0], device=device)
         self.columns = torch.zeros(self.shape[1], device=device)
@@ -231,7 +232,7 @@ class LearnedWeight:
         parts of a step, whose gradients hardly hang together: so none needs a second buffer.
 
         Args:
-            rate: as a share of the rms of the layer.
+            rate: as a share of the scale of each block.
             number: of the step since `begin`, from 1.
         """
         momentum = as_held(self.module, self.momentum).float()
@@ -240,10 +241,9 @@ class LearnedWeight:
         seen = 1 - _DECAY**number
         rows, columns = (self.rows / seen).sqrt(), (self.columns / seen).sqrt()
         mean = (self.rows / seen).mean().sqrt()
-        size = (1 - _MOMENTUM) / (1 - _MOMENTUM**number) * rate * self._rms / _UNIT
+        size = (1 - _MOMENTUM) / (1 - _MOMENTUM**number) * rate / _UNIT
         step = momentum.mul(mean * size).div_(rows[:, None] * columns + 1e-30)
-        step = self._blocks(step.reshape(-1), 0.0)
-        step = step * self._scales.reciprocal().where(self._scales != 0, 0.0)[:, None]
+        step = self._blocks(step.reshape(-1), 0.0) * self._scales.sign()[:, None]
         step = step.nan_to_num_(0.0, 0.0, 0.0).round_()
         moved = self.latent.float().sub_(step).clamp_(1 - _HALF, _HALF - 1)
         self.latent.copy_(moved)

@@ -44,7 +44,7 @@ from nf4_pipeline.manifest.manifest import LearningSummary
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.selection import Plan, TensorPlan
 
-CODE_VERSION: Final = 2
+CODE_VERSION: Final = 3
 _STATE: Final = "learning.state"
 _SUMMARY: Final = "learning.json"
 _TOKENS: Final = "tokens"

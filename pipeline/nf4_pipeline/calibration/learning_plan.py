@@ -41,7 +41,7 @@ class LearningPlan:
         length: of a sequence, in tokens.
         batch: sequences of a step.
         steps: how many.
-        rate: the largest step, as a share of a layer's rms.
+        rate: the largest step, as a share of a block's scale.
         together: tokens that pass the model at once.
         recompute: keep the inputs of blocks alone, and compute what is in them again.
     """
@@ -88,10 +88,10 @@ def plan_learning(weights: Sequence[TensorPlan], kind: str, context: int | None)
     large = sum(prod(weight.shape) for weight in weights) > _LARGE
     length = min(256 if kind == "cpu" else 512, context or 512)
     if kind == "cpu":
-        return LearningPlan(512, _HELD_BACK, length, 16, 128, 2e-3, 4 * length, large)
+        return LearningPlan(512, _HELD_BACK, length, 16, 128, 8e-4, 4 * length, large)
     if large:
-        return LearningPlan(2048, _HELD_BACK, length, 32, 128, 4e-3, 4096, recompute=True)
-    return LearningPlan(8192, _HELD_BACK, length, 32, 512, 2e-3, 8192, recompute=False)
+        return LearningPlan(2048, _HELD_BACK, length, 32, 128, 1.6e-3, 4096, recompute=True)
+    return LearningPlan(8192, _HELD_BACK, length, 32, 512, 8e-4, 8192, recompute=False)
 
 
 def memory_of_learning(plan: Plan, learned: Sequence[TensorPlan], kind: str) -> int:

@@ -122,16 +122,27 @@ def _choose_scales(
     usable = (tl.abs(scale) >= 1.1754943508222875e-38) & (candidate <= SIGNS * COUNT)
     scale = tl.where(usable, scale, 1.0)
     inverse = tl.math.div_rn(1.0, scale)
-    # Columns of the block run along the first axis, so that each thread has all of one trial.
-    values = tl.load(weights + row * columns + start + place[:, None] + 0 * candidate[None, :])
+    # Broadcast from one line, so that each thread has all of one trial; as eight times eight, since
+    # a column's number has to be known to the compiler to be taken out of registers for nothing.
+    eight = tl.arange(0, 8)
+    across = eight[:, None] * 8 + eight[None, :]
+    values = tl.broadcast_to(
+        tl.load(weights + row * columns + start + across)[:, :, None], [8, 8, TRIED]
+    )
     cost = tl.zeros([TRIED], tl.float32)
-    for j in range(64):
-        value = tl.sum(tl.where(place[:, None] == j, values, 0.0), axis=0)
-        level = tl.load(levels + _code(value * inverse, midpoints))
-        line_of = factor + (start + j).to(tl.int64) * columns + start
-        error = tl.math.div_rn(value - scale * level, tl.load(line_of + j) + tl.zeros_like(scale))
-        cost += error * error
-        values -= error[None, :] * tl.load(line_of + place)[:, None]
+    for chunk in range(8):
+        near = tl.sum(tl.where(eight[:, None, None] == chunk, values, 0.0), axis=0)
+        for j in tl.static_range(8):
+            value = tl.sum(tl.where(eight[:, None] == j, near, 0.0), axis=0)
+            level = tl.load(levels + _code(value * inverse, midpoints))
+            at = chunk * 8 + j
+            line_of = factor + (start + at).to(tl.int64) * columns + start
+            error = tl.math.div_rn(
+                value - scale * level, tl.load(line_of + at) + tl.zeros_like(scale)
+            )
+            cost += error * error
+            near -= error[None, :] * tl.load(line_of + chunk * 8 + eight)[:, None]
+            values -= error[None, None, :] * tl.load(line_of + across)[:, :, None]
     cost = tl.where(usable, cost, float("inf"))
     least = tl.min(cost, axis=0)
     best = tl.argmin(cost, axis=0, tie_break_left=True)

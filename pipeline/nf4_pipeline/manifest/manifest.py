@@ -178,7 +178,7 @@ class LearningSummary(Document):
         tokens_sha256: of all ids. Those of the model itself are not part of the artifact: they are
             drawn again.
         steps: that were taken.
-        rate: of the largest one, as a share of a layer's rms.
+        rate: of the largest one, as a share of a block's scale.
         halvings: how often learning did harm, and went on with half the rate.
         kl_before: KL from the 16-bit model on what is held back, nats per token, before the first
             step.
