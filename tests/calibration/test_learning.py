@@ -451,6 +451,42 @@ def test_a_step_goes_against_the_gradient() -> None:
     assert bool((moved.sign() * gradient.sign() <= 0).all())
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_channels_of_other_sizes_learn_alike(seed: int) -> None:
+    """What one layer divides and the next one multiplies is the same model, and learns the same.
+
+    Rows and blocks of columns are taken times powers of two; gradients then are divided by them.
+    """
+    rng = np.random.default_rng(seed)
+    rows, blocks = 7, 5
+    exact = rng.normal(size=(rows, 64 * blocks)).astype(np.float32)
+    scales = (rng.normal(size=(rows, blocks)) * 2).astype(np.float32)
+    codes = pack(rng.integers(0, 16, exact.size).astype(np.uint8))
+    sizes = np.exp2(rng.integers(-5, 6, (rows, 1)) + rng.integers(-5, 6, (1, blocks)))
+    spread = np.repeat(sizes, 64, axis=1).astype(np.float32)
+    modules = [torch.nn.Linear(64 * blocks, rows, bias=False) for _ in range(2)]
+    plain, other = (
+        LearnedWeight(
+            module,
+            torch.from_numpy(exact * wide),
+            codes,
+            (scales * narrow).astype(np.float32).reshape(-1),
+            Tables(torch.device("cpu")),
+        )
+        for module, wide, narrow in zip(modules, (np.float32(1), spread), (1.0, sizes), strict=True)
+    )
+    assert torch.equal(plain.latent, other.latent)
+    before = plain.latent.clone()
+    for number in range(1, 7):
+        gradient = rng.choice([-1.0, 1.0], exact.shape).astype(np.float32)
+        for weight, divided in ((plain, np.float32(1)), (other, spread)):
+            weight.decay()
+            weight.add(torch.from_numpy(gradient / divided))
+            weight.step(1e-2, number)
+    assert (plain.latent - before).abs().max() > 100
+    assert (plain.latent.int() - other.latent.int()).abs().max() <= 6  # a unit for each rounding
+
+
 @pytest.mark.parametrize("fails", range(6))
 def test_gradients_of_a_step_count_once(fails: int) -> None:
     """Those of two calls, one of which is done again as it has no deterministic gradient."""

@@ -41,6 +41,7 @@ from nf4_pipeline.errors import ResourceError
 from nf4_pipeline.gptq.quantizer import QuantizedWeight
 from nf4_pipeline.gptq.saved_codes import read_codes
 from nf4_pipeline.manifest.manifest import LearningSummary
+from nf4_pipeline.model.fast_attention import use_fast_attention
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.selection import Plan, TensorPlan
 
@@ -324,7 +325,9 @@ def check_blocks(source: Path, plan: Plan, learned: Sequence[TensorPlan], device
 
 def _open(source: Path, device: str) -> StreamedModel:
     # Codes and scales are of weights as they are stored, and so must both models be.
-    return StreamedModel(source, device, learning_dtype(device), rescales=False)
+    streamed = StreamedModel(source, device, learning_dtype(device), rescales=False)
+    use_fast_attention(streamed.model)
+    return streamed
 
 
 def _too_large(plan: Plan, learned: Sequence[TensorPlan], device: str) -> str | None:

@@ -17,6 +17,7 @@ from nf4_pipeline.calibration.beginnings import MIX, Mix, begin_texts
 from nf4_pipeline.calibration.drawing import Batch, batches, draw, slow_drawing
 from nf4_pipeline.calibration.tokens import LENGTH, CalibrationTokens
 from nf4_pipeline.calibration.tokens_request import TokensRequest, ask_tokenizer
+from nf4_pipeline.model.fast_attention import use_fast_attention
 from nf4_pipeline.progress import Reporter, Task
 from nf4_pipeline.runtime.threads import one_thread_if_small
 
@@ -58,6 +59,7 @@ def make_tokens(
     with ExitStack() as stack:
         with reporter.task("open the 16-bit model", None):
             streamed = stack.enter_context(StreamedModel(source, device))
+            use_fast_attention(streamed.model)
         config = streamed.model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
         length = min(LENGTH, context) if isinstance(context, int) and context > 1 else LENGTH

@@ -1,8 +1,8 @@
 """`nf4_pipeline.gptq.kernels_cpu` on a CUDA device: the same steps in the same order, bit for bit.
 
 Nothing is fused, sums go from the first to the last, and divisions are rounded to nearest, so the
-same factor gives the same codes as on a CPU. One program of `_choose_scales` takes one row and
-tries all scales of its block side by side, each in a thread of its own.
+same factor gives the same codes as on a CPU. One program of `_round_block` takes one row, tries all
+scales of its block side by side, each in a thread of its own, and keeps what the best one gave.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -17,7 +17,7 @@ import triton.language as tl
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.nf4.codebook import NF4_LEVELS, NF4_MIDPOINTS, SCALE_LEVELS, SCALE_MIDPOINTS
 
-_CANDIDATES: Final = 64
+_TRIED: Final = 64
 _ROWS: Final = 64
 _WIDE: Final = 128
 
@@ -85,7 +85,7 @@ def _start_scales(
 
 
 @triton.jit(do_not_specialize=["ahead"])
-def _choose_scales(
+def _round_block(
     weights,
     factor,
     nested,
@@ -96,6 +96,9 @@ def _choose_scales(
     scale_midpoints,
     scale_levels,
     chosen,
+    codes,
+    errors,
+    costs,
     columns,
     per_row,
     start,
@@ -106,95 +109,58 @@ def _choose_scales(
     TRIED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, 64)
-    candidate = tl.arange(0, TRIED)
+    trial = tl.arange(0, TRIED)
     number = row * per_row + block
     largest = tl.load(nested + (ahead + number) // 256)
     own = tl.load(scales + number)
-    line = tl.load(weights + row * columns + start + place)
-    top = tl.max(tl.abs(line), axis=0)
+    top = tl.max(tl.abs(tl.load(weights + row * columns + start + tl.arange(0, 64))), axis=0)
     sign = tl.where(own >= 0, 1.0, -1.0)
-    share = tl.load(candidates + (candidate - 1 + COUNT) % COUNT)
-    wanted = tl.where(candidate <= COUNT, sign, -sign) * share * top
-    wanted = tl.where(candidate == 0, own, wanted)
-    codes = _scale_code(wanted, largest, scale_midpoints)
-    scale = tl.load(scale_levels + codes) * largest
-    usable = (tl.abs(scale) >= 1.1754943508222875e-38) & (candidate <= SIGNS * COUNT)
+    share = tl.load(candidates + (trial - 1 + COUNT) % COUNT)
+    wanted = tl.where(trial <= COUNT, sign, -sign) * share * top
+    wanted = tl.where(trial == 0, own, wanted)
+    scale_codes = _scale_code(wanted, largest, scale_midpoints)
+    scale = tl.load(scale_levels + scale_codes) * largest
+    usable = (tl.abs(scale) >= 1.1754943508222875e-38) & (trial <= SIGNS * COUNT)
     scale = tl.where(usable, scale, 1.0)
     inverse = tl.math.div_rn(1.0, scale)
     # Broadcast from one line, so that each thread has all of one trial; as eight times eight, since
-    # a column's number has to be known to the compiler to be taken out of registers for nothing.
+    # only what has a number that the compiler knows is taken out of registers for nothing.
     eight = tl.arange(0, 8)
     across = eight[:, None] * 8 + eight[None, :]
-    values = tl.broadcast_to(
-        tl.load(weights + row * columns + start + across)[:, :, None], [8, 8, TRIED]
-    )
+    line = tl.load(weights + row * columns + start + across)
+    values = tl.broadcast_to(line[:, :, None], [8, 8, TRIED])  # where a step is done, its errors
+    found = tl.zeros([8, TRIED], tl.int32)  # eight codes each
     cost = tl.zeros([TRIED], tl.float32)
     for chunk in range(8):
-        near = tl.sum(tl.where(eight[:, None, None] == chunk, values, 0.0), axis=0)
+        here = eight[:, None, None] == chunk
+        near = tl.sum(tl.where(here, values, 0.0), axis=0)
+        packed = tl.zeros([TRIED], tl.int32)
         for j in tl.static_range(8):
             value = tl.sum(tl.where(eight[:, None] == j, near, 0.0), axis=0)
-            level = tl.load(levels + _code(value * inverse, midpoints))
-            at = chunk * 8 + j
-            line_of = factor + (start + at).to(tl.int64) * columns + start
-            error = tl.math.div_rn(
-                value - scale * level, tl.load(line_of + at) + tl.zeros_like(scale)
-            )
+            # The last trial is for blocks of which no scale can be stored: all is rounded to zero.
+            code = tl.where(trial == TRIED - 1, 7, _code(value * inverse, midpoints))
+            line_of = factor + (start + chunk * 8 + j).to(tl.int64) * columns + start
+            diagonal = tl.load(line_of + chunk * 8 + j) + tl.zeros_like(scale)
+            error = tl.math.div_rn(value - scale * tl.load(levels + code), diagonal)
             cost += error * error
+            packed += code << (4 * j)
             near -= error[None, :] * tl.load(line_of + chunk * 8 + eight)[:, None]
+            near = tl.where(eight[:, None] == j, error[None, :], near)
             values -= error[None, None, :] * tl.load(line_of + across)[:, :, None]
-    cost = tl.where(usable, cost, float("inf"))
-    least = tl.min(cost, axis=0)
-    best = tl.argmin(cost, axis=0, tie_break_left=True)
-    code = tl.sum(tl.where(candidate == best, codes, 0), axis=0)
-    tl.store(chosen + number, tl.where(least < float("inf"), code, 127).to(tl.uint8))
-
-
-@triton.jit(do_not_specialize=["ahead"])
-def _round_block(
-    weights,
-    factor,
-    nested,
-    chosen,
-    midpoints,
-    levels,
-    scale_levels,
-    codes,
-    errors,
-    costs,
-    rows,
-    columns,
-    per_row,
-    start,
-    block,
-    ahead,
-    ROWS: tl.constexpr,
-):
-    place = tl.arange(0, 64)
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    valid = row < rows
-    number = row * per_row + block
-    code = tl.load(chosen + number, mask=valid, other=127).to(tl.int32)
-    largest = tl.load(nested + (ahead + number) // 256, mask=valid, other=0.0)
-    scale = tl.load(scale_levels + code) * largest
-    usable = tl.abs(scale) >= 1.1754943508222875e-38
-    scale = tl.where(usable, scale, 1.0)
-    inverse = tl.math.div_rn(1.0, scale)
-    values = tl.load(
-        weights + row[None, :] * columns + start + place[:, None], mask=valid[None, :], other=0.0
-    )
-    cost = tl.zeros([ROWS], tl.float32)
-    for j in range(64):
-        value = tl.sum(tl.where(place[:, None] == j, values, 0.0), axis=0)
-        nearest = tl.where(usable, _code(value * inverse, midpoints), 7)
-        line_of = factor + (start + j).to(tl.int64) * columns + start
-        diagonal = tl.load(line_of + j) + tl.zeros_like(scale)
-        error = tl.math.div_rn(value - scale * tl.load(levels + nearest), diagonal)
-        cost += error * error
-        values -= error[None, :] * tl.load(line_of + place)[:, None]
-        tl.store(codes + row * columns + start + j, nearest.to(tl.uint8), mask=valid)
-        tl.store(errors + row * 64 + j, error, mask=valid)
-    tl.store(costs + row, tl.load(costs + row, mask=valid) + cost, mask=valid)
+        values = tl.where(here, near[None, :, :], values)
+        found = tl.where(eight[:, None] == chunk, packed[None, :], found)
+    tried = tl.where(usable, cost, float("inf"))
+    least = tl.min(tried, axis=0)
+    best = tl.where(least < float("inf"), tl.argmin(tried, axis=0, tie_break_left=True), TRIED - 1)
+    taken = tl.sum(tl.where(trial == best, scale_codes, 0), axis=0)
+    tl.store(chosen + number, tl.where(least < float("inf"), taken, 127).to(tl.uint8))
+    own_codes = tl.sum(tl.where(trial[None, :] == best, found, 0), axis=1)
+    own_codes = (own_codes[:, None] >> (4 * eight[None, :])) & 15
+    tl.store(codes + row * columns + start + across, own_codes.to(tl.uint8))
+    own_errors = tl.sum(tl.where(trial[None, None, :] == best, values, 0.0), axis=2)
+    tl.store(errors + row * 64 + across, own_errors)
+    own_cost = tl.sum(tl.where(trial == best, cost, 0.0), axis=0)
+    tl.store(costs + row, tl.load(costs + row) + own_cost)
 
 
 @triton.jit
@@ -288,8 +254,8 @@ def round_rows(
     """
     rows, columns = weights.shape
     device = weights.device
-    if signs * len(candidates) + 1 > _CANDIDATES:
-        raise ValueError(f"{signs * len(candidates) + 1} scales to try; at most {_CANDIDATES}.")
+    if signs * len(candidates) + 1 >= _TRIED:
+        raise ValueError(f"{signs * len(candidates) + 1} scales to try; at most {_TRIED - 1}.")
     codes = torch.empty((rows, columns), dtype=torch.uint8, device=device)
     chosen = torch.empty(rows * len(blocks), dtype=torch.uint8, device=device)
     errors = torch.empty((rows, BLOCK_SIZE), dtype=torch.float32, device=device)
@@ -298,21 +264,16 @@ def round_rows(
     ahead = first * len(blocks)
     for place, block in enumerate(blocks):
         start = place * BLOCK_SIZE
-        _choose_scales[(rows,)](
+        _round_block[(rows,)](
             weights, factor, nested, scales, candidates, tables.midpoints, tables.levels,
-            tables.scale_midpoints, tables.scale_levels, chosen, columns, len(blocks), start,
-            block, ahead, COUNT=len(candidates), SIGNS=signs, TRIED=_CANDIDATES,
+            tables.scale_midpoints, tables.scale_levels, chosen, codes, errors, costs, columns,
+            len(blocks), start, block, ahead, COUNT=len(candidates), SIGNS=signs, TRIED=_TRIED,
             num_warps=2, **common,
-        )  # fmt: skip
-        _round_block[(triton.cdiv(rows, _ROWS),)](
-            weights, factor, nested, chosen, tables.midpoints, tables.levels, tables.scale_levels,
-            codes, errors, costs, rows, columns, len(blocks), start, block, ahead,
-            ROWS=_ROWS, num_warps=2, **common,
         )  # fmt: skip
         behind = columns - start - BLOCK_SIZE
         if behind:
             _propagate[(triton.cdiv(behind, _WIDE), triton.cdiv(rows, _ROWS))](
                 weights, factor, errors, rows, columns, start,
-                ROWS=_ROWS, WIDE=_WIDE, num_warps=8, **common,
+                ROWS=_ROWS, WIDE=_WIDE, num_warps=8, maxnreg=128, **common,
             )  # fmt: skip
     return codes, chosen, costs
