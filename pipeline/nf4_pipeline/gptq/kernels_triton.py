@@ -20,6 +20,8 @@ from nf4_pipeline.nf4.codebook import NF4_LEVELS, NF4_MIDPOINTS, SCALE_LEVELS, S
 _TRIED: Final = 64
 _ROWS: Final = 64
 _WIDE: Final = 128
+# So that two programs of `_propagate` fit a processor at a time; AMD's compiler knows no such limit.
+_TWO_FIT: Final = {} if torch.version.hip else {"maxnreg": 128}
 
 
 @triton.jit
@@ -274,6 +276,6 @@ def round_rows(
         if behind:
             _propagate[(triton.cdiv(behind, _WIDE), triton.cdiv(rows, _ROWS))](
                 weights, factor, errors, rows, columns, start,
-                ROWS=_ROWS, WIDE=_WIDE, num_warps=8, maxnreg=128, **common,
+                ROWS=_ROWS, WIDE=_WIDE, num_warps=8, **_TWO_FIT, **common,
             )  # fmt: skip
     return codes, chosen, costs
