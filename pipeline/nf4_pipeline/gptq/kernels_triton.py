@@ -20,7 +20,7 @@ from nf4_pipeline.nf4.codebook import NF4_LEVELS, NF4_MIDPOINTS, SCALE_LEVELS, S
 _TRIED: Final = 64
 _ROWS: Final = 64
 _WIDE: Final = 128
-# So that two programs of `_propagate` fit a processor at a time; AMD's compiler knows no such limit.
+# So that two programs of `_propagate` fit a processor; AMD's compiler knows no such limit.
 _TWO_FIT: Final = {} if torch.version.hip else {"maxnreg": 128}
 
 
