@@ -33,11 +33,18 @@ def test_on_a_cpu_the_same_bits(tmp_path: Path) -> None:
     assert modes() == 0
 
 
-def test_an_error_in_a_layer_leaves_nothing_active(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_in_a_layer_leaves_nothing_active(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
     model = falcon(tmp_path / "model")
     use_fast_attention(model)
     layer = next(m for m in model.modules() if type(m).__name__ == "FalconAttention")
-    layer.dense.weight = torch.nn.Parameter(torch.zeros(3, 3, dtype=torch.bfloat16))
-    with torch.inference_mode(), pytest.raises(RuntimeError):
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    layer.dense.register_forward_pre_hook(fail)
+    with torch.inference_mode(), pytest.raises(error):
         model(torch.arange(8).reshape(1, 8))
     assert modes() == 0

@@ -640,9 +640,22 @@ def test_what_a_block_at_a_time_takes(start: Make) -> None:
         )
 
 
-def test_other_tokens_than_expected_are_refused(start: Make, tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match="cannot be derived again here"):
-        start("llama").learning(tmp_path).run(SILENT, expected_sha256="0" * 64)
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"tokens_sha256": "0" * 64}, "writes others on this machine"),
+        ({"rate": 2e-3}, "learned in steps of 0.002, and this version"),
+    ],
+)
+def test_other_learning_than_expected_is_refused(
+    start: Make, tmp_path: Path, changed: dict[str, Any], told: str
+) -> None:
+    found = start("llama").learning(tmp_path / "first").run(SILENT)
+    again = start("llama").learning(tmp_path / "again")
+    with pytest.raises(ResourceError, match=told) as refused:
+        again.run(SILENT, expected=replace(found, **changed))
+    assert "cannot be derived again here" in str(refused.value)
+    assert again.run(SILENT, expected=found) == found
 
 
 def test_larger_models_learn_less_and_recompute(

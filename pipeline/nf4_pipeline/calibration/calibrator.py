@@ -150,7 +150,7 @@ class Calibrator:
         *,
         kept: Sequence[KeptModule] | None = None,
         sampling: DeviceUsage | None = None,
-        learned_sha256: str | None = None,
+        expected_learning: LearningSummary | None = None,
     ) -> CalibratedChoice:
         """Chooses codes and scales for everything that a plan quantizes, or goes on doing so.
 
@@ -160,7 +160,7 @@ class Calibrator:
             reporter: told how far it is, and of weights that are rounded to nearest after all.
             kept: modules that are known to stay in 16 bit; None to find them.
             sampling: what finding the tokens took, for the facts.
-            learned_sha256: of the tokens that codes learned from, if others must not be taken.
+            expected_learning: how the codes of an artifact learned, if others must not come of it.
 
         Raises:
             ResourceError: the device has too little memory for the model, or the model writes other
@@ -214,7 +214,7 @@ class Calibrator:
         learned = None
         if self.recipe.effort:
             with _enough_memory(device, "--effort"), measured_on_device() as taken["learning"]:
-                store, learned = self._learn(plan, store, kept, device, learned_sha256, reporter)
+                store, learned = self._learn(plan, store, kept, device, expected_learning, reporter)
         facts = CalibrationFacts(
             source=cast("Any", tokens.source),
             sequences=len(tokens.ids),
@@ -236,7 +236,7 @@ class Calibrator:
         store: BlockStore,
         kept: Sequence[KeptModule],
         device: str,
-        expected: str | None,
+        expected: LearningSummary | None,
         reporter: Reporter,
     ) -> tuple[BlockStore, LearningSummary]:
         """Lets the codes of a store learn; returns that of the learned ones."""
@@ -245,7 +245,7 @@ class Calibrator:
         modules = {module.module for module in kept}
         text = text_path(self.recipe)
         learning = Learning(self.source, plan, modules, store, text, device)
-        return learning.store, learning.run(reporter, expected_sha256=expected)
+        return learning.store, learning.run(reporter, expected=expected)
 
     def check_memory(self, plan: Plan, reporter: Reporter = SILENT) -> None:
         """Refuses to begin what will not fit the device once codes learn.

@@ -98,7 +98,7 @@ class Learning:
         self,
         reporter: Reporter,
         *,
-        expected_sha256: str | None = None,
+        expected: LearningSummary | None = None,
         seconds: float = 8.0,
         saved: Saved | None = None,
     ) -> LearningSummary:
@@ -106,7 +106,7 @@ class Learning:
 
         Args:
             reporter: told how far it is.
-            expected_sha256: of the tokens, if others must not be learned from.
+            expected: how the codes of an artifact learned, if others must not come of it.
             seconds: between two states that a killed run goes on from, at least.
             saved: told of each of them.
 
@@ -114,23 +114,15 @@ class Learning:
             RecipeError: the text cannot be read, or is too short to learn from.
             CheckpointError: predictions are not finite, or gradients cannot be computed.
             SourceError: the tokenizer fails, or takes more than any real one.
-            ResourceError: the device has too little memory, or the model writes other tokens on it
-                than those that are expected.
+            ResourceError: the device has too little memory, or what is expected cannot come of it:
+                the model writes other tokens on it, or this version takes other steps.
         """
         self.store.open()
         done = self._finished()
         if done is not None:
             return done
         check_memory(self._plan, self._learned, self._device)
-        tokens = self._tokens(reporter)
-        if expected_sha256 not in (None, tokens.sha256):
-            raise ResourceError(
-                "The codes of this artifact learned from tokens that its 16-bit model wrote, "
-                f"and the model writes others on this machine (sha256 {tokens.sha256[:16]}…, "
-                f"expected {str(expected_sha256)[:16]}…): which depends on the model of the "
-                "device and the versions of torch and nf4-pipeline. So it cannot be derived again "
-                "here. Try a device of the model, and the versions, that made the artifact."
-            )
+        tokens = self._tokens(expected, reporter)
         learner = self._learn(tokens, reporter, seconds, saved)
         self._write(learner.best)
         end = learner.progress
@@ -166,7 +158,7 @@ class Learning:
         )
         return summary if whole else None
 
-    def _tokens(self, reporter: Reporter) -> LearningTokens:
+    def _tokens(self, expected: LearningSummary | None, reporter: Reporter) -> LearningTokens:
         with self._opened() as writer:
             config = writer.model.config.get_text_config()
             context = getattr(config, "max_position_embeddings", None)
@@ -175,8 +167,23 @@ class Learning:
                 writer.device.type,
                 context if isinstance(context, int) and context > 1 else None,
             )
+            if expected is not None and expected.rate != how.rate:
+                raise _not_again(
+                    f"learned in steps of {expected.rate:g}, and this version of nf4-pipeline "
+                    f"takes steps of {how.rate:g}",
+                    "the version",
+                )
             folder = self.store.folder / _TOKENS
-            return learning_tokens(self._source, self._text, writer, how, folder, reporter)
+            tokens = learning_tokens(self._source, self._text, writer, how, folder, reporter)
+        if expected is not None and expected.tokens_sha256 != tokens.sha256:
+            raise _not_again(
+                "learned from tokens that its 16-bit model wrote, and the model writes others on "
+                f"this machine (sha256 {tokens.sha256[:16]}…, expected "
+                f"{expected.tokens_sha256[:16]}…): which depends on the model of the device and "
+                "the versions of torch and nf4-pipeline",
+                "a device of the model, and the versions,",
+            )
+        return tokens
 
     def _learn(
         self, tokens: LearningTokens, reporter: Reporter, seconds: float, saved: Saved | None
@@ -277,6 +284,13 @@ class Learning:
                 cost = facts.costs.get(name, 0.0) if facts is not None else 0.0
                 weights[name] = QuantizedWeight(codes[name], scales, cost)
             self.store.write(block, weights, self._fallbacks(block))
+
+
+def _not_again(why: str, remedy: str) -> ResourceError:
+    return ResourceError(
+        f"The codes of this artifact {why}. So it cannot be derived again here. Try {remedy} that "
+        "made the artifact."
+    )
 
 
 def check_memory(plan: Plan, learned: Sequence[TensorPlan], device: str) -> None:

@@ -151,7 +151,7 @@ def _round_block(
             values -= error[None, None, :] * tl.load(line_of + across)[:, :, None]
         values = tl.where(here, near[None, :, :], values)
         found = tl.where(eight[:, None] == chunk, packed[None, :], found)
-    tried = tl.where(usable, cost, float("inf"))
+    tried = tl.where(usable & (cost < float("inf")), cost, float("inf"))
     least = tl.min(tried, axis=0)
     best = tl.where(least < float("inf"), tl.argmin(tried, axis=0, tie_break_left=True), TRIED - 1)
     taken = tl.sum(tl.where(trial == best, scale_codes, 0), axis=0)
@@ -241,7 +241,7 @@ def round_rows(
 
     Args:
         weights: float32 [rows, columns], columns in the order of the factor; destroyed.
-        factor: float32 [columns, columns].
+        factor: float32 [columns, columns], with zeros below the diagonal.
         blocks: which block stands at each place.
         scales: float32 [rows * blocks].
         nested: float32, of the whole matrix.

@@ -9,6 +9,7 @@ model takes to write, and a quarter of what learning takes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -21,15 +22,20 @@ _LAYER: Final = "FalconAttention"
 def use_fast_attention(model: torch.nn.Module) -> None:
     """Has a Falcon compute attention fast, in 16 bit on a GPU; changes nothing elsewhere.
 
-    Its inputs must then be whole texts, without padding.
+    Its inputs must then be whole texts, without padding, and a cache hold what it has seen and no
+    more: each token sees all before it.
 
     Args:
         model: of transformers.
     """
     for module in model.modules():
         if type(module).__name__ == _LAYER:
-            module.register_forward_pre_hook(_begin)
-            module.register_forward_hook(_end, always_call=True)
+            vars(module)["forward"] = partial(_without_mask, module.forward)
+
+
+def _without_mask(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with _WithoutMask():
+        return forward(*args, **kwargs)
 
 
 class _WithoutMask(TorchFunctionMode):
@@ -52,23 +58,17 @@ def _asked_for_fast(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    *,
+    *positional: Any,
     attn_mask: torch.Tensor | None = None,
     **_: Any,
 ) -> dict[str, Any]:
     """What to ask for instead, or nothing: with alibi a mask is numbers, and is needed."""
-    tokens, seen = query.shape[-2], key.shape[-2]
-    plain = attn_mask is not None and attn_mask.dtype == torch.bool and tokens in (1, seen)
-    if not (plain and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)):
+    if positional or not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
         return {}
     shared = query.shape[1] != key.shape[1]
+    if attn_mask is None:
+        return {"enable_gqa": shared}
+    tokens, seen = query.shape[-2], key.shape[-2]
+    if attn_mask.dtype != torch.bool or tokens not in (1, seen):
+        return {}
     return {"attn_mask": None, "is_causal": tokens > 1, "enable_gqa": shared}
-
-
-# Modes are a stack of the thread, and calls of modules are nested: what ends is what began last.
-def _begin(*_: Any) -> None:
-    _WithoutMask().__enter__()  # type: ignore[no-untyped-call]
-
-
-def _end(*_: Any) -> None:
-    _WithoutMask().__exit__(None, None, None)  # type: ignore[no-untyped-call]

@@ -148,9 +148,8 @@ def choose_again(
                 "would lose; the source has no such module to quantize."
             )
     try:
-        expected = None if learning is None else learning.tokens_sha256
         return calibrator.choose(
-            plan, tokens, reporter, kept=calibration.kept, learned_sha256=expected
+            plan, tokens, reporter, kept=calibration.kept, expected_learning=learning
         )
     except RecipeError as error:
         raise ArtifactError(f"{CALIBRATION_FILE} cannot be followed: {error}") from error
