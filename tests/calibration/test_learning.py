@@ -464,22 +464,19 @@ def test_channels_of_other_sizes_learn_alike(seed: int) -> None:
     codes = pack(rng.integers(0, 16, exact.size).astype(np.uint8))
     sizes = np.exp2(rng.integers(-5, 6, (rows, 1)) + rng.integers(-5, 6, (1, blocks)))
     spread = np.repeat(sizes, 64, axis=1).astype(np.float32)
-    modules = [torch.nn.Linear(64 * blocks, rows, bias=False) for _ in range(2)]
-    plain, other = (
-        LearnedWeight(
-            module,
-            torch.from_numpy(exact * wide),
-            codes,
-            (scales * narrow).astype(np.float32).reshape(-1),
-            Tables(torch.device("cpu")),
-        )
-        for module, wide, narrow in zip(modules, (np.float32(1), spread), (1.0, sizes), strict=True)
-    )
+
+    def weight_times(wide: Any, narrow: Any) -> LearnedWeight:
+        module = torch.nn.Linear(64 * blocks, rows, bias=False)
+        own = (scales * narrow).astype(np.float32).reshape(-1)
+        tables = Tables(torch.device("cpu"))
+        return LearnedWeight(module, torch.from_numpy(exact * wide), codes, own, tables)
+
+    plain, other = weight_times(np.ones_like(spread), 1.0), weight_times(spread, sizes)
     assert torch.equal(plain.latent, other.latent)
     before = plain.latent.clone()
     for number in range(1, 7):
         gradient = rng.choice([-1.0, 1.0], exact.shape).astype(np.float32)
-        for weight, divided in ((plain, np.float32(1)), (other, spread)):
+        for weight, divided in ((plain, np.ones_like(spread)), (other, spread)):
             weight.decay()
             weight.add(torch.from_numpy(gradient / divided))
             weight.step(1e-2, number)
