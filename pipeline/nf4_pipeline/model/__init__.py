@@ -8,6 +8,7 @@ named_class.py    whether the class that is built is the one that config.json na
 linear.py         which modules are plain linear maps, decided by what they compute
 tensor_names.py   checkpoint names -> names in the model; merges that transformers does on loading
 load_dtype.py     the precision that transformers would load a checkpoint in
+fast_attention.py   has a Falcon on a GPU compute attention by fast kernels
 exposed_weights.py  layers whose weight the model uses itself, found by watching it
 meta_model.py     the model on the meta device -> its architecture
 fit.py            whether the tensors of a checkpoint and the model belong together
