@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ _CACHE = tempfile.TemporaryDirectory(prefix="nf4-tests-")
 atexit.register(_CACHE.cleanup)
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
+_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGALRM]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """One warm process for all that run tests: xdist's workers inherit its name."""
@@ -40,6 +43,15 @@ def pytest_configure(config: pytest.Config) -> None:
         stack = ExitStack()
         stack.enter_context(warm.serving())
         config.add_cleanup(stack.close)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """No test leaves a signal ignored: all that is started here later would be deaf to it."""
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    yield
+    after = {number: signal.getsignal(number) for number in _SIGNALS}
+    assert after == before, f"{item.nodeid} left other handlers of signals"
 
 
 # One fixed set of examples: a run that fails, fails again.

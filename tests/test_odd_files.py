@@ -49,7 +49,7 @@ from tests.support.tiny import copy_of, environment
 
 GB: Final = 10**9
 NOISE: Final = bytes(range(256)) * 8
-SECONDS: Final = 20
+SECONDS: Final = 60
 MEMORY: Final = 300 * 10**6
 
 

@@ -58,7 +58,7 @@ def test_the_fork_ends_with_it(tmp_path: Path, number: signal.Signals) -> None:
         (fork,) = forks(tmp_path)
         assert command_of(process.pid)[1:5] == [word.encode() for word in WORKER[1:]]
         process.send_signal(number)
-        assert process.wait() == -number
+        assert process.wait(60) == -number
         assert eventually(lambda: is_gone(fork))
 
 
@@ -68,14 +68,14 @@ def test_it_ends_as_the_fork_does(tmp_path: Path, number: signal.Signals) -> Non
         assert eventually(lambda: forks(tmp_path))
         (fork,) = forks(tmp_path)
         os.kill(fork, number)
-        assert process.wait() == -number
+        assert process.wait(60) == -number
 
 
 def test_nobody_asks(tmp_path: Path) -> None:
     with worker(own(tmp_path), tmp_path) as process:
         assert process.stdin is not None
         process.stdin.close()
-        assert process.wait() == 1
+        assert process.wait(60) == 1
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from nf4_pipeline.verification.prompts import Prompt
 
 from tests.support import made
 from tests.support.checkpoints import make_checkpoint, read_tensors
-from tests.support.command_line import run_nf4
+from tests.support.command_line import run_nf4, signals_heard
 from tests.support.jobs import CPU, download
 from tests.support.stand_in_cluster import standing_in, without_ray
 from tests.support.tamper import agree, change, swap
@@ -489,7 +489,7 @@ def run_here(
 
     def run(*args: str | Path) -> tuple[int, str, str]:
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as ended, signals_heard():
             main([str(arg) for arg in args])
         assert isinstance(ended.value.code, int)
         return ended.value.code, *capsys.readouterr()
