@@ -50,6 +50,7 @@ from nf4_pipeline.reproduce.reproduce import reproduce
 from nf4_pipeline.runtime.loader import load
 from nf4_pipeline.stages.quantize import Quantize
 from nf4_pipeline.stages.verify import Verify
+from nf4_pipeline.records import QUANTIZE
 from nf4_pipeline.verification.compare_models import Comparison
 
 from tests.support.calibrated import Listener, downloaded, quantized, settings
@@ -699,6 +700,10 @@ def test_the_record_and_the_manifest_say_so(
     assert found.kl_after < found.kl_before
     assert manifest["calibration"] == before["calibration"]
     assert "learning" not in before["calibration"]
+    facts = build.need(QUANTIZE).facts.calibration
+    assert facts is not None
+    seconds = facts.seconds
+    assert 0 < seconds["drawing"] + seconds["steps"] <= seconds["learning"] + 0.1
     assert manifest["recipe"]["quantize"]["effort"] == "high"
     assert "effort" not in before["recipe"]["quantize"]
     assert manifest["totals"] == before["totals"]

@@ -30,6 +30,7 @@ from nf4_pipeline.selection import Plan, TensorPlan
 
 if TYPE_CHECKING:
     from nf4_pipeline.calibration.block_store import BlockStore
+    from nf4_pipeline.calibration.learning import Learning
     from nf4_pipeline.calibration.tokens import CalibrationTokens
 
 CODE_VERSION: Final = 4
@@ -214,7 +215,9 @@ class Calibrator:
         learned = None
         if self.recipe.effort:
             with _enough_memory(device, "--effort"), measured_on_device() as taken["learning"]:
-                store, learned = self._learn(plan, store, kept, device, expected_learning, reporter)
+                learning = self._learning(plan, store, kept, device)
+                learned = learning.run(reporter, expected=expected_learning)
+            store, parts = learning.store, parts | learning.seconds
         facts = CalibrationFacts(
             source=cast("Any", tokens.source),
             sequences=len(tokens.ids),
@@ -230,22 +233,14 @@ class Calibrator:
         )
         return CalibratedChoice(store.files(), facts, identity=store.folder.name)
 
-    def _learn(
-        self,
-        plan: Plan,
-        store: BlockStore,
-        kept: Sequence[KeptModule],
-        device: str,
-        expected: LearningSummary | None,
-        reporter: Reporter,
-    ) -> tuple[BlockStore, LearningSummary]:
-        """Lets the codes of a store learn; returns that of the learned ones."""
+    def _learning(
+        self, plan: Plan, store: BlockStore, kept: Sequence[KeptModule], device: str
+    ) -> Learning:
+        """What lets the codes of a store learn."""
         from nf4_pipeline.calibration.learning import Learning
 
         modules = {module.module for module in kept}
-        text = text_path(self.recipe)
-        learning = Learning(self.source, plan, modules, store, text, device)
-        return learning.store, learning.run(reporter, expected=expected)
+        return Learning(self.source, plan, modules, store, text_path(self.recipe), device)
 
     def check_memory(self, plan: Plan, reporter: Reporter = SILENT) -> None:
         """Refuses to begin what will not fit the device once codes learn.

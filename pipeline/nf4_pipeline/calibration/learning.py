@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -93,6 +94,8 @@ class Learning:
         }
         name = f"{calibrated.folder.name}-{json_sha256(identity)[:12]}"
         self.store = BlockStore(calibrated.folder.with_name(name))
+        self.seconds: dict[str, float] = {}
+        """Wall-clock time of the parts of `run`, as far as they were done now."""
 
     def run(
         self,
@@ -122,8 +125,10 @@ class Learning:
         if done is not None:
             return done
         check_memory(self._plan, self._learned, self._device)
-        tokens = self._tokens(expected, reporter)
-        learner = self._learn(tokens, reporter, seconds, saved)
+        with self._timed("drawing"):
+            tokens = self._tokens(expected, reporter)
+        with self._timed("steps"):
+            learner = self._learn(tokens, reporter, seconds, saved)
         self._write(learner.best)
         end = learner.progress
         summary = LearningSummary(
@@ -144,6 +149,12 @@ class Learning:
             f"{summary.kl_after:.4g} after."
         )
         return summary
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[part] = round(time.perf_counter() - start, 2)
 
     def _finished(self) -> LearningSummary | None:
         """What an earlier run noted, if all that it chose stands there."""
@@ -340,7 +351,8 @@ def check_blocks(source: Path, plan: Plan, learned: Sequence[TensorPlan], device
 def _open(source: Path, device: str) -> StreamedModel:
     # Codes and scales are of weights as they are stored, and so must both models be.
     streamed = StreamedModel(source, device, learning_dtype(device), rescales=False)
-    use_fast_attention(streamed.model)
+    if streamed.device.type == "cuda":
+        use_fast_attention(streamed.model)
     return streamed
 
 

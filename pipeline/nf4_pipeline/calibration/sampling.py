@@ -59,7 +59,8 @@ def make_tokens(
     with ExitStack() as stack:
         with reporter.task("open the 16-bit model", None):
             streamed = stack.enter_context(StreamedModel(source, device))
-            use_fast_attention(streamed.model)
+            if streamed.device.type == "cuda":
+                use_fast_attention(streamed.model)
         config = streamed.model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
         length = min(LENGTH, context) if isinstance(context, int) and context > 1 else LENGTH

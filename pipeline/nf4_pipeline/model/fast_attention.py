@@ -20,7 +20,7 @@ _LAYER: Final = "FalconAttention"
 
 
 def use_fast_attention(model: torch.nn.Module) -> None:
-    """Has a Falcon compute attention fast, in 16 bit on a GPU; changes nothing elsewhere.
+    """Has a Falcon compute attention fast, in 16 bit on a GPU; changes no bit elsewhere.
 
     Its inputs must then be whole texts, without padding, and a cache hold what it has seen and no
     more: each token sees all before it.
@@ -48,10 +48,10 @@ class _WithoutMask(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if func is not scaled_dot_product_attention:  # dozens for each layer and token
+            return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = dict(kwargs or {})
-        if func is scaled_dot_product_attention:
-            kwargs |= _asked_for_fast(*args, **kwargs)
-        return func(*args, **kwargs)
+        return func(*args, **kwargs | _asked_for_fast(*args, **kwargs))
 
 
 def _asked_for_fast(
