@@ -45,12 +45,12 @@ from nf4_pipeline.nf4.dequantize import dequantize
 from nf4_pipeline.nf4.packing import pack, unpack
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe
+from nf4_pipeline.records import QUANTIZE
 from nf4_pipeline.report.calibration import describe_tokens
 from nf4_pipeline.reproduce.reproduce import reproduce
 from nf4_pipeline.runtime.loader import load
 from nf4_pipeline.stages.quantize import Quantize
 from nf4_pipeline.stages.verify import Verify
-from nf4_pipeline.records import QUANTIZE
 from nf4_pipeline.verification.compare_models import Comparison
 
 from tests.support.calibrated import Listener, downloaded, quantized, settings
