@@ -73,9 +73,27 @@ def stop_before_writing(build: Build, options: Recipe = SELF) -> Path:
         patch.setattr(Quantize, "_quantize", stop)
         with pytest.raises(StoppedHere):
             run_stage(build, "quantize", options, CPU, SILENT, replaces=True)
+    return choices_of(build)
+
+
+def choices_of(build: Build) -> Path:
+    """The folder of what was chosen."""
     (folder,) = (path for path in build.calibration.iterdir() if path.is_dir())
     assert sorted(path.name for path in folder.iterdir()) == BLOCKS
     return folder
+
+
+@pytest.fixture(scope="module")
+def all_chosen(fresh: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build in which all is chosen and nothing is written (see `copy_of`)."""
+    build = Build(copy_of(fresh, tmp_path_factory.mktemp("chosen") / "build"))
+    stop_before_writing(build)
+    return build.root
+
+
+@pytest.fixture
+def chosen(all_chosen: Path, tmp_path: Path) -> Build:
+    return Build(copy_of(all_chosen, tmp_path / "chosen"))
 
 
 def times(folder: Path) -> dict[str, int]:
@@ -174,27 +192,27 @@ def other_notes(folder: Path) -> None:
     "damage", [cut, empty, grown, another_block, another_byte, no_notes, other_notes]
 )
 def test_a_block_that_is_not_what_was_written_is_not_believed(
-    build: Build, done: Path, damage: Callable[[Path], None]
+    chosen: Build, done: Path, damage: Callable[[Path], None]
 ) -> None:
-    folder = stop_before_writing(build)
+    folder = choices_of(chosen)
     damage(folder)
     before = age(folder)
-    stop_before_writing(build)
+    stop_before_writing(chosen)
     after = times(folder)
     assert {name for name in BLOCKS if after[name] != before[name]} == {BLOCKS[2]}
-    quantized(build, SELF)
-    assert bytes_of(build) == bytes_of(Build(done))
+    quantized(chosen, SELF)
+    assert bytes_of(chosen) == bytes_of(Build(done))
 
 
-def test_what_does_not_belong_there_is_not_used(build: Build, done: Path) -> None:
+def test_what_does_not_belong_there_is_not_used(chosen: Build, done: Path) -> None:
     """A stranger that holds other codes for a weight, and what another calibration left."""
-    folder = stop_before_writing(build)
+    folder = choices_of(chosen)
     shutil.copy(folder / BLOCKS[0], folder / "zzz.safetensors")
     flip_byte(folder / "zzz.safetensors", -3000)
     (folder / f".{BLOCKS[3]}.partial").write_bytes(b"half")
     (folder.parent / "0123456789ab").mkdir()
-    quantized(build, SELF)
-    assert bytes_of(build) == bytes_of(Build(done))
+    quantized(chosen, SELF)
+    assert bytes_of(chosen) == bytes_of(Build(done))
     assert [path.name for path in folder.parent.iterdir()] == ["tokens.json"]
 
 
@@ -244,14 +262,13 @@ def test_choices_of_another_kind_of_device_do_not_mix(
         assert (build.quantized / name).stat().st_ino != inode
 
 
-def test_tokens_are_kept(build: Build) -> None:
-    stop_before_writing(build)
-    path = build.calibration / TOKENS_FILE
+def test_tokens_are_kept(chosen: Build) -> None:
+    path = chosen.calibration / TOKENS_FILE
     before = path.stat().st_mtime_ns, path.read_bytes()
-    quantized(build, SELF)
-    quantized(build, NEAREST)
-    quantized(build, SELF)
-    quantized(build, settings(skip_modules=("h.0",)))
+    quantized(chosen, SELF)
+    quantized(chosen, NEAREST)
+    quantized(chosen, SELF)
+    quantized(chosen, settings(skip_modules=("h.0",)))
     assert (path.stat().st_mtime_ns, path.read_bytes()) == before
 
 
