@@ -69,7 +69,8 @@ push: named venv  ## publish the artifact of MODEL as REPO_ID on the Hub (ARGS=-
 ##@ Work on the project
 
 test: dev-venv  ## run the tests, three files at a time (ARGS go to pytest)
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder \
+	  --max-worker-restart 1 $(ARGS)
 
 lint: dev-venv  ## check style, types, who imports whom, and the workflows
 	$(BIN)/ruff check .
