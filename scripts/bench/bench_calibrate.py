@@ -165,11 +165,11 @@ def _round(source: Path, bench: Bench, gpus: int) -> dict[str, Any]:
     build = bench.build
     shutil.rmtree(build, ignore_errors=True)
     seen = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))} if gpus else {}
-    options = ("--build-dir", build, "--recipe", bench.recipe)
-    _nf4(seen, "download", source, *options)
+    _nf4(seen, "download", source, "--build-dir", build)
+    options = ("--build-dir", build, "--recipe", bench.recipe, "--device", bench.device)
     with _held(bench.free_memory):
         start = time.perf_counter()
-        _nf4(seen, "quantize", *options, "--device", bench.device)
+        _nf4(seen, "quantize", *options)
         process = time.perf_counter() - start
     record = json.loads((build / "records" / "quantize.json").read_text())
     calibration = record["facts"]["calibration"]
