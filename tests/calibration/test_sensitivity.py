@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.calibration import sensitivity
-from nf4_pipeline.calibration.allocation import LayerLoss, select_within_budget
+from nf4_pipeline.calibration.allocation import NOT_FINITE, LayerLoss, select_within_budget
 from nf4_pipeline.calibration.sensitivity import measure_losses
 from nf4_pipeline.calibration.tokens import CalibrationTokens, parse_tokens
 from nf4_pipeline.manifest.read import read_manifest
@@ -135,8 +135,10 @@ def test_codes_are_chosen_for_a_model_in_which_kept_layers_are_exact(
 
 def test_most_per_byte_come_first() -> None:
     losses = [LayerLoss("a", 3.0, 30), LayerLoss("b", 2.0, 10), LayerLoss("c", 1.0, 20)]
-    names = [[one.module for one in select_within_budget(losses, n)] for n in (9, 10, 29, 40, 60)]
-    assert names == [[], ["b"], ["b"], ["b", "a"], ["b", "a", "c"]]
+    names = [
+        [one.module for one in select_within_budget(losses, n)] for n in (9, 10, 29, 30, 40, 60)
+    ]
+    assert names == [[], ["b"], ["b"], ["a"], ["b", "a"], ["b", "a", "c"]]
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -148,7 +150,7 @@ def test_no_other_layers_that_fit_lose_more(seed: int) -> None:
         LayerLoss(f"layer {n}", float(kl), int(size))
         for n, (kl, size) in enumerate(
             zip(
-                dice.choice([0.0, 1e300, *dice.exponential(size=20)], 11),
+                dice.choice([0.0, NOT_FINITE, *dice.exponential(size=20)], 11),
                 dice.integers(0, dice.choice([budget // 8, 2 * budget]), 11),
                 strict=True,
             )
@@ -162,7 +164,7 @@ def test_no_other_layers_that_fit_lose_more(seed: int) -> None:
 
     def worth(found: Iterable[LayerLoss]) -> tuple[int, float]:
         values = [one.kl for one in found]
-        return values.count(1e300), sum(value for value in values if value < 1e300)
+        return values.count(NOT_FINITE), sum(value for value in values if value < NOT_FINITE)
 
     best = max(
         worth(some)

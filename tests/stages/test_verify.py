@@ -15,7 +15,6 @@ import torch
 import transformers
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.checkpoint.digest import FileDigest, content_sha256
-from nf4_pipeline.cli import main
 from nf4_pipeline.cluster.ray_tasks import Claim
 from nf4_pipeline.errors import ArtifactError, RecipeError, UsageError
 from nf4_pipeline.fidelity.token_scores import TokenScores, score_tokens
@@ -35,7 +34,7 @@ from nf4_pipeline.verification.prompts import Prompt
 
 from tests.support import made
 from tests.support.checkpoints import make_checkpoint, read_tensors
-from tests.support.command_line import run_nf4, signals_heard
+from tests.support.command_line import run_nf4
 from tests.support.jobs import CPU, download
 from tests.support.stand_in_cluster import standing_in, without_ray
 from tests.support.tamper import agree, change, swap
@@ -480,23 +479,6 @@ def test_an_artifact_that_cannot_be_compared_with_is_refused_before_any_work(
 # --- the command ---
 
 
-@pytest.fixture
-def run_here(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """The command line in this process: exit status, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args: str | Path) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended, signals_heard():
-            main([str(arg) for arg in args])
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, *capsys.readouterr()
-
-    return run
-
-
 WRONG: Final[dict[str, tuple[tuple[str, ...], str]]] = {
     "no such text": (("--eval-text", "none.txt"), "none.txt cannot be read"),
     "an empty text": (("--eval-text", "empty.txt"), "empty.txt is empty"),
@@ -519,33 +501,34 @@ def test_options_that_cannot_mean_anything(
     build: Build,
     quick_recipe: Path,
     tmp_path: Path,
-    run_here: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
     case: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     (tmp_path / "short.txt").write_text("a")
     before = content_of(build.root)
     options, message = WRONG[case]
-    status, _, err = run_here(
+    done = run_nf4(
         "verify", "--build-dir", build.root, "--recipe", quick_recipe, "--quiet", *options
     )
-    assert status == (1 if case == "nothing to compare with" else 2), err
-    errors = [line for line in err.splitlines() if line.startswith("Error: ")]
-    assert len(errors) == 1, err
+    assert done.status == (1 if case == "nothing to compare with" else 2), done.err
+    errors = [line for line in done.err.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1, done.err
     assert message in errors[0]
-    assert "Traceback" not in err
+    assert "Traceback" not in done.err
     assert content_of(build.root) == before
 
 
 def test_a_gpu_that_is_required_and_not_there(
-    build: Build, monkeypatch: pytest.MonkeyPatch, run_here: Callable[..., tuple[int, str, str]]
+    build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = content_of(build.root)
-    status, _, err = run_here("verify", "--build-dir", build.root, "--require-gpu")
-    assert status == 1
-    assert err.startswith("Error: A GPU is required to verify (--require-gpu)")
+    done = run_nf4("verify", "--build-dir", build.root, "--require-gpu")
+    assert done.status == 1
+    assert done.err.startswith("Error: A GPU is required to verify (--require-gpu)")
     assert content_of(build.root) == before
 
 
@@ -578,16 +561,14 @@ def test_the_command_in_processes_of_its_own(
     assert number(found["fidelity"]["mean_kl"]["value"]) in text
 
 
-def test_a_forged_file_ends_the_command_with_1(
-    build: Build, quick_recipe: Path, run_here: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_a_forged_file_ends_the_command_with_1(build: Build, quick_recipe: Path) -> None:
     shard = sorted(build.export.glob("*.safetensors"))[0]
     flip_byte(shard)
-    status, out, err = run_here("verify", "--build-dir", build.root, "--recipe", quick_recipe)
-    assert status == 1
-    assert "Traceback" not in err
-    assert f"FAIL  files as in the manifest: {shard.name} has other bytes" in out
-    assert "verdict     fail" in out
+    done = run_nf4("verify", "--build-dir", build.root, "--recipe", quick_recipe)
+    assert done.status == 1
+    assert "Traceback" not in done.err
+    assert f"FAIL  files as in the manifest: {shard.name} has other bytes" in done.out
+    assert "verdict     fail" in done.out
     assert f"{shard.name} has other bytes" in (build.export / "report.html").read_text("utf-8")
 
 

@@ -6,8 +6,8 @@ import io
 import re
 import signal
 import unicodedata
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 
 from nf4_pipeline.cli import main
 from nf4_pipeline.errors import PipelineError
@@ -29,29 +29,19 @@ def without_progress(err: str) -> str:
     return _PROGRESS.sub("", err)
 
 
-@contextmanager
-def signals_heard() -> Iterator[None]:
-    """After the body, which runs a command to its end here, signals do what they did before.
-
-    A command hears none in its last milliseconds; nor would a process that this one starts later.
-    """
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
 def run_nf4(*args: object) -> Done:
     """Runs `nf4 ARGS` here; workers, too, run in this process."""
     out, err = io.StringIO(), io.StringIO()
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     status: object = None
     try:
-        with redirect_stdout(out), redirect_stderr(err), in_process(), signals_heard():
+        with redirect_stdout(out), redirect_stderr(err), in_process():
             main([str(arg) for arg in args])
     except SystemExit as ended:
         status = ended.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     assert isinstance(status, int)
     return Done(status, out.getvalue(), err.getvalue())
 

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from nf4_pipeline.documents import Document
 
+NOT_FINITE: Final = 1e300
+"""Nats; stands for a loss that is not finite."""
 _UNITS: Final = 1 << 14
 """Parts of a budget that are counted; a layer takes whole ones."""
-_BEYOND: Final = 1e299  # nats; what is more stands for a loss that is not finite
 
 
 @dataclass(frozen=True)
@@ -78,5 +79,5 @@ def _pack(sizes: Sequence[int], values: Sequence[float], room: int) -> list[bool
 
 def _values(losses: Sequence[LayerLoss]) -> list[float]:
     """What each loses; if that is not finite, more than all that are finite together."""
-    most = sum(loss.kl for loss in losses if loss.kl < _BEYOND)
+    most = sum(loss.kl for loss in losses if loss.kl < NOT_FINITE)
     return [min(loss.kl, most + 1.0) for loss in losses]

@@ -24,7 +24,7 @@ from greenlet import getcurrent
 
 from nf4_pipeline.blocks.lockstep import Lockstep
 from nf4_pipeline.blocks.streamed_model import StreamedModel
-from nf4_pipeline.calibration.allocation import LayerLoss
+from nf4_pipeline.calibration.allocation import NOT_FINITE, LayerLoss
 from nf4_pipeline.calibration.calibration_pass import deterministic_threads, weight_in_4bit
 from nf4_pipeline.calibration.tokens import CalibrationTokens
 from nf4_pipeline.checkpoint.atomic import write_json
@@ -36,7 +36,6 @@ from nf4_pipeline.selection import TensorPlan
 
 _TOKENS: Final = 1024
 """Of the calibration tokens: enough to tell layers apart, whose losses differ by orders."""
-_WORST: Final = 1e300  # nats; stands for what is not finite
 _TOGETHER: Final = 64  # models that pass the blocks side by side
 
 
@@ -158,7 +157,7 @@ class _Wave:
             scores = score_tokens(self._expected, own, self._ids[:, 1:].flatten())
             # What is not finite in 4 bit is the first to be kept in 16.
             kl = float(scores.kl.mean())
-            self._kl[plan.name] = kl if isfinite(kl) else _WORST
+            self._kl[plan.name] = kl if isfinite(kl) else NOT_FINITE
             self._done(1)
 
         return run
