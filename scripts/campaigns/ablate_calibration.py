@@ -119,6 +119,7 @@ def main(
     only: str,
 ) -> None:
     """Print the table of a build."""
+    device = "cuda:0" if device == "cuda" else device
     house = Build(build)
     plan = Quantize(house, Recipe(), Machine()).plan()
     facts = house.need(DOWNLOAD).facts

@@ -15,6 +15,7 @@ from nf4_pipeline.gptq import kernels_cpu
 from nf4_pipeline.gptq.config import GptqConfig
 from nf4_pipeline.gptq.hessian import HessianFactor, factorize
 from nf4_pipeline.gptq.quantizer import GptqOnCpu, QuantizedWeight
+from nf4_pipeline.gptq.scale_limits import scale_limits
 from nf4_pipeline.nf4.codebook import NF4_LEVELS, SCALE_LEVELS
 from nf4_pipeline.nf4.dequantize import dequantize
 from nf4_pipeline.nf4.double_quant import NestedScales, double_quantize
@@ -253,6 +254,52 @@ def test_weights_of_any_size(size: float, pool: Executor) -> None:
     assert error < 0.25
 
 
+def moved_far(shape: tuple[int, int], seed: int) -> tuple[torch.Tensor, torch.Tensor, Array]:
+    """A weight, what a correction would make of it, and a Hessian that lets columns run away.
+
+    Some inputs are large and all go together, so that what the first columns lose moves those
+    whose inputs hardly matter to many times what they are; some blocks are near zero besides.
+    """
+    dice = np.random.default_rng(seed)
+    rows, columns = shape
+    weight = weight_of(rows, columns, seed=seed)
+    weight[:, : columns // 3] *= 10.0 ** -float(dice.uniform(1, 4))
+    x = dice.normal(size=(600, columns)) * np.exp(2 * dice.normal(size=columns))
+    x += 30 * dice.normal(size=(600, 1)) * dice.normal(size=columns)
+    moved = weight.float() * torch.from_numpy(np.exp(dice.normal(size=shape))).float()
+    return weight, moved, x.T @ x / 600
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("shape", [(24, 192), (7, 320), (20, 100), (300, 64)])
+def test_no_scale_goes_beyond_what_verifying_allows(
+    shape: tuple[int, int], seed: int, pool: Executor
+) -> None:
+    weight, moved, hessian = moved_far(shape, seed)
+    factor = factorize(torch.from_numpy(hessian).float(), 600, CONFIG)
+
+    def reach(limits: NDArray[np.float32]) -> float:
+        found = GptqOnCpu(CONFIG, pool).quantize([moved], [factor], limits)
+        return float((np.abs(found.scales.scales()) / allowed).max())
+
+    flat = np.abs(weight.double().numpy()).reshape(-1)
+    largest = np.maximum.reduceat(flat, np.arange(0, flat.size, 64))
+    allowed = np.maximum(largest, 0.05 * largest.mean())
+    assert reach(scale_limits(weight)) <= 2 * (1 + 1e-6)
+    assert reach(np.full(allowed.shape, np.inf, np.float32)) > 2  # else it shows nothing
+
+
+@pytest.mark.parametrize("columns", [128, 100])
+def test_limits_that_bind_nothing_change_nothing(columns: int, pool: Executor) -> None:
+    weight, factor = weight_of(40, columns), factorize(hessian_of(columns), 1000, CONFIG)
+    found = [
+        GptqOnCpu(CONFIG, pool).quantize([weight], [factor], limits)
+        for limits in (None, np.full(-(-40 * columns // 64), 1e30, np.float32))
+    ]
+    assert found[0].packed.tobytes() == found[1].packed.tobytes()
+    assert found[0].scales.codes.tobytes() == found[1].scales.codes.tobytes()
+
+
 def test_readers_can_hold_the_scales_of_float16(pool: Executor) -> None:
     """A block's largest weight times 1.15 may be more than float16 holds."""
     weight = (weight_of(64, 128, "float32").abs() + 0.1).clamp(max=1.0) * 65000
@@ -284,7 +331,7 @@ def test_scale_codes_are_nearest_and_never_zero() -> None:
     scales = (dice.normal(size=600) * np.exp(4 * dice.normal(size=600))).astype(np.float32)
     scales[5], scales[6] = 0.0, -1e-30
     nested = kernels_cpu.nested_absmax(scales)
-    codes = kernels_cpu.scale_codes(scales, nested)
+    codes = kernels_cpu.scale_codes(scales, nested, np.full(600, np.inf, np.float32))
     assert nested.tolist() == [np.abs(scales[g : g + 256]).max() for g in (0, 256, 512)]
     levels = np.delete(SCALE_LEVELS.astype(np.float64), np.flatnonzero(SCALE_LEVELS == 0))
     largest = np.repeat(nested.astype(np.float64), 256)[:600]

@@ -96,6 +96,30 @@ def test_cuda_chooses_what_the_cpu_chooses(rows: int, columns: int, dtype: str, 
     assert expected.cost > 0.0
 
 
+@pytest.mark.parametrize("share", [0.2, 0.6])
+@pytest.mark.parametrize(("rows", "columns"), [(96, 256), (300, 768), (37, 101)])
+def test_limits_that_bind_are_kept_to_as_on_a_cpu(rows: int, columns: int, share: float) -> None:
+    from nf4_pipeline.gptq.config import GptqConfig
+    from nf4_pipeline.gptq.device_group import DeviceGroup
+    from nf4_pipeline.gptq.hessian import factorize
+    from nf4_pipeline.gptq.quantizer import GptqOnCpu
+    from nf4_pipeline.gptq.quantizer_cuda import GptqOnCuda
+    from nf4_pipeline.gptq.scale_limits import scale_limits
+
+    config, weight = GptqConfig(), _weight(rows, columns, "bfloat16")
+    group = DeviceGroup([torch.device(DEVICE)])
+    on_device = factorize(*_inputs(columns, DEVICE), config, group)
+    limits = np.float32(share) * scale_limits(weight)
+    with ThreadPoolExecutor(4) as pool, torch.inference_mode():
+        there = GptqOnCuda(config, group, pool).quantize([weight.to(DEVICE)], [on_device], limits)
+        here = GptqOnCpu(config, pool).quantize([weight], [on_device.cpu()], limits)
+        free = GptqOnCpu(config, pool).quantize([weight], [on_device.cpu()])
+    assert np.count_nonzero(there.packed != here.packed) == 0
+    assert np.count_nonzero(there.scales.codes != here.scales.codes) == 0
+    assert (np.abs(here.scales.scales()) <= limits).all()
+    assert (np.abs(free.scales.scales()) > limits).mean() > (0.9 if share == 0.2 else 0.0)
+
+
 def _calibrated(rows: int, columns: int, dtype: str) -> Any:
     """Codes and scales of a weight, as an artifact would hold them."""
     from nf4_pipeline.gptq.config import GptqConfig

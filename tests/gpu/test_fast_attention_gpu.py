@@ -37,14 +37,14 @@ def test_the_fast_kernel_takes_it_and_says_the_same_within_its_precision(tmp_pat
 
 
 def test_gradients_are_the_same_each_time(tmp_path: Path) -> None:
-    from nf4_pipeline.calibration.learner import deterministic
     from nf4_pipeline.model.fast_attention import use_fast_attention
+    from nf4_pipeline.runtime.determinism import deterministic
 
     model = falcon(tmp_path / "model").to("cuda:0")
     use_fast_attention(model)
     ids = torch.arange(96, device="cuda:0").reshape(4, 24)
     found = []
-    with deterministic(torch.device("cuda:0")):
+    with deterministic("cuda:0", strict=True):
         for _ in range(3):
             model.zero_grad()
             model(ids, use_cache=False).logits.float().square().mean().backward()

@@ -64,12 +64,22 @@ def nearest(values: Array | float, levels: Array) -> NDArray[np.int64]:
     return found
 
 
-def scale_code(scale: float, largest: float) -> int:
-    """The nearest stored level, and a neighbour of zero where that would be zero."""
-    code = int(nearest(scale / largest, SCALES))
+def scale_code(scale: float, largest: float, limit: float) -> int:
+    """The nearest stored level within the limit, and a neighbour of zero where it would be zero."""
+    code = int(nearest(np.clip(scale, -limit, limit) / largest, SCALES))
+    if abs(SCALES[code] * largest) > limit:
+        code += -1 if code > ZERO else 1
     if code == ZERO:
         return ZERO + 1 if scale >= 0 else ZERO - 1
     return code
+
+
+def limits_of(weights: Array) -> Array:
+    """Twice the largest weight of each block, or of a twentieth of the mean block's, if more."""
+    flat = np.abs(weights).reshape(-1)
+    largest = np.array([flat[first : first + 64].max() for first in range(0, flat.size, 64)])
+    limits: Array = 2.0 * np.maximum(largest, 0.05 * largest.mean())
+    return limits
 
 
 def start_scales(weights: Array, h: Array) -> Array:
@@ -95,7 +105,8 @@ def reference(weights: Array, h: Array) -> Expected:
     rows, columns = weights.shape
     start = start_scales(weights, h)
     nested = np.array([np.abs(start[g : g + 256]).max() for g in range(0, start.size, 256)])
-    scales = np.array([scale_code(s, nested[b // 256]) for b, s in enumerate(start)])
+    limits = limits_of(weights)
+    scales = np.array([scale_code(s, nested[b // 256], limits[b]) for b, s in enumerate(start)])
     codes = np.zeros((rows, columns), np.int64)
     order = order_of(h)
     lines = _eliminated(h[np.ix_(order, order)])
@@ -111,7 +122,7 @@ def reference(weights: Array, h: Array) -> Expected:
                 top = np.abs(left[row, first : first + 64]).max()
                 signed = GRID if start[block] >= 0 else -GRID
                 wanted = top * np.concatenate([signed, -signed])
-                tried += [scale_code(scale, largest) for scale in wanted]
+                tried += [scale_code(scale, largest, limits[block]) for scale in wanted]
             tried = list(dict.fromkeys(tried))
             trials = [_round(left[row], SCALES[c] * largest, lines, first, step) for c in tried]
             number = int(np.argmin([trial.cost for trial in trials]))

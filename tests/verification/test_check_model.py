@@ -236,8 +236,8 @@ CALIBRATED: Final = {"quantize": {"rounding": "calibrated"}}
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"worst": 1.4, "worst_at": 0}, None),
-        ({"worst": 1.6}, f"{UP} has an error of 160% of the largest of 64 weights, at weights 192"),
+        ({"worst": 2.9, "worst_at": 0}, None),
+        ({"worst": 3.1}, f"{UP} has an error of 310% of the largest of 64 weights, at weights 192"),
         ({"scale": 0.5, "scale_at": 2, "reach": 1.2, "reach_at": 2}, None),
         ({"scale": None, "scale_at": 2}, None),  # its group is stored as zeros
         (
@@ -259,7 +259,22 @@ def test_calibrated_weights_may_be_further_off_but_not_anything(
     check = check_weights(replace(manifest, recipe=CALIBRATED), listed(blocks), [])
     assert check.passed is (words is None)
     assert (words or "8 layers") in check.found
-    assert check.expected.startswith("at most 150%, no scale beyond 2 times the largest of its 64")
+    assert check.expected.startswith("at most 300%, no scale beyond 2 times the largest of its 64")
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "calibrated"])
+def test_codes_that_have_nothing_to_do_with_their_weights_are_named_whatever_was_promised(
+    manifest: Manifest, blocks: dict[str, dict[str, LayerError]], rounding: str
+) -> None:
+    """Those of another layer, within every bound on a single weight."""
+    tensors = tuple(
+        replace(tensor, relative_rmse=1.1) if tensor.module == UP else tensor
+        for tensor in manifest.tensors
+    )
+    changed(blocks, {"weight_error": 1.1, "worst": 0.4, "reach": 1.0})
+    forged = replace(manifest, tensors=tensors, recipe={"quantize": {"rounding": rounding}})
+    check = check_weights(forged, listed(blocks), [])
+    assert check.found == f"{UP} is off by 110% of its weights"
 
 
 def test_the_scales_of_nearest_may_reach_as_far_as_they_are_stored(

@@ -38,12 +38,14 @@ from nf4_pipeline.gptq.device_group import DeviceGroup, Division
 from nf4_pipeline.gptq.hessian import IllConditionedError, corrected, factorize
 from nf4_pipeline.gptq.quantizer import QuantizedWeight
 from nf4_pipeline.gptq.quantizers import GptqQuantizer, quantizer_for
+from nf4_pipeline.gptq.scale_limits import scale_limits
 from nf4_pipeline.model.linear import as_held, weight_out_in
 from nf4_pipeline.nf4.compiling import compilation_shown
 from nf4_pipeline.nf4.dequantize import dequantize_on
 from nf4_pipeline.nf4.float_bits import bits_of, dtype_name
 from nf4_pipeline.nf4.rtn import round_to_nearest
 from nf4_pipeline.progress import Reporter, Task
+from nf4_pipeline.runtime.determinism import deterministic
 from nf4_pipeline.selection import TensorPlan
 
 OUTSIDE: Final = "outside"
@@ -89,7 +91,7 @@ def calibrate(
     with (
         # Codes and scales are chosen for weights as they are stored.
         StreamedModel(folder, devices[0], rescales=False) as streamed,
-        deterministic_threads(devices[0]),
+        deterministic(devices[0]),
     ):
         known, largest = streamed.model.get_input_embeddings().num_embeddings, tokens.ids.max()
         if largest >= known:
@@ -442,8 +444,9 @@ class _Pass:
             with self.timed("corrections", group):
                 rows = group.each(wanted)[: len(shares)]
             with self.timed("choices"):
-                dtype = self._module(plan, 0).weight.dtype
-                chosen = team.quantizer.quantize(rows, factors, dtype)
+                module = self._module(plan, team.models[0])
+                limits = scale_limits(weight_out_in(module), module.weight.dtype)
+                chosen = team.quantizer.quantize(rows, factors, limits)
             if isfinite(chosen.cost):
                 results.quantized[plan.name] = chosen
             else:
@@ -539,15 +542,3 @@ def nearest(module: Any) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     exact = weight_out_in(module)
     found = round_to_nearest(bits_of(exact), dtype_name(exact))
     return found.packed, found.scales.scales()
-
-
-@contextmanager
-def deterministic_threads(device: str) -> Iterator[None]:
-    """One thread for each operation of torch on the CPU: how sums are cut must not depend on it."""
-    before = torch.get_num_threads()
-    if torch.device(device).type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

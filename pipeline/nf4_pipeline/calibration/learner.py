@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from math import cos, isfinite, pi
 from pathlib import Path
@@ -31,6 +30,7 @@ from nf4_pipeline.checkpoint.atomic import make_folder
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.progress import Reporter
 from nf4_pipeline.resource_usage import free_space
+from nf4_pipeline.runtime.determinism import deterministic
 
 _CHECKS: Final = 8  # how often held-back samples are measured
 _WARM_UP: Final = 0.1  # of the steps
@@ -39,7 +39,6 @@ _HALVINGS: Final = 2
 _SECONDS: Final = 8.0  # of work that a kill may cost, where a state is written fast
 _SHARE: Final = 4.0  # at least so many times as long between two states as writing one takes
 _RATE: Final = 5e8  # bytes per second that a disk is thought to take until it is known
-_CUBLAS: Final = "CUBLAS_WORKSPACE_CONFIG"
 
 Saved = Callable[[Progress], None]
 """Told of each state that was written."""
@@ -136,7 +135,7 @@ class Learner:
             ExitStack() as stack,
             reporter.task("learn codes", self._plan.steps, unit="steps") as task,
         ):
-            stack.enter_context(deterministic(self._device))
+            stack.enter_context(deterministic(self._device, strict=True))
             cores = len(os.sched_getaffinity(0)) if self._device.type == "cpu" else 1
             self._pool = stack.enter_context(ThreadPoolExecutor(min(cores, 8), "learn"))
             gradients = Gradients(self._device, self._pool, reporter)
@@ -273,32 +272,3 @@ class _Keeper:
             self._between = max(self._between, _SHARE * (self._last - began))
         if self._saved is not None:
             self._saved(progress)
-
-
-@contextmanager
-def deterministic(device: torch.device) -> Iterator[None]:
-    """The same sums each time: one thread for each operation of a CPU, fixed kernels on a GPU."""
-    if device.type == "cpu":
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
-        return
-    fill: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), fill.fill_uninitialized_memory
-    warned, known = torch.is_deterministic_algorithms_warn_only_enabled(), os.environ.get(_CUBLAS)
-    os.environ.setdefault(_CUBLAS, ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    fill.fill_uninitialized_memory = False  # what is empty is written before it is read
-    try:
-        with warnings.catch_warnings():
-            # Said by the thread that goes backward, which then takes the context that there is.
-            warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=warned)
-        fill.fill_uninitialized_memory = before[1]
-        if known is None:
-            os.environ.pop(_CUBLAS, None)

@@ -24,7 +24,6 @@ from nf4_pipeline.calibration.learner import (
     Learner,
     Models,
     Saved,
-    deterministic,
     learning_dtype,
 )
 from nf4_pipeline.calibration.learning_plan import (
@@ -44,6 +43,7 @@ from nf4_pipeline.gptq.saved_codes import read_codes
 from nf4_pipeline.manifest.manifest import LearningSummary
 from nf4_pipeline.model.fast_attention import use_fast_attention
 from nf4_pipeline.progress import Reporter
+from nf4_pipeline.runtime.determinism import deterministic
 from nf4_pipeline.selection import Plan, TensorPlan
 
 CODE_VERSION: Final = 3
@@ -250,7 +250,7 @@ class Learning:
             HostMemory(self.store.folder, room, student.device) as memory,
         ):
             try:
-                with deterministic(student.device):
+                with deterministic(student.device, strict=True):
                     models = ModelsByBlock(
                         teacher,
                         student,
@@ -336,7 +336,7 @@ def check_blocks(source: Path, plan: Plan, learned: Sequence[TensorPlan], device
     why = _too_large(plan, learned, device)
     if why is None:
         return
-    with _open(source, device) as teacher, deterministic(teacher.device):
+    with _open(source, device) as teacher, deterministic(teacher.device, strict=True):
         words = teacher.model.get_input_embeddings().num_embeddings
         context = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
         length = min(16, context) if isinstance(context, int) and context > 0 else 16

@@ -25,13 +25,14 @@ from greenlet import getcurrent
 from nf4_pipeline.blocks.lockstep import Lockstep
 from nf4_pipeline.blocks.streamed_model import StreamedModel
 from nf4_pipeline.calibration.allocation import NOT_FINITE, LayerLoss
-from nf4_pipeline.calibration.calibration_pass import deterministic_threads, weight_in_4bit
+from nf4_pipeline.calibration.calibration_pass import weight_in_4bit
 from nf4_pipeline.calibration.tokens import CalibrationTokens
 from nf4_pipeline.checkpoint.atomic import write_json
 from nf4_pipeline.documents import Document
 from nf4_pipeline.errors import CheckpointError
 from nf4_pipeline.fidelity.token_scores import score_tokens
 from nf4_pipeline.progress import Reporter
+from nf4_pipeline.runtime.determinism import deterministic
 from nf4_pipeline.selection import TensorPlan
 
 _TOKENS: Final = 1024
@@ -80,7 +81,7 @@ def measure_losses(
     kl = _read(kept, key)
     missing = [plan for plan in weights if plan.name not in kl]
     with (
-        deterministic_threads(device),
+        deterministic(device),
         StreamedModel(folder, device, rescales=False) as streamed,
         reporter.task("measure each layer", len(weights), unit="layers") as task,
     ):

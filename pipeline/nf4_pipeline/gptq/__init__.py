@@ -20,7 +20,8 @@ What is done here beside the paper:
   symmetric, so scales of both signs are tried: shares of the block's largest weight, first with the
   errors weighted by the diagonal of H (`start_scales`), then again when its columns are due and
   have been corrected (`refine_scales`). Only scales that can be stored are tried: 8-bit levels of
-  the largest among 256. The offset of double quantization is 0.
+  the largest among 256. The offset of double quantization is 0. None goes beyond twice the largest
+  of its weights as the model has them (`scale_limits`), however far these were moved.
 - `act_order` sorts columns by the diagonal of H, but keeps blocks of 64 together, so that what is
   stored is an ordinary NF4 weight: blocks by their sum, columns within them.
 - Beside `percdamp` of the mean diagonal, elements off the diagonal shrink by columns / tokens, at
@@ -35,6 +36,7 @@ To read, in this order:
     config.py          what can be varied; the defaults are the recipe
     device_group.py    several devices that share the work, in pieces
     hessian.py         H -> the order of columns, and U; the correction for the inputs' own error
+    scale_limits.py    how large a scale may become
     quantizer.py       a weight and its factor -> codes and scales, on the CPU
     kernels_cpu.py     the loops of it, compiled
     quantizer_cuda.py  the same on CUDA devices

@@ -29,7 +29,7 @@ _ZERO_LEVEL: Final = int(np.flatnonzero(SCALE_LEVELS == 0)[0])
 
 
 @compiled(error_model="numpy")
-def _start_scales(weights, first, columns, diagonal, candidates, signs, limit, scales):  # type: ignore[no-untyped-def]
+def _start_scales(weights, first, columns, diagonal, candidates, signs, limits, scales):  # type: ignore[no-untyped-def]
     values = np.zeros(BLOCK_SIZE, np.float32)
     weighting = np.zeros(BLOCK_SIZE, np.float32)
     errors = np.zeros(BLOCK_SIZE, np.float32)
@@ -44,6 +44,7 @@ def _start_scales(weights, first, columns, diagonal, candidates, signs, limit, s
             column = column + 1 if column + 1 < columns else 0
             top = max(top, abs(values[i]))
         best = _INFINITE
+        limit = limits[b]
         scales[b] = min(top, limit)
         if top < _SMALLEST:
             continue
@@ -70,7 +71,7 @@ def start_scales(
     diagonal: NDArray[np.float32],
     candidates: NDArray[np.float32],
     signs: int,
-    limit: float,
+    limits: NDArray[np.float32],
     scales: NDArray[np.float32],
 ) -> None:
     """The scale of each block for which the weighted error of plain rounding is least.
@@ -82,10 +83,10 @@ def start_scales(
         diagonal: the mean square of each input, float32 [columns].
         candidates: scales that are tried, as shares of the largest weight of a block; float32.
         signs: 2 to try the negative ones, too; else 1.
-        limit: the largest scale that readers can hold in the weight's dtype.
+        limits: what no scale may be beyond, see `scale_limits`; float32 [ceil(n / 64)].
         scales: receives the scales, of either sign, float32 [ceil(n / 64)].
     """
-    _start_scales(weights, first, columns, diagonal, candidates, signs, np.float32(limit), scales)
+    _start_scales(weights, first, columns, diagonal, candidates, signs, limits, scales)
 
 
 def nested_absmax(scales: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -95,10 +96,13 @@ def nested_absmax(scales: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 @compiled(error_model="numpy")
-def _scale_code(scale, nested):  # type: ignore[no-untyped-def]
-    """The stored level that is nearest to a scale, but never the level zero."""
+def _scale_code(scale, nested, limit):  # type: ignore[no-untyped-def]
+    """The stored level nearest to a scale, or the next one within the limit; never level zero."""
+    scale = min(max(scale, -limit), limit)
     x = scale / max(nested, _SMALLEST)
     code = nearest_scale_code(x, 0, SCALE_MIDPOINTS.size)
+    if abs(SCALE_LEVELS[code] * nested) > limit:
+        code += -1 if code > _ZERO_LEVEL else 1
     if code == _ZERO_LEVEL:
         code = _ZERO_LEVEL + 1 if scale >= _ZERO else _ZERO_LEVEL - 1
     return code
@@ -153,7 +157,7 @@ def _propagate(weights, factor, errors, start):  # type: ignore[no-untyped-def]
 
 @compiled(error_model="numpy")
 def _round_rows(  # type: ignore[no-untyped-def]
-    weights, factor, blocks, first, scales, nested, candidates, signs, codes, scale_codes
+    weights, factor, blocks, first, scales, limits, nested, candidates, signs, codes, scale_codes
 ):
     rows, columns = weights.shape
     per_row = columns // BLOCK_SIZE
@@ -169,7 +173,8 @@ def _round_rows(  # type: ignore[no-untyped-def]
             top = _ZERO
             for i in range(start, start + BLOCK_SIZE):
                 top = max(top, abs(weights[r, i]))
-            begin = _scale_code(scales[r, block], largest)
+            limit = limits[r, block]
+            begin = _scale_code(scales[r, block], largest, limit)
             sign = _ONE if scales[r, block] >= _ZERO else -_ONE
             best = _INFINITE
             last = -1
@@ -179,7 +184,7 @@ def _round_rows(  # type: ignore[no-untyped-def]
                     # Those of the sign that plain rounding wants come first: they end the others.
                     share = candidates[(candidate - 1) % candidates.size]
                     wanted = sign if candidate <= candidates.size else -sign
-                    code = _scale_code(wanted * share * top, largest)
+                    code = _scale_code(wanted * share * top, largest, limit)
                     if code == last or code == begin:
                         continue
                 last = code
@@ -209,6 +214,7 @@ def round_rows(
     blocks: NDArray[np.int64],
     first: int,
     scales: NDArray[np.float32],
+    limits: NDArray[np.float32],
     nested: NDArray[np.float32],
     candidates: NDArray[np.float32],
     signs: int,
@@ -224,6 +230,7 @@ def round_rows(
         blocks: which block of the row stands at each place of that order, int64 [columns / 64].
         first: the number of the first of these rows in the matrix.
         scales: what `start_scales` chose, blocks in the matrix's order, float32 [rows, blocks].
+        limits: what no scale may be beyond, likewise; see `scale_limits`.
         nested: of the whole matrix, see `nested_absmax`.
         candidates: scales that are tried besides, as shares of the largest weight that is left
             in a block; float32.
@@ -235,8 +242,9 @@ def round_rows(
         What it costs: the sum of all e_j^2; not finite if that is more than float32 holds.
     """
     cost = _round_rows(
-        weights, factor, blocks, first, scales, nested, candidates, signs, codes, scale_codes
-    )
+        weights, factor, blocks, first, scales, limits, nested, candidates, signs, codes,
+        scale_codes,
+    )  # fmt: skip
     return float(cost)
 
 
@@ -286,15 +294,17 @@ def round_ragged(
 
 
 @compiled()
-def _scale_codes(scales, nested, codes):  # type: ignore[no-untyped-def]
+def _scale_codes(scales, nested, limits, codes):  # type: ignore[no-untyped-def]
     for b in range(scales.size):
-        codes[b] = _scale_code(scales[b], nested[b // NESTED_BLOCK_SIZE])
+        codes[b] = _scale_code(scales[b], nested[b // NESTED_BLOCK_SIZE], limits[b])
 
 
-def scale_codes(scales: NDArray[np.float32], nested: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The nearest stored level of each scale, never zero: uint8 [blocks]."""
+def scale_codes(
+    scales: NDArray[np.float32], nested: NDArray[np.float32], limits: NDArray[np.float32]
+) -> NDArray[np.uint8]:
+    """The nearest stored level of each scale within its limit, never zero: uint8 [blocks]."""
     codes: NDArray[np.uint8] = np.empty(scales.size, np.uint8)
-    _scale_codes(scales, nested, codes)
+    _scale_codes(scales, nested, limits, codes)
     return codes
 
 

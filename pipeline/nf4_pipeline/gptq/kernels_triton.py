@@ -35,13 +35,16 @@ def _code(x, midpoints):
 
 
 @triton.jit
-def _scale_code(scale, nested, midpoints):
-    """The nearest of the 256 levels, but never the level zero."""
+def _scale_code(scale, nested, limit, midpoints, levels):
+    """The nearest of the 256 levels, or the next one within the limit; never the level zero."""
+    scale = tl.minimum(tl.maximum(scale, -limit), limit)
     x = tl.math.div_rn(scale, tl.maximum(nested, 1.1754943508222875e-38))
     low = tl.zeros_like(x).to(tl.int32)
     for step in tl.static_range(8):
         half = 128 >> step
         low += tl.where(tl.load(midpoints + low + half - 1) < x, half, 0)
+    beyond = tl.abs(tl.load(levels + low) * nested) > limit
+    low += tl.where(beyond, tl.where(low > 127, -1, 1), 0)
     return tl.where(low == 127, tl.where(scale >= 0, 128, 126), low)
 
 
@@ -52,10 +55,10 @@ def _start_scales(
     candidates,
     midpoints,
     levels,
+    limits,
     scales,
     blocks,
     columns,
-    limit,
     COUNT: tl.constexpr,
     SIGNS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -69,6 +72,7 @@ def _start_scales(
         top = tl.maximum(
             top, tl.abs(tl.load(weights + first + i, mask=valid, other=0.0).to(tl.float32))
         )
+    limit = tl.load(limits + block, mask=valid, other=1.0)
     best = tl.full([ROWS], float("inf"), tl.float32)
     chosen = tl.minimum(top, limit)
     for candidate in range(SIGNS * COUNT):
@@ -92,6 +96,7 @@ def _round_block(
     factor,
     nested,
     scales,
+    limits,
     candidates,
     midpoints,
     levels,
@@ -120,7 +125,8 @@ def _round_block(
     share = tl.load(candidates + (trial - 1 + COUNT) % COUNT)
     wanted = tl.where(trial <= COUNT, sign, -sign) * share * top
     wanted = tl.where(trial == 0, own, wanted)
-    scale_codes = _scale_code(wanted, largest, scale_midpoints)
+    limit = tl.load(limits + number)
+    scale_codes = _scale_code(wanted, largest, limit, scale_midpoints, scale_levels)
     scale = tl.load(scale_levels + scale_codes) * largest
     usable = (tl.abs(scale) >= 1.1754943508222875e-38) & (trial <= SIGNS * COUNT)
     scale = tl.where(usable, scale, 1.0)
@@ -201,7 +207,7 @@ class Tables:
 
 
 def start_scales(
-    weight: Any, diagonal: Any, candidates: Any, signs: int, limit: float, tables: Tables
+    weight: Any, diagonal: Any, candidates: Any, signs: int, limits: Any, tables: Tables
 ) -> Any:
     """See `nf4_pipeline.gptq.kernels_cpu.start_scales`.
 
@@ -210,7 +216,7 @@ def start_scales(
         diagonal: float32 [columns].
         candidates: float32 [candidates].
         signs: 1 or 2.
-        limit: the largest scale.
+        limits: float32 [rows * columns / 64].
         tables: on the weight's device.
 
     Returns:
@@ -219,8 +225,8 @@ def start_scales(
     blocks = weight.numel() // BLOCK_SIZE
     scales = torch.empty(blocks, dtype=torch.float32, device=weight.device)
     _start_scales[(triton.cdiv(blocks, _WIDE),)](
-        weight, diagonal, candidates, tables.midpoints, tables.levels, scales, blocks,
-        weight.shape[1], limit, COUNT=len(candidates), SIGNS=signs, ROWS=_WIDE,
+        weight, diagonal, candidates, tables.midpoints, tables.levels, limits, scales, blocks,
+        weight.shape[1], COUNT=len(candidates), SIGNS=signs, ROWS=_WIDE,
         enable_fp_fusion=False,
     )  # fmt: skip
     return scales
@@ -231,6 +237,7 @@ def round_rows(
     factor: Any,
     blocks: list[int],
     scales: Any,
+    limits: Any,
     nested: Any,
     candidates: Any,
     signs: int,
@@ -244,6 +251,7 @@ def round_rows(
         factor: float32 [columns, columns], with zeros below the diagonal.
         blocks: which block stands at each place.
         scales: float32 [rows * blocks].
+        limits: float32 [rows * blocks].
         nested: float32, of the whole matrix.
         candidates: float32 [candidates], at most 31 of them.
         signs: 1 or 2.
@@ -267,7 +275,7 @@ def round_rows(
     for place, block in enumerate(blocks):
         start = place * BLOCK_SIZE
         _round_block[(rows,)](
-            weights, factor, nested, scales, candidates, tables.midpoints, tables.levels,
+            weights, factor, nested, scales, limits, candidates, tables.midpoints, tables.levels,
             tables.scale_midpoints, tables.scale_levels, chosen, codes, errors, costs, columns,
             len(blocks), start, block, ahead, COUNT=len(candidates), SIGNS=signs, TRIED=_TRIED,
             num_warps=2, **common,

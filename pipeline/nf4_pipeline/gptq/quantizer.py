@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from nf4_pipeline.gptq import kernels_cpu
 from nf4_pipeline.gptq.config import GptqConfig
 from nf4_pipeline.gptq.hessian import HessianFactor
+from nf4_pipeline.gptq.scale_limits import scale_limits
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.nf4.double_quant import NestedScales
 from nf4_pipeline.nf4.packing import blocks_of, pack
@@ -53,22 +54,24 @@ class GptqOnCpu:
         self,
         rows: Sequence[torch.Tensor],
         factors: Sequence[HessianFactor],
-        dtype: torch.dtype | None = None,
+        limits: NDArray[np.float32] | None = None,
     ) -> QuantizedWeight:
         """See `nf4_pipeline.gptq.quantizers.GptqQuantizer`."""
         weight, factor = rows[0] if len(rows) == 1 else torch.cat(list(rows)), factors[0]
-        start = self._start_scales(weight, factor, torch.finfo(dtype or weight.dtype).max)
+        if limits is None:
+            limits = scale_limits(weight)
+        start = self._start_scales(weight, factor, limits)
         nested = kernels_cpu.nested_absmax(start)
         codes = np.empty(tuple(weight.shape), np.uint8)
         if weight.shape[1] % BLOCK_SIZE == 0:
-            scale_codes, cost = self._whole_blocks(weight, factor, start, nested, codes)
+            scale_codes, cost = self._whole_blocks(weight, factor, start, limits, nested, codes)
         else:
-            scale_codes = kernels_cpu.scale_codes(start, nested)
+            scale_codes = kernels_cpu.scale_codes(start, nested, limits)
             cost = self._ragged(weight, factor, _nested_scales(scale_codes, nested), codes)
         return QuantizedWeight(pack(codes), _nested_scales(scale_codes, nested), cost)
 
     def _start_scales(
-        self, weight: torch.Tensor, factor: HessianFactor, limit: float
+        self, weight: torch.Tensor, factor: HessianFactor, limits: NDArray[np.float32]
     ) -> NDArray[np.float32]:
         columns = weight.shape[1]
         flat = weight.reshape(-1)
@@ -86,7 +89,7 @@ class GptqOnCpu:
                 diagonal,
                 config.scale_candidates,
                 config.signs,
-                limit,
+                limits[place],
                 scales[place],
             )
 
@@ -98,13 +101,16 @@ class GptqOnCpu:
         weight: torch.Tensor,
         factor: HessianFactor,
         start: NDArray[np.float32],
+        limits: NDArray[np.float32],
         nested: NDArray[np.float32],
         codes: NDArray[np.uint8],
     ) -> tuple[NDArray[np.uint8], float]:
         """Fills `codes`; returns the scales' 8-bit codes [blocks] and the cost."""
         order = factor.order.numpy()
         blocks = order[::BLOCK_SIZE] // BLOCK_SIZE
-        start = rearrange(start, "(row block) -> row block", row=len(weight))
+        start, limits = (
+            rearrange(each, "(row block) -> row block", row=len(weight)) for each in (start, limits)
+        )
         scale_codes = np.empty(start.shape, np.uint8)
         config = self._config
         candidates = config.scale_candidates
@@ -120,6 +126,7 @@ class GptqOnCpu:
                 blocks,
                 first,
                 start[first:last],
+                limits[first:last],
                 nested,
                 candidates,
                 config.signs,

@@ -16,6 +16,7 @@ from nf4_pipeline.gptq.config import GptqConfig
 from nf4_pipeline.gptq.device_group import DeviceGroup
 from nf4_pipeline.gptq.hessian import HessianFactor
 from nf4_pipeline.gptq.quantizer import GptqOnCpu, QuantizedWeight
+from nf4_pipeline.gptq.scale_limits import scale_limits
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.nf4.double_quant import NestedScales
 from nf4_pipeline.nf4.packing import pack_pairs
@@ -43,30 +44,38 @@ class GptqOnCuda:
         self,
         rows: Sequence[torch.Tensor],
         factors: Sequence[HessianFactor],
-        dtype: torch.dtype | None = None,
+        limits: NDArray[np.float32] | None = None,
     ) -> QuantizedWeight:
         """See `nf4_pipeline.gptq.quantizers.GptqQuantizer`."""
-        if rows[0].shape[1] % BLOCK_SIZE or not self._config.refine_scales:
+        if limits is None:
+            limits = scale_limits(torch.cat([part.cpu() for part in rows]))
+        columns = rows[0].shape[1]
+        if columns % BLOCK_SIZE or not self._config.refine_scales:
             whole = torch.cat([part.cpu() for part in rows])
-            return self._on_cpu.quantize([whole], [factors[0].cpu()], dtype)
-        limit = torch.finfo(dtype or rows[0].dtype).max
+            return self._on_cpu.quantize([whole], [factors[0].cpu()], limits)
         weights = [part.contiguous() for part in rows]
         firsts = list(accumulate((len(part) for part in rows), initial=0))
+        blocks = [first * columns // BLOCK_SIZE for first in firsts]
+        own_limits = [
+            torch.from_numpy(limits[blocks[i] : blocks[i + 1]]).to(part.device)
+            for i, part in enumerate(weights)
+        ]
 
         def begin(index: int) -> torch.Tensor | None:
             if index >= len(rows):
                 return None
             with torch.cuda.device(weights[index].device):
-                return self._there[index].start_scales(weights[index], factors[index], limit)
+                return self._there[index].start_scales(
+                    weights[index], factors[index], own_limits[index]
+                )
 
         starts = self._group.each(begin)
         # Scales refer to the largest of 256, which may lie on two devices.
         on_host = [start.cpu().numpy() for start in starts if start is not None]
         nested = kernels_cpu.nested_absmax(np.concatenate(on_host))
 
-        columns = rows[0].shape[1]
         packed = torch.empty(firsts[-1] * columns // 2, dtype=torch.uint8)
-        codes = torch.empty(firsts[-1] * columns // BLOCK_SIZE, dtype=torch.uint8)
+        codes = torch.empty(blocks[-1], dtype=torch.uint8)
         costs = torch.empty(firsts[-1])
 
         def finish(index: int) -> None:
@@ -76,9 +85,11 @@ class GptqOnCuda:
             weight, there = weights[index], self._there[index]
             first, last = firsts[index : index + 2]
             with torch.cuda.device(weight.device):
-                found = there.round_rows(weight, factors[index], start, nested, first)
+                found = there.round_rows(
+                    weight, factors[index], start, own_limits[index], nested, first
+                )
             packed[first * columns // 2 : last * columns // 2].copy_(found[0])
-            codes[first * columns // BLOCK_SIZE : last * columns // BLOCK_SIZE].copy_(found[1])
+            codes[blocks[index] : blocks[index + 1]].copy_(found[1])
             costs[first:last].copy_(found[2])
 
         self._group.each(finish)
@@ -97,13 +108,13 @@ class _OnDevice:
         self._candidates = torch.from_numpy(config.scale_candidates).to(device)
 
     def start_scales(
-        self, weight: torch.Tensor, factor: HessianFactor, limit: float
+        self, weight: torch.Tensor, factor: HessianFactor, limits: torch.Tensor
     ) -> torch.Tensor:
         """See `nf4_pipeline.gptq.kernels_cpu.start_scales`."""
         from nf4_pipeline.gptq import kernels_triton
 
         scales: torch.Tensor = kernels_triton.start_scales(
-            weight, factor.diagonal, self._candidates, self._signs, limit, self._tables
+            weight, factor.diagonal, self._candidates, self._signs, limits, self._tables
         )
         return scales
 
@@ -112,6 +123,7 @@ class _OnDevice:
         weight: torch.Tensor,
         factor: HessianFactor,
         start: torch.Tensor,
+        limits: torch.Tensor,
         nested: NDArray[np.float32],
         first: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -121,6 +133,7 @@ class _OnDevice:
             weight: some rows.
             factor: of their inputs' Hessian.
             start: the scales that they begin with.
+            limits: what no scale may be beyond.
             nested: of the whole weight.
             first: the place of these rows in it.
         """
@@ -131,6 +144,7 @@ class _OnDevice:
             factor.factor,
             (factor.order[::BLOCK_SIZE] // BLOCK_SIZE).tolist(),
             start,
+            limits,
             torch.from_numpy(nested).to(weight.device),
             self._candidates,
             self._signs,

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from nf4_pipeline.gptq.config import GptqConfig
 from nf4_pipeline.gptq.device_group import DeviceGroup
@@ -22,7 +24,7 @@ class GptqQuantizer(Protocol):
         self,
         rows: Sequence[torch.Tensor],
         factors: Sequence[HessianFactor],
-        dtype: torch.dtype | None = None,
+        limits: NDArray[np.float32] | None = None,
     ) -> QuantizedWeight:
         """Rounds a weight; what comes of it does not depend on where its rows are.
 
@@ -30,7 +32,8 @@ class GptqQuantizer(Protocol):
             rows: of the weight, some on each device in order, [some, columns] of any float dtype;
                 fewer than devices if there are few of them.
             factors: of its inputs' Hessian, the same on each device.
-            dtype: in which readers hold the weight, which bounds its scales; None for its own.
+            limits: what no scale may be beyond, see `scale_limits`; float32 [blocks]. None for
+                those of the rows as they are given.
         """
 
 

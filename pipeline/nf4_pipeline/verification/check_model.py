@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 
 from nf4_pipeline.fidelity.verdict import Check
+from nf4_pipeline.gptq.scale_limits import REACH
 from nf4_pipeline.manifest.manifest import Manifest
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.nf4.codebook import SCALE_LEVELS
@@ -26,15 +27,19 @@ class _Bounds:
         scale: of a scale, as a share of its nested scale; None if scales are chosen freely.
         reach: of a scale without its sign, as a share of the largest of its 64 weights; None if
             the bound on its error says enough.
+        layer: root mean square error of a layer, as a share of that of its weights.
         words: what is said of scales.
     """
 
     error: float
     scale: float | None
     reach: float | None
+    layer: float
     words: str
 
 
+_UNRELATED: Final = 0.7
+"""Codes that have nothing to do with their weights are off by 1 and more, others by far less."""
 _BOUNDS: Final = {
     # Half of the widest gap between levels is 0.152, and a scale that was itself rounded coarsely
     # can add as much again; codes in another order, or of another layer, are off by more than the
@@ -43,15 +48,18 @@ _BOUNDS: Final = {
         error=0.5,
         scale=1.02 * float(np.diff(SCALE_LEVELS).max()) / 2,
         reach=None,
+        layer=_UNRELATED,
         words="every scale as near as it can be stored",
     ),
-    # A code makes up for the errors of those before it, so one weight may be far off; the scale is
-    # chosen around the largest of weights that have been moved so, with either sign.
+    # A code makes up for the errors of those before it, so a weight may be anything that its scale
+    # allows; the scale has a bound that it was chosen within, with either sign. A little is for
+    # means that were added up in another order.
     "calibrated": _Bounds(
-        error=1.5,
+        error=1.001 * (1 + REACH),
         scale=None,
-        reach=2.0,
-        words="no scale beyond 2 times the largest of its 64 weights",
+        reach=1.001 * REACH,
+        layer=_UNRELATED,
+        words=f"no scale beyond {REACH:g} times the largest of its 64 weights",
     ),
 }
 _SAME_ERROR: Final = 0.01
@@ -188,6 +196,8 @@ def _find_problem(layer: LayerError, promised: float, bounds: _Bounds) -> tuple[
         if share is None or share > bound:
             said = "is not finite" if share is None else words.format(share)
             return inf, f"has a scale that {said}, at {_weights(at)}"
+    if layer.weight_error > bounds.layer:
+        return layer.weight_error, f"is off by {layer.weight_error:.0%} of its weights"
     if abs(layer.weight_error - promised) > _SAME_ERROR * promised + _ROUNDING:
         return (
             layer.weight_error,

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from nf4_pipeline.blocks.block_reader import DTYPES
 from nf4_pipeline.checkpoint.safetensors_header import HeaderTensor, read_header
 from nf4_pipeline.checkpoint.source import Checkpoint, SourceTensor
+from nf4_pipeline.gptq.scale_limits import SMALL
 from nf4_pipeline.manifest.manifest import Manifest, Tensor
 from nf4_pipeline.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from nf4_pipeline.nf4.codebook import NF4_LEVELS
@@ -28,9 +29,6 @@ from nf4_pipeline.nf4.stored_weight import StoredWeight, stored_tensors
 from nf4_pipeline.verification.distance import LayerDistance
 
 _PART: Final = 4 * 2**20  # weights that are compared at a time; whole blocks
-_SMALL: Final = 0.05
-"""Share of a weight's typical block below which a block counts as being that large: stock double
-quantization gives near-zero blocks any small scale, and nobody can tell."""
 
 
 class WeightComparison:
@@ -241,7 +239,8 @@ def _compare_weight(
         block = start // BLOCK_SIZE
         parts.append(_in_blocks(actual, exact, scales[block : block + -(-count // BLOCK_SIZE)]))
     off, energy, largest_off, largest = (torch.cat(part) for part in zip(*parts, strict=True))
-    floor = max(_SMALL * float(largest.double().mean()), 1e-300)
+    # Stock double quantization gives near-zero blocks any small scale, and nobody can tell.
+    floor = max(SMALL * float(largest.double().mean()), 1e-300)
     share = largest_off.double() / largest.double().clamp(min=floor)
     total = float(energy.sum())
     error.weight = sqrt(float(off.sum()) / total) if total else 0.0
