@@ -19,6 +19,7 @@ from nf4_pipeline.calibration import calibration_pass as passes
 from nf4_pipeline.calibration.tokens import parse_tokens
 from nf4_pipeline.checkpoint.source import read_json
 from nf4_pipeline.job import run_stage
+from nf4_pipeline.nf4.stored_weight import StoredWeight
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import SerializeRecipe
 from nf4_pipeline.records import QUANTIZE
@@ -332,3 +333,63 @@ def test_tokens_of_another_vocabulary(make: Make, tmp_path: Path) -> None:
     path.write_text(json.dumps(tokens))
     with pytest.raises(nf4_pipeline.PipelineError, match="token 257 is beyond the model's 257"):
         run_stage(build, "quantize", settings(), CPU, SILENT)
+
+
+PROJECTIONS: Final = {
+    "falcon-whole": ("mlp.dense_h_to_4h.weight", "mlp.dense_4h_to_h.weight"),
+    "falcon-7b": ("mlp.dense_h_to_4h.weight", "mlp.dense_4h_to_h.weight"),
+    "gpt2": ("mlp.c_fc.weight", "mlp.c_proj.weight"),
+    "llama": ("mlp.up_proj.weight", "mlp.down_proj.weight"),
+}
+
+
+def let_columns_run_away(checkpoint: Path, kind: str, stored: torch.dtype) -> None:
+    """Blocks near zero beside others of which they see the same inputs, so that they make up for
+    what those lose; the weights that are changed are stored in another dtype, if it is one.
+    """
+    (path,) = checkpoint.glob("*.safetensors")
+    tensors = load_file(path)
+    for up, down in ((a, b) for a in tensors for b in tensors if pair_of(a, b, PROJECTIONS[kind])):
+        first, second = (tensors[name].float() for name in (up, down))
+        if kind == "gpt2":
+            first, second = first.T, second.T
+        half = len(first) // 2
+        first[:half] = 0.5 * first[-half:]
+        second[:, :half] *= 1e-3
+        if kind == "gpt2":
+            first, second = first.T, second.T
+        tensors |= {
+            up: first.to(tensors[up].dtype).contiguous(),
+            down: second.to(tensors[down].dtype).to(stored).contiguous(),
+        }
+        if stored == torch.float32:  # what bfloat16 rounds
+            tensors[down] *= 1 + torch.rand_like(tensors[down]) / 256
+    save_file(tensors, path, {"format": "pt"})
+
+
+def pair_of(up: str, down: str, names: tuple[str, str]) -> bool:
+    return up.endswith(names[0]) and down == up.replace(*names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored"), [(k, torch.bfloat16) for k in PROJECTIONS] + [("falcon-7b", torch.float32)]
+)
+def test_scales_stay_within_what_verifying_allows(
+    kind: str, stored: torch.dtype, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model", kind)
+    let_columns_run_away(checkpoint, kind, stored)
+    build = downloaded(checkpoint, tmp_path)
+    quantized(build, settings())
+    tensors, source = read_tensors(build.export), read_tensors(checkpoint)
+    reached, weights = [], manifest_of(build)["tensors"]
+    assert manifest_of(build)["calibration"]["fallbacks"] == {}
+    for entry in (entry for entry in weights if entry["quantized"]):
+        exact = source[entry["source_name"]].double().numpy()
+        flat = np.abs(exact.T if entry["transposed"] else exact).reshape(-1)
+        largest = np.maximum.reduceat(flat, np.arange(0, flat.size, 64))
+        own = {key: t.numpy() for key, t in parts(tensors, entry["name"]).items()}
+        scales = np.abs(StoredWeight.read(entry["name"], own).scales.scales())
+        reached.append(float((scales / np.maximum(largest, 0.05 * largest.mean())).max()))
+    assert max(reached) <= 2 * (1 + 1 / 256)
+    assert max(reached) > 1.9  # else it shows nothing

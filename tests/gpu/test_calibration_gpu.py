@@ -96,7 +96,7 @@ def test_cuda_chooses_what_the_cpu_chooses(rows: int, columns: int, dtype: str, 
     assert expected.cost > 0.0
 
 
-@pytest.mark.parametrize("share", [0.2, 0.6])
+@pytest.mark.parametrize("share", [0.2, 0.4])
 @pytest.mark.parametrize(("rows", "columns"), [(96, 256), (300, 768), (37, 101)])
 def test_limits_that_bind_are_kept_to_as_on_a_cpu(rows: int, columns: int, share: float) -> None:
     from nf4_pipeline.gptq.config import GptqConfig
@@ -117,7 +117,7 @@ def test_limits_that_bind_are_kept_to_as_on_a_cpu(rows: int, columns: int, share
     assert np.count_nonzero(there.packed != here.packed) == 0
     assert np.count_nonzero(there.scales.codes != here.scales.codes) == 0
     assert (np.abs(here.scales.scales()) <= limits).all()
-    assert (np.abs(free.scales.scales()) > limits).mean() > (0.9 if share == 0.2 else 0.0)
+    assert (np.abs(free.scales.scales()) > limits).mean() > 0.8
 
 
 def _calibrated(rows: int, columns: int, dtype: str) -> Any:

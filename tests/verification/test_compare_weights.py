@@ -12,6 +12,7 @@ import pytest
 import torch
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.checkpoint.source import open_checkpoint
+from nf4_pipeline.fidelity.verdict import Check
 from nf4_pipeline.job import run_stage
 from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.nf4.double_quant import double_quantize
@@ -19,10 +20,12 @@ from nf4_pipeline.nf4.stored_weight import StoredWeight
 from nf4_pipeline.progress import SILENT
 from nf4_pipeline.recipe import Recipe
 from nf4_pipeline.verification import compare_weights
+from nf4_pipeline.verification.check_model import check_weights
 from nf4_pipeline.verification.compare_weights import WeightComparison
 from nf4_pipeline.verification.distance import LayerDistance
 from safetensors.torch import load_file, save_file
 
+from tests.support.calibrated import downloaded, quantized, settings
 from tests.support.checkpoints import make_checkpoint, read_tensors, weight_files
 from tests.support.jobs import CPU, download
 from tests.support.tamper import agree, change, swap
@@ -129,6 +132,30 @@ def test_how_far_a_scale_reaches_whatever_its_sign(build: Build) -> None:
     assert comparison.malformed == []
     assert (layers[UP].reach_at, layers[UP].worst_at) == (2, 2)
     assert layers[UP].reach == pytest.approx(3, rel=0.05)
+
+
+def test_two_rows_that_were_swapped_are_seen_by_what_the_manifest_promises(tmp_path: Path) -> None:
+    """In a calibrated artifact, in which no single weight of theirs is beyond a bound."""
+    build = downloaded(make_checkpoint(tmp_path / "model", "falcon-whole"), tmp_path)
+    quantized(build, settings())
+    name = f"{UP}.weight"  # [512, 128]: a row is 64 bytes of codes and two scales
+    manifest = read_manifest(build.export)
+
+    def check() -> Check:
+        _, layers = compared(build)
+        errors = [layer.error(module) for module, layer in layers.items()]
+        return check_weights(manifest, [], errors)
+
+    assert check().passed
+    tensors = {n: t.clone() for n, t in read_tensors(build.export).items()}
+    for part, width in ((name, 64), (f"{name}.absmax", 2)):
+        rows = tensors[part].view(-1, width)
+        rows[[8, 9]] = rows[[9, 8]]
+    change(build.export, {part: tensors[part] for part in (name, f"{name}.absmax")})
+    found = check()
+    assert not found.passed
+    assert found.found.startswith(f"{UP} is off by 0.1")
+    assert found.found.endswith("as promised")
 
 
 def test_another_layers_weight_is_far_away(build: Build) -> None:

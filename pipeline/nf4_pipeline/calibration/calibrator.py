@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from nf4_pipeline.calibration.learning import Learning
     from nf4_pipeline.calibration.tokens import CalibrationTokens
 
-CODE_VERSION: Final = 4
+CODE_VERSION: Final = 5
 _ALLOCATION_VERSION: Final = 2  # of which layers stay in 16 bit for a budget
 TOKENS_FILE: Final = "tokens.json"
 _LOSSES_FILE: Final = "sensitivity.json"

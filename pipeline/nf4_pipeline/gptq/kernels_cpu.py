@@ -97,7 +97,10 @@ def nested_absmax(scales: NDArray[np.float32]) -> NDArray[np.float32]:
 
 @compiled(error_model="numpy")
 def _scale_code(scale, nested, limit):  # type: ignore[no-untyped-def]
-    """The stored level nearest to a scale, or the next one within the limit; never level zero."""
+    """The stored level nearest to a scale, or the next one within the limit.
+
+    Level zero only if its neighbour is beyond the limit, too.
+    """
     scale = min(max(scale, -limit), limit)
     x = scale / max(nested, _SMALLEST)
     code = nearest_scale_code(x, 0, SCALE_MIDPOINTS.size)
@@ -105,6 +108,8 @@ def _scale_code(scale, nested, limit):  # type: ignore[no-untyped-def]
         code += -1 if code > _ZERO_LEVEL else 1
     if code == _ZERO_LEVEL:
         code = _ZERO_LEVEL + 1 if scale >= _ZERO else _ZERO_LEVEL - 1
+        if abs(SCALE_LEVELS[code] * nested) > limit:
+            code = _ZERO_LEVEL
     return code
 
 
@@ -302,7 +307,7 @@ def _scale_codes(scales, nested, limits, codes):  # type: ignore[no-untyped-def]
 def scale_codes(
     scales: NDArray[np.float32], nested: NDArray[np.float32], limits: NDArray[np.float32]
 ) -> NDArray[np.uint8]:
-    """The nearest stored level of each scale within its limit, never zero: uint8 [blocks]."""
+    """See `_scale_code`: uint8 [blocks]."""
     codes: NDArray[np.uint8] = np.empty(scales.size, np.uint8)
     _scale_codes(scales, nested, limits, codes)
     return codes

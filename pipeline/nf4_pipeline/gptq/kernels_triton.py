@@ -36,7 +36,7 @@ def _code(x, midpoints):
 
 @triton.jit
 def _scale_code(scale, nested, limit, midpoints, levels):
-    """The nearest of the 256 levels, or the next one within the limit; never the level zero."""
+    """The nearest of the 256 levels, or the next one within the limit; zero if there is none."""
     scale = tl.minimum(tl.maximum(scale, -limit), limit)
     x = tl.math.div_rn(scale, tl.maximum(nested, 1.1754943508222875e-38))
     low = tl.zeros_like(x).to(tl.int32)
@@ -45,7 +45,8 @@ def _scale_code(scale, nested, limit, midpoints, levels):
         low += tl.where(tl.load(midpoints + low + half - 1) < x, half, 0)
     beyond = tl.abs(tl.load(levels + low) * nested) > limit
     low += tl.where(beyond, tl.where(low > 127, -1, 1), 0)
-    return tl.where(low == 127, tl.where(scale >= 0, 128, 126), low)
+    code = tl.where(low == 127, tl.where(scale >= 0, 128, 126), low)
+    return tl.where(tl.abs(tl.load(levels + code) * nested) > limit, 127, code)
 
 
 @triton.jit

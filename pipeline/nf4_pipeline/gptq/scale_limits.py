@@ -7,13 +7,15 @@ it stands for, and one that is simply wrong could not be told from it.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from nf4_pipeline.nf4 import BLOCK_SIZE
+
+if TYPE_CHECKING:
+    import torch
 
 REACH: Final = 2.0
 """A scale without its sign, as a share of the largest of its 64 weights, at most."""
@@ -32,6 +34,8 @@ def scale_limits(weight: torch.Tensor, dtype: torch.dtype | None = None) -> NDAr
     Returns:
         float32 [ceil(rows * columns / 64)].
     """
+    import torch
+
     flat = weight.reshape(-1)
     if flat.numel() % BLOCK_SIZE:
         flat = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK_SIZE))

@@ -1,16 +1,17 @@
 """The same numbers from a model each time: what torch otherwise leaves to chance.
 
 On a GPU some kernels add in whatever order their threads come. Among them is cuDNN's attention,
-which torch prefers on an H100 or H200: of a token that sees more than 128 others it computes other
+which torch prefers on an H100 or H200: for a token that sees more than 128 others it computes other
 bits each time (torch 2.11), so that a model writes another text from the same seed.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
 _CUBLAS: Final = "CUBLAS_WORKSPACE_CONFIG"
@@ -18,18 +19,18 @@ _CUBLAS: Final = "CUBLAS_WORKSPACE_CONFIG"
 
 @contextmanager
 def deterministic(device: Any, *, strict: bool = False) -> Iterator[None]:
-    """While the body runs, the same sums each time, whatever the machine's number of cores.
+    """While the body runs, a model adds in one order, whatever the machine's number of cores.
 
     Args:
-        device: where a model computes: a torch device or its name.
-        strict: see `deterministic_kernels`.
+        device: where it computes: a torch device or its name.
+        strict: see `deterministic_on_gpu`.
     """
-    with _one_thread(device), deterministic_kernels(device, strict=strict):
+    with _one_thread_on_cpu(device), deterministic_on_gpu(device, strict=strict):
         yield
 
 
 @contextmanager
-def _one_thread(device: Any) -> Iterator[None]:
+def _one_thread_on_cpu(device: Any) -> Iterator[None]:
     """One thread for each operation of a CPU: how sums are cut depends on how many there are."""
     import torch
 
@@ -43,39 +44,80 @@ def _one_thread(device: Any) -> Iterator[None]:
 
 
 @contextmanager
-def deterministic_kernels(device: Any, *, strict: bool = False) -> Iterator[None]:
-    """While the body runs, a GPU's kernels are those that add in one order; nothing for a CPU.
+def deterministic_on_gpu(device: Any, *, strict: bool = False) -> Iterator[None]:
+    """While the body runs, kernels of a GPU add in one order; on a CPU it does nothing.
+
+    It holds for the whole process until the last of those that entered has left, in any order:
+    models that pass block by block take turns in the midst of it.
 
     Args:
         device: where a model computes: a torch device or its name.
-        strict: torch raises RuntimeError where an operation has no such kernel, and gradients of
-            attention are such, too; else another one is taken.
+        strict: torch raises RuntimeError where an operation has no such kernel. Else it takes
+            another one, as it does for the gradient of attention: for forward passes alone.
     """
     import torch
 
     if torch.device(device).type == "cpu":
         yield
         return
-    fill: Any = torch.utils.deterministic
-    attention: Any = torch.backends.cuda
-    enabled = torch.are_deterministic_algorithms_enabled()
+    _SHARED.enter()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    fills, prefers_cudnn = fill.fill_uninitialized_memory, attention.cudnn_sdp_enabled()
-    known = os.environ.get(_CUBLAS)
-    os.environ.setdefault(_CUBLAS, ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=not strict)
-    fill.fill_uninitialized_memory = False  # what is empty is written before it is read
-    attention.enable_cudnn_sdp(False)
+    if strict and warns:
+        torch.use_deterministic_algorithms(True)
     try:
-        with warnings.catch_warnings():
-            # Said by the thread that goes backward, which then takes the context that there is.
-            warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
-            if not strict:
-                warnings.filterwarnings("ignore", ".*deterministic", UserWarning)
-            yield
+        yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warns)
-        fill.fill_uninitialized_memory = fills
-        attention.enable_cudnn_sdp(prefers_cudnn)
-        if known is None:
-            os.environ.pop(_CUBLAS, None)
+        if strict and warns:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        _SHARED.leave()
+
+
+class _Shared:
+    """torch's modes, which a process has once, and how many of its parts ask for them."""
+
+    def __init__(self) -> None:
+        self._entered = 0
+        self._undo = ExitStack()
+        self._changing = threading.Lock()
+
+    def enter(self) -> None:
+        with self._changing:
+            if not self._entered:
+                with ExitStack() as undo:
+                    _ask_for_one_order(undo)
+                    self._undo = undo.pop_all()
+            self._entered += 1
+
+    def leave(self) -> None:
+        with self._changing:
+            self._entered -= 1
+            if not self._entered:
+                self._undo.close()
+
+
+_SHARED: Final = _Shared()
+
+
+def _ask_for_one_order(undo: ExitStack) -> None:
+    """Sets the modes, and has the stack set them as they were."""
+    import torch
+
+    backends: Any = torch.backends.cuda
+    fill: Any = torch.utils.deterministic
+    undo.callback(
+        torch.use_deterministic_algorithms,
+        torch.are_deterministic_algorithms_enabled(),
+        warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    undo.callback(setattr, fill, "fill_uninitialized_memory", fill.fill_uninitialized_memory)
+    undo.callback(backends.enable_cudnn_sdp, backends.cudnn_sdp_enabled())
+    if _CUBLAS not in os.environ:
+        os.environ[_CUBLAS] = ":4096:8"
+        undo.callback(os.environ.pop, _CUBLAS, None)
+    undo.enter_context(warnings.catch_warnings())
+    # Said by the thread that goes backward, which then takes the context that there is.
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
+    warnings.filterwarnings("ignore", ".*does not have a deterministic implementation")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    fill.fill_uninitialized_memory = False  # what is empty is written before it is read
+    backends.enable_cudnn_sdp(False)

@@ -12,7 +12,7 @@ from nf4_pipeline.errors import ArtifactError, PipelineError, ResourceError, Usa
 from nf4_pipeline.model.generation_config import end_tokens, plain_generation_config
 from nf4_pipeline.model.limited_tokenizer import LimitedTokenizer
 from nf4_pipeline.quiet_libraries import quiet_loading
-from nf4_pipeline.runtime.determinism import deterministic_kernels
+from nf4_pipeline.runtime.determinism import deterministic_on_gpu
 
 _LIMITS: Final = {
     "max_length": 2**31 - 1,
@@ -281,7 +281,7 @@ class Generator:
         """
         import torch
 
-        with torch.inference_mode(), deterministic_kernels(self.device), quiet_loading():
+        with torch.inference_mode(), deterministic_on_gpu(self.device), quiet_loading():
             try:
                 written = self.model.generate(
                     ids,

@@ -71,7 +71,7 @@ from nf4_pipeline.verification.prompts import (
     unreadable,
 )
 
-CODE_VERSION: Final = 7
+CODE_VERSION: Final = 8
 REPORT_FILE: Final = "report.html"
 _WRITTEN: Final = {VERIFICATION_FILE, REPORT_FILE} | {
     picture.file for picture in PICTURES.values() if picture.file

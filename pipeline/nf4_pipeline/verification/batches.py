@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from nf4_pipeline.runtime.determinism import deterministic_on_gpu
 from nf4_pipeline.runtime.generate import Generator
 
 _MOST: Final = 32  # sequences of one batch
@@ -225,7 +226,7 @@ def _next_logits(generator: Generator, prompts: Sequence[Sequence[int]]) -> Any:
     import torch
 
     ids, mask = _padded(generator, prompts)
-    with torch.inference_mode():
+    with torch.inference_mode(), deterministic_on_gpu(generator.device):
         found = generator.model.generate(
             ids,
             attention_mask=mask,
