@@ -162,16 +162,24 @@ def check_weights(
             problems.append((problem[0], f"{name} {problem[1]}"))
     worst_first = [text for _, text in sorted(problems, reverse=True)]
     more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-    largest = max((layer.worst or 0.0 for layer in common.values()), default=0.0)
     return Check(
         "weights near those of the source",
         not problems,
         "; ".join(worst_first[:3]) + more
         if problems
-        else f"{len(common)} layers; no weight is off by more than {largest:.1%} of the largest of "
-        "its 64",
+        else _farthest([(layer, promised[name][1]) for name, layer in common.items()]),
         f"{_BOUNDS[manifest.rounding].words}, and each layer as in the manifest",
     )
+
+
+def _farthest(layers: Sequence[tuple[LayerError, _Bounds]]) -> str:
+    """What comes nearest to the bounds, in words."""
+    worst = max((layer.worst or 0.0 for layer, _ in layers), default=0.0)
+    said = (
+        f"{len(layers)} layers; no weight is off by more than {worst:.1%} of the largest of its 64"
+    )
+    reach = [layer.reach or 0.0 for layer, bounds in layers if bounds.reach is not None]
+    return f"{said}, no scale beyond {max(reach):.2f} times that" if reach else said
 
 
 def _bounds_of(manifest: Manifest, weight: str) -> _Bounds:
