@@ -336,10 +336,8 @@ def test_tokens_of_another_vocabulary(make: Make, tmp_path: Path) -> None:
 
 
 PROJECTIONS: Final = {
-    "falcon-whole": ("mlp.dense_h_to_4h.weight", "mlp.dense_4h_to_h.weight"),
     "falcon-7b": ("mlp.dense_h_to_4h.weight", "mlp.dense_4h_to_h.weight"),
     "gpt2": ("mlp.c_fc.weight", "mlp.c_proj.weight"),
-    "llama": ("mlp.up_proj.weight", "mlp.down_proj.weight"),
 }
 
 
