@@ -14,6 +14,7 @@ from nf4_pipeline.gptq.device_group import DeviceGroup
 from nf4_pipeline.gptq.hessian import factorize
 from nf4_pipeline.gptq.quantizer import QuantizedWeight
 from nf4_pipeline.gptq.quantizers import GptqQuantizer, quantizer_for
+from nf4_pipeline.gptq.scale_limits import scale_limits
 from nf4_pipeline.nf4.dequantize import dequantize
 from nf4_pipeline.nf4.packing import packed_bytes
 
@@ -39,7 +40,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 def quantize(quantizer: GptqQuantizer, weight: torch.Tensor, device: str) -> QuantizedWeight:
     factor = factorize(hessian_of(weight.shape[1]).to(device), 1000, GptqConfig())
-    return quantizer.quantize([weight.to(device)], [factor])
+    return quantizer.quantize([weight.to(device)], [factor], scale_limits(weight))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

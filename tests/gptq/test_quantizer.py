@@ -23,7 +23,7 @@ from nf4_pipeline.nf4.packing import pack, unpack
 from numpy.typing import NDArray
 
 from tests.support.gptq_inputs import DTYPES, hessian_of, weight_of
-from tests.support.gptq_reference import Array, order_of, prepared, reference
+from tests.support.gptq_reference import Array, largest_of, order_of, prepared, reference
 
 CONFIG: Final = GptqConfig()
 WHOLE: Final = ((24, 64), (12, 192), (3, 320), (1, 128), (70, 256))
@@ -55,7 +55,7 @@ def loss(weight: torch.Tensor, found: NDArray[np.float32], h: Array) -> float:
 def quantize(
     weight: torch.Tensor, prepared: HessianFactor, pool: Executor, config: GptqConfig = CONFIG
 ) -> QuantizedWeight:
-    return GptqOnCpu(config, pool).quantize([weight], [prepared])
+    return GptqOnCpu(config, pool).quantize([weight], [prepared], scale_limits(weight))
 
 
 @pytest.mark.parametrize("shape", [*WHOLE, *RAGGED])
@@ -282,9 +282,7 @@ def test_no_scale_goes_beyond_what_verifying_allows(
         found = GptqOnCpu(CONFIG, pool).quantize([moved], [factor], limits)
         return float((np.abs(found.scales.scales()) / allowed).max())
 
-    flat = np.abs(weight.double().numpy()).reshape(-1)
-    largest = np.maximum.reduceat(flat, np.arange(0, flat.size, 64))
-    allowed = np.maximum(largest, 0.05 * largest.mean())
+    allowed = largest_of(weight.double().numpy())
     assert reach(scale_limits(weight)) <= 2 * (1 + 1e-6)
     assert reach(np.full(allowed.shape, np.inf, np.float32)) > 2  # else it shows nothing
 
@@ -294,7 +292,7 @@ def test_limits_that_bind_nothing_change_nothing(columns: int, pool: Executor) -
     weight, factor = weight_of(40, columns), factorize(hessian_of(columns), 1000, CONFIG)
     found = [
         GptqOnCpu(CONFIG, pool).quantize([weight], [factor], limits)
-        for limits in (None, np.full(-(-40 * columns // 64), 1e30, np.float32))
+        for limits in (scale_limits(weight), np.full(-(-40 * columns // 64), 1e30, np.float32))
     ]
     assert found[0].packed.tobytes() == found[1].packed.tobytes()
     assert found[0].scales.codes.tobytes() == found[1].scales.codes.tobytes()
@@ -341,6 +339,16 @@ def test_scale_codes_are_nearest_and_never_zero() -> None:
     np.testing.assert_allclose(np.abs(scales / largest - found), best, rtol=1e-5, atol=1e-7)
     read_back = NestedScales(codes, nested, np.float32(0)).scales()
     assert read_back.tobytes() == (SCALE_LEVELS[codes] * np.repeat(nested, 256)[:600]).tobytes()
+
+
+def test_level_zero_is_stored_where_no_other_is_within_the_limit() -> None:
+    scales = np.array([1.0, -1e-6, 1e-6, 1e-6, -1e-6], np.float32)
+    limits = np.array([1.0, 1.0, 1.0, 1e-7, 1e-7], np.float32)
+    codes = kernels_cpu.scale_codes(scales, kernels_cpu.nested_absmax(scales), limits)
+    found = SCALE_LEVELS[codes]
+    assert found[1] < 0 < found[2]
+    assert not found[3:].any()
+    assert (np.abs(found) <= limits).all()
 
 
 def test_a_choice_is_that_of_the_guide_alone(pool: Executor) -> None:

@@ -19,6 +19,7 @@ import pytest
 from nf4_pipeline.build_folder import Build
 from nf4_pipeline.calibration.calibrator import TOKENS_FILE
 from nf4_pipeline.checkpoint.atomic import make_folder
+from nf4_pipeline.gptq.scale_limits import scale_limits
 from nf4_pipeline.job import run_build, run_stage
 from nf4_pipeline.machine import Machine
 from nf4_pipeline.progress import SILENT
@@ -86,8 +87,9 @@ def test_cuda_chooses_what_the_cpu_chooses(rows: int, columns: int, dtype: str, 
     on_device = factorize(hessian, tokens, config, group)
     on_host = on_device.cpu()
     with ThreadPoolExecutor(4) as pool, torch.inference_mode():
-        found = GptqOnCuda(config, group, pool).quantize([weight.to(DEVICE)], [on_device])
-        expected = GptqOnCpu(config, pool).quantize([weight], [on_host])
+        limits = scale_limits(weight)
+        found = GptqOnCuda(config, group, pool).quantize([weight.to(DEVICE)], [on_device], limits)
+        expected = GptqOnCpu(config, pool).quantize([weight], [on_host], limits)
     assert np.count_nonzero(found.packed != expected.packed) == 0
     assert np.count_nonzero(found.scales.codes != expected.scales.codes) == 0
     assert found.scales.absmax.tobytes() == expected.scales.absmax.tobytes()
@@ -104,7 +106,6 @@ def test_limits_that_bind_are_kept_to_as_on_a_cpu(rows: int, columns: int, share
     from nf4_pipeline.gptq.hessian import factorize
     from nf4_pipeline.gptq.quantizer import GptqOnCpu
     from nf4_pipeline.gptq.quantizer_cuda import GptqOnCuda
-    from nf4_pipeline.gptq.scale_limits import scale_limits
 
     config, weight = GptqConfig(), _weight(rows, columns, "bfloat16")
     group = DeviceGroup([torch.device(DEVICE)])
@@ -113,7 +114,7 @@ def test_limits_that_bind_are_kept_to_as_on_a_cpu(rows: int, columns: int, share
     with ThreadPoolExecutor(4) as pool, torch.inference_mode():
         there = GptqOnCuda(config, group, pool).quantize([weight.to(DEVICE)], [on_device], limits)
         here = GptqOnCpu(config, pool).quantize([weight], [on_device.cpu()], limits)
-        free = GptqOnCpu(config, pool).quantize([weight], [on_device.cpu()])
+        free = GptqOnCpu(config, pool).quantize([weight], [on_device.cpu()], scale_limits(weight))
     assert np.count_nonzero(there.packed != here.packed) == 0
     assert np.count_nonzero(there.scales.codes != here.scales.codes) == 0
     assert (np.abs(here.scales.scales()) <= limits).all()
@@ -128,7 +129,8 @@ def _calibrated(rows: int, columns: int, dtype: str) -> Any:
 
     prepared = factorize(*_inputs(columns, "cpu"), GptqConfig())
     with ThreadPoolExecutor(4) as pool, torch.inference_mode():
-        result = GptqOnCpu(GptqConfig(), pool).quantize([_weight(rows, columns, dtype)], [prepared])
+        weight = _weight(rows, columns, dtype)
+        result = GptqOnCpu(GptqConfig(), pool).quantize([weight], [prepared], scale_limits(weight))
     negative = float((result.scales.scales() < 0).mean())
     assert 0.2 < negative < 0.8
     return result

@@ -51,6 +51,7 @@ def test_rows_on_several_devices_are_rounded_as_on_a_cpu(
     from nf4_pipeline.gptq.hessian import factorize
     from nf4_pipeline.gptq.quantizer import GptqOnCpu
     from nf4_pipeline.gptq.quantizers import quantizer_for
+    from nf4_pipeline.gptq.scale_limits import scale_limits
 
     dice = torch.Generator().manual_seed(rows + columns)
     weight = (torch.randn(rows, columns, generator=dice) * 0.02).bfloat16()
@@ -63,8 +64,9 @@ def test_rows_on_several_devices_are_rounded_as_on_a_cpu(
             weight[a:b].to(device) for (a, b), device in zip(pairwise(cuts), devices, strict=False)
         ]
         factors = [factor.to(device) for device in group.devices]
-        found = quantizer_for(group, GptqConfig(), pool).quantize(parts, factors)
-        expected = GptqOnCpu(GptqConfig(), pool).quantize([weight], [factor])
+        limits = scale_limits(weight)
+        found = quantizer_for(group, GptqConfig(), pool).quantize(parts, factors, limits)
+        expected = GptqOnCpu(GptqConfig(), pool).quantize([weight], [factor], limits)
     assert np.array_equal(found.packed, expected.packed)
     assert np.array_equal(found.scales.codes, expected.scales.codes)
     assert found.scales.absmax.tobytes() == expected.scales.absmax.tobytes()

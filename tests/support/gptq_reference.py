@@ -74,12 +74,12 @@ def scale_code(scale: float, largest: float, limit: float) -> int:
     return code
 
 
-def limits_of(weights: Array) -> Array:
-    """Twice the largest weight of each block, or of a twentieth of the mean block's, if more."""
+def largest_of(weights: Array) -> Array:
+    """The largest weight of each block, or a twentieth of the mean block's, if that is more."""
     flat = np.abs(weights).reshape(-1)
     largest = np.array([flat[first : first + 64].max() for first in range(0, flat.size, 64)])
-    limits: Array = 2.0 * np.maximum(largest, 0.05 * largest.mean())
-    return limits
+    found: Array = np.maximum(largest, 0.05 * largest.mean())
+    return found
 
 
 def start_scales(weights: Array, h: Array) -> Array:
@@ -105,7 +105,7 @@ def reference(weights: Array, h: Array) -> Expected:
     rows, columns = weights.shape
     start = start_scales(weights, h)
     nested = np.array([np.abs(start[g : g + 256]).max() for g in range(0, start.size, 256)])
-    limits = limits_of(weights)
+    limits = 2.0 * largest_of(weights)
     scales = np.array([scale_code(s, nested[b // 256], limits[b]) for b, s in enumerate(start)])
     codes = np.zeros((rows, columns), np.int64)
     order = order_of(h)

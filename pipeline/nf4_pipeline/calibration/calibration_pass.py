@@ -444,8 +444,7 @@ class _Pass:
             with self.timed("corrections", group):
                 rows = group.each(wanted)[: len(shares)]
             with self.timed("choices"):
-                module = self._module(plan, team.models[0])
-                limits = scale_limits(weight_out_in(module), module.weight.dtype)
+                limits = scale_limits(weight_out_in(self._module(plan, team.models[0])))
                 chosen = team.quantizer.quantize(rows, factors, limits)
             if isfinite(chosen.cost):
                 results.quantized[plan.name] = chosen

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from nf4_pipeline.calibration.tokens import CalibrationTokens
 
 CODE_VERSION: Final = 5
-_ALLOCATION_VERSION: Final = 2  # of which layers stay in 16 bit for a budget
 TOKENS_FILE: Final = "tokens.json"
 _LOSSES_FILE: Final = "sensitivity.json"
 _BEFORE_LEARNING: Final = "before_learning"
@@ -95,11 +94,7 @@ class Calibrator:
 
         kept = read_tokens(self.tokens_path)
         fits = kept is not None and kept.key == self._tokens_key()
-        part: dict[str, int | str | None] = {
-            "code": CODE_VERSION,
-            "tokens": kept.sha256 if kept is not None and fits else None,
-        }
-        return part | ({"allocation": _ALLOCATION_VERSION} if self.recipe.extra_share else {})
+        return {"code": CODE_VERSION, "tokens": kept.sha256 if kept is not None and fits else None}
 
     def _tokens_key(self) -> str:
         """Depends on the source, on what is read, and on how much of it."""

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from nf4_pipeline.errors import CheckpointError
+from nf4_pipeline.runtime.determinism import deterministic_on_gpu
 
 _CLEARED: Final = 32  # tokens after which memory that fits nothing any more is given back
 
@@ -90,13 +91,14 @@ def draw(model: Any, device: Any, batch: Batch, length: int, remedy: str) -> NDA
         )
         return torch.where(starts[:, place, None] >= 0, certain, logits)
 
-    torch.manual_seed(batch.seed)
-    ids = model.generate(
-        starts[:, :1],
-        attention_mask=torch.ones_like(starts[:, :1]),
-        generation_config=config,
-        logits_processor=LogitsProcessorList([checked, forced]),
-    )
+    with deterministic_on_gpu(device):
+        torch.manual_seed(batch.seed)
+        ids = model.generate(
+            starts[:, :1],
+            attention_mask=torch.ones_like(starts[:, :1]),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([checked, forced]),
+        )
     found: NDArray[np.int32] = ids.to("cpu", torch.int32).numpy()
     return found
 

@@ -29,7 +29,6 @@ from nf4_pipeline.calibration.tokens_request import TokensRequest, ask_tokenizer
 from nf4_pipeline.checkpoint.atomic import make_folder, remove_leftovers, write_bytes
 from nf4_pipeline.errors import RecipeError
 from nf4_pipeline.progress import Reporter
-from nf4_pipeline.runtime.determinism import deterministic_on_gpu
 from nf4_pipeline.runtime.threads import one_thread_if_small
 
 _CACHE: Final = {"cpu": 2**29, "cuda": 2**32}
@@ -133,7 +132,6 @@ def _drawn(
         reporter.note(slow_drawing(teacher.device, length))
     with (
         one_thread_if_small(teacher.footprint),
-        deterministic_on_gpu(teacher.device),
         reporter.task("sample tokens to learn from", wanted, unit="sequences") as task,
     ):
         begins = begin_texts(teacher.model, known, wanted, length)

@@ -19,7 +19,6 @@ from nf4_pipeline.calibration.tokens import LENGTH, CalibrationTokens
 from nf4_pipeline.calibration.tokens_request import TokensRequest, ask_tokenizer
 from nf4_pipeline.model.fast_attention import use_fast_attention
 from nf4_pipeline.progress import Reporter, Task
-from nf4_pipeline.runtime.determinism import deterministic_on_gpu
 from nf4_pipeline.runtime.threads import one_thread_if_small
 
 _SPARE: Final = 2 * 2**30
@@ -72,7 +71,6 @@ def make_tokens(
             return CalibrationTokens(np.array(found.rows, np.int32), "text", key)
         with (
             one_thread_if_small(streamed.footprint),
-            deterministic_on_gpu(streamed.device),
             reporter.task("sample calibration tokens", sequences, unit="sequences") as task,
         ):
             begins = begin_texts(streamed.model, found.beginnings, sequences, length, mix)

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from nf4_pipeline.gptq import kernels_cpu
 from nf4_pipeline.gptq.config import GptqConfig
 from nf4_pipeline.gptq.hessian import HessianFactor
-from nf4_pipeline.gptq.scale_limits import scale_limits
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.nf4.double_quant import NestedScales
 from nf4_pipeline.nf4.packing import blocks_of, pack
@@ -54,12 +53,10 @@ class GptqOnCpu:
         self,
         rows: Sequence[torch.Tensor],
         factors: Sequence[HessianFactor],
-        limits: NDArray[np.float32] | None = None,
+        limits: NDArray[np.float32],
     ) -> QuantizedWeight:
         """See `nf4_pipeline.gptq.quantizers.GptqQuantizer`."""
         weight, factor = rows[0] if len(rows) == 1 else torch.cat(list(rows)), factors[0]
-        if limits is None:
-            limits = scale_limits(weight)
         start = self._start_scales(weight, factor, limits)
         nested = kernels_cpu.nested_absmax(start)
         codes = np.empty(tuple(weight.shape), np.uint8)

@@ -16,7 +16,6 @@ from nf4_pipeline.gptq.config import GptqConfig
 from nf4_pipeline.gptq.device_group import DeviceGroup
 from nf4_pipeline.gptq.hessian import HessianFactor
 from nf4_pipeline.gptq.quantizer import GptqOnCpu, QuantizedWeight
-from nf4_pipeline.gptq.scale_limits import scale_limits
 from nf4_pipeline.nf4 import BLOCK_SIZE
 from nf4_pipeline.nf4.double_quant import NestedScales
 from nf4_pipeline.nf4.packing import pack_pairs
@@ -44,11 +43,9 @@ class GptqOnCuda:
         self,
         rows: Sequence[torch.Tensor],
         factors: Sequence[HessianFactor],
-        limits: NDArray[np.float32] | None = None,
+        limits: NDArray[np.float32],
     ) -> QuantizedWeight:
         """See `nf4_pipeline.gptq.quantizers.GptqQuantizer`."""
-        if limits is None:
-            limits = scale_limits(torch.cat([part.cpu() for part in rows]))
         columns = rows[0].shape[1]
         if columns % BLOCK_SIZE or not self._config.refine_scales:
             whole = torch.cat([part.cpu() for part in rows])

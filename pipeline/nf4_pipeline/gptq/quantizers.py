@@ -24,7 +24,7 @@ class GptqQuantizer(Protocol):
         self,
         rows: Sequence[torch.Tensor],
         factors: Sequence[HessianFactor],
-        limits: NDArray[np.float32] | None = None,
+        limits: NDArray[np.float32],
     ) -> QuantizedWeight:
         """Rounds a weight; what comes of it does not depend on where its rows are.
 
@@ -32,8 +32,7 @@ class GptqQuantizer(Protocol):
             rows: of the weight, some on each device in order, [some, columns] of any float dtype;
                 fewer than devices if there are few of them.
             factors: of its inputs' Hessian, the same on each device.
-            limits: what no scale may be beyond, see `scale_limits`; float32 [blocks]. None for
-                those of the rows as they are given.
+            limits: what no scale may be beyond, see `scale_limits`; float32 [blocks].
         """
 
 

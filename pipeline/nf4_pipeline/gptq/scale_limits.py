@@ -23,13 +23,12 @@ SMALL: Final = 0.05
 """Blocks whose largest weight is less than this share of the mean block's count as so large."""
 
 
-def scale_limits(weight: torch.Tensor, dtype: torch.dtype | None = None) -> NDArray[np.float32]:
+def scale_limits(weight: torch.Tensor) -> NDArray[np.float32]:
     """What no scale of a weight may be beyond.
 
     Args:
         weight: as the model has it, before anything is corrected, [rows, columns] of any float
-            dtype, on any device.
-        dtype: in which readers hold the weight, and so must hold its scales; None for its own.
+            dtype, which must hold the scales, too; on any device.
 
     Returns:
         float32 [ceil(rows * columns / 64)].
@@ -41,7 +40,7 @@ def scale_limits(weight: torch.Tensor, dtype: torch.dtype | None = None) -> NDAr
         flat = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK_SIZE))
     largest = flat.reshape(-1, BLOCK_SIZE).abs().amax(dim=1).double().cpu().numpy()
     reach = REACH * np.maximum(largest, SMALL * largest.mean())
-    limits: NDArray[np.float32] = np.minimum(reach, torch.finfo(dtype or weight.dtype).max).astype(
+    limits: NDArray[np.float32] = np.minimum(reach, torch.finfo(weight.dtype).max).astype(
         np.float32
     )
     return limits

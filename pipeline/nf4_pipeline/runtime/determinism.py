@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
+from nf4_pipeline.runtime.threads import one_thread_if
+
 _CUBLAS: Final = "CUBLAS_WORKSPACE_CONFIG"
 
 
@@ -21,26 +23,17 @@ _CUBLAS: Final = "CUBLAS_WORKSPACE_CONFIG"
 def deterministic(device: Any, *, strict: bool = False) -> Iterator[None]:
     """While the body runs, a model adds in one order, whatever the machine's number of cores.
 
+    On a CPU each operation has one thread: how sums are cut depends on how many there are.
+
     Args:
         device: where it computes: a torch device or its name.
         strict: see `deterministic_on_gpu`.
     """
-    with _one_thread_on_cpu(device), deterministic_on_gpu(device, strict=strict):
-        yield
-
-
-@contextmanager
-def _one_thread_on_cpu(device: Any) -> Iterator[None]:
-    """One thread for each operation of a CPU: how sums are cut depends on how many there are."""
     import torch
 
-    before = torch.get_num_threads()
-    if torch.device(device).type == "cpu":
-        torch.set_num_threads(1)
-    try:
+    on_cpu = torch.device(device).type == "cpu"
+    with one_thread_if(on_cpu), deterministic_on_gpu(device, strict=strict):
         yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

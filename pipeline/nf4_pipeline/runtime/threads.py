@@ -18,10 +18,17 @@ def one_thread_if_small(nbytes: int) -> Iterator[None]:
     Args:
         nbytes: of the model's parameters.
     """
+    with one_thread_if(nbytes < _SMALL):
+        yield
+
+
+@contextmanager
+def one_thread_if(wanted: bool) -> Iterator[None]:
+    """Gives torch one thread while the body runs, or as many as before."""
     import torch
 
     before = torch.get_num_threads()
-    if nbytes < _SMALL:
+    if wanted:
         torch.set_num_threads(1)
     try:
         yield
