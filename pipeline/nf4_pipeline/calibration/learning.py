@@ -46,7 +46,7 @@ from nf4_pipeline.progress import Reporter
 from nf4_pipeline.runtime.determinism import deterministic
 from nf4_pipeline.selection import Plan, TensorPlan
 
-CODE_VERSION: Final = 4
+CODE_VERSION: Final = 5
 _STATE: Final = "learning.state"
 _SUMMARY: Final = "learning.json"
 _TOKENS: Final = "tokens"
