@@ -663,7 +663,8 @@ def test_larger_models_learn_less_and_recompute(
 ) -> None:
     weights = start("llama").plan.quantized
     small = learning_plan.plan_learning(weights, "cuda", None)
-    assert (small.sequences, small.length, small.steps, small.recompute) == (16384, 512, 1024, False)
+    assert (small.sequences, small.length, small.steps) == (16384, 512, 1024)
+    assert not small.recompute
     monkeypatch.setattr(learning_plan, "_LARGE", 1000)
     large = learning_plan.plan_learning(weights, "cuda", 2048)
     assert (large.sequences, large.steps, large.rate, large.recompute) == (2048, 128, 1.6e-3, True)
