@@ -32,7 +32,7 @@ from nf4_pipeline.checkpoint.source import open_checkpoint, read_json
 from nf4_pipeline.checkpoint.source_card import read_card
 from nf4_pipeline.checkpoint.strip_prefix import copy_without_prefix
 from nf4_pipeline.checkpoint.untrusted import check_file, check_folder
-from nf4_pipeline.errors import PipelineError, UnfitFileError, of_system
+from nf4_pipeline.errors import PipelineError, SignatureError, UnfitFileError, of_system
 from nf4_pipeline.hub.cache import are_blobs
 from nf4_pipeline.manifest.read import read_manifest
 from nf4_pipeline.manifest.small_files import tokenizer_config
@@ -266,6 +266,14 @@ def test_one_error_and_no_waiting(role: str, lying: str, tmp_path: Path) -> None
         assert len(str(found)) < 900 + 3 * len(str(tmp_path))
     else:  # nothing, or advice on the folder
         assert found in (None, False, {}) or type(found) is str
+
+
+@pytest.mark.usefixtures("bounded")
+def test_no_file_is_hashed_for_a_signature_that_is_none(tmp_path: Path) -> None:
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(1000 * GB)
+    with pytest.raises(SignatureError, match="is not what was signed with that key"):
+        among_others(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("make", [pipe, device, socket_, folder, link_to_a_pipe])

@@ -11,6 +11,7 @@ import json
 import re
 import shlex
 from contextlib import redirect_stdout
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -104,6 +105,7 @@ def sign_keyless(artifact: Path, token: str | None, instance: Instance) -> Signe
     instance.check()
     keyless.identity_token(token)  # before an hour of hashing
     hashed = _Hashed(artifact, hashing)
+    _ = hashed.manifest  # before the patience with the network begins
     with TemporaryFolder("sign") as folder:
         fresh = folder / SIGNATURE_FILE
         current = keyless.identity_token(token)  # CI's are good for minutes
@@ -160,6 +162,8 @@ def check(artifact: Path, public_key: Path) -> int:
     try:
         with redirect_stdout(io.StringIO()):  # the library prints about old formats
             config.verify(artifact, path)
+    except SignatureError:
+        raise
     except Exception as error:  # what a stranger's signature makes the library raise is open
         raise SignatureError(
             f"{artifact} is not what was signed with that key: {_words(error)}. "
@@ -193,6 +197,7 @@ def check_identity(artifact: Path, signer: Signer, instance: Instance) -> int:
     path = _signature(artifact)
     instance.check()
     hashed = _Hashed(artifact, hashing)
+    _ = hashed.manifest  # before the patience with the network begins
 
     def verify() -> None:
         config = verifying.Config().set_hashing_config(hashed)
@@ -222,26 +227,33 @@ def check_identity(artifact: Path, signer: Signer, instance: Instance) -> int:
 class _Hashed:
     """The files of an artifact, hashed once, in the place of the library's way to hash.
 
-    A signature may name paths that it leaves out: here nothing is left out but `NOT_SIGNED`.
-
-    Raises:
-        SignatureError: a file cannot be read.
+    That is when the library first asks, which it does of a signature that is one and was made with
+    the key. A signature may name paths that it leaves out: here nothing is left out but
+    `NOT_SIGNED`.
     """
 
     def __init__(self, artifact: Path, hashing: Any) -> None:
-        config = hashing.Config().use_file_serialization(hashing_algorithm="sha256")
-        config.set_ignored_paths(paths=NOT_SIGNED, ignore_git_paths=False)
         self._artifact = artifact
+        self._config = hashing.Config().use_file_serialization(hashing_algorithm="sha256")
+        self._config.set_ignored_paths(paths=NOT_SIGNED, ignore_git_paths=False)
+
+    @cached_property
+    def manifest(self) -> Any:
+        """The library's, of all files.
+
+        Raises:
+            SignatureError: a file cannot be read.
+        """
         try:
-            self._manifest = config.hash(artifact)
+            return self._config.hash(self._artifact)
         except OSError as error:
             raise SignatureError(
-                f"{error.filename or artifact} cannot be read: {error.strerror}. Let your user "
-                "read every file of the artifact, then run this again."
+                f"{error.filename or self._artifact} cannot be read: {error.strerror}. Let your "
+                "user read every file of the artifact, then run this again."
             ) from error
 
     def hash(self, _: Path, **__: Any) -> Any:
-        return self._manifest
+        return self.manifest
 
     def add_ignored_paths(self, **_: Any) -> None:
         """What the signer would leave out is not left out."""
@@ -252,7 +264,7 @@ class _Hashed:
         Raises:
             SignatureError: no file was hashed, or the artifact holds other files than were hashed.
         """
-        names = {item.identifier for item in self._manifest.resource_descriptors()}
+        names = {item.identifier for item in self.manifest.resource_descriptors()}
         there = {path.relative_to(self._artifact).as_posix() for path in _files(self._artifact)}
         if not names or names != there:
             changed = ", ".join(sorted(names ^ there)[:3]) or "there is none"
