@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -669,6 +670,21 @@ def test_larger_models_learn_less_and_recompute(
     large = learning_plan.plan_learning(weights, "cuda", 2048)
     assert (large.sequences, large.steps, large.rate, large.recompute) == (2048, 128, 1.6e-3, True)
     assert learning_plan.plan_learning(weights, "cpu", 100).length == 100
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_short_text_is_learned_in_fewer_and_longer_steps(start: Make, kind: str) -> None:
+    plan = learning_plan.plan_learning(start("llama").plan.quantized, kind, None)
+    plans = [plan.of_text(rows) for rows in (64, 100, 500, 1000, 5000, 20_000)]
+    for one, longer in pairwise(plans):
+        assert one.steps <= longer.steps
+        assert one.rate >= longer.rate
+    for found in plans:
+        law = plan.rate * (plan.steps / found.steps) ** 0.5
+        assert found.rate == pytest.approx(min(law, 1.6e-3), rel=0.05)
+        assert found.batch <= found.sequences
+    assert plans[-1] == plan
+    assert (plans[0].sequences, plans[0].held_back) == (61, 3)
 
 
 # A whole build

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
+from math import prod, sqrt
 from typing import Final
 
 import numpy as np
@@ -22,6 +22,7 @@ _HELD_BACK: Final = 32  # sequences that are measured and not learned, at most
 _HELD_BACK_SHARE: Final = 0.05  # of a text
 _PASSES: Final = 4  # through the sequences, at most
 _FEWEST_STEPS: Final = 8
+_LARGEST_RATE: Final = 1.6e-3
 _SPARE: Final = 6 * 2**30
 """Bytes of a GPU for what a pass computes with: activations, and logits of most models."""
 _ACTIVATIONS: Final = 2 * 2**30
@@ -56,19 +57,21 @@ class LearningPlan:
     recompute: bool
 
     def of_text(self, rows: int) -> LearningPlan:
-        """For as many sequences as a text has: fewer steps where it is short."""
+        """For as many sequences as a text has: fewer steps where it is short, and longer ones.
+
+        The rate that does best falls with the square root of the steps (docs/calibration.md).
+        """
         held_back = max(1, min(self.held_back, round(rows * _HELD_BACK_SHARE)))
         sequences = min(self.sequences, rows - held_back)
         steps = min(self.steps, max(_FEWEST_STEPS, _PASSES * sequences // self.batch))
-        return LearningPlan(
-            sequences,
-            held_back,
-            self.length,
-            min(self.batch, sequences),
-            steps,
-            self.rate,
-            self.together,
-            self.recompute,
+        rate = min(self.rate * sqrt(self.steps / steps), _LARGEST_RATE)
+        return replace(
+            self,
+            sequences=sequences,
+            held_back=held_back,
+            batch=min(self.batch, sequences),
+            steps=steps,
+            rate=float(f"{rate:.2g}"),
         )
 
     def parts(self, ids: NDArray[np.int32], device: torch.device) -> list[torch.Tensor]:
