@@ -16,11 +16,12 @@ from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.records import QUANTIZE
 
 from tests.support import warm
+from tests.support.calibrated import write_short_texts
 from tests.support.command_line import run_nf4
 from tests.support.failures import check_message, check_nothing_written
 from tests.support.held import Moment, held
 from tests.support.jobs import download
-from tests.support.tiny import content_of, copy_of, edit_json, environment, nf4, write_falcon
+from tests.support.tiny import content_of, copy_of, environment, nf4, write_falcon
 
 LAYERS = 4
 OPTIONS = ("--calibrate", "self", "--recipe", "recipe.toml")
@@ -32,7 +33,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build of four blocks, whose matrices are large enough to be shared among threads."""
     folder = tmp_path_factory.mktemp("calibrated")
     model = write_falcon(folder / "model", hidden=256, layers=LAYERS, shards=3)
-    edit_json(model / "config.json", max_position_embeddings=64)  # short texts are soon written
+    write_short_texts(model)
     with in_process():
         build, *_ = download(model, folder / "artifacts")
     return build.root

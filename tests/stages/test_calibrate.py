@@ -22,7 +22,14 @@ from nf4_pipeline.records import QUANTIZE, SERIALIZE
 from nf4_pipeline.stages import quantize
 from nf4_pipeline.stages.quantize import Quantize
 
-from tests.support.calibrated import bytes_of, downloaded, manifest_of, quantized, settings
+from tests.support.calibrated import (
+    bytes_of,
+    downloaded,
+    manifest_of,
+    quantized,
+    settings,
+    write_short_texts,
+)
 from tests.support.jobs import CPU
 from tests.support.tiny import copy_of, flip_byte, write_falcon
 
@@ -37,7 +44,9 @@ NEAREST: Final = settings("")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build of four blocks in two shards of which only `download` is done (see `copy_of`)."""
     folder = tmp_path_factory.mktemp("fresh")
-    return downloaded(write_falcon(folder / "model", layers=4), folder).root
+    model = write_falcon(folder / "model", layers=4)
+    write_short_texts(model)
+    return downloaded(model, folder).root
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +382,7 @@ def test_what_the_manifest_says(done: Path) -> None:
     assert calibration.pop("tokens_sha256")
     assert calibration == {
         "source": "self",
-        "sequences": 4,
+        "sequences": 16,
         "tokens": 1024,
         "device": "cpu",
         "fallbacks": {},
@@ -395,4 +404,4 @@ def test_a_recipe_for_nearest_has_no_new_keys() -> None:
 def test_more_tokens_than_one_batch_and_an_odd_number(build: Build) -> None:
     quantized(build, settings(tokens=2048 + 300))
     calibration = manifest_of(build)["calibration"]
-    assert (calibration["sequences"], calibration["tokens"]) == (9, 2304)
+    assert (calibration["sequences"], calibration["tokens"]) == (36, 2304)

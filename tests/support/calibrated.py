@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from nf4_pipeline.progress import SILENT, Reporter
 from nf4_pipeline.recipe import QuantizeRecipe, Recipe
 
 from tests.support.jobs import CPU, download
+from tests.support.tiny import edit_json
 
 FEW = 1024
 """Tokens that are enough for models so small."""
@@ -26,6 +28,13 @@ def downloaded(checkpoint: Path, folder: Path) -> Build:
     with in_process():
         build, *_ = download(checkpoint, folder / "artifacts")
     return build
+
+
+def write_short_texts(checkpoint: Path) -> None:
+    """Lets a model write texts of 64 tokens and not of 256, side by side: it is done sooner."""
+    config = checkpoint / "config.json"
+    if json.loads(config.read_text())["model_type"] not in ("gpt2", "opt"):  # positions are learned
+        edit_json(config, max_position_embeddings=64)
 
 
 def settings(calibrate: str | Path = "self", tokens: int = FEW, **recipe: Any) -> Recipe:
