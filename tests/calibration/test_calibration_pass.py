@@ -33,7 +33,7 @@ from tests.support.calibrated import (
     quantized,
     read_back,
     settings,
-    write_short_texts,
+    shorten_context,
 )
 from tests.support.checkpoints import FALCONS, KINDS, make_checkpoint, read_tensors
 from tests.support.decoders import write_decoder
@@ -82,7 +82,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         else:
             write_decoder(root / "model", name)
             checkpoint = root / "model"
-        write_short_texts(checkpoint)
+        shorten_context(checkpoint)
         build = downloaded(checkpoint, root)
         nearest = Build(copy_of(build.root, root / "nearest"))
         quantized(build, settings())
@@ -302,7 +302,7 @@ def test_modules_that_are_skipped_change_nothing_before_them(make: Make, tmp_pat
 def test_shards_hold_what_a_single_file_holds(kind: str, make: Make, tmp_path: Path) -> None:
     pair = make(kind)
     sharded = make_checkpoint(tmp_path / "sharded", kind, max_shard_size="60KB")
-    write_short_texts(sharded)
+    shorten_context(sharded)
     build = downloaded(sharded, tmp_path)
     quantized(build, settings())
     cut = Build(copy_of(pair.build.root, tmp_path / "cut"))

@@ -16,7 +16,7 @@ from nf4_pipeline.processes.in_process import in_process
 from nf4_pipeline.records import QUANTIZE
 
 from tests.support import warm
-from tests.support.calibrated import write_short_texts
+from tests.support.calibrated import shorten_context
 from tests.support.command_line import run_nf4
 from tests.support.failures import check_message, check_nothing_written
 from tests.support.held import Moment, held
@@ -33,7 +33,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build of four blocks, whose matrices are large enough to be shared among threads."""
     folder = tmp_path_factory.mktemp("calibrated")
     model = write_falcon(folder / "model", hidden=256, layers=LAYERS, shards=3)
-    write_short_texts(model)
+    shorten_context(model)
     with in_process():
         build, *_ = download(model, folder / "artifacts")
     return build.root

@@ -28,7 +28,7 @@ from tests.support.calibrated import (
     manifest_of,
     quantized,
     settings,
-    write_short_texts,
+    shorten_context,
 )
 from tests.support.jobs import CPU
 from tests.support.tiny import copy_of, flip_byte, write_falcon
@@ -45,7 +45,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build of four blocks in two shards of which only `download` is done (see `copy_of`)."""
     folder = tmp_path_factory.mktemp("fresh")
     model = write_falcon(folder / "model", layers=4)
-    write_short_texts(model)
+    shorten_context(model)
     return downloaded(model, folder).root
 
 

@@ -30,8 +30,8 @@ def downloaded(checkpoint: Path, folder: Path) -> Build:
     return build
 
 
-def write_short_texts(checkpoint: Path) -> None:
-    """Lets a model write texts of 64 tokens and not of 256, side by side: it is done sooner."""
+def shorten_context(checkpoint: Path) -> None:
+    """A model then writes texts of 64 tokens and not of 256, side by side: it is done sooner."""
     config = checkpoint / "config.json"
     if json.loads(config.read_text())["model_type"] not in ("gpt2", "opt"):  # positions are learned
         edit_json(config, max_position_embeddings=64)

@@ -93,7 +93,7 @@ def plan_learning(weights: Sequence[TensorPlan], kind: str, context: int | None)
     if kind == "cpu":
         return LearningPlan(512, _HELD_BACK, length, 16, 128, 8e-4, 4 * length, large)
     if large:
-        return LearningPlan(2048, _HELD_BACK, length, 32, 128, 1.6e-3, 4096, recompute=True)
+        return LearningPlan(2048, _HELD_BACK, length, 32, 128, _LARGEST_RATE, 4096, recompute=True)
     return LearningPlan(16384, _HELD_BACK, length, 32, 1024, 4.5e-4, 8192, recompute=False)
 
 

@@ -105,7 +105,7 @@ def sign_keyless(artifact: Path, token: str | None, instance: Instance) -> Signe
     instance.check()
     keyless.identity_token(token)  # before an hour of hashing
     hashed = _Hashed(artifact, hashing)
-    _ = hashed.manifest  # before the patience with the network begins
+    hashed.hash(artifact)  # before the patience with the network begins
     with TemporaryFolder("sign") as folder:
         fresh = folder / SIGNATURE_FILE
         current = keyless.identity_token(token)  # CI's are good for minutes
@@ -197,7 +197,7 @@ def check_identity(artifact: Path, signer: Signer, instance: Instance) -> int:
     path = _signature(artifact)
     instance.check()
     hashed = _Hashed(artifact, hashing)
-    _ = hashed.manifest  # before the patience with the network begins
+    hashed.hash(artifact)  # before the patience with the network begins
 
     def verify() -> None:
         config = verifying.Config().set_hashing_config(hashed)
@@ -227,8 +227,8 @@ def check_identity(artifact: Path, signer: Signer, instance: Instance) -> int:
 class _Hashed:
     """The files of an artifact, hashed once, in the place of the library's way to hash.
 
-    That is when the library first asks, which it does of a signature that is one and was made with
-    the key. A signature may name paths that it leaves out: here nothing is left out but
+    They are hashed when that is first asked for; the library asks once a signature is one and was
+    made with the key. A signature may name paths that it leaves out: here nothing is left out but
     `NOT_SIGNED`.
     """
 
@@ -238,12 +238,7 @@ class _Hashed:
         self._config.set_ignored_paths(paths=NOT_SIGNED, ignore_git_paths=False)
 
     @cached_property
-    def manifest(self) -> Any:
-        """The library's, of all files.
-
-        Raises:
-            SignatureError: a file cannot be read.
-        """
+    def _manifest(self) -> Any:
         try:
             return self._config.hash(self._artifact)
         except OSError as error:
@@ -253,7 +248,12 @@ class _Hashed:
             ) from error
 
     def hash(self, _: Path, **__: Any) -> Any:
-        return self.manifest
+        """The library's manifest of all files.
+
+        Raises:
+            SignatureError: a file cannot be read.
+        """
+        return self._manifest
 
     def add_ignored_paths(self, **_: Any) -> None:
         """What the signer would leave out is not left out."""
@@ -264,7 +264,7 @@ class _Hashed:
         Raises:
             SignatureError: no file was hashed, or the artifact holds other files than were hashed.
         """
-        names = {item.identifier for item in self.manifest.resource_descriptors()}
+        names = {item.identifier for item in self._manifest.resource_descriptors()}
         there = {path.relative_to(self._artifact).as_posix() for path in _files(self._artifact)}
         if not names or names != there:
             changed = ", ".join(sorted(names ^ there)[:3]) or "there is none"
